@@ -1,0 +1,1 @@
+"""The Flower ClientApp of one hospital: thin glue round the Trainer."""

@@ -1,0 +1,306 @@
+"""Settings: frozen, typed, one line of meaning for each field.
+
+A scenario is one TOML file; every key can be set from the command line as `section.key=value`.
+An unknown key or a value of the wrong kind is a `ConfigError` that names the nearest right one.
+The meaning of a field (`meaning(...)`) is the documentation and the command line's help at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedgan.errors import ConfigError
+
+STRATEGIES = ("fedavg", "fedprox", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum")
+PARTS = ("generator", "discriminator", "ema")
+T = TypeVar("T")
+
+
+def meaning(default: T, text: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> T:
+    """A field with its default, its one line of meaning and the values that it may take."""
+    return field(default=default, metadata={"meaning": text, "choices": choices, "low": low, "high": high})  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which images, and how they are dealt to the hospitals."""
+
+    root: str = meaning("", "Folder of shards (one sub-folder a hospital) or one shard; empty: phantoms are drawn for the run.")
+    resolution: int = meaning(32, "Side of the square images in pixels, a power of two from 16 to 1024.", low=16, high=1024)
+    phantoms: str = meaning("lesions", "What is drawn when root is empty.", choices=("lesions", "chest"))
+    phantom_images: int = meaning(3000, "Number of phantom images over all hospitals.", low=30)
+    label_map: str = meaning("", "Merges labels when shards are opened, e.g. 'normal=normal,*=abnormal'; empty: as they are.")
+    partition: str = meaning(
+        "institution",
+        "How images are dealt to hospitals: a shard each, or one pool re-dealt.",
+        choices=("institution", "iid", "dirichlet", "quantities"),
+    )
+    alpha: float = meaning(0.5, "Concentration of the Dirichlet label skew; small is more unequal.", low=1e-3)
+    quantities: tuple[int, ...] = meaning((), "Images for each hospital when partition is 'quantities', e.g. [2000, 10000, 20000].")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The size of the StyleGAN2 networks."""
+
+    z_dim: int = meaning(128, "Dimension of the latent z.", low=1)
+    w_dim: int = meaning(128, "Dimension of the intermediate latent w.", low=1)
+    mapping_layers: int = meaning(2, "Fully connected layers of the generator's mapping network.", low=1)
+    channel_base: int = meaning(2048, "Channels at resolution r are min(channel_base / r, channel_max).", low=16)
+    channel_max: int = meaning(64, "Most channels of any layer.", low=4)
+    minibatch_std_group: int = meaning(4, "Group size of the discriminator's minibatch-std layer; 0: no such layer.", low=0)
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """Adaptive discriminator augmentation (arXiv 2006.06676)."""
+
+    mode: str = meaning("ada", "ada: p follows r_t; fixed: p stays; none: no augmentation.", choices=("ada", "fixed", "none"))
+    pipe: str = meaning(
+        "bgc", "Transforms: b blit, g geometry, c colour, f filter, n noise, c cut-out.",
+        choices=("blit", "geom", "color", "filter", "noise", "cutout", "b", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"),
+    )
+    p: float = meaning(0.0, "Strength at the start (ada) or throughout (fixed).", low=0.0, high=1.0)
+    target: float = meaning(0.6, "The r_t that ADA aims at.", low=-1.0, high=1.0)
+    interval: int = meaning(4, "Steps between two adjustments of p.", low=1)
+    speed_kimg: float = meaning(100.0, "Images (thousands) in which p can rise from 0 to 1.", low=0.1)
+    mirror: bool = meaning(False, "Show each real image flipped left to right with probability 1/2.")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The one training loop, the same in every arm."""
+
+    kimg: float = meaning(20.0, "Real images shown to discriminators, in thousands, summed over the hospitals.", low=0.001)
+    batch_size: int = meaning(16, "Images a step.", low=1)
+    learning_rate: float = meaning(0.0025, "Adam's learning rate for generator and discriminator.", low=0.0)
+    r1_gamma: float = meaning(-1.0, "Weight of R1; -1: 0.0002 * pixels / batch_size (arXiv 2006.06676).", low=-1.0)
+    r1_interval: int = meaning(16, "Steps between two R1 regularisations.", low=1)
+    path_length_weight: float = meaning(2.0, "Weight of path-length regularisation; 0: none.", low=0.0)
+    path_length_interval: int = meaning(4, "Steps between two path-length regularisations.", low=1)
+    style_mixing: float = meaning(0.9, "Probability that two latents share an image.", low=0.0, high=1.0)
+    ema_half_life_kimg: float = meaning(-1.0, "Half-life of the generator's average; -1: batch_size * 10 / 32.", low=-1.0)
+    ema_rampup: float = meaning(0.05, "Half-life never exceeds this share of the images seen; 0: no ramp-up.", low=0.0)
+    proximal_mu: float = meaning(0.0, "Weight of FedProx's proximal term; 0: none.", low=0.0)
+    precision: str = meaning("fp32", "fp32, or bf16 autocast of the convolutions.", choices=("fp32", "bf16"))
+    device: str = meaning("auto", "auto, cpu or cuda.", choices=("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class FederationSettings:
+    """Who takes part, how often, and what travels."""
+
+    hospitals: int = meaning(3, "Number of hospitals.", low=1)
+    rounds: int = meaning(10, "Rounds; each shows training.kimg / rounds thousand images, summed over hospitals.", low=1)
+    strategy: str = meaning("fedavg", "Aggregation, by the name of Flower's strategy.", choices=STRATEGIES)
+    exchange: tuple[str, ...] = meaning(PARTS, "What travels; the rest stays in the hospital.", choices=PARTS)
+    local_images: str = meaning(
+        "proportional", "Images of a round: by the hospital's size, or the same for each.", choices=("proportional", "equal")
+    )
+    threads: int = meaning(1, "CPU threads of one hospital; as many hospitals train at once as the cores hold. 0: all cores.", low=0)
+    round_timeout: float = meaning(3600.0, "Seconds after which a round without every answer fails.", low=1.0)
+    server_learning_rate: float = meaning(0.01, "Step of the server's optimiser (fedadam, fedyogi).", low=0.0)
+    trim: float = meaning(0.2, "Share cut from both ends (fedtrimmedavg).", low=0.0, high=0.5)
+    malicious: int = meaning(0, "Number of hospitals that krum guards against.", low=0)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """The central evaluator. It sees real test images and synthetic images, no hospital's training loop."""
+
+    every: int = meaning(5, "Rounds between two sample grids and Fréchet distances; 0: only at the end.", low=0)
+    images: int = meaning(2000, "Synthetic images for the final evaluation.", low=16)
+    seeds: int = meaning(2, "Classifier trainings with different seeds.", low=1)
+    epochs: int = meaning(12, "Passes of a classifier over as many images as the real training split has.", low=1)
+    bootstrap: int = meaning(1000, "Resamples of the test images for the 95 % intervals.", low=10)
+    features: str = meaning("reference", "Extractor: 'reference' (a classifier trained on real images) or a weights file (.npz).")
+    root: str = meaning("", "Shards that hold the real images for the evaluation; empty: data.root.")
+    psi: float = meaning(1.0, "Truncation of the images that are evaluated; 1: none.", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole scenario."""
+
+    name: str = meaning("run", "Name of the scenario; the run folder's default name.")
+    description: str = meaning("", "One sentence for the report.")
+    seed: int = meaning(0, "Seed of everything random.", low=0)
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def load_scenario(path: str | Path, overrides: typing.Sequence[str] = ()) -> Settings:
+    """Read a scenario TOML and apply `section.key=value` overrides, in order.
+
+    Raises `ConfigError` for a missing or broken file, an unknown key, or a value out of range.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no scenario at {path}: give the path of a TOML file, e.g. simulations/three_hospitals.toml") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} is not a readable TOML file: {error}") from None
+    return from_dict(tree, overrides, source=str(path))
+
+
+def from_dict(tree: dict[str, Any], overrides: typing.Sequence[str] = (), source: str = "scenario") -> Settings:
+    """Build validated `Settings` from a nested dict (as TOML gives) and `key=value` overrides."""
+    settings = _build(Settings, tree, "", source)
+    for override in overrides:
+        settings = _override(settings, override)
+    return validate(settings)
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """The nested dict that `from_dict` reads; tuples become lists."""
+    return {
+        item.name: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        for item in fields(settings)
+        for value in [getattr(settings, item.name)]
+    }
+
+
+def describe(settings_class: type = Settings, prefix: str = "") -> list[tuple[str, str, Any]]:
+    """All keys as (dotted name, meaning, default), for help texts and docs."""
+    rows: list[tuple[str, str, Any]] = []
+    hints = typing.get_type_hints(settings_class)
+    for item in fields(settings_class):
+        kind = hints[item.name]
+        if dataclasses.is_dataclass(kind):
+            rows += describe(typing.cast(type, kind), f"{prefix}{item.name}.")
+        else:
+            rows.append((prefix + item.name, item.metadata["meaning"], item.default))
+    return rows
+
+
+def validate(settings: Settings) -> Settings:
+    """Check what one field alone cannot show; return the settings. Raises `ConfigError`."""
+    check_resolution(settings.data.resolution, "data.resolution")
+    federation, batch = settings.federation, settings.training.batch_size
+    group = settings.model.minibatch_std_group
+    if group and batch % min(group, batch):
+        raise ConfigError(f"training.batch_size = {batch} is no multiple of model.minibatch_std_group = {group}: change one of them")
+    if settings.data.partition == "quantities" and len(settings.data.quantities) != federation.hospitals:
+        raise ConfigError(
+            f"data.quantities has {len(settings.data.quantities)} numbers for federation.hospitals = {federation.hospitals}: give one a hospital"
+        )
+    if not federation.exchange:
+        raise ConfigError(f"federation.exchange is empty: name at least one of {', '.join(PARTS)}")
+    images = settings.training.kimg * 1000 / federation.rounds
+    if images < batch * federation.hospitals:
+        raise ConfigError(
+            f"a round would show {images:.0f} images, less than a batch of {batch} for each of {federation.hospitals} hospitals: "
+            "lower federation.rounds or raise training.kimg"
+        )
+    return settings
+
+
+def check_resolution(resolution: int, where: str) -> None:
+    """Raise `ConfigError` unless `resolution` is a power of two from 16 to 1024."""
+    if not 16 <= resolution <= 1024 or resolution & (resolution - 1):
+        near = 2 ** round(math.log2(min(1024, max(16, resolution))))
+        raise ConfigError(f"{where} = {resolution} is no power of two from 16 to 1024; the nearest is {near}")
+
+
+def _build(kind: type, tree: dict[str, Any], prefix: str, source: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = {item.name: item for item in fields(kind)}
+    values = {}
+    for key, value in tree.items():
+        if key not in known:
+            raise ConfigError(f"unknown key '{prefix}{key}' in {source}{_nearest(prefix + key)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise ConfigError(f"'{prefix}{key}' in {source} is a section, e.g. [{key}], not a value")
+            values[key] = _build(typing.cast(type, hint), value, f"{prefix}{key}.", source)
+        else:
+            values[key] = _coerce(value, hint, known[key], prefix + key)
+    return kind(**values)
+
+
+def _override(settings: Settings, override: str) -> Settings:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals:
+        raise ConfigError(f"'{override}' is no setting: write key=value, e.g. training.kimg=100")
+    tables = {item.name for item in fields(Settings) if item.default_factory is not dataclasses.MISSING}
+    section, dot, name = key.partition(".")
+    if dot and section in tables:
+        inner = getattr(settings, section)
+        if name in {item.name for item in fields(inner)}:
+            return dataclasses.replace(settings, **{section: _set(inner, name, text, key)})
+    elif not dot and key not in tables and key in {item.name for item in fields(Settings)}:
+        return _set(settings, key, text, key)
+    raise ConfigError(f"unknown key '{key}'{_nearest(key)}")
+
+
+def _set(owner: T, name: str, text: str, key: str) -> T:
+    hint = typing.get_type_hints(type(owner))[name]
+    item = next(item for item in fields(owner) if item.name == name)  # type: ignore[arg-type]
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string: strategy=fedprox
+    if hint is str and not isinstance(value, str):
+        value = text.strip()
+    if typing.get_origin(hint) is tuple and not isinstance(value, list):
+        value = [part.strip() for part in str(value).split(",")] if value != "" else []
+    return dataclasses.replace(owner, **{name: _coerce(value, hint, item, key)})  # type: ignore[type-var]
+
+
+def _coerce(value: Any, hint: Any, item: dataclasses.Field[Any], key: str) -> Any:
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{key} = {value!r} must be a list, e.g. {list(item.default)!r}")
+        inner = typing.get_args(hint)[0]
+        return tuple(_scalar(part, inner, item, key) for part in value)
+    return _scalar(value, hint, item, key)
+
+
+def _scalar(value: Any, hint: Any, item: dataclasses.Field[Any], key: str) -> Any:
+    kind = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is int and isinstance(value, str) and value.lstrip("-").isdigit():
+        value = int(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
+        raise ConfigError(f"{key} = {value!r} must be {names[kind]} ({item.metadata['meaning']})")
+    choices, low, high = item.metadata["choices"], item.metadata["low"], item.metadata["high"]
+    if choices and value not in choices:
+        raise ConfigError(f"{key} = '{value}' must be one of {', '.join(choices)}{_hint(str(value), list(choices))}")
+    if kind in (int, float):
+        if not math.isfinite(value):
+            raise ConfigError(f"{key} = {value} must be a finite number")
+        if (low is not None and value < low) or (high is not None and value > high):
+            span = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+            raise ConfigError(f"{key} = {value:g} must be {span} ({item.metadata['meaning']})")
+    return value
+
+
+def _nearest(key: str) -> str:
+    names = [name for name, _, _ in describe()]
+    by_last = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
+    return f"; did you mean '{by_last[0]}'?" if by_last else _hint(key, names)
+
+
+def _hint(word: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,1 @@
+"""Shards on disk, importers, phantoms, partitions and patient-safe splits."""

@@ -1,0 +1,139 @@
+"""What a Trainer and an evaluator see of a shard: rows of images with their labels, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fedgan.errors import DataError
+
+
+class ImageArray(Protocol):
+    """Anything that gives (n, C, H, W) uint8 for an index array: an ndarray, a memory map, a view of rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a larger image array, read only when they are asked for."""
+
+    images: ImageArray
+    rows: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), *self.images.shape[1:])
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        return np.asarray(self.images[self.rows[index]])
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Several image arrays one behind the other."""
+
+    parts: Sequence[ImageArray]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        index = np.asarray(index)
+        out = np.empty((len(index), *self.shape[1:]), np.uint8)
+        start = 0
+        for part in self.parts:
+            inside = (index >= start) & (index < start + part.shape[0])
+            if inside.any():
+                out[inside] = part[index[inside] - start]
+            start += part.shape[0]
+        return out
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """Images of one hospital (or of several, pooled) with their labels.
+
+    `images` (N, C, H, W) uint8, `labels` (N, K) uint8 multi-hot (K = 0: unconditional),
+    `patients` and `institutions` (N,) str. `exclusive`: exactly one label an image.
+    """
+
+    name: str
+    images: ImageArray
+    labels: np.ndarray
+    label_names: tuple[str, ...]
+    exclusive: bool = True
+    patients: np.ndarray = field(default_factory=lambda: np.empty(0, str))
+    institutions: np.ndarray = field(default_factory=lambda: np.empty(0, str))
+    content_hash: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.labels) != self.images.shape[0] or self.labels.shape[1:] != (len(self.label_names),):
+            raise DataError(
+                f"hospital '{self.name}': {self.images.shape[0]} images, labels of shape {self.labels.shape} "
+                f"and {len(self.label_names)} label names do not fit together: import the shard again"
+            )
+
+    def __len__(self) -> int:
+        return int(self.images.shape[0])
+
+    @property
+    def channels(self) -> int:
+        return int(self.images.shape[1])
+
+    @property
+    def resolution(self) -> int:
+        return int(self.images.shape[2])
+
+    @property
+    def label_dim(self) -> int:
+        return len(self.label_names)
+
+    def batch(self, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, C, H, W) uint8 and labels (B, K) float32 of the rows `index`."""
+        images = np.ascontiguousarray(self.images[index])
+        return torch.from_numpy(images), torch.from_numpy(self.labels[index].astype(np.float32))
+
+    def take(self, rows: np.ndarray, name: str | None = None) -> ImageDataset:
+        """The dataset of some rows, without copying images."""
+        return ImageDataset(
+            name=name or self.name,
+            images=Rows(self.images, np.asarray(rows)),
+            labels=self.labels[rows],
+            label_names=self.label_names,
+            exclusive=self.exclusive,
+            patients=self.patients[rows] if len(self.patients) else self.patients,
+            institutions=self.institutions[rows] if len(self.institutions) else self.institutions,
+            content_hash=self.content_hash,
+        )
+
+
+def pool(datasets: Sequence[ImageDataset], name: str = "pooled") -> ImageDataset:
+    """All images of several hospitals as one dataset. Raises `DataError` when their labels or sizes differ."""
+    first = datasets[0]
+    for other in datasets[1:]:
+        if other.label_names != first.label_names or other.images.shape[1:] != first.images.shape[1:]:
+            raise DataError(
+                f"hospitals '{first.name}' and '{other.name}' differ in labels or image size: "
+                "import both with the same label names, channels and resolution"
+            )
+    if len(datasets) == 1:
+        return first
+    return ImageDataset(
+        name=name,
+        images=Stacked([dataset.images for dataset in datasets]),
+        labels=np.concatenate([dataset.labels for dataset in datasets]),
+        label_names=first.label_names,
+        exclusive=all(dataset.exclusive for dataset in datasets),
+        patients=np.concatenate([dataset.patients for dataset in datasets]),
+        institutions=np.concatenate([dataset.institutions for dataset in datasets]),
+        content_hash="+".join(dataset.content_hash for dataset in datasets),
+    )

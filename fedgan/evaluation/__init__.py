@@ -1,0 +1,1 @@
+"""Features, fidelity and utility: numbers in, numbers out."""

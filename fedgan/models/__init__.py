@@ -1,0 +1,1 @@
+"""Generator, discriminator and classifiers: nn.Modules only."""

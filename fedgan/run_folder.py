@@ -1,0 +1,116 @@
+"""The run folder: one place that knows which file of a run lies where.
+
+    config.toml               the resolved scenario
+    environment.json          versions, machine, experiment id, licences
+    hospitals.json            name, counts for each split and class, content hash, of each hospital
+    partition.json            rows for each hospital, when one pool was dealt
+    metrics.jsonl             one line a round
+    checkpoints/round-N.*     aggregated model (.safetensors + .json)
+    samples/*.png             real.png, round-N.png, final.png
+    evaluation.json           the central evaluator's numbers
+    report.html               the page
+    hospitals/NAME/           what stays in the hospital: its Trainer's state for each round
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedgan import files
+from fedgan.config import Settings, from_dict, to_dict
+from fedgan.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run. Makes no file by itself."""
+
+    path: Path
+
+    @staticmethod
+    def at(path: str | Path) -> RunFolder:
+        """The run folder at `path`, absolute; it need not exist yet."""
+        return RunFolder(Path(path).expanduser().resolve())
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def hospitals(self) -> Path:
+        return self.path / "hospitals.json"
+
+    @property
+    def partition(self) -> Path:
+        return self.path / "partition.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def checkpoint(self, round_number: int) -> Path:
+        """The `.safetensors` of one round; its meaning stands in the `.json` beside it."""
+        return self.checkpoints / f"round-{round_number:05d}.safetensors"
+
+    def hospital_state(self, name: str) -> Path:
+        """Folder that stands for the hospital's own disk in a simulation."""
+        return self.path / "hospitals" / name
+
+    def last_round(self) -> int | None:
+        """Number of the newest round whose checkpoint is complete, or None."""
+        rounds = [
+            int(found.group(1))
+            for file in self.checkpoints.glob("round-*.safetensors")
+            if (found := re.fullmatch(r"round-(\d+)", file.stem)) and file.with_suffix(".json").is_file()
+        ]
+        return max(rounds, default=None)
+
+    def write_settings(self, settings: Settings) -> None:
+        """Write `config.toml`, the resolved scenario."""
+        files.write_text(self.config, tomli_w.dumps(to_dict(settings)))
+
+    def settings(self) -> Settings:
+        """Read `config.toml`. Raises `ConfigError` when this is no run folder."""
+        if not self.config.is_file():
+            raise ConfigError(f"{self.path} is no run folder: it has no config.toml (give the folder that `fedgan simulate` wrote)")
+        try:
+            tree = tomllib.loads(self.config.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{self.config} is damaged: {error}") from None
+        return from_dict(tree, source=str(self.config))
+
+    def read_json(self, path: Path) -> Any:
+        """Read one of the run's JSON files, or None where it is not there yet."""
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None

@@ -1,0 +1,1 @@
+"""Losses, ADA, EMA and the one Trainer."""

@@ -1,0 +1,1 @@
+"""The Flower ServerApp: strategy glue and the central evaluator."""

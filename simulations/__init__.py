@@ -1,0 +1,1 @@
+"""Scenarios as TOML, and the code that runs them on one machine."""
