@@ -1,0 +1,32 @@
+"""Options and fixtures that all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+VECTORS = "stylegan2_vectors.npz"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--reference",
+        metavar="PATH",
+        default=None,
+        help=f"folder that holds {VECTORS}: recorded numbers of a StyleGAN2-ADA; tests that compare with them skip without it",
+    )
+
+
+@pytest.fixture(scope="session")
+def reference_vectors(pytestconfig: pytest.Config) -> dict[str, np.ndarray]:
+    """All arrays of the recorded StyleGAN2-ADA by key (`param/…`, `in/…`, `out/…`, `ada/…`); skips where there are none."""
+    folder = pytestconfig.getoption("--reference")
+    if folder is None:
+        pytest.skip(f"no recorded numbers: give the folder of {VECTORS} with --reference PATH")
+    path = Path(folder) / VECTORS
+    if not path.is_file():
+        pytest.skip(f"no {VECTORS} in the folder of --reference")
+    with np.load(path, allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in arrays.files}
