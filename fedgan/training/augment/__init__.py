@@ -1,0 +1,5 @@
+"""Differentiable, probabilistic image augmentation for GAN training (arXiv 2006.06676, appendix B)."""
+
+from fedgan.training.augment.pipe import PIPES, AugmentPipe
+
+__all__ = ["PIPES", "AugmentPipe"]

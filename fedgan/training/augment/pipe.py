@@ -1,0 +1,196 @@
+"""The augmentation pipe: draws the random quantities of each image and executes them (arXiv 2006.06676, appendix B)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from fedgan.errors import ConfigError
+from fedgan.training.augment.color import color_map, recolor
+from fedgan.training.augment.corruptions import band_gains, cut_out, filtered, noisy
+from fedgan.training.augment.geometry import inverse_map, warp
+
+Quantities = dict[str, torch.Tensor]
+
+BLIT = ("xflip", "rotate90", "xint")
+GEOM = ("scale", "rotate", "aniso", "rotate_after", "xfrac")
+COLOR = ("brightness", "contrast", "lumaflip", "hue", "saturation")
+FILTER, NOISE, CUTOUT = ("filter",), ("noise",), ("cutout",)
+PIPES: dict[str, tuple[str, ...]] = {
+    "blit": BLIT,
+    "geom": GEOM,
+    "color": COLOR,
+    "filter": FILTER,
+    "noise": NOISE,
+    "cutout": CUTOUT,
+    "b": BLIT,
+    "bg": BLIT + GEOM,
+    "bgc": BLIT + GEOM + COLOR,
+    "bgcf": BLIT + GEOM + COLOR + FILTER,
+    "bgcfn": BLIT + GEOM + COLOR + FILTER + NOISE,
+    "bgcfnc": BLIT + GEOM + COLOR + FILTER + NOISE + CUTOUT,
+}
+
+# How many numbers a transform has for each image, and the value at which it does nothing. Cut-out is (active, x, y).
+WIDTH = {"xint": 2, "xfrac": 2, "filter": 4, "cutout": 3}
+NEUTRAL = {"scale": 1.0, "aniso": 1.0, "contrast": 1.0, "saturation": 1.0, "filter": 1.0}
+
+# Strengths of the paper: shares of the image size, log2 of factors, standard deviations in image values.
+INTEGER_SHIFT = 0.125
+FRACTIONAL_SHIFT = 0.125
+SCALE_LOG2 = 0.2
+BRIGHTNESS = 0.2
+CONTRAST_LOG2 = 0.5
+SATURATION_LOG2 = 1.0
+BAND_LOG2 = 1.0
+NOISE_SIGMA = 0.1
+
+
+class AugmentPipe(nn.Module):
+    """A named pipe of the paper: `blit geom color filter noise cutout`, or `b bg bgc bgcf bgcfn bgcfnc`.
+
+    It has no parameters and no buffers. Raises `ConfigError` for an unknown name.
+    """
+
+    def __init__(self, pipe: str) -> None:
+        super().__init__()
+        if pipe not in PIPES:
+            raise ConfigError(f"augment.pipe = '{pipe}' must be one of {', '.join(PIPES)}")
+        self.pipe = pipe
+        self.transforms = PIPES[pipe]
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        p: float,
+        generator: torch.Generator | None = None,
+        values: dict[str, float | torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Augmented images, differentiable with respect to `images`; same shape, dtype and device.
+
+        `images` (B, C, H, W), values in about [-1, 1]; computed in float32 (float64 where the images are), also under
+        autocast. `p` in [0, 1] is the probability of each transform. `generator` is a CPU generator (None: torch's own).
+
+        At p = 0 the very same tensor comes back and nothing is drawn. At any p > 0 the number of draws depends on the
+        pipe and the shape alone, never on p.
+
+        `values` fixes quantities in place of drawing (nothing is drawn, p plays no part, all not named stay neutral):
+        numbers for all images, or tensors with one entry or row an image. `xflip lumaflip` 0 or 1, `rotate90` quarter
+        turns counter-clockwise, `xint xfrac` shift of both axes as share of the size (positive: to the right and down),
+        `scale aniso contrast saturation` factors, `rotate rotate_after hue` radians, `brightness` added, `filter`
+        amplification of the 4 bands, `noise` standard deviation, `cutout` (active, x, y) with the centre in [0, 1].
+
+        Raises `ConfigError` for p outside [0, 1], an unknown quantity, or channels that the colour transforms lack.
+        """
+        if images.ndim != 4 or min(images.shape[2:]) < 2:
+            raise ConfigError(
+                f"augmentation takes images of shape (B, C, H, W) with sides of 2 or more, not {tuple(images.shape)}"
+            )
+        if not 0.0 <= p <= 1.0:
+            raise ConfigError(f"augmentation probability p = {p} must be from 0 to 1")
+        if values is None and p == 0.0:
+            return images
+        drawn = self.draw(images.shape[0], p, generator) if values is None else self._fixed(values, images.shape[0])
+        with torch.autocast(images.device.type, enabled=False):
+            work = images if images.dtype == torch.float64 else images.float()
+            return self.apply_quantities(work, drawn, generator).to(images.dtype)
+
+    def draw(self, batch: int, p: float, generator: torch.Generator | None = None) -> Quantities:
+        """Quantities of `batch` images: each transform of the pipe takes part with probability `p`, else is neutral.
+
+        Rotations before and after the anisotropic scaling take part with 1 - sqrt(1 - p) each, so that some rotation
+        does with probability p. Values float64 on the CPU, (B,) or (B, width).
+        """
+        widths = [WIDTH.get(name, 1) for name in self.transforms]
+        total = sum(widths)
+        uniform = torch.rand(2, total, batch, dtype=torch.float64, generator=generator)
+        normal = torch.randn(total, batch, dtype=torch.float64, generator=generator)
+        p_rotate = 1 - math.sqrt(1 - p)
+        drawn: Quantities = {}
+        start = 0
+        for name, width in zip(self.transforms, widths, strict=True):
+            part = slice(start, start + width)
+            start += width
+            gate = uniform[0, part] < (p_rotate if name in ("rotate", "rotate_after") else p)
+            if name != "filter":
+                gate = gate[:1]  # one decision an image; each band of the filter has its own
+            value = _sample(name, uniform[1, part], normal[part])
+            value = torch.where(gate, value, NEUTRAL.get(name, 0.0))
+            drawn[name] = value.T.contiguous() if name in WIDTH else value[0]
+        return drawn
+
+    def apply_quantities(
+        self, images: torch.Tensor, values: Quantities, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Execute `values` (as `draw` gives) on `images` (B, C, H, W), float32 or float64. The noise image of the `noise`
+        transform comes from `generator`."""
+        batch, channels, height, width = images.shape
+        if any(name in values for name in BLIT + GEOM):
+            images = _warp_touched(images, inverse_map(values, batch, height, width))
+        if any(name in values for name in COLOR):
+            images = recolor(images, color_map(values, batch))
+        if "filter" in values:
+            images = filtered(images, band_gains(values["filter"]))
+        if "noise" in values:
+            noise = torch.randn(batch, channels, height, width, generator=generator)
+            images = noisy(images, values["noise"], noise)
+        if "cutout" in values:
+            images = cut_out(images, values["cutout"][:, 0], values["cutout"][:, 1:])
+        return images
+
+    def _fixed(self, values: dict[str, float | torch.Tensor], batch: int) -> Quantities:
+        """`values` as `draw` would give them."""
+        fixed: Quantities = {}
+        for name, value in values.items():
+            if name not in self.transforms:
+                raise ConfigError(f"the pipe '{self.pipe}' has no quantity '{name}'; it has {', '.join(self.transforms)}")
+            tensor = torch.as_tensor(value, dtype=torch.float64).cpu()
+            if name in WIDTH and tensor.ndim == 1 and len(tensor) != WIDTH[name]:
+                tensor = tensor[:, None]  # one number an image, the same for both axes
+            shape = (batch, WIDTH[name]) if name in WIDTH else (batch,)
+            fixed[name] = tensor.expand(shape)
+        return fixed
+
+
+def _sample(name: str, uniform: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
+    """Strength of one transform that takes part, from numbers uniform in [0, 1) and standard normal ones."""
+    match name:
+        case "xflip" | "lumaflip":
+            return torch.floor(uniform * 2)
+        case "rotate90":
+            return torch.floor(uniform * 4)
+        case "xint":
+            return (uniform * 2 - 1) * INTEGER_SHIFT
+        case "scale" | "aniso":
+            return torch.exp2(normal * SCALE_LOG2)
+        case "rotate" | "rotate_after" | "hue":
+            return (uniform * 2 - 1) * math.pi
+        case "xfrac":
+            return normal * FRACTIONAL_SHIFT
+        case "brightness":
+            return normal * BRIGHTNESS
+        case "contrast":
+            return torch.exp2(normal * CONTRAST_LOG2)
+        case "saturation":
+            return torch.exp2(normal * SATURATION_LOG2)
+        case "filter":
+            return torch.exp2(normal * BAND_LOG2)
+        case "noise":
+            return normal.abs() * NOISE_SIGMA
+        case "cutout":
+            return torch.cat([torch.ones_like(uniform[:1]), uniform[1:]])
+    raise AssertionError(name)
+
+
+def _warp_touched(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """`warp` for the images whose map is not the identity; the others stay bit for bit."""
+    identity = torch.eye(2, 3, dtype=torch.float64)
+    touched = (inverse != identity).flatten(1).any(dim=1).nonzero()[:, 0]
+    if len(touched) == 0:
+        return images
+    if len(touched) == len(images):
+        return warp(images, inverse)
+    rows = touched.to(images.device, non_blocking=True)
+    return images.index_copy(0, rows, warp(images[rows], inverse[touched]))

@@ -1,0 +1,98 @@
+"""Orthogonal wavelet filters, as dense matrices over one image axis with reflecting borders folded in.
+
+Image axes here are short (16 to 1024, mostly 32 or 64 pixels), so a dense matrix product with the border rule inside it
+is faster than padding and a strided convolution, and it has no edge cases.
+
+Conventions: pixel k of an axis of n pixels stands at k; beyond the border the axis is mirrored about its first and last
+pixel, again and again, so it repeats after 2 (n - 1) pixels. Filter taps h are orthonormal: sum h = sqrt(2), sum h^2 = 1.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+# Least asymmetric Daubechies wavelets with 6 and 2 vanishing moments, low-pass, orthonormal.
+SYM6 = (
+    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
+    0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
+    -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
+)  # fmt: skip
+CENTRE_TAP = 5  # the tap nearest to the centre of mass of sym6 (5.1): where the pixel itself stands
+SYM2 = (-0.12940952255092145, 0.22414386804185735, 0.836516303737469, 0.48296291314469025)
+
+
+def mirrored(index: np.ndarray, n: int) -> np.ndarray:
+    """Pixel in [0, n) that stands at any integer `index` of the endlessly mirrored axis."""
+    period = max(2 * (n - 1), 1)
+    folded = np.mod(index, period)
+    return np.minimum(folded, period - folded) if n > 1 else np.zeros_like(folded)
+
+
+def upsampling_matrix(n: int) -> np.ndarray:
+    """(4 (n - 1) + 1, n): one period, and one sample to close it, of the axis at twice the resolution by sym6.
+
+    Row u stands at pixel (u - CENTRE_TAP) / 2. The gain is such that a constant stays itself.
+    """
+    rows = 4 * (n - 1) + 1
+    matrix = np.zeros((rows, n))
+    for row in range(rows):
+        for tap, weight in enumerate(SYM6):
+            if (row - tap) % 2 == 0:
+                matrix[row, mirrored(np.array((row - tap) // 2), n)] += np.sqrt(2) * weight
+    return matrix
+
+
+def downsampling_matrix(n: int) -> np.ndarray:
+    """(n, 2 n + 10): back from twice the resolution; column u stands at pixel
+    (u - CENTRE_TAP) / 2. Undoes the upsampling."""
+    matrix = np.zeros((n, 2 * n + len(SYM6) - 2))
+    for row in range(n):
+        matrix[row, 2 * row : 2 * row + len(SYM6)] = np.array(SYM6) / np.sqrt(2)
+    return matrix
+
+
+def band_filters() -> list[np.ndarray]:
+    """Zero-phase filters (odd lengths, centred) of the bands [0, pi/8], [pi/8, pi/4], [pi/4, pi/2], [pi/2, pi]; they add up to 1.
+
+    P0(z) = H(z) H(1/z) / 2 and P1(z) = P0(-z) share the axis between a lower and an upper half, P0 + P1 = 1; the lower
+    half is shared again at P0(z^2), and so on (appendix B.3 of the paper).
+    """
+    taps = np.array(SYM2)
+    low = np.convolve(taps, taps[::-1]) / 2
+    high = low * np.array([-1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+    bands: list[np.ndarray] = []
+    below = np.ones(1)
+    for level in range(3):
+        bands.insert(0, np.convolve(below, _dilated(high, 2**level)))
+        below = np.convolve(below, _dilated(low, 2**level))
+    return [below, *bands]
+
+
+def band_matrices(n: int) -> np.ndarray:
+    """(4, n, n): each band filter over an axis of n pixels with mirrored borders."""
+    matrices = np.zeros((4, n, n))
+    for matrix, taps in zip(matrices, band_filters(), strict=True):
+        reach = len(taps) // 2
+        for row in range(n):
+            np.add.at(matrix[row], mirrored(np.arange(row - reach, row + reach + 1), n), taps)
+    return matrices
+
+
+def _dilated(taps: np.ndarray, step: int) -> np.ndarray:
+    """`taps` with step - 1 zeros between two neighbours: H(z^step)."""
+    wide = np.zeros((len(taps) - 1) * step + 1)
+    wide[::step] = taps
+    return wide
+
+
+_BUILDERS = {"up": upsampling_matrix, "down": downsampling_matrix, "bands": band_matrices}
+
+
+@functools.lru_cache(maxsize=64)
+def axis_matrix(kind: str, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`up`, `down` or `bands` for an axis of n pixels as a tensor, made once for each size, dtype and device."""
+    with torch.inference_mode(False):  # a cached tensor may be saved for a backward pass later
+        return torch.from_numpy(_BUILDERS[kind](n)).to(device=device, dtype=dtype)
