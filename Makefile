@@ -1,0 +1,48 @@
+# make demo   sets up, runs the main job, says where the page is
+# make test   sets up, runs every test            (make test PYTEST_ARGS="-k config")
+# make check  lint, types, import arrows, fast tests
+# make bench  speed and memory of this machine
+# make clean  removes .venv and caches; runs/ stays
+
+PYTHON3 ?= python3
+VENV    := .venv
+PYTHON  := $(VENV)/bin/python
+STAMP   := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint bench clean
+
+help:
+	@sed -n 's/^# \(make\)/\1/p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "fedgan needs Python 3.11 or newer, and $(PYTHON3) is not: make PYTHON3=/path/to/python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c '' 2>/dev/null || $(PYTHON3) -m venv --clear $(VENV)
+	@echo "installing fedgan and what it needs into $(VENV) (a few minutes the first time) ..."
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	@$(VENV)/bin/fedgan demo
+
+test: setup
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+check: lint
+	$(PYTHON) -m pytest -m "not slow" -q $(PYTEST_ARGS)
+
+bench: setup
+	$(PYTHON) -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

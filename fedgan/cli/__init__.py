@@ -1,0 +1,98 @@
+"""The command line: verbs, one file a group, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import click
+import typer
+
+import fedgan
+from fedgan.cli import console, doctor, outputs, runs
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 unexpected failure; 2 scenario, key or usage; 3 data; 4 checkpoint; 5 federation; "
+    "6 disk; 7 machine (package, port, device); 130 stopped."
+)
+
+app = typer.Typer(
+    name="fedgan",
+    help="Hospitals train one StyleGAN2-ADA together; no image leaves a hospital.",
+    epilog=f"Example: fedgan demo\n\n{EXIT_CODES}",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(epilog="Example: fedgan demo --output runs/demo")(runs.demo)
+app.command(
+    epilog="Example: fedgan simulate simulations/three_hospitals.toml --set training.kimg=10 --output runs/short",
+)(runs.simulate)
+app.command(epilog="Example: fedgan resume runs/short")(runs.resume)
+app.command(epilog="Example: fedgan settings | grep federation")(runs.settings)
+app.command(
+    epilog="Example: fedgan generate runs/demo --images 70 --output synthetic\n\n"
+    "Example: fedgan generate runs/demo --images 20 --label melanoma --psi 0.8 --output melanomas",
+)(outputs.generate)
+app.command(epilog="Example: fedgan evaluate runs/demo")(outputs.evaluate)
+app.command(epilog="Example: fedgan report runs/demo")(outputs.report)
+try:
+    from fedgan.cli import data
+
+    app.add_typer(data.app, name="data")
+except ImportError:
+    pass
+app.command(epilog="Example: fedgan doctor simulations/chest_three_hospitals.toml")(doctor.doctor)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedgan {fedgan.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="On an error print the traceback too; allowed anywhere on the line.")
+    ] = False,
+) -> None:
+    """Options before the verb. `main` looks for --debug itself, so that it may stand anywhere."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; no exception leaves this function."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug, as_json = "--debug" in words, "--json" in words
+    words = [word for word in words if word != "--debug"]
+    command = typer.main.get_command(app)
+    try:  # not command.main(), which would swallow Ctrl-C and print errors in its own ways
+        with command.make_context("fedgan", words or ["--help"]) as context:
+            command.invoke(context)
+    except click.exceptions.Exit as ending:
+        return ending.exit_code
+    except click.UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # `fedgan data` alone; click < 8.2 has no such class
+            typer.echo(error.format_message())
+            return 0
+        console.report_failure(_usage_text(error), "UsageError", 2, as_json)
+        return 2
+    except BrokenPipeError:  # `fedgan settings | head`
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - so that the flush at exit is quiet
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        return console.fail(error, as_json, debug)
+    return 0
+
+
+def _usage_text(error: click.UsageError) -> str:
+    verb = error.ctx.command_path if error.ctx else "fedgan"
+    message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", error.format_message())  # typer and click both suggest
+    return f"{message} (see {verb} --help)"

@@ -1,0 +1,115 @@
+"""What every verb shares: where results, progress and errors go.
+
+Results go to stdout, progress and errors to stderr, so that `fedgan … --json | jq` always works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedgan import files
+from fedgan.errors import FedganError, MachineError, StorageError
+
+if TYPE_CHECKING:
+    from fedgan.run_folder import RunFolder
+
+INTERRUPTED = 130
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while a run was under way; says how to go on."""
+
+
+def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """Print the result of a verb on stdout: `text` for people, or one JSON object for programs."""
+    typer.echo(json.dumps(result, allow_nan=False) if as_json else text)
+
+
+def note(text: str) -> None:
+    """Print a line for people on stderr."""
+    typer.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """Send what libraries print to stderr, so that stdout holds results alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def stoppable(run: RunFolder) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM during a run into `Interrupted`, which says how to go on."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        begun = run.config.is_file()
+        raise Interrupted(
+            f"stopped; continue with: fedgan resume {shown(run.path)}" if begun else "stopped before the run began"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def shown(path: Path) -> str:
+    """A path as a person would type it: relative where it lies below the working directory."""
+    with contextlib.suppress(ValueError, OSError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+def describe_failure(error: BaseException, debug: bool) -> tuple[str, str, int]:
+    """Message, kind and exit code of an exception that ended a verb."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        error = files.storage_error(Path(str(error.filename or "the output")), error)
+    if isinstance(error, ModuleNotFoundError):
+        error = MachineError(f"the package '{error.name}' is missing: pip install -e . in the repository (see fedgan doctor)")
+    if isinstance(error, FedganError):
+        return str(error), type(error).__name__, error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "stopped", "Interrupted", INTERRUPTED
+    if isinstance(error, MemoryError):
+        return "out of memory: lower training.batch_size, data.resolution or federation.hospitals", "MemoryError", 1
+    advice = "" if debug else " (run again with --debug for the traceback)"
+    first_line = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"unexpected {type(error).__name__}: {first_line}{advice}", type(error).__name__, 1
+
+
+def fail(error: BaseException, as_json: bool, debug: bool) -> int:
+    """Report an exception on stderr and return the exit code that belongs to it."""
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    message, kind, exit_code = describe_failure(error, debug)
+    report_failure(message, kind, exit_code, as_json)
+    return exit_code
+
+
+def report_failure(message: str, kind: str, exit_code: int, as_json: bool) -> None:
+    """Write one error to stderr, as a line or as a JSON object."""
+    note(json.dumps({"error": message, "kind": kind, "exit_code": exit_code}) if as_json else f"fedgan: {message}")
+
+
+def refuse_existing(output: Path, what: str) -> None:
+    """Raise `StorageError` unless `output` is absent or an empty folder."""
+    if output.is_dir():
+        if any(output.iterdir()):
+            raise StorageError(f"{shown(output)} is not empty: choose another place for {what} with --output, or remove it")
+    elif output.exists():
+        raise StorageError(f"{shown(output)} is a file: choose a folder for {what} with --output")

@@ -1,0 +1,258 @@
+"""`fedgan generate`, `evaluate`, `report`: what comes out of a run folder that is there already."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedgan import files
+from fedgan.cli import console, labels
+from fedgan.cli.runs import checkpoint_of, headline, headline_text
+from fedgan.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fedgan.run_folder import RunFolder
+
+CHUNK = 1024  # images in memory at once
+
+
+class Format(StrEnum):
+    """What `generate` writes."""
+
+    PNG = "png"
+    SHARD = "shard"
+
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that fedgan simulate wrote.")]
+
+
+def generate(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder (its newest round) or a .safetensors file.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; must be absent or empty.")],
+    images: Annotated[int, typer.Option("--images", "-n", min=1, help="Number of images in all.")],
+    label: Annotated[list[str] | None, typer.Option("--label", help="Class to draw; may be repeated, shared out evenly.")] = None,
+    vector: Annotated[
+        list[str] | None, typer.Option("--vector", metavar="1,0,1", help="Label vector to draw; may be repeated.")
+    ] = None,
+    labels_from: Annotated[
+        str | None,
+        typer.Option(
+            "--labels-from", metavar="mix|SHARD", help="Labels as in the run's training images (mix), or of a shard's images."
+        ),
+    ] = None,
+    psi: Annotated[
+        float, typer.Option("--psi", min=0.0, max=1.0, help="Truncation: 1 none, smaller is more typical, less varied.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the latents; the same seed gives the same images.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images that are drawn at once.")] = 64,
+    form: Annotated[Format, typer.Option("--format", help="PNG files with labels.csv, or one shard.")] = Format.PNG,
+    as_json: console.Json = False,
+) -> None:
+    """Draw synthetic images, by class or by label vector.
+
+    Without --label, --vector or --labels-from each class is drawn equally often; a model whose labels may
+    occur together (chest findings) follows the run's training images.
+    """
+    if sum(choice is not None for choice in (label or None, vector or None, labels_from)) > 1:
+        raise ConfigError("--label, --vector and --labels-from exclude each other: give one of them")
+    console.refuse_existing(output, "the images")
+    checkpoint = checkpoint_of(source)
+    from fedgan.training.checkpoint import load_generator
+
+    generator, meta = load_generator(checkpoint)
+    wanted = _labels(meta, checkpoint, images, label or [], vector or [], labels_from, seed)
+    with _folder(output) as folder:
+        write = _write_shard if form is Format.SHARD else _write_pngs
+        write(folder, generator, meta, wanted, psi=psi, seed=seed, batch=batch)
+    counts = {name: int(wanted[:, column].sum()) for column, name in enumerate(meta["label_names"])}
+    result = {
+        "output": str(output.resolve()),
+        "checkpoint": str(checkpoint),
+        "images": images,
+        "counts": counts,
+        "seed": seed,
+        "psi": psi,
+    }
+    mix = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    console.emit(result, as_json, f"{images} synthetic images in {console.shown(output)}{f' ({mix})' if mix else ''}")
+
+
+def evaluate(run_path: Run, as_json: console.Json = False) -> None:
+    """Evaluate the newest round again.
+
+    Rewrites evaluation.json and the page.
+    """
+    from fedgan.report.page import write_report
+    from fedgan.run_folder import RunFolder
+
+    run = RunFolder.at(run_path)
+    checkpoint_of(run.path)
+    with console.stdout_for_results():
+        _evaluate(run)
+        write_report(run)
+    numbers = headline(run)
+    console.emit(numbers, as_json, headline_text(numbers))
+
+
+def report(run_path: Run, as_json: console.Json = False) -> None:
+    """Rewrite the page from the files of a run.
+
+    Trains and measures nothing.
+    """
+    from fedgan.report.page import write_report
+    from fedgan.run_folder import RunFolder
+
+    run = RunFolder.at(run_path)
+    run.settings()
+    page = write_report(run)
+    console.emit({"run": str(run.path), "report": str(page)}, as_json, f"report      {console.shown(page)}")
+
+
+def _evaluate(run: RunFolder) -> None:
+    raise NotImplementedError
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+def _labels(
+    meta: dict[str, Any], checkpoint: Path, images: int, named: list[str], vectors: list[str], labels_from: str | None, seed: int
+) -> np.ndarray:
+    """Label vectors (images, K) uint8, from whichever option the user gave."""
+    import numpy as np
+
+    names, exclusive = tuple(meta["label_names"]), bool(meta["exclusive"])
+    if named:
+        return labels.spread_evenly(labels.named_vectors(named, names), images)
+    if vectors:
+        return labels.spread_evenly(labels.parsed_vectors(vectors, names, exclusive), images)
+    if not names:
+        return np.zeros((images, 0), np.uint8)
+    if labels_from is None and exclusive:
+        return labels.spread_evenly(np.eye(len(names), dtype=np.uint8), images)
+    if labels_from in (None, "mix"):
+        return _training_mix(checkpoint, names, exclusive, images, seed)
+    from fedgan.data.shard import Shard
+
+    shard = Shard.open(str(labels_from))
+    if tuple(shard.card.label_names) != names:
+        raise DataError(
+            f"{labels_from} has the labels {', '.join(shard.card.label_names)}, the model {', '.join(names)}: give another shard"
+        )
+    return labels.from_rows(np.asarray(shard.labels), images, seed)
+
+
+def _training_mix(checkpoint: Path, names: tuple[str, ...], exclusive: bool, images: int, seed: int) -> np.ndarray:
+    """Labels in the proportions of the run's training images.
+
+    One class an image: the counts of hospitals.json are enough. Several at once: only the label vectors
+    tell which go together, so the shards of the run must be there.
+    """
+    import numpy as np
+
+    from fedgan.run_folder import RunFolder
+
+    run = RunFolder.at(checkpoint.parent.parent)
+    if exclusive:
+        counts = dict.fromkeys(names, 0)
+        for hospital in run.read_json(run.hospitals) or []:
+            for name in names:
+                counts[name] += hospital["counts"]["train"].get(name, 0)
+        return labels.from_counts(counts, names, images)
+    from fedgan.data.federation import open_hospitals
+
+    hospitals = open_hospitals(run.settings())
+    return labels.from_rows(np.concatenate([hospital.train.labels for hospital in hospitals]), images, seed)
+
+
+def _chunks(generator: Any, wanted: np.ndarray, psi: float, seed: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Images (n, C, H, W) uint8 with the number of the first, a chunk at a time; each chunk has its own seed."""
+    import numpy as np
+    import torch
+
+    from fedgan.evaluation.sampling import generate_images
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for start in range(0, len(wanted), CHUNK):
+        chunk_seed = int(np.random.SeedSequence([seed, start]).generate_state(1)[0])
+        part = torch.from_numpy(wanted[start : start + CHUNK]).float()
+        yield start, np.asarray(generate_images(generator, part, seed=chunk_seed, psi=psi, batch=batch, device=device))
+
+
+def _write_pngs(
+    folder: Path, generator: Any, meta: dict[str, Any], wanted: np.ndarray, psi: float, seed: int, batch: int
+) -> None:
+    """One PNG an image and labels.csv: file, a column a label, seed, index."""
+    from PIL import Image, PngImagePlugin
+
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["file", *meta["label_names"], "seed", "index"])
+    digits = max(5, len(str(len(wanted) - 1)))
+    for start, images in _chunks(generator, wanted, psi, seed, batch):
+        for index, image in enumerate(images, start):
+            text = PngImagePlugin.PngInfo()
+            text.add_text("synthetic", "true")
+            text.add_text("Description", "Synthetic image drawn by a generative model; it shows no patient.")
+            text.add_text("Software", "fedgan")
+            picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
+            name = f"{index:0{digits}d}.png"
+            picture.save(folder / name, pnginfo=text)
+            rows.writerow([name, *wanted[index].tolist(), seed, index])
+    files.write_text(folder / "labels.csv", table.getvalue())
+
+
+def _write_shard(
+    folder: Path, generator: Any, meta: dict[str, Any], wanted: np.ndarray, psi: float, seed: int, batch: int
+) -> None:
+    """A shard whose images are all in the training split; each image is its own patient, because it shows none."""
+    from fedgan.data.shard import write_shard
+
+    folder.rmdir()  # write_shard makes its folder whole or not at all
+    count = len(wanted)
+    write_shard(
+        folder,
+        (images for _, images in _chunks(generator, wanted, psi, seed, batch)),
+        wanted,
+        patients=[f"synthetic-{index}" for index in range(count)],
+        splits=["train"] * count,
+        institutions=["synthetic"] * count,
+        label_names=meta["label_names"],
+        exclusive=meta["exclusive"],
+        name="synthetic",
+        source=f"fedgan generate, round {meta['round']}, seed {seed}, psi {psi:g}",
+        notes=["synthetic: drawn by a generative model, shows no patient"],
+    )
+
+
+@contextmanager
+def _folder(output: Path) -> Iterator[Path]:
+    """A hidden folder beside `output` that takes its place at the end; on any failure nothing is left."""
+    output = output.resolve()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=".part"))
+    except OSError as error:
+        raise files.storage_error(output, error) from error
+    try:
+        yield folder
+        os.chmod(folder, 0o755)
+        os.replace(folder, output)
+    except OSError as error:
+        raise files.storage_error(output, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,204 @@
+"""`fedgan demo`, `simulate`, `resume`, `settings`: from a scenario to a run folder with its page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedgan.cli import console
+from fedgan.config import Settings, describe, load_scenario
+from fedgan.errors import CheckpointError, ConfigError, MachineError
+
+if TYPE_CHECKING:
+    from fedgan.run_folder import RunFolder
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the scenario; may be repeated. All keys: fedgan settings."),
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="RUN", help="Run folder to write. [default: runs/NAME]")]
+
+
+def demo(output: Output = None, overrides: Overrides = None, as_json: console.Json = False) -> None:
+    """Run three hospitals on drawn skin lesions and write the page.
+
+    Takes minutes on two cores and downloads nothing.
+    """
+    from fedgan.run_folder import RunFolder
+
+    runner = _runner()
+    settings = load_scenario(_shipped("three_hospitals"), overrides or [])
+    place = output or _free(Path("runs/demo"))
+    if output is None and place.name != "demo":
+        console.note(f"runs/demo is there already: this run goes to {place}")
+    run = RunFolder.at(place)
+    _begin(runner, settings, run, as_json)
+    if not as_json:
+        typer.echo(f"\nThe page: {run.report}\nOpen it in a browser: {run.report.as_uri()}")
+
+
+def simulate(
+    scenario: Annotated[Path, typer.Argument(metavar="SCENARIO.toml", help="The study, e.g. simulations/three_hospitals.toml.")],
+    overrides: Overrides = None,
+    output: Output = None,
+    as_json: console.Json = False,
+) -> None:
+    """Train a scenario's hospitals together on this machine.
+
+    Ends with the central evaluation and the page.
+    """
+    from fedgan.run_folder import RunFolder
+
+    settings = load_scenario(scenario, overrides or [])
+    run = RunFolder.at(output or Path("runs") / _folder_name(settings.name))
+    _begin(_runner(), settings, run, as_json)
+
+
+def resume(
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that was stopped or killed.")],
+    as_json: console.Json = False,
+) -> None:
+    """Continue a stopped or killed run from its last whole round."""
+    from fedgan.cli.progress import Progress
+    from fedgan.run_folder import RunFolder
+
+    run = RunFolder.at(run_path)
+    settings = run.settings()
+    runner = _runner()
+    with console.stoppable(run), console.stdout_for_results(), Progress(settings, begun=run.last_round() or 0) as progress:
+        runner.resume(run, on_event=progress.on_event)
+    _finish(run, as_json)
+
+
+def settings(as_json: console.Json = False) -> None:
+    """List every key of a scenario with its default and its meaning."""
+    rows = describe()
+    result = {"settings": [{"key": key, "default": _plain(default), "meaning": text} for key, text, default in rows]}
+    width = max(len(key) for key, _, _ in rows)
+    console.emit(result, as_json, "\n".join(f"{key:<{width}}  {text} [{_plain(default)!r}]" for key, text, default in rows))
+
+
+def headline(run: RunFolder) -> dict[str, Any]:
+    """The numbers that a person asks for first, from `evaluation.json`; None where there is no such number."""
+    found = run.read_json(run.evaluation) or {}
+    utility, fidelity = found.get("utility") or {}, found.get("fidelity") or {}
+    real, synthetic = utility.get("real") or {}, utility.get("synthetic") or {}
+    return {
+        "run": str(run.path),
+        "report": str(run.report),
+        "images_seen": found.get("images_seen"),
+        "wall_seconds": found.get("wall_seconds"),
+        "bytes_exchanged": found.get("bytes_exchanged"),
+        "real_macro_auc": real.get("macro_auc"),
+        "real_macro_auc_ci": real.get("macro_auc_ci"),
+        "synthetic_macro_auc": synthetic.get("macro_auc"),
+        "synthetic_macro_auc_ci": synthetic.get("macro_auc_ci"),
+        "frechet": fidelity.get("frechet"),
+        "frechet_floor": fidelity.get("frechet_floor"),
+        "extractor": fidelity.get("extractor"),
+    }
+
+
+def headline_text(numbers: dict[str, Any]) -> str:
+    """`headline` as a few lines for people."""
+    lines = []
+    if numbers["images_seen"] is not None:
+        minutes, mebibytes = numbers["wall_seconds"] / 60, numbers["bytes_exchanged"] / 2**20
+        lines.append(f"trained     {numbers['images_seen'] / 1000:.1f} kimg in {minutes:.1f} min, {mebibytes:.0f} MiB exchanged")
+    for name, title in (("real", "real images"), ("synthetic", "synthetic images only")):
+        if numbers[f"{name}_macro_auc"] is not None:
+            low, high = numbers[f"{name}_macro_auc_ci"] or (None, None)
+            interval = f" (95 % interval {low:.3f} to {high:.3f})" if low is not None and high is not None else ""
+            lines.append(
+                f"macro AUC   {numbers[f'{name}_macro_auc']:.3f}{interval}, classifier trained on {title}, tested on real"
+            )
+    if numbers["frechet"] is not None:
+        floor = (
+            f", {numbers['frechet_floor']:.2f} between halves of the real images" if numbers["frechet_floor"] is not None else ""
+        )
+        lines.append(f"Fréchet     {numbers['frechet']:.2f}{floor} (features: {numbers['extractor']})")
+    return "\n".join([*lines, f"report      {console.shown(Path(numbers['report']))}"])
+
+
+def _begin(runner: ModuleType, settings: Settings, run: RunFolder, as_json: bool) -> None:
+    if run.config.is_file():
+        there = console.shown(run.path)
+        raise ConfigError(f"{there} already holds a run: continue it with fedgan resume {there}, or choose another --output")
+    console.refuse_existing(run.path, "the run")
+    from fedgan.cli.progress import Progress
+
+    console.note(
+        f"{settings.name}: {settings.training.kimg:g} kimg in {settings.federation.rounds} rounds → {console.shown(run.path)}"
+    )
+    with console.stoppable(run), console.stdout_for_results(), Progress(settings) as progress:
+        runner.simulate(settings, run, on_event=progress.on_event)
+    _finish(run, as_json)
+
+
+def _finish(run: RunFolder, as_json: bool) -> None:
+    from fedgan.report.page import write_report
+
+    write_report(run)
+    numbers = headline(run)
+    console.emit(numbers, as_json, headline_text(numbers))
+
+
+def _runner() -> ModuleType:
+    """`simulations.runner`, which only the repository has. Raises `MachineError` in an installed wheel."""
+    try:
+        import simulations.runner
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("simulations", "server", "client"):
+            raise  # flwr or ray is missing: that has its own message
+        raise MachineError(
+            "simulations need the repository, not the installed library alone: clone it, then pip install -e . in it"
+        ) from None
+    return simulations.runner
+
+
+def _shipped(name: str) -> Path:
+    import simulations
+
+    return Path(str(simulations.__file__)).with_name(f"{name}.toml")
+
+
+def _free(place: Path) -> Path:
+    """`place`, or the first of place-2, place-3, … that is not taken."""
+    taken = 1
+    candidate = place
+    while candidate.exists() and (not candidate.is_dir() or any(candidate.iterdir())):
+        taken += 1
+        candidate = place.with_name(f"{place.name}-{taken}")
+    return candidate
+
+
+def _folder_name(name: str) -> str:
+    """A scenario's name as the name of one folder."""
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest of the run folder at `path`.
+
+    Raises `CheckpointError` when there is none, `ConfigError` when `path` is neither.
+    """
+    from fedgan.run_folder import RunFolder
+
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise CheckpointError(f"no checkpoint at {console.shown(path)}: give a .safetensors file or a run folder")
+        return path
+    run = RunFolder.at(path)
+    run.settings()
+    newest = run.last_round()
+    if newest is None:
+        raise CheckpointError(f"{console.shown(run.path)} has no finished round yet: fedgan resume {console.shown(run.path)}")
+    return run.checkpoint(newest)
