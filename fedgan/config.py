@@ -44,7 +44,9 @@ class DataSettings:
         choices=("institution", "iid", "dirichlet", "quantities"),
     )
     alpha: float = meaning(0.5, "Concentration of the Dirichlet label skew; small is more unequal.", low=1e-3)
-    quantities: tuple[int, ...] = meaning((), "Images for each hospital when partition is 'quantities', e.g. [2000, 10000, 20000].")
+    quantities: tuple[int, ...] = meaning(
+        (), "Images for each hospital when partition is 'quantities', e.g. [2000, 10000, 20000]."
+    )
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class AugmentSettings:
 
     mode: str = meaning("ada", "ada: p follows r_t; fixed: p stays; none: no augmentation.", choices=("ada", "fixed", "none"))
     pipe: str = meaning(
-        "bgc", "Transforms: b blit, g geometry, c colour, f filter, n noise, c cut-out.",
+        "bgc",
+        "Transforms: b blit, g geometry, c colour, f filter, n noise, c cut-out.",
         choices=("blit", "geom", "color", "filter", "noise", "cutout", "b", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"),
     )
     p: float = meaning(0.0, "Strength at the start (ada) or throughout (fixed).", low=0.0, high=1.0)
@@ -105,7 +108,9 @@ class FederationSettings:
     local_images: str = meaning(
         "proportional", "Images of a round: by the hospital's size, or the same for each.", choices=("proportional", "equal")
     )
-    threads: int = meaning(1, "CPU threads of one hospital; as many hospitals train at once as the cores hold. 0: all cores.", low=0)
+    threads: int = meaning(
+        1, "CPU threads of one hospital; as many hospitals train at once as the cores hold. 0: all cores.", low=0
+    )
     round_timeout: float = meaning(3600.0, "Seconds after which a round without every answer fails.", low=1.0)
     server_learning_rate: float = meaning(0.01, "Step of the server's optimiser (fedadam, fedyogi).", low=0.0)
     trim: float = meaning(0.2, "Share cut from both ends (fedtrimmedavg).", low=0.0, high=0.5)
@@ -195,7 +200,9 @@ def validate(settings: Settings) -> Settings:
     federation, batch = settings.federation, settings.training.batch_size
     group = settings.model.minibatch_std_group
     if group and batch % min(group, batch):
-        raise ConfigError(f"training.batch_size = {batch} is no multiple of model.minibatch_std_group = {group}: change one of them")
+        raise ConfigError(
+            f"training.batch_size = {batch} is no multiple of model.minibatch_std_group = {group}: change one of them"
+        )
     if settings.data.partition == "quantities" and len(settings.data.quantities) != federation.hospitals:
         raise ConfigError(
             f"data.quantities has {len(settings.data.quantities)} numbers for federation.hospitals = {federation.hospitals}: give one a hospital"

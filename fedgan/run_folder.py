@@ -1,15 +1,15 @@
 """The run folder: one place that knows which file of a run lies where.
 
-    config.toml               the resolved scenario
-    environment.json          versions, machine, experiment id, licences
-    hospitals.json            name, counts for each split and class, content hash, of each hospital
-    partition.json            rows for each hospital, when one pool was dealt
-    metrics.jsonl             one line a round
-    checkpoints/round-N.*     aggregated model (.safetensors + .json)
-    samples/*.png             real.png, round-N.png, final.png
-    evaluation.json           the central evaluator's numbers
-    report.html               the page
-    hospitals/NAME/           what stays in the hospital: its Trainer's state for each round
+config.toml               the resolved scenario
+environment.json          versions, machine, experiment id, licences
+hospitals.json            name, counts for each split and class, content hash, of each hospital
+partition.json            rows for each hospital, when one pool was dealt
+metrics.jsonl             one line a round
+checkpoints/round-N.*     aggregated model (.safetensors + .json)
+samples/*.png             real.png, round-N.png, final.png
+evaluation.json           the central evaluator's numbers
+report.html               the page
+hospitals/NAME/           what stays in the hospital: its Trainer's state for each round
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class RunFolder:
     def settings(self) -> Settings:
         """Read `config.toml`. Raises `ConfigError` when this is no run folder."""
         if not self.config.is_file():
-            raise ConfigError(f"{self.path} is no run folder: it has no config.toml (give the folder that `fedgan simulate` wrote)")
+            raise ConfigError(
+                f"{self.path} is no run folder: it has no config.toml (give the folder that `fedgan simulate` wrote)"
+            )
         try:
             tree = tomllib.loads(self.config.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:

@@ -65,6 +65,7 @@ class Discriminator(nn.Module):
         super().__init__()
         rng = rng or torch.Generator().manual_seed(1)
         self.label_dim = label_dim
+        self.dtype = torch.float32  # of the convolutions' activations: float32 or bfloat16; the head's end stays float32
         self.resolutions = [2**power for power in range(int(math.log2(resolution)), 2, -1)]
         for number, side in enumerate(self.resolutions):
             here = channels_at(side, model.channel_base, model.channel_max)
@@ -75,7 +76,7 @@ class Discriminator(nn.Module):
         self.b4 = Head(width, width if label_dim else 1, model.minibatch_std_group, rng)
 
     def forward(self, images: Tensor, c: Tensor, halves: int = 1) -> Tensor:
-        x = images.contiguous(memory_format=torch.channels_last)
+        x = images.to(self.dtype).contiguous(memory_format=torch.channels_last)
         for side in self.resolutions:
             x = getattr(self, f"b{side}")(x)
         x = self.b4(x, halves)

@@ -32,7 +32,14 @@ class Mapping(nn.Module):
     """z (B, z_dim) and c (B, label_dim) → w (B, w_dim). With z_dim = 0: a mapping of the class alone."""
 
     def __init__(
-        self, z_dim: int, label_dim: int, w_dim: int, layers: int, rng: torch.Generator, lr_multiplier: float = 0.01, track: bool = True
+        self,
+        z_dim: int,
+        label_dim: int,
+        w_dim: int,
+        layers: int,
+        rng: torch.Generator,
+        lr_multiplier: float = 0.01,
+        track: bool = True,
     ) -> None:
         super().__init__()
         self.z_dim, self.label_dim, self.layers = z_dim, label_dim, layers
@@ -41,6 +48,7 @@ class Mapping(nn.Module):
         for number in range(layers):
             gain = GAIN if number else 1.0
             self.add_module(f"fc{number}", Linear(width if number == 0 else w_dim, w_dim, rng, 0.0, lr_multiplier, gain))
+        self.w_avg: Tensor
         if track:
             self.register_buffer("w_avg", torch.zeros(w_dim))
 
@@ -81,6 +89,7 @@ class ModulatedConv(nn.Module):
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """The shared convolution: (B, in, H, W) → (B, out, H, W), or twice the side: transposed, then low-pass."""
+        weight = weight.to(x.dtype)
         if not self.up:
             return F.conv2d(x, weight, padding=self.kernel // 2)
         return depthwise(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), self.fir, padding=1)
@@ -90,7 +99,15 @@ class SynthesisLayer(ModulatedConv):
     """Modulated, demodulated 3 × 3 convolution, noise, bias, leaky ReLU."""
 
     def __init__(
-        self, inputs: int, outputs: int, resolution: int, layer: int, w_dim: int, rng: torch.Generator, up: bool, input_gain: float
+        self,
+        inputs: int,
+        outputs: int,
+        resolution: int,
+        layer: int,
+        w_dim: int,
+        rng: torch.Generator,
+        up: bool,
+        input_gain: float,
     ) -> None:
         super().__init__(inputs, outputs, 3, w_dim, rng, up)
         self.resolution = resolution
@@ -139,11 +156,17 @@ class SynthesisBlock(nn.Module):
         self.styles = 1 if self.first else 2
 
     def forward(
-        self, x: Tensor | None, image: Tensor | None, ws: Tensor, noise: str, rng: torch.Generator | None
+        self,
+        x: Tensor | None,
+        image: Tensor | None,
+        ws: Tensor,
+        noise: str,
+        rng: torch.Generator | None,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """ws (B, styles + 1, w_dim); returns activations and the RGB image so far (float32)."""
+        """ws (B, styles + 1, w_dim); returns activations (`dtype`) and the RGB image so far (float32)."""
         if x is None:
-            x = self.const.expand(ws.shape[0], -1, -1, -1).contiguous(memory_format=torch.channels_last)
+            x = self.const.to(dtype).expand(ws.shape[0], -1, -1, -1).contiguous(memory_format=torch.channels_last)
         else:
             x = self.conv0(x, ws[:, 0], noise, rng)
         x = self.conv1(x, ws[:, self.styles - 1], noise, rng)
@@ -158,6 +181,7 @@ class Synthesis(nn.Module):
         super().__init__()
         self.resolutions = [2**power for power in range(2, int(math.log2(resolution)) + 1)]
         self.num_ws = 2 * len(self.resolutions)
+        self.dtype = torch.float32
         before = 0
         for side in self.resolutions:
             here = channels_at(side, model.channel_base, model.channel_max)
@@ -171,7 +195,7 @@ class Synthesis(nn.Module):
         for side in self.resolutions:
             block = getattr(self, f"b{side}")
             # The RGB layer shares its w with the first layer of the next block.
-            x, image = block(x, image, ws[:, start : start + block.styles + 1], noise, rng)
+            x, image = block(x, image, ws[:, start : start + block.styles + 1], noise, rng, self.dtype)
             start += block.styles
         assert image is not None
         return image
@@ -194,6 +218,15 @@ class Generator(nn.Module):
         self.mapping = Mapping(model.z_dim, label_dim, model.w_dim, model.mapping_layers, rng)
         self.synthesis = Synthesis(model, resolution, channels, rng)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the convolutions' activations: float32, or bfloat16. Parameters, styles and RGB stay float32."""
+        return self.synthesis.dtype
+
+    @dtype.setter
+    def dtype(self, value: torch.dtype) -> None:
+        self.synthesis.dtype = value
+
     def styles(self, z: Tensor, c: Tensor, psi: float = 1.0) -> Tensor:
         """w for every layer: (B, num_ws, w_dim)."""
         w = self.mapping(z, c)
@@ -201,5 +234,7 @@ class Generator(nn.Module):
             w = torch.lerp(self.mapping.w_avg, w, psi)
         return w.unsqueeze(1).expand(-1, self.synthesis.num_ws, -1)
 
-    def forward(self, z: Tensor, c: Tensor, psi: float = 1.0, noise: str = "random", rng: torch.Generator | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, c: Tensor, psi: float = 1.0, noise: str = "random", rng: torch.Generator | None = None
+    ) -> Tensor:
         return self.synthesis(self.styles(z, c, psi), noise, rng)

@@ -33,7 +33,13 @@ class Linear(nn.Module):
     """Equalised fully connected layer: (B, in) → (B, out)."""
 
     def __init__(
-        self, inputs: int, outputs: int, rng: torch.Generator, bias: float = 0.0, lr_multiplier: float = 1.0, input_gain: float = 1.0
+        self,
+        inputs: int,
+        outputs: int,
+        rng: torch.Generator,
+        bias: float = 0.0,
+        lr_multiplier: float = 1.0,
+        input_gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs, generator=rng) / lr_multiplier)
@@ -72,13 +78,14 @@ class Conv(nn.Module):
         self.register_buffer("fir", fir_kernel().expand(inputs, 1, 4, 4).clone() if down else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight * self.gain
+        weight = (self.weight * self.gain).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         if not self.down:
-            return F.conv2d(x, weight, self.bias, padding=self.kernel // 2)
+            return F.conv2d(x, weight, bias, padding=self.kernel // 2)
         # The blur comes first, at stride 1, with the convolution's own padding added to the filter's.
         if self.kernel == 1:
-            return F.conv2d(depthwise(x, self.fir, stride=2, padding=1), weight, self.bias)
-        return F.conv2d(depthwise(x, self.fir, padding=1 + self.kernel // 2), weight, self.bias, stride=2)
+            return F.conv2d(depthwise(x, self.fir, stride=2, padding=1), weight, bias)
+        return F.conv2d(depthwise(x, self.fir, padding=1 + self.kernel // 2), weight, bias, stride=2)
 
 
 def fir_kernel() -> Tensor:

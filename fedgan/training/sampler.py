@@ -1,0 +1,38 @@
+"""Which rows come next: endless, seeded, and resumable from three whole numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class Sampler:
+    """Rows of a dataset of `size` images in shuffled passes; a pass shows every image once."""
+
+    def __init__(self, size: int, seed: int, stream: int) -> None:
+        self.size, self.seed, self.stream = size, seed, stream
+        self.epoch, self.position = 0, 0
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> np.ndarray:
+        # Each pass has a generator of its own, so the place in it says all there is to know.
+        return np.random.Generator(np.random.PCG64([self.seed, self.stream, self.epoch])).permutation(self.size)
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` rows (int64); passes follow each other without a gap."""
+        taken = []
+        while count:
+            if self.position == self.size:
+                self.epoch, self.position = self.epoch + 1, 0
+                self._order = self._shuffled()
+            part = self._order[self.position : self.position + count]
+            taken.append(part)
+            self.position += len(part)
+            count -= len(part)
+        return np.concatenate(taken)
+
+    def state(self) -> dict[str, int]:
+        return {"size": self.size, "epoch": self.epoch, "position": self.position}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._order = self._shuffled()

@@ -1,0 +1,324 @@
+"""The one Trainer: centralised, local and federated arms all train with this loop and no other.
+
+It advances by images shown to the discriminator and holds everything that the next step depends on, so that
+stopping, saving, loading and going on gives bit for bit what an undisturbed run gives (same device, same
+number of threads), and a federation of one hospital is centralised training.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedgan.config import Settings
+from fedgan.data.dataset import ImageDataset
+from fedgan.errors import CheckpointError, ConfigError, FedganError, MachineError
+from fedgan.models.discriminator import Discriminator
+from fedgan.models.generator import Generator
+from fedgan.training import losses
+from fedgan.training.ada import AdaController
+from fedgan.training.augment import AugmentPipe
+from fedgan.training.checkpoint import load_into, load_tensors, save_tensors, with_prefix
+from fedgan.training.ema import ema_decay, ema_update
+from fedgan.training.optimizer import adam, load_optimizer, optimizer_tensors, pull_towards
+from fedgan.training.sampler import Sampler
+
+PATH_LENGTH_DECAY = 0.01
+PATH_LENGTH_BATCH_SHARE = 2  # path lengths are measured on half a batch (arXiv 1912.04958, appendix B)
+
+
+class Trainer:
+    """Trains one StyleGAN2-ADA on one dataset.
+
+    Networks are initialised from `settings.seed` alone, the same in every hospital; every other draw comes
+    from (seed, `stream`), where `stream` is the hospital's number. `device` is 'cpu', 'cuda' or 'auto'.
+    """
+
+    def __init__(self, settings: Settings, dataset: ImageDataset, device: str = "cpu", stream: int = 0) -> None:
+        if dataset.resolution != settings.data.resolution:
+            raise ConfigError(
+                f"data.resolution = {settings.data.resolution}, but the images of '{dataset.name}' are {dataset.resolution} pixels wide"
+            )
+        self.settings, self.dataset, self.stream = settings, dataset, stream
+        self.device = resolve_device(device)
+        training, model = settings.training, settings.model
+        self.batch_size = training.batch_size
+        self.dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+
+        # Networks. One generator of random numbers feeds both, in this order, whatever the device.
+        init = torch.Generator().manual_seed(settings.seed)
+        shape = (settings.data.resolution, dataset.channels, dataset.label_dim)
+        self.generator = Generator(model, *shape, init)
+        self.discriminator = Discriminator(model, *shape, init)
+        for network in (self.generator, self.discriminator):
+            network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.dtype = self.dtype
+        self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
+
+        # Optimisers, with the correction for regularisers that run now and then.
+        g_interval = training.path_length_interval if training.path_length_weight else 0
+        self.g_adam = adam(self.generator, training.learning_rate, g_interval)
+        self.d_adam = adam(self.discriminator, training.learning_rate, training.r1_interval if self.r1_gamma else 0)
+
+        # Randomness: `host` for choices made on the CPU, `noise` for latents and noise on the device.
+        seeds = np.random.SeedSequence([settings.seed, stream]).generate_state(2, np.uint64) >> np.uint64(1)
+        self.host = torch.Generator().manual_seed(int(seeds[0]))
+        self.noise = torch.Generator(self.device).manual_seed(int(seeds[1]))
+        self.sampler = Sampler(len(dataset), settings.seed, stream)
+
+        self.pipe = AugmentPipe(settings.augment.pipe)
+        self.ada = AdaController(settings.augment)
+        self.path_length_mean = torch.zeros((), device=self.device)
+        self.images_seen = 0
+        self.steps = 0
+        self._goal = 0
+        self._anchor: dict[str, list[Tensor]] = {}
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    def train(self, images: int, on_step: Callable[[Trainer], None] | None = None) -> dict[str, float]:
+        """Advance by `images` real images; return the means of this call.
+
+        Goals add up over calls: whole batches are shown until the sum of all goals is reached, so that a
+        budget cut into rounds is the same budget. Keys: loss_g, loss_d, r1, path_length (where measured),
+        r_t, p, images, seconds. Raises `FedganError` when a loss is no longer finite.
+        """
+        start, before = time.perf_counter(), self.images_seen
+        self._goal += images
+        measured: dict[str, list[Tensor]] = defaultdict(list)
+        while self.images_seen < self._goal:
+            self._step(measured)
+            if on_step is not None:
+                on_step(self)
+        result = {name: float(torch.stack(values).mean()) for name, values in measured.items()}
+        if not all(np.isfinite(value) for value in result.values()):
+            raise FedganError(
+                f"training diverged after {self.images_seen} images (a loss is not finite): "
+                "lower training.learning_rate or raise training.r1_gamma, and resume from the last round"
+            )
+        result |= {"r_t": self.ada.r_t, "p": self.ada.p}
+        return result | {"images": self.images_seen - before, "seconds": time.perf_counter() - start}
+
+    def _step(self, measured: dict[str, list[Tensor]]) -> None:
+        training = self.settings.training
+        real, real_c = self._real_batch()
+
+        # ---- generator: fool the discriminator
+        self.discriminator.requires_grad_(False)
+        fake_c = self._fake_labels(self.batch_size)
+        fake = self._synthesise(self._styles(fake_c, track=True))
+        loss_g = losses.generator_loss(self.discriminator(self._augment(fake), fake_c))
+        self._update(self.g_adam, loss_g, "generator")
+        measured["loss_g"].append(loss_g.detach())
+
+        # ---- generator: path length, now and then
+        if training.path_length_weight and self.steps % training.path_length_interval == 0:
+            ws = self._styles(self._fake_labels(max(1, self.batch_size // PATH_LENGTH_BATCH_SHARE)))
+            images = self._synthesise(ws)
+            lengths = losses.path_lengths(images, ws, self._randn(images.shape))
+            self.path_length_mean = self.path_length_mean.lerp(lengths.detach().mean(), PATH_LENGTH_DECAY)
+            penalty = (lengths - self.path_length_mean).square().mean()
+            self._update(self.g_adam, penalty * (training.path_length_weight * training.path_length_interval), "generator")
+            measured["path_length"].append(lengths.detach().mean())
+
+        # ---- discriminator: tell fake from real, both in one pass
+        self.discriminator.requires_grad_(True)
+        with torch.no_grad():
+            fake_c = self._fake_labels(self.batch_size)
+            shown = self._augment(torch.cat([self._synthesise(self._styles(fake_c)), real]))
+        fake_logits, real_logits = self.discriminator(shown, torch.cat([fake_c, real_c]), halves=2).chunk(2)
+        loss_d = losses.discriminator_loss(fake_logits, real_logits)
+        self._update(self.d_adam, loss_d, "discriminator")
+        self.ada.observe(real_logits.detach())
+        measured["loss_d"].append(loss_d.detach())
+
+        # ---- discriminator: R1 on the images as it saw them, now and then
+        if self.r1_gamma and self.steps % training.r1_interval == 0:
+            seen = shown[self.batch_size :].detach().requires_grad_(True)
+            penalty = losses.r1_penalty(self.discriminator(seen, real_c), seen).mean()
+            self._update(self.d_adam, penalty * (self.r1_gamma / 2 * training.r1_interval), "discriminator")
+            measured["r1"].append(penalty.detach())
+
+        # ---- the average generator, and the strength of augmentation
+        decay = ema_decay(self.batch_size, self.ema_half_life_kimg, training.ema_rampup, self.images_seen)
+        ema_update(self.ema, self.generator, decay)
+        self.ada.step()
+        self.images_seen += self.batch_size
+        self.steps += 1
+
+    # --- the parts of a step ---------------------------------------------------------------------
+
+    def _real_batch(self) -> tuple[Tensor, Tensor]:
+        images, labels = self.dataset.batch(self.sampler.take(self.batch_size))
+        real = images.to(self.device, non_blocking=True).float() / 127.5 - 1
+        if self.settings.augment.mirror:
+            flip = (torch.rand(self.batch_size, 1, 1, 1, generator=self.host) < 0.5).to(self.device)
+            real = torch.where(flip, real.flip(3), real)
+        return real, labels.to(self.device, non_blocking=True)
+
+    def _fake_labels(self, count: int) -> Tensor:
+        """Labels for the generator: drawn from the hospital's own images."""
+        rows = torch.randint(len(self.dataset), (count,), generator=self.host).numpy()
+        return torch.from_numpy(self.dataset.labels[rows].astype(np.float32)).to(self.device, non_blocking=True)
+
+    def _randn(self, shape: Iterable[int]) -> Tensor:
+        return torch.randn(tuple(shape), generator=self.noise, device=self.device)
+
+    def _styles(self, c: Tensor, track: bool = False) -> Tensor:
+        """ws (B, L, w_dim) of fresh latents; from a random layer on, those of a second latent (style mixing)."""
+        mapping, depth = self.generator.mapping, self.generator.synthesis.num_ws
+        w = mapping(self._randn((len(c), mapping.z_dim)), c)
+        if track:
+            mapping.track(w)
+        ws = w.unsqueeze(1).expand(-1, depth, -1)
+        if torch.rand((), generator=self.host) < self.settings.training.style_mixing:
+            cut = int(torch.randint(1, depth, (), generator=self.host))
+            other = mapping(self._randn((len(c), mapping.z_dim)), c).unsqueeze(1).expand(-1, depth - cut, -1)
+            ws = torch.cat([ws[:, :cut], other], dim=1)
+        return ws
+
+    def _synthesise(self, ws: Tensor) -> Tensor:
+        return self.generator.synthesis(ws, "random", self.noise)
+
+    def _augment(self, images: Tensor) -> Tensor:
+        return images if self.ada.p == 0 else self.pipe(images, self.ada.p, self.host)
+
+    def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, part: str) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if part in self._anchor:
+            pull_towards(optimizer, self._anchor[part], self.settings.training.proximal_mu)
+        optimizer.step()
+
+    # --- settings that depend on others ----------------------------------------------------------
+
+    @property
+    def r1_gamma(self) -> float:
+        given = self.settings.training.r1_gamma
+        return losses.default_r1_gamma(self.settings.data.resolution, self.batch_size) if given < 0 else given
+
+    @property
+    def ema_half_life_kimg(self) -> float:
+        given = self.settings.training.ema_half_life_kimg
+        return self.batch_size * 10 / 32 if given < 0 else given
+
+    # --- what travels ----------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {"generator": self.generator, "discriminator": self.discriminator, "ema": self.ema}
+
+    def outgoing(self, parts: Iterable[str]) -> dict[str, np.ndarray]:
+        """Copies of the named parts: `part/name` → float32 array of at least one dimension, sorted by name.
+
+        Constants (filters, noise images) are not among them.
+        """
+        arrays = {
+            f"{part}/{name}": tensor.detach().cpu().numpy().copy()
+            for part in parts
+            for name, tensor in self.parts[part].state_dict().items()
+        }
+        return {name: np.ascontiguousarray(arrays[name], dtype=np.float32) for name in sorted(arrays)}
+
+    def incoming(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take over the parts in `arrays`; parts that are not there stay as they are.
+
+        Raises `CheckpointError` when names or shapes are not this model's; nothing is changed then. With
+        `training.proximal_mu` the received weights become the anchor of the proximal term (arXiv 1812.06127).
+        """
+        tensors = {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in arrays.items()}
+        known = {f"{part}/" for part in self.parts}
+        if strangers := [name for name in tensors if name.split("/")[0] + "/" not in known]:
+            raise CheckpointError(f"the model that arrived has an unknown part '{strangers[0]}'")
+        given = {part: with_prefix(tensors, f"{part}/") for part in self.parts}
+        for part, weights in given.items():
+            if weights:
+                load_into(self.parts[part], weights, f"the {part} that arrived", check_only=True)
+        for part, weights in given.items():
+            if weights:
+                load_into(self.parts[part], weights, f"the {part} that arrived")
+                if self.settings.training.proximal_mu and part != "ema":
+                    self._anchor[part] = [parameter.detach().clone() for parameter in self.parts[part].parameters()]
+
+    # --- the whole state -------------------------------------------------------------------------
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """(tensors, plain values): everything that the next step depends on."""
+        tensors = {
+            f"{part}/{name}": tensor for part, module in self.parts.items() for name, tensor in module.state_dict().items()
+        }
+        tensors |= optimizer_tensors(self.g_adam, self.generator, "g_adam/")
+        tensors |= optimizer_tensors(self.d_adam, self.discriminator, "d_adam/")
+        for part, anchor in self._anchor.items():
+            tensors |= {f"anchor/{part}/{number:03d}": tensor for number, tensor in enumerate(anchor)}
+        tensors |= {
+            "rng/host": self.host.get_state(),
+            "rng/noise": self.noise.get_state(),
+            "path_length_mean": self.path_length_mean,
+        }
+        plain: dict[str, object] = {
+            "images_seen": self.images_seen,
+            "steps": self.steps,
+            "goal": self._goal,
+            "sampler": self.sampler.state(),
+            "ada": self.ada.state(),
+            "device": self.device.type,
+            "stream": self.stream,
+        }
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}, plain
+
+    def load_state_dict(self, state: tuple[Mapping[str, Tensor], Mapping[str, object]], where: str = "the state") -> None:
+        """Go on from `state_dict()`. Raises `CheckpointError` when it belongs to another model, shard or device."""
+        tensors, plain = state
+        ours = {"device": self.device.type, "stream": self.stream}
+        for key, value in ours.items():
+            if plain.get(key) != value:
+                raise CheckpointError(
+                    f"{where} belongs to {key} '{plain.get(key)}', this is {key} '{value}': it cannot be continued here"
+                )
+        sampler: dict[str, int] = plain["sampler"]  # type: ignore[assignment]
+        if sampler["size"] != len(self.dataset):
+            raise CheckpointError(
+                f"{where} was made with {sampler['size']} images, the shard now has {len(self.dataset)}: start a new run"
+            )
+        for part, module in self.parts.items():
+            load_into(module, with_prefix(tensors, f"{part}/"), where)
+        load_optimizer(self.g_adam, self.generator, tensors, "g_adam/")
+        load_optimizer(self.d_adam, self.discriminator, tensors, "d_adam/")
+        self._anchor = {}
+        for part in ("generator", "discriminator"):
+            if anchor := with_prefix(tensors, f"anchor/{part}/"):
+                self._anchor[part] = [anchor[name].to(self.device) for name in sorted(anchor)]
+        self.host.set_state(tensors["rng/host"])
+        self.noise.set_state(tensors["rng/noise"])
+        self.path_length_mean = tensors["path_length_mean"].to(self.device).reshape(())
+        self.sampler.load_state(sampler)
+        self.ada.load_state(plain["ada"])  # type: ignore[arg-type]
+        self.images_seen, self.steps, self._goal = (int(plain[key]) for key in ("images_seen", "steps", "goal"))  # type: ignore[call-overload]
+
+    def save(self, path: Path) -> None:
+        """Write the whole state to `path` (.safetensors) and the .json beside it, atomically."""
+        tensors, plain = self.state_dict()
+        save_tensors(path, tensors, plain)
+
+    def load(self, path: Path) -> None:
+        """Go on from a file that `save` wrote. Raises `CheckpointError` when it is missing, damaged or another's."""
+        self.load_state_dict(load_tensors(path), f"checkpoint {path.name}")
+
+
+def resolve_device(name: str) -> torch.device:
+    """'auto' is CUDA where it is there. Raises `MachineError` for 'cuda' on a machine without."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MachineError("training.device = 'cuda', but this machine has no CUDA device: use auto or cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.backends.cudnn.benchmark = True
+    return torch.device(name)
