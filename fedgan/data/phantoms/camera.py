@@ -1,0 +1,124 @@
+"""The photograph of a skin: light through its layers, what lies on it, and the dermatoscope itself."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+from scipy import ndimage
+
+from fedgan.data.phantoms.canvas import Canvas, curve, step
+from fedgan.data.phantoms.scanners import LesionLook
+
+# Skin under polarised light for tones 1 to 6, and what each layer does to it (red, green, blue).
+_TONES = np.array(
+    [[240, 205, 194], [230, 184, 167], [212, 160, 138], [178, 126, 102], [134, 91, 73], [98, 67, 56]], np.float32
+) / 255  # fmt: skip
+_MELANIN = np.array([0.52, 0.88, 1.08], np.float32)  # absorption by one unit
+_BLOOD = np.array([0.16, 0.78, 0.62], np.float32)
+_BLUE = np.array([86, 102, 142], np.float32) / 255  # colours towards which a layer draws
+_KERATIN = np.array([202, 156, 96], np.float32) / 255
+_WHITE = np.array([240, 222, 212], np.float32) / 255
+
+
+class SkinLayers(Protocol):
+    """What lies in the skin, each (work, work)."""
+
+    melanin: np.ndarray
+    blood: np.ndarray
+    blue: np.ndarray
+    keratin: np.ndarray
+    white: np.ndarray
+
+
+def photograph(
+    board: Canvas, rng: np.random.Generator, look: LesionLook, tone: float, hairiness: float, layers: SkinLayers
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The picture (resolution, resolution, 3) uint8 of skin of `tone` with `layers`, and what else is seen on it."""
+    light = _light(tone, layers)
+    seen: dict[str, Any] = {}
+    seen["bubbles"] = _bubbles(board, rng, look, light)
+    seen["hairs"] = _hairs(board, rng, look.hair * hairiness, tone, light)
+    seen["ruler"] = _ruler(board, rng, look, light)
+    picture = board.down(light)
+    return _develop(board, rng, look, picture), seen
+
+
+def _light(tone: float, layers: SkinLayers) -> np.ndarray:
+    """The light that comes back, (3, work, work): Beer-Lambert for what absorbs, mixing for what scatters."""
+    skin = np.array([np.interp(tone, np.arange(1, 7), _TONES[:, channel]) for channel in range(3)], np.float32)
+    lit = float(skin[0])  # on dark skin, deep and scattering layers look darker as well
+    dim = np.float32(0.45 + 0.55 * lit)
+    out = np.empty((3, *layers.melanin.shape), np.float32)
+    blue, keratin, white = (np.clip(layer, 0.0, 0.92) for layer in (layers.blue, layers.keratin, layers.white))
+    for channel in range(3):
+        base = skin[channel] + keratin * (_KERATIN[channel] * dim - skin[channel])
+        base *= np.exp(-_MELANIN[channel] * layers.melanin - _BLOOD[channel] * layers.blood)
+        base += blue * (_BLUE[channel] * dim - base)
+        base += white * (_WHITE[channel] * dim - base)
+        out[channel] = base
+    return out
+
+
+def _bubbles(board: Canvas, rng: np.random.Generator, look: LesionLook, light: np.ndarray) -> int:
+    """Air bubbles in the gel: bright rings with a highlight."""
+    count = int(min(rng.poisson(look.bubbles), 6))
+    for x, y, size in rng.uniform((-0.95, -0.95, 0.03), (0.95, 0.95, 0.10), (count, 3)).astype(np.float32):
+        away = np.hypot(board.x - x, board.y - y) / size
+        ring = 0.28 * np.exp(-np.square((away - 1.0) / 0.16)) + 0.5 * np.exp(
+            -(np.square(board.x - x + 0.35 * size) + np.square(board.y - y + 0.35 * size)) / (0.22 * size) ** 2
+        )
+        light += ring * (0.97 - light)
+    return count
+
+
+def _hairs(board: Canvas, rng: np.random.Generator, mean: float, tone: float, light: np.ndarray) -> int:
+    """Hairs, mostly in one direction, brown to black."""
+    count = int(min(rng.poisson(mean), 24))
+    direction = rng.uniform(0, np.pi)
+    dark = rng.uniform(0.04, 0.30 if tone < 3 else 0.10)
+    cover = np.zeros(light.shape[1:], np.float32)
+    for _ in range(count):
+        middle, heading = rng.uniform(-1.0, 1.0, 2), direction + rng.normal(0, 0.35)
+        half = rng.uniform(0.35, 1.1) * np.array([np.cos(heading), np.sin(heading)])
+        bow = rng.normal(0, 0.18, 2)
+        board.stroke(cover, curve(np.stack([middle - half, middle + bow, middle + half])), rng.uniform(0.005, 0.010), 0.9)
+    for channel, tint in enumerate((1.0, 0.72, 0.52)):
+        light[channel] += cover * (np.float32(dark * tint) - light[channel])
+    return count
+
+
+def _ruler(board: Canvas, rng: np.random.Generator, look: LesionLook, light: np.ndarray) -> bool:
+    """Millimetre ticks along one edge, every fifth longer."""
+    present, edge, gap, start = rng.random() < look.ruler, int(rng.integers(4)), rng.uniform(0.09, 0.14), rng.uniform(0, 0.1)
+    if not present:
+        return False
+    ticks = np.zeros(light.shape[1:], np.float32)
+    for number, along in enumerate(np.arange(-1.0 + start, 1.0, gap)):
+        long = 0.20 if number % 5 == 0 else 0.11
+        ends = np.array([[along, -1.0], [along, -1.0 + long]])
+        board.stroke(ticks, ends, 0.009, 0.85)
+    light += np.rot90(ticks, edge) * (np.float32(0.08) - light)
+    return True
+
+
+def _develop(board: Canvas, rng: np.random.Generator, look: LesionLook, picture: np.ndarray) -> np.ndarray:
+    """Uneven light, vignette, blur, colour, tone curve, grain: (3, R, R) in [0, 1] to (R, R, 3) uint8."""
+    size = board.resolution
+    grid = ((np.arange(size) + 0.5) * (2.0 / size) - 1.0).astype(np.float32)
+    slope = rng.normal(0, 0.045, 2).astype(np.float32)
+    exposure, tint = look.exposure * rng.normal(1.0, 0.035), rng.normal(0, 0.012, 3)
+    corner_cut, cut_radius = rng.random() < look.port, rng.uniform(1.05, 1.25)
+    far = np.hypot(grid[None, :], grid[:, None])
+    shade = 1.0 + slope[0] * grid[None, :] + slope[1] * grid[:, None] - np.float32(look.vignette) * (far**2) / 2
+    gain = exposure * (1.0 + tint + look.warmth * np.array([1.0, 0.1, -1.0]))
+    picture = picture * shade * gain.astype(np.float32)[:, None, None]
+    if corner_cut:
+        picture *= 1.0 - 0.93 * step(far, cut_radius - 0.03, cut_radius + 0.03)
+    if look.blur * size > 0.25:
+        picture = ndimage.gaussian_filter(picture, (0, look.blur * size, look.blur * size), mode="nearest")
+    picture = np.clip(picture, 0.0, 1.0) ** np.float32(look.gamma)
+    picture = (picture - 0.5) * np.float32(look.contrast) + 0.5
+    # The grain comes last: it is the only draw whose number depends on the resolution.
+    picture += np.float32(look.noise) * rng.standard_normal(picture.shape, np.float32)
+    return np.ascontiguousarray((np.clip(picture, 0.0, 1.0) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0))

@@ -1,0 +1,270 @@
+"""Dermatoscopic photographs of skin lesions, drawn with the signs by which a dermatologist knows them.
+
+A lesion is a stack of layers in the skin: melanin and blood absorb light, deep pigment looks blue
+(Tyndall effect), keratin waxy, scars and scales white. The same layers on another skin tone give the
+colours that the lesion has there. The labels are those of HAM10000; the signs follow the common
+dermatoscopic criteria, simplified until they survive at 32 x 32 pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedgan.data.phantoms.camera import photograph
+from fedgan.data.phantoms.canvas import Canvas, canvas, curve, step
+from fedgan.data.phantoms.scanners import LESION_LABELS, LesionLook
+from fedgan.errors import DataError
+
+
+@dataclass
+class Shape:
+    """Where the lesion lies. `inside` is 1 at its centre, 0 at its border and negative outside, (work, work)."""
+
+    inside: np.ndarray
+    centre: np.ndarray  # (2,) x, y
+    radius: float  # mean, normalised units (the picture is 2 wide)
+    angle: float
+
+
+@dataclass
+class Layers:
+    """What lies in the skin, each (work, work) float32, 0 for nothing."""
+
+    melanin: np.ndarray
+    blood: np.ndarray
+    blue: np.ndarray
+    keratin: np.ndarray
+    white: np.ndarray
+    signs: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def none(board: Canvas) -> Layers:
+        """Bare skin."""
+        return Layers(*(np.zeros((board.work, board.work), np.float32) for _ in range(5)))
+
+
+def draw_lesion(
+    label: str,
+    rng: np.random.Generator,
+    resolution: int,
+    look: LesionLook | None = None,
+    patient: np.random.Generator | None = None,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """One photograph of a lesion and what is true of it.
+
+    `label`: one of `LESION_LABELS`. `rng` decides everything about the lesion and the photograph,
+    `patient` (default: `rng`) about the person, so that photographs of one patient share skin and hair.
+    Returns (resolution, resolution, 3) uint8 and the truth: `label`, `mask` (resolution, resolution)
+    bool, `area` (share of the picture), `centre` (x, y in [0, 1]), `radius` (share of the side),
+    `tone` (1 to 6), `hairs`, `ruler`, `bubbles`, and the label's own signs. The same generator state
+    gives the same picture at every resolution. Raises `DataError` for an unknown label and
+    `ConfigError` for a resolution that is no power of two from 16 to 1024.
+    """
+    if label not in _DRAW:
+        raise DataError(f"no phantom lesion is called '{label}': choose from {', '.join(LESION_LABELS)}")
+    board, look = canvas(resolution), look or LesionLook()
+    person = patient or rng
+    tone = float(np.clip(person.normal(look.tone_mean, look.tone_spread), 1.0, 6.0))
+    hairiness, flush = float(person.gamma(1.2)) / 1.2, float(person.uniform(0.0, 0.12))
+    layers = Layers.none(board)
+    shape = _DRAW[label](board, rng, layers)
+    layers.melanin += 0.06 * board.noise(rng, "fine") + 0.05 * board.noise(rng, "broad")
+    layers.blood += flush + 0.05 * board.noise(rng, "coarse") + 0.03 * board.noise(rng, "middle")
+    picture, seen = photograph(board, rng, look, tone, hairiness, layers)
+    mask = board.down((shape.inside > 0).astype(np.float32)) >= 0.5
+    truth = {
+        "label": label,
+        "mask": mask,
+        "area": float((shape.inside > 0).mean()),
+        "centre": [float(value) for value in (shape.centre + 1) / 2],
+        "radius": shape.radius / 2,
+        "tone": tone,
+    }
+    return picture, truth | seen | layers.signs
+
+
+def _outline(
+    board: Canvas, rng: np.random.Generator, radius: tuple[float, float], long: float, wavy: float, lobes: int = 1
+) -> Shape:
+    """A roundish outline: `long` is the most elongation, `wavy` the border's irregularity, `lobes` how many grow together."""
+    centre = rng.normal(0.0, 0.07, 2)
+    size, angle, stretch = rng.uniform(*radius), rng.uniform(0, 2 * np.pi), 1.0 + long * rng.uniform(0.2, 1.0)
+    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    inside = np.full((board.work, board.work), -np.inf, np.float32)
+    for lobe in range(lobes):
+        away, share = (rng.uniform(0.35, 0.65), rng.uniform(0.5, 0.8)) if lobe else (0.0, 1.0)
+        where = rng.uniform(0, 2 * np.pi)
+        x = board.x - np.float32(centre[0] + size * away * np.cos(where))
+        y = board.y - np.float32(centre[1] + size * away * np.sin(where))
+        along, across = (cos * x + sin * y) / np.float32(stretch**0.5), (cos * y - sin * x) * np.float32(stretch**0.5)
+        inside = np.maximum(inside, np.float32(share) - np.sqrt(along * along + across * across) / np.float32(size))
+    inside += np.float32(wavy) * board.noise(rng, "coarse") + np.float32(0.25 * wavy) * board.noise(rng, "middle")
+    return Shape(inside, centre, float(size), float(angle))
+
+
+def _honeycomb(board: Canvas, rng: np.random.Generator, cycles: float) -> np.ndarray:
+    """A bent hexagonal net: 1 on its lines, 0 in its holes, (work, work). `cycles` holes across the board."""
+    bend = np.float32(0.09) * board.noise(rng, "coarse")
+    turn, start = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi, 2)
+    waves = []
+    for k in range(2):
+        a = turn + k * 2 * np.pi / 3
+        waves.append(np.float32(np.pi * cycles) * (np.float32(np.cos(a)) * board.x + np.float32(np.sin(a)) * board.y + bend))
+        waves[k] += np.float32(start[k])
+    total = np.cos(waves[0]) + np.cos(waves[1]) + np.cos(waves[0] + waves[1])
+    return 1.0 - step(total, -1.1, 0.9)
+
+
+def _scatter(rng: np.random.Generator, shape: Shape, count: int, low: float, high: float) -> np.ndarray:
+    """`count` points (count, 2) at `low` to `high` radii from the lesion's centre, kept apart where there is room."""
+    points: list[np.ndarray] = []
+    for _ in range(count):
+        angle, away = rng.uniform(0, 2 * np.pi, 6), shape.radius * np.sqrt(rng.uniform(low**2, high**2, 6))
+        trial = shape.centre + np.stack([away * np.cos(angle), away * np.sin(angle)], axis=1)
+        gap = np.min([np.hypot(*(trial - point).T) for point in points], axis=0) if points else np.ones(6)
+        points.append(trial[int(np.argmax(gap))])
+    return np.asarray(points).reshape(-1, 2)
+
+
+def _nv(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+    """Naevus: one even brown, a regular net that fades out at a round border."""
+    shape = _outline(board, rng, (0.36, 0.60), 0.35, 0.05)
+    body = step(shape.inside, -0.06, rng.uniform(0.15, 0.4))
+    depth = rng.uniform(0.55, 1.0)
+    net = _honeycomb(board, rng, rng.uniform(13, 19)) * step(shape.inside, -0.02, 0.2)
+    middle = rng.uniform(0.0, 0.35) * step(shape.inside, 0.2, 0.9)
+    layers.melanin += body * (np.float32(depth) + middle + 0.06 * board.noise(rng, "middle")) + np.float32(0.45 * depth) * net
+    layers.signs |= {"network": True}
+    return shape
+
+
+def _mel(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+    """Melanoma: lopsided, ragged border, several browns to black, a blue-white veil, black dots, streaks at the edge."""
+    shape = _outline(board, rng, (0.48, 0.68), 0.7, 0.17, lobes=3)
+    body = step(shape.inside, -0.02, 0.12)
+    patches = step(board.noise(rng, "coarse"), -0.8, 1.0)
+    ragged = _honeycomb(board, rng, rng.uniform(9, 13)) * (0.3 + 0.7 * step(board.noise(rng, "coarse"), -0.3, 0.8))
+    layers.melanin += body * (np.float32(rng.uniform(0.5, 0.8)) + np.float32(rng.uniform(1.1, 1.6)) * patches + 0.35 * ragged)
+    red = step(board.noise(rng, "broad"), 0.6, 1.5) * body
+    layers.blood += np.float32(rng.uniform(0.3, 0.9)) * red
+    spots = _scatter(rng, shape, int(rng.integers(5, 14)), 0.3, 0.95)
+    dots = step(board.blobs(spots, rng.uniform(0.02, 0.05, len(spots))), 0.35, 0.75)
+    layers.melanin += 2.0 * dots * step(shape.inside, -0.05, 0.05)
+    where = _scatter(rng, shape, 1, 0.1, 0.45)
+    veil = board.blobs(where, np.asarray([shape.radius * rng.uniform(0.28, 0.42)])) + 0.22 * board.noise(rng, "coarse")
+    layers.blue += np.float32(rng.uniform(0.7, 0.95)) * step(veil, 0.35, 0.8) * step(shape.inside, 0.0, 0.2)
+    layers.signs |= {"veil": [float(value) for value in (where[0] + 1) / 2], "dots": len(spots)}
+    return shape
+
+
+def _bcc(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+    """Basal cell carcinoma: pearly pink, branching vessels in focus, blue-grey ovoid nests."""
+    shape = _outline(board, rng, (0.46, 0.66), 0.4, 0.08)
+    body = step(shape.inside, -0.05, 0.2)
+    layers.blood += np.float32(rng.uniform(0.2, 0.38)) * body
+    pearl = step(board.noise(rng, "coarse"), -0.6, 1.6)
+    layers.white += body * (np.float32(rng.uniform(0.22, 0.38)) + 0.25 * pearl)
+    vessels = np.zeros((board.work, board.work), np.float32)
+    count = int(rng.integers(3, 6))
+    for start in rng.uniform(0, 2 * np.pi, count):
+        _branch(board, rng, vessels, shape, float(start))
+    layers.blood += 2.2 * vessels
+    layers.white *= 1.0 - 0.8 * vessels
+    nests = _scatter(rng, shape, int(rng.integers(3, 8)), 0.25, 0.85)
+    sizes = rng.uniform(0.05, 0.11, len(nests))
+    ovoid = step(board.blobs(nests, sizes) + 0.10 * board.noise(rng, "coarse"), 0.45, 0.75) * body
+    layers.blue += np.float32(rng.uniform(0.7, 0.9)) * ovoid
+    layers.melanin += 0.5 * ovoid
+    layers.signs |= {"vessels": count, "nests": len(nests)}
+    return shape
+
+
+def _branch(board: Canvas, rng: np.random.Generator, vessels: np.ndarray, shape: Shape, start: float) -> None:
+    """One vessel tree from the lesion's border inwards: a thick stem that forks twice into ever thinner twigs."""
+    tips = [(shape.centre + shape.radius * 1.05 * np.array([np.cos(start), np.sin(start)]), start + np.pi, 0.026, 0.55)]
+    for _ in range(3):
+        grown = []
+        for point, heading, width, length in tips:
+            reach = length * shape.radius * rng.uniform(0.8, 1.2)
+            bend = heading + rng.normal(0, 0.35)
+            end = point + reach * np.array([np.cos(bend), np.sin(bend)])
+            middle = (point + end) / 2 + rng.normal(0, 0.14 * reach, 2)
+            points = curve(np.stack([point, middle, end]), 12)
+            board.stroke(vessels, points, np.linspace(width, width * 0.65, 12))
+            for side in (-1, 1):
+                grown.append((end, bend + side * rng.uniform(0.3, 0.8), width * 0.62, length * 0.7))
+        tips = grown
+
+
+def _akiec(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+    """Actinic keratosis: a red, hazy patch, red between pale follicles (strawberry), with whitish scales."""
+    shape = _outline(board, rng, (0.52, 0.74), 0.45, 0.14)
+    body = step(shape.inside, -0.12, 0.3)
+    holes = 1.0 - _honeycomb(board, rng, rng.uniform(7, 10))
+    layers.blood += body * (np.float32(rng.uniform(0.75, 1.1)) + 0.15 * board.noise(rng, "coarse"))
+    follicles = step(holes, 0.55, 0.95) * step(shape.inside, 0.0, 0.3)
+    layers.white += np.float32(rng.uniform(0.35, 0.6)) * follicles
+    scale = step(board.noise(rng, "coarse") + 0.6 * board.noise(rng, "middle"), 0.9, 1.5) * step(shape.inside, 0.0, 0.3)
+    layers.white += np.float32(rng.uniform(0.5, 0.8)) * scale
+    layers.keratin += np.float32(rng.uniform(0.1, 0.4)) * scale
+    layers.signs |= {"scale": float(scale.mean())}
+    return shape
+
+
+def _bkl(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+    """Seborrhoeic keratosis: stuck-on, waxy, sharp border, brain-like furrows, milia-like cysts, dark plugs."""
+    shape = _outline(board, rng, (0.46, 0.68), 0.55, 0.08)
+    body = step(shape.inside, -0.01, 0.035)
+    layers.keratin += np.float32(rng.uniform(0.55, 0.85)) * body
+    folds = board.noise(rng, "middle") + 0.3 * board.noise(rng, "coarse")
+    furrows = 1.0 - step(np.abs(folds), 0.1, 0.55)
+    layers.melanin += body * (np.float32(rng.uniform(0.3, 0.6)) + np.float32(rng.uniform(0.45, 0.8)) * furrows)
+    rim = body * (1.0 - step(shape.inside, 0.04, 0.12))
+    layers.melanin += np.float32(0.25) * rim
+    cysts = _scatter(rng, shape, int(rng.integers(5, 13)), 0.0, 0.85)
+    milia = step(board.blobs(cysts, rng.uniform(0.022, 0.042, len(cysts))), 0.3, 0.7) * body
+    layers.white += 0.9 * milia
+    layers.melanin *= 1.0 - 0.8 * milia
+    plugs = _scatter(rng, shape, int(rng.integers(2, 8)), 0.0, 0.85)
+    layers.melanin += 1.3 * step(board.blobs(plugs, rng.uniform(0.02, 0.045, len(plugs))), 0.4, 0.7) * body * (1.0 - milia)
+    layers.signs |= {"cysts": len(cysts), "plugs": len(plugs)}
+    return shape
+
+
+def _df(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+    """Dermatofibroma: a white scar-like centre in a delicate light-brown net that fades outwards."""
+    shape = _outline(board, rng, (0.46, 0.64), 0.25, 0.05)
+    ring = step(shape.inside, -0.08, 0.25) * (1.0 - step(shape.inside, 0.42, 0.62))
+    net = _honeycomb(board, rng, rng.uniform(12, 17))
+    depth = rng.uniform(0.45, 0.8)
+    layers.melanin += ring * (np.float32(0.75 * depth) + np.float32(0.75 * depth) * net)
+    layers.blood += np.float32(rng.uniform(0.05, 0.3)) * step(shape.inside, -0.1, 0.3)
+    scar = step(shape.inside + 0.06 * board.noise(rng, "middle"), rng.uniform(0.38, 0.48), 0.68)
+    layers.white += np.float32(rng.uniform(0.6, 0.85)) * scar * (0.85 + 0.15 * board.noise(rng, "middle"))
+    layers.signs |= {"scar": float((scar > 0.5).mean())}
+    return shape
+
+
+def _vasc(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+    """Haemangioma: well-bounded red to purple lacunae between pale septa."""
+    shape = _outline(board, rng, (0.36, 0.60), 0.4, 0.05)
+    body = step(shape.inside, -0.03, 0.06)
+    lakes = _scatter(rng, shape, int(rng.integers(9, 22)), 0.0, 0.92)
+    sizes = shape.radius * rng.uniform(0.11, 0.20, len(lakes))
+    lacunae = step(board.blobs(lakes, sizes) + 0.06 * board.noise(rng, "middle"), 0.32, 0.62) * body
+    purple = rng.uniform(0.0, 1.0)
+    layers.blood += body * np.float32(rng.uniform(0.8, 1.3)) + np.float32(rng.uniform(0.9, 1.5)) * lacunae
+    layers.blue += np.float32(0.45 * purple) * lacunae * step(board.noise(rng, "coarse"), -1.0, 1.0)
+    layers.melanin += np.float32(0.35 * purple) * lacunae
+    layers.white += 0.15 * body * (1.0 - lacunae)
+    layers.signs |= {"lacunae": len(lakes)}
+    return shape
+
+
+_DRAW: dict[str, Callable[[Canvas, np.random.Generator, Layers], Shape]] = {
+    "akiec": _akiec, "bcc": _bcc, "bkl": _bkl, "df": _df, "mel": _mel, "nv": _nv, "vasc": _vasc,
+}  # fmt: skip
