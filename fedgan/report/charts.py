@@ -1,0 +1,220 @@
+"""Charts: data in, one inline SVG out. No script, no font, no colour that is not a CSS variable of the page.
+
+Each chart has a `key` (unique on the page; its ids are made from it), a title and a description that
+a screen reader speaks. Sizes are in units of the viewBox, which a page scales to its column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup, escape
+
+from fedgan.report.format import short
+from fedgan.report.scales import Scale, log_span, span, thin
+
+WIDTH, HEIGHT = 420, 230
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 40
+ROW = 30  # height of one row of a bar or dot chart
+NAMES = 118  # width of the column of row names
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line: (x, y) by rising x. `style` is a CSS class: `main` for the mean, `h1`… for hospitals."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    style: str = "main"
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One mark in a row of `dot_chart`, with its interval where there is one. `style`: `real`, `synthetic`, `h1`…"""
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None = None
+    style: str = "real"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of `dot_chart` (marks) or of `stacked_bars` (one value for each name; `note` stands at its end)."""
+
+    label: str
+    dots: Sequence[Dot] = ()
+    values: Sequence[float] = ()
+    note: str = ""
+    strong: bool = field(default=False)
+
+
+def line_chart(
+    key: str, title: str, desc: str, lines: Sequence[Line], x_label: str, references: Sequence[tuple[str, float]] = ()
+) -> Markup:
+    """Lines over a common x. `references` are horizontal (label, y). The y axis is logarithmic where values differ 50-fold."""
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return _svg(
+            key, title, desc + " No values yet.", HEIGHT, [_text(WIDTH / 2, HEIGHT / 2, "no values yet", "note", "middle")]
+        )
+    ys = [y for line in lines for _, y in line.points] + [y for _, y in references]
+    logarithmic = log_span(ys)
+    y = Scale(*(logarithmic or span(ys)), HEIGHT - BOTTOM, TOP, log=logarithmic is not None)
+    x = Scale(0.0, max(max(p[0] for line in lines for p in line.points), 1e-9), LEFT, WIDTH - RIGHT)
+    parts = _y_axis(y) + _x_axis(x, HEIGHT - BOTTOM, x_label)
+    for label, value in references:
+        parts.append(
+            Markup('<line class="reference" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, y(value), y(value))
+        )
+        above = y(value) - 4 if y(value) > TOP + 14 else y(value) + 12
+        parts.append(_text(WIDTH - RIGHT, above, label, "note halo", "end"))
+    for line in sorted(lines, key=lambda line: line.style == "main"):
+        parts.append(_line(line, x, y))
+    return _svg(key, title, desc, HEIGHT, parts)
+
+
+def dot_chart(
+    key: str, title: str, desc: str, rows: Sequence[Row], x_label: str, domain: tuple[float, float] | None = None
+) -> Markup:
+    """A row a name, a mark a value, a bar its interval. `domain` fixes the axis; marks outside it stand at its end."""
+    bottom = TOP + ROW * max(len(rows), 1)
+    ends = [v for row in rows for dot in row.dots for v in (dot.value, *(dot.interval or ()))]
+    x = Scale(*(domain or span(ends)), NAMES + 8, WIDTH - RIGHT - 6)
+    parts = _x_axis(x, bottom, x_label, grid_from=TOP)
+    for i, row in enumerate(rows):
+        middle = TOP + ROW * (i + 0.5)
+        parts.append(_name(row, middle))
+        if not row.dots:
+            parts.append(_text(NAMES + 12, middle + 4, "not measured", "note"))
+        gap = min(9.0, (ROW - 10) / max(len(row.dots), 1))
+        for j, dot in enumerate(row.dots):
+            parts.append(_dot(dot, x, middle + (j - (len(row.dots) - 1) / 2) * gap, row.label))
+    return _svg(key, title, desc, bottom + BOTTOM, parts)
+
+
+def stacked_bars(key: str, title: str, desc: str, rows: Sequence[Row], names: Sequence[str]) -> Markup:
+    """A bar a row, each as long as the others and divided by its values' shares; `names` are the parts' names."""
+    start, stop = NAMES + 8, WIDTH - 52
+    parts: list[Markup] = []
+    for i, row in enumerate(rows):
+        top, total = TOP + ROW * i + 4, sum(row.values)
+        parts += [_name(row, top + 11), _text(WIDTH - 2, top + 15, row.note, "note", "end")]
+        place = float(start)
+        for j, value in enumerate(row.values):
+            width = (stop - start) * value / total if total > 0 else 0.0
+            if width > 0:
+                words = f"{row.label}: {names[j]} {value:,.0f} ({value / total:.0%})"
+                parts.append(
+                    Markup('<rect class="fill c{}" x="{:.1f}" y="{}" width="{:.1f}" height="22"><title>{}</title></rect>').format(
+                        j % 8 + 1, place, top, max(width - 1, 0.5), words
+                    )
+                )
+                if width > 30:
+                    parts.append(_text(place + width / 2, top + 15, f"{value / total:.0%}", f"inside on{j % 8 + 1}", "middle"))
+            place += width
+        if total <= 0:
+            parts.append(_text(start + 4, top + 15, "no images", "note"))
+    return _svg(key, title, desc, TOP + ROW * max(len(rows), 1), parts)
+
+
+def legend(entries: Sequence[tuple[str, str]], kind: str) -> Markup:
+    """A list of (name, style) with the marks of `line_chart` ("line"), `dot_chart` ("dot") or `stacked_bars` ("fill")."""
+    if not entries:
+        return Markup("")
+    items = Markup("").join(
+        Markup('<li><svg viewBox="0 0 24 12" aria-hidden="true" focusable="false">{}</svg>{}</li>').format(
+            _swatch(style, kind), name
+        )
+        for name, style in entries
+    )
+    return Markup('<ul class="legend">{}</ul>').format(items)
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def _svg(key: str, title: str, desc: str, height: float, parts: Sequence[Markup]) -> Markup:
+    return Markup(
+        '<svg class="chart" viewBox="0 0 {} {:g}" role="img" aria-labelledby="{}-title {}-desc">'
+        '<title id="{}-title">{}</title><desc id="{}-desc">{}</desc>{}</svg>'
+    ).format(WIDTH, height, key, key, key, title, key, desc, Markup("").join(parts))
+
+
+def _text(x: float, y: float, words: str, style: str, anchor: str = "start") -> Markup:
+    return Markup('<text class="{}" x="{:g}" y="{:g}" text-anchor="{}">{}</text>').format(style, x, y, anchor, words)
+
+
+def _name(row: Row, middle: float) -> Markup:
+    """The row's name, right-aligned; a long one is cut and kept whole in its title."""
+    words = row.label if len(row.label) <= 18 else row.label[:17].rstrip() + "…"
+    style = "name strong" if row.strong else "name"
+    return Markup('<text class="{}" x="{}" y="{:g}" text-anchor="end"><title>{}</title>{}</text>').format(
+        style, NAMES, middle + 4, row.label, words
+    )
+
+
+def _y_axis(y: Scale) -> list[Markup]:
+    parts = []
+    for tick in y.ticks(5):
+        parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, y(tick), y(tick)))
+        parts.append(_text(LEFT - 6, y(tick) + 4, short(tick), "tick", "end"))
+    return parts
+
+
+def _x_axis(x: Scale, bottom: float, label: str, grid_from: float | None = None) -> list[Markup]:
+    parts = [Markup('<line class="axis" x1="{:g}" x2="{:g}" y1="{:g}" y2="{:g}"/>').format(x.start, x.stop, bottom, bottom)]
+    for tick in x.ticks(5):
+        if grid_from is not None:
+            parts.append(
+                Markup('<line class="grid" x1="{}" x2="{}" y1="{:g}" y2="{:g}"/>').format(x(tick), x(tick), grid_from, bottom)
+            )
+        parts.append(_text(x(tick), bottom + 15, short(tick), "tick", "middle"))
+    parts.append(_text((x.start + x.stop) / 2, bottom + 32, label, "label", "middle"))
+    return parts
+
+
+def _line(line: Line, x: Scale, y: Scale) -> Markup:
+    points = thin(line.points)
+    path = " ".join(f"{x(px):g},{y(py):g}" for px, py in points)
+    last_x, last_y = line.points[-1]
+    words = f"{line.name}: {short(last_y)} at {short(last_x)}"
+    marks = Markup("")
+    if len(points) <= 24:
+        radius = 2.6 if line.style == "main" else 1.8
+        marks = Markup("").join(
+            Markup('<circle class="mark {}" cx="{:g}" cy="{:g}" r="{}"><title>{}</title></circle>').format(
+                line.style, x(px), y(py), radius, f"{line.name}: {short(py)} at {short(px)}"
+            )
+            for px, py in points
+        )
+    drawn = Markup('<polyline class="line {}" points="{}"/>').format(line.style, path) if len(points) > 1 else Markup("")
+    return Markup("<g><title>{}</title>{}{}</g>").format(words, drawn, marks)
+
+
+def _dot(dot: Dot, x: Scale, y: float, label: str) -> Markup:
+    bar, words = Markup(""), f"{label}, {dot.name}: {dot.value:.3f}"
+    if dot.interval is not None:
+        low, high = dot.interval
+        bar = Markup('<line class="whisker {}" x1="{:g}" x2="{:g}" y1="{:g}" y2="{:g}"/>').format(
+            dot.style, x(low), x(high), y, y
+        )
+        words += f" ({low:.3f}–{high:.3f})"
+    return Markup("<g><title>{}</title>{}{}</g>").format(words, bar, _mark(dot.style, x(dot.value), y))
+
+
+def _mark(style: str, x: float, y: float) -> Markup:
+    """A disc; a diamond for synthetic, so that shape tells it apart where colour does not."""
+    if style == "synthetic":
+        path = f"M{x:g} {y - 5:g}l5 5l-5 5l-5 -5z"
+        return Markup('<path class="mark {}" d="{}"/>').format(style, path)
+    return Markup('<circle class="mark {}" cx="{:g}" cy="{:g}" r="4.2"/>').format(style, x, y)
+
+
+def _swatch(style: str, kind: str) -> Markup:
+    if kind == "fill":
+        return Markup('<rect class="fill {}" x="6" y="0" width="12" height="12" rx="2"/>').format(escape(style))
+    if kind == "line":
+        return Markup('<line class="line {}" x1="1" x2="23" y1="6" y2="6"/>').format(escape(style))
+    return Markup('<line class="whisker {}" x1="2" x2="22" y1="6" y2="6"/>{}').format(escape(style), _mark(style, 12, 6))

@@ -1,0 +1,19 @@
+"""The sections of the page, in order. A new one is a module with a `SECTION` and a line in this list."""
+
+from __future__ import annotations
+
+from fedgan.report.sections import curves, fidelity, hospitals, images, notes, provenance, summary, utility
+from fedgan.report.sections.base import Section
+
+SECTIONS: tuple[Section, ...] = (
+    summary.SECTION,
+    images.SECTION,
+    utility.SECTION,
+    fidelity.SECTION,
+    curves.SECTION,
+    hospitals.SECTION,
+    notes.SECTION,
+    provenance.SECTION,
+)
+
+__all__ = ["SECTIONS", "Section"]

@@ -1,0 +1,126 @@
+"""Training curves by images seen: the mean in ink, a line a hospital in colour."""
+
+from __future__ import annotations
+
+from markupsafe import Markup
+
+from fedgan.report import format as text
+from fedgan.report.charts import Line, legend, line_chart
+from fedgan.report.format import number, short
+from fedgan.report.run_data import RunData, Tree, dig, trees
+from fedgan.report.sections.base import Section
+from fedgan.report.tables import Column, table
+from fedgan.report.templating import absent, render
+
+MOST_HOSPITALS = 6  # lines that can still be told apart
+MOST_ROWS = 60
+CURVES = (
+    ("loss_g", "Generator loss", "Non-saturating loss of the generator."),
+    ("loss_d", "Discriminator loss", "Logistic loss of the discriminator, without R1."),
+    ("r_t", "Overfitting heuristic r_t", "Mean sign of the discriminator on real images; ADA steers it to its target."),
+    ("p", "Augmentation strength p", "Probability of each ADA transform."),
+    ("r1", "R1 penalty", "Squared gradient of the discriminator at real images."),
+    ("path_length", "Path length", "Mean length of the generator's path, which its regularisation evens out."),
+)
+
+
+def _render(run: RunData) -> Markup:
+    if not run.rounds:
+        return absent("No round has finished yet: metrics.jsonl has no line.")
+    names = run.hospital_names
+    figures = [_curve(run, names[:MOST_HOSPITALS], *curve) for curve in CURVES]
+    shown = [(name, f"h{i + 1}") for i, name in enumerate(names[:MOST_HOSPITALS])] if _has_hospitals(run.rounds) else []
+    frechet, note = _frechet(run)
+    return render(
+        "curves.html.j2",
+        figures=[figure for figure in [*figures, frechet] if figure],
+        legend=legend([("mean over hospitals", "main"), *shown], "line"),
+        left_out=max(0, len(names) - MOST_HOSPITALS),
+        missing=[title for (key, title, _), figure in zip(CURVES, figures, strict=True) if figure is None],
+        note=note,
+        table=_table(run),
+    )
+
+
+def points(rounds: tuple[Tree, ...], *keys: str) -> list[tuple[float, float]]:
+    """(images seen, value) of the rounds that have both, by rising images seen."""
+    found = [(number(line.get("images_seen")), number(dig(line, *keys))) for line in rounds]
+    return sorted((x, y) for x, y in found if x is not None and y is not None)
+
+
+def _of_hospital(rounds: tuple[Tree, ...], name: str, key: str) -> list[tuple[float, float]]:
+    """A hospital's values at the run's images seen, so that all lines share one axis."""
+    found = [
+        (number(line.get("images_seen")), number(row.get(key)))
+        for line in rounds
+        for row in trees(line.get("hospitals"))
+        if str(row.get("name")) == name
+    ]
+    return sorted((x, y) for x, y in found if x is not None and y is not None)
+
+
+def _has_hospitals(rounds: tuple[Tree, ...]) -> bool:
+    return any(trees(line.get("hospitals")) for line in rounds)
+
+
+def _curve(run: RunData, names: list[str], key: str, title: str, desc: str) -> Markup | None:
+    mean = points(run.rounds, "mean", key)
+    lines = [Line("mean", mean, "main")]
+    lines += [Line(name, _of_hospital(run.rounds, name, key), f"h{i + 1}") for i, name in enumerate(names)]
+    if not any(line.points for line in lines):
+        return None
+    target = [("target", run.settings.augment.target)] if key == "r_t" and run.settings.augment.mode == "ada" else []
+    return _figure(f"curves-{key.replace('_', '-')}", title, desc, lines, target)
+
+
+def _frechet(run: RunData) -> tuple[Markup | None, str]:
+    """The Fréchet curve with the floor of the same extractor, and the sentence that says what may be compared."""
+    measured = [line for line in run.rounds if number(dig(line, "fidelity", "frechet")) is not None]
+    if not measured:
+        return None, "No Fréchet distance was measured during the run (evaluation.every)."
+    extractor = dig(measured[-1], "fidelity", "extractor")
+    same = tuple(line for line in measured if dig(line, "fidelity", "extractor") == extractor)
+    floor, floor_of = number(dig(run.evaluation, "fidelity", "frechet_floor")), dig(run.evaluation, "fidelity", "extractor")
+    references = [("floor: real to real", floor)] if floor is not None and floor_of == extractor else []
+    counts = sorted({n for line in same if (n := number(dig(line, "fidelity", "images"))) is not None})
+    note = f"Fréchet distance: features of {extractor or 'an extractor that is not named'}"
+    note += f", {' or '.join(text.whole(n) for n in counts)} synthetic images a point." if counts else "."
+    floor_images = number(dig(run.evaluation, "fidelity", "floor_images"))
+    if references and counts and floor_images is not None and floor_images not in counts:
+        note += f" The floor was measured with {text.whole(floor_images)} images; with fewer images a distance comes out larger."
+    lines = [Line("Fréchet distance", points(same, "fidelity", "frechet"), "main")]
+    figure = _figure(
+        "curves-frechet", "Fréchet distance", "Distance of synthetic to real images, lower is better.", lines, references
+    )
+    return (figure if lines[0].points else None), note
+
+
+def _figure(key: str, title: str, desc: str, lines: list[Line], references: list[tuple[str, float]]) -> Markup:
+    last = lines[0].points[-1][1] if lines[0].points else None
+    words = f"{desc} By images seen." + (f" Last mean value: {short(last)}." if last is not None else "")
+    chart = line_chart(key, title, words, lines, "images seen", references)
+    end = short(last) if last is not None else ""
+    return Markup('<figure><figcaption>{} <span class="last">{}</span><small>{}</small></figcaption>{}</figure>').format(
+        title, end, desc, chart
+    )
+
+
+def _table(run: RunData) -> Markup:
+    columns = [Column("Round", numeric=False), Column("Images seen"), Column("Wall time"), Column("Bytes exchanged")]
+    columns += [Column(title) for _, title, _ in CURVES] + [Column("Fréchet distance")]
+    rows = [
+        [
+            text.whole(line.get("round")),
+            text.whole(line.get("images_seen")),
+            text.duration(line.get("wall_seconds")),
+            text.size(line.get("bytes_exchanged")),
+            *(text.decimal(dig(line, "mean", key), 4) for key, _, _ in CURVES),
+            text.decimal(dig(line, "fidelity", "frechet"), 2),
+        ]
+        for line in run.rounds
+    ]
+    more = f"The newest {MOST_ROWS} of {len(rows)} rounds; metrics.jsonl has them all." if len(rows) > MOST_ROWS else ""
+    return table("Means over hospitals, a row a round", columns, rows[-MOST_ROWS:], "rounds", more=more)
+
+
+SECTION = Section("curves", "Training", _render)

@@ -1,0 +1,97 @@
+"""Real beside synthetic, a row a class, and how the synthetic ones came to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+
+from fedgan.report.format import number, plural
+from fedgan.report.pictures import MOST_CELLS, MOST_ROWS, Block, Grid, open_grid
+from fedgan.report.run_data import RunData
+from fedgan.report.sections.base import Section
+from fedgan.report.templating import absent, render
+
+MOST_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One class: its name, and its pictures where there are any."""
+
+    name: str
+    real: Block | None
+    synthetic: Block | None
+
+
+def _render(run: RunData) -> Markup:
+    if not run.pictures:
+        return absent("No pictures yet: the central evaluator draws the first grid when its first turn comes (evaluation.every).")
+    real, real_note = _grid(run, run.pictures.get("real"), "of real images")
+    newest = run.round_pictures[-1:] if "final" not in run.pictures else []
+    file = run.pictures.get("final") or (newest[0][1] if newest else None)
+    synthetic, synthetic_note = _grid(run, file, "of synthetic images")
+    notes = [note for note in (real_note, synthetic_note) if note]
+    if newest:
+        notes.append(f"The synthetic images are those of round {newest[0][0]}: the run has no final grid yet.")
+    return render(
+        "images.html.j2",
+        pairs=pairs(real, synthetic),
+        progress=_progress(run),
+        notes=notes,
+        cells=MOST_CELLS,
+        psi=run.settings.evaluation.psi,
+        resolution=run.settings.data.resolution,
+    )
+
+
+def pairs(real: Grid | None, synthetic: Grid | None) -> list[Pair]:
+    """The rows of both grids side by side: by name where both name theirs, else by place."""
+    grids = [grid for grid in (real, synthetic) if grid is not None]
+    if grids and all(grid.rows for grid in grids):
+        names = list(dict.fromkeys(name for grid in grids for name in grid.rows))
+    else:
+        names = [""] * max((grid.count for grid in grids), default=0)
+    columns = min([MOST_CELLS, *(grid.columns for grid in grids)])
+
+    def block(grid: Grid | None, i: int) -> Block | None:
+        if grid is None:
+            return None
+        row = i if not names[i] else grid.rows.index(names[i]) if names[i] in grid.rows else grid.count
+        return grid.block([row], columns) if row < grid.count else None
+
+    return [Pair(name, block(real, i), block(synthetic, i)) for i, name in enumerate(names[:MOST_ROWS])]
+
+
+def _grid(run: RunData, path: Path | None, what: str) -> tuple[Grid | None, str]:
+    """A grid, or None and the sentence that says why."""
+    if path is None:
+        return None, f"There is no grid {what} yet."
+    grid = open_grid(path, run.label_names, run.settings.data.resolution)
+    if grid is None:
+        side = run.settings.data.resolution
+        return None, f"{path.name} is damaged or is no grid of cells of {side} × {side} pixels, so it is not shown."
+    return (
+        grid,
+        f"The grid {what} has {plural(grid.count, 'row')}, of which {MOST_ROWS} are shown." if grid.count > MOST_ROWS else "",
+    )
+
+
+def _progress(run: RunData) -> list[tuple[str, Block]]:
+    """Up to six grids spread over the run, the newest among them: (round and images seen, picture)."""
+    rounds = run.round_pictures
+    if len(rounds) > MOST_ROUNDS:
+        rounds = [rounds[round(i * (len(rounds) - 1) / (MOST_ROUNDS - 1))] for i in range(MOST_ROUNDS)]
+    seen = {number(line.get("round")): number(line.get("images_seen")) for line in run.rounds}
+    strip = []
+    for number_of_round, path in rounds:
+        grid = open_grid(path, run.label_names, run.settings.data.resolution)
+        if grid is not None:
+            images = seen.get(float(number_of_round))
+            words = f"round {number_of_round}" + (f", {images:,.0f} images" if images is not None else "")
+            strip.append((words, grid.block(range(min(grid.count, 8)), 3)))
+    return strip
+
+
+SECTION = Section("images", "Real beside synthetic", _render)

@@ -1,0 +1,62 @@
+"""What was not measured, and what the evaluator had to say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from markupsafe import Markup
+
+from fedgan.report.run_data import RunData, sentences, tree
+from fedgan.report.sections.base import Section
+from fedgan.report.templating import render
+
+MOST = 30
+
+
+def _render(run: RunData) -> Markup:
+    evaluation = run.evaluation
+    notes = [
+        text
+        for holder in (evaluation, *(tree(evaluation.get(key)) for key in sorted(evaluation)))
+        for text in sentences(holder.get("notes"))
+    ]
+    missing = [
+        sentence
+        for there, sentence in (
+            (run.rounds, "metrics.jsonl has no round yet."),
+            (run.hospitals, "hospitals.json is not there yet."),
+            (run.environment, "environment.json is not there: versions, machine and licences are unknown."),
+            (evaluation, "evaluation.json is not there yet: utility and fidelity are unknown."),
+        )
+        if not there
+    ]
+    done, planned = len(run.rounds), run.settings.federation.rounds
+    if 0 < done < planned:
+        missing.append(
+            f"The run has {done} of {planned} rounds: it is still going on or was stopped (`fedgan resume` continues it)."
+        )
+    if "privacy" not in evaluation:
+        missing.append(
+            "No privacy attack and no search for copies was run: this page is no evidence that the images are safe to release."
+        )
+    nulls = list(dict.fromkeys(_nulls(evaluation)))
+    return render(
+        "notes.html.j2",
+        notes=list(dict.fromkeys(notes)),
+        missing=[*run.problems, *missing],
+        nulls=nulls[:MOST],
+        more=len(nulls) - MOST,
+    )
+
+
+def _nulls(value: Any, path: str = "") -> Iterator[str]:
+    """Paths of the numbers that are null."""
+    if value is None and path:
+        yield path
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _nulls(item, f"{path} › {key}" if path else str(key))
+
+
+SECTION = Section("notes", "Notes, and what was not measured", _render)

@@ -1,0 +1,64 @@
+"""Where the numbers come from: settings, versions, machine, data hashes, licences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from markupsafe import Markup
+
+from fedgan.config import describe, to_dict
+from fedgan.report.run_data import RunData
+from fedgan.report.sections.base import Section
+from fedgan.report.tables import Column, table
+from fedgan.report.templating import absent, render
+
+SETTINGS_COLUMNS = (Column("Key", numeric=False), Column("Value", numeric=False), Column("Meaning", numeric=False))
+FACTS_COLUMNS = (Column("Fact", numeric=False), Column("Value", numeric=False))
+
+
+def _render(run: RunData) -> Markup:
+    values = dict(_flat(to_dict(run.settings)))
+    rows = [[key, values.get(key, ""), meaning] for key, meaning, _ in describe()]
+    defaults = {key: _word(default) for key, _, default in describe()}
+    changed = [row for row in rows if row[1] != defaults[row[0]] and row[0] not in ("name", "description")]
+    facts = [[key, value] for key, value in _flat(run.environment)]
+    hashes = [[str(h.get("name", "unnamed")), str(h["content_hash"])] for h in run.hospitals if h.get("content_hash")]
+    return render(
+        "provenance.html.j2",
+        changed=table("Settings that differ from their defaults", SETTINGS_COLUMNS, changed) if changed else Markup(""),
+        settings=table("Every setting of the run", SETTINGS_COLUMNS, rows, "settings"),
+        environment=table("Versions, machine, sources and licences", FACTS_COLUMNS, facts, "environment")
+        if facts
+        else absent("environment.json is not there: versions, machine, sources and licences are unknown."),
+        hashes=table(
+            "Content hashes of the hospitals' shards",
+            (Column("Hospital", numeric=False), Column("Content hash", numeric=False)),
+            hashes,
+        )
+        if hashes
+        else absent("No content hashes of the hospitals' data are known."),
+        count=len(rows),
+        name=run.settings.name,
+        seed=run.settings.seed,
+    )
+
+
+def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
+    """The leaves of a nested dict as (dotted key, text)."""
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in _flat(item, f"{path}.{key}" if path else str(key))]
+    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        return [leaf for i, item in enumerate(value) for leaf in _flat(item, f"{path}[{i}]")]
+    return [(path, _word(value))]
+
+
+def _word(value: Any) -> str:
+    """A setting as it would be written in TOML, without quotes."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return ", ".join(_word(item) for item in value)
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+SECTION = Section("provenance", "Provenance", _render)
