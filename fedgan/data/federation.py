@@ -22,7 +22,7 @@ from fedgan.config import Settings
 from fedgan.data import partitions
 from fedgan.data.dataset import ImageArray, ImageDataset, pool
 from fedgan.data.labels import LabelMap
-from fedgan.data.shard import Shard
+from fedgan.data.shard import Shard, folder_name
 from fedgan.data.splits import SPLITS
 from fedgan.errors import ConfigError, DataError
 
@@ -215,7 +215,7 @@ def _natural(shards: Sequence[Shard]) -> list[Hospital]:
         if len(names) > 1:
             splits = shard.samples.splits
             return [
-                _hospital(name, [shard], {split: rows[splits[rows] == split] for split in SPLITS})
+                _hospital(folder_name(name), [shard], {split: rows[splits[rows] == split] for split in SPLITS})
                 for name, rows in zip(names, parts, strict=True)
             ]
     return [_hospital(shard.name, [shard], {split: shard.rows(split) for split in SPLITS}, dealt=False) for shard in shards]

@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -284,7 +285,7 @@ def write_shard(
     `name` defaults to the folder's name, `institutions` to `name`. Raises `DataError`, `SplitError`, `StorageError`.
     """
     path = Path(path)
-    name = name or path.name
+    name = folder_name(name or path.name)
     count = len(labels)
     blank = np.full(count, "", dtype=str)
     samples = Samples(
@@ -334,6 +335,11 @@ def count_samples(labels: np.ndarray, samples: Samples, label_names: Sequence[st
     }
 
 
+def folder_name(name: str) -> str:
+    """`name` as a folder can be called on any system: letters, digits, dot, dash and underscore; never empty or hidden."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:64] or "hospital"
+
+
 def check_shard_resolution(resolution: int, where: str) -> None:
     """Raise `DataError` unless `resolution` is a power of two of at least 16."""
     if resolution < 16 or resolution & (resolution - 1):
@@ -357,6 +363,8 @@ def _read_card(path: Path) -> Card:
         card = Card(**{key: value for key, value in tree.items() if key in known})
         card = dataclasses.replace(card, label_names=tuple(map(str, card.label_names)), notes=tuple(card.notes))
         check_shard_resolution(int(card.resolution), str(file))
+        if card.name != folder_name(card.name):  # it names folders of a run
+            raise DataError(f"{file}: the name must be letters, digits, '.', '-' or '_', e.g. '{folder_name(card.name)}'")
     except FileNotFoundError:
         raise DataError(f"{path} is no shard: it has no card.json") from None
     except (OSError, ValueError, TypeError, KeyError) as error:

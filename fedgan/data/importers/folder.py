@@ -1,0 +1,103 @@
+"""Class folders: SOURCE/class/*.png, or SOURCE/train/class/*.png where the source brings its own split."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedgan.data.importers.pixels import SUFFIXES, UnreadableError, decode, peek
+from fedgan.data.importers.source import SPELLINGS, Skipped, Source
+from fedgan.errors import DataError
+
+PEEKED = 64
+
+
+def read_folder(folder: str | Path, name: str = "", patient_pattern: str = "") -> Source:
+    """The images below the class folders of `folder`, in the order of their paths.
+
+    When all sub-folders are called train, val or test (or alike), the classes are one level deeper. `name` is the institution
+    (default: the folder's name). `patient_pattern` is a regular expression with one group that finds the patient in the file
+    name, e.g. `(person\\d+)_`. Raises `DataError` when the folder is missing or holds no image.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"no folder at {folder}: give a folder with one sub-folder a class")
+    pattern = _pattern(patient_pattern)
+    tops = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    has_splits = bool(tops) and all(top.lower() in SPELLINGS for top in tops)
+    depth = 2 if has_splits else 1
+    skipped: Counter[str] = Counter()
+    found: list[tuple[str, ...]] = []
+    for parts in _walk(folder):
+        if Path(parts[-1]).suffix.lower() not in SUFFIXES or parts[-1].startswith("."):
+            skipped["not an image file"] += 1
+        elif len(parts) <= depth:
+            skipped["not in a class folder"] += 1
+        else:
+            found.append(parts)
+    if not found:
+        raise DataError(f"{folder} holds no image in class folders (SOURCE/class/*.png): nothing to import")
+    classes = [parts[depth - 1] for parts in found]
+    label_names, codes = np.unique(classes, return_inverse=True)
+    paths = [folder.joinpath(*parts) for parts in found]
+    size, colour = look_at(paths)
+    return Source(
+        title=folder.resolve().name,
+        labels=np.eye(len(label_names), dtype=np.uint8)[codes],
+        label_names=tuple(label_names.tolist()),
+        exclusive=True,
+        patients=np.array([_patient(pattern, parts[-1]) for parts in found], dtype=str),
+        institutions=np.full(len(found), name or folder.resolve().name),
+        given=np.array([SPELLINGS[parts[0].lower()] for parts in found], dtype=str) if has_splits else None,
+        names=np.array(["/".join(parts) for parts in found], dtype=str),
+        pictures=lambda: read_pictures(paths),
+        size=size,
+        colour=colour,
+        skipped=dict(skipped),
+    )
+
+
+def read_pictures(paths: Sequence[Path | Skipped]) -> Iterator[np.ndarray | Skipped]:
+    """Decode one file after the other; what cannot be read comes as `Skipped`."""
+    for path in paths:
+        if isinstance(path, Skipped):
+            yield path
+            continue
+        try:
+            yield decode(path)
+        except UnreadableError as error:
+            yield Skipped(str(error))
+
+
+def look_at(paths: Sequence[Path | Skipped]) -> tuple[tuple[int, int], bool]:
+    """Size of the first readable picture, and whether any of the first ones is in colour (by their headers)."""
+    headers = [header for path in paths[:PEEKED] if isinstance(path, Path) and (header := peek(path))]
+    return (headers[0][0] if headers else (0, 0)), any(colour for _, colour in headers)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, ...]]:
+    for place, folders, names in os.walk(folder, followlinks=False):
+        folders.sort()
+        yield from (Path(place, name).relative_to(folder).parts for name in sorted(names))
+
+
+def _pattern(text: str) -> re.Pattern[str] | None:
+    if not text:
+        return None
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise DataError(f"the patient pattern '{text}' is no regular expression: {error}") from None
+    if pattern.groups != 1:
+        raise DataError(f"the patient pattern '{text}' must have exactly one group in round brackets, e.g. '(person\\d+)_'")
+    return pattern
+
+
+def _patient(pattern: re.Pattern[str] | None, name: str) -> str:
+    found = pattern.search(name) if pattern else None
+    return (found.group(1) or "") if found else ""

@@ -1,0 +1,69 @@
+"""One picture on its way into a shard: decoding, grey or colour, square size."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+DEEP_MODES = frozenset({"I", "I;16", "I;16B", "I;16L", "I;16N"})
+GREY_MODES = frozenset({"1", "L", "LA", "La", *DEEP_MODES})
+
+
+class UnreadableError(Exception):
+    """A picture that cannot be decoded; its text is the reason that is counted."""
+
+
+def decode(path: Path) -> np.ndarray:
+    """The pixels of an image file, (H, W) grey or (H, W, 3) colour, uint8, upright by its EXIF tag.
+
+    16-bit grey keeps its upper 8 bits. Raises `UnreadableError`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                picture.load()
+                mode, upright = picture.mode, ImageOps.exif_transpose(picture)
+    except FileNotFoundError:
+        raise UnreadableError("missing file") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UnreadableError("too many pixels") from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise UnreadableError("unreadable or truncated file") from error
+    if mode in DEEP_MODES:
+        deep = np.asarray(upright).astype(np.int64)
+        if deep.min() < 0 or deep.max() > 65535:
+            raise UnreadableError("more than 16 bits a pixel")
+        return (deep >> 8).astype(np.uint8)
+    if mode == "F":
+        raise UnreadableError("floating-point pixels")
+    return np.asarray(upright.convert("L" if mode in GREY_MODES else "RGB"))
+
+
+def peek(path: Path) -> tuple[tuple[int, int], bool] | None:
+    """((width, height), colour?) from the file's header, or None when it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size, picture.mode not in GREY_MODES
+    except Exception:  # the same variety as in decode; the file is counted when it is decoded
+        return None
+
+
+def fit_square(pixels: np.ndarray, resolution: int, channels: int, crop: bool) -> np.ndarray:
+    """(H, W) or (H, W, 3) uint8 as (channels, resolution, resolution) uint8.
+
+    `crop` takes the central square first; otherwise the whole picture is stretched. Resized by Pillow's LANCZOS,
+    which low-passes when it shrinks; colour becomes grey by ITU-R 601 weights.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(pixels)).convert("L" if channels == 1 else "RGB")
+    size = (resolution, resolution)
+    if crop and picture.width != picture.height:
+        picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+    elif picture.size != size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    array = np.asarray(picture)
+    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
