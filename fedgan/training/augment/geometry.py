@@ -44,7 +44,28 @@ def inverse_map(values: Quantities, batch: int, height: int, width: int) -> torc
 
 
 def warp(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """`images` (B, C, H, W) read through `inverse` (B, 2, 3): up by sym6, bilinear sampling, down by sym6.
+    """`images` (B, C, H, W) read through `inverse` (B, 2, 3, on the CPU): up by sym6, bilinear sampling, down by sym6.
+
+    Images whose map is the identity stay bit for bit. Maps that keep rows and columns (no rotation but quarter turns:
+    most of them at small p) are separable and take a much cheaper way to the same result.
+    """
+    a, b, c, d = inverse[:, 0, 0], inverse[:, 0, 1], inverse[:, 1, 0], inverse[:, 1, 1]
+    still = (inverse == torch.eye(2, 3, dtype=torch.float64)).flatten(1).all(dim=1)
+    straight = (b == 0) & (c == 0)
+    turned = (a == 0) & (d == 0) & (images.shape[2] == images.shape[3])
+    aligned = (straight | turned) & ~still
+    for group, read in ((aligned, warp_aligned), (~(aligned | still), warp_any)):
+        if group.all():
+            return read(images, inverse)
+        if group.any():
+            rows = group.nonzero()[:, 0]
+            places = rows.to(images.device, non_blocking=True)
+            images = images.index_copy(0, places, read(images[places], inverse[rows]))
+    return images
+
+
+def warp_any(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """`warp` for any affine maps.
 
     Beyond the border the image is mirrored without end. The mirrored image, and so its upsampling, repeats itself: one
     period is computed and places are folded into it, so no margin has to be guessed and one image's map never changes
@@ -55,24 +76,54 @@ def warp(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     up_y, up_x = axis_matrix("up", height, *kind), axis_matrix("up", width, *kind)
     down_y, down_x = axis_matrix("down", height, *kind), axis_matrix("down", width, *kind)
     fine = up_y @ (images @ up_x.T)
-    grid = _reading_places(inverse, height, width).to(images, non_blocking=True)
+    grid = _grid(inverse.to(images.device, non_blocking=True), height, width).to(images.dtype)
     read = F.grid_sample(fine, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return down_y @ (read @ down_x.T)
 
 
-def _reading_places(inverse: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def warp_aligned(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """`warp` for maps that keep or exchange the axes: Y = A X B', one pair of small matrices an image."""
+    _, _, height, width = images.shape
+    turned = inverse[:, 0, 0] == 0  # then rows are read along columns
+    from_y = torch.where(turned[:, None], inverse[:, 0, 1:], inverse[:, 1, 1:])
+    from_x = torch.where(turned[:, None], inverse[:, 1, 0::2], inverse[:, 0, 0::2])
+    rows = _axis_reading(from_y, height, images)
+    columns = _axis_reading(from_x, width, images)
+    if turned.any():
+        turned = turned.to(images.device, non_blocking=True)
+        images = torch.where(turned[:, None, None, None], images.transpose(2, 3), images)
+    return rows @ (images @ columns.transpose(2, 3))
+
+
+def _axis_reading(line: torch.Tensor, n: int, images: torch.Tensor) -> torch.Tensor:
+    """(B, 1, n, n): up, linear interpolation and down along one axis, whose output place t is read at line @ (t, 1)."""
+    up, down = (axis_matrix(kind, n, images.dtype, images.device) for kind in ("up", "down"))
+    fine = _folded(line[:, :1] * _places(n, line.device) + line[:, 1:], n)
+    before = fine.floor().clamp_(max=4 * (n - 1) - 1)
+    share = (fine - before)[:, :, None].to(images, non_blocking=True)
+    index = before.long().to(images.device, non_blocking=True)
+    return (down @ torch.lerp(up[index], up[index + 1], share))[:, None]
+
+
+def _grid(inverse: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """(B, 2 H + 10, 2 W + 10, 2): where each fine output sample is read, in grid_sample's [-1, 1] over one period."""
-    rows, columns = (torch.arange(2 * n + len(SYM6) - 2, dtype=torch.float64) for n in (height, width))
-    y, x = ((places - CENTRE_TAP) / 2 - (n - 1) / 2 for places, n in ((rows, height), (columns, width)))
+    y, x = _places(height, inverse.device)[:, None], _places(width, inverse.device)
     axes = []
     for axis, n in ((0, width), (1, height)):
-        source = (
-            inverse[:, axis, 0, None, None] * x + inverse[:, axis, 1, None, None] * y[:, None] + inverse[:, axis, 2, None, None]
-        )
-        period = 4 * (n - 1)
-        fine = torch.remainder(2 * source + ((n - 1) + CENTRE_TAP), period)
-        axes.append(fine.mul_(2 / period).sub_(1))
+        source = inverse[:, axis, 0, None, None] * x + (inverse[:, axis, 1, None, None] * y + inverse[:, axis, 2, None, None])
+        axes.append(_folded(source, n).mul_(2 / (4 * (n - 1))).sub_(1))
     return torch.stack(axes, dim=3)
+
+
+def _places(n: int, device: torch.device) -> torch.Tensor:
+    """(2 n + 10,) float64: where the fine output samples of an axis of n pixels stand, from its centre."""
+    samples = torch.arange(2 * n + len(SYM6) - 2, dtype=torch.float64, device=device)
+    return (samples - CENTRE_TAP) / 2 - (n - 1) / 2
+
+
+def _folded(source: torch.Tensor, n: int) -> torch.Tensor:
+    """Place in the upsampled axis, within one period, of `source` (pixels from the centre)."""
+    return torch.remainder(2 * source + ((n - 1) + CENTRE_TAP), 4 * (n - 1))
 
 
 def _quarter_turns(turns: torch.Tensor) -> torch.Tensor:

@@ -128,7 +128,7 @@ class AugmentPipe(nn.Module):
         transform comes from `generator`."""
         batch, channels, height, width = images.shape
         if any(name in values for name in BLIT + GEOM):
-            images = _warp_touched(images, inverse_map(values, batch, height, width))
+            images = warp(images, inverse_map(values, batch, height, width))
         if any(name in values for name in COLOR):
             images = recolor(images, color_map(values, batch))
         if "filter" in values:
@@ -182,15 +182,3 @@ def _sample(name: str, uniform: torch.Tensor, normal: torch.Tensor) -> torch.Ten
         case "cutout":
             return torch.cat([torch.ones_like(uniform[:1]), uniform[1:]])
     raise AssertionError(name)
-
-
-def _warp_touched(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """`warp` for the images whose map is not the identity; the others stay bit for bit."""
-    identity = torch.eye(2, 3, dtype=torch.float64)
-    touched = (inverse != identity).flatten(1).any(dim=1).nonzero()[:, 0]
-    if len(touched) == 0:
-        return images
-    if len(touched) == len(images):
-        return warp(images, inverse)
-    rows = touched.to(images.device, non_blocking=True)
-    return images.index_copy(0, rows, warp(images[rows], inverse[touched]))

@@ -38,10 +38,9 @@ def upsampling_matrix(n: int) -> np.ndarray:
     """
     rows = 4 * (n - 1) + 1
     matrix = np.zeros((rows, n))
-    for row in range(rows):
-        for tap, weight in enumerate(SYM6):
-            if (row - tap) % 2 == 0:
-                matrix[row, mirrored(np.array((row - tap) // 2), n)] += np.sqrt(2) * weight
+    for tap, weight in enumerate(SYM6):
+        reached = np.arange(tap % 2, rows, 2)  # rows that this tap links to a pixel
+        np.add.at(matrix, (reached, mirrored((reached - tap) // 2, n)), np.sqrt(2) * weight)
     return matrix
 
 
