@@ -1,9 +1,9 @@
-"""Which labels the images of `fedgan generate` get: named, as vectors, or in the proportions of real ones."""
+"""Which labels the images of `fedgan generate` get when the user names them."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,7 +29,8 @@ def parsed_vectors(texts: Sequence[str], label_names: Sequence[str], exclusive: 
         parts = [part.strip() for part in text.split(",")]
         if len(parts) != len(label_names) or any(part not in ("0", "1") for part in parts):
             raise ConfigError(
-                f"--vector {text}: give {len(label_names)} numbers 0 or 1 with commas, in the order {', '.join(label_names) or '(none)'}"
+                f"--vector {text}: give {len(label_names)} numbers 0 or 1 with commas, "
+                f"in the order {', '.join(label_names) or '(this model has no labels)'}"
             )
         vectors[row] = [int(part) for part in parts]
         if exclusive and vectors[row].sum() != 1:
@@ -42,27 +43,3 @@ def spread_evenly(vectors: np.ndarray, images: int) -> np.ndarray:
     times = np.full(len(vectors), images // len(vectors))
     times[: images % len(vectors)] += 1
     return np.repeat(vectors, times, axis=0)
-
-
-def from_counts(counts: Mapping[str, int], label_names: Sequence[str], images: int) -> np.ndarray:
-    """`images` one-hot rows in the proportions of `counts` (largest remainders), in the order of the labels.
-
-    Raises `DataError` when the counts are all zero.
-    """
-    numbers = np.array([counts.get(name, 0) for name in label_names], float)
-    if numbers.sum() <= 0:
-        raise DataError("the run's training images have no labels to take proportions from: use --label or --vector")
-    exact = numbers / numbers.sum() * images
-    times = np.floor(exact).astype(int)
-    missing = images - int(times.sum())
-    times[np.argsort(times - exact, kind="stable")[:missing]] += 1
-    return np.repeat(np.eye(len(label_names), dtype=np.uint8), times, axis=0)
-
-
-def from_rows(labels: np.ndarray, images: int, seed: int) -> np.ndarray:
-    """`images` label vectors of real images: each row of `labels` (N, K) equally often, the rest drawn without replacement."""
-    if not len(labels):
-        raise DataError("the shard holds no images to take labels from")
-    draw = np.random.default_rng(seed).permutation(len(labels))[: images % len(labels)]
-    rows = np.concatenate([np.tile(np.arange(len(labels)), images // len(labels)), np.sort(draw)])
-    return np.asarray(labels[rows], np.uint8)

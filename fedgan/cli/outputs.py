@@ -17,7 +17,7 @@ import typer
 
 from fedgan import files
 from fedgan.cli import console, labels
-from fedgan.cli.runs import checkpoint_of, headline, headline_text
+from fedgan.cli.runs import checkpoint_of, headline, headline_text, repository_needed
 from fedgan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -123,7 +123,21 @@ def report(run_path: Run, as_json: console.Json = False) -> None:
 
 
 def _evaluate(run: RunFolder) -> None:
-    raise NotImplementedError
+    """The final evaluation of the newest round; its arm, name and budget are those of the run."""
+    from fedgan.data.federation import open_hospitals
+    from fedgan.training.checkpoint import load_generator
+
+    try:
+        from server.evaluator import Evaluator
+    except ModuleNotFoundError as error:
+        raise repository_needed(error) from None
+    settings = run.settings()
+    generator, meta = load_generator(checkpoint_of(run.path))
+    budget = {key: meta[key] for key in ("images_seen", "wall_seconds", "bytes_exchanged")}
+    before = run.read_json(run.evaluation) or {}
+    facts = {"arm": before.get("arm", "federated"), "name": settings.name, **budget}
+    hospitals = open_hospitals(settings, settings.evaluation.root or None)
+    Evaluator(settings, run, hospitals, progress=console.note).final(generator, facts)
 
 
 # --- generate ------------------------------------------------------------------------------------
@@ -144,53 +158,65 @@ def _labels(
         return np.zeros((images, 0), np.uint8)
     if labels_from is None and exclusive:
         return labels.spread_evenly(np.eye(len(names), dtype=np.uint8), images)
-    if labels_from in (None, "mix"):
-        return _training_mix(checkpoint, names, exclusive, images, seed)
+    from fedgan.evaluation.sampling import synthetic_labels
+
+    real = (
+        _training_labels(checkpoint, names, exclusive) if labels_from in (None, "mix") else _shard_labels(str(labels_from), names)
+    )
+    return synthetic_labels(real, images, seed)
+
+
+def _shard_labels(path: str, names: tuple[str, ...]) -> np.ndarray:
+    """Label vectors (N, K) of a shard that has the model's labels."""
+    import numpy as np
+
     from fedgan.data.shard import Shard
 
-    shard = Shard.open(str(labels_from))
+    shard = Shard.open(path)
     if tuple(shard.card.label_names) != names:
         raise DataError(
-            f"{labels_from} has the labels {', '.join(shard.card.label_names)}, the model {', '.join(names)}: give another shard"
+            f"{path} has the labels {', '.join(shard.card.label_names)}, the model {', '.join(names)}: give another shard"
         )
-    return labels.from_rows(np.asarray(shard.labels), images, seed)
+    return np.asarray(shard.labels)
 
 
-def _training_mix(checkpoint: Path, names: tuple[str, ...], exclusive: bool, images: int, seed: int) -> np.ndarray:
-    """Labels in the proportions of the run's training images.
+def _training_labels(checkpoint: Path, names: tuple[str, ...], exclusive: bool) -> np.ndarray:
+    """Label vectors (N, K) of the run's training images.
 
-    One class an image: the counts of hospitals.json are enough. Several at once: only the label vectors
-    tell which go together, so the shards of the run must be there.
+    One class an image: the counts of hospitals.json are enough. Several at once: only the vectors tell which
+    go together, so the run's shards must still be there.
     """
     import numpy as np
 
     from fedgan.run_folder import RunFolder
 
-    run = RunFolder.at(checkpoint.parent.parent)
+    run = RunFolder.at(checkpoint.resolve().parent.parent)
     if exclusive:
-        counts = dict.fromkeys(names, 0)
-        for hospital in run.read_json(run.hospitals) or []:
-            for name in names:
-                counts[name] += hospital["counts"]["train"].get(name, 0)
-        return labels.from_counts(counts, names, images)
+        hospitals = run.read_json(run.hospitals)
+        if not hospitals:
+            raise DataError(f"{console.shown(run.path)} has no hospitals.json to take the mix from: use --label or --vector")
+        counts = [sum(hospital["counts"]["train"].get(name, 0) for hospital in hospitals) for name in names]
+        return np.repeat(np.eye(len(names), dtype=np.uint8), counts, axis=0)
+    if not run.config.is_file():
+        raise DataError(
+            "the mix of labels lies in the run folder: give the run folder, or use --label, --vector or --labels-from SHARD"
+        )
     from fedgan.data.federation import open_hospitals
 
-    hospitals = open_hospitals(run.settings())
-    return labels.from_rows(np.concatenate([hospital.train.labels for hospital in hospitals]), images, seed)
+    return np.concatenate([hospital.train.labels for hospital in open_hospitals(run.settings())])
 
 
 def _chunks(generator: Any, wanted: np.ndarray, psi: float, seed: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Images (n, C, H, W) uint8 with the number of the first, a chunk at a time; each chunk has its own seed."""
-    import numpy as np
+    """Images (n, C, H, W) uint8 with the number of the first, a chunk at a time; all latents come from one seed."""
     import torch
 
-    from fedgan.evaluation.sampling import generate_images
+    from fedgan.evaluation.sampling import draw_latents, generate_images
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    latents = draw_latents(len(wanted), generator.z_dim, seed)
     for start in range(0, len(wanted), CHUNK):
-        chunk_seed = int(np.random.SeedSequence([seed, start]).generate_state(1)[0])
-        part = torch.from_numpy(wanted[start : start + CHUNK]).float()
-        yield start, np.asarray(generate_images(generator, part, seed=chunk_seed, psi=psi, batch=batch, device=device))
+        rows = slice(start, start + CHUNK)
+        yield start, generate_images(generator, wanted[rows], seed, psi, batch, device, latents=latents[rows])
 
 
 def _write_pngs(

@@ -31,7 +31,7 @@ def demo(output: Output = None, overrides: Overrides = None, as_json: console.Js
     from fedgan.run_folder import RunFolder
 
     runner = _runner()
-    settings = load_scenario(_shipped("three_hospitals"), overrides or [])
+    settings = load_scenario(shipped_scenario("three_hospitals") or "simulations/three_hospitals.toml", overrides or [])
     place = output or _free(Path("runs/demo"))
     if output is None and place.name != "demo":
         console.note(f"runs/demo is there already: this run goes to {place}")
@@ -152,18 +152,25 @@ def _runner() -> ModuleType:
     try:
         import simulations.runner
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("simulations", "server", "client"):
-            raise  # flwr or ray is missing: that has its own message
-        raise MachineError(
-            "simulations need the repository, not the installed library alone: clone it, then pip install -e . in it"
-        ) from None
+        raise repository_needed(error) from None
     return simulations.runner
 
 
-def _shipped(name: str) -> Path:
-    import simulations
+def repository_needed(error: ModuleNotFoundError) -> Exception:
+    """What to raise when a room beside fedgan cannot be imported; a missing package keeps its own error."""
+    if (error.name or "").partition(".")[0] in ("simulations", "server", "client"):
+        return MachineError("this needs the repository, not the installed library alone: clone it, then pip install -e . in it")
+    return error
 
-    return Path(str(simulations.__file__)).with_name(f"{name}.toml")
+
+def shipped_scenario(name: str) -> Path | None:
+    """The scenario that the repository ships under `name`; None where there is no such file (an installed wheel)."""
+    try:
+        import simulations
+    except ModuleNotFoundError:
+        return None
+    path = Path(str(simulations.__file__)).with_name(f"{name}.toml")
+    return path if path.is_file() else None
 
 
 def _free(place: Path) -> Path:
