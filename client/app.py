@@ -1,0 +1,117 @@
+"""The Flower ClientApp of one hospital: thin glue round the Trainer.
+
+Two messages: `query.hello` (who are you) and `train` (advance by so many images from this model).
+What goes wrong here stays here: the traceback goes to the hospital's own log, and one line that
+names the kind of failure, but no path, patient or label, travels to the server.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.site import Order, Progress, Site, find_site, log_failure
+from fedgan.config import PARTS
+from fedgan.training.trainer import Trainer
+
+FAILED = 2  # Flower's code for "the ClientApp raised"
+SAFE = "hospital: "  # marks a reason that was written here, and so may be shown
+
+app = ClientApp()
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Say who this hospital is: number, name, number of training images, labels and image shape."""
+    return Visit(message, context).answer(introduce)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Go on from the model that arrived, and answer with the model after this round's images."""
+    return Visit(message, context).answer(train_round)
+
+
+class Visit:
+    """One message at one hospital: remembers what is being done, in case it fails."""
+
+    def __init__(self, message: Message, context: Context) -> None:
+        self.message, self.node = message, context.node_config
+        self.doing = "reading the server's order"
+        self.folder: Path | None = None
+        self.round = 0
+
+    def answer(self, work: Callable[[Visit, Order, Site], RecordDict]) -> Message:
+        """The reply of `work`, or an error reply that gives away nothing but the kind of failure."""
+        try:
+            order = Order.read(self.message.content.config_records["config"])
+            self.round = order.round
+            self.doing = "opening its shard"
+            self.folder = Path(
+                str(self.node.get("state-dir") or Path(order.run) / "hospitals" / f"partition-{self.node['partition-id']}")
+            )
+            site = find_site(order, self.node)
+            self.folder = site.folder
+            return Message(work(self, order, site), reply_to=self.message)
+        except Exception as error:  # every failure becomes a reply: an exception would carry its traceback to the server
+            log_failure(self.folder, self.round, self.doing)
+            return Message(Error(FAILED, f"{SAFE}{type(error).__name__} while {self.doing}"), reply_to=self.message)
+
+
+def introduce(visit: Visit, order: Order, site: Site) -> RecordDict:
+    """What the server has to know of this hospital: the number of its images and their shape."""
+    data = site.hospital.train
+    facts: dict[str, object] = {
+        "number": site.number,
+        "name": site.hospital.name,
+        "images": len(data),
+        "label_names": list(data.label_names),
+        "exclusive": data.exclusive,
+        "channels": data.channels,
+        "resolution": data.resolution,
+    }
+    return RecordDict({"hospital": ConfigRecord(facts)})
+
+
+def train_round(visit: Visit, order: Order, site: Site) -> RecordDict:
+    """Load the state of the round before, take over what arrived, train, save, and give out what travels."""
+    settings = order.settings
+    threads = settings.federation.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+
+    visit.doing = "preparing the training"
+    trainer = Trainer(settings, site.hospital.train, settings.training.device, stream=site.number)
+    if order.since:
+        visit.doing = f"loading its state of round {order.since}"
+        trainer.load(site.state_of(order))
+    else:
+        visit.doing = "preparing its folder"
+        site.begin(order)
+
+    visit.doing = "taking over the server's model"
+    trainer.incoming({key: array.numpy() for key, array in visit.message.content.array_records["arrays"].items()})
+
+    visit.doing = f"training round {order.round}"
+    before, progress = trainer.images_seen, Progress(site.folder, order.round, order.images)
+    means = trainer.train(order.images, on_step=lambda now: progress(now.images_seen - before))
+
+    visit.doing = f"saving its state of round {order.round}"
+    trainer.save(site.state(order.round))
+    site.forget_before(order.round)
+
+    visit.doing = "giving out its model"
+    parts = [part for part in PARTS if part in settings.federation.exchange]
+    arrays = ArrayRecord({key: Array(array) for key, array in trainer.outgoing(parts).items()})
+    facts = {key: float(value) for key, value in means.items()} | {"images_seen": trainer.images_seen, "threads": threads}
+    return RecordDict(
+        {
+            "arrays": arrays,
+            "metrics": MetricRecord({"num_examples": len(site.hospital.train)}),
+            "facts": ConfigRecord(facts),
+        }
+    )

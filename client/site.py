@@ -1,0 +1,141 @@
+"""One hospital's place: its shard, its disk, its log. Nothing here is shared with anybody.
+
+In a simulation the place is a folder of the run (`hospitals/NAME`) and the shard is the one with the
+hospital's number; in a deployment both come from the SuperNode's own node-config (`data-root`,
+`state-dir`) and win over whatever the server sends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedgan import files
+from fedgan.config import Settings, from_dict
+from fedgan.data.federation import Hospital, open_hospital, open_hospitals
+from fedgan.errors import CheckpointError, ConfigError
+from fedgan.run_folder import RunFolder
+
+KEEP_STATES = 3  # a server that lost its last round goes back one; one more for good measure
+PROGRESS_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the server asks for. `images`: real images of this round; `since`: the round whose state is continued (0: none)."""
+
+    settings: Settings
+    experiment: str
+    run: str
+    round: int = 0
+    since: int = 0
+    images: int = 0
+
+    @staticmethod
+    def read(config: Mapping[str, Any]) -> Order:
+        """Read the ConfigRecord of a message."""
+        settings = from_dict(json.loads(str(config["settings"])), source="the server's settings")
+        numbers = {key: int(config.get(key, 0)) for key in ("round", "since", "images")}
+        return Order(settings, str(config["experiment"]), str(config["run"]), **numbers)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A hospital that knows its shard and where its state lies."""
+
+    number: int
+    hospital: Hospital
+    folder: Path
+
+    def state(self, round_number: int) -> Path:
+        """The Trainer's state after `round_number`."""
+        return self.folder / f"state-{round_number:05d}.safetensors"
+
+    def state_of(self, order: Order) -> Path:
+        """The state that the order continues. Raises `CheckpointError` when it is not here or of another experiment."""
+        label = self.folder / "experiment.json"
+        path = self.state(order.since)
+        if not path.with_suffix(".json").is_file():
+            raise CheckpointError(f"{path} is missing: this hospital cannot continue from round {order.since}")
+        if not label.is_file() or json.loads(label.read_text(encoding="utf-8")).get("experiment") != order.experiment:
+            raise CheckpointError(f"{self.folder} holds the state of another experiment than {order.experiment}")
+        return path
+
+    def begin(self, order: Order) -> None:
+        """Mark the folder as the experiment's, before its first round. States of another experiment are removed."""
+        label = self.folder / "experiment.json"
+        for old in self.folder.glob("state-*"):
+            old.unlink()
+        files.write_json(label, {"experiment": order.experiment, "hospital": self.hospital.name})
+
+    def forget_before(self, newest: int) -> None:
+        """Remove states older than the last few."""
+        for path in self.folder.glob("state-*"):
+            if int(path.stem.removeprefix("state-")) <= newest - KEEP_STATES:
+                path.unlink(missing_ok=True)
+
+
+def find_site(order: Order, node: Mapping[str, Any]) -> Site:
+    """The place of the hospital on this node. Raises `DataError` or `ConfigError` when its shard cannot be opened."""
+    number = int(node["partition-id"])
+    if own_data := str(node.get("data-root", "")):
+        hospital = _open_own(order.settings, own_data)
+    else:
+        everyone = _open_all(order.settings, order.settings.data.root or str(Path(order.run) / "shards"))
+        if number >= len(everyone):
+            raise ConfigError(f"partition-id = {number}, but there are {len(everyone)} hospitals (counted from 0)")
+        hospital = everyone[number]
+    own_state = str(node.get("state-dir", ""))
+    folder = Path(own_state) / order.experiment if own_state else RunFolder(Path(order.run)).hospital_state(hospital.name)
+    return Site(number, hospital, folder)
+
+
+# A process of the simulation serves hospitals for many rounds: shards are mapped once.
+@functools.lru_cache(maxsize=1)
+def _open_all(settings: Settings, root: str) -> list[Hospital]:
+    return open_hospitals(settings, root)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_own(settings: Settings, root: str) -> Hospital:
+    return open_hospital(settings, root)
+
+
+class Progress:
+    """Writes `progress.json` now and then: how many of the round's images have been shown. For the eyes of this site."""
+
+    def __init__(self, folder: Path, round_number: int, images: int) -> None:
+        self.path, self.round, self.images = folder / "progress.json", round_number, images
+        self.next = 0.0
+
+    def __call__(self, shown: int) -> None:
+        """Note that `shown` images of this round are done. Never raises: progress is no reason to fail."""
+        if (now := time.monotonic()) < self.next and shown < self.images:
+            return
+        self.next = now + PROGRESS_SECONDS
+        with contextlib.suppress(OSError):
+            part = self.path.with_suffix(".part")
+            part.write_text(
+                json.dumps({"round": self.round, "images": min(shown, self.images), "of": self.images}), encoding="utf-8"
+            )
+            os.replace(part, self.path)
+
+
+def log_failure(folder: Path | None, round_number: int, doing: str) -> None:
+    """Append the current exception with its traceback to this hospital's own `client.log`."""
+    if folder is None:
+        return
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "client.log", "a", encoding="utf-8") as log:
+            log.write(
+                f"--- round {round_number}, {time.strftime('%Y-%m-%d %H:%M:%S')}, while {doing}\n{traceback.format_exc()}\n"
+            )

@@ -1,0 +1,129 @@
+"""What the server leaves on its disk after each round, and how it goes on from there.
+
+`checkpoints/round-N.safetensors` holds all arrays that travel and the strategy's moments; the JSON
+beside it holds the totals and the round's line of `metrics.jsonl`. The line is written after the
+checkpoint: whoever stops in between finds it in the JSON again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedgan import files
+from fedgan.config import Settings, to_dict
+from fedgan.data.dataset import ImageDataset
+from fedgan.errors import CheckpointError
+from fedgan.run_folder import RunFolder
+from fedgan.training.checkpoint import load_tensors, save_tensors
+from fedgan.training.trainer import Trainer
+from server.roster import Member
+from server.strategies import STATE
+
+KEEP_ROUNDS = 3
+
+
+@dataclass
+class State:
+    """The federation after `round`: arrays float32 by prefixed key, totals over the whole run."""
+
+    round: int
+    arrays: dict[str, np.ndarray]
+    moments: dict[str, np.ndarray] = field(default_factory=dict)
+    images_seen: int = 0
+    bytes_exchanged: int = 0
+    wall_seconds: float = 0.0
+    line: dict[str, Any] | None = None
+    label_names: tuple[str, ...] = ()
+    exclusive: bool = True
+    channels: int = 0
+    resolution: int = 0
+
+
+def initial_state(settings: Settings, members: Sequence[Member]) -> State:
+    """Round 0: the networks as `settings.seed` initialises them, the same that every hospital makes for itself."""
+    first = members[0]
+    shape = (1, first.channels, first.resolution, first.resolution)
+    nobody = ImageDataset("server", np.zeros(shape, np.uint8), np.zeros((1, len(first.label_names)), np.uint8), first.label_names)
+    arrays = Trainer(settings, nobody).outgoing(settings.federation.exchange)
+    return State(0, arrays, {}, 0, 0, 0.0, None, first.label_names, first.exclusive, first.channels, first.resolution)
+
+
+def save_state(run: RunFolder, settings: Settings, state: State, experiment: str) -> None:
+    """Write the checkpoint of a round and remove those that nobody needs any more.
+
+    Kept are the newest three and those of the rounds that the evaluator looked at.
+    """
+    meta = {
+        "round": state.round,
+        "images_seen": state.images_seen,
+        "bytes_exchanged": state.bytes_exchanged,
+        "wall_seconds": state.wall_seconds,
+        "settings": to_dict(settings),
+        "label_names": list(state.label_names),
+        "exclusive": state.exclusive,
+        "channels": state.channels,
+        "resolution": state.resolution,
+        "experiment": experiment,
+        "line": state.line,
+    }
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in (state.arrays | state.moments).items()}
+    save_tensors(run.checkpoint(state.round), tensors, meta)
+    old = state.round - KEEP_ROUNDS
+    if old >= 0 and not is_evaluated(settings, old):
+        for path in (run.checkpoint(old).with_suffix(".json"), run.checkpoint(old)):
+            path.unlink(missing_ok=True)
+
+
+def load_state(run: RunFolder, experiment: str) -> State | None:
+    """The federation after the newest whole round, or None where no round is complete.
+
+    Raises `CheckpointError` when that checkpoint is damaged or belongs to another experiment.
+    """
+    newest = run.last_round()
+    if newest is None:
+        return None
+    tensors, meta = load_tensors(run.checkpoint(newest))
+    if meta.get("experiment") != experiment:
+        raise CheckpointError(
+            f"{run.checkpoint(newest)} belongs to another experiment than {run.environment}: was it copied here?"
+        )
+    arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
+    return State(
+        round=newest,
+        arrays={key: array for key, array in arrays.items() if not key.startswith(STATE)},
+        moments={key: array for key, array in arrays.items() if key.startswith(STATE)},
+        images_seen=meta["images_seen"],
+        bytes_exchanged=meta["bytes_exchanged"],
+        wall_seconds=meta["wall_seconds"],
+        line=meta["line"],
+        label_names=tuple(meta["label_names"]),
+        exclusive=meta["exclusive"],
+        channels=meta["channels"],
+        resolution=meta["resolution"],
+    )
+
+
+def is_evaluated(settings: Settings, round_number: int) -> bool:
+    """Whether the evaluator looks at this round (round 0 is nobody's; the last is the final evaluation's)."""
+    every = settings.evaluation.every
+    return round_number > 0 and (round_number == settings.federation.rounds or (every > 0 and round_number % every == 0))
+
+
+def has_line(run: RunFolder, round_number: int) -> bool:
+    """Whether `metrics.jsonl` already tells of this round."""
+    return any(line.get("round") == round_number for line in files.read_json_lines(run.metrics))
+
+
+def write_line(run: RunFolder, line: dict[str, Any]) -> None:
+    """Write a round's line to `metrics.jsonl`, in the place of any line of this or a later round (an abandoned try).
+
+    The file is written anew each time: appending behind a torn line would lose both.
+    """
+    rows = [old for old in files.read_json_lines(run.metrics) if old.get("round", 0) < line["round"]]
+    files.write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in [*rows, line]))

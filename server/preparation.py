@@ -1,0 +1,157 @@
+"""Before the first round: the run folder with everything that a resumed run needs to know.
+
+`environment.json` is written last; a folder that has a `config.toml` but no `environment.json` was
+stopped while being prepared and is prepared again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedgan import files
+from fedgan.config import Settings
+from fedgan.data.federation import Hospital, describe_hospitals, find_shards, open_hospitals, partition_record
+from fedgan.data.phantoms import write_phantoms
+from fedgan.data.shard import Shard
+from fedgan.errors import FederationError
+from fedgan.run_folder import RunFolder
+from server.strategies import check_strategy
+
+PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetensors")
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+def prepare_run(settings: Settings, run: RunFolder, tell: Tell = lambda event: None) -> list[Hospital]:
+    """Check the scenario, draw phantoms where no data is named, and write config, hospitals, partition and environment.
+
+    Raises `ConfigError` or `DataError` and leaves the folder as it was.
+    """
+    check_strategy(settings)
+    settings = with_absolute_paths(settings)
+    was_there = run.path.exists()
+    try:
+        if settings.data.root:
+            tell({"event": "preparing", "what": "hospitals"})
+            hospitals = open_hospitals(settings)
+            run.write_settings(settings)
+        else:
+            run.write_settings(settings)
+            tell({"event": "preparing", "what": "phantoms"})
+            draw_phantoms(settings, run)
+            hospitals = open_hospitals(settings, shards_of(settings, run))
+        files.write_json(run.hospitals, describe_hospitals(hospitals))
+        if record := partition_record(hospitals):
+            files.write_json(run.partition, record)
+        files.write_json(run.environment, environment(settings, run))
+    except BaseException:
+        for path in (run.config, run.hospitals, run.partition, run.environment):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(run.path / "shards", ignore_errors=True)
+        if not was_there:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    return hospitals
+
+
+def open_prepared(settings: Settings, run: RunFolder) -> list[Hospital]:
+    """The hospitals of a run that `prepare_run` has prepared."""
+    return open_hospitals(settings, shards_of(settings, run))
+
+
+def is_prepared(run: RunFolder) -> bool:
+    """Whether `prepare_run` came to its end."""
+    return run.environment.is_file()
+
+
+def experiment_of(run: RunFolder) -> str:
+    """The id that the hospitals' states are keyed by. Raises `FederationError` when the run was never prepared."""
+    experiment = (run.read_json(run.environment) or {}).get("experiment")
+    if not experiment:
+        raise FederationError(f"{run.environment} names no experiment: this run was never prepared, start it again")
+    return str(experiment)
+
+
+def shards_of(settings: Settings, run: RunFolder) -> Path:
+    """Where the run's shards lie: `data.root`, or the phantoms in the run folder."""
+    return Path(settings.data.root) if settings.data.root else run.path / "shards"
+
+
+def draw_phantoms(settings: Settings, run: RunFolder) -> None:
+    """Draw the embedded default data into the run folder, a shard a hospital."""
+    data = settings.data
+    shutil.rmtree(run.path / "shards", ignore_errors=True)
+    write_phantoms(
+        run.path / "shards", data.phantoms, data.phantom_images, data.resolution, settings.federation.hospitals, settings.seed
+    )
+
+
+def with_absolute_paths(settings: Settings) -> Settings:
+    """Settings whose paths no longer depend on the working directory."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().resolve()) if path else ""
+
+    data = dataclasses.replace(settings.data, root=absolute(settings.data.root))
+    evaluation = dataclasses.replace(settings.evaluation, root=absolute(settings.evaluation.root))
+    if evaluation.features.endswith(".npz"):
+        evaluation = dataclasses.replace(evaluation, features=absolute(evaluation.features))
+    return dataclasses.replace(settings, data=data, evaluation=evaluation)
+
+
+def environment(settings: Settings, run: RunFolder) -> dict[str, Any]:
+    """The content of environment.json: experiment id, versions, machine, threads, and where the data comes from."""
+    return {
+        "experiment": uuid.uuid4().hex[:16],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "machine": {
+            "processor": _processor(),
+            "cores": cores(),
+            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+            if hasattr(os, "sysconf")
+            else None,
+            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        },
+        "threads_per_hospital": settings.federation.threads or cores(),
+        "sources": [
+            {"hospital": card.name, "source": card.source, "licence": card.licence, "content_hash": card.content_hash}
+            for card in (Shard.open(path).card for path in find_shards(shards_of(settings, run)))
+        ],
+    }
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,91 @@
+"""Flower's own strategy classes, chosen by name, and what of them must survive a restart.
+
+fedavg (arXiv 1602.05629), fedprox (1812.06127), fedadam and fedyogi (2003.00295), fedmedian and
+fedtrimmedavg (1803.01498), krum (1703.02757). All work on one ArrayRecord with prefixed keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, FedTrimmedAvg, FedYogi, Krum
+
+from fedgan.config import Settings
+from fedgan.errors import CheckpointError, ConfigError
+
+WEIGHT = "num_examples"
+ARRAYS = "arrays"
+CONFIG = "config"
+STATE = "strategy/"
+
+
+def check_strategy(settings: Settings) -> None:
+    """Raise `ConfigError` for a combination of settings that the named strategy or the evaluator cannot serve."""
+    federation, hospitals = settings.federation, settings.federation.hospitals
+    if not {"generator", "ema"} & set(federation.exchange):
+        raise ConfigError(
+            "federation.exchange has neither generator nor ema: without one of them nothing can be generated; add one"
+        )
+    if federation.strategy == "fedprox" and settings.training.proximal_mu <= 0:
+        raise ConfigError("federation.strategy = 'fedprox' needs training.proximal_mu > 0, e.g. 0.01; with 0 it is fedavg")
+    if federation.strategy == "fedtrimmedavg" and federation.trim >= 0.5:
+        raise ConfigError(f"federation.trim = {federation.trim:g} cuts every hospital away: give less than 0.5")
+    if federation.strategy == "krum" and hospitals < 2 * federation.malicious + 3:
+        raise ConfigError(
+            f"krum guards against f = {federation.malicious} malicious hospitals of at least 2 f + 3 = {2 * federation.malicious + 3}, "
+            f"not of {hospitals}: raise federation.hospitals, lower federation.malicious or choose fedmedian"
+        )
+
+
+def make_strategy(settings: Settings) -> FedAvg:
+    """The Flower strategy that `settings.federation.strategy` names; every hospital takes part in every round."""
+    check_strategy(settings)
+    federation, hospitals = settings.federation, settings.federation.hospitals
+    common: dict[str, Any] = {
+        "min_train_nodes": hospitals,
+        "min_available_nodes": hospitals,
+        "weighted_by_key": WEIGHT,
+        "arrayrecord_key": ARRAYS,
+        "configrecord_key": CONFIG,
+    }
+    match federation.strategy:
+        case "fedavg":
+            return FedAvg(**common)
+        case "fedprox":
+            return FedProx(**common, proximal_mu=settings.training.proximal_mu)
+        case "fedadam":
+            return FedAdam(**common, eta=federation.server_learning_rate)
+        case "fedyogi":
+            return FedYogi(**common, eta=federation.server_learning_rate)
+        case "fedmedian":
+            return FedMedian(**common)
+        case "fedtrimmedavg":
+            return FedTrimmedAvg(**common, beta=federation.trim)
+        case "krum":
+            return Krum(**common, num_malicious_nodes=federation.malicious)
+    raise ConfigError(f"federation.strategy = '{federation.strategy}' is not known")
+
+
+def strategy_state(strategy: FedAvg) -> dict[str, np.ndarray]:
+    """The moments of the server's optimiser as `strategy/m/KEY` and `strategy/v/KEY`; empty for strategies without memory."""
+    moments = {"m": getattr(strategy, "m_t", None) or {}, "v": getattr(strategy, "v_t", None) or {}}
+    return {f"{STATE}{moment}/{key}": np.asarray(value) for moment, arrays in moments.items() for key, value in arrays.items()}
+
+
+def restore_strategy(strategy: FedAvg, tensors: dict[str, np.ndarray]) -> None:
+    """Give a fresh strategy the moments that `strategy_state` took from another.
+
+    Raises `CheckpointError` when the checkpoint holds moments that this strategy has no place for.
+    """
+    found = {key: value for key, value in tensors.items() if key.startswith(STATE)}
+    if not found:
+        return
+    if not hasattr(strategy, "m_t"):
+        raise CheckpointError(
+            f"the checkpoint holds moments of a server optimiser, but {type(strategy).__name__} has none: "
+            "was config.toml changed?"
+        )
+    for moment in ("m", "v"):
+        prefix = f"{STATE}{moment}/"
+        setattr(strategy, f"{moment}_t", {key.removeprefix(prefix): found[key] for key in found if key.startswith(prefix)})

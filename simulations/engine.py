@@ -1,0 +1,133 @@
+"""The process that holds Flower's simulation engine, Ray and the server of one run.
+
+`simulations.runner` starts it, reads its events from a pipe and ends it. It lives in a session of its
+own, so that Ctrl-C on a terminal reaches the runner alone, and ends itself, and Ray with it, as soon
+as its standard input closes: a killed runner leaves nothing behind.
+
+    python -m simulations.engine RUN EVENTS_FD CLIENT_APP
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import threading
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+from fedgan.config import Settings
+from fedgan.errors import FedganError
+from fedgan.run_folder import RunFolder
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def main() -> None:
+    """Run the federation of a prepared run folder; the last event is `finished` or `failed`."""
+    run, events, client = RunFolder(Path(sys.argv[1])), int(sys.argv[2]), sys.argv[3]
+    threading.Thread(target=_end_with_the_runner, daemon=True).start()
+    channel = open(events, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - open until the process ends
+    lock = threading.Lock()
+
+    def tell(event: dict[str, Any]) -> None:
+        with lock:
+            channel.write(json.dumps(event) + "\n")
+
+    code = 0
+    try:
+        _federate(run, client, tell)
+        tell({"event": "finished"})
+    except BaseException as error:
+        traceback.print_exc()
+        code = error.exit_code if isinstance(error, FedganError) else 1
+        tell({"event": "failed", "kind": type(error).__name__, "message": str(error)})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of the engine that still wait for a hospital must not hold the process
+
+
+def _federate(run: RunFolder, client: str, tell: Any) -> None:
+    from server.evaluator import Evaluator
+    from server.federation import Federation
+    from server.preparation import experiment_of, open_prepared
+
+    settings = run.settings()
+    hospitals = open_prepared(settings, run)
+    federation = Federation(settings, run, experiment_of(run), Evaluator(settings, run, hospitals), tell)
+    if run.last_round() != settings.federation.rounds:
+        _simulate(settings, federation, client)
+    federation.conclude()
+
+
+def _simulate(settings: Settings, federation: Any, client: str) -> None:
+    """Run the rounds in Flower's simulation engine; raises what the server raised."""
+    os.environ.update(QUIET)
+    warnings.simplefilter("ignore")
+    from flwr.app import Context
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.simulation import run_simulation
+
+    module, _, attribute = client.partition(":")
+    client_app = getattr(importlib.import_module(module), attribute)
+    server_app = ServerApp()
+    failure: list[BaseException] = []
+    done: list[bool] = []
+
+    @server_app.main()
+    def train(grid: Grid, context: Context) -> None:
+        try:
+            federation.train(grid)
+            done.append(True)
+        except BaseException as error:
+            failure.append(error)
+            # The runner is told at once: the engine may still wait for a hospital that trains or hangs.
+            kind = type(error).__name__
+            federation.tell({"event": "failed", "kind": kind, "message": str(error)})
+            raise
+
+    try:
+        run_simulation(server_app, client_app, settings.federation.hospitals, backend_config=backend_config(settings))
+    except Exception:
+        if not failure:
+            raise
+    if failure:
+        raise failure[0]
+    if not done:
+        raise RuntimeError("Flower's simulation engine ended before the server did")
+
+
+def backend_config(settings: Settings) -> Any:
+    """Resources for Ray: one process for each hospital that can train at the same time, none more."""
+    import torch
+
+    from server.preparation import cores
+
+    threads = settings.federation.threads or cores()
+    actors = max(1, min(cores() // threads, settings.federation.hospitals))
+    client: dict[str, Any] = {"num_cpus": threads, "num_gpus": 0.0}
+    init: dict[str, Any] = {"num_cpus": actors * threads, "_temp_dir": os.environ["FEDGAN_RAY_DIR"]}
+    if settings.training.device != "cpu" and torch.cuda.is_available():
+        init["num_gpus"] = torch.cuda.device_count()
+        client["num_gpus"] = min(1.0, torch.cuda.device_count() / actors)
+    return {"client_resources": client, "init_args": init}
+
+
+def _end_with_the_runner() -> None:
+    """Block until the runner closes our standard input, then end this process; Ray's processes follow it."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

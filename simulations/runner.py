@@ -1,0 +1,207 @@
+"""Simulates a federation on this machine: `simulate` begins a run, `resume` goes on with one.
+
+The federation itself runs in a process of its own (simulations/engine.py), because a run must end
+when it has failed, whatever Flower and Ray still wait for, and must leave no process behind. All
+that matters is on the disk after each round, so ending a run at any moment is safe.
+
+Events, each a dict, go to `on_event` in the caller's thread:
+
+    {"event": "preparing", "what": "phantoms" | "hospitals" | "engine"}
+    {"event": "start", "hospitals": [name], "rounds": n, "first_round": n, "images": in all, "images_seen": until now}
+    {"event": "round_start", "round": n, "rounds": n, "images": {name: images of this round}}
+    {"event": "progress", "round": n, "hospital": name, "images": shown in this round, "of": n}
+    {"event": "evaluation", "round": n, "final": bool}                     the evaluator begins
+    {"event": "evaluated", "round": n, "final": bool, "result": dict}
+    {"event": "round_end", "round": n, "rounds": n, "line": the round's line of metrics.jsonl}
+    {"event": "finished"}                                                  all done, evaluation.json is written
+    {"event": "complete", "message": text}                                 resume found nothing to do
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import fedgan.errors
+from fedgan.config import Settings
+from fedgan.errors import ConfigError, FederationError, FedganError
+from fedgan.run_folder import RunFolder
+from server.preparation import is_prepared, prepare_run
+
+OnEvent = Callable[[dict[str, Any]], None]
+CLIENT = "client.app:app"
+LOCK = ".lock"
+GRACE_AFTER_END = 30.0
+GRACE_AFTER_FAILURE = 3.0
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def simulate(settings: Settings, run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT) -> RunFolder:
+    """Run a scenario from its beginning in the folder `run`; returns when evaluation.json is written.
+
+    `client` is the import path of the hospitals' ClientApp. Raises `ConfigError` when the folder holds a run
+    already, `FederationError` when a hospital failed (the run can be resumed then), `KeyboardInterrupt` on Ctrl-C.
+    """
+    tell = on_event or (lambda event: None)
+    if run.config.exists():
+        raise ConfigError(
+            f"{run.path} already holds a run: continue it with `fedgan resume {run.path}`, or give another --output"
+        )
+    with locked(run) as lock:
+        prepare_run(settings, run, tell)
+        _engine(run, tell, client, lock)
+    return run
+
+
+def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT) -> RunFolder:
+    """Go on with a run that was stopped, killed or failed, from its last whole round.
+
+    Raises `ConfigError` when there is no run, and what `simulate` raises.
+    """
+    tell = on_event or (lambda event: None)
+    settings = run.settings()
+    with locked(run) as lock:
+        if run.last_round() == settings.federation.rounds and run.evaluation.is_file():
+            tell(
+                {
+                    "event": "complete",
+                    "message": f"{run.path} is complete: {settings.federation.rounds} rounds and the evaluation are done",
+                }
+            )
+            return run
+        sweep(run)
+        if not is_prepared(run):
+            prepare_run(settings, run, tell)
+        _engine(run, tell, client, lock)
+    return run
+
+
+# --- the engine's process --------------------------------------------------------------------------
+
+
+def _engine(run: RunFolder, tell: OnEvent, client: str, lock: int) -> None:
+    """Start the engine, pass its events on, and see to it that nothing of it is left."""
+    tell({"event": "preparing", "what": "engine"})
+    reading, writing = os.pipe()
+    ray_folder = tempfile.mkdtemp(prefix="fedgan-")  # short: Ray puts sockets there, and their names are limited
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "FEDGAN_RAY_DIR": ray_folder}
+    command = [sys.executable, "-m", "simulations.engine", str(run.path), str(writing), client]
+    with open(run.path / "flower.log", "ab") as log, os.fdopen(reading, "rb", buffering=0) as events:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environ, pass_fds=(writing, lock), start_new_session=True
+        )
+        os.close(writing)
+        try:
+            ending = _listen(process, events, run, tell)
+        finally:
+            _end(process)
+            shutil.rmtree(ray_folder, ignore_errors=True)
+    _check_ending(run, ending, process.returncode)
+    tell({"event": "finished"})
+
+
+def _listen(process: subprocess.Popen[bytes], events: IO[bytes], run: RunFolder, tell: OnEvent) -> dict[str, Any] | None:
+    """Pass events on until the engine says `finished` or `failed`; None when it ended without a word."""
+    rest, shown = b"", dict[str, tuple[int, int]]()
+    ending: dict[str, Any] | None = None
+    deadline = float("inf")
+    while time.monotonic() < deadline:
+        ready, _, _ = select.select([events], [], [], 0.5)
+        if ready:
+            chunk = os.read(events.fileno(), 65536)
+            if not chunk:
+                break
+            *lines, rest = (rest + chunk).split(b"\n")
+            for event in map(json.loads, lines):
+                if event["event"] in ("finished", "failed"):
+                    ending = ending or event
+                    deadline = time.monotonic() + (GRACE_AFTER_END if event["event"] == "finished" else GRACE_AFTER_FAILURE)
+                else:
+                    tell(event)
+        elif ending is None:
+            _tell_progress(run, shown, tell)
+    if ending and ending["event"] == "finished":
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_AFTER_END)
+    return ending
+
+
+def _tell_progress(run: RunFolder, shown: dict[str, tuple[int, int]], tell: OnEvent) -> None:
+    """Tell what the hospitals' progress files say, where it is news."""
+    for path in sorted(run.path.glob("hospitals/*/progress.json")):
+        with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            place = (found["round"], found["images"])
+            if shown.get(path.parent.name) != place:
+                shown[path.parent.name] = place
+                tell({"event": "progress", "hospital": path.parent.name, **found})
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the engine and all processes of its session's group, Ray's among them, and wait until they are gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin:
+        process.stdin.close()
+    end = time.monotonic() + 10
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        while time.monotonic() < end:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+
+
+def _check_ending(run: RunFolder, ending: dict[str, Any] | None, code: int) -> None:
+    """Raise the error that ended the engine, if one did."""
+    go_on = f"log: {run.path / 'flower.log'}; continue with `fedgan resume {run.path}`"
+    if ending is None:
+        raise FederationError(f"the simulation's process ended without a word (exit status {code}; out of memory?); {go_on}")
+    if ending["event"] == "failed":
+        kind = getattr(fedgan.errors, ending["kind"], None)
+        if isinstance(kind, type) and issubclass(kind, FedganError):
+            raise kind(f"{ending['message']}\n{go_on}")
+        raise FederationError(f"the simulation failed with {ending['kind']}: {ending['message'].splitlines()[0]}\n{go_on}")
+
+
+# --- the run folder --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(run: RunFolder) -> Iterator[int]:
+    """Hold the run folder for this process and its engine. Raises `ConfigError` when another process holds it.
+
+    The lock is the system's (flock) and passed on to the engine: it ends with the last of the two, however they end.
+    Yields the file descriptor that holds it.
+    """
+    run.path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(run.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise ConfigError(f"{run.path} is in use by another fedgan: wait for its end, or stop it") from None
+    try:
+        yield handle
+    finally:
+        with contextlib.suppress(OSError):
+            (run.path / LOCK).unlink()
+        os.close(handle)
+
+
+def sweep(run: RunFolder) -> None:
+    """Remove temporary files that a killed process left in the run folder."""
+    for path in run.path.rglob(".*.part"):
+        path.unlink(missing_ok=True)
