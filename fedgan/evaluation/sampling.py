@@ -1,0 +1,107 @@
+"""Images from a generator: seeded latents, labels that follow the real ones, uint8 out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedgan.data.dataset import ImageDataset
+from fedgan.errors import FedganError
+
+
+def synthetic_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` label vectors (count, K) uint8 in the proportions of the real training vectors `labels` (N, K), shuffled.
+
+    Stratified over whole label vectors, so that combinations of findings keep their frequency: each vector that
+    occurs gets its share by largest remainder and at least one image. Where there are more distinct vectors than
+    images asked for, vectors are drawn with replacement instead.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.asarray(labels, np.uint8)
+    if labels.shape[1] == 0 or len(labels) == 0:
+        return np.zeros((count, labels.shape[1]), np.uint8)
+    vectors, counts = np.unique(labels, axis=0, return_counts=True)
+    if len(vectors) > count:
+        return labels[rng.integers(len(labels), size=count)]
+    share = counts / counts.sum() * count
+    quota = np.maximum(np.floor(share).astype(np.int64), 1)
+    while quota.sum() < count:  # largest remainder
+        quota[np.argmax(share - quota)] += 1
+    while quota.sum() > count:  # the minimum of one was paid for by the most frequent vectors
+        quota[np.argmax(np.where(quota > 1, quota - share, -np.inf))] -= 1
+    return rng.permutation(np.repeat(vectors, quota, axis=0))
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Images in [-1, 1] to uint8 (same shape): x * 127.5 + 127.5, rounded and clamped."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images to float32 in [-1, 1]; the inverse of `to_uint8`."""
+    return images.float() / 127.5 - 1.0
+
+
+def draw_latents(count: int, z_dim: int, seed: int) -> torch.Tensor:
+    """Latents (count, z_dim), all drawn at once on the CPU: the same whatever the batch size or the device."""
+    return torch.randn(count, z_dim, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def generate_images(
+    generator: Any,
+    labels: np.ndarray,
+    seed: int,
+    psi: float = 1.0,
+    batch: int = 64,
+    device: str = "cpu",
+    latents: torch.Tensor | None = None,
+) -> np.ndarray:
+    """One image (N, C, H, W) uint8 for each label vector of `labels` (N, K).
+
+    `generator(z, c, psi=…, noise="const")` gives images in about [-1, 1]; it is moved to `device` and left in the mode
+    (train or eval) that it was in. Latents come from `seed` (or are given, (N, z_dim)), so that neither the batch size
+    nor the device changes what is drawn; rounding may still differ by one grey level between batch sizes.
+    Raises `FedganError` when an image is not finite or when the labels do not fit the generator.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 2 or labels.shape[1] != generator.label_dim:
+        raise FedganError(
+            f"labels of shape {labels.shape} do not fit a generator of {generator.label_dim} labels: give one vector an image"
+        )
+    if len(labels) == 0:
+        raise FedganError("no images were asked for: give at least one label vector")
+    z = draw_latents(len(labels), generator.z_dim, seed) if latents is None else latents
+    c = torch.from_numpy(labels.astype(np.float32))
+    was_training = generator.training
+    generator.to(device).eval()
+    parts = []
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(labels), batch):
+                rows = slice(start, start + batch)
+                images = generator(z[rows].to(device), c[rows].to(device), psi=psi, noise="const")
+                if not torch.isfinite(images).all():
+                    raise FedganError(
+                        "the generator gives images that are not finite numbers: training has diverged; "
+                        "lower training.learning_rate or go back to an earlier checkpoint"
+                    )
+                parts.append(to_uint8(images))
+    finally:
+        generator.train(was_training)
+    return np.concatenate(parts)
+
+
+def synthetic_dataset(
+    generator: Any, train: ImageDataset, count: int, seed: int, psi: float = 1.0, batch: int = 64, device: str = "cpu"
+) -> ImageDataset:
+    """`count` generated images whose label vectors follow those of the real training images `train`."""
+    labels = synthetic_labels(train.labels, count, seed)
+    images = generate_images(generator, labels, seed, psi, batch, device)
+    if images.shape[1:] != tuple(train.images.shape[1:]):
+        raise FedganError(
+            f"the generator gives images of {images.shape[1:]} (channels, height, width), the real ones are "
+            f"{tuple(train.images.shape[1:])}: evaluate with the settings of the run that trained it"
+        )
+    return ImageDataset("synthetic", images, labels, train.label_names, train.exclusive)

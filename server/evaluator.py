@@ -1,0 +1,147 @@
+"""The central evaluator: sample grids and distances while training goes on, evaluation.json at the end.
+
+It holds real images of its own (the hospitals' splits in a simulation, `evaluation.root` in a deployment) and never
+looks into a hospital's training. While training goes on it measures against validation images only, so that a round
+chosen by its curve was not chosen by the test split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fedgan import files
+from fedgan.config import Settings
+from fedgan.data.dataset import ImageDataset
+from fedgan.errors import DataError
+from fedgan.evaluation.evaluate import Progress, RealReference, evaluate_synthetic, pool_places
+from fedgan.evaluation.fidelity import frechet_distance
+from fedgan.evaluation.grids import png_bytes, real_grid, sample_grid
+from fedgan.evaluation.sampling import synthetic_dataset
+from fedgan.run_folder import RunFolder
+
+QUICK_IMAGES = 1000  # most images of a distance while training goes on
+FEWEST_VAL = 100  # below this the validation split is too small for a curve; training images serve instead
+
+
+class HospitalData(Protocol):
+    """What the evaluator needs of a hospital."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def train(self) -> ImageDataset: ...
+
+    @property
+    def val(self) -> ImageDataset: ...
+
+    @property
+    def test(self) -> ImageDataset: ...
+
+
+class Evaluator:
+    """One run's evaluator. Real classifiers and real features are computed once and shared by all its methods."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        run: RunFolder,
+        hospitals: Sequence[HospitalData],
+        device: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if not hospitals:
+            raise DataError("the evaluator was given no hospital: check data.root and evaluation.root")
+        self.settings, self.run, self.device = settings, run, device or _device(settings.training.device)
+        train, val, test = (
+            pool_places([(hospital.name, getattr(hospital, split)) for hospital in hospitals], split)
+            for split in ("train", "val", "test")
+        )
+        self.reference = RealReference(train, val, test, settings.evaluation, settings.seed, self.device, progress=progress)
+
+    def start(self) -> None:
+        """Write samples/real.png. Fails early where `evaluation.features` names an unusable file.
+
+        Raises `ConfigError` or `DataError` for the features file, `StorageError` when the run folder cannot be written.
+        """
+        if self.settings.evaluation.features != "reference":
+            _ = self.reference.extractor
+        picture = real_grid(self.reference.train, seed=self.settings.seed)
+        files.write_bytes(self.run.samples / "real.png", png_bytes(picture))
+
+    def during(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
+        """Write samples/round-NNNNN.png and measure a quick Fréchet distance to real validation images.
+
+        → {"samples": file name, "fidelity": {"frechet", "extractor", "images", "split"}}, the entries of metrics.jsonl;
+        without "fidelity" where no extractor can be had. `images` is the number on each side, at most 1000.
+        The first call trains the reference classifier, which the final evaluation uses again.
+        Raises `FedganError` when the generator gives images that are not finite.
+        """
+        reference = self.reference
+        reference.say(f"sampling round {round_number} ({images_seen} images seen)")
+        entry: dict[str, Any] = {"samples": self._write_grid(generator, f"round-{round_number:05d}.png")}
+        if reference.can_extract:
+            split, real = self._quick_real
+            synthetic = self._synthetic(generator, len(real))
+            entry["fidelity"] = {
+                "frechet": frechet_distance(real, reference.extractor(synthetic.images)),
+                "extractor": reference.extractor.name,
+                "images": len(real),
+                "split": split,
+            }
+        return entry
+
+    def final(self, generator: Any, facts: dict[str, Any]) -> dict[str, Any]:
+        """Write samples/final.png and evaluation.json, and return what the JSON says.
+
+        `facts` has arm, name, images_seen, wall_seconds, bytes_exchanged. Raises `FedganError` when the generator gives
+        images that are not finite, or that do not fit the real ones; evaluation.json is then as it was.
+        """
+        reference = self.reference
+        self._write_grid(generator, "final.png")
+        synthetic = self._synthetic(generator, self.settings.evaluation.images)
+        numbers = evaluate_synthetic(
+            reference.train,
+            reference.val,
+            reference.test,
+            synthetic,
+            self.settings.evaluation,
+            self.settings.seed,
+            reference=reference,
+        )
+        result = {**facts, **numbers, "psi": self.settings.evaluation.psi}
+        files.write_json(self.run.evaluation, result)
+        return result
+
+    @cached_property
+    def _quick_real(self) -> tuple[str, np.ndarray]:
+        """The split and the real features (n, D) that a curve is measured against."""
+        reference = self.reference
+        split = "val" if len(reference.val) >= FEWEST_VAL else "train"
+        dataset: ImageDataset = getattr(reference, split)
+        count = min(len(dataset), QUICK_IMAGES, self.settings.evaluation.images)
+        if split == "val" and count == len(dataset):
+            return split, reference.features("val")
+        rows = np.sort(np.random.default_rng(self.settings.seed).permutation(len(dataset))[:count])
+        return split, reference.extractor(dataset.take(rows).images)
+
+    def _synthetic(self, generator: Any, count: int) -> ImageDataset:
+        psi = self.settings.evaluation.psi
+        return synthetic_dataset(generator, self.reference.train, count, self.settings.seed, psi, device=self.device)
+
+    def _write_grid(self, generator: Any, name: str) -> str:
+        train = self.reference.train
+        psi = self.settings.evaluation.psi
+        picture = sample_grid(generator, train.label_names, train.exclusive, seed=self.settings.seed, psi=psi, device=self.device)
+        files.write_bytes(self.run.samples / name, png_bytes(picture))
+        return name
+
+
+def _device(name: str) -> str:
+    """`auto` is CUDA where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
