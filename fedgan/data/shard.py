@@ -12,6 +12,7 @@ with SIGBUS where `write` gives an error that can be told to the user.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -31,7 +32,7 @@ import numpy as np
 from fedgan import files
 from fedgan.data.dataset import ImageArray, ImageDataset, Rows
 from fedgan.data.splits import SPLITS, check_splits
-from fedgan.errors import DataError
+from fedgan.errors import DataError, FedganError
 
 FORMAT = "fedgan-shard-1"
 COLUMNS = ("row", "patient", "institution", "split", "source")
@@ -333,6 +334,32 @@ def count_samples(labels: np.ndarray, samples: Samples, label_names: Sequence[st
         "counts": per_split(everything),
         "institutions": {str(i): per_split(samples.institutions == i) for i in np.unique(samples.institutions)},
     }
+
+
+@contextlib.contextmanager
+def staged_folder(output: Path) -> Iterator[Path]:
+    """A hidden folder beside `output` that takes its place when all went well and is removed when not.
+
+    Raises `DataError` when `output` exists and is not empty, and `StorageError` when the disk refuses.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{output} exists and is not empty: choose another --output or remove it first")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=".part"))
+    except OSError as error:
+        raise files.storage_error(output, error) from error
+    try:
+        yield stage
+        try:
+            os.chmod(stage, 0o755)
+            os.rename(stage, output)
+        except OSError as error:
+            raise files.storage_error(output, error) from error
+    except FedganError as error:  # the user knows the output, not the folder beside it
+        raise type(error)(str(error).replace(str(stage), str(output))) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def folder_name(name: str) -> str:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgan import files
 from fedgan.data.importers.pixels import fit_square
 from fedgan.data.labels import LabelMap
 from fedgan.data.partitions import row_classes
-from fedgan.data.shard import Samples, Shard, ShardWriter, check_shard_resolution, folder_name
+from fedgan.data.shard import Samples, Shard, ShardWriter, check_shard_resolution, folder_name, staged_folder
 from fedgan.data.splits import SPLITS, make_splits
-from fedgan.errors import DataError, FedganError
+from fedgan.errors import DataError
 
 MOST_INSTITUTIONS = 256
 SPELLINGS = {
@@ -96,7 +92,7 @@ def import_source(
     resolution, channels = _target(source, options)
     institutions = np.where(source.institutions == "", "unknown", source.institutions)
     folders = _folders(np.unique(institutions).tolist())
-    with _staged(output) as stage, contextlib.ExitStack() as stack:
+    with staged_folder(output) as stage, contextlib.ExitStack() as stack:
         writers = {
             name: stack.enter_context(ShardWriter(stage / folder, channels, resolution)) for name, folder in folders.items()
         }
@@ -264,26 +260,3 @@ def _folders(names: list[str]) -> dict[str, str]:
             number += 1
         folders[name] = folder
     return folders
-
-
-@contextlib.contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output` that takes its place when all went well and is removed when not."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output} exists and is not empty: choose another --output or remove it first")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=".part"))
-    except OSError as error:
-        raise files.storage_error(output, error) from error
-    try:
-        yield stage
-        try:
-            os.chmod(stage, 0o755)
-            os.rename(stage, output)
-        except OSError as error:
-            raise files.storage_error(output, error) from error
-    except FedganError as error:  # the user knows the output, not the folder beside it
-        raise type(error)(str(error).replace(str(stage), str(output))) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
