@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import signal
 import sys
 import traceback
@@ -107,9 +108,13 @@ def report_failure(message: str, kind: str, exit_code: int, as_json: bool) -> No
 
 
 def refuse_existing(output: Path, what: str) -> None:
-    """Raise `StorageError` unless `output` is absent or an empty folder."""
-    if output.is_dir():
-        if any(output.iterdir()):
-            raise StorageError(f"{shown(output)} is not empty: choose another place for {what} with --output, or remove it")
-    elif output.exists():
-        raise StorageError(f"{shown(output)} is a file: choose a folder for {what} with --output")
+    """Raise `StorageError` unless `output` is absent or an empty folder, in a place that can be written."""
+    if output.is_dir() and any(output.iterdir()):
+        raise StorageError(f"{shown(output)} is not empty: choose another place for {what} with --output, or remove it")
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise StorageError(f"{shown(place)} is a file: choose a folder for {what} with --output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise StorageError(f"{shown(place)} cannot be written: choose another place for {what} with --output")

@@ -17,7 +17,7 @@ import typer
 
 from fedgan import files
 from fedgan.cli import console, labels
-from fedgan.cli.runs import checkpoint_of, headline, headline_text, repository_needed
+from fedgan.cli.runs import checkpoint_of, headline, headline_text, runner
 from fedgan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def evaluate(run_path: Run, as_json: console.Json = False) -> None:
 
     run = RunFolder.at(run_path)
     checkpoint_of(run.path)
-    with console.stdout_for_results():
+    with runner().locked(run), console.stdout_for_results():
         _evaluate(run)
         write_report(run)
     numbers = headline(run)
@@ -123,21 +123,23 @@ def report(run_path: Run, as_json: console.Json = False) -> None:
 
 
 def _evaluate(run: RunFolder) -> None:
-    """The final evaluation of the newest round; its arm, name and budget are those of the run."""
-    from fedgan.data.federation import open_hospitals
+    """The final evaluation of the newest round; its name and budget are those of the run."""
     from fedgan.training.checkpoint import load_generator
+    from server.evaluator import Evaluator
 
-    try:
-        from server.evaluator import Evaluator
-    except ModuleNotFoundError as error:
-        raise repository_needed(error) from None
-    settings = run.settings()
+    hospitals, settings = _hospitals(run), run.settings()
     generator, meta = load_generator(checkpoint_of(run.path))
-    budget = {key: meta[key] for key in ("images_seen", "wall_seconds", "bytes_exchanged")}
-    before = run.read_json(run.evaluation) or {}
-    facts = {"arm": before.get("arm", "federated"), "name": settings.name, **budget}
-    hospitals = open_hospitals(settings, settings.evaluation.root or None)
+    budget = {key: meta[key] for key in ("images_seen", "wall_seconds", "bytes_exchanged", "label_names")}
+    facts = {"arm": "federated", "name": settings.name, **budget}
     Evaluator(settings, run, hospitals, progress=console.note).final(generator, facts)
+
+
+def _hospitals(run: RunFolder) -> list[Any]:
+    """The hospitals of the run, phantoms too. Raises `MachineError` where the repository is not there."""
+    runner()
+    from server.preparation import open_prepared
+
+    return list(open_prepared(run.settings(), run))
 
 
 # --- generate ------------------------------------------------------------------------------------
@@ -201,9 +203,7 @@ def _training_labels(checkpoint: Path, names: tuple[str, ...], exclusive: bool) 
         raise DataError(
             "the mix of labels lies in the run folder: give the run folder, or use --label, --vector or --labels-from SHARD"
         )
-    from fedgan.data.federation import open_hospitals
-
-    return np.concatenate([hospital.train.labels for hospital in open_hospitals(run.settings())])
+    return np.concatenate([hospital.train.labels for hospital in _hospitals(run)])
 
 
 def _chunks(generator: Any, wanted: np.ndarray, psi: float, seed: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:

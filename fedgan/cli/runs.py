@@ -16,6 +16,7 @@ from fedgan.errors import CheckpointError, ConfigError, MachineError
 if TYPE_CHECKING:
     from fedgan.run_folder import RunFolder
 
+REPOSITORY = "this needs the repository, not the installed library alone: clone it, then pip install -e . in it"
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the scenario; may be repeated. All keys: fedgan settings."),
@@ -30,13 +31,15 @@ def demo(output: Output = None, overrides: Overrides = None, as_json: console.Js
     """
     from fedgan.run_folder import RunFolder
 
-    runner = _runner()
-    settings = load_scenario(shipped_scenario("three_hospitals") or "simulations/three_hospitals.toml", overrides or [])
+    scenario = shipped_scenario("three_hospitals")
+    if scenario is None:
+        raise MachineError(REPOSITORY)
+    settings = load_scenario(scenario, overrides or [])
     place = output or _free(Path("runs/demo"))
     if output is None and place.name != "demo":
         console.note(f"runs/demo is there already: this run goes to {place}")
     run = RunFolder.at(place)
-    _begin(runner, settings, run, as_json)
+    _begin(settings, run, as_json)
     if not as_json:
         typer.echo(f"\nThe page: {run.report}\nOpen it in a browser: {run.report.as_uri()}")
 
@@ -55,7 +58,7 @@ def simulate(
 
     settings = load_scenario(scenario, overrides or [])
     run = RunFolder.at(output or Path("runs") / _folder_name(settings.name))
-    _begin(_runner(), settings, run, as_json)
+    _begin(settings, run, as_json)
 
 
 def resume(
@@ -67,10 +70,10 @@ def resume(
     from fedgan.run_folder import RunFolder
 
     run = RunFolder.at(run_path)
-    settings = run.settings()
-    runner = _runner()
-    with console.stoppable(run), console.stdout_for_results(), Progress(settings, begun=run.last_round() or 0) as progress:
-        runner.resume(run, on_event=progress.on_event)
+    run.settings()
+    engine = runner()
+    with console.stoppable(run), console.stdout_for_results(), Progress() as progress:
+        engine.resume(run, on_event=progress.on_event)
     _finish(run, as_json)
 
 
@@ -118,24 +121,25 @@ def headline_text(numbers: dict[str, Any]) -> str:
             )
     if numbers["frechet"] is not None:
         floor = (
-            f", {numbers['frechet_floor']:.2f} between halves of the real images" if numbers["frechet_floor"] is not None else ""
+            f", {numbers['frechet_floor']:.3g} between halves of the real images" if numbers["frechet_floor"] is not None else ""
         )
-        lines.append(f"Fréchet     {numbers['frechet']:.2f}{floor} (features: {numbers['extractor']})")
+        lines.append(f"Fréchet     {numbers['frechet']:.3g}{floor} (features: {numbers['extractor']})")
     return "\n".join([*lines, f"report      {console.shown(Path(numbers['report']))}"])
 
 
-def _begin(runner: ModuleType, settings: Settings, run: RunFolder, as_json: bool) -> None:
+def _begin(settings: Settings, run: RunFolder, as_json: bool) -> None:
     if run.config.is_file():
         there = console.shown(run.path)
         raise ConfigError(f"{there} already holds a run: continue it with fedgan resume {there}, or choose another --output")
     console.refuse_existing(run.path, "the run")
+    engine = runner()
     from fedgan.cli.progress import Progress
 
     console.note(
         f"{settings.name}: {settings.training.kimg:g} kimg in {settings.federation.rounds} rounds → {console.shown(run.path)}"
     )
-    with console.stoppable(run), console.stdout_for_results(), Progress(settings) as progress:
-        runner.simulate(settings, run, on_event=progress.on_event)
+    with console.stoppable(run), console.stdout_for_results(), Progress() as progress:
+        engine.simulate(settings, run, on_event=progress.on_event)
     _finish(run, as_json)
 
 
@@ -147,20 +151,15 @@ def _finish(run: RunFolder, as_json: bool) -> None:
     console.emit(numbers, as_json, headline_text(numbers))
 
 
-def _runner() -> ModuleType:
+def runner() -> ModuleType:
     """`simulations.runner`, which only the repository has. Raises `MachineError` in an installed wheel."""
     try:
         import simulations.runner
     except ModuleNotFoundError as error:
-        raise repository_needed(error) from None
+        if (error.name or "").partition(".")[0] not in ("simulations", "server", "client"):
+            raise  # a package such as flwr is missing: that has its own message
+        raise MachineError(REPOSITORY) from None
     return simulations.runner
-
-
-def repository_needed(error: ModuleNotFoundError) -> Exception:
-    """What to raise when a room beside fedgan cannot be imported; a missing package keeps its own error."""
-    if (error.name or "").partition(".")[0] in ("simulations", "server", "client"):
-        return MachineError("this needs the repository, not the installed library alone: clone it, then pip install -e . in it")
-    return error
 
 
 def shipped_scenario(name: str) -> Path | None:
