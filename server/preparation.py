@@ -21,7 +21,7 @@ import torch
 
 from fedgan import files
 from fedgan.config import Settings
-from fedgan.data.federation import Hospital, describe_hospitals, find_shards, open_hospitals, partition_record
+from fedgan.data.federation import Hospital, describe_hospitals, find_shards, open_hospital, open_hospitals, partition_record
 from fedgan.data.phantoms import write_phantoms
 from fedgan.data.shard import Shard
 from fedgan.errors import FederationError
@@ -68,6 +68,13 @@ def prepare_run(settings: Settings, run: RunFolder, tell: Tell = lambda event: N
 def open_prepared(settings: Settings, run: RunFolder) -> list[Hospital]:
     """The hospitals of a run that `prepare_run` has prepared."""
     return open_hospitals(settings, shards_of(settings, run))
+
+
+def evaluation_hospitals(settings: Settings, run: RunFolder) -> list[Hospital]:
+    """Whose real images the evaluator measures against: those under `evaluation.root`, or the hospitals' own."""
+    if not settings.evaluation.root:
+        return open_prepared(settings, run)
+    return [open_hospital(settings, path) for path in find_shards(settings.evaluation.root)]
 
 
 def is_prepared(run: RunFolder) -> bool:

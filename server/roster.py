@@ -115,7 +115,7 @@ def wait_for_nodes(grid: Grid, wanted: int, limit: float) -> list[int]:
         if time.monotonic() > end:
             raise FederationError(
                 f"{len(nodes)} of {wanted} hospitals came online within {limit:.0f} s: "
-                f"start the others (in a simulation: --federation-config 'num-supernodes={wanted}'), or lower federation.hospitals"
+                f"start the others (flwr run: --federation-config 'num-supernodes={wanted}') or lower federation.hospitals"
             )
         time.sleep(0.2)
 

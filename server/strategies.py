@@ -31,10 +31,11 @@ def check_strategy(settings: Settings) -> None:
         raise ConfigError("federation.strategy = 'fedprox' needs training.proximal_mu > 0, e.g. 0.01; with 0 it is fedavg")
     if federation.strategy == "fedtrimmedavg" and federation.trim >= 0.5:
         raise ConfigError(f"federation.trim = {federation.trim:g} cuts every hospital away: give less than 0.5")
-    if federation.strategy == "krum" and hospitals < 2 * federation.malicious + 3:
+    needed = 2 * federation.malicious + 3
+    if federation.strategy == "krum" and hospitals < needed:
         raise ConfigError(
-            f"krum guards against f = {federation.malicious} malicious hospitals of at least 2 f + 3 = {2 * federation.malicious + 3}, "
-            f"not of {hospitals}: raise federation.hospitals, lower federation.malicious or choose fedmedian"
+            f"krum with federation.malicious = {federation.malicious} needs 2 f + 3 = {needed} hospitals, not {hospitals}: "
+            "raise federation.hospitals, lower federation.malicious or choose fedmedian"
         )
 
 

@@ -60,11 +60,13 @@ def main() -> None:
 def _federate(run: RunFolder, client: str, tell: Any) -> None:
     from server.evaluator import Evaluator
     from server.federation import Federation
-    from server.preparation import experiment_of, open_prepared
+    from server.preparation import evaluation_hospitals, experiment_of
 
     settings = run.settings()
-    hospitals = open_prepared(settings, run)
-    federation = Federation(settings, run, experiment_of(run), Evaluator(settings, run, hospitals), tell)
+    judge = Evaluator(
+        settings, run, evaluation_hospitals(settings, run), progress=lambda text: tell({"event": "note", "text": text})
+    )
+    federation = Federation(settings, run, experiment_of(run), judge, tell)
     if run.last_round() != settings.federation.rounds:
         _simulate(settings, federation, client)
     federation.conclude()

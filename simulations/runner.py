@@ -11,6 +11,7 @@ Events, each a dict, go to `on_event` in the caller's thread:
     {"event": "round_start", "round": n, "rounds": n, "images": {name: images of this round}}
     {"event": "progress", "round": n, "hospital": name, "images": shown in this round, "of": n}
     {"event": "evaluation", "round": n, "final": bool}                     the evaluator begins
+    {"event": "note", "text": what the evaluator does}
     {"event": "evaluated", "round": n, "final": bool, "result": dict}
     {"event": "round_end", "round": n, "rounds": n, "line": the round's line of metrics.jsonl}
     {"event": "finished"}                                                  all done, evaluation.json is written
