@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from scipy import ndimage
 
-from fedgan.data.phantoms.canvas import Canvas, curve, step
+from fedgan.data.phantoms.canvas import Canvas, step
 from fedgan.data.phantoms.scanners import LesionLook
 
 # Skin under polarised light for tones 1 to 6, and what each layer does to it (red, green, blue).
@@ -16,7 +16,7 @@ _TONES = np.array(
 ) / 255  # fmt: skip
 _MELANIN = np.array([0.52, 0.88, 1.08], np.float32)  # absorption by one unit
 _BLOOD = np.array([0.16, 0.78, 0.62], np.float32)
-_BLUE = np.array([86, 102, 142], np.float32) / 255  # colours towards which a layer draws
+_BLUE = np.array([88, 98, 128], np.float32) / 255  # colours towards which a layer draws
 _KERATIN = np.array([202, 156, 96], np.float32) / 255
 _WHITE = np.array([240, 222, 212], np.float32) / 255
 
@@ -75,14 +75,12 @@ def _bubbles(board: Canvas, rng: np.random.Generator, look: LesionLook, light: n
 def _hairs(board: Canvas, rng: np.random.Generator, mean: float, tone: float, light: np.ndarray) -> int:
     """Hairs, mostly in one direction, brown to black."""
     count = int(min(rng.poisson(mean), 24))
-    direction = rng.uniform(0, np.pi)
-    dark = rng.uniform(0.04, 0.30 if tone < 3 else 0.10)
-    cover = np.zeros(light.shape[1:], np.float32)
-    for _ in range(count):
-        middle, heading = rng.uniform(-1.0, 1.0, 2), direction + rng.normal(0, 0.35)
-        half = rng.uniform(0.35, 1.1) * np.array([np.cos(heading), np.sin(heading)])
-        bow = rng.normal(0, 0.18, 2)
-        board.stroke(cover, curve(np.stack([middle - half, middle + bow, middle + half])), rng.uniform(0.005, 0.010), 0.9)
+    direction, dark = rng.uniform(0, np.pi), rng.uniform(0.05, 0.32 if tone < 3 else 0.12)
+    middle, heading = rng.uniform(-1.0, 1.0, (count, 2)), direction + rng.normal(0, 0.35, count)
+    half = rng.uniform(0.35, 1.1, (count, 1)) * np.stack([np.cos(heading), np.sin(heading)], axis=1)
+    curves = np.stack([middle - half, middle + rng.normal(0, 0.18, (count, 2)), middle + half], axis=1)
+    thick = rng.uniform(0.004, 0.010, count)
+    cover = board.strokes(curves, np.stack([thick, 0.6 * thick], axis=1), 0.9)
     for channel, tint in enumerate((1.0, 0.72, 0.52)):
         light[channel] += cover * (np.float32(dark * tint) - light[channel])
     return count
@@ -93,12 +91,10 @@ def _ruler(board: Canvas, rng: np.random.Generator, look: LesionLook, light: np.
     present, edge, gap, start = rng.random() < look.ruler, int(rng.integers(4)), rng.uniform(0.09, 0.14), rng.uniform(0, 0.1)
     if not present:
         return False
-    ticks = np.zeros(light.shape[1:], np.float32)
-    for number, along in enumerate(np.arange(-1.0 + start, 1.0, gap)):
-        long = 0.20 if number % 5 == 0 else 0.11
-        ends = np.array([[along, -1.0], [along, -1.0 + long]])
-        board.stroke(ticks, ends, 0.009, 0.85)
-    light += np.rot90(ticks, edge) * (np.float32(0.08) - light)
+    along = np.arange(-1.0 + start, 1.0, gap)
+    length = np.where(np.arange(len(along)) % 5 == 0, 0.20, 0.11)
+    tips = [np.stack([along, -1.0 + share * length], axis=1) for share in (0.0, 0.5, 1.0)]
+    light += np.rot90(board.strokes(np.stack(tips, axis=1), 0.008, 0.8), edge) * (np.float32(0.10) - light)
     return True
 
 

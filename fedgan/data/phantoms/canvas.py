@@ -58,33 +58,45 @@ class Canvas:
         down *= np.broadcast_to(np.asarray(heights, np.float32), (len(points),))[:, None]
         return down.T @ across
 
-    def stroke(self, board: np.ndarray, points: np.ndarray, width: np.ndarray | float, strength: float = 1.0) -> None:
-        """Draw a smooth line through `points` (P, 2) into `board` by the maximum. `width` is its half width."""
-        points, half = self._along(points, np.asarray(width, np.float32))
-        # A line thinner than a pixel covers it in part: full width of one pixel, less strength.
-        floor = 0.75 * self.pixel
-        strength_at = np.float32(strength) * np.minimum(1.0, half / floor)
-        half = np.maximum(half, floor)
-        reach = int(np.ceil(half.max() / self.pixel)) + 1
-        centre = (points + 1.0) / self.pixel - 0.5
-        nearest = np.rint(centre).astype(np.int64)
-        offsets = np.arange(-reach, reach + 1)
-        column = nearest[:, 0, None, None] + offsets[None, None, :]
-        row = nearest[:, 1, None, None] + offsets[None, :, None]
-        far = np.square(column - centre[:, 0, None, None]) + np.square(row - centre[:, 1, None, None])
-        cover = (half / self.pixel)[:, None, None] + 0.5 - np.sqrt(far)
-        cover = np.clip(cover, 0.0, 1.0) * strength_at[:, None, None]
-        inside = (cover > 0) & (row >= 0) & (row < self.work) & (column >= 0) & (column < self.work)
-        np.maximum.at(board.reshape(-1), (row * self.work + column)[inside], cover[inside].astype(board.dtype))
+    def strokes(self, curves: np.ndarray, widths: np.ndarray | float, strengths: np.ndarray | float = 1.0) -> np.ndarray:
+        """Coverage (work, work) float32 in [0, 1] by K smooth lines.
 
-    def _along(self, points: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The line's points and half widths again, closer together than a pixel."""
-        points = np.asarray(points, np.float64)
-        lengths = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(points, axis=0).T))])
-        dense = np.linspace(0.0, lengths[-1], max(2, int(lengths[-1] / (0.8 * self.pixel)) + 1))
-        widths = np.broadcast_to(width, (len(points),))
-        out = np.stack([np.interp(dense, lengths, points[:, 0]), np.interp(dense, lengths, points[:, 1])], axis=1)
-        return out, np.interp(dense, lengths, widths)
+        `curves` (K, 3, 2): control points x, y of quadratic Bezier curves; `widths` (K, 2) or alike: half
+        widths at both ends; `strengths` (K,): coverage of a wide line's middle. Lines overlap by the maximum.
+        """
+        cover = np.zeros(self.work * self.work, np.float32)
+        curves = np.asarray(curves, np.float64).reshape(-1, 3, 2)
+        if not len(curves):
+            return cover.reshape(self.work, self.work)
+        points, half, strength = self._along(curves, np.asarray(widths), np.asarray(strengths))
+        # A line thinner than a pixel covers it in part: the width of a pixel, less strength.
+        floor = 0.75 * self.pixel
+        strength = strength * np.minimum(1.0, half / floor)
+        reach = int(np.ceil(max(half.max(), floor) / self.pixel)) + 1
+        centre = (points + 1.0) / self.pixel - 0.5
+        offsets = np.arange(-reach, reach + 1)
+        column = np.rint(centre[:, 0]).astype(np.int32)[:, None] + offsets
+        row = np.rint(centre[:, 1]).astype(np.int32)[:, None] + offsets
+        across = np.where((column >= 0) & (column < self.work), np.square(column - centre[:, :1]), np.inf).astype(np.float32)
+        down = np.where((row >= 0) & (row < self.work), np.square(row - centre[:, 1:]), np.inf).astype(np.float32)
+        edge = (np.maximum(half, floor) / self.pixel + 0.5).astype(np.float32)
+        value = np.clip(edge[:, None, None] - np.sqrt(down[:, :, None] + across[:, None, :]), 0.0, 1.0)
+        value *= strength.astype(np.float32)[:, None, None]
+        where = row[:, :, None] * self.work + column[:, None, :]
+        seen = value > 0
+        np.maximum.at(cover, where[seen], value[seen])
+        return cover.reshape(self.work, self.work)
+
+    def _along(self, curves: np.ndarray, widths: np.ndarray, strengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Points (P, 2) on all curves, less than a pixel apart, with their half widths and strengths."""
+        legs = np.hypot(*np.moveaxis(np.diff(curves, axis=1), -1, 0)).sum(axis=1)
+        counts = np.maximum(2, (legs / (0.8 * self.pixel)).astype(int) + 1)
+        which = np.repeat(np.arange(len(curves)), counts)
+        t = (np.arange(len(which)) - (np.cumsum(counts) - counts)[which]) / (counts - 1)[which]
+        p, t2 = curves[which], t[:, None]
+        points = (1 - t2) ** 2 * p[:, 0] + 2 * t2 * (1 - t2) * p[:, 1] + t2**2 * p[:, 2]
+        ends = np.broadcast_to(widths, (len(curves), 2))[which]
+        return points, ends[:, 0] + t * (ends[:, 1] - ends[:, 0]), np.broadcast_to(strengths, len(curves))[which]
 
     def down(self, picture: np.ndarray) -> np.ndarray:
         """The area mean of (..., work, work), as (..., resolution, resolution) float32."""
@@ -106,12 +118,6 @@ def step(value: np.ndarray, low: float, high: float) -> np.ndarray:
     """Hermite step: 0 below `low`, 1 above `high`, smooth between."""
     t = np.clip((value - np.float32(low)) * np.float32(1.0 / (high - low)), 0.0, 1.0)
     return t * t * (3.0 - 2.0 * t)
-
-
-def curve(points: np.ndarray, count: int = 24) -> np.ndarray:
-    """`count` points of the quadratic Bezier curve with three control points (3, 2)."""
-    t = np.linspace(0.0, 1.0, count)[:, None]
-    return (1 - t) ** 2 * points[0] + 2 * t * (1 - t) * points[1] + t**2 * points[2]
 
 
 def check_resolution(resolution: int) -> None:

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from fedgan.data.phantoms.canvas import Canvas, canvas, step
 from fedgan.data.phantoms.scanners import CHEST_LABELS, ChestLook
-from fedgan.data.phantoms.thorax import Thorax, draw_person, healthy_film, place
+from fedgan.data.phantoms.thorax import Film, Thorax, draw_person, healthy_film, place
 from fedgan.errors import DataError
 
 _LETTERS: dict[str, list[list[tuple[float, float]]]] = {
@@ -46,49 +46,53 @@ def draw_chest(
     film = healthy_film(board, rng, thorax)
     truth: dict[str, Any] = {"findings": sorted(findings), "female": person.female, "supine": supine}
     masks: dict[str, np.ndarray] = {}
-    ratio = float(rng.uniform(0.59, 0.70)) if "cardiomegaly" in findings else person.heart_ratio + 0.02 * supine
-    truth["heart_ratio"] = ratio
-    masks["cardiomegaly"] = _heart(rng, thorax, ratio, film)
-    # From the deepest to the most superficial; a collapsed lung shows no vessels where it was.
+    # From the deepest to the most superficial: what the heart or fluid covers is not seen.
     if "consolidation" in findings:
         masks["consolidation"] = _consolidation(board, rng, thorax, film, truth)
     if "nodule" in findings:
         masks["nodule"] = _nodules(board, rng, thorax, film, truth)
     if "pneumothorax" in findings:
         masks["pneumothorax"] = _pneumothorax(board, rng, thorax, film, truth)
+    ratio = float(rng.uniform(0.58, 0.70)) if "cardiomegaly" in findings else person.heart_ratio + 0.02 * supine
+    truth["heart_ratio"] = ratio
+    masks["cardiomegaly"] = _heart(rng, thorax, ratio, film)
     if "effusion" in findings:
-        masks["effusion"] = _effusion(board, rng, thorax, film, truth)
+        masks["effusion"] = _effusion(rng, thorax, film, truth)
+    if supine:
+        truth["leads"] = _leads(board, rng, film)
     truth["lungs"] = board.down((thorax.lung > 0).astype(np.float32)) >= 0.5
     for name in sorted(findings):
         truth[f"{name}_mask"] = board.down((masks[name] > 0.5).astype(np.float32)) >= 0.5
-    return _expose(board, rng, look, film, supine), truth
+    return _expose(board, rng, look, film), truth
 
 
-def _heart(rng: np.random.Generator, thorax: Thorax, ratio: float, film: np.ndarray) -> np.ndarray:
-    """Heart, great vessels and aortic knob. `ratio`: the heart's width over the rib cage's."""
+def _heart(rng: np.random.Generator, thorax: Thorax, ratio: float, film: Film) -> np.ndarray:
+    """Heart, great vessels, aortic knob, windpipe. `ratio`: the heart's width over the rib cage's. Returns the heart."""
     person = thorax.anatomy
-    width = 2 * person.width * 0.96 * ratio
     x, y = thorax.x, thorax.y
-    big = ratio > 0.55
-    left = width * rng.uniform(0.63, 0.68)
+    width = 2 * person.width * 0.97 * ratio
+    left = width * rng.uniform(0.64, 0.69)
     right = width - left
-    bottom = np.float32(person.base - (0.13 if big else 0.16))
-    height = np.float32(rng.uniform(0.30, 0.36) * (1.12 if big else 1.0))
-    middle = bottom - height * np.float32(0.82)
-    # Two half ellipses that meet at the midline; the apex of the left one hangs lower.
-    reach = np.where(x > 0, np.float32(left), np.float32(right))
-    sag = np.where(x > 0, np.float32(0.22 * person.heart_tilt) * x, np.float32(0.0))
-    round_ = 1.0 - np.sqrt(np.square(x / reach) + np.square((y - middle - sag) / height))
-    heart = step(round_ * reach, -0.012, 0.045)
-    band = np.float32(0.125) + np.float32(0.03) * np.cos(y * np.float32(4.0)) - thorax.side
-    great = step(band, -0.02, 0.03) * step(y, person.apex - 0.15, person.apex + 0.2)
-    knob = step(1.0 - np.hypot(x - np.float32(0.12), y - np.float32(person.apex + 0.38)) / np.float32(0.085), 0.0, 0.3)
-    film += np.maximum(0.85 * great, 0.9 * knob) * np.maximum(0.50 - film, 0.0) * step(thorax.body, 0.0, 0.1)
-    film += heart * np.maximum(0.74 - film, 0.0) * np.float32(0.88)
-    windpipe = step(np.float32(0.042) - np.abs(x - np.float32(0.01)), 0.0, 0.02) * (
-        1.0 - step(y, person.apex + 0.35, person.apex + 0.5)
-    )
-    film -= 0.10 * windpipe * step(thorax.body, 0.0, 0.1)
+    grown = max(0.0, ratio - 0.48)
+    low, high = np.float32(person.base - 0.16 + 0.1 * grown), np.float32(0.27 + 0.5 * grown)
+    # The left ventricle: an ellipse whose long axis falls towards its apex. The right atrium: a steeper one.
+    tilt = person.heart_tilt * 0.55
+    cos, sin = np.float32(np.cos(tilt)), np.float32(np.sin(tilt))
+    along, across = cos * (x - np.float32(left * 0.30)) + sin * (y - low + high), cos * (y - low + high) - sin * x
+    ventricle = 1.0 - np.hypot(along / np.float32(left * 0.78), (across + np.float32(0.02)) / np.float32(0.95 * high))
+    atrium = 1.0 - np.hypot((x + np.float32(right * 0.30)) / np.float32(right * 0.72), (y - low + high) / np.float32(1.05 * high))
+    band = (np.float32(0.115) + np.float32(0.03) * np.square(y + 0.15) - thorax.side) * 3.0
+    knob = 1.0 - np.hypot(x - np.float32(0.085), y - np.float32(person.apex + 0.40)) / np.float32(0.095)
+    great = np.maximum(band, knob)
+    both = np.maximum(ventricle, atrium)
+    heart = step(both, -0.03, 0.16)
+    # Heart and vessels melt into one outline: a smooth maximum of both.
+    outline = 0.5 * (both + great + np.sqrt(np.square(both - great) + np.float32(0.02)))
+    shade = step(outline, 0.0, 0.26)
+    depth = np.float32(0.44) + np.float32(0.19) * step(both, -0.3, 0.45)
+    film.light += shade * np.maximum(depth + 0.6 * film.bones - film.light, 0.0) * step(thorax.body, 0.0, 0.1)
+    windpipe = step(np.float32(0.045) - np.abs(x - np.float32(0.01)), 0.0, 0.03)
+    film.light -= 0.075 * windpipe * (1.0 - step(y, person.apex + 0.40, person.apex + 0.58)) * step(thorax.body, 0.0, 0.1)
     return heart
 
 
@@ -114,13 +118,11 @@ def _picture_place(board: Canvas, thorax: Thorax, x: float, y: float) -> list[fl
     return [(nearest % board.work + 0.5) / board.work, (nearest // board.work + 0.5) / board.work]
 
 
-def _consolidation(
-    board: Canvas, rng: np.random.Generator, thorax: Thorax, film: np.ndarray, truth: dict[str, Any]
-) -> np.ndarray:
+def _consolidation(board: Canvas, rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[str, Any]) -> np.ndarray:
     """Pneumonia: a cloudy opacity with hazy borders and air-filled bronchi in it; in one third of cases on both sides."""
     sign, side = _choose_side(rng)
     both = rng.random() < 0.33
-    cloud = np.zeros_like(film)
+    cloud = np.zeros_like(film.light)
     places = []
     for number, which in enumerate((sign, -sign)):
         x, y = _in_lung(rng, thorax, which, 0.10)
@@ -128,104 +130,120 @@ def _consolidation(
         if number and not both:
             continue
         away = np.hypot((thorax.x - np.float32(x)) * np.float32(flat), thorax.y - np.float32(y)) / np.float32(size)
-        cloud = np.maximum(cloud, 1.35 - away)
+        cloud = np.maximum(cloud, 1.45 - away)
         places.append(_picture_place(board, thorax, x, y))
-    cloud += 0.28 * board.noise(rng, "coarse") + 0.16 * board.noise(rng, "middle")
-    dense = step(cloud, 0.15, 0.95) * step(thorax.lung, -0.01, 0.05)
-    film += dense * np.maximum(np.float32(rng.uniform(0.56, 0.68)) - film, 0.0) * np.float32(rng.uniform(0.75, 0.95))
+    cloud += 0.25 * board.noise(rng, "coarse") + 0.15 * board.noise(rng, "middle")
+    dense = step(cloud, 0.05, 1.15) * step(thorax.lung, -0.01, 0.06)
+    goal = np.float32(rng.uniform(0.46, 0.58)) + 0.7 * film.bones + 0.02 * board.noise(rng, "middle")
+    film.light += dense * np.maximum(goal - film.light, 0.0) * np.float32(rng.uniform(0.75, 0.95))
     truth["consolidation"] = {"side": "both" if both else side, "places": places}
     return dense
 
 
-def _nodules(board: Canvas, rng: np.random.Generator, thorax: Thorax, film: np.ndarray, truth: dict[str, Any]) -> np.ndarray:
+def _nodules(board: Canvas, rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[str, Any]) -> np.ndarray:
     """One to three round, well-bounded opacities."""
-    total = np.zeros_like(film)
+    total = np.zeros_like(film.light)
     places = []
-    for _ in range(int(rng.choice((1, 2, 3), p=(0.6, 0.25, 0.15)))):
+    for _ in range(int(rng.choice((1, 2, 3), p=(0.55, 0.27, 0.18)))):
         sign, _ = _choose_side(rng)
-        size, bright = rng.uniform(0.065, 0.12), rng.uniform(0.24, 0.34)
-        x, y = _in_lung(rng, thorax, sign, 0.06)
+        size, bright = rng.uniform(0.060, 0.115), rng.uniform(0.17, 0.26)
+        x, y = _in_lung(rng, thorax, sign, 0.05)
         away = np.hypot(thorax.x - np.float32(x), thorax.y - np.float32(y)) / np.float32(size)
-        ball = np.sqrt(np.maximum(1.0 - np.square(away), 0.0))  # the ray's way through a ball
-        film += np.float32(bright) * ball**0.7
+        away += np.float32(0.07) * board.noise(rng, "coarse")
+        ball = np.sqrt(np.maximum(1.0 - np.square(away), 0.0)) * step(1.0 - away, -0.02, 0.25)  # the ray's way through a ball
+        film.light += np.float32(bright) * ball
         total = np.maximum(total, step(1.0 - away, -0.05, 0.05))
         places.append([*_picture_place(board, thorax, x, y), size / 2])
     truth["nodule"] = {"places": places}
     return total
 
 
-def _pneumothorax(board: Canvas, rng: np.random.Generator, thorax: Thorax, film: np.ndarray, truth: dict[str, Any]) -> np.ndarray:
+def _pneumothorax(board: Canvas, rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[str, Any]) -> np.ndarray:
     """Air round a collapsed lung: black and without vessels at apex and flank, a fine white pleural line, a denser lung."""
     person = thorax.anatomy
     sign, side = _choose_side(rng)
-    gap = rng.uniform(0.12, 0.26)
+    gap = rng.uniform(0.13, 0.28)
     own = step(thorax.x * np.float32(sign), 0.0, 0.02)
+    inside = step(thorax.lung, -0.01, 0.06) * own
     depth = (thorax.y - np.float32(person.apex)) / np.float32(person.base - person.apex)
-    # The gap is widest at the apex and narrows downwards.
-    pleura = thorax.cage - np.float32(gap) * (1.25 - 0.75 * np.clip(depth, 0.0, 1.0)) + 0.012 * board.noise(rng, "coarse")
-    space = step(-pleura, -0.006, 0.012) * step(thorax.lung, 0.0, 0.03) * own
-    lung = step(pleura, 0.0, 0.02) * step(thorax.lung, 0.0, 0.05) * own
-    film += space * (np.float32(0.055) + 0.30 * np.maximum(film - 0.28, 0.0) - film) * np.float32(0.88)
-    film += lung * np.float32(0.05 + 0.35 * gap)
-    film += 0.16 * np.exp(-np.square(pleura / np.float32(0.012))) * step(thorax.lung, 0.0, 0.03) * own
+    # The gap is widest at the apex and closes downwards.
+    pleura = thorax.cage - np.float32(gap) * (1.2 - 0.75 * step(depth, 0.1, 1.05)) + 0.016 * board.noise(rng, "coarse")
+    space = step(-pleura, -0.01, 0.015) * inside
+    lung = step(pleura, 0.0, 0.02) * inside
+    deeper = np.float32(0.115) * np.minimum(film.light / np.float32(0.16), 1.0)
+    film.light -= space * (film.vessels + deeper)
+    film.light += lung * np.float32(0.03 + 0.28 * gap)
+    film.light += 0.11 * np.exp(-np.square(pleura / np.float32(0.011))) * inside
     truth["pneumothorax"] = {"side": side, "gap": gap / 2}
     return space
 
 
-def _effusion(board: Canvas, rng: np.random.Generator, thorax: Thorax, film: np.ndarray, truth: dict[str, Any]) -> np.ndarray:
+def _effusion(rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[str, Any]) -> np.ndarray:
     """Fluid in the pleural space: the costophrenic angle is gone under a meniscus that rises to the flank."""
     person = thorax.anatomy
     sign, side = _choose_side(rng)
     both = rng.random() < 0.25
-    level = [rng.uniform(0.22, 0.52), rng.uniform(0.22, 0.34)]
-    fluid = np.zeros_like(film)
+    level = [rng.uniform(0.24, 0.52), rng.uniform(0.24, 0.36)]
+    fluid = np.zeros_like(film.light)
     out = thorax.side / np.float32(person.width)
     for number, which in enumerate((sign, -sign)):
         if number and not both:
             continue
-        own = step(thorax.x * np.float32(which), 0.02, 0.06)
-        surface = thorax.y - np.float32(person.base - level[number]) + np.float32(0.30) * (np.square(out) - 0.35)
-        fluid = np.maximum(fluid, step(surface, -0.03, 0.05) * step(thorax.cage, -0.02, 0.02) * own)
-    film += fluid * np.maximum(0.72 - film, 0.0) * np.float32(0.92)
+        own = step(thorax.x * np.float32(which), 0.0, 0.04)
+        surface = thorax.y - np.float32(person.base - level[number]) + np.float32(0.26) * (out * out * out - 0.25)
+        fluid = np.maximum(fluid, step(surface, -0.06, 0.07) * step(thorax.cage, -0.02, 0.03) * own)
+    fluid *= step(thorax.dome, -0.16, -0.04)
+    film.light += fluid * np.maximum(0.63 + 0.4 * film.bones - film.light, 0.0) * np.float32(0.95)
     truth["effusion"] = {"side": "both" if both else side, "height": level[0] / 2}
     return fluid
 
 
-def _expose(board: Canvas, rng: np.random.Generator, look: ChestLook, film: np.ndarray, supine: bool) -> np.ndarray:
-    """Leads, marker and collimation, then the film processing: (work, work) to (R, R) uint8."""
+def _leads(board: Canvas, rng: np.random.Generator, film: Film) -> int:
+    """Wires of a monitor on the chest of a patient who lies."""
+    count = int(rng.integers(0, 4))
+    ends = rng.uniform((-0.6, -0.5), (0.6, 0.5), (count, 2))
+    leave = np.stack([rng.uniform(-1.0, 1.0, count), np.where(rng.random(count) < 0.5, -1.05, 1.05)], axis=1)
+    middle = 0.5 * (ends + leave) + rng.normal(0, 0.2, (count, 2))
+    wires = board.strokes(np.stack([ends, middle, leave], axis=1), 0.007, 0.8)
+    pads = board.strokes(np.stack([ends, ends, ends + 0.01], axis=1), 0.025, 0.8)
+    film.light += 0.22 * np.maximum(wires, pads)
+    return count
+
+
+def _expose(board: Canvas, rng: np.random.Generator, look: ChestLook, film: Film) -> np.ndarray:
+    """Marker and collimation, then the film processing: a `Film` to (R, R) uint8."""
     exposure, contrast = look.exposure + rng.normal(0, 0.025), look.contrast * rng.normal(1.0, 0.05)
     _marker(board, rng, look, film)
-    edges = rng.uniform(0.86, 1.0, 4)
-    collimated = rng.random() < look.collimation
-    picture = board.down(film)
+    collimated, edges = rng.random() < look.collimation, rng.uniform(0.88, 1.0, 4)
+    picture = board.down(film.light)
     size = board.resolution
     if look.blur * size > 0.25:
         picture = ndimage.gaussian_filter(picture, look.blur * size, mode="nearest")
     if look.sharpen:
         # Unsharp masking with a radius of 2 % of the side, as film processing does it.
         picture = picture + np.float32(look.sharpen) * (picture - ndimage.gaussian_filter(picture, 0.02 * size, mode="nearest"))
-    picture = np.clip((picture * np.float32(1.22) + np.float32(exposure)), 0.0, 1.0) ** np.float32(look.gamma)
-    picture = (picture - 0.5) * np.float32(contrast) + 0.5
+    open_field = np.clip(picture * np.float32(8.0), 0.0, 1.0)  # unattenuated rays stay black at any exposure
+    picture = np.clip(picture * np.float32(1.18) + np.float32(exposure) * open_field, 0.0, 1.0) ** np.float32(look.gamma)
+    picture += (picture - 0.45) * np.float32(contrast - 1.0) * open_field
     if collimated:
         grid = ((np.arange(size) + 0.5) * (2.0 / size) - 1.0).astype(np.float32)
         soft = max(0.01, 1.0 / size)
         across = step(np.minimum(grid + edges[0], edges[1] - grid), -soft, soft)
         down = step(np.minimum(grid + edges[2], edges[3] - grid), -soft, soft)
         picture = picture * (across[None, :] * down[:, None])
-    # Quantum noise is stronger where fewer rays arrive. It is drawn last: its number depends on the resolution.
+    # Quantum noise is drawn last: its number depends on the resolution.
     grain = rng.standard_normal(picture.shape, np.float32)
-    picture = picture + np.float32(look.noise) * (0.6 + 0.8 * np.clip(picture, 0, 1)) * grain
+    picture = picture + np.float32(look.noise) * (0.4 + np.clip(picture, 0, 1)) * grain
     return (np.clip(picture, 0.0, 1.0) * 255 + 0.5).astype(np.uint8)
 
 
-def _marker(board: Canvas, rng: np.random.Generator, look: ChestLook, film: np.ndarray) -> None:
+def _marker(board: Canvas, rng: np.random.Generator, look: ChestLook, film: Film) -> None:
     """A lead letter for the side, in an upper corner; R stands on the left of the picture."""
     present, letter = rng.random() < look.marker, "L" if rng.random() < 0.5 else "R"
-    x, y, size = rng.uniform(0.76, 0.84), rng.uniform(-0.95, -0.85), rng.uniform(0.09, 0.13)
+    x, y, size = rng.uniform(0.70, 0.80), rng.uniform(-0.93, -0.82), rng.uniform(0.08, 0.11)
     if not present:
         return
-    left = x if letter == "L" else -x - 0.06
-    lead = np.zeros_like(film)
-    for line in _LETTERS[letter]:
-        board.stroke(lead, np.array(line) * size + np.array([left, y]), 0.013)
-    film += lead * np.maximum(0.86 - film, 0.0)
+    lines = [np.array(line) * size for line in _LETTERS[letter]]
+    parts = np.concatenate([np.stack([line[:-1], 0.5 * (line[:-1] + line[1:]), line[1:]], axis=1) for line in lines])
+    lead = board.strokes(parts + np.array([x if letter == "L" else -x - 0.06, y]), 0.011)
+    film.light += lead * np.maximum(0.80 - film.light, 0.0)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedgan.data.phantoms.camera import photograph
-from fedgan.data.phantoms.canvas import Canvas, canvas, curve, step
+from fedgan.data.phantoms.canvas import Canvas, canvas, step
 from fedgan.data.phantoms.scanners import LESION_LABELS, LesionLook
 from fedgan.errors import DataError
 
@@ -44,7 +44,8 @@ class Layers:
     @staticmethod
     def none(board: Canvas) -> Layers:
         """Bare skin."""
-        return Layers(*(np.zeros((board.work, board.work), np.float32) for _ in range(5)))
+        melanin, blood, blue, keratin, white = np.zeros((5, board.work, board.work), np.float32)
+        return Layers(melanin, blood, blue, keratin, white)
 
 
 def draw_lesion(
@@ -72,8 +73,8 @@ def draw_lesion(
     hairiness, flush = float(person.gamma(1.2)) / 1.2, float(person.uniform(0.0, 0.12))
     layers = Layers.none(board)
     shape = _DRAW[label](board, rng, layers)
-    layers.melanin += 0.06 * board.noise(rng, "fine") + 0.05 * board.noise(rng, "broad")
-    layers.blood += flush + 0.05 * board.noise(rng, "coarse") + 0.03 * board.noise(rng, "middle")
+    layers.melanin += 0.035 * board.noise(rng, "fine") + 0.05 * board.noise(rng, "broad")
+    layers.blood += flush + 0.05 * board.noise(rng, "coarse")
     picture, seen = photograph(board, rng, look, tone, hairiness, layers)
     mask = board.down((shape.inside > 0).astype(np.float32)) >= 0.5
     truth = {
@@ -107,16 +108,16 @@ def _outline(
 
 
 def _honeycomb(board: Canvas, rng: np.random.Generator, cycles: float) -> np.ndarray:
-    """A bent hexagonal net: 1 on its lines, 0 in its holes, (work, work). `cycles` holes across the board."""
-    bend = np.float32(0.09) * board.noise(rng, "coarse")
+    """A slightly bent hexagonal net: 1 on its lines, 0 in its holes, (work, work). `cycles` holes across the board."""
     turn, start = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi, 2)
     waves = []
     for k in range(2):
         a = turn + k * 2 * np.pi / 3
-        waves.append(np.float32(np.pi * cycles) * (np.float32(np.cos(a)) * board.x + np.float32(np.sin(a)) * board.y + bend))
-        waves[k] += np.float32(start[k])
+        wave = np.float32(np.cos(a)) * board.x + np.float32(np.sin(a)) * board.y
+        wave = (wave + np.float32(0.045) * board.noise(rng, "broad")) * np.float32(np.pi * cycles) + np.float32(start[k])
+        waves.append(wave + np.float32(0.35) * board.noise(rng, "coarse"))
     total = np.cos(waves[0]) + np.cos(waves[1]) + np.cos(waves[0] + waves[1])
-    return 1.0 - step(total, -1.1, 0.9)
+    return 1.0 - step(total, -1.2, 0.8)
 
 
 def _scatter(rng: np.random.Generator, shape: Shape, count: int, low: float, high: float) -> np.ndarray:
@@ -132,135 +133,145 @@ def _scatter(rng: np.random.Generator, shape: Shape, count: int, low: float, hig
 
 def _nv(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     """Naevus: one even brown, a regular net that fades out at a round border."""
-    shape = _outline(board, rng, (0.36, 0.60), 0.35, 0.05)
-    body = step(shape.inside, -0.06, rng.uniform(0.15, 0.4))
-    depth = rng.uniform(0.55, 1.0)
-    net = _honeycomb(board, rng, rng.uniform(13, 19)) * step(shape.inside, -0.02, 0.2)
-    middle = rng.uniform(0.0, 0.35) * step(shape.inside, 0.2, 0.9)
-    layers.melanin += body * (np.float32(depth) + middle + 0.06 * board.noise(rng, "middle")) + np.float32(0.45 * depth) * net
-    layers.signs |= {"network": True}
+    shape = _outline(board, rng, (0.32, 0.60), 0.35, rng.uniform(0.03, 0.09))
+    body = step(shape.inside, -0.06, rng.uniform(0.15, 0.45))
+    depth, cycles = rng.uniform(0.45, 1.05), rng.uniform(13, 20)
+    net = _honeycomb(board, rng, cycles) * step(shape.inside, -0.04, 0.2)
+    middle = rng.uniform(-0.15, 0.4) * step(shape.inside, 0.2, 0.9)
+    layers.melanin += body * (np.float32(depth) + middle + 0.07 * board.noise(rng, "coarse")) + np.float32(0.5 * depth) * net
+    layers.signs |= {"network_cycles": cycles}
     return shape
 
 
 def _mel(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
-    """Melanoma: lopsided, ragged border, several browns to black, a blue-white veil, black dots, streaks at the edge."""
-    shape = _outline(board, rng, (0.48, 0.68), 0.7, 0.17, lobes=3)
-    body = step(shape.inside, -0.02, 0.12)
-    patches = step(board.noise(rng, "coarse"), -0.8, 1.0)
+    """Melanoma: lopsided, ragged border, several browns to black, a blue-white veil, black dots and blotches."""
+    shape = _outline(board, rng, (0.42, 0.68), 0.7, rng.uniform(0.11, 0.19), lobes=int(rng.integers(2, 4)))
+    body = step(shape.inside, -0.03, 0.10)
+    patches = step(board.noise(rng, "coarse"), -0.7, 1.1)
     ragged = _honeycomb(board, rng, rng.uniform(9, 13)) * (0.3 + 0.7 * step(board.noise(rng, "coarse"), -0.3, 0.8))
-    layers.melanin += body * (np.float32(rng.uniform(0.5, 0.8)) + np.float32(rng.uniform(1.1, 1.6)) * patches + 0.35 * ragged)
-    red = step(board.noise(rng, "broad"), 0.6, 1.5) * body
-    layers.blood += np.float32(rng.uniform(0.3, 0.9)) * red
-    spots = _scatter(rng, shape, int(rng.integers(5, 14)), 0.3, 0.95)
-    dots = step(board.blobs(spots, rng.uniform(0.02, 0.05, len(spots))), 0.35, 0.75)
-    layers.melanin += 2.0 * dots * step(shape.inside, -0.05, 0.05)
-    where = _scatter(rng, shape, 1, 0.1, 0.45)
-    veil = board.blobs(where, np.asarray([shape.radius * rng.uniform(0.28, 0.42)])) + 0.22 * board.noise(rng, "coarse")
-    layers.blue += np.float32(rng.uniform(0.7, 0.95)) * step(veil, 0.35, 0.8) * step(shape.inside, 0.0, 0.2)
+    layers.melanin += body * (np.float32(rng.uniform(0.5, 0.8)) + np.float32(rng.uniform(1.0, 1.6)) * patches + 0.4 * ragged)
+    layers.blood += np.float32(rng.uniform(0.2, 0.9)) * step(board.noise(rng, "broad"), 0.5, 1.5) * body
+    spots = _scatter(rng, shape, int(rng.integers(4, 14)), 0.3, 0.98)
+    dots = step(board.blobs(spots, rng.uniform(0.015, 0.05, len(spots))), 0.3, 0.8)
+    layers.melanin += 1.8 * dots * step(shape.inside, -0.08, 0.05)
+    where = _scatter(rng, shape, 1, 0.1, 0.5)
+    veil = board.blobs(where, shape.radius * rng.uniform(0.28, 0.45))
+    veil = step(veil + 0.2 * board.noise(rng, "coarse") + 0.08 * board.noise(rng, "middle"), 0.25, 0.95) * body
+    layers.blue += np.float32(rng.uniform(0.65, 0.92)) * veil
+    layers.white += np.float32(rng.uniform(0.12, 0.30)) * veil
     layers.signs |= {"veil": [float(value) for value in (where[0] + 1) / 2], "dots": len(spots)}
     return shape
 
 
 def _bcc(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     """Basal cell carcinoma: pearly pink, branching vessels in focus, blue-grey ovoid nests."""
-    shape = _outline(board, rng, (0.46, 0.66), 0.4, 0.08)
-    body = step(shape.inside, -0.05, 0.2)
-    layers.blood += np.float32(rng.uniform(0.2, 0.38)) * body
-    pearl = step(board.noise(rng, "coarse"), -0.6, 1.6)
-    layers.white += body * (np.float32(rng.uniform(0.22, 0.38)) + 0.25 * pearl)
-    vessels = np.zeros((board.work, board.work), np.float32)
-    count = int(rng.integers(3, 6))
-    for start in rng.uniform(0, 2 * np.pi, count):
-        _branch(board, rng, vessels, shape, float(start))
-    layers.blood += 2.2 * vessels
+    shape = _outline(board, rng, (0.44, 0.68), 0.4, 0.09)
+    body = step(shape.inside, -0.06, 0.2)
+    layers.blood += np.float32(rng.uniform(0.25, 0.45)) * body
+    pearl = step(board.noise(rng, "coarse") + 0.5 * board.noise(rng, "middle"), -0.6, 1.8)
+    layers.white += body * (np.float32(rng.uniform(0.15, 0.32)) + 0.35 * pearl)
+    trees = [_tree(rng, shape, float(start)) for start in rng.uniform(0, 2 * np.pi, int(rng.integers(3, 6)))]
+    curves, widths = (np.concatenate(parts) for parts in zip(*trees, strict=True))
+    vessels = board.strokes(curves, widths, 0.5 + 0.5 * widths[:, 0] / widths.max())
+    layers.blood += np.float32(rng.uniform(1.3, 2.0)) * vessels
     layers.white *= 1.0 - 0.8 * vessels
-    nests = _scatter(rng, shape, int(rng.integers(3, 8)), 0.25, 0.85)
-    sizes = rng.uniform(0.05, 0.11, len(nests))
-    ovoid = step(board.blobs(nests, sizes) + 0.10 * board.noise(rng, "coarse"), 0.45, 0.75) * body
-    layers.blue += np.float32(rng.uniform(0.7, 0.9)) * ovoid
-    layers.melanin += 0.5 * ovoid
-    layers.signs |= {"vessels": count, "nests": len(nests)}
+    nests = _scatter(rng, shape, int(rng.integers(3, 9)), 0.25, 0.9)
+    sizes = rng.uniform(0.04, 0.11, len(nests))
+    ovoid = step(board.blobs(nests, sizes) + 0.13 * board.noise(rng, "coarse") + 0.05 * board.noise(rng, "middle"), 0.4, 0.85)
+    layers.blue += np.float32(rng.uniform(0.6, 0.85)) * ovoid * body
+    layers.melanin += np.float32(rng.uniform(0.4, 0.9)) * ovoid * body
+    layers.signs |= {"vessels": len(trees), "nests": len(nests)}
     return shape
 
 
-def _branch(board: Canvas, rng: np.random.Generator, vessels: np.ndarray, shape: Shape, start: float) -> None:
-    """One vessel tree from the lesion's border inwards: a thick stem that forks twice into ever thinner twigs."""
-    tips = [(shape.centre + shape.radius * 1.05 * np.array([np.cos(start), np.sin(start)]), start + np.pi, 0.026, 0.55)]
-    for _ in range(3):
+def _tree(rng: np.random.Generator, shape: Shape, start: float) -> tuple[np.ndarray, np.ndarray]:
+    """One vessel from the lesion's border inwards that forks into ever thinner twigs: curves (K, 3, 2), half widths (K, 2)."""
+    root = shape.centre + shape.radius * rng.uniform(0.85, 1.1) * np.array([np.cos(start), np.sin(start)])
+    tips = [(root, start + np.pi + rng.normal(0, 0.4), rng.uniform(0.013, 0.022), rng.uniform(0.35, 0.6))]
+    curves, widths = [], []
+    for _ in range(4):
         grown = []
         for point, heading, width, length in tips:
-            reach = length * shape.radius * rng.uniform(0.8, 1.2)
-            bend = heading + rng.normal(0, 0.35)
+            reach, bend = length * shape.radius * rng.uniform(0.7, 1.3), heading + rng.normal(0, 0.35)
             end = point + reach * np.array([np.cos(bend), np.sin(bend)])
-            middle = (point + end) / 2 + rng.normal(0, 0.14 * reach, 2)
-            points = curve(np.stack([point, middle, end]), 12)
-            board.stroke(vessels, points, np.linspace(width, width * 0.65, 12))
+            curves.append([point, (point + end) / 2 + rng.normal(0, 0.2 * reach, 2), end])
+            widths.append([width, 0.7 * width])
             for side in (-1, 1):
-                grown.append((end, bend + side * rng.uniform(0.3, 0.8), width * 0.62, length * 0.7))
+                if rng.random() < 0.78:
+                    grown.append((end, bend + side * rng.uniform(0.25, 0.9), 0.66 * width, 0.72 * length))
         tips = grown
+    return np.asarray(curves), np.asarray(widths)
 
 
 def _akiec(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     """Actinic keratosis: a red, hazy patch, red between pale follicles (strawberry), with whitish scales."""
-    shape = _outline(board, rng, (0.52, 0.74), 0.45, 0.14)
-    body = step(shape.inside, -0.12, 0.3)
-    holes = 1.0 - _honeycomb(board, rng, rng.uniform(7, 10))
-    layers.blood += body * (np.float32(rng.uniform(0.75, 1.1)) + 0.15 * board.noise(rng, "coarse"))
-    follicles = step(holes, 0.55, 0.95) * step(shape.inside, 0.0, 0.3)
-    layers.white += np.float32(rng.uniform(0.35, 0.6)) * follicles
-    scale = step(board.noise(rng, "coarse") + 0.6 * board.noise(rng, "middle"), 0.9, 1.5) * step(shape.inside, 0.0, 0.3)
+    shape = _outline(board, rng, (0.48, 0.76), 0.45, 0.13)
+    body = step(shape.inside, -0.15, 0.3)
+    net = _honeycomb(board, rng, rng.uniform(7.5, 11))
+    layers.blood += body * (np.float32(rng.uniform(0.35, 0.6)) + 0.15 * board.noise(rng, "coarse"))
+    layers.blood += np.float32(rng.uniform(0.45, 0.75)) * net * body
+    follicles = (1.0 - step(net, 0.0, 0.45)) * step(shape.inside, -0.05, 0.3) * step(board.noise(rng, "coarse"), -1.2, 0.4)
+    layers.white += np.float32(rng.uniform(0.35, 0.65)) * follicles
+    layers.keratin += 0.25 * follicles
+    scale = step(board.noise(rng, "coarse") + 0.7 * board.noise(rng, "middle"), rng.uniform(0.6, 1.1), 1.9)
+    scale *= step(shape.inside, 0.0, 0.3)
     layers.white += np.float32(rng.uniform(0.5, 0.8)) * scale
-    layers.keratin += np.float32(rng.uniform(0.1, 0.4)) * scale
+    layers.keratin += np.float32(rng.uniform(0.1, 0.5)) * scale
     layers.signs |= {"scale": float(scale.mean())}
     return shape
 
 
 def _bkl(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     """Seborrhoeic keratosis: stuck-on, waxy, sharp border, brain-like furrows, milia-like cysts, dark plugs."""
-    shape = _outline(board, rng, (0.46, 0.68), 0.55, 0.08)
-    body = step(shape.inside, -0.01, 0.035)
-    layers.keratin += np.float32(rng.uniform(0.55, 0.85)) * body
+    shape = _outline(board, rng, (0.40, 0.70), 0.55, rng.uniform(0.05, 0.10))
+    body = step(shape.inside, -0.01, 0.04)
+    layers.keratin += np.float32(rng.uniform(0.5, 0.85)) * body
     folds = board.noise(rng, "middle") + 0.3 * board.noise(rng, "coarse")
-    furrows = 1.0 - step(np.abs(folds), 0.1, 0.55)
-    layers.melanin += body * (np.float32(rng.uniform(0.3, 0.6)) + np.float32(rng.uniform(0.45, 0.8)) * furrows)
-    rim = body * (1.0 - step(shape.inside, 0.04, 0.12))
-    layers.melanin += np.float32(0.25) * rim
-    cysts = _scatter(rng, shape, int(rng.integers(5, 13)), 0.0, 0.85)
-    milia = step(board.blobs(cysts, rng.uniform(0.022, 0.042, len(cysts))), 0.3, 0.7) * body
-    layers.white += 0.9 * milia
+    furrows = 1.0 - step(np.abs(folds), 0.1, 0.6)
+    layers.melanin += body * (np.float32(rng.uniform(0.25, 0.7)) + 0.12 * board.noise(rng, "coarse"))
+    layers.melanin += body * np.float32(rng.uniform(0.35, 0.8)) * furrows
+    layers.melanin += np.float32(0.2) * body * (1.0 - step(shape.inside, 0.04, 0.12))
+    cysts = _scatter(rng, shape, int(rng.integers(4, 14)), 0.0, 0.9)
+    milia = board.blobs(cysts, rng.uniform(0.014, 0.036, len(cysts)), rng.uniform(0.6, 1.0, len(cysts)))
+    milia = step(milia, 0.2, 0.9) * body
+    layers.white += 0.85 * milia
     layers.melanin *= 1.0 - 0.8 * milia
-    plugs = _scatter(rng, shape, int(rng.integers(2, 8)), 0.0, 0.85)
-    layers.melanin += 1.3 * step(board.blobs(plugs, rng.uniform(0.02, 0.045, len(plugs))), 0.4, 0.7) * body * (1.0 - milia)
+    plugs = _scatter(rng, shape, int(rng.integers(2, 9)), 0.0, 0.9)
+    dark = step(board.blobs(plugs, rng.uniform(0.015, 0.045, len(plugs))) + 0.1 * board.noise(rng, "middle"), 0.35, 0.75)
+    layers.melanin += 1.2 * dark * body * (1.0 - milia)
     layers.signs |= {"cysts": len(cysts), "plugs": len(plugs)}
     return shape
 
 
 def _df(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     """Dermatofibroma: a white scar-like centre in a delicate light-brown net that fades outwards."""
-    shape = _outline(board, rng, (0.46, 0.64), 0.25, 0.05)
-    ring = step(shape.inside, -0.08, 0.25) * (1.0 - step(shape.inside, 0.42, 0.62))
-    net = _honeycomb(board, rng, rng.uniform(12, 17))
-    depth = rng.uniform(0.45, 0.8)
-    layers.melanin += ring * (np.float32(0.75 * depth) + np.float32(0.75 * depth) * net)
-    layers.blood += np.float32(rng.uniform(0.05, 0.3)) * step(shape.inside, -0.1, 0.3)
-    scar = step(shape.inside + 0.06 * board.noise(rng, "middle"), rng.uniform(0.38, 0.48), 0.68)
-    layers.white += np.float32(rng.uniform(0.6, 0.85)) * scar * (0.85 + 0.15 * board.noise(rng, "middle"))
+    shape = _outline(board, rng, (0.42, 0.66), 0.3, 0.06)
+    ring = step(shape.inside, -0.1, 0.35)
+    depth, share = rng.uniform(0.40, 0.85), rng.uniform(0.42, 0.60)
+    layers.melanin += ring * np.float32(depth) * (0.75 + 0.8 * _honeycomb(board, rng, rng.uniform(12, 17)))
+    layers.blood += np.float32(rng.uniform(0.05, 0.35)) * step(shape.inside, -0.1, 0.3)
+    middle = shape.centre + rng.normal(0, 0.08, 2) * shape.radius
+    away = np.hypot(board.x - np.float32(middle[0]), board.y - np.float32(middle[1])) / np.float32(shape.radius)
+    edge = np.float32(share) - away + 0.10 * board.noise(rng, "coarse") + 0.05 * board.noise(rng, "middle")
+    scar = step(edge, -0.10, 0.14) * step(shape.inside, 0.0, 0.1)
+    layers.melanin *= 1.0 - 0.8 * scar
+    layers.white += np.float32(rng.uniform(0.55, 0.85)) * scar * (0.88 + 0.12 * board.noise(rng, "middle"))
     layers.signs |= {"scar": float((scar > 0.5).mean())}
     return shape
 
 
 def _vasc(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     """Haemangioma: well-bounded red to purple lacunae between pale septa."""
-    shape = _outline(board, rng, (0.36, 0.60), 0.4, 0.05)
-    body = step(shape.inside, -0.03, 0.06)
-    lakes = _scatter(rng, shape, int(rng.integers(9, 22)), 0.0, 0.92)
-    sizes = shape.radius * rng.uniform(0.11, 0.20, len(lakes))
-    lacunae = step(board.blobs(lakes, sizes) + 0.06 * board.noise(rng, "middle"), 0.32, 0.62) * body
+    shape = _outline(board, rng, (0.32, 0.62), 0.4, 0.07)
+    body = step(shape.inside, -0.05, 0.08)
+    lakes = _scatter(rng, shape, int(rng.integers(10, 26)), 0.0, 0.95)
+    sizes = shape.radius * rng.uniform(0.09, 0.17, len(lakes))
+    lacunae = step(board.blobs(lakes, sizes) + 0.07 * board.noise(rng, "middle"), 0.3, 0.7) * step(shape.inside, -0.12, 0.0)
     purple = rng.uniform(0.0, 1.0)
-    layers.blood += body * np.float32(rng.uniform(0.8, 1.3)) + np.float32(rng.uniform(0.9, 1.5)) * lacunae
-    layers.blue += np.float32(0.45 * purple) * lacunae * step(board.noise(rng, "coarse"), -1.0, 1.0)
-    layers.melanin += np.float32(0.35 * purple) * lacunae
-    layers.white += 0.15 * body * (1.0 - lacunae)
+    layers.blood += body * np.float32(rng.uniform(0.6, 1.1)) + np.float32(rng.uniform(0.9, 1.6)) * lacunae
+    layers.blue += np.float32(0.5 * purple) * lacunae * step(board.noise(rng, "coarse"), -1.0, 1.0)
+    layers.melanin += np.float32(0.5 * purple) * lacunae
+    layers.white += np.float32(rng.uniform(0.1, 0.3)) * body * (1.0 - lacunae)
     layers.signs |= {"lacunae": len(lakes)}
     return shape
 

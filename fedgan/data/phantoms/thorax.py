@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgan.data.phantoms.canvas import Canvas, curve, step
+from fedgan.data.phantoms.canvas import Canvas, step
 
 
 @dataclass(frozen=True)
@@ -92,88 +92,106 @@ def place(board: Canvas, rng: np.random.Generator, person: Anatomy, supine: bool
 
 
 def _body(person: Anatomy, side: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Trunk, shoulders and neck as one outline."""
-    trunk = np.float32(person.width + 0.10 + 0.14 * person.fat) + np.float32(0.05) * y - side
-    shoulder = y - np.float32(person.apex - 0.07) - np.float32(0.30) * side + np.float32(0.10)
-    shoulder -= np.float32(0.55) * np.square(np.maximum(side - np.float32(person.width + 0.05), 0.0))
-    arms = np.float32(1.15) - side - np.float32(0.6) * np.maximum(y + 0.15, 0.0)
-    neck = np.float32(0.21 + 0.07 * person.fat) - side + np.float32(0.25) * np.square(np.maximum(y + 1.0, 0.0))
-    return np.maximum(np.minimum(np.maximum(trunk, arms), shoulder), neck)
+    """Trunk, armpits, shoulders and neck as one outline."""
+    trunk = np.float32(person.width + 0.11 + 0.14 * person.fat)
+    armpit = np.clip((-0.05 - y) / 0.55, 0.0, 1.0)
+    wide = trunk + np.float32(0.45) * armpit * armpit + np.float32(0.03) * y - side
+    shoulder = y - np.float32(person.apex - 0.20) - np.float32(0.26) * side
+    neck = np.float32(0.20 + 0.07 * person.fat) - side
+    # A smooth maximum rounds the corner between neck and shoulder.
+    return np.minimum(wide, 0.5 * (shoulder + neck + np.sqrt(np.square(shoulder - neck) + np.float32(0.01))))
 
 
-def healthy_film(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarray:
-    """Soft tissue, lungs, diaphragm and bones without heart and findings: brightness 0 to 1, (work, work)."""
+@dataclass
+class Film:
+    """A film in the making: brightness 0 to 1 (work, work), and what the vessels add to it."""
+
+    light: np.ndarray
+    vessels: np.ndarray
+    bones: np.ndarray
+
+
+def healthy_film(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> Film:
+    """Soft tissue, lungs, diaphragm and bones, without heart and findings."""
     person = thorax.anatomy
-    film = step(thorax.body, -0.02, 0.05) * np.float32(0.50 + 0.10 * person.fat)
-    film *= 0.80 + 0.20 * step(thorax.body, 0.0, 0.30)
-    lungs = step(thorax.lung, -0.01, 0.07)
-    film -= lungs * np.float32(0.33 + 0.02 * person.fat) * (0.86 + 0.14 * step(thorax.lung, 0.05, 0.3))
-    below = step(-thorax.dome, -0.012, 0.03) * step(thorax.body, 0.0, 0.12)
-    film += below * (np.float32(0.72) - film) * np.float32(0.75)
+    film = step(thorax.body, -0.02, 0.06) * np.float32(0.36 + 0.12 * person.fat)
+    film *= 0.72 + 0.28 * step(thorax.body, 0.0, 0.35)
+    lungs = step(thorax.lung, -0.015, 0.07)
+    # The chest wall is thicker towards the flank, and the lung thinner at its tip.
+    air = np.float32(0.23 + 0.08 * person.fat) * lungs * (0.80 + 0.20 * step(thorax.lung, 0.04, 0.28))
+    film -= air
+    liver = np.where(thorax.x < 0, np.float32(0.66), np.float32(0.60))
+    below = step(-thorax.dome, -0.010, 0.045) * step(thorax.body, 0.0, 0.16)
+    film += below * (liver - film) * np.float32(0.85)
     if person.breast:
-        film += _breasts(board, thorax) * np.float32(0.13 * person.breast)
-    if rng.random() < 0.6:  # air in the stomach, under the left dome
-        air = board.blobs(rng.normal((0.42 * person.width, person.base - 0.02), 0.03), rng.uniform(0.06, 0.10))
-        film -= 0.25 * step(air, 0.3, 0.8) * below
-    film += _vessels(board, rng, thorax) * lungs
-    film += np.float32(person.bones) * _bones(board, rng, thorax)
-    film += 0.012 * board.noise(rng, "middle") * step(thorax.body, 0.0, 0.1)
-    return film
+        film += _breasts(thorax) * np.float32(0.10 * person.breast)
+    stomach, place, size = rng.random() < 0.55, rng.normal(0, 0.03, 2), rng.uniform(0.07, 0.11)
+    if stomach:  # air in the stomach, under the left dome
+        away = np.hypot(thorax.x - np.float32(0.45 * person.width + place[0]), 1.3 * (thorax.dome + np.float32(size + 0.05)))
+        film -= 0.20 * step(1.0 - away / np.float32(size), 0.0, 0.6) * below
+    vessels = _vessels(board, rng, thorax) * lungs
+    bones = np.float32(person.bones) * _bones(board, rng, thorax)
+    film += vessels + bones + 0.010 * board.noise(rng, "middle") * step(thorax.body, 0.0, 0.1)
+    return Film(film, vessels, bones)
 
 
-def _breasts(board: Canvas, thorax: Thorax) -> np.ndarray:
-    """Two soft half-moons over the lower lungs."""
+def _breasts(thorax: Thorax) -> np.ndarray:
+    """Two soft shadows over the lower lungs, bounded below."""
     person = thorax.anatomy
-    across = (thorax.side - np.float32(0.58 * person.width)) / np.float32(0.34)
-    down = (thorax.y - np.float32(person.base - 0.30)) / np.float32(0.30)
-    return step(1.0 - np.sqrt(across * across + down * down), 0.0, 0.22) * step(down, -0.6, 0.5)
+    across = (thorax.side - np.float32(0.60 * person.width)) / np.float32(0.36)
+    down = (thorax.y - np.float32(person.base - 0.28)) / np.float32(0.34)
+    return step(1.0 - np.sqrt(across * across + down * down), 0.0, 0.35) * step(down, -0.9, 0.5)
 
 
 def _vessels(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarray:
     """Hila and the vessels that spread from them, thinner and fainter outwards."""
-    person, strength = thorax.anatomy, np.float32(thorax.anatomy.vessels)
-    film = np.zeros((board.work, board.work), np.float32)
+    person = thorax.anatomy
+    curves, widths = [], []
     for sign in (-1, 1):
-        root = np.array([sign * 0.20, -0.10 - 0.03 * sign])
-        for angle in np.linspace(-1.25, 1.35, 8) + rng.normal(0, 0.1, 8):
-            length = person.width * rng.uniform(0.45, 0.72)
-            ahead = np.array([sign * np.cos(angle), 1.15 * np.sin(angle)]) * length
-            bend = np.array([sign * 0.05, 0.08]) * rng.normal(0, 1.0, 2)
-            path = curve(np.stack([root, root + 0.5 * ahead + bend, root + ahead]), 10)
-            board.stroke(film, path, np.linspace(0.020, 0.004, 10), 0.8)
-    near = np.exp(-((thorax.side - np.float32(0.16)) ** 2 + (thorax.y + 0.08) ** 2) / np.float32(0.10))
-    hila = np.exp(-(((thorax.side - np.float32(0.17)) / 0.07) ** 2) - ((thorax.y + 0.07) / 0.13) ** 2)
-    mesh = step(board.noise(rng, "middle"), 0.2, 1.8) * (np.float32(0.35) + near)
-    return strength * (0.11 * film * (0.45 + near) + 0.15 * hila + 0.055 * mesh)
+        root = np.array([sign * 0.17, -0.08 - 0.03 * sign])
+        angles = np.linspace(-1.25, 1.35, 9) + rng.normal(0, 0.12, 9)
+        for angle, length, bend in zip(angles, rng.uniform(0.40, 0.78, 9), rng.normal(0, 0.06, (9, 2)), strict=True):
+            ahead = np.array([sign * np.cos(angle), 1.2 * np.sin(angle)]) * length * person.width
+            middle, end = root + 0.5 * ahead + bend, root + ahead
+            curves.append([root, middle, end])
+            widths.append([0.018, 0.003])
+            # a side branch from the middle of each
+            fork = angle + rng.normal(0, 0.6)
+            twig = middle + np.array([sign * np.cos(fork), np.sin(fork)]) * 0.45 * length * person.width
+            curves.append([0.5 * (root + middle) * 0.4 + 0.6 * middle, 0.5 * (middle + twig) + 0.3 * bend, twig])
+            widths.append([0.009, 0.002])
+    film = board.strokes(np.asarray(curves), np.asarray(widths), 0.9)
+    away = np.square(thorax.side - np.float32(0.15)) + np.square(thorax.y + np.float32(0.06))
+    near = np.exp(away / np.float32(-0.10))
+    hila = np.exp(-np.square((thorax.side - np.float32(0.16)) / 0.075) - np.square((thorax.y + np.float32(0.06)) / 0.14))
+    mesh = step(board.noise(rng, "middle"), 0.0, 2.0) * (np.float32(0.4) + near)
+    return np.float32(person.vessels) * (film * (0.05 + 0.06 * near) + 0.13 * hila + 0.05 * mesh)
 
 
 def _bones(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarray:
     """Ribs (back and front), clavicles, shoulder blades, spine."""
     person = thorax.anatomy
     out = thorax.side / np.float32(person.width)
-    over = step(thorax.cage, -0.045, 0.01)
+    over = step(thorax.cage, -0.05, 0.01)
     start = rng.uniform(0, 1)
-    back = thorax.y + np.float32(0.20) * out * (1.0 - np.float32(1.1) * out) - np.float32(person.slope) * out * out * 0.5
-    front = thorax.y - np.float32(person.slope + 0.12) * (1.0 - out)
-    bones = 0.085 * _bars(back, person.spacing, start, 0.40) * step(out, 0.10, 0.22)
-    bones += 0.040 * _bars(front, person.spacing, start + 0.4, 0.45) * step(out, 0.34, 0.55)
-    bones *= over * (1.0 - 0.55 * step(-thorax.dome, 0.0, 0.05))
-    clavicle = np.zeros_like(bones)
-    for sign in (-1, 1):
-        tilt = rng.normal(0, 0.02)
-        y = person.apex + 0.10
-        ends = np.array(
-            [[sign * 0.07, y + 0.06], [sign * 0.35, y + 0.03 + tilt], [sign * 0.50, y - 0.08], [sign * 0.86, y - 0.10 + tilt]]
-        )
-        path = np.concatenate([curve(ends[:3], 12), ends[3:]])
-        board.stroke(clavicle, path, np.concatenate([[0.042], np.full(11, 0.028), [0.034]]))
-        blade = np.array(
-            [[sign * 0.92, y + 0.02], [sign * (person.width + 0.03), y + 0.20], [sign * (person.width - 0.04), y + 0.52]]
-        )
-        board.stroke(bones, curve(blade, 12), 0.016, 0.06)
-    spine = step(np.float32(0.085) - thorax.side, 0.0, 0.025)
-    discs = 0.6 + 0.4 * step(np.cos(thorax.y * np.float32(2 * np.pi / 0.135) + np.float32(start)), -0.9, -0.3)
-    return bones + 0.12 * clavicle + 0.075 * spine * discs
+    back = thorax.y + np.float32(0.20) * out - np.float32(0.22 + person.slope) * out * out
+    front = thorax.y - np.float32(person.slope + 0.20) * (1.0 - out)
+    bones = 0.090 * _bars(back, person.spacing, start, 0.42) * step(out, 0.10, 0.25)
+    bones += 0.045 * _bars(front, 1.08 * person.spacing, start + 0.4, 0.46) * step(out, 0.36, 0.60)
+    bones *= over * (1.0 - 0.75 * step(-thorax.dome, 0.0, 0.06))
+    tilt = rng.normal(0, 0.02, 2)
+    plain, blades = [], []
+    for sign, lean in zip((-1, 1), tilt, strict=True):
+        y, w = person.apex + 0.12, person.width
+        plain.append([[sign * 0.07, y + 0.07], [sign * 0.22, y + 0.04], [sign * 0.42, y - 0.03 + lean]])
+        plain.append([[sign * 0.42, y - 0.03 + lean], [sign * 0.60, y - 0.10 + lean], [sign * 0.88, y - 0.09 + lean]])
+        blades.append([[sign * 0.98, y + 0.00], [sign * (w + 0.06), y + 0.16], [sign * (w - 0.02), y + 0.55]])
+        blades.append([[sign * (w - 0.02), y + 0.55], [sign * (w + 0.14), y + 0.42], [sign * (w + 0.30), y + 0.12]])
+    clavicles = board.strokes(np.asarray(plain), np.array([[0.040, 0.026], [0.026, 0.036]] * 2))
+    shoulder = board.strokes(np.asarray(blades), 0.014, 0.5)
+    spine = step(np.float32(0.085) - thorax.side, 0.0, 0.03)
+    discs = 0.55 + 0.45 * step(np.cos(thorax.y * np.float32(2 * np.pi / 0.135) + np.float32(6.28 * start)), -0.9, -0.3)
+    return bones + 0.10 * clavicles + 0.07 * shoulder + 0.06 * spine * discs
 
 
 def _bars(where: np.ndarray, spacing: float, start: float, share: float) -> np.ndarray:
@@ -181,5 +199,5 @@ def _bars(where: np.ndarray, spacing: float, start: float, share: float) -> np.n
     phase = where * np.float32(1.0 / spacing) + np.float32(start)
     away = np.abs(phase - np.floor(phase) - np.float32(0.5))  # 0 on a bar's axis, 0.5 between two bars
     half = 0.5 * share
-    bar = 1.0 - step(away, half - 0.05, half + 0.05)
-    return bar * (0.62 + 0.38 * step(away, 0.35 * half, 0.95 * half))
+    bar = 1.0 - step(away, half - 0.07, half + 0.05)
+    return bar * (0.62 + 0.38 * step(away, 0.3 * half, 0.9 * half))
