@@ -39,19 +39,24 @@ def color_map(values: Quantities, batch: int) -> torch.Tensor:
     return torch.cat([linear, offset[:, :, None]], dim=2)
 
 
+def check_channels(channels: int) -> None:
+    """Raise `ConfigError` unless colour transforms are defined for so many channels: 1 (grey) or 3 (RGB)."""
+    if channels not in (1, 3):
+        raise ConfigError(f"colour augmentation takes 1 or 3 channels, not {channels}: set augment.pipe to blit, geom or bg")
+
+
 def recolor(images: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
     """`images` (B, 1 or 3, H, W) under `colors` (B, 3, 4), on any device.
 
     A grey image is treated as RGB with three equal channels, of which the mean is kept; so hue and saturation leave it
-    as it is. Raises `ConfigError` for other numbers of channels.
+    as it is, and the luma flip negates it. Raises `ConfigError` for other numbers of channels.
     """
     batch, channels, height, width = images.shape
+    check_channels(channels)
     if channels == 1:
         scale = colors[:, :, :3].sum(dim=2).mean(dim=1).to(images, non_blocking=True)
         offset = colors[:, :, 3].mean(dim=1).to(images, non_blocking=True)
         return torch.addcmul(offset[:, None, None, None], images, scale[:, None, None, None])
-    if channels != 3:
-        raise ConfigError(f"colour augmentation takes 1 or 3 channels, not {channels}: set augment.pipe to blit, geom or bg")
     colors = colors.to(images, non_blocking=True)
     return torch.baddbmm(colors[:, :, 3:], colors[:, :, :3], images.reshape(batch, 3, -1)).reshape(batch, 3, height, width)
 

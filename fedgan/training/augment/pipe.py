@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedgan.errors import ConfigError
-from fedgan.training.augment.color import color_map, recolor
+from fedgan.training.augment.color import check_channels, color_map, recolor
 from fedgan.training.augment.corruptions import band_gains, cut_out, filtered, noisy
 from fedgan.training.augment.geometry import inverse_map, warp
 
@@ -76,11 +76,12 @@ class AugmentPipe(nn.Module):
         At p = 0 the very same tensor comes back and nothing is drawn. At any p > 0 the number of draws depends on the
         pipe and the shape alone, never on p.
 
-        `values` fixes quantities in place of drawing (nothing is drawn, p plays no part, all not named stay neutral):
-        numbers for all images, or tensors with one entry or row an image. `xflip lumaflip` 0 or 1, `rotate90` quarter
-        turns counter-clockwise, `xint xfrac` shift of both axes as share of the size (positive: to the right and down),
-        `scale aniso contrast saturation` factors, `rotate rotate_after hue` radians, `brightness` added, `filter`
-        amplification of the 4 bands, `noise` standard deviation, `cutout` (active, x, y) with the centre in [0, 1].
+        `values` fixes quantities in place of drawing (only a noise image is still drawn, p plays no part, all that is not
+        named stays neutral). A quantity is one number for all images or a tensor (B,); those of several numbers (B, n), or
+        (n,) for all images: `xflip lumaflip` 0 or 1, `rotate90` quarter turns counter-clockwise, `xint xfrac` shift as
+        share of the size (x, y; positive: to the right, down), `scale aniso contrast saturation` factors, `rotate
+        rotate_after` radians counter-clockwise, `hue` radians, `brightness` added, `filter` amplification of the 4 bands,
+        `noise` standard deviation, `cutout` (active, x, y) with the centre in [0, 1].
 
         Raises `ConfigError` for p outside [0, 1], an unknown quantity, or channels that the colour transforms lack.
         """
@@ -90,6 +91,8 @@ class AugmentPipe(nn.Module):
             )
         if not 0.0 <= p <= 1.0:
             raise ConfigError(f"augmentation probability p = {p} must be from 0 to 1")
+        if any(name in COLOR for name in self.transforms):
+            check_channels(images.shape[1])  # now, not in the middle of a run when p leaves 0
         if values is None and p == 0.0:
             return images
         drawn = self.draw(images.shape[0], p, generator) if values is None else self._fixed(values, images.shape[0])
