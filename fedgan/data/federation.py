@@ -2,7 +2,7 @@
 
 data.root holds                   data.partition       hospitals
 one folder a hospital             institution          one a shard, named as its card says
-one shard                         institution          one an institution of its samples
+one shard                         institution          one, or one an institution of its samples
 one shard or several              iid, dirichlet, …    hospital-1 …, each split dealt by patient
 """
 
@@ -95,7 +95,7 @@ def open_hospitals(settings: Settings, root: str | Path | None = None) -> list[H
     """
     shards = open_shards(settings, root)
     if settings.data.partition == "institution":
-        hospitals = _natural(shards)
+        hospitals = _natural(shards, settings.federation.hospitals)
         if len(hospitals) != settings.federation.hospitals:
             raise DataError(
                 f"federation.hospitals = {settings.federation.hospitals}, but the data holds {len(hospitals)} hospitals: "
@@ -207,9 +207,9 @@ def partition_record(hospitals: Sequence[Hospital]) -> list[dict[str, Any]]:
 # --- dealing -------------------------------------------------------------------------------------
 
 
-def _natural(shards: Sequence[Shard]) -> list[Hospital]:
-    """A hospital a shard, or of a single shard one an institution."""
-    if len(shards) == 1:
+def _natural(shards: Sequence[Shard], wanted: int) -> list[Hospital]:
+    """A hospital a shard, or of a single shard one an institution where more than one is wanted."""
+    if len(shards) == 1 and wanted > 1:
         shard = shards[0]
         names, parts = partitions.by_institution(shard.samples.institutions)
         if len(names) > 1:

@@ -13,69 +13,40 @@ with SIGBUS where `write` gives an error that can be told to the user.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
-import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
 from fedgan import files
 from fedgan.data.dataset import ImageArray, ImageDataset, Rows
-from fedgan.data.splits import SPLITS, check_splits
+from fedgan.data.shard_files import (
+    FORMAT,
+    Card,
+    Samples,
+    check_labels,
+    check_shard_resolution,
+    chunks,
+    count_samples,
+    finish_hash,
+    folder_name,
+    npy_header,
+    read_array,
+    read_card,
+    read_samples,
+    write_samples,
+)
+from fedgan.data.splits import check_splits
 from fedgan.errors import DataError, FedganError
 
-FORMAT = "fedgan-shard-1"
-COLUMNS = ("row", "patient", "institution", "split", "source")
-HEADER_BYTES = 128
-CHUNK_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What is known of each image beside its labels: four columns of N strings."""
-
-    patients: np.ndarray
-    institutions: np.ndarray
-    splits: np.ndarray
-    sources: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.patients)
-
-    def take(self, rows: np.ndarray) -> Samples:
-        """The same columns for some rows."""
-        return Samples(self.patients[rows], self.institutions[rows], self.splits[rows], self.sources[rows])
-
-
-@dataclass(frozen=True)
-class Card:
-    """What `card.json` says. `counts`: {split: {label: images}}; `institutions`: the same for each institution."""
-
-    name: str
-    label_names: tuple[str, ...]
-    exclusive: bool
-    channels: int
-    resolution: int
-    images: Mapping[str, int] = field(default_factory=dict)
-    patients: Mapping[str, int] = field(default_factory=dict)
-    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    institutions: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
-    source: str = ""
-    licence: str = ""
-    resize: str = ""
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    content_hash: str = ""
+__all__ = ["Card", "Samples", "Shard", "ShardWriter", "check_shard_resolution", "folder_name", "staged_folder", "write_shard"]
 
 
 @dataclass(frozen=True)
@@ -97,16 +68,16 @@ class Shard:
         `SplitError` for a patient in two splits.
         """
         path = Path(path)
-        card = _read_card(path)
-        images = _read_array(path / "images.npy", memory_map=True)
-        labels = _read_array(path / "labels.npy")
+        card = read_card(path)
+        images = read_array(path / "images.npy", memory_map=True)
+        labels = read_array(path / "labels.npy")
         if images.dtype != np.uint8 or images.shape[1:] != (card.channels, card.resolution, card.resolution):
             raise DataError(
                 f"{path / 'images.npy'} holds {images.dtype} of shape {images.shape}, but the card says uint8 of "
                 f"(N, {card.channels}, {card.resolution}, {card.resolution}): import the shard again"
             )
-        _check_labels(labels, len(images), card.label_names, card.exclusive, str(path))
-        samples = _read_samples(path / "samples.csv", len(images))
+        check_labels(labels, len(images), card.label_names, card.exclusive, str(path))
+        samples = read_samples(path / "samples.csv", len(images))
         check_splits(samples.patients, samples.splits, str(path))
         shard = Shard(path, card, images, labels, samples)
         if verify and shard.hash_content() != card.content_hash:
@@ -141,9 +112,9 @@ class Shard:
     def hash_content(self) -> str:
         """sha256 over images, labels, and the patient and split columns; paths and names do not enter."""
         digest = hashlib.sha256()
-        for chunk in _chunks(self.images):
+        for chunk in chunks(self.images):
             digest.update(np.ascontiguousarray(chunk).tobytes())
-        return _finish_hash(digest, self.images.shape, self.labels, self.samples)
+        return finish_hash(digest, self.images.shape, self.labels, self.samples)
 
 
 class ShardWriter:
@@ -169,7 +140,7 @@ class ShardWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part"))
             self._stream = open(self.folder / "images.npy", "wb")
-            self._stream.write(_npy_header((0, self.channels, self.resolution, self.resolution)))
+            self._stream.write(npy_header((0, self.channels, self.resolution, self.resolution)))
         except OSError as error:
             raise files.storage_error(self.path, error) from error
         return self
@@ -219,7 +190,7 @@ class ShardWriter:
             raise DataError(f"{self.path}: no image is left to write; see the reasons of the skipped files")
         if len(samples) != self.count:
             raise DataError(f"{self.path}: {self.count} images and {len(samples)} samples do not fit together")
-        _check_labels(labels, self.count, tuple(label_names), exclusive, str(self.path))
+        check_labels(labels, self.count, tuple(label_names), exclusive, str(self.path))
         check_splits(samples.patients, samples.splits, str(self.path))
         shape = (self.count, self.channels, self.resolution, self.resolution)
         card = Card(
@@ -234,15 +205,15 @@ class ShardWriter:
             resize=resize,
             skipped=dict(skipped or {}),
             notes=tuple(notes),
-            content_hash=_finish_hash(self._digest, shape, labels, samples),
+            content_hash=finish_hash(self._digest, shape, labels, samples),
         )
         try:
             self._stream.seek(0)
-            self._stream.write(_npy_header(shape))
+            self._stream.write(npy_header(shape))
             self._stream.flush()
             os.fsync(self._stream.fileno())
             np.save(self.folder / "labels.npy", labels, allow_pickle=False)
-            _write_samples(self.folder / "samples.csv", samples)
+            write_samples(self.folder / "samples.csv", samples)
             files.write_json(self.folder / "card.json", {"format": FORMAT, **dataclasses.asdict(card)})
             self._move_in_place()
         except OSError as error:
@@ -295,13 +266,13 @@ def write_shard(
         splits=np.asarray(splits).astype(str),
         sources=blank if sources is None else np.asarray(sources).astype(str),
     )
-    chunks = _chunks(images) if hasattr(images, "shape") else iter(images)  # type: ignore[arg-type]
-    first = next(chunks, None)
+    stream = chunks(images) if hasattr(images, "shape") else iter(images)  # type: ignore[arg-type]
+    first = next(stream, None)
     if first is None or first.ndim != 4:
         raise DataError(f"{path}: images must be (N, C, H, W) uint8, at least one")
     with ShardWriter(path, first.shape[1], first.shape[2], overwrite) as writer:
         writer.append(first)
-        for chunk in chunks:
+        for chunk in stream:
             writer.append(chunk)
         return writer.finish(
             labels,
@@ -315,25 +286,6 @@ def write_shard(
             skipped=skipped,
             notes=notes,
         )
-
-
-def count_samples(labels: np.ndarray, samples: Samples, label_names: Sequence[str]) -> dict[str, Any]:
-    """The card's `images`, `patients`, `counts` and `institutions`. With several labels an image counts for each."""
-
-    def per_split(rows: np.ndarray) -> dict[str, dict[str, int]]:
-        table = {}
-        for split in SPLITS:
-            positives = labels[rows & (samples.splits == split)].sum(axis=0, dtype=np.int64)
-            table[split] = {label: int(n) for label, n in zip(label_names, positives, strict=True)}
-        return table
-
-    everything = np.ones(len(labels), bool)
-    return {
-        "images": {split: int((samples.splits == split).sum()) for split in SPLITS},
-        "patients": {split: len(np.unique(samples.patients[samples.splits == split])) for split in SPLITS},
-        "counts": per_split(everything),
-        "institutions": {str(i): per_split(samples.institutions == i) for i in np.unique(samples.institutions)},
-    }
 
 
 @contextlib.contextmanager
@@ -360,110 +312,3 @@ def staged_folder(output: Path) -> Iterator[Path]:
         raise type(error)(str(error).replace(str(stage), str(output))) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def folder_name(name: str) -> str:
-    """`name` as a folder can be called on any system: letters, digits, dot, dash and underscore; never empty or hidden."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:64] or "hospital"
-
-
-def check_shard_resolution(resolution: int, where: str) -> None:
-    """Raise `DataError` unless `resolution` is a power of two of at least 16."""
-    if resolution < 16 or resolution & (resolution - 1):
-        raise DataError(
-            f"{where}: the resolution {resolution} is no power of two from 16 on: import with --resolution 64 or alike"
-        )
-
-
-# --- the four files ------------------------------------------------------------------------------
-
-
-def _read_card(path: Path) -> Card:
-    if not path.is_dir():
-        raise DataError(f"no shard at {path}: give a folder that `fedgan data import` or `fedgan data phantoms` wrote")
-    file = path / "card.json"
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        if tree["format"] != FORMAT:
-            raise DataError(f"{file} has the format '{tree['format']}', this version reads '{FORMAT}': import the shard again")
-        known = {item.name for item in dataclasses.fields(Card)}
-        card = Card(**{key: value for key, value in tree.items() if key in known})
-        card = dataclasses.replace(card, label_names=tuple(map(str, card.label_names)), notes=tuple(card.notes))
-        check_shard_resolution(int(card.resolution), str(file))
-        if card.name != folder_name(card.name):  # it names folders of a run
-            raise DataError(f"{file}: the name must be letters, digits, '.', '-' or '_', e.g. '{folder_name(card.name)}'")
-    except FileNotFoundError:
-        raise DataError(f"{path} is no shard: it has no card.json") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file} is damaged ({type(error).__name__}): import the shard again") from None
-    return card
-
-
-def _read_array(file: Path, memory_map: bool = False) -> np.ndarray:
-    try:
-        return np.load(file, mmap_mode="r" if memory_map else None, allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{file} is missing: import the shard again") from None
-    except (OSError, ValueError, EOFError):
-        raise DataError(f"{file} is truncated or damaged: import the shard again") from None
-
-
-def _check_labels(labels: np.ndarray, count: int, label_names: Sequence[str], exclusive: bool, where: str) -> None:
-    if labels.dtype != np.uint8 or labels.shape != (count, len(label_names)):
-        raise DataError(
-            f"{where}: labels of {labels.dtype} {labels.shape} for {count} images and {len(label_names)} label names: "
-            "a label stands outside the card, or the file is truncated; import the shard again"
-        )
-    if len(set(label_names)) != len(label_names):
-        raise DataError(f"{where}: the card names a label twice: give each label its own name")
-    if labels.size and labels.max() > 1:
-        raise DataError(f"{where}: labels must be 0 or 1 (multi-hot), one holds {labels.max()}: import the shard again")
-    if exclusive and label_names:
-        wrong = int((labels.sum(axis=1) != 1).sum())
-        if wrong:
-            raise DataError(f"{where}: {wrong} images have not exactly one label, but the card calls labels exclusive")
-
-
-def _read_samples(file: Path, count: int) -> Samples:
-    try:
-        with open(file, newline="", encoding="utf-8") as stream:
-            reader = csv.reader(stream)
-            header = next(reader, [])
-            rows = [row for row in reader if row]
-    except FileNotFoundError:
-        raise DataError(f"{file} is missing: import the shard again") from None
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise DataError(f"{file} is damaged: import the shard again") from None
-    if tuple(header) != COLUMNS:
-        raise DataError(f"{file} must have the columns {', '.join(COLUMNS)}: import the shard again")
-    if len(rows) != count or any(len(row) != len(COLUMNS) or row[0] != str(i) for i, row in enumerate(rows)):
-        raise DataError(f"{file} has {len(rows)} rows for {count} images, or rows out of order: import the shard again")
-    _, patients, institutions, splits, sources = (np.array(column, dtype=str) for column in zip(*rows, strict=True))
-    return Samples(patients, institutions, splits, sources)
-
-
-def _write_samples(file: Path, samples: Samples) -> None:
-    with open(file, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(COLUMNS)
-        columns = (samples.patients, samples.institutions, samples.splits, samples.sources)
-        writer.writerows(zip(range(len(samples)), *columns, strict=True))
-
-
-def _npy_header(shape: tuple[int, ...]) -> bytes:
-    """A .npy header (format 1.0) of always the same length, so that the count can be set after the last image."""
-    text = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).encode("latin1")
-    return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.ljust(HEADER_BYTES - 11) + b"\n"
-
-
-def _chunks(images: ImageArray) -> Iterator[np.ndarray]:
-    for start in range(0, images.shape[0], CHUNK_ROWS):
-        yield np.asarray(images[np.arange(start, min(start + CHUNK_ROWS, images.shape[0]))])
-
-
-def _finish_hash(digest: Any, shape: tuple[int, ...], labels: np.ndarray, samples: Samples) -> str:
-    digest = digest.copy()
-    digest.update(json.dumps([list(shape), list(labels.shape)]).encode())
-    digest.update(np.ascontiguousarray(labels).tobytes())
-    digest.update(json.dumps([samples.patients.tolist(), samples.splits.tolist()]).encode())
-    return str(digest.hexdigest())
