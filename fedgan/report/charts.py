@@ -7,15 +7,16 @@ a screen reader speaks. Sizes are in units of the viewBox, which a page scales t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from fedgan.report.format import short
+from fedgan.report.format import labels, short
 from fedgan.report.scales import Scale, log_span, span, thin
 
-WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 40
+WIDTH, HEIGHT = 330, 196  # of a line chart
+LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 38
+WIDE = 420  # width of a bar or dot chart
 ROW = 30  # height of one row of a bar or dot chart
 NAMES = 118  # width of the column of row names
 
@@ -47,7 +48,7 @@ class Row:
     dots: Sequence[Dot] = ()
     values: Sequence[float] = ()
     note: str = ""
-    strong: bool = field(default=False)
+    strong: bool = False
 
 
 def line_chart(
@@ -57,7 +58,7 @@ def line_chart(
     lines = [line for line in lines if line.points]
     if not lines:
         return _svg(
-            key, title, desc + " No values yet.", HEIGHT, [_text(WIDTH / 2, HEIGHT / 2, "no values yet", "note", "middle")]
+            key, title, desc + " No values yet.", WIDTH, HEIGHT, [_text(WIDTH / 2, HEIGHT / 2, "no values yet", "note", "middle")]
         )
     ys = [y for line in lines for _, y in line.points] + [y for _, y in references]
     logarithmic = log_span(ys)
@@ -72,7 +73,7 @@ def line_chart(
         parts.append(_text(WIDTH - RIGHT, above, label, "note halo", "end"))
     for line in sorted(lines, key=lambda line: line.style == "main"):
         parts.append(_line(line, x, y))
-    return _svg(key, title, desc, HEIGHT, parts)
+    return _svg(key, title, desc, WIDTH, HEIGHT, parts)
 
 
 def dot_chart(
@@ -81,7 +82,7 @@ def dot_chart(
     """A row a name, a mark a value, a bar its interval. `domain` fixes the axis; marks outside it stand at its end."""
     bottom = TOP + ROW * max(len(rows), 1)
     ends = [v for row in rows for dot in row.dots for v in (dot.value, *(dot.interval or ()))]
-    x = Scale(*(domain or span(ends)), NAMES + 8, WIDTH - RIGHT - 6)
+    x = Scale(*(domain or span(ends)), NAMES + 8, WIDE - RIGHT - 6)
     parts = _x_axis(x, bottom, x_label, grid_from=TOP)
     for i, row in enumerate(rows):
         middle = TOP + ROW * (i + 0.5)
@@ -91,16 +92,16 @@ def dot_chart(
         gap = min(9.0, (ROW - 10) / max(len(row.dots), 1))
         for j, dot in enumerate(row.dots):
             parts.append(_dot(dot, x, middle + (j - (len(row.dots) - 1) / 2) * gap, row.label))
-    return _svg(key, title, desc, bottom + BOTTOM, parts)
+    return _svg(key, title, desc, WIDE, bottom + BOTTOM, parts)
 
 
 def stacked_bars(key: str, title: str, desc: str, rows: Sequence[Row], names: Sequence[str]) -> Markup:
     """A bar a row, each as long as the others and divided by its values' shares; `names` are the parts' names."""
-    start, stop = NAMES + 8, WIDTH - 52
+    start, stop = NAMES + 8, WIDE - 52
     parts: list[Markup] = []
     for i, row in enumerate(rows):
         top, total = TOP + ROW * i + 4, sum(row.values)
-        parts += [_name(row, top + 11), _text(WIDTH - 2, top + 15, row.note, "note", "end")]
+        parts += [_name(row, top + 11), _text(WIDE - 2, top + 15, row.note, "note", "end")]
         place = float(start)
         for j, value in enumerate(row.values):
             width = (stop - start) * value / total if total > 0 else 0.0
@@ -116,7 +117,7 @@ def stacked_bars(key: str, title: str, desc: str, rows: Sequence[Row], names: Se
             place += width
         if total <= 0:
             parts.append(_text(start + 4, top + 15, "no images", "note"))
-    return _svg(key, title, desc, TOP + ROW * max(len(rows), 1), parts)
+    return _svg(key, title, desc, WIDE, TOP + ROW * max(len(rows), 1), parts)
 
 
 def legend(entries: Sequence[tuple[str, str]], kind: str) -> Markup:
@@ -135,11 +136,11 @@ def legend(entries: Sequence[tuple[str, str]], kind: str) -> Markup:
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def _svg(key: str, title: str, desc: str, height: float, parts: Sequence[Markup]) -> Markup:
+def _svg(key: str, title: str, desc: str, width: float, height: float, parts: Sequence[Markup]) -> Markup:
     return Markup(
-        '<svg class="chart" viewBox="0 0 {} {:g}" role="img" aria-labelledby="{}-title {}-desc">'
+        '<svg class="chart" viewBox="0 0 {:g} {:g}" role="img" aria-labelledby="{}-title {}-desc">'
         '<title id="{}-title">{}</title><desc id="{}-desc">{}</desc>{}</svg>'
-    ).format(WIDTH, height, key, key, key, title, key, desc, Markup("").join(parts))
+    ).format(width, height, key, key, key, title, key, desc, Markup("").join(parts))
 
 
 def _text(x: float, y: float, words: str, style: str, anchor: str = "start") -> Markup:
@@ -157,20 +158,22 @@ def _name(row: Row, middle: float) -> Markup:
 
 def _y_axis(y: Scale) -> list[Markup]:
     parts = []
-    for tick in y.ticks(5):
+    ticks = y.ticks(5)
+    for tick, words in zip(ticks, labels(ticks), strict=True):
         parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, y(tick), y(tick)))
-        parts.append(_text(LEFT - 6, y(tick) + 4, short(tick), "tick", "end"))
+        parts.append(_text(LEFT - 6, y(tick) + 4, words, "tick", "end"))
     return parts
 
 
 def _x_axis(x: Scale, bottom: float, label: str, grid_from: float | None = None) -> list[Markup]:
     parts = [Markup('<line class="axis" x1="{:g}" x2="{:g}" y1="{:g}" y2="{:g}"/>').format(x.start, x.stop, bottom, bottom)]
-    for tick in x.ticks(5):
+    ticks = x.ticks(5)
+    for tick, words in zip(ticks, labels(ticks), strict=True):
         if grid_from is not None:
             parts.append(
                 Markup('<line class="grid" x1="{}" x2="{}" y1="{:g}" y2="{:g}"/>').format(x(tick), x(tick), grid_from, bottom)
             )
-        parts.append(_text(x(tick), bottom + 15, short(tick), "tick", "middle"))
+        parts.append(_text(x(tick), bottom + 15, words, "tick", "middle"))
     parts.append(_text((x.start + x.stop) / 2, bottom + 32, label, "label", "middle"))
     return parts
 

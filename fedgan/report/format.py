@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 DASH = "–"
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite float; None for anything else (null, text, a truth value, NaN, infinity)."""
+    """`value` as a finite float; None for anything else (null, text, a truth value, NaN, beyond 1e300)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         result = float(value)
     except OverflowError:
         return None
-    return result if math.isfinite(result) else None
+    return result if abs(result) < 1e300 else None
 
 
 def whole(value: Any) -> str:
@@ -51,7 +51,7 @@ def bounds(value: Any) -> tuple[float, float] | None:
     return None if low is None or high is None else (min(low, high), max(low, high))
 
 
-def short(value: float) -> str:
+def short(value: float, digits: int = 4) -> str:
     """An axis label: 0, 0.25, 500, 20k, 1.5M, 1e-5."""
     size = abs(value)
     if size and (size < 1e-3 or size >= 1e12):
@@ -59,8 +59,17 @@ def short(value: float) -> str:
         return f"{mantissa}e{int(exponent)}".replace("-", "−") if exponent else mantissa
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= limit:
-            return f"{value / limit:.4g}{unit}".replace("-", "−")
-    return f"{value:.4g}".replace("-", "−")
+            return f"{value / limit:.{digits}g}{unit}".replace("-", "−")
+    return f"{value:.{digits}g}".replace("-", "−")
+
+
+def labels(ticks: Sequence[float]) -> list[str]:
+    """The axis labels of some ticks, with as many digits as it takes to tell them apart."""
+    for digits in (4, 6, 9, 12):
+        words = [short(tick, digits) for tick in ticks]
+        if len(set(words)) == len(set(ticks)):
+            break
+    return words
 
 
 def duration(value: Any) -> str:

@@ -1,51 +1,62 @@
 """The run's PNGs as data URIs, cut into one strip for each row of a grid, within a limit of bytes.
 
-A grid has a row for each class and square cells of the run's resolution, with or without a margin
-between them. The names of its rows may stand in the PNG itself, in a text chunk `rows` (a JSON list).
+A grid (`fedgan/evaluation/grids.py`) has a row for each class; its square cells are the run's images, enlarged by a
+whole number, with a margin between them and, where rows have names, a column of text at the left. The page sets its
+own text: here the grid is taken apart again, each cell at its own resolution.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
-from fedgan.report.run_data import clean
-
 MOST_CELLS = 8  # cells of a row that are shown
 MOST_ROWS = 16  # rows of a grid that are shown
 MOST_BYTES = 45_000  # of one image of the page
 SIDE = 96  # pixels; a larger cell is shown reduced to this
+NO_FINDING = "no finding"  # the first row of a multi-label grid, which is no label
+UNNAMED_ROWS = 4  # of a grid without labels
+TEXT_WIDTHS = (116, 0)  # pixels at the left that are text
+GAPS = (2, 0, 1, 4)  # pixels between cells
+SCALES = (4, 3, 2, 1, 8, 5, 6, 7)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One sample grid: `rows` names of its rows (empty where they are not known), cells `side` pixels wide."""
+    """One sample grid: the names of its rows (empty where they have none), and where its cells stand, in pixels.
+
+    A cell is `side` pixels wide, enlarged `scale` times.
+    """
 
     image: Image.Image
     rows: tuple[str, ...]
     count: int
     columns: int
     side: int
-    margin: int
+    scale: int
+    left: int
     gap: int
+
+    def cell(self, row: int, column: int) -> Image.Image:
+        """One cell, at its own resolution or reduced to `SIDE`."""
+        wide = self.side * self.scale
+        x, y = self.left + column * (wide + self.gap), row * (wide + self.gap)
+        cell = self.image.crop((x, y, x + wide, y + wide))
+        cell = cell.resize((self.side, self.side), Image.Resampling.NEAREST) if self.scale > 1 else cell
+        return cell.resize((SIDE, SIDE), Image.Resampling.LANCZOS) if self.side > SIDE else cell
 
     def block(self, rows: Sequence[int], columns: int = MOST_CELLS) -> Block:
         """The first cells of some rows, without the margins between them."""
-        columns = min(columns, self.columns)
-        side, step = min(self.side, SIDE), self.side + self.gap
+        columns, side = min(columns, self.columns), min(self.side, SIDE)
         joined = Image.new(self.image.mode, (columns * side, len(rows) * side))
         for i, row in enumerate(rows):
             for column in range(columns):
-                x, y = self.margin + column * step, self.margin + row * step
-                cell = self.image.crop((x, y, x + self.side, y + self.side))
-                cell = cell if side == self.side else cell.resize((side, side), Image.Resampling.LANCZOS)
-                joined.paste(cell, (column * side, i * side))
+                joined.paste(self.cell(row, column), (column * side, i * side))
         return Block(data_uri(joined), joined.width, joined.height, columns)
 
 
@@ -59,24 +70,35 @@ class Block:
     columns: int
 
 
-def open_grid(path: Path, names: list[str], resolution: int) -> Grid | None:
-    """Read a grid whose rows are `names`. None where the file is no picture or its size fits no grid of such cells."""
+def open_grid(path: Path, names: Sequence[str], side: int) -> Grid | None:
+    """Read a grid of cells of `side` pixels whose rows are the labels `names`.
+
+    None where the file is no picture, or its size fits no grid of such cells.
+    """
     try:
         with Image.open(path) as opened:
-            rows = _row_names(opened.info.get("rows"))
-            image = opened.convert("L" if opened.mode in ("L", "1", "I;16") else "RGB")
+            image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    rows = rows or tuple(names)
-    fits = [
-        Grid(image, (), count, columns, resolution, margin, gap)
-        for margin, gap in ((0, 0), (2, 2), (1, 1), (0, 1), (0, 2), (4, 4), (0, 4))
-        for count, below in [divmod(image.height - 2 * margin + gap, resolution + gap)]
-        for columns, beside in [divmod(image.width - 2 * margin + gap, resolution + gap)]
-        if not below and not beside and count >= 1 and columns >= 1
-    ]
-    named = [replace(grid, rows=rows) for grid in fits if grid.count == len(rows)]
-    return next(iter(named or fits), None)
+    expected = [tuple(names), (NO_FINDING, *names)] if names else [("",) * UNNAMED_ROWS]
+    fits = list(_fits(image, side))
+    for rows in expected:
+        for grid in fits:
+            if grid.count == len(rows):
+                return replace(grid, rows=rows if any(rows) else ())
+    return next(iter(fits), None)
+
+
+def _fits(image: Image.Image, side: int) -> Iterator[Grid]:
+    """Every way to read `image` as a grid without a rest, the likeliest first."""
+    for scale in SCALES:
+        for gap in GAPS:
+            step = side * scale + gap
+            count, below = divmod(image.height + gap, step)
+            for left in TEXT_WIDTHS:
+                columns, beside = divmod(image.width - left + gap, step)
+                if not below and not beside and count >= 1 and columns >= 1:
+                    yield Grid(image, (), count, columns, side, scale, left, gap)
 
 
 def data_uri(image: Image.Image) -> str:
@@ -90,11 +112,3 @@ def data_uri(image: Image.Image) -> str:
         kind, stream = "jpeg", io.BytesIO()
         image.save(stream, "JPEG", quality=quality)
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _row_names(value: object) -> tuple[str, ...]:
-    try:
-        names = json.loads(value) if isinstance(value, str) else []
-    except ValueError:
-        return ()
-    return tuple(str(clean(name)) for name in names) if isinstance(names, list) else ()

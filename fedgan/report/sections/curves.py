@@ -30,14 +30,12 @@ def _render(run: RunData) -> Markup:
     names = run.hospital_names
     figures = [_curve(run, names[:MOST_HOSPITALS], *curve) for curve in CURVES]
     shown = [(name, f"h{i + 1}") for i, name in enumerate(names[:MOST_HOSPITALS])] if _has_hospitals(run.rounds) else []
-    frechet, note = _frechet(run)
     return render(
         "curves.html.j2",
-        figures=[figure for figure in [*figures, frechet] if figure],
+        figures=[drawn for drawn in figures if drawn],
         legend=legend([("mean over hospitals", "main"), *shown], "line"),
         left_out=max(0, len(names) - MOST_HOSPITALS),
-        missing=[title for (key, title, _), figure in zip(CURVES, figures, strict=True) if figure is None],
-        note=note,
+        missing=[title for (_, title, _), drawn in zip(CURVES, figures, strict=True) if drawn is None],
         table=_table(run),
     )
 
@@ -70,32 +68,11 @@ def _curve(run: RunData, names: list[str], key: str, title: str, desc: str) -> M
     if not any(line.points for line in lines):
         return None
     target = [("target", run.settings.augment.target)] if key == "r_t" and run.settings.augment.mode == "ada" else []
-    return _figure(f"curves-{key.replace('_', '-')}", title, desc, lines, target)
+    return figure(f"curves-{key.replace('_', '-')}", title, desc, lines, target)
 
 
-def _frechet(run: RunData) -> tuple[Markup | None, str]:
-    """The Fréchet curve with the floor of the same extractor, and the sentence that says what may be compared."""
-    measured = [line for line in run.rounds if number(dig(line, "fidelity", "frechet")) is not None]
-    if not measured:
-        return None, "No Fréchet distance was measured during the run (evaluation.every)."
-    extractor = dig(measured[-1], "fidelity", "extractor")
-    same = tuple(line for line in measured if dig(line, "fidelity", "extractor") == extractor)
-    floor, floor_of = number(dig(run.evaluation, "fidelity", "frechet_floor")), dig(run.evaluation, "fidelity", "extractor")
-    references = [("floor: real to real", floor)] if floor is not None and floor_of == extractor else []
-    counts = sorted({n for line in same if (n := number(dig(line, "fidelity", "images"))) is not None})
-    note = f"Fréchet distance: features of {extractor or 'an extractor that is not named'}"
-    note += f", {' or '.join(text.whole(n) for n in counts)} synthetic images a point." if counts else "."
-    floor_images = number(dig(run.evaluation, "fidelity", "floor_images"))
-    if references and counts and floor_images is not None and floor_images not in counts:
-        note += f" The floor was measured with {text.whole(floor_images)} images; with fewer images a distance comes out larger."
-    lines = [Line("Fréchet distance", points(same, "fidelity", "frechet"), "main")]
-    figure = _figure(
-        "curves-frechet", "Fréchet distance", "Distance of synthetic to real images, lower is better.", lines, references
-    )
-    return (figure if lines[0].points else None), note
-
-
-def _figure(key: str, title: str, desc: str, lines: list[Line], references: list[tuple[str, float]]) -> Markup:
+def figure(key: str, title: str, desc: str, lines: list[Line], references: list[tuple[str, float]]) -> Markup:
+    """A curve by images seen, under its title, what it means and its newest mean."""
     last = lines[0].points[-1][1] if lines[0].points else None
     words = f"{desc} By images seen." + (f" Last mean value: {short(last)}." if last is not None else "")
     chart = line_chart(key, title, words, lines, "images seen", references)

@@ -5,37 +5,88 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from fedgan.report import format as text
+from fedgan.report.charts import Line
 from fedgan.report.format import number
-from fedgan.report.run_data import RunData, tree
+from fedgan.report.run_data import RunData, Tree, dig, tree
 from fedgan.report.sections.base import Section
+from fedgan.report.sections.curves import figure, points
 from fedgan.report.tables import Column, table
 from fedgan.report.templating import absent, render
 
-MEASURES = (("Fréchet distance", "frechet", 2), ("Kernel distance", "kernel", 4))
+# An unbiased kernel distance has a floor around zero, over which nothing can be divided.
+MEASURES = (("Fréchet distance", "frechet", 2, True), ("Kernel distance", "kernel", 4, False))
+COLUMNS = (
+    Column("Measure", numeric=False),
+    Column("Features of", numeric=False),
+    Column("Synthetic to real"),
+    Column("Floor: real to real"),
+    Column("Over the floor"),
+)
 
 
 def _render(run: RunData) -> Markup:
     fidelity = tree(run.evaluation.get("fidelity"))
-    if not any(number(fidelity.get(key)) is not None for _, key, _ in MEASURES):
-        return absent("No distance has been measured yet: evaluation.json is not there or has no fidelity numbers.")
+    known = any(number(fidelity.get(key)) is not None for _, key, *_ in MEASURES)
+    chart, note = _curve(run)
+    distances = (
+        _table(fidelity)
+        if known
+        else absent("The final distances have not been measured: evaluation.json is not there or has no fidelity numbers.")
+    )
+    return render("fidelity.html.j2", table=distances, chart=chart, note=note)
+
+
+def _table(fidelity: Tree) -> Markup:
     extractor = str(fidelity.get("extractor") or "not named")
     rows = []
-    for name, key, digits in MEASURES:
+    for name, key, digits, divide in MEASURES:
         value, floor = number(fidelity.get(key)), number(fidelity.get(f"{key}_floor"))
-        ratio = f"{value / floor:.1f} ×" if value is not None and floor is not None and floor > 0 else text.DASH
-        rows.append([name, extractor, text.decimal(value, digits), text.decimal(floor, digits), ratio])
-    columns = [
-        Column("Measure", numeric=False),
-        Column("Features of", numeric=False),
-        Column("Synthetic to real"),
-        Column("Floor: real to real"),
-        Column("Over the floor"),
-    ]
-    more = (
-        f"Synthetic to real: {text.whole(fidelity.get('images'))} images. Floor: two halves of the real images, "
-        f"{text.whole(fidelity.get('floor_images'))} images in each."
+        over = divide and value is not None and floor is not None and floor > 0
+        rows.append(
+            [
+                name,
+                extractor,
+                text.decimal(value, digits),
+                text.decimal(floor, digits),
+                f"{value / floor:.1f} ×" if over and value is not None and floor is not None else text.DASH,
+            ]
+        )
+    images, floor_images = number(fidelity.get("images")), number(fidelity.get("floor_images"))
+    if images is not None and images == floor_images:
+        more = f"{text.whole(images)} images on each side of every comparison."
+    else:
+        more = f"Images on each side: {text.whole(images)} for synthetic to real, {text.whole(floor_images)} for the floor."
+    if isinstance(fidelity.get("real"), str):
+        more += f" The real side: {fidelity['real']}."
+    return table("Distances, lower is better", COLUMNS, rows, "fidelity", more=more)
+
+
+def _curve(run: RunData) -> tuple[Markup | None, str]:
+    """The Fréchet curve with the floor of the same extractor, and the sentence that says what may be compared."""
+    measured = tuple(line for line in run.rounds if number(dig(line, "fidelity", "frechet")) is not None)
+    if not measured:
+        return None, "No Fréchet distance was measured while training went on (evaluation.every)."
+    extractor = dig(measured[-1], "fidelity", "extractor")
+    same = tuple(line for line in measured if dig(line, "fidelity", "extractor") == extractor)
+    counts = sorted({n for line in same if (n := number(dig(line, "fidelity", "images"))) is not None})
+    splits = sorted({str(split) for line in same if (split := dig(line, "fidelity", "split"))})
+    note = f"Features of {extractor or 'an extractor that is not named'}"
+    note += f", {' or '.join(text.whole(n) for n in counts)} images on each side" if counts else ""
+    note += f", real images of the {' or '.join(splits)} split." if splits else "."
+    floor = number(dig(run.evaluation, "fidelity", "frechet_floor"))
+    references = (
+        [("floor: real to real", floor)]
+        if floor is not None and extractor == dig(run.evaluation, "fidelity", "extractor")
+        else []
     )
-    return render("fidelity.html.j2", table=table("Distances, lower is better", columns, rows, "fidelity", more=more))
+    floor_images = number(dig(run.evaluation, "fidelity", "floor_images"))
+    if references and floor_images is not None and counts != [floor_images]:
+        note += f" The floor was measured with {text.whole(floor_images)} images on each side; with fewer images a distance comes out larger."
+    lines = [Line("Fréchet distance", points(same, "fidelity", "frechet"))]
+    if not lines[0].points:
+        return None, "The rounds have Fréchet distances but no count of images seen, so there is no curve."
+    desc = "Synthetic to real, lower is better."
+    return figure("fidelity-curve", "Fréchet distance while training went on", desc, lines, references), note
 
 
 SECTION = Section("fidelity", "Fidelity", _render)

@@ -78,8 +78,8 @@ def _grid(run: RunData, path: Path | None, what: str) -> tuple[Grid | None, str]
     )
 
 
-def _progress(run: RunData) -> list[tuple[str, Block]]:
-    """Up to six grids spread over the run, the newest among them: (round and images seen, picture)."""
+def _progress(run: RunData) -> list[tuple[int, str, Block]]:
+    """Up to six grids spread over the run, the newest among them: (round, images seen, picture)."""
     rounds = run.round_pictures
     if len(rounds) > MOST_ROUNDS:
         rounds = [rounds[round(i * (len(rounds) - 1) / (MOST_ROUNDS - 1))] for i in range(MOST_ROUNDS)]
@@ -89,8 +89,8 @@ def _progress(run: RunData) -> list[tuple[str, Block]]:
         grid = open_grid(path, run.label_names, run.settings.data.resolution)
         if grid is not None:
             images = seen.get(float(number_of_round))
-            words = f"round {number_of_round}" + (f", {images:,.0f} images" if images is not None else "")
-            strip.append((words, grid.block(range(min(grid.count, 8)), 3)))
+            words = f"{images:,.0f} images seen" if images is not None else ""
+            strip.append((number_of_round, words, grid.block(range(min(grid.count, 8)), 3)))
     return strip
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from markupsafe import Markup
 
 from fedgan.config import describe, to_dict
-from fedgan.report.run_data import RunData
+from fedgan.report.run_data import RunData, trees
 from fedgan.report.sections.base import Section
 from fedgan.report.tables import Column, table
 from fedgan.report.templating import absent, render
 
 SETTINGS_COLUMNS = (Column("Key", numeric=False), Column("Value", numeric=False), Column("Meaning", numeric=False))
+HASH_COLUMNS = (Column("Hospital", numeric=False), Column("Content hash", numeric=False))
 FACTS_COLUMNS = (Column("Fact", numeric=False), Column("Value", numeric=False))
 
 
@@ -21,26 +23,38 @@ def _render(run: RunData) -> Markup:
     rows = [[key, values.get(key, ""), meaning] for key, meaning, _ in describe()]
     defaults = {key: _word(default) for key, _, default in describe()}
     changed = [row for row in rows if row[1] != defaults[row[0]] and row[0] not in ("name", "description")]
-    facts = [[key, value] for key, value in _flat(run.environment)]
     hashes = [[str(h.get("name", "unnamed")), str(h["content_hash"])] for h in run.hospitals if h.get("content_hash")]
     return render(
         "provenance.html.j2",
         changed=table("Settings that differ from their defaults", SETTINGS_COLUMNS, changed) if changed else Markup(""),
         settings=table("Every setting of the run", SETTINGS_COLUMNS, rows, "settings"),
-        environment=table("Versions, machine, sources and licences", FACTS_COLUMNS, facts, "environment")
-        if facts
-        else absent("environment.json is not there: versions, machine, sources and licences are unknown."),
-        hashes=table(
-            "Content hashes of the hospitals' shards",
-            (Column("Hospital", numeric=False), Column("Content hash", numeric=False)),
-            hashes,
-        )
+        environment=_environment(run),
+        sources=_sources(run),
+        hashes=table("Content hashes of the hospitals' images", HASH_COLUMNS, hashes)
         if hashes
-        else absent("No content hashes of the hospitals' data are known."),
+        else absent("No content hash of the hospitals' data is known."),
         count=len(rows),
         name=run.settings.name,
         seed=run.settings.seed,
     )
+
+
+def _environment(run: RunData) -> Markup:
+    facts = [[key, value] for key, value in _flat({k: v for k, v in run.environment.items() if k != "sources"})]
+    if not facts:
+        return absent("environment.json is not there: versions and machine are unknown.")
+    return table("Versions and machine", FACTS_COLUMNS, facts, "environment")
+
+
+def _sources(run: RunData) -> Markup:
+    """A row a source, a column each thing that environment.json says of it."""
+    sources = trees(run.environment.get("sources"))
+    keys = list(dict.fromkeys(key for source in sources for key in source))
+    if not keys:
+        return absent("The sources and licences of the data are unknown: environment.json does not name them.")
+    rows = [[_word(source.get(key)) for key in keys] for source in sources]
+    columns = [Column(key.replace("_", " ").capitalize(), numeric=False) for key in keys]
+    return table("Sources and licences of the data", columns, rows, "sources")
 
 
 def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
@@ -53,11 +67,13 @@ def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
 
 
 def _word(value: Any) -> str:
-    """A setting as it would be written in TOML, without quotes."""
+    """A value as a person would write it. Of an absolute path only the last part: the page may be passed on."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
         return ", ".join(_word(item) for item in value)
+    if isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()):
+        return "…/" + PureWindowsPath(value).name
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -57,7 +57,7 @@ def figures(run: RunData) -> list[tuple[str, str, str]]:
     return [
         ("Images seen", text.whole(seen), "" if seen is None else f"{seen / planned:.0%} of {planned:,.0f} planned"),
         ("Rounds", f"{done:,}" if done else text.DASH, f"of {rounds:,} planned"),
-        ("Hospitals", f"{hospitals}" if hospitals else text.DASH, run.settings.federation.strategy),
+        ("Hospitals", f"{hospitals}" if hospitals else text.DASH, f"aggregated by {run.settings.federation.strategy}"),
         ("Wall time", text.duration(run.total("wall_seconds")), ""),
         ("Bytes exchanged", text.size(run.total("bytes_exchanged")), "both ways, all hospitals"),
     ]

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from markupsafe import Markup
 
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row, dot_chart, legend
 from fedgan.report.format import bounds, number
-from fedgan.report.run_data import RunData, dig, tree
+from fedgan.report.run_data import RunData, Tree, dig, tree
 from fedgan.report.sections.base import Section
 from fedgan.report.tables import Column, table
 from fedgan.report.templating import absent, render
 
 SOURCES = ("real", "synthetic")
+SIZES = (("real", "train_images"), ("synthetic", "synthetic_images"))
 COLUMNS = (
     Column("Real", title="Classifier trained on real images"),
-    Column("95 % interval"),
+    Column("Real, 95% interval"),
     Column("Synthetic only", title="Classifier trained on synthetic images only"),
-    Column("95 % interval (synthetic)"),
+    Column("Synthetic, 95% interval"),
     Column("Difference", title="Synthetic minus real"),
 )
 
@@ -38,35 +37,54 @@ def _render(run: RunData) -> Markup:
         how=_how(utility),
         legend=legend([("trained on real images", "real"), ("trained on synthetic images only", "synthetic")], "dot"),
         charts=[chart for chart in (_class_chart(utility, labels), _place_chart(utility, places)) if chart],
-        overall=_overall(utility, labels),
+        overall=_overall(utility, labels, run.label_names),
         places=_places(utility, places),
         crossed=_crossed(utility, labels, places),
         alone=len(places) == 0,
     )
 
 
-def _how(utility: dict[str, Any]) -> str:
-    """How the numbers were made, in one or two sentences, from what the evaluator wrote down."""
+def _how(utility: Tree) -> str:
+    """How the numbers were made, in a few sentences, from what the evaluator wrote down."""
     parts = []
     if isinstance(utility.get("classifier"), str):
         parts.append(f"Classifier: {utility['classifier']}.")
+    trained = [f"{text.whole(n)} {kind} images" for kind, key in SIZES if (n := number(utility.get(key))) is not None]
+    if trained:
+        parts.append(f"Trained on {' or '.join(trained)}.")
     seeds = utility.get("seeds")
     if isinstance(seeds, list):
-        parts.append(f"Trained with seeds {', '.join(map(str, seeds))}.")
+        parts.append(f"Trained with seeds {', '.join(map(str, seeds))}; the figures are means.")
     elif (count := number(seeds)) is not None:
-        parts.append(f"Trained with {text.plural(round(count), 'seed')}.")
+        parts.append(f"Trained with {text.plural(round(count), 'seed')}" + ("; the figures are means." if count > 1 else "."))
     if number(utility.get("test_images")) is not None:
         parts.append(f"Tested on {text.whole(utility['test_images'])} real images that no training saw.")
     return " ".join(parts)
 
 
-def _names(utility: dict[str, Any], key: str, order: list[str]) -> list[str]:
+def _small_print(utility: Tree, labels: list[str], known: list[str]) -> str:
+    """What the columns of the overall table mean: positives, resampling, seeds, rows outside the macro mean."""
+    parts = ["For a class, the last column counts the test images that have it."]
+    resamples, resampled = number(utility.get("bootstrap")), utility.get("resampled")
+    if resamples is not None:
+        parts.append(f"Intervals: percentile bootstrap, {text.whole(resamples)} resamples of the test {resampled or 'images'}.")
+    for source in SOURCES:
+        seeds = dig(utility, source, "macro_auc_seeds")
+        if isinstance(seeds, list) and len(seeds) > 1:
+            parts.append(f"Macro AUC of the single seeds, {source}: {', '.join(text.decimal(value) for value in seeds)}.")
+    outside = [label for label in labels if known and label not in known]
+    if outside:
+        parts.append(f"Not in the macro mean: {', '.join(outside)}.")
+    return " ".join(parts)
+
+
+def _names(utility: Tree, key: str, order: list[str]) -> list[str]:
     """Every name under `key` of either source: those of `order` first."""
     found = dict.fromkeys(str(name) for source in SOURCES for name in tree(dig(utility, source, key)))
     return [name for name in order if name in found] + [name for name in found if name not in order]
 
 
-def _pair(utility: dict[str, Any], path: tuple[str, ...], value: str, ci: str) -> list[str]:
+def _pair(utility: Tree, path: tuple[str, ...], value: str, ci: str) -> list[str]:
     """Real, its interval, synthetic, its interval, and the difference, as texts."""
     results = [dig(utility, source, *path) for source in SOURCES]
     real, synthetic = (number(dig(result, value)) for result in results)
@@ -76,7 +94,7 @@ def _pair(utility: dict[str, Any], path: tuple[str, ...], value: str, ci: str) -
     ]  # fmt: skip
 
 
-def _overall(utility: dict[str, Any], labels: list[str]) -> Markup:
+def _overall(utility: Tree, labels: list[str], known: list[str]) -> Markup:
     rows = [
         ["Macro AUC", *_pair(utility, (), "macro_auc", "macro_auc_ci"), text.whole(utility.get("test_images"))],
         [
@@ -90,11 +108,11 @@ def _overall(utility: dict[str, Any], labels: list[str]) -> Markup:
         positives = next((n for n in counts if n is not None), None)
         rows.append([f"AUC, {label}", *_pair(utility, ("per_class", label), "auc", "auc_ci"), text.whole(positives)])
     columns = [Column("Measure", numeric=False), *COLUMNS, Column("Test images", title="For a class: test images that have it")]
-    more = "For a class, the last column counts the test images that have it. Intervals: bootstrap over the test images."
+    more = _small_print(utility, labels, known)
     return table("Tested on all real test images", columns, rows, "utility", strong=2, more=more)
 
 
-def _places(utility: dict[str, Any], places: list[str]) -> Markup:
+def _places(utility: Tree, places: list[str]) -> Markup:
     if not places:
         return Markup("")
     rows = []
@@ -106,7 +124,7 @@ def _places(utility: dict[str, Any], places: list[str]) -> Markup:
     return table("Macro AUC inside each institution", columns, rows, "utility-institutions")
 
 
-def _crossed(utility: dict[str, Any], labels: list[str], places: list[str]) -> Markup:
+def _crossed(utility: Tree, labels: list[str], places: list[str]) -> Markup:
     """AUC for each class inside each institution: real / synthetic in one cell."""
 
     def cell(place: str, label: str) -> str:
@@ -121,7 +139,7 @@ def _crossed(utility: dict[str, Any], labels: list[str], places: list[str]) -> M
     return table("AUC for each class inside each institution: real / synthetic only", columns, rows, "utility-crossed")
 
 
-def _dots(utility: dict[str, Any], path: tuple[str, ...], value: str, ci: str) -> list[Dot]:
+def _dots(utility: Tree, path: tuple[str, ...], value: str, ci: str) -> list[Dot]:
     return [
         Dot(f"trained on {source}", found, bounds(dig(result, ci)), source)
         for source in SOURCES
@@ -130,13 +148,13 @@ def _dots(utility: dict[str, Any], path: tuple[str, ...], value: str, ci: str) -
     ]
 
 
-def _class_chart(utility: dict[str, Any], labels: list[str]) -> Markup | None:
+def _class_chart(utility: Tree, labels: list[str]) -> Markup | None:
     rows = [Row("all (macro)", _dots(utility, (), "macro_auc", "macro_auc_ci"), strong=True)]
     rows += [Row(label, _dots(utility, ("per_class", label), "auc", "auc_ci")) for label in labels]
     return _chart("utility-classes", "AUC for each class", rows)
 
 
-def _place_chart(utility: dict[str, Any], places: list[str]) -> Markup | None:
+def _place_chart(utility: Tree, places: list[str]) -> Markup | None:
     rows = [Row("all", _dots(utility, (), "macro_auc", "macro_auc_ci"), strong=True)]
     rows += [Row(place, _dots(utility, ("per_institution", place), "macro_auc", "macro_auc_ci")) for place in places]
     return _chart("utility-institutions", "Macro AUC inside each institution", rows) if places else None
