@@ -12,7 +12,7 @@ import click
 import typer
 
 import fedgan
-from fedgan.cli import console, doctor, outputs, runs
+from fedgan.cli import console, data, doctor, help, outputs, runs
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 unexpected failure; 2 scenario, key or usage; 3 data; 4 checkpoint; 5 federation; "
@@ -40,12 +40,7 @@ app.command(
 )(outputs.generate)
 app.command(epilog="Example: fedgan evaluate runs/demo")(outputs.evaluate)
 app.command(epilog="Example: fedgan report runs/demo")(outputs.report)
-try:
-    from fedgan.cli import data
-
-    app.add_typer(data.app, name="data")
-except ImportError:
-    pass
+app.add_typer(data.app, name="data")
 app.command(epilog="Example: fedgan doctor simulations/chest_three_hospitals.toml")(doctor.doctor)
 
 
@@ -72,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug, as_json = "--debug" in words, "--json" in words
     words = [word for word in words if word != "--debug"]
-    command = typer.main.get_command(app)
+    command = help.build(app)
     try:  # not command.main(), which would swallow Ctrl-C and print errors in its own ways
         with command.make_context("fedgan", words or ["--help"]) as context:
             command.invoke(context)

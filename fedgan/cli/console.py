@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedgan import files
-from fedgan.errors import FedganError, MachineError, StorageError
+from fedgan.errors import ConfigError, FedganError, MachineError, StorageError
 
 if TYPE_CHECKING:
     from fedgan.run_folder import RunFolder
@@ -108,9 +108,9 @@ def report_failure(message: str, kind: str, exit_code: int, as_json: bool) -> No
 
 
 def refuse_existing(output: Path, what: str) -> None:
-    """Raise `StorageError` unless `output` is absent or an empty folder, in a place that can be written."""
+    """Raise `ConfigError` unless `output` is absent or an empty folder, `StorageError` where it cannot be written."""
     if output.is_dir() and any(output.iterdir()):
-        raise StorageError(f"{shown(output)} is not empty: choose another place for {what} with --output, or remove it")
+        raise ConfigError(f"{shown(output)} is not empty: choose another place for {what} with --output, or remove it")
     place = output.absolute()
     while not place.exists():
         place = place.parent

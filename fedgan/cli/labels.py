@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from fedgan.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def named_vectors(names: Sequence[str], label_names: Sequence[str]) -> np.ndarray:
     """One-hot vectors (len(names), K) uint8 of label names. Raises `DataError` with the nearest name for an unknown one."""
+    import numpy as np
+
     vectors = np.zeros((len(names), len(label_names)), np.uint8)
     for row, name in enumerate(names):
         if name not in label_names:
@@ -24,6 +28,8 @@ def named_vectors(names: Sequence[str], label_names: Sequence[str]) -> np.ndarra
 
 def parsed_vectors(texts: Sequence[str], label_names: Sequence[str], exclusive: bool) -> np.ndarray:
     """Vectors (len(texts), K) uint8 of texts such as `1,0,1`. Raises `ConfigError` unless each fits the model's labels."""
+    import numpy as np
+
     vectors = np.zeros((len(texts), len(label_names)), np.uint8)
     for row, text in enumerate(texts):
         parts = [part.strip() for part in text.split(",")]
@@ -40,6 +46,8 @@ def parsed_vectors(texts: Sequence[str], label_names: Sequence[str], exclusive: 
 
 def spread_evenly(vectors: np.ndarray, images: int) -> np.ndarray:
     """`images` rows (images, K), each vector equally often; the first ones get the remainder. In the order of the vectors."""
+    import numpy as np
+
     times = np.full(len(vectors), images // len(vectors))
     times[: images % len(vectors)] += 1
     return np.repeat(vectors, times, axis=0)

@@ -126,20 +126,13 @@ def _evaluate(run: RunFolder) -> None:
     """The final evaluation of the newest round; its name and budget are those of the run."""
     from fedgan.training.checkpoint import load_generator
     from server.evaluator import Evaluator
+    from server.preparation import evaluation_hospitals
 
-    hospitals, settings = _hospitals(run), run.settings()
+    settings = run.settings()
     generator, meta = load_generator(checkpoint_of(run.path))
     budget = {key: meta[key] for key in ("images_seen", "wall_seconds", "bytes_exchanged", "label_names")}
     facts = {"arm": "federated", "name": settings.name, **budget}
-    Evaluator(settings, run, hospitals, progress=console.note).final(generator, facts)
-
-
-def _hospitals(run: RunFolder) -> list[Any]:
-    """The hospitals of the run, phantoms too. Raises `MachineError` where the repository is not there."""
-    runner()
-    from server.preparation import open_prepared
-
-    return list(open_prepared(run.settings(), run))
+    Evaluator(settings, run, evaluation_hospitals(settings, run), progress=console.note).final(generator, facts)
 
 
 # --- generate ------------------------------------------------------------------------------------
@@ -203,7 +196,10 @@ def _training_labels(checkpoint: Path, names: tuple[str, ...], exclusive: bool) 
         raise DataError(
             "the mix of labels lies in the run folder: give the run folder, or use --label, --vector or --labels-from SHARD"
         )
-    return np.concatenate([hospital.train.labels for hospital in _hospitals(run)])
+    runner()
+    from server.preparation import open_prepared
+
+    return np.concatenate([hospital.train.labels for hospital in open_prepared(run.settings(), run)])
 
 
 def _chunks(generator: Any, wanted: np.ndarray, psi: float, seed: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:

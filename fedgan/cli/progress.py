@@ -53,6 +53,8 @@ class RunState:
             self.shown[event["hospital"]] = event["images"]
         elif kind == "evaluation":
             self.stage = "final evaluation" if event["final"] else "sampling"
+        elif kind == "note":
+            self.stage = event["text"]
         elif kind == "round_end":
             self.lines.append(event["line"])
             self.images_seen, self.shown = event["line"]["images_seen"], {}
@@ -104,7 +106,7 @@ class Progress:
     def _plain(self, event: dict[str, Any]) -> str:
         """The line that an event is worth where there is no terminal; most are worth none."""
         kind, state = event.get("event"), self.state
-        if kind in ("preparing", "evaluation"):
+        if kind in ("preparing", "evaluation", "note"):
             return f"{state.stage} ..."
         if kind == "start":
             rounds = f"rounds {event['first_round']} to {state.rounds}"
