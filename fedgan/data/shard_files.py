@@ -82,7 +82,7 @@ def count_samples(labels: np.ndarray, samples: Samples, label_names: Sequence[st
 
 def folder_name(name: str) -> str:
     """`name` as a folder can be called on any system: letters, digits, dot, dash and underscore; never empty or hidden."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:64] or "hospital"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-")[:64].rstrip(".-") or "hospital"
 
 
 def check_shard_resolution(resolution: int, where: str) -> None:
