@@ -412,6 +412,14 @@ def test_some_rotation_happens_with_probability_p(drawn: dict[str, torch.Tensor]
     assert within_binomial_bounds(int(((drawn["rotate"] != 0) | (drawn["rotate_after"] != 0)).sum()), 0.3)
 
 
+def test_all_numbers_of_one_transform_take_part_together_but_bands_each_for_itself(drawn: dict[str, torch.Tensor]) -> None:
+    for name in ("xint", "xfrac", "cutout"):
+        touched = drawn[name] != 0
+        assert torch.equal(touched.any(dim=1), touched.all(dim=1)), name
+    bands = (drawn["filter"] != 1).sum(dim=1)
+    assert within_binomial_bounds(int((bands == 0).sum()), 0.7**4)
+
+
 def test_transforms_take_part_independently(drawn: dict[str, torch.Tensor]) -> None:
     touched = np.stack(
         [(drawn[name] != NEUTRAL.get(name, 0.0)).numpy() for name in ("scale", "aniso", "contrast", "hue", "noise")]
@@ -421,7 +429,7 @@ def test_transforms_take_part_independently(drawn: dict[str, torch.Tensor]) -> N
 
 
 def test_strengths_follow_the_papers_distributions() -> None:
-    drawn = AugmentPipe("bgcfnc").draw(4000, 1.0, torch.Generator().manual_seed(12))
+    drawn = AugmentPipe("bgcfnc").draw(2 * DRAWS, 1.0, torch.Generator().manual_seed(12))
     whole_turn = stats.uniform(-math.pi, 2 * math.pi)
     expected = {
         "xint": (drawn["xint"], stats.uniform(-0.125, 0.25)),
@@ -442,8 +450,8 @@ def test_strengths_follow_the_papers_distributions() -> None:
         for column in sample.reshape(len(sample), -1).T:
             assert stats.kstest(column.numpy(), distribution.cdf).pvalue > 1e-4, name
     assert set(drawn["rotate90"].tolist()) == {0.0, 1.0, 2.0, 3.0}
-    assert within_binomial_bounds(int(drawn["xflip"].sum()), 0.5, 4000)
-    assert within_binomial_bounds(int((drawn["rotate90"] == 3).sum()), 0.25, 4000)
+    assert within_binomial_bounds(int(drawn["xflip"].sum()), 0.5, 2 * DRAWS)
+    assert within_binomial_bounds(int((drawn["rotate90"] == 3).sum()), 0.25, 2 * DRAWS)
 
 
 def test_the_two_axes_are_shifted_independently() -> None:
