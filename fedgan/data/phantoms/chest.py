@@ -74,23 +74,25 @@ def _heart(rng: np.random.Generator, thorax: Thorax, ratio: float, film: Film) -
     left = width * rng.uniform(0.64, 0.69)
     right = width - left
     grown = max(0.0, ratio - 0.48)
-    low, high = np.float32(person.base - 0.16 + 0.1 * grown), np.float32(0.27 + 0.5 * grown)
+    low, high = np.float32(person.base - 0.18 + 0.1 * grown), np.float32(0.33 + 0.5 * grown)
     # The left ventricle: an ellipse whose long axis falls towards its apex. The right atrium: a steeper one.
     tilt = person.heart_tilt * 0.55
     cos, sin = np.float32(np.cos(tilt)), np.float32(np.sin(tilt))
     along, across = cos * (x - np.float32(left * 0.30)) + sin * (y - low + high), cos * (y - low + high) - sin * x
     ventricle = 1.0 - np.hypot(along / np.float32(left * 0.78), (across + np.float32(0.02)) / np.float32(0.95 * high))
     atrium = 1.0 - np.hypot((x + np.float32(right * 0.30)) / np.float32(right * 0.72), (y - low + high) / np.float32(1.05 * high))
-    band = (np.float32(0.115) + np.float32(0.03) * np.square(y + 0.15) - thorax.side) * 3.0
-    knob = 1.0 - np.hypot(x - np.float32(0.085), y - np.float32(person.apex + 0.40)) / np.float32(0.095)
+    # The great vessels: a band that widens into the heart.
+    root = 0.085 + 0.5 * left * step(y, person.apex + 0.35, float(low))
+    band = (root + np.float32(0.03) * np.square(y + 0.15) - thorax.side) * 3.0
+    knob = 1.0 - np.hypot(x - np.float32(0.085), y - np.float32(person.apex + 0.45)) / np.float32(0.095)
     great = np.maximum(band, knob)
     both = np.maximum(ventricle, atrium)
     heart = step(both, -0.03, 0.16)
     # Heart and vessels melt into one outline: a smooth maximum of both.
     outline = 0.5 * (both + great + np.sqrt(np.square(both - great) + np.float32(0.02)))
-    shade = step(outline, 0.0, 0.26)
-    depth = np.float32(0.44) + np.float32(0.19) * step(both, -0.3, 0.45)
-    film.light += shade * np.maximum(depth + 0.6 * film.bones - film.light, 0.0) * step(thorax.body, 0.0, 0.1)
+    shade = step(outline, -0.03, 0.30)
+    depth = np.float32(0.42) + np.float32(0.16) * step(both, -0.3, 0.55)
+    film.light += shade * np.maximum(depth + 0.35 * film.bones - film.light, 0.0) * step(thorax.body, 0.0, 0.1)
     windpipe = step(np.float32(0.045) - np.abs(x - np.float32(0.01)), 0.0, 0.03)
     film.light -= 0.075 * windpipe * (1.0 - step(y, person.apex + 0.40, person.apex + 0.58)) * step(thorax.body, 0.0, 0.1)
     return heart
@@ -126,7 +128,7 @@ def _consolidation(board: Canvas, rng: np.random.Generator, thorax: Thorax, film
     places = []
     for number, which in enumerate((sign, -sign)):
         x, y = _in_lung(rng, thorax, which, 0.10)
-        size, flat = rng.uniform(0.17, 0.30) * (0.75 if number else 1.0), rng.uniform(0.8, 1.3)
+        size, flat = rng.uniform(0.19, 0.34) * (0.75 if number else 1.0), rng.uniform(0.8, 1.3)
         if number and not both:
             continue
         away = np.hypot((thorax.x - np.float32(x)) * np.float32(flat), thorax.y - np.float32(y)) / np.float32(size)
@@ -183,7 +185,7 @@ def _effusion(rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[
     person = thorax.anatomy
     sign, side = _choose_side(rng)
     both = rng.random() < 0.25
-    level = [rng.uniform(0.24, 0.52), rng.uniform(0.24, 0.36)]
+    level = [rng.uniform(0.30, 0.62), rng.uniform(0.30, 0.42)]
     fluid = np.zeros_like(film.light)
     out = thorax.side / np.float32(person.width)
     for number, which in enumerate((sign, -sign)):

@@ -115,7 +115,7 @@ def _honeycomb(board: Canvas, rng: np.random.Generator, cycles: float) -> np.nda
         a = turn + k * 2 * np.pi / 3
         wave = np.float32(np.cos(a)) * board.x + np.float32(np.sin(a)) * board.y
         wave = (wave + np.float32(0.045) * board.noise(rng, "broad")) * np.float32(np.pi * cycles) + np.float32(start[k])
-        waves.append(wave + np.float32(0.35) * board.noise(rng, "coarse"))
+        waves.append(wave + np.float32(0.6) * board.noise(rng, "coarse"))
     total = np.cos(waves[0]) + np.cos(waves[1]) + np.cos(waves[0] + waves[1])
     return 1.0 - step(total, -1.2, 0.8)
 
@@ -135,10 +135,10 @@ def _nv(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     """Naevus: one even brown, a regular net that fades out at a round border."""
     shape = _outline(board, rng, (0.32, 0.60), 0.35, rng.uniform(0.03, 0.09))
     body = step(shape.inside, -0.06, rng.uniform(0.15, 0.45))
-    depth, cycles = rng.uniform(0.45, 1.05), rng.uniform(13, 20)
+    depth, cycles = rng.uniform(0.5, 1.1), rng.uniform(17, 26)
     net = _honeycomb(board, rng, cycles) * step(shape.inside, -0.04, 0.2)
     middle = rng.uniform(-0.15, 0.4) * step(shape.inside, 0.2, 0.9)
-    layers.melanin += body * (np.float32(depth) + middle + 0.07 * board.noise(rng, "coarse")) + np.float32(0.5 * depth) * net
+    layers.melanin += body * (np.float32(depth) + middle + 0.07 * board.noise(rng, "coarse")) + np.float32(0.4 * depth) * net
     layers.signs |= {"network_cycles": cycles}
     return shape
 
@@ -177,7 +177,7 @@ def _bcc(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     layers.white *= 1.0 - 0.8 * vessels
     nests = _scatter(rng, shape, int(rng.integers(3, 9)), 0.25, 0.9)
     sizes = rng.uniform(0.04, 0.11, len(nests))
-    ovoid = step(board.blobs(nests, sizes) + 0.13 * board.noise(rng, "coarse") + 0.05 * board.noise(rng, "middle"), 0.4, 0.85)
+    ovoid = step(board.blobs(nests, sizes) + 0.2 * board.noise(rng, "coarse") + 0.06 * board.noise(rng, "middle"), 0.4, 0.85)
     layers.blue += np.float32(rng.uniform(0.6, 0.85)) * ovoid * body
     layers.melanin += np.float32(rng.uniform(0.4, 0.9)) * ovoid * body
     layers.signs |= {"vessels": len(trees), "nests": len(nests)}
@@ -207,10 +207,10 @@ def _akiec(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     """Actinic keratosis: a red, hazy patch, red between pale follicles (strawberry), with whitish scales."""
     shape = _outline(board, rng, (0.48, 0.76), 0.45, 0.13)
     body = step(shape.inside, -0.15, 0.3)
-    net = _honeycomb(board, rng, rng.uniform(7.5, 11))
+    net = _honeycomb(board, rng, rng.uniform(8, 13))
     layers.blood += body * (np.float32(rng.uniform(0.35, 0.6)) + 0.15 * board.noise(rng, "coarse"))
     layers.blood += np.float32(rng.uniform(0.45, 0.75)) * net * body
-    follicles = (1.0 - step(net, 0.0, 0.45)) * step(shape.inside, -0.05, 0.3) * step(board.noise(rng, "coarse"), -1.2, 0.4)
+    follicles = (1.0 - step(net, 0.0, 0.45)) * step(shape.inside, -0.05, 0.3) * step(board.noise(rng, "coarse"), -0.9, 0.7)
     layers.white += np.float32(rng.uniform(0.35, 0.65)) * follicles
     layers.keratin += 0.25 * follicles
     scale = step(board.noise(rng, "coarse") + 0.7 * board.noise(rng, "middle"), rng.uniform(0.6, 1.1), 1.9)
@@ -248,7 +248,7 @@ def _df(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     shape = _outline(board, rng, (0.42, 0.66), 0.3, 0.06)
     ring = step(shape.inside, -0.1, 0.35)
     depth, share = rng.uniform(0.40, 0.85), rng.uniform(0.42, 0.60)
-    layers.melanin += ring * np.float32(depth) * (0.75 + 0.8 * _honeycomb(board, rng, rng.uniform(12, 17)))
+    layers.melanin += ring * np.float32(depth) * (0.75 + 0.8 * _honeycomb(board, rng, rng.uniform(14, 21)))
     layers.blood += np.float32(rng.uniform(0.05, 0.35)) * step(shape.inside, -0.1, 0.3)
     middle = shape.centre + rng.normal(0, 0.08, 2) * shape.radius
     away = np.hypot(board.x - np.float32(middle[0]), board.y - np.float32(middle[1])) / np.float32(shape.radius)

@@ -77,7 +77,7 @@ _LESION_LOOKS = (
 )  # fmt: skip
 _CHEST_LOOKS = (
     ChestLook(),
-    ChestLook(gamma=0.88, contrast=1.12, exposure=0.04, blur=0.001, sharpen=0.8, noise=0.008, collimation=0.1, supine=0.05),
+    ChestLook(gamma=0.88, contrast=1.12, exposure=0.04, blur=0.001, sharpen=0.5, noise=0.008, collimation=0.1, supine=0.05),
     ChestLook(
         gamma=1.12, contrast=0.88, exposure=-0.04, blur=0.005, sharpen=0.0, noise=0.022, collimation=0.6, marker=0.95, supine=0.5
     ),

@@ -54,11 +54,11 @@ def draw_person(rng: np.random.Generator, female_share: float) -> Anatomy:
     size = rng.normal(1.0, 0.05)
     return Anatomy(
         female=female,
-        width=float(np.clip((0.66 if female else 0.72) * size, 0.56, 0.82)),
-        apex=float(rng.normal(-0.74, 0.03)),
-        base=float(rng.normal(0.50 if female else 0.56, 0.04)),
+        width=float(np.clip((0.73 if female else 0.79) * size, 0.62, 0.88)),
+        apex=float(rng.normal(-0.80, 0.03)),
+        base=float(rng.normal(0.70 if female else 0.75, 0.04)),
         fat=float(rng.beta(2, 3)),
-        spacing=float(rng.normal(0.150, 0.008)),
+        spacing=float(rng.normal(0.172, 0.009)),
         heart_ratio=float(np.clip(rng.normal(0.445, 0.025), 0.39, 0.49)),
         heart_tilt=float(rng.normal(0.55, 0.12)),
         vessels=float(rng.uniform(0.6, 1.2)),
@@ -77,15 +77,16 @@ def place(board: Canvas, rng: np.random.Generator, person: Anatomy, supine: bool
     left, down = board.x - np.float32(shift[0]), board.y - np.float32(shift[1])
     x, y = cos * left + sin * down, cos * down - sin * left
     side = np.abs(x)
-    wide, apex, base = np.float32(person.width), np.float32(person.apex), np.float32(person.base + breath)
+    wide, apex, base = person.width, person.apex, person.base + breath
     depth = np.clip((y - apex) / (base - apex), 0.0, 1.2)
-    reach = wide * np.power(np.maximum(1.0 - np.power(np.maximum(1.0 - depth, 0.0), 2.3), 0.0), np.float32(0.62))
+    reach = wide * np.power(np.maximum(1.0 - np.power(np.maximum(1.0 - depth, 0.0), 2.6), 0.0), np.float32(0.58))
     reach -= np.float32(0.5) * wide * np.square(np.maximum(depth - 0.82, 0.0))
-    tip = y - apex - np.float32(0.9) * np.square(side - np.float32(0.40) * wide) / wide
+    tip = y - apex - np.float32(0.8) * np.square(side - np.float32(0.42) * wide) / wide
     cage = np.minimum(reach - side, tip)
-    lift = np.float32(0.20) * (1.0 - np.square((side - np.float32(0.42) * wide) / (np.float32(0.60) * wide)))
-    higher = np.where(x < 0, np.float32(0.045), np.float32(0.0))  # the liver lifts the right dome
-    dome = base - lift - higher * (side < 0.95 * wide) - y
+    # Each dome falls towards the flank; towards the middle the heart lies on it.
+    lift = np.float32(0.24) * (1.0 - np.square((np.maximum(side, 0.36 * wide) - np.float32(0.40) * wide) / (0.60 * wide)))
+    lift += np.float32(0.05) * step(-x, -0.12, 0.12) * (1.0 - step(side, 0.7 * wide, wide))  # the liver lifts the right dome
+    dome = base - lift - y
     middle = np.float32(0.115) + np.float32(0.05) * np.square(y + 0.1)
     lung = np.minimum(np.minimum(cage, dome), side - middle)
     return Thorax(person, x, y, side, cage, dome, lung, _body(person, side, y))
@@ -93,8 +94,8 @@ def place(board: Canvas, rng: np.random.Generator, person: Anatomy, supine: bool
 
 def _body(person: Anatomy, side: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Trunk, armpits, shoulders and neck as one outline."""
-    trunk = np.float32(person.width + 0.11 + 0.14 * person.fat)
-    armpit = np.clip((-0.05 - y) / 0.55, 0.0, 1.0)
+    trunk = np.float32(person.width + 0.07 + 0.13 * person.fat)
+    armpit = np.clip((0.0 - y) / 0.6, 0.0, 1.0)
     wide = trunk + np.float32(0.45) * armpit * armpit + np.float32(0.03) * y - side
     shoulder = y - np.float32(person.apex - 0.20) - np.float32(0.26) * side
     neck = np.float32(0.20 + 0.07 * person.fat) - side
@@ -120,7 +121,7 @@ def healthy_film(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> Fil
     # The chest wall is thicker towards the flank, and the lung thinner at its tip.
     air = np.float32(0.23 + 0.08 * person.fat) * lungs * (0.80 + 0.20 * step(thorax.lung, 0.04, 0.28))
     film -= air
-    liver = np.where(thorax.x < 0, np.float32(0.66), np.float32(0.60))
+    liver = 0.60 + 0.06 * step(-thorax.x, -0.25, 0.15)
     below = step(-thorax.dome, -0.010, 0.045) * step(thorax.body, 0.0, 0.16)
     film += below * (liver - film) * np.float32(0.85)
     if person.breast:
@@ -148,13 +149,13 @@ def _vessels(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndar
     person = thorax.anatomy
     curves, widths = [], []
     for sign in (-1, 1):
-        root = np.array([sign * 0.17, -0.08 - 0.03 * sign])
+        root = np.array([sign * 0.17, -0.07 - 0.03 * sign])
         angles = np.linspace(-1.25, 1.35, 9) + rng.normal(0, 0.12, 9)
         for angle, length, bend in zip(angles, rng.uniform(0.40, 0.78, 9), rng.normal(0, 0.06, (9, 2)), strict=True):
             ahead = np.array([sign * np.cos(angle), 1.2 * np.sin(angle)]) * length * person.width
             middle, end = root + 0.5 * ahead + bend, root + ahead
             curves.append([root, middle, end])
-            widths.append([0.018, 0.003])
+            widths.append([0.016, 0.003])
             # a side branch from the middle of each
             fork = angle + rng.normal(0, 0.6)
             twig = middle + np.array([sign * np.cos(fork), np.sin(fork)]) * 0.45 * length * person.width
@@ -165,7 +166,7 @@ def _vessels(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndar
     near = np.exp(away / np.float32(-0.10))
     hila = np.exp(-np.square((thorax.side - np.float32(0.16)) / 0.075) - np.square((thorax.y + np.float32(0.06)) / 0.14))
     mesh = step(board.noise(rng, "middle"), 0.0, 2.0) * (np.float32(0.4) + near)
-    return np.float32(person.vessels) * (film * (0.05 + 0.06 * near) + 0.13 * hila + 0.05 * mesh)
+    return np.float32(person.vessels) * (film * (0.035 + 0.05 * near) + 0.13 * hila + 0.045 * mesh)
 
 
 def _bones(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarray:
@@ -182,7 +183,7 @@ def _bones(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarra
     tilt = rng.normal(0, 0.02, 2)
     plain, blades = [], []
     for sign, lean in zip((-1, 1), tilt, strict=True):
-        y, w = person.apex + 0.12, person.width
+        y, w = person.apex + 0.13, person.width
         plain.append([[sign * 0.07, y + 0.07], [sign * 0.22, y + 0.04], [sign * 0.42, y - 0.03 + lean]])
         plain.append([[sign * 0.42, y - 0.03 + lean], [sign * 0.60, y - 0.10 + lean], [sign * 0.88, y - 0.09 + lean]])
         blades.append([[sign * 0.98, y + 0.00], [sign * (w + 0.06), y + 0.16], [sign * (w - 0.02), y + 0.55]])
@@ -191,6 +192,7 @@ def _bones(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarra
     shoulder = board.strokes(np.asarray(blades), 0.014, 0.5)
     spine = step(np.float32(0.085) - thorax.side, 0.0, 0.03)
     discs = 0.55 + 0.45 * step(np.cos(thorax.y * np.float32(2 * np.pi / 0.135) + np.float32(6.28 * start)), -0.9, -0.3)
+    shoulder, clavicles = shoulder * step(thorax.body, 0.0, 0.1), clavicles * step(thorax.body, 0.0, 0.1)
     return bones + 0.10 * clavicles + 0.07 * shoulder + 0.06 * spine * discs
 
 
