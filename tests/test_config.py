@@ -1,0 +1,215 @@
+"""Settings: what is written is read again, every documented key can be set, every mistake is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgan import config
+from fedgan.config import Settings, describe, from_dict, load_scenario, to_dict
+from fedgan.errors import ConfigError
+from fedgan.run_folder import RunFolder
+
+KEYS = [key for key, _, _ in describe()]
+
+
+def field_of(key: str) -> tuple[dataclasses.Field[Any], Any]:
+    """The dataclass field of a dotted key, and its type."""
+    owner: type = Settings
+    *sections, name = key.split(".")
+    for section in sections:
+        owner = typing.cast(type, typing.get_type_hints(owner)[section])
+    return next(item for item in dataclasses.fields(owner) if item.name == name), typing.get_type_hints(owner)[name]
+
+
+def value_strategy(key: str) -> st.SearchStrategy[Any]:
+    """Values that the key's own limits allow."""
+    item, hint = field_of(key)
+    low, high, choices = (item.metadata[name] for name in ("low", "high", "choices"))
+    if key == "data.resolution":
+        return st.sampled_from([16, 32, 64, 128, 256, 512, 1024])
+    if typing.get_origin(hint) is tuple:
+        inner = st.sampled_from(choices) if choices else st.integers(1, 10**6)
+        return st.lists(inner, min_size=1, max_size=4, unique=True).map(tuple)
+    if choices:
+        return st.sampled_from(choices)
+    if hint is bool:
+        return st.booleans()
+    if hint is int:
+        return st.integers(int(low or 0), int(high if high is not None else 10**6))
+    if hint is float:
+        return st.floats(low if low is not None else -1e6, high if high is not None else 1e6, allow_nan=False)
+    return st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20)
+
+
+def replaced(settings: Settings, key: str, value: Any) -> Settings:
+    section, dot, name = key.partition(".")
+    if not dot:
+        return dataclasses.replace(settings, **{section: value})
+    return dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **{name: value})})
+
+
+def get(settings: Settings, key: str) -> Any:
+    value: Any = settings
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+@st.composite
+def any_settings(draw: st.DrawFn) -> Settings:
+    """Settings with some keys changed, and whole-scenario rules (`validate`) satisfied."""
+    settings = Settings()
+    for key in draw(st.lists(st.sampled_from(KEYS), unique=True, max_size=8)):
+        settings = replaced(settings, key, draw(value_strategy(key)))
+    try:
+        return config.validate(settings)
+    except ConfigError:
+        return Settings()
+
+
+@given(any_settings())
+def test_a_dict_made_of_settings_gives_the_same_settings(settings: Settings) -> None:
+    assert from_dict(to_dict(settings)) == settings
+
+
+@given(any_settings())
+def test_toml_made_of_settings_gives_the_same_settings(settings: Settings) -> None:
+    assert from_dict(tomllib.loads(tomli_w.dumps(to_dict(settings)))) == settings
+
+
+def test_a_run_folder_reads_the_settings_that_it_wrote(tmp_path: Path) -> None:
+    settings = replaced(Settings(name="Wörter"), "federation.exchange", ("generator",))
+    RunFolder(tmp_path).write_settings(settings)
+    assert RunFolder(tmp_path).settings() == settings
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_documented_key_has_a_meaning_and_can_be_set_from_the_command_line(key: str, tmp_path: Path) -> None:
+    item, hint = field_of(key)
+    assert item.metadata["meaning"].endswith(".")
+    scenario = tmp_path / "empty.toml"
+    scenario.write_text("")
+    value = item.default
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if hint is bool else str(value)
+    assert get(load_scenario(scenario, [f"{key}={text}"]), key) == value
+
+
+@pytest.mark.parametrize("value", ["7", '"seven"', "true", "[1, 2]", "0.5"])
+@pytest.mark.parametrize("key", KEYS)
+def test_a_value_of_any_kind_is_taken_with_the_right_type_or_refused_in_one_line(key: str, value: str, tmp_path: Path) -> None:
+    scenario = tmp_path / "empty.toml"
+    scenario.write_text("")
+    _, hint = field_of(key)
+    found, complaint = None, ""
+    try:
+        found = get(load_scenario(scenario, [f"{key}={value}"]), key)
+    except ConfigError as error:
+        complaint = str(error)
+    assert len(complaint.splitlines()) <= 1
+    assert complaint or isinstance(found, typing.get_origin(hint) or hint)
+    assert not (hint is int and isinstance(found, bool))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.kimg=100", 100.0),
+        ("training.kimg = 2.5", 2.5),
+        ("federation.strategy=fedprox", "fedprox"),
+        ("federation.exchange=generator,ema", ("generator", "ema")),
+        ('federation.exchange=["ema"]', ("ema",)),
+        ("augment.mirror=true", True),
+        ("name=42", "42"),
+    ],
+)
+def test_an_override_is_read_as_its_key_wants_it(override: str, expected: Any, tmp_path: Path) -> None:
+    scenario = tmp_path / "empty.toml"
+    scenario.write_text("")
+    assert get(load_scenario(scenario, [override]), override.partition("=")[0].strip()) == expected
+
+
+def test_a_later_override_wins_over_an_earlier_one_and_over_the_file(tmp_path: Path) -> None:
+    scenario = tmp_path / "scenario.toml"
+    scenario.write_text("[training]\nkimg = 3\n")
+    assert load_scenario(scenario).training.kimg == 3
+    assert load_scenario(scenario, ["training.kimg=4", "training.kimg=5"]).training.kimg == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.kimgs=3", ["training.kimgs", "did you mean 'training.kimg'"]),
+        ("kimg=3", ["kimg", "did you mean 'training.kimg'"]),
+        ("federation.batch_size=3", ["did you mean 'training.batch_size'"]),
+        ("data=3", ["unknown key 'data'"]),
+        ("training.kimg", ["no setting", "key=value"]),
+        ("federation.strategy=fedavgg", ["must be one of", "did you mean 'fedavg'"]),
+        ("data.resolution=48", ["data.resolution = 48", "power of two", "nearest"]),
+        ("data.resolution=8", ["data.resolution", "16"]),
+        ("data.resolution=4096", ["data.resolution", "1024"]),
+        ("training.batch_size=0", ["training.batch_size", "at least 1"]),
+        ("training.batch_size=2.5", ["training.batch_size", "whole number"]),
+        ("training.batch_size=true", ["training.batch_size", "whole number"]),
+        ("training.batch_size=18", ["minibatch_std_group"]),
+        ("training.kimg=nan", ["training.kimg", "finite"]),
+        ("training.kimg=inf", ["training.kimg", "finite"]),
+        ("training.style_mixing=1.5", ["from 0 to 1"]),
+        ("training.kimg=-1", ["training.kimg", "at least"]),
+        ("training.kimg=0.1", ["a round would show"]),
+        ("federation.exchange=", ["federation.exchange is empty"]),
+        ("federation.exchange=generator,weights", ["weights", "must be one of"]),
+        ("data.partition=quantities", ["data.quantities", "one a hospital"]),
+    ],
+)
+def test_a_wrong_override_says_which_key_what_is_wrong_and_what_is_right(override: str, words: list[str], tmp_path: Path) -> None:
+    scenario = tmp_path / "empty.toml"
+    scenario.write_text("")
+    with pytest.raises(ConfigError) as caught:
+        load_scenario(scenario, [override])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[training]\nkimgg = 3\n", ["unknown key 'training.kimgg'", "did you mean 'training.kimg'"]),
+        ("[trainig]\nkimg = 3\n", ["unknown key 'trainig'"]),
+        ("training = 3\n", ["'training'", "is a section"]),
+        ("[training\n", ["not a readable TOML file"]),
+        ("[training]\nkimg = 'many'\n", ["training.kimg", "must be a number"]),
+        ("[federation]\nexchange = 'generator'\n", ["must be a list"]),
+    ],
+)
+def test_a_wrong_scenario_file_is_told_by_key(text: str, words: list[str], tmp_path: Path) -> None:
+    scenario = tmp_path / "scenario.toml"
+    scenario.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_scenario(scenario)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_missing_scenario_and_one_that_is_no_text_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no scenario at"):
+        load_scenario(tmp_path / "none.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not a readable TOML file"):
+        load_scenario(tmp_path / "binary.toml")
+    with pytest.raises(ConfigError, match="not a readable TOML file"):
+        load_scenario(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "simulations").glob("*.toml")), ids=lambda path: path.stem
+)
+def test_a_shipped_scenario_can_be_read(path: Path) -> None:
+    assert load_scenario(path).name != Settings().name

@@ -1,0 +1,175 @@
+"""Atomic writes: whatever goes wrong, a reader sees the old file or the new one, and no rubbish is left."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgan import files
+from fedgan.errors import CheckpointError, StorageError
+from fedgan.run_folder import RunFolder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_write_makes_its_folders_and_leaves_only_its_file(tmp_path: Path) -> None:
+    place = tmp_path / "a" / "b" / "text.txt"
+    files.write_text(place, "Grüße")
+    assert place.read_text(encoding="utf-8") == "Grüße"
+    assert names(place.parent) == ["text.txt"]
+    assert place.stat().st_mode & 0o777 == 0o644
+
+
+def test_an_exception_in_mid_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    place = tmp_path / "file"
+    files.write_text(place, "old")
+
+    def fail() -> None:
+        with files.atomic_path(place) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert place.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_an_interrupt_in_mid_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), files.atomic_path(tmp_path / "file"):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_a_reader_never_sees_a_half(tmp_path: Path) -> None:
+    place = tmp_path / "file"
+    files.write_text(place, "old")
+    with files.atomic_path(place) as temporary:
+        temporary.write_text("half")
+        assert place.read_text() == "old"
+        temporary.write_text("new")
+    assert place.read_text() == "new"
+
+
+@pytest.mark.parametrize("refused", ["write", "fsync", "replace"])
+def test_a_full_disk_is_one_storage_error_and_leaves_the_old_file(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "file"
+    files.write_text(place, "old")
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    owner, name = {"write": (Path, "write_bytes"), "fsync": (os, "fsync"), "replace": (os, "replace")}[refused]
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(StorageError, match="disk is full: free some space") as caught:
+        files.write_text(place, "new")
+    monkeypatch.undo()
+    assert str(place) in str(caught.value)
+    assert place.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 64 KiB, where this machine lets a test mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk here; the same is tested with a simulated one")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full_leaves_the_old_file(small_disk: Path) -> None:
+    files.write_text(small_disk / "file", "old")
+    with pytest.raises(StorageError, match="disk is full"):
+        files.write_bytes(small_disk / "file", bytes(2**20))
+    assert (small_disk / "file").read_text() == "old"
+    assert names(small_disk) == ["file"]
+    with pytest.raises(StorageError, match="disk is full"):
+        files.append_json_line(small_disk / "lines", {"text": "x" * 2**20})
+    assert files.read_json_lines(small_disk / "lines") == []
+
+
+def test_a_path_through_a_file_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write"):
+        files.write_text(tmp_path / "file" / "below", "x")
+    with pytest.raises(StorageError, match="cannot write"):
+        files.append_json_line(tmp_path / "file" / "below", {})
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), json_values, max_size=4))
+def test_finite_json_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, value: dict[str, Any]) -> None:
+    place = tmp_path_factory.mktemp("json") / "value.json"
+    files.write_json(place, value)
+    assert json.loads(place.read_text(encoding="utf-8")) == value
+
+
+def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "value.json", {"a": math.nan, "b": [math.inf, (1.5, -math.inf)], "c": {"d": math.nan}})
+    assert json.loads((tmp_path / "value.json").read_text()) == {"a": None, "b": [None, [1.5, None]], "c": {"d": None}}
+
+
+def test_lines_are_appended_and_a_torn_last_one_is_left_out(tmp_path: Path) -> None:
+    place = tmp_path / "lines.jsonl"
+    assert files.read_json_lines(place) == []
+    files.append_json_line(place, {"round": 1, "loss": math.nan})
+    files.append_json_line(place, {"round": 2})
+    with open(place, "a") as stream:
+        stream.write('{"round": 3, "lo')
+    assert files.read_json_lines(place) == [{"round": 1, "loss": None}, {"round": 2}]
+
+
+@given(cut=st.integers(0, 60))
+def test_wherever_a_line_is_torn_the_lines_before_it_are_read(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+    place = tmp_path_factory.mktemp("lines") / "lines.jsonl"
+    rows = [{"round": number, "name": "ä"} for number in range(1, 4)]
+    for row in rows:
+        files.append_json_line(place, row)
+    data = place.read_bytes()
+    place.write_bytes(data[: len(data) - cut])
+    found = files.read_json_lines(place)
+    assert found == rows[: len(found)]
+    assert len(found) >= data[: len(data) - cut].count(b"\n")
+
+
+def test_a_checkpoint_without_its_json_does_not_count(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.last_round() is None
+    for number in (1, 2, 10):
+        files.write_bytes(run.checkpoint(number), b"")
+        files.write_json(run.checkpoint(number).with_suffix(".json"), {})
+    files.write_bytes(run.checkpoint(11), b"")
+    (run.checkpoints / ".round-00012.safetensors.x.part").write_bytes(b"")
+    assert run.last_round() == 10
+
+
+def test_a_damaged_json_of_a_run_is_told(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.read_json(run.evaluation) is None
+    run.evaluation.write_text('{"arm": ')
+    with pytest.raises(CheckpointError, match="is damaged"):
+        run.read_json(run.evaluation)
