@@ -20,9 +20,11 @@ from fedgan.training.augment.wavelets import (
     CENTRE_TAP,
     SYM2,
     SYM6,
+    axis_matrix,
     band_filters,
     downsampling_matrix,
     mirrored,
+    resample,
     upsampling_matrix,
 )
 
@@ -178,6 +180,16 @@ def test_the_way_for_aligned_maps_equals_the_way_for_any_map() -> None:
     inverse = inverse_map(drawn, 40, 16, 16)
     images = random_images(40, 2, 16, 16)
     torch.testing.assert_close(warp_aligned(images, inverse), warp_any(images, inverse), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["up", "down"])
+@pytest.mark.parametrize("axis", [2, 3])
+def test_long_axes_resample_in_blocks_as_by_the_whole_matrix(kind: str, axis: int) -> None:
+    n = 100
+    matrix = axis_matrix(kind, n, torch.float64, torch.device("cpu"))
+    images = random_images(1, 2, matrix.shape[1], matrix.shape[1], dtype=torch.float64)
+    whole = torch.einsum("rk,bckw->bcrw" if axis == 2 else "rk,bchk->bchr", matrix, images)
+    torch.testing.assert_close(resample(images, kind, n, axis), whole)
 
 
 def test_one_images_map_does_not_change_another_image() -> None:

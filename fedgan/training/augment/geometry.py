@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fedgan.training.augment.wavelets import CENTRE_TAP, SYM6, axis_matrix
+from fedgan.training.augment.wavelets import CENTRE_TAP, SYM6, axis_matrix, resample
 
 Quantities = dict[str, torch.Tensor]
 
@@ -72,13 +72,10 @@ def warp_any(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     another image's result.
     """
     _, _, height, width = images.shape
-    kind = (images.dtype, images.device)
-    up_y, up_x = axis_matrix("up", height, *kind), axis_matrix("up", width, *kind)
-    down_y, down_x = axis_matrix("down", height, *kind), axis_matrix("down", width, *kind)
-    fine = up_y @ (images @ up_x.T)
+    fine = resample(resample(images, "up", width, 3), "up", height, 2)
     grid = _grid(inverse.to(images.device, non_blocking=True), height, width).to(images.dtype)
     read = F.grid_sample(fine, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    return down_y @ (read @ down_x.T)
+    return resample(resample(read, "down", width, 3), "down", height, 2)
 
 
 def warp_aligned(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Orthogonal wavelet filters, as dense matrices over one image axis with reflecting borders folded in.
 
-Image axes here are short (16 to 1024, mostly 32 or 64 pixels), so a dense matrix product with the border rule inside it
-is faster than padding and a strided convolution, and it has no edge cases.
+Image axes here are short (16 to 1024, mostly 32 or 64 pixels), so a matrix product with the border rule inside it is
+faster than padding and a strided convolution, and it has no edge cases. Long axes leave out the zeros far from the band.
 
 Conventions: pixel k of an axis of n pixels stands at k; beyond the border the axis is mirrored about its first and last
 pixel, again and again, so it repeats after 2 (n - 1) pixels. Filter taps h are orthonormal: sum h = sqrt(2), sum h^2 = 1.
@@ -95,3 +95,32 @@ def axis_matrix(kind: str, n: int, dtype: torch.dtype, device: torch.device) -> 
     """`up`, `down` or `bands` for an axis of n pixels as a tensor, made once for each size, dtype and device."""
     with torch.inference_mode(False):  # a cached tensor may be saved for a backward pass later
         return torch.from_numpy(_BUILDERS[kind](n)).to(device=device, dtype=dtype)
+
+
+DENSE = 64  # axes of so many pixels and fewer take one matrix product
+BLOCK = 64  # rows of a block of longer ones
+
+
+def resample(images: torch.Tensor, kind: str, n: int, axis: int) -> torch.Tensor:
+    """`images` (B, C, H, W) with the matrix `up` or `down` for n pixels applied along `axis`, 2 or 3."""
+    matrix = axis_matrix(kind, n, images.dtype, images.device)
+    if n <= DENSE:
+        return matrix @ images if axis == 2 else images @ matrix.T
+    parts = []
+    for rows, columns in _blocks(kind, n):
+        part = images.narrow(axis, columns.start, columns.stop - columns.start)
+        block = matrix[rows, columns]
+        parts.append(block @ part if axis == 2 else part @ block.T)
+    return torch.cat(parts, dim=axis)
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(kind: str, n: int) -> tuple[tuple[slice, slice], ...]:
+    """Blocks of rows of a matrix, each with the columns beyond which it has zeros only."""
+    matrix = _BUILDERS[kind](n)
+    blocks = []
+    for start in range(0, len(matrix), BLOCK):
+        rows = slice(start, min(start + BLOCK, len(matrix)))
+        used = np.flatnonzero(np.any(matrix[rows] != 0, axis=0))
+        blocks.append((rows, slice(int(used[0]), int(used[-1]) + 1)))
+    return tuple(blocks)
