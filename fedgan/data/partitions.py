@@ -57,7 +57,7 @@ def dirichlet_shares(
 def deal_by_shares(patients: np.ndarray, classes: np.ndarray, shares: np.ndarray, seed: int) -> list[np.ndarray]:
     """Deal the patients of each class in random order by `shares` (G, hospitals), measured in images.
 
-    A patient goes where the middle of its images falls, so a share is met to within half a patient.
+    A patient goes where the middle of its images falls, so a share is met to within one patient.
     """
     codes, sizes, groups = patient_table(patients, classes)
     hospital = np.zeros(len(sizes), np.int64)

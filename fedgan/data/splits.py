@@ -30,6 +30,12 @@ def check_splits(patients: np.ndarray, splits: np.ndarray, where: str) -> None:
         )
 
 
+def check_shares(val: float, test: float) -> None:
+    """Raise `DataError` unless both shares are at least 0 and leave something for train."""
+    if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
+        raise DataError(f"the split shares val = {val:g} and test = {test:g} must be at least 0 and below 1 together")
+
+
 def make_splits(
     patients: np.ndarray,
     institutions: np.ndarray | None = None,
@@ -47,8 +53,7 @@ def make_splits(
     at least one patient as long as train keeps one, and the only patient of a class in an institution stays in train.
     Raises `SplitError` when `given` puts a patient into two splits.
     """
-    if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
-        raise DataError(f"split shares val = {val:g} and test = {test:g} must be at least 0 and below 1 together")
+    check_shares(val, test)
     count = len(patients)
     institutions = np.full(count, "") if institutions is None else institutions.astype(str)
     classes = np.zeros(count, np.int64) if classes is None else classes

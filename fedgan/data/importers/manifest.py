@@ -44,6 +44,7 @@ def read_manifest(file: str | Path, columns: Columns | None = None, root: str | 
     paths = _column(file, table, columns.path, "--path-column")
     labels, label_names, exclusive = _labels(file, table, columns.labels, reasons)
     institutions = _optional(file, table, columns.institution, "institution")
+    patients = _optional(file, table, columns.patient, "patient")
     splits = _optional(file, table, columns.split, "split")
     given = None if splits is None else np.array([read_split(text) for text in splits], dtype=str)
     for row in range(count):
@@ -60,7 +61,7 @@ def read_manifest(file: str | Path, columns: Columns | None = None, root: str | 
         labels=labels,
         label_names=label_names,
         exclusive=exclusive,
-        patients=np.array(_optional(file, table, columns.patient, "patient") or [""] * count, dtype=str),
+        patients=np.array(patients or [""] * count, dtype=str),
         institutions=np.array(institutions or [name or file.stem] * count, dtype=str),
         given=given,
         names=np.array(paths, dtype=str),

@@ -61,9 +61,11 @@ def fit_square(pixels: np.ndarray, resolution: int, channels: int, crop: bool) -
     """
     picture = Image.fromarray(np.ascontiguousarray(pixels)).convert("L" if channels == 1 else "RGB")
     size = (resolution, resolution)
-    if crop and picture.width != picture.height:
-        picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
-    elif picture.size != size:
+    if crop:
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        picture = picture.crop((left, top, left + side, top + side))
+    if picture.size != size:
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     array = np.asarray(picture)
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))

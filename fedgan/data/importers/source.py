@@ -18,7 +18,7 @@ from fedgan.data.importers.pixels import fit_square
 from fedgan.data.labels import LabelMap
 from fedgan.data.partitions import row_classes
 from fedgan.data.shard import Samples, Shard, ShardWriter, check_shard_resolution, folder_name, staged_folder
-from fedgan.data.splits import SPLITS, make_splits
+from fedgan.data.splits import SPLITS, check_shares, make_splits
 from fedgan.errors import DataError
 
 MOST_INSTITUTIONS = 256
@@ -186,6 +186,7 @@ def _target(source: Source, options: ImportOptions) -> tuple[int, int]:
         raise DataError(f"channels = '{options.channels}' must be auto, grey or rgb")
     if options.duplicates not in ("auto", "skip", "keep"):
         raise DataError(f"duplicates = '{options.duplicates}' must be auto, skip or keep")
+    check_shares(options.val, options.test)
     channels = 3 if options.channels == "rgb" or (options.channels == "auto" and source.colour) else 1
     if options.resolution:
         check_shard_resolution(options.resolution, "--resolution")

@@ -1,0 +1,376 @@
+"""Splits and partitions never part a patient; hospitals open as the settings say."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from fedgan.config import Settings, from_dict
+from fedgan.data import partitions
+from fedgan.data.federation import area_mean, describe_hospitals, open_hospital, open_hospitals, partition_record
+from fedgan.data.shard import Shard, write_shard
+from fedgan.data.splits import check_splits, make_splits
+from fedgan.errors import ConfigError, DataError, SplitError
+
+FAST = settings(max_examples=40, deadline=None)
+
+
+@st.composite
+def tables(draw: st.DrawFn, least_patients: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Columns of a pool: patients, institutions (one a patient) and classes (of each row)."""
+    count = draw(st.integers(least_patients, 60))
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
+    rows = np.repeat(np.arange(count), rng.integers(1, 5, count))
+    rng.shuffle(rows)
+    homes = rng.integers(0, 3, count)
+    return np.char.add("p", rows.astype(str)), np.char.add("h", homes[rows].astype(str)), rng.integers(0, 4, len(rows))
+
+
+def assert_whole_patients(patients: np.ndarray, parts: list[np.ndarray], cover: bool = True) -> None:
+    together = np.concatenate(parts)
+    assert len(np.unique(together)) == len(together)
+    if cover:
+        assert np.array_equal(np.sort(together), np.arange(len(patients)))
+    owners = [set(patients[part]) for part in parts]
+    assert sum(map(len, owners)) == len(set().union(*owners))
+    assert all((np.diff(part) > 0).all() for part in parts)
+
+
+# --- splits --------------------------------------------------------------------------------------
+
+
+@given(tables(), st.integers(0, 5), st.booleans())
+@FAST
+def test_splits_never_part_a_patient(table, seed, has_test):
+    patients, institutions, classes = table
+    given = None
+    if has_test:
+        tested = [hashlib.sha256(patient.encode()).digest()[0] < 60 for patient in patients.tolist()]
+        given = np.where(tested, "test", "train")
+    splits = make_splits(patients, institutions, classes, given, seed)
+    check_splits(patients, splits, "here")
+    assert "train" in splits or (given is not None and "train" not in given)
+    if given is not None:
+        assert np.array_equal(splits == "test", given == "test")
+
+
+@given(tables(), st.integers(0, 5), st.randoms(use_true_random=False))
+@FAST
+def test_splits_do_not_depend_on_the_order_of_rows(table, seed, random):
+    patients, institutions, classes = table
+    order = np.array(random.sample(range(len(patients)), len(patients)))
+    splits = make_splits(patients, institutions, classes, seed=seed)
+    assert np.array_equal(splits[order], make_splits(patients[order], institutions[order], classes[order], seed=seed))
+
+
+@given(tables(least_patients=20), st.integers(0, 5))
+@FAST
+def test_each_institution_is_divided_in_proportion(table, seed):
+    patients, institutions, _ = table
+    splits = make_splits(patients, institutions, seed=seed)
+    for name in np.unique(institutions):
+        inside = institutions == name
+        count = len(np.unique(patients[inside]))
+        found = {split: len(np.unique(patients[inside & (splits == split)])) for split in ("train", "val", "test")}
+        assert found["train"] >= 1
+        if count >= 3:
+            assert found["test"] == max(1, round(0.2 * count))
+            assert found["val"] == max(1, round(0.125 * (count - found["test"])))
+
+
+def test_the_only_patient_of_a_class_stays_in_train_and_classes_are_spread():
+    patients = np.arange(101).astype(str)
+    classes = np.repeat([0, 1, 2], [1, 50, 50])
+    for seed in range(10):
+        splits = make_splits(patients, classes=classes, seed=seed)
+        assert splits[0] == "train"
+        for label in (1, 2):
+            assert 9 <= (splits[classes == label] == "test").sum() <= 11
+            assert 4 <= (splits[classes == label] == "val").sum() <= 6
+
+
+def test_a_given_validation_split_is_kept_and_bad_ones_are_refused():
+    patients, given = np.array(list("aabbcc")), np.array(["train"] * 2 + ["val"] * 2 + ["test"] * 2)
+    assert np.array_equal(make_splits(patients, given=given), given)
+    with pytest.raises(SplitError, match="1 patient is"):
+        make_splits(np.array(list("aabbcb")), given=given)
+    with pytest.raises(DataError, match="shares"):
+        make_splits(patients, val=0.5, test=0.5)
+    assert set(make_splits(np.array(["a"]))) == {"train"}
+    assert sorted(make_splits(np.array(list("abc")))) == ["test", "train", "val"]
+
+
+# --- partitions ----------------------------------------------------------------------------------
+
+
+@given(tables(least_patients=12), st.integers(1, 5), st.integers(0, 3))
+@FAST
+def test_iid_is_a_disjoint_cover_of_equal_parts(table, hospitals, seed):
+    patients, _, _ = table
+    parts = partitions.iid(patients, hospitals, seed)
+    assert len(parts) == hospitals
+    assert_whole_patients(patients, parts)
+    assert all(abs(len(part) - len(patients) / hospitals) <= 4 for part in parts)  # 4: the images of the largest patient
+    assert all(np.array_equal(a, b) for a, b in zip(parts, partitions.iid(patients, hospitals, seed), strict=True))
+
+
+@given(tables(least_patients=25), st.integers(1, 4), st.sampled_from([0.1, 0.5, 10.0]), st.integers(0, 3))
+@FAST
+def test_dirichlet_is_a_disjoint_cover_without_an_empty_hospital(table, hospitals, alpha, seed):
+    patients, _, classes = table
+    parts = partitions.dirichlet(patients, classes, hospitals, alpha, seed, minimum=3)
+    assert_whole_patients(patients, parts)
+    assert min(map(len, parts)) >= 3
+
+
+@given(tables())
+@FAST
+def test_institutions_are_a_disjoint_cover(table):
+    patients, institutions, _ = table
+    names, parts = partitions.by_institution(institutions)
+    assert_whole_patients(patients, parts)
+    assert all(set(institutions[part]) == {name} for name, part in zip(names, parts, strict=True))
+
+
+@given(tables(least_patients=12), st.lists(st.integers(4, 12), min_size=1, max_size=4), st.integers(0, 3))
+@FAST
+def test_fixed_quantities_are_disjoint_and_never_more_than_asked(table, quantities, seed):
+    patients, _, _ = table
+    assume(sum(quantities) + 8 <= len(patients))
+    parts = partitions.fixed_quantities(patients, quantities, seed)
+    assert_whole_patients(patients, parts, cover=False)
+    for part, wanted in zip(parts, quantities, strict=True):
+        assert wanted - 3 <= len(part) <= wanted  # a patient has at most 4 images
+
+
+def test_fixed_quantities_are_met_exactly_by_patients_of_one_image():
+    patients = np.arange(100).astype(str)
+    assert [len(part) for part in partitions.fixed_quantities(patients, [10, 30, 60], 0)] == [10, 30, 60]
+    with pytest.raises(DataError, match="asks for 101 images"):
+        partitions.fixed_quantities(patients, [1, 100], 0)
+    with pytest.raises(DataError, match="leaves a hospital empty"):
+        partitions.fixed_quantities(np.array(["a"] * 5 + ["b"] * 5), [3, 5], 0)
+    with pytest.raises(DataError, match="2 patients cannot be dealt to 3"):
+        partitions.iid(np.array(["a", "b", "b"]), 3, 0)
+
+
+def test_alpha_sets_how_unequal_the_labels_are():
+    patients, classes = np.arange(3000).astype(str), np.arange(3000) % 5
+
+    def spread(alpha: float) -> float:
+        parts = partitions.dirichlet(patients, classes, 3, alpha, seed=0)
+        counts = np.array([np.bincount(classes[part], minlength=5) for part in parts])
+        return float((counts / counts.sum(axis=0)).std())
+
+    assert spread(0.1) > 0.3 > spread(1.0) > spread(100.0)
+    assert spread(100.0) < 0.05
+    assert spread(1e6) < 0.005
+
+
+@given(st.integers(1, 4), st.integers(1, 30), st.integers(0, 100))
+@FAST
+def test_a_row_of_several_labels_counts_for_the_rarest(label_dim, count, seed):
+    labels = np.random.default_rng(seed).integers(0, 2, (count, label_dim), dtype=np.uint8)
+    frequency = labels.sum(axis=0)
+    for row, found in zip(labels, partitions.row_classes(labels, exclusive=False), strict=True):
+        if not row.any():
+            assert found == label_dim
+        else:
+            assert row[found]
+            assert frequency[found] == frequency[row == 1].min()
+
+
+@given(tables())
+@FAST
+def test_a_patient_counts_for_its_most_frequent_class(table):
+    patients, _, classes = table
+    codes, sizes, groups = partitions.patient_table(patients, classes)
+    for number, patient in enumerate(np.unique(patients)):
+        counts = np.bincount(classes[patients == patient])
+        assert sizes[number] == counts.sum()
+        assert groups[number] == counts.argmax()
+        assert set(patients[codes == number]) == {patient}
+
+
+# --- opening hospitals ---------------------------------------------------------------------------
+
+
+def scenario(*overrides: str) -> Settings:
+    return from_dict({}, ["training.batch_size=4", *overrides])
+
+
+def hospital_shard(path: Path, count: int, seed: int, labels: np.ndarray | None = None, **changes: object) -> Shard:
+    rng = np.random.default_rng(seed)
+    labels = np.eye(3, dtype=np.uint8)[rng.integers(0, 3, count)] if labels is None else labels
+    patients = np.array([f"{path.name}-{i // 2}" for i in range(count)])
+    arguments: dict = {
+        "images": rng.integers(0, 256, (count, 1, 32, 32), dtype=np.uint8),
+        "labels": labels,
+        "patients": patients,
+        "splits": make_splits(patients, seed=seed),
+        "label_names": ("normal", "a", "b")[: labels.shape[1]],
+        **changes,
+    }
+    return write_shard(path, **arguments)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    for seed, (name, count) in enumerate({"small": 40, "big": 80, "also-big": 80}.items()):
+        hospital_shard(folder / name, count, seed)
+    return folder
+
+
+def test_a_shard_each_the_largest_first(root):
+    hospitals = open_hospitals(scenario(f"data.root={root}"))
+    assert [hospital.name for hospital in hospitals] == ["also-big", "big", "small"]
+    assert partition_record(hospitals) == []
+    big = Shard.open(root / "big")
+    for split in ("train", "val", "test"):
+        data = hospitals[1].split(split)
+        rows = big.rows(split)
+        images, labels = data.batch(np.arange(len(data)))
+        assert np.array_equal(images.numpy(), big.images[rows])
+        assert np.array_equal(labels.numpy(), big.labels[rows])
+        assert data.content_hash == big.card.content_hash
+    (described,) = [row for row in describe_hospitals(hospitals) if row["name"] == "small"]
+    small = Shard.open(root / "small")
+    assert described == {
+        "name": "small",
+        "counts": small.card.counts,
+        "images": small.card.images,
+        "patients": small.card.patients,
+        "content_hash": small.card.content_hash,
+    }
+    json.dumps(described)
+
+
+def test_label_map_and_resolution_apply_on_opening(root):
+    hospitals = open_hospitals(scenario("data.label_map=normal=normal,*=ill", "data.resolution=16"), root)
+    shard = Shard.open(root / "small")
+    train = hospitals[2].train
+    images, labels = train.batch(np.arange(len(train)))
+    blocks = shard.images[shard.rows("train")].astype(float).reshape(-1, 1, 16, 2, 16, 2).mean(axis=(3, 5))
+    assert train.resolution == 16
+    assert np.abs(images.numpy() - blocks).max() <= 0.5
+    assert train.label_names == ("normal", "ill")
+    assert np.array_equal(labels.numpy()[:, 0], shard.labels[shard.rows("train"), 0])
+    assert (labels.sum(dim=1) == 1).all()
+
+
+@given(st.sampled_from([2, 4, 8]), st.integers(0, 100))
+@FAST
+def test_the_area_mean_rounds_to_the_nearest(factor, seed):
+    images = np.random.default_rng(seed).integers(0, 256, (2, 3, 16, 16), dtype=np.uint8)
+    size = 16 // factor
+    exact = images.astype(float).reshape(2, 3, size, factor, size, factor).mean(axis=(3, 5))
+    assert np.array_equal(area_mean(images, factor), np.floor(exact + 0.5).astype(np.uint8))
+    assert (area_mean(np.full((1, 1, 16, 16), 255, np.uint8), factor) == 255).all()
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "quantities"])
+def test_a_pool_is_dealt_by_patient_and_recorded(root, partition):
+    config = scenario(
+        f"data.partition={partition}", "federation.hospitals=4", "data.quantities=10,20,30,40", "data.resolution=16", "seed=3"
+    )
+    hospitals = open_hospitals(config, root)
+    assert sorted(hospital.name for hospital in hospitals) == ["hospital-1", "hospital-2", "hospital-3", "hospital-4"]
+    assert [len(h.train) for h in hospitals] == sorted((len(h.train) for h in hospitals), reverse=True)
+    shards = {path.name: Shard.open(path) for path in root.iterdir()}
+    owners = [{p for split in ("train", "val", "test") for p in h.split(split).patients} for h in hospitals]
+    for split in ("train", "val", "test"):
+        dealt = sum(len(h.split(split)) for h in hospitals)
+        held = sum(len(shard.rows(split)) for shard in shards.values())
+        assert dealt == (100 if partition == "quantities" and split == "train" else held)
+    assert sum(map(len, owners)) == len(set().union(*owners))
+    record = json.loads(json.dumps(partition_record(hospitals)))
+    for hospital, entry in zip(hospitals, record, strict=True):
+        assert entry["name"] == hospital.name
+        for split, parts in entry["rows"].items():
+            found = [shards[name].samples.patients[rows] for name, rows in parts.items()]
+            assert sorted(np.concatenate([*found, []]).tolist()) == sorted(hospital.split(split).patients.tolist())
+            assert all((shards[name].samples.splits[rows] == split).all() for name, rows in parts.items())
+    again = open_hospitals(config, root)
+    assert describe_hospitals(again) == describe_hospitals(hospitals)
+    other = open_hospitals(scenario(f"data.partition={partition}", "federation.hospitals=4", "data.quantities=10,20,30,40"), root)
+    assert {h.train.content_hash for h in other}.isdisjoint(h.train.content_hash for h in hospitals)
+
+
+def test_one_hospital_that_holds_all_data_holds_every_row(root):
+    (hospital,) = open_hospitals(scenario("data.partition=iid", "federation.hospitals=1"), root)
+    assert len(hospital.train) == sum(Shard.open(path).card.images["train"] for path in root.iterdir())
+
+
+def test_one_shard_with_several_institutions_is_parted_by_them(tmp_path):
+    hospital_shard(tmp_path / "pool", 60, 0, institutions=np.repeat(["x y", "z"], [20, 40]))
+    hospitals = open_hospitals(scenario("federation.hospitals=2"), tmp_path / "pool")
+    assert [hospital.name for hospital in hospitals] == ["z", "x-y"]
+    assert set(hospitals[1].train.institutions) == {"x y"}
+    assert partition_record(hospitals)[0]["name"] == "z"
+    (whole,) = open_hospitals(scenario("federation.hospitals=1"), tmp_path / "pool")
+    assert whole.name == "pool"
+
+
+def test_patient_numbers_that_collide_between_hospitals_are_kept_apart(tmp_path):
+    for name, splits in (("a", ["train"] * 20 + ["test"] * 4), ("b", ["test"] * 4 + ["train"] * 20)):
+        hospital_shard(tmp_path / name, 24, 0, patients=[f"{i}" for i in range(24)], splits=splits)
+    hospitals = open_hospitals(scenario("data.partition=iid", "federation.hospitals=2"), tmp_path)
+    for hospital in hospitals:
+        assert not set(hospital.train.patients) & set(hospital.test.patients)
+    assert sum(len(hospital.train) for hospital in hospitals) == 40
+
+
+def test_an_unconditional_shard_opens_without_labels(tmp_path):
+    hospital_shard(tmp_path / "a", 30, 0, labels=np.zeros((30, 0), np.uint8))
+    (hospital,) = open_hospitals(scenario("federation.hospitals=1"), tmp_path)
+    assert hospital.train.batch(np.arange(2))[1].shape == (2, 0)
+    parts = open_hospitals(scenario("federation.hospitals=2", "data.partition=dirichlet"), tmp_path)
+    assert sum(len(part.train) for part in parts) == len(hospital.train)
+
+
+def test_what_does_not_fit_is_one_clear_error(root, tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.root is empty"):
+        open_hospitals(scenario())
+    with pytest.raises(DataError, match="no data at"):
+        open_hospitals(scenario(), tmp_path / "nowhere")
+    with pytest.raises(DataError, match="holds no shard"):
+        open_hospitals(scenario(), tmp_path)
+    with pytest.raises(DataError, match=r"--set federation\.hospitals=3"):
+        open_hospitals(scenario("federation.hospitals=2"), root)
+    with pytest.raises(DataError, match=r"32 pixels, data\.resolution = 64"):
+        open_hospitals(scenario("data.resolution=64"), root)
+    with pytest.raises(DataError, match="no rule for 'b'"):
+        open_hospitals(scenario("data.label_map=normal=normal,a=a"), root)
+    hospital_shard(tmp_path / "lone" / "a", 30, 0)
+    with pytest.raises(DataError, match=r"raise data\.alpha"):
+        open_hospitals(scenario("data.partition=dirichlet", "federation.hospitals=9", "data.alpha=0.001"), tmp_path / "lone")
+
+
+def test_hospitals_that_do_not_fit_together_are_named(tmp_path):
+    hospital_shard(tmp_path / "a", 30, 0)
+    hospital_shard(tmp_path / "b", 30, 0, label_names=("normal", "x", "y"))
+    with pytest.raises(DataError, match="'a' and 'b' differ in label_names"):
+        open_hospitals(scenario("federation.hospitals=2"), tmp_path)
+    hospital_shard(tmp_path / "b", 30, 0, name="a", overwrite=True)
+    with pytest.raises(DataError, match="same hospital name"):
+        open_hospitals(scenario("federation.hospitals=2"), tmp_path)
+
+
+def test_a_class_that_no_hospital_holds_is_an_error(tmp_path):
+    two = np.eye(3, dtype=np.uint8)[np.arange(30) % 2]
+    hospital_shard(tmp_path / "a", 30, 0, labels=two)
+    hospital_shard(tmp_path / "b", 30, 1, labels=two)
+    with pytest.raises(DataError, match="no hospital holds the class 'b'"):
+        open_hospitals(scenario("federation.hospitals=2"), tmp_path)
+    assert len(open_hospitals(scenario("federation.hospitals=2", "data.label_map=normal=normal,*=ill"), tmp_path)) == 2
+    assert open_hospital(scenario(), tmp_path / "a").name == "a"  # a hospital alone cannot know what others hold
+    hospital_shard(tmp_path / "c", 30, 2, splits=["test"] * 30)
+    with pytest.raises(DataError, match="'c' has no image in its training split"):
+        open_hospitals(scenario("federation.hospitals=3"), tmp_path)
+    with pytest.raises(DataError, match="'c' has no image in its training split"):
+        open_hospital(scenario(), tmp_path / "c")
