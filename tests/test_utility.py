@@ -94,7 +94,7 @@ def _binormal(rng, people, images):
     return np.repeat(truth, images).astype(np.uint8), (scores[:, None] + jitter).ravel()
 
 
-def _coverage(by_patient, images, repeats=120):
+def _coverage(by_patient, images, repeats=80):
     rng = np.random.default_rng(5)
     hits = 0
     for repeat in range(repeats):
