@@ -87,6 +87,9 @@ def dot_chart(
     for i, row in enumerate(rows):
         middle = TOP + ROW * (i + 0.5)
         parts.append(_name(row, middle))
+        if i:
+            top = TOP + ROW * i
+            parts.append(Markup('<line class="grid" x1="0" x2="{:g}" y1="{}" y2="{}"/>').format(x.stop, top, top))
         if not row.dots:
             parts.append(_text(NAMES + 12, middle + 4, "not measured", "note"))
         gap = min(9.0, (ROW - 10) / max(len(row.dots), 1))

@@ -9,14 +9,19 @@ DASH = "–"
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite float; None for anything else (null, text, a truth value, NaN, beyond 1e300)."""
+    """`value` as a finite float; None for anything else (null, text, a truth value, NaN, beyond 1e300).
+
+    Below 1e-300 it counts as zero, so that no axis has to divide by what is left there.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         result = float(value)
     except OverflowError:
         return None
-    return result if abs(result) < 1e300 else None
+    if not abs(result) < 1e300:
+        return None
+    return result if abs(result) > 1e-300 else 0.0
 
 
 def whole(value: Any) -> str:

@@ -81,7 +81,8 @@ def _curve(run: RunData) -> tuple[Markup | None, str]:
     )
     floor_images = number(dig(run.evaluation, "fidelity", "floor_images"))
     if references and floor_images is not None and counts != [floor_images]:
-        note += f" The floor was measured with {text.whole(floor_images)} images on each side; with fewer images a distance comes out larger."
+        note += f" The floor was measured with {text.whole(floor_images)} images on each side;"
+        note += " with fewer images a distance comes out larger."
     lines = [Line("Fréchet distance", points(same, "fidelity", "frechet"))]
     if not lines[0].points:
         return None, "The rounds have Fréchet distances but no count of images seen, so there is no curve."

@@ -13,6 +13,7 @@ from fedgan.report.tables import Column, table
 from fedgan.report.templating import absent, render
 
 SPLITS = ("train", "val", "test")
+MOST_MARKS = 6  # hospitals in one row of marks
 MOST_PARTS = 8  # parts of a bar that can still be told apart
 
 
@@ -27,8 +28,15 @@ def _render(run: RunData) -> Markup:
         figure, marks = _mix(run.hospitals, labels)
     else:
         figure, marks = _prevalence(run.hospitals, labels)
+    left_out = 0 if exclusive or not labels else max(0, len(run.hospitals) - MOST_MARKS)
     return render(
-        "hospitals.html.j2", figure=figure, legend=marks, sizes=_sizes(run), classes=_classes(run, labels), exclusive=exclusive
+        "hospitals.html.j2",
+        figure=figure,
+        legend=marks,
+        sizes=_sizes(run),
+        classes=_classes(run, labels),
+        exclusive=exclusive,
+        left_out=left_out,
     )
 
 
@@ -69,7 +77,7 @@ def _mix(hospitals: tuple[Tree, ...], labels: list[str]) -> tuple[Markup, Markup
 
 def _prevalence(hospitals: tuple[Tree, ...], labels: list[str]) -> tuple[Markup, Markup]:
     """For labels that may stand together: the share of images that have each, a mark a hospital."""
-    shown = hospitals[:6]
+    shown = hospitals[:MOST_MARKS]
     rows = [
         Row(
             label,

@@ -34,7 +34,7 @@ def _render(run: RunData) -> Markup:
     done, planned = len(run.rounds), run.settings.federation.rounds
     if 0 < done < planned:
         missing.append(
-            f"The run has {done} of {planned} rounds: it is still going on or was stopped (`fedgan resume` continues it)."
+            f"The run has {done} of {planned} rounds: it is still going on or was stopped (fedgan resume continues it)."
         )
     if "privacy" not in evaluation:
         missing.append(

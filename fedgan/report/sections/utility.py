@@ -28,7 +28,7 @@ def _render(run: RunData) -> Markup:
     if not any(tree(utility.get(source)) for source in SOURCES):
         return absent(
             "No classifier has been tested yet: evaluation.json is not there or has no utility numbers. "
-            "They are written at the end of the run, or by `fedgan evaluate`."
+            "They are written at the end of the run, or by the command fedgan evaluate."
         )
     labels = _names(utility, "per_class", run.label_names)
     places = _names(utility, "per_institution", run.hospital_names)
