@@ -7,7 +7,6 @@ names the kind of failure, but no path, patient or label, travels to the server.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import Order, Progress, Site, find_site, log_failure
+from client.site import Order, Progress, Site, cores, find_site, log_failure, log_folder
 from fedgan.config import PARTS
 from fedgan.training.trainer import Trainer
 
@@ -44,7 +43,7 @@ class Visit:
         self.message, self.node = message, context.node_config
         self.doing = "reading the server's order"
         self.folder: Path | None = None
-        self.round = 0
+        self.round, self.known = 0, False
 
     def answer(self, work: Callable[[Visit, Order, Site], RecordDict]) -> Message:
         """The reply of `work`, or an error reply that gives away nothing but the kind of failure."""
@@ -56,11 +55,12 @@ class Visit:
                 str(self.node.get("state-dir") or Path(order.run) / "hospitals" / f"partition-{self.node['partition-id']}")
             )
             site = find_site(order, self.node)
-            self.folder = site.folder
+            self.folder, self.doing, self.known = site.folder, "beginning its work", True
             return Message(work(self, order, site), reply_to=self.message)
         except Exception as error:  # every failure becomes a reply: an exception would carry its traceback to the server
             log_failure(self.folder, self.round, self.doing)
-            return Message(Error(FAILED, f"{SAFE}{type(error).__name__} while {self.doing}"), reply_to=self.message)
+            who = "" if self.known else f" (partition-id {self.node.get('partition-id')})"
+            return Message(Error(FAILED, f"{SAFE}{type(error).__name__} while {self.doing}{who}"), reply_to=self.message)
 
 
 def introduce(visit: Visit, order: Order, site: Site) -> RecordDict:
@@ -81,7 +81,7 @@ def introduce(visit: Visit, order: Order, site: Site) -> RecordDict:
 def train_round(visit: Visit, order: Order, site: Site) -> RecordDict:
     """Load the state of the round before, take over what arrived, train, save, and give out what travels."""
     settings = order.settings
-    threads = settings.federation.threads or os.cpu_count() or 1
+    threads = settings.federation.threads or cores()
     torch.set_num_threads(threads)
 
     visit.doing = "preparing the training"

@@ -88,7 +88,10 @@ def load_state(run: RunFolder, experiment: str) -> State | None:
     newest = run.last_round()
     if newest is None:
         return None
-    tensors, meta = load_tensors(run.checkpoint(newest))
+    try:
+        tensors, meta = load_tensors(run.checkpoint(newest))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; remove it to go on from the round before") from None
     if meta.get("experiment") != experiment:
         raise CheckpointError(
             f"{run.checkpoint(newest)} belongs to another experiment than {run.environment}: was it copied here?"

@@ -75,9 +75,9 @@ def introduce(grid: Grid, settings: Settings, order: ConfigRecord) -> list[Membe
                 resolution=int(facts["resolution"]),
             )
         )
-    for node, answer in answers.items():
+    for answer in answers.values():
         if answer.has_error():
-            raise FederationError(f"a hospital (node {node}) could not join: {reason_of(answer)}")
+            raise FederationError(f"a hospital could not join: {reason_of(answer)}")
     if len(members) < len(nodes):
         raise FederationError(
             f"only {len(members)} of {len(nodes)} hospitals answered within {HELLO_WAIT:.0f} s: "

@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
+import signal
 import sys
 import threading
 import traceback
@@ -126,9 +128,10 @@ def backend_config(settings: Settings) -> Any:
 
 
 def _end_with_the_runner() -> None:
-    """Block until the runner closes our standard input, then end this process; Ray's processes follow it."""
+    """Block until the runner closes our standard input (it is gone), then end Ray's processes and this one."""
     sys.stdin.buffer.read()
-    os._exit(1)
+    shutil.rmtree(os.environ["FEDGAN_RAY_DIR"], ignore_errors=True)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

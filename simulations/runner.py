@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fedgan.errors
+from fedgan import files
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError, FedganError
 from fedgan.run_folder import RunFolder
@@ -95,6 +96,7 @@ def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT
 def _engine(run: RunFolder, tell: OnEvent, client: str, lock: int) -> None:
     """Start the engine, pass its events on, and see to it that nothing of it is left."""
     tell({"event": "preparing", "what": "engine"})
+    begun = time.time()
     reading, writing = os.pipe()
     ray_folder = tempfile.mkdtemp(prefix="fedgan-")  # short: Ray puts sockets there, and their names are limited
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
@@ -110,7 +112,7 @@ def _engine(run: RunFolder, tell: OnEvent, client: str, lock: int) -> None:
         finally:
             _end(process)
             shutil.rmtree(ray_folder, ignore_errors=True)
-    _check_ending(run, ending, process.returncode)
+    _check_ending(run, ending, process.returncode, begun)
     tell({"event": "finished"})
 
 
@@ -165,16 +167,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             time.sleep(0.05)
 
 
-def _check_ending(run: RunFolder, ending: dict[str, Any] | None, code: int) -> None:
-    """Raise the error that ended the engine, if one did."""
-    go_on = f"log: {run.path / 'flower.log'}; continue with `fedgan resume {run.path}`"
+def _check_ending(run: RunFolder, ending: dict[str, Any] | None, code: int, begun: float) -> None:
+    """Raise the error that ended the engine, if one did, with the places where more is written."""
+    if ending and ending["event"] == "finished":
+        return
+    logs = [path for path in sorted(run.path.glob("hospitals/*/client.log")) if path.stat().st_mtime >= begun]
+    where = f"see {' and '.join(str(path) for path in [*logs, run.path / 'flower.log'])}; go on with: fedgan resume {run.path}"
     if ending is None:
-        raise FederationError(f"the simulation's process ended without a word (exit status {code}; out of memory?); {go_on}")
-    if ending["event"] == "failed":
-        kind = getattr(fedgan.errors, ending["kind"], None)
-        if isinstance(kind, type) and issubclass(kind, FedganError):
-            raise kind(f"{ending['message']}\n{go_on}")
-        raise FederationError(f"the simulation failed with {ending['kind']}: {ending['message'].splitlines()[0]}\n{go_on}")
+        raise FederationError(f"the simulation's process ended without a word (exit status {code}; out of memory?)\n{where}")
+    kind, message = getattr(fedgan.errors, ending["kind"], None), ending["message"].strip().splitlines() or ["no reason given"]
+    if isinstance(kind, type) and issubclass(kind, FedganError):
+        raise kind(f"{message[0]}\n{where}")
+    raise FederationError(f"the simulation failed with {ending['kind']}: {message[0]}\n{where}")
 
 
 # --- the run folder --------------------------------------------------------------------------------
@@ -187,18 +191,27 @@ def locked(run: RunFolder) -> Iterator[int]:
     The lock is the system's (flock) and passed on to the engine: it ends with the last of the two, however they end.
     Yields the file descriptor that holds it.
     """
-    run.path.mkdir(parents=True, exist_ok=True)
-    handle = os.open(run.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    place = run.path / LOCK
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise ConfigError(f"{run.path} is in use by another fedgan: wait for its end, or stop it") from None
+        run.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise files.storage_error(run.path, error) from error
     try:
-        yield handle
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = os.path.samestat(os.fstat(handle), os.stat(place))  # not a file that its holder has just removed
+        except OSError:
+            free = False
+        if not free:
+            raise ConfigError(f"{run.path} is in use by another fedgan: wait for its end, or stop it")
+        try:
+            yield handle
+        finally:
+            place.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                run.path.rmdir()  # only where nothing was written
     finally:
-        with contextlib.suppress(OSError):
-            (run.path / LOCK).unlink()
         os.close(handle)
 
 

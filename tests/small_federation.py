@@ -1,0 +1,154 @@
+"""Helpers of the federation's tests: shards of a few images, tiny settings, a grid without Ray."""
+
+from __future__ import annotations
+
+import copy
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedgan.config import Settings, from_dict
+from fedgan.data.shard import write_shard
+from fedgan.run_folder import RunFolder
+from server.federation import Federation
+from server.preparation import experiment_of, is_prepared, prepare_run
+
+NAMES = ("alpha", "beta", "gamma", "delta", "epsilon")
+LABELS = ("dark", "bright")
+
+
+def write_shards(root: Path, sizes: Sequence[int], resolution: int = 16) -> Path:
+    """A shard for each size: images of two classes, darker and brighter noise, every second image of each class held out."""
+    for number, size in enumerate(sizes):
+        rng = np.random.default_rng(number)
+        labels = np.eye(2, dtype=np.uint8)[np.arange(size) % 2]
+        images = rng.integers(0, 128, (size, 1, resolution, resolution)) + 100 * labels[:, 1, None, None, None]
+        splits = np.array(["train", "train", "test", "test", "train", "train", "val", "val"])[np.arange(size) % 8]
+        write_shard(
+            root / NAMES[number],
+            images.astype(np.uint8),
+            labels,
+            patients=[f"{NAMES[number]}-{row}" for row in range(size)],
+            splits=splits,
+            label_names=LABELS,
+            name=NAMES[number],
+        )
+    return root
+
+
+def tiny(root: Path, *overrides: str, hospitals: int = 3, rounds: int = 3, kimg: float = 0.2) -> Settings:
+    """Settings of a federation that trains in a blink."""
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "data": {"root": str(root), "resolution": 16},
+        "model": {"z_dim": 4, "w_dim": 8, "channel_base": 64, "channel_max": 8, "mapping_layers": 1},
+        "augment": {"p": 0.2, "mode": "ada"},
+        "training": {"kimg": kimg, "batch_size": 4, "device": "cpu"},
+        "federation": {"hospitals": hospitals, "rounds": rounds, "threads": 1},
+        "evaluation": {"every": 0, "images": 16, "seeds": 1, "epochs": 1, "bootstrap": 10},
+    }
+    return from_dict(tree, overrides)
+
+
+class NoJudge:
+    """An evaluator that looks at nothing and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.looked: list[int] = []
+
+    def start(self) -> None:
+        pass
+
+    def during(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
+        self.looked.append(round_number)
+        return {}
+
+    def final(self, generator: Any, facts: dict[str, Any]) -> dict[str, Any]:
+        return facts
+
+
+class LocalGrid:
+    """Flower's Grid in one process: each message is answered by the ClientApp at once.
+
+    `fault(number, message)` may return a reply in the place of the hospital's, or raise `LookupError` for no answer.
+    Replies come in the reverse order of the hospitals.
+    """
+
+    def __init__(self, hospitals: int, app: ClientApp, fault: Callable[[int, Message], Message | None] | None = None) -> None:
+        TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+        self.nodes = {1000 - number: number for number in range(hospitals)}
+        self.app, self.fault = app, fault
+        self.replies: dict[str, Message] = {}
+        self.sent: list[Message] = []
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            ids.append(str(uuid.uuid4()))
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            self.sent.append(message)
+            self._answer(copy.deepcopy(message), ids[-1])
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self.replies.pop(key) for key in reversed(list(message_ids)) if key in self.replies]
+
+    def _answer(self, message: Message, key: str) -> None:
+        number = self.nodes[message.metadata.dst_node_id]
+        node: Any = {"partition-id": number, "num-partitions": len(self.nodes)}
+        context = Context(run_id=1, node_id=message.metadata.dst_node_id, node_config=node, state=RecordDict(), run_config={})
+        try:
+            reply = self.fault(number, message) if self.fault else None
+        except LookupError:
+            return
+        self.replies[key] = reply or self.app(message, context)
+
+
+def error_reply(message: Message, reason: str, code: int = 0) -> Message:
+    """What a node answers that failed with `reason`."""
+    return Message(Error(code, reason), reply_to=message)
+
+
+def federate(settings: Settings, run: RunFolder, app: ClientApp, fault: Any = None) -> Federation:
+    """Train all rounds that are left, in this process."""
+    if not is_prepared(run):
+        prepare_run(settings, run)
+    federation = Federation(run.settings(), run, experiment_of(run), NoJudge())
+    federation.train(LocalGrid(settings.federation.hospitals, app, fault))  # type: ignore[arg-type]
+    return federation
+
+
+def processes_of(run: Path) -> set[int]:
+    """Session ids of the engines that work on `run` (each leads a session of its own)."""
+    return {pid for pid, words, _ in _processes() if "simulations.engine" in words and str(run) in words}
+
+
+def alive_in(sessions: set[int]) -> list[int]:
+    """Processes of those sessions that still run."""
+    return [pid for pid, _, session in _processes() if session in sessions]
+
+
+def _processes() -> list[tuple[int, list[str], int]]:
+    """(pid, command line, session id) of all processes but the dead that nobody has buried."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            state, _, _, session = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:4]
+        except OSError:
+            continue
+        if state != "Z" and int(entry.name) != os.getpid():
+            found.append((int(entry.name), words, int(session)))
+    return found

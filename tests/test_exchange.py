@@ -1,0 +1,317 @@
+"""What travels between server and hospitals, and what does not."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from small_federation import LocalGrid, error_reply, federate, tiny, write_shards
+
+from client.app import app
+from client.site import KEEP_STATES, Order, find_site
+from fedgan import files
+from fedgan.config import to_dict
+from fedgan.errors import CheckpointError, ConfigError, FederationError
+from fedgan.run_folder import RunFolder
+from fedgan.training.checkpoint import load_tensors
+from server.checkpoints import load_state, write_line
+from server.federation import array_bytes, check_reply, personal, to_record
+from server.preparation import experiment_of
+from server.roster import Member, check_members, gather, introduce, require_all, wait_for_nodes
+
+
+@pytest.fixture(autouse=True)
+def identity() -> None:
+    """Messages can be made only where Flower knows a task."""
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+
+
+def member(number: int, **changes: object) -> Member:
+    facts: dict[str, object] = {
+        "node": 100 + number,
+        "number": number,
+        "name": f"clinic-{number}",
+        "images": 10,
+        "label_names": ("a", "b"),
+        "exclusive": True,
+        "channels": 1,
+        "resolution": 16,
+    }
+    return Member(**(facts | changes))  # type: ignore[arg-type]
+
+
+def question(node: int = 100, **config: object) -> Message:
+    records = {"arrays": to_record({"ema/w": np.ones(3, np.float32)}), "config": ConfigRecord(config)}  # type: ignore[arg-type]
+    message = Message(RecordDict(records), node, "train")
+    message.metadata.__dict__["_message_id"] = "question"
+    return message
+
+
+def answer(arrays: dict[str, np.ndarray]) -> Message:
+    content = {"arrays": ArrayRecord({k: Array(v) for k, v in arrays.items()}), "metrics": MetricRecord({"num_examples": 5})}
+    return Message(RecordDict(content), reply_to=question())
+
+
+# --- a whole run without Ray -----------------------------------------------------------------------
+
+
+def test_only_the_named_parts_travel_and_bytes_are_counted(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (24, 16)), 'federation.exchange=["ema"]', hospitals=2, rounds=2, kimg=0.016)
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    tensors, meta = load_tensors(run.checkpoint(2))
+    assert {key.split("/")[0] for key in tensors} == {"ema"}
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    assert meta["bytes_exchanged"] == 2 * 2 * 2 * 4 * numbers  # rounds, hospitals, directions, float32
+    homes = [load_tensors(run.hospital_state(name) / "state-00002.safetensors")[0] for name in ("alpha", "beta")]
+    assert not homes[0]["discriminator/" + _first(homes[0], "discriminator/")].equal(
+        homes[1]["discriminator/" + _first(homes[1], "discriminator/")]
+    )
+
+
+def _first(tensors: dict[str, object], prefix: str) -> str:
+    """The largest tensor's name of a part."""
+    return max((key for key in tensors if key.startswith(prefix)), key=lambda key: tensors[key].numel()).removeprefix(prefix)  # type: ignore[attr-defined]
+
+
+def test_the_mean_is_that_of_the_hospitals_models_whatever_the_order_of_answers(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (40, 24, 16)), rounds=2, kimg=0.024)
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    for number in (1, 2):
+        tensors, _ = load_tensors(run.checkpoint(number))
+        states = [
+            load_tensors(run.hospital_state(name) / f"state-{number:05d}.safetensors")[0] for name in ("alpha", "beta", "gamma")
+        ]
+        weights = np.array([20, 12, 8]) / 40
+        for key, tensor in tensors.items():
+            mean = sum(w * state[key].double().numpy() for w, state in zip(weights, states, strict=True))
+            np.testing.assert_allclose(tensor.numpy(), mean, rtol=1e-6, atol=1e-7)
+
+
+def test_budgets_of_the_rounds_add_up_in_every_hospital(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (64, 8)), hospitals=2, rounds=5, kimg=0.043)
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    lines = files.read_json_lines(run.metrics)
+    assert [line["round"] for line in lines] == [1, 2, 3, 4, 5]
+    seen = [row["images_seen"] for row in lines[-1]["hospitals"]]
+    assert seen == [40, 8]  # 38.2 and 4.8 of 43 images, in whole batches of 4
+    assert lines[-1]["images_seen"] == sum(seen)
+    idle = [line["hospitals"][1] for line in lines if line["hospitals"][1]["images"] == 0]
+    assert idle, "the small hospital has rounds without a step"
+    assert all("loss_g" not in row for row in idle)
+
+
+def test_hospitals_keep_their_last_states_only(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2, rounds=5, kimg=0.04)
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    states = sorted(path.name for path in run.hospital_state("alpha").glob("*.safetensors"))
+    assert states == [f"state-{number:05d}.safetensors" for number in (3, 4, 5)]
+    assert len(states) == KEEP_STATES
+    assert sorted(path.name for path in run.checkpoints.glob("*.safetensors")) == [
+        f"round-0000{number}.safetensors" for number in (3, 4, 5)
+    ]
+
+
+def test_what_goes_wrong_in_a_hospital_stays_there(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2, rounds=3, kimg=0.024)
+    run = RunFolder.at(tmp_path / "run")
+
+    def lose_state(number: int, message: Message) -> None:
+        if message.content.config_records["config"].get("round") == 2:
+            for path in run.hospital_state("beta").glob("state-*"):
+                path.unlink()
+
+    with pytest.raises(FederationError) as caught:
+        federate(settings, run, app, lose_state)
+    assert str(caught.value) == "hospital 2 ('beta') failed in round 2: CheckpointError while loading its state of round 1"
+    log = (run.hospital_state("beta") / "client.log").read_text()
+    assert "Traceback" in log
+    assert str(run.path) in log
+
+
+def test_a_damaged_state_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2, rounds=2, kimg=0.016)
+    run = RunFolder.at(tmp_path / "run")
+
+    def damage(number: int, message: Message) -> None:
+        path = run.hospital_state("alpha") / "state-00001.safetensors"
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-100])
+
+    with pytest.raises(
+        FederationError, match=r"'alpha'\) failed in round 2: CheckpointError while loading its state of round 1$"
+    ):
+        federate(settings, run, app, damage)
+
+
+def test_a_state_of_another_experiment_is_refused(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2, rounds=2, kimg=0.016)
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    config = {
+        "settings": json.dumps(to_dict(run.settings())),
+        "experiment": "another",
+        "run": str(run.path),
+        "round": 2,
+        "since": 1,
+    }
+    order = Order.read(config)
+    with pytest.raises(CheckpointError, match="another experiment"):
+        find_site(order, {"partition-id": 0}).state_of(order)
+    with pytest.raises(CheckpointError, match="another experiment"):
+        load_state(run, "another")
+    state = load_state(run, experiment_of(run))
+    assert state is not None
+    assert state.round == 2
+
+
+def test_a_hospital_of_its_own_keeps_data_and_state_where_its_node_says(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", (16, 24))
+    settings = tiny(tmp_path / "nowhere", hospitals=2)
+    order = Order(settings, "exp-1", str(tmp_path / "run"))
+    site = find_site(order, {"partition-id": 1, "data-root": str(data / "alpha"), "state-dir": str(tmp_path / "disk")})
+    assert (site.number, site.hospital.name, len(site.hospital.train)) == (1, "alpha", 8)
+    assert site.folder == tmp_path / "disk" / "exp-1"
+
+
+def test_a_partition_id_without_hospital_is_an_error(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2)
+    with pytest.raises(ConfigError, match="partition-id = 2, but there are 2 hospitals"):
+        find_site(Order(settings, "e", str(tmp_path)), {"partition-id": 2})
+
+
+def test_a_shard_that_cannot_be_opened_fails_before_the_first_round(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2)
+    run = RunFolder.at(tmp_path / "run")
+
+    def remove(number: int, message: Message) -> None:
+        (tmp_path / "data" / "beta" / "images.npy").unlink(missing_ok=True)
+
+    from client import site
+
+    site._open_all.cache_clear()
+    with pytest.raises(
+        FederationError, match=r"a hospital could not join: DataError while opening its shard \(partition-id \d\)$"
+    ):
+        federate(settings, run, app, remove)
+
+
+# --- one answer ------------------------------------------------------------------------------------
+
+
+def test_each_hospital_gets_its_own_number_of_images() -> None:
+    message = question(node=7, round=3)
+    mine, other = personal(message, {7: 11, 8: 22}), personal(question(node=8, round=3), {7: 11, 8: 22})
+    assert mine.content.config_records["config"]["images"] == 11
+    assert other.content.config_records["config"]["images"] == 22
+    assert "images" not in message.content.config_records["config"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "word"),
+    [
+        ({"ema/w": np.ones(4, np.float32)}, "sent was float32"),
+        ({"ema/w": np.ones(3, np.float64)}, "as float64"),
+        ({"ema/v": np.ones(3, np.float32)}, "other arrays"),
+        ({"ema/w": np.array([1, np.nan, 2], np.float32)}, "not finite"),
+    ],
+)
+def test_an_answer_that_would_spoil_the_model_is_refused(arrays: dict[str, np.ndarray], word: str) -> None:
+    with pytest.raises(FederationError, match=rf"hospital 1 \('clinic-0'\) .*{word}"):
+        check_reply(member(0), answer(arrays), {"ema/w": np.ones(3, np.float32)})
+
+
+def test_an_answer_as_it_should_be_passes() -> None:
+    sent = {"ema/w": np.ones(3, np.float32)}
+    check_reply(member(0), answer(sent), sent)
+    assert array_bytes(answer(sent).content.array_records["arrays"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("reason", "code", "shown"),
+    [
+        ("hospital: DataError while opening its shard", 2, "DataError while opening its shard"),
+        ("<class 'ClientAppException'>:<'/data/p17.png: bad'>", 2, "an error that its own log explains"),
+        ("<class 'ray.exceptions.ActorDiedError'>:<'...'>", 0, "its process died (killed, or out of memory)"),
+        ("ClientApp stopped responding.", 8, "its process died (killed, or out of memory)"),
+    ],
+)
+def test_reasons_are_shown_only_where_they_are_safe(reason: str, code: int, shown: str) -> None:
+    answers = {100: answer({}), 101: error_reply(question(), reason, code)}
+    with pytest.raises(FederationError) as caught:
+        require_all([member(0), member(1)], answers, 5, "in round 4")
+    assert str(caught.value) == f"hospital 2 ('clinic-1') failed in round 4: {shown}"
+
+
+def test_who_does_not_answer_in_time_is_named() -> None:
+    with pytest.raises(
+        FederationError, match=r"hospital 2 \('clinic-1'\) and hospital 3 \('clinic-2'\) did not answer in round 1 within"
+    ):
+        require_all([member(0), member(1), member(2)], {100: answer({})}, 5, "in round 1")
+
+
+def test_gathering_ends_at_the_timeout_or_at_the_first_error() -> None:
+    def fault(number: int, message: Message) -> Message | None:
+        if number == 2:
+            return error_reply(message, "broken")
+        raise LookupError
+
+    grid = LocalGrid(3, app, fault)
+    assert gather(grid, [question(1000), question(999)], timeout=0.2) == {}  # type: ignore[arg-type]
+    answers = gather(grid, [question(1000), question(998)], timeout=60)  # type: ignore[arg-type]
+    assert list(answers) == [998]
+
+
+# --- who takes part --------------------------------------------------------------------------------
+
+
+def test_the_wait_for_hospitals_is_bounded() -> None:
+    with pytest.raises(FederationError, match="2 of 3 hospitals came online"):
+        wait_for_nodes(LocalGrid(2, app), 3, limit=0.3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="4 nodes for federation.hospitals = 3"):
+        wait_for_nodes(LocalGrid(4, app), 3, limit=0.3)  # type: ignore[arg-type]
+
+
+def test_hospitals_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (16, 40, 24)))
+    order = ConfigRecord({"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)})
+    members = introduce(LocalGrid(3, app), settings, order)  # type: ignore[arg-type]
+    assert [(one.number, one.name, one.images) for one in members] == [(0, "beta", 20), (1, "gamma", 12), (2, "alpha", 8)]
+    assert members[0].label_names == ("dark", "bright")
+
+
+def test_hospitals_that_do_not_fit_together_are_refused() -> None:
+    with pytest.raises(FederationError, match=r"\('clinic-0'\) and hospital 2 \('clinic-1'\) differ"):
+        check_members([member(0), member(1, resolution=32)])
+    with pytest.raises(FederationError, match="partition-id"):
+        check_members([member(0), member(0)])
+
+
+# --- lines -----------------------------------------------------------------------------------------
+
+
+def test_a_round_has_one_line_even_when_it_was_repeated_or_torn(tmp_path: Path) -> None:
+    run = RunFolder.at(tmp_path)
+    for number in (1, 2, 3):
+        write_line(run, {"round": number, "try": 1})
+    with open(run.metrics, "a") as stream:
+        stream.write('{"round": 4, "tr')
+    write_line(run, {"round": 2, "try": 2})
+    assert files.read_json_lines(run.metrics) == [{"round": 1, "try": 1}, {"round": 2, "try": 2}]
+    assert run.metrics.read_text().count("\n") == 2
+
+
+def test_nothing_of_a_message_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2, rounds=1, kimg=0.008)
+    with caplog.at_level(logging.DEBUG):
+        federate(settings, RunFolder.at(tmp_path / "run"), app)
+    assert "alpha-" not in caplog.text  # no patient
+    assert str(tmp_path) not in caplog.text  # no path

@@ -1,0 +1,176 @@
+"""Strategies are Flower's own, aggregate what they say, and go on after a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import flwr.serverapp.strategy as flower
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_federation import error_reply, federate, tiny, write_shards
+
+from client.app import app
+from fedgan.config import STRATEGIES
+from fedgan.errors import CheckpointError, ConfigError, FederationError
+from fedgan.run_folder import RunFolder
+from fedgan.training.checkpoint import load_tensors
+from server.federation import mean_of
+from server.rounds import deal_images, round_totals
+from server.strategies import check_strategy, make_strategy, restore_strategy, strategy_state
+
+CLASSES = {
+    "fedavg": flower.FedAvg,
+    "fedprox": flower.FedProx,
+    "fedadam": flower.FedAdam,
+    "fedyogi": flower.FedYogi,
+    "fedmedian": flower.FedMedian,
+    "fedtrimmedavg": flower.FedTrimmedAvg,
+    "krum": flower.Krum,
+}
+PARTS = ("generator/", "discriminator/", "ema/")
+
+
+def overrides(strategy: str) -> list[str]:
+    more = {"fedprox": ["training.proximal_mu=0.1"], "fedtrimmedavg": ["federation.trim=0.34"]}
+    return [f"federation.strategy={strategy}", *more.get(strategy, [])]
+
+
+def arrays_of(run: RunFolder, round_number: int) -> dict[str, np.ndarray]:
+    tensors, _ = load_tensors(run.checkpoint(round_number))
+    return {key: tensor.numpy() for key, tensor in tensors.items() if key.startswith(PARTS)}
+
+
+def local_models(run: RunFolder, round_number: int, names: tuple[str, ...]) -> list[dict[str, np.ndarray]]:
+    """The hospitals' own models after training a round, before aggregation."""
+    states = [load_tensors(run.hospital_state(name) / f"state-{round_number:05d}.safetensors")[0] for name in names]
+    return [{key: tensor.numpy() for key, tensor in state.items() if key.startswith(PARTS)} for state in states]
+
+
+# --- what the classes do ---------------------------------------------------------------------------
+
+
+def test_every_name_has_its_flower_class() -> None:
+    assert set(CLASSES) == set(STRATEGIES)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_round_aggregates_as_the_strategy_says(name: str, tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (48, 24, 16)), *overrides(name), rounds=1, kimg=0.012)
+    assert type(make_strategy(settings)) is CLASSES[name]
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    before, after = arrays_of(run, 0), arrays_of(run, 1)
+    locals_ = local_models(run, 1, ("alpha", "beta", "gamma"))
+    assert set(after) == set(before) == set(locals_[0])
+    weights = np.array([24, 12, 8]) / 44
+    for key, array in after.items():
+        stack = np.stack([np.asarray(model[key], np.float64) for model in locals_])
+        mean = np.tensordot(weights, stack, 1)
+        match name:
+            case "fedavg" | "fedprox":
+                expected = mean
+            case "fedmedian":
+                expected = np.median(stack, axis=0)
+            case "fedtrimmedavg":  # one of three is cut from each end
+                expected = np.sort(stack, axis=0)[1]
+            case "krum":
+                expected = next(model for model in stack if np.allclose(model, array, atol=1e-6))
+            case "fedadam" | "fedyogi":
+                delta = mean - before[key]
+                m, v = 0.1 * delta, 0.01 * delta**2
+                corrected = np.sqrt(1 - 0.99**2) / (1 - 0.9**2) if name == "fedadam" else 1.0
+                expected = before[key] + 0.01 * corrected * m / (np.sqrt(v) + 1e-3)
+        assert array.dtype == np.float32
+        np.testing.assert_allclose(array, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_krum_takes_one_hospital_whole(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (48, 24, 16)), *overrides("krum"), rounds=1, kimg=0.012)
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    after = arrays_of(run, 1)
+    same = [
+        all(np.allclose(model[key], after[key], atol=1e-6) for key in after)
+        for model in local_models(run, 1, ("alpha", "beta", "gamma"))
+    ]
+    assert sum(same) == 1
+
+
+@pytest.mark.parametrize("name", ["fedadam", "fedyogi"])
+def test_moments_of_the_server_survive_a_restart(name: str, tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (24, 16)), *overrides(name), hospitals=2, rounds=3, kimg=0.024)
+    whole, broken = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "broken")
+    federate(settings, whole, app)
+
+    def fault(number: int, message: object) -> object:
+        config = message.content.config_records["config"]  # type: ignore[attr-defined]
+        return error_reply(message, "gone") if config.get("round") == 3 and number == 1 else None  # type: ignore[arg-type]
+
+    with pytest.raises(FederationError, match=r"hospital 2 \('beta'\) failed in round 3"):
+        federate(settings, broken, app, fault)
+    assert broken.last_round() == 2
+    federate(settings, broken, app)
+    tensors, other = load_tensors(whole.checkpoint(3))[0], load_tensors(broken.checkpoint(3))[0]
+    assert any(key.startswith("strategy/m/") for key in tensors)
+    assert any(key.startswith("strategy/v/") for key in tensors)
+    assert tensors.keys() == other.keys()
+    assert all(tensors[key].equal(other[key]) for key in tensors)
+
+
+def test_moments_have_no_place_in_a_strategy_without_memory(tmp_path: Path) -> None:
+    adam = make_strategy(tiny(tmp_path, *overrides("fedadam")))
+    adam.m_t, adam.v_t = {"ema/w": np.ones(2, np.float32)}, {"ema/w": np.full(2, 3, np.float32)}
+    state = strategy_state(adam)
+    assert set(state) == {"strategy/m/ema/w", "strategy/v/ema/w"}
+    again = make_strategy(tiny(tmp_path, *overrides("fedadam")))
+    restore_strategy(again, state)
+    assert np.array_equal(again.v_t["ema/w"], adam.v_t["ema/w"])
+    with pytest.raises(CheckpointError, match="FedAvg has none"):
+        restore_strategy(make_strategy(tiny(tmp_path)), state)
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        (["federation.strategy=fedprox"], "proximal_mu"),
+        (["federation.strategy=fedtrimmedavg", "federation.trim=0.5"], "less than 0.5"),
+        (["federation.strategy=krum", "federation.malicious=1"], "5 hospitals"),
+        (['federation.exchange=["discriminator"]'], "neither generator nor ema"),
+    ],
+)
+def test_settings_that_a_strategy_cannot_serve_are_refused(override: list[str], word: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=word):
+        check_strategy(tiny(tmp_path, *override))
+
+
+# --- the budget ------------------------------------------------------------------------------------
+
+
+@given(kimg=st.floats(0.001, 500), rounds=st.integers(1, 300))
+def test_rounds_add_up_to_the_budget(kimg: float, rounds: int) -> None:
+    totals = round_totals(kimg, rounds)
+    assert len(totals) == rounds
+    assert sum(totals) == round(kimg * 1000)
+    assert max(totals) - min(totals) <= 1
+
+
+@given(
+    sizes=st.lists(st.integers(1, 20000), min_size=1, max_size=8),
+    totals=st.lists(st.integers(0, 3000), min_size=1, max_size=30),
+    equal=st.booleans(),
+)
+def test_shares_of_hospitals_add_up_without_drift(sizes: list[int], totals: list[int], equal: bool) -> None:
+    rows = deal_images(sizes, totals, equal)
+    assert [sum(row) for row in rows] == totals
+    assert min(min(row) for row in rows) >= 0
+    weights = [1] * len(sizes) if equal else sizes
+    done = np.cumsum(np.array(rows), axis=0)
+    exact = np.cumsum(totals)[:, None] * np.array(weights)[None] / sum(weights)
+    assert np.abs(done - exact).max() < 2
+
+
+def test_means_are_weighted_by_the_images_of_the_round() -> None:
+    rows = [{"images": 30, "loss_g": 1.0, "r1": 0.5}, {"images": 10, "loss_g": 3.0}, {"images": 0, "r_t": 9.0}]
+    assert mean_of(rows) == {"loss_g": 1.5, "r1": 0.5}
