@@ -88,9 +88,9 @@ class Canvas:
         return cover.reshape(self.work, self.work)
 
     def _along(self, curves: np.ndarray, widths: np.ndarray, strengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Points (P, 2) on all curves, less than a pixel apart, with their half widths and strengths."""
+        """Points (P, 2) on all curves, about a pixel apart, with their half widths and strengths."""
         legs = np.hypot(*np.moveaxis(np.diff(curves, axis=1), -1, 0)).sum(axis=1)
-        counts = np.maximum(2, (legs / (0.8 * self.pixel)).astype(int) + 1)
+        counts = np.maximum(2, (legs / self.pixel).astype(int) + 1)
         which = np.repeat(np.arange(len(curves)), counts)
         t = (np.arange(len(which)) - (np.cumsum(counts) - counts)[which]) / (counts - 1)[which]
         p, t2 = curves[which], t[:, None]

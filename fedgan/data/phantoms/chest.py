@@ -148,7 +148,7 @@ def _nodules(board: Canvas, rng: np.random.Generator, thorax: Thorax, film: Film
     places = []
     for _ in range(int(rng.choice((1, 2, 3), p=(0.55, 0.27, 0.18)))):
         sign, _ = _choose_side(rng)
-        size, bright = rng.uniform(0.060, 0.115), rng.uniform(0.17, 0.26)
+        size, bright = rng.uniform(0.085, 0.140), rng.uniform(0.24, 0.34)
         x, y = _in_lung(rng, thorax, sign, 0.05)
         away = np.hypot(thorax.x - np.float32(x), thorax.y - np.float32(y)) / np.float32(size)
         away += np.float32(0.07) * board.noise(rng, "coarse")

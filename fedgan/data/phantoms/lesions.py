@@ -19,6 +19,8 @@ from fedgan.data.phantoms.canvas import Canvas, canvas, step
 from fedgan.data.phantoms.scanners import LESION_LABELS, LesionLook
 from fedgan.errors import DataError
 
+_TEXTBOOK = 0.5  # share of lesions that show all their signs in full
+
 
 @dataclass
 class Shape:
@@ -61,7 +63,8 @@ def draw_lesion(
     `patient` (default: `rng`) about the person, so that photographs of one patient share skin and hair.
     Returns (resolution, resolution, 3) uint8 and the truth: `label`, `mask` (resolution, resolution)
     bool, `area` (share of the picture), `centre` (x, y in [0, 1]), `radius` (share of the side),
-    `tone` (1 to 6), `hairs`, `ruler`, `bubbles`, and the label's own signs. The same generator state
+    `tone` (1 to 6), `typical` (0 to 1, how clear
+    the signs are), `hairs`, `ruler`, `bubbles`, and the label's own signs. The same generator state
     gives the same picture at every resolution. Raises `DataError` for an unknown label and
     `ConfigError` for a resolution that is no power of two from 16 to 1024.
     """
@@ -72,7 +75,10 @@ def draw_lesion(
     tone = float(np.clip(person.normal(look.tone_mean, look.tone_spread), 1.0, 6.0))
     hairiness, flush = float(person.gamma(1.2)) / 1.2, float(person.uniform(0.0, 0.12))
     layers = Layers.none(board)
-    shape = _DRAW[label](board, rng, layers)
+    # Most lesions are textbook cases; the others show their signs faintly or borrow a neighbour's.
+    textbook, faint = rng.random() < _TEXTBOOK, float(rng.uniform(0.1, 1.0))
+    typical = 1.0 if textbook else faint
+    shape = _DRAW[label](board, rng, layers, typical)
     layers.melanin += 0.035 * board.noise(rng, "fine") + 0.05 * board.noise(rng, "broad")
     layers.blood += flush + 0.05 * board.noise(rng, "coarse")
     picture, seen = photograph(board, rng, look, tone, hairiness, layers)
@@ -84,6 +90,7 @@ def draw_lesion(
         "centre": [float(value) for value in (shape.centre + 1) / 2],
         "radius": shape.radius / 2,
         "tone": tone,
+        "typical": typical,
     }
     return picture, truth | seen | layers.signs
 
@@ -131,25 +138,30 @@ def _scatter(rng: np.random.Generator, shape: Shape, count: int, low: float, hig
     return np.asarray(points).reshape(-1, 2)
 
 
-def _nv(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+def _nv(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float) -> Shape:
     """Naevus: one even brown, a regular net that fades out at a round border."""
-    shape = _outline(board, rng, (0.32, 0.60), 0.35, rng.uniform(0.03, 0.09))
+    shape = _outline(board, rng, (0.32, 0.60), 0.35, rng.uniform(0.03, 0.09) + 0.07 * (1 - typical))
     body = step(shape.inside, -0.06, rng.uniform(0.15, 0.45))
     depth, cycles = rng.uniform(0.5, 1.1), rng.uniform(17, 26)
     net = _honeycomb(board, rng, cycles) * step(shape.inside, -0.04, 0.2)
     middle = rng.uniform(-0.15, 0.4) * step(shape.inside, 0.2, 0.9)
     layers.melanin += body * (np.float32(depth) + middle + 0.07 * board.noise(rng, "coarse")) + np.float32(0.4 * depth) * net
+    layers.melanin += np.float32(0.7 * (1 - typical)) * body * step(board.noise(rng, "coarse"), -0.5, 1.5)
     layers.signs |= {"network_cycles": cycles}
     return shape
 
 
-def _mel(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+def _mel(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float) -> Shape:
     """Melanoma: lopsided, ragged border, several browns to black, a blue-white veil, black dots and blotches."""
-    shape = _outline(board, rng, (0.42, 0.68), 0.7, rng.uniform(0.11, 0.19), lobes=int(rng.integers(2, 4)))
+    shape = _outline(
+        board, rng, (0.42, 0.68), 0.7, rng.uniform(0.06, 0.10) + 0.08 * typical, lobes=int(rng.integers(1, 3)) + (typical > 0.5)
+    )
     body = step(shape.inside, -0.03, 0.10)
     patches = step(board.noise(rng, "coarse"), -0.7, 1.1)
     ragged = _honeycomb(board, rng, rng.uniform(9, 13)) * (0.3 + 0.7 * step(board.noise(rng, "coarse"), -0.3, 0.8))
-    layers.melanin += body * (np.float32(rng.uniform(0.5, 0.8)) + np.float32(rng.uniform(1.0, 1.6)) * patches + 0.4 * ragged)
+    layers.melanin += body * (
+        np.float32(rng.uniform(0.5, 0.8)) + np.float32(rng.uniform(1.0, 1.6) * (0.3 + 0.7 * typical)) * patches + 0.4 * ragged
+    )
     layers.blood += np.float32(rng.uniform(0.2, 0.9)) * step(board.noise(rng, "broad"), 0.5, 1.5) * body
     spots = _scatter(rng, shape, int(rng.integers(4, 14)), 0.3, 0.98)
     dots = step(board.blobs(spots, rng.uniform(0.015, 0.05, len(spots))), 0.3, 0.8)
@@ -157,13 +169,13 @@ def _mel(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     where = _scatter(rng, shape, 1, 0.1, 0.5)
     veil = board.blobs(where, shape.radius * rng.uniform(0.28, 0.45))
     veil = step(veil + 0.2 * board.noise(rng, "coarse") + 0.08 * board.noise(rng, "middle"), 0.25, 0.95) * body
-    layers.blue += np.float32(rng.uniform(0.65, 0.92)) * veil
-    layers.white += np.float32(rng.uniform(0.12, 0.30)) * veil
+    layers.blue += np.float32(rng.uniform(0.65, 0.92) * typical) * veil
+    layers.white += np.float32(rng.uniform(0.12, 0.30) * typical) * veil
     layers.signs |= {"veil": [float(value) for value in (where[0] + 1) / 2], "dots": len(spots)}
     return shape
 
 
-def _bcc(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+def _bcc(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float) -> Shape:
     """Basal cell carcinoma: pearly pink, branching vessels in focus, blue-grey ovoid nests."""
     shape = _outline(board, rng, (0.44, 0.68), 0.4, 0.09)
     body = step(shape.inside, -0.06, 0.2)
@@ -173,13 +185,13 @@ def _bcc(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     trees = [_tree(rng, shape, float(start)) for start in rng.uniform(0, 2 * np.pi, int(rng.integers(3, 6)))]
     curves, widths = (np.concatenate(parts) for parts in zip(*trees, strict=True))
     vessels = board.strokes(curves, widths, 0.5 + 0.5 * widths[:, 0] / widths.max())
-    layers.blood += np.float32(rng.uniform(1.3, 2.0)) * vessels
+    layers.blood += np.float32(rng.uniform(1.3, 2.0) * (0.4 + 0.6 * typical)) * vessels
     layers.white *= 1.0 - 0.8 * vessels
     nests = _scatter(rng, shape, int(rng.integers(3, 9)), 0.25, 0.9)
     sizes = rng.uniform(0.04, 0.11, len(nests))
     ovoid = step(board.blobs(nests, sizes) + 0.2 * board.noise(rng, "coarse") + 0.06 * board.noise(rng, "middle"), 0.4, 0.85)
-    layers.blue += np.float32(rng.uniform(0.6, 0.85)) * ovoid * body
-    layers.melanin += np.float32(rng.uniform(0.4, 0.9)) * ovoid * body
+    layers.blue += np.float32(rng.uniform(0.6, 0.85) * (0.15 + 0.85 * typical)) * ovoid * body
+    layers.melanin += np.float32(rng.uniform(0.4, 0.9) * (0.15 + 0.85 * typical)) * ovoid * body
     layers.signs |= {"vessels": len(trees), "nests": len(nests)}
     return shape
 
@@ -203,39 +215,39 @@ def _tree(rng: np.random.Generator, shape: Shape, start: float) -> tuple[np.ndar
     return np.asarray(curves), np.asarray(widths)
 
 
-def _akiec(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+def _akiec(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float) -> Shape:
     """Actinic keratosis: a red, hazy patch, red between pale follicles (strawberry), with whitish scales."""
     shape = _outline(board, rng, (0.48, 0.76), 0.45, 0.13)
     body = step(shape.inside, -0.15, 0.3)
     net = _honeycomb(board, rng, rng.uniform(8, 13))
     layers.blood += body * (np.float32(rng.uniform(0.35, 0.6)) + 0.15 * board.noise(rng, "coarse"))
-    layers.blood += np.float32(rng.uniform(0.45, 0.75)) * net * body
+    layers.blood += np.float32(rng.uniform(0.45, 0.75) * (0.25 + 0.75 * typical)) * net * body
     follicles = (1.0 - step(net, 0.0, 0.45)) * step(shape.inside, -0.05, 0.3) * step(board.noise(rng, "coarse"), -0.9, 0.7)
-    layers.white += np.float32(rng.uniform(0.35, 0.65)) * follicles
-    layers.keratin += 0.25 * follicles
+    layers.white += np.float32(rng.uniform(0.35, 0.65) * (0.2 + 0.8 * typical)) * follicles
+    layers.keratin += np.float32(0.25 * typical) * follicles
     scale = step(board.noise(rng, "coarse") + 0.7 * board.noise(rng, "middle"), rng.uniform(0.6, 1.1), 1.9)
     scale *= step(shape.inside, 0.0, 0.3)
-    layers.white += np.float32(rng.uniform(0.5, 0.8)) * scale
+    layers.white += np.float32(rng.uniform(0.5, 0.8) * (0.4 + 0.6 * typical)) * scale
     layers.keratin += np.float32(rng.uniform(0.1, 0.5)) * scale
     layers.signs |= {"scale": float(scale.mean())}
     return shape
 
 
-def _bkl(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+def _bkl(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float) -> Shape:
     """Seborrhoeic keratosis: stuck-on, waxy, sharp border, brain-like furrows, milia-like cysts, dark plugs."""
     shape = _outline(board, rng, (0.40, 0.70), 0.55, rng.uniform(0.05, 0.10))
     body = step(shape.inside, -0.01, 0.04)
-    layers.keratin += np.float32(rng.uniform(0.5, 0.85)) * body
+    layers.keratin += np.float32(rng.uniform(0.5, 0.85) * (0.25 + 0.75 * typical)) * body
     folds = board.noise(rng, "middle") + 0.3 * board.noise(rng, "coarse")
     furrows = 1.0 - step(np.abs(folds), 0.1, 0.6)
     layers.melanin += body * (np.float32(rng.uniform(0.25, 0.7)) + 0.12 * board.noise(rng, "coarse"))
-    layers.melanin += body * np.float32(rng.uniform(0.35, 0.8)) * furrows
+    layers.melanin += body * np.float32(rng.uniform(0.35, 0.8) * (0.2 + 0.8 * typical)) * furrows
     layers.melanin += np.float32(0.2) * body * (1.0 - step(shape.inside, 0.04, 0.12))
     cysts = _scatter(rng, shape, int(rng.integers(4, 14)), 0.0, 0.9)
     milia = board.blobs(cysts, rng.uniform(0.014, 0.036, len(cysts)), rng.uniform(0.6, 1.0, len(cysts)))
     milia = step(milia, 0.2, 0.9) * body
-    layers.white += 0.85 * milia
-    layers.melanin *= 1.0 - 0.8 * milia
+    layers.white += np.float32(0.85 * typical) * milia
+    layers.melanin *= 1.0 - np.float32(0.8 * typical) * milia
     plugs = _scatter(rng, shape, int(rng.integers(2, 9)), 0.0, 0.9)
     dark = step(board.blobs(plugs, rng.uniform(0.015, 0.045, len(plugs))) + 0.1 * board.noise(rng, "middle"), 0.35, 0.75)
     layers.melanin += 1.2 * dark * body * (1.0 - milia)
@@ -243,24 +255,26 @@ def _bkl(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     return shape
 
 
-def _df(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+def _df(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float) -> Shape:
     """Dermatofibroma: a white scar-like centre in a delicate light-brown net that fades outwards."""
     shape = _outline(board, rng, (0.42, 0.66), 0.3, 0.06)
     ring = step(shape.inside, -0.1, 0.35)
-    depth, share = rng.uniform(0.40, 0.85), rng.uniform(0.42, 0.60)
+    depth, share = rng.uniform(0.40, 0.85), rng.uniform(0.42, 0.60) * (0.55 + 0.45 * typical)
     layers.melanin += ring * np.float32(depth) * (0.75 + 0.8 * _honeycomb(board, rng, rng.uniform(14, 21)))
     layers.blood += np.float32(rng.uniform(0.05, 0.35)) * step(shape.inside, -0.1, 0.3)
     middle = shape.centre + rng.normal(0, 0.08, 2) * shape.radius
     away = np.hypot(board.x - np.float32(middle[0]), board.y - np.float32(middle[1])) / np.float32(shape.radius)
     edge = np.float32(share) - away + 0.10 * board.noise(rng, "coarse") + 0.05 * board.noise(rng, "middle")
     scar = step(edge, -0.10, 0.14) * step(shape.inside, 0.0, 0.1)
-    layers.melanin *= 1.0 - 0.8 * scar
-    layers.white += np.float32(rng.uniform(0.55, 0.85)) * scar * (0.88 + 0.12 * board.noise(rng, "middle"))
+    layers.melanin *= 1.0 - np.float32(0.8 * (0.3 + 0.7 * typical)) * scar
+    layers.white += (
+        np.float32(rng.uniform(0.55, 0.85) * (0.3 + 0.7 * typical)) * scar * (0.88 + 0.12 * board.noise(rng, "middle"))
+    )
     layers.signs |= {"scar": float((scar > 0.5).mean())}
     return shape
 
 
-def _vasc(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
+def _vasc(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float) -> Shape:
     """Haemangioma: well-bounded red to purple lacunae between pale septa."""
     shape = _outline(board, rng, (0.32, 0.62), 0.4, 0.07)
     body = step(shape.inside, -0.05, 0.08)
@@ -268,14 +282,17 @@ def _vasc(board: Canvas, rng: np.random.Generator, layers: Layers) -> Shape:
     sizes = shape.radius * rng.uniform(0.09, 0.17, len(lakes))
     lacunae = step(board.blobs(lakes, sizes) + 0.07 * board.noise(rng, "middle"), 0.3, 0.7) * step(shape.inside, -0.12, 0.0)
     purple = rng.uniform(0.0, 1.0)
-    layers.blood += body * np.float32(rng.uniform(0.6, 1.1)) + np.float32(rng.uniform(0.9, 1.6)) * lacunae
+    layers.blood += (
+        body * np.float32(rng.uniform(0.6, 1.1) * (0.6 + 0.4 * typical))
+        + np.float32(rng.uniform(0.9, 1.6) * (0.3 + 0.7 * typical)) * lacunae
+    )
     layers.blue += np.float32(0.5 * purple) * lacunae * step(board.noise(rng, "coarse"), -1.0, 1.0)
-    layers.melanin += np.float32(0.5 * purple) * lacunae
+    layers.melanin += np.float32(0.5 * purple + 0.5 * (1 - typical)) * lacunae
     layers.white += np.float32(rng.uniform(0.1, 0.3)) * body * (1.0 - lacunae)
     layers.signs |= {"lacunae": len(lakes)}
     return shape
 
 
-_DRAW: dict[str, Callable[[Canvas, np.random.Generator, Layers], Shape]] = {
+_DRAW: dict[str, Callable[[Canvas, np.random.Generator, Layers, float], Shape]] = {
     "akiec": _akiec, "bcc": _bcc, "bkl": _bkl, "df": _df, "mel": _mel, "nv": _nv, "vasc": _vasc,
 }  # fmt: skip

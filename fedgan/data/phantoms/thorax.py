@@ -150,8 +150,8 @@ def _vessels(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndar
     curves, widths = [], []
     for sign in (-1, 1):
         root = np.array([sign * 0.17, -0.07 - 0.03 * sign])
-        angles = np.linspace(-1.25, 1.35, 9) + rng.normal(0, 0.12, 9)
-        for angle, length, bend in zip(angles, rng.uniform(0.40, 0.78, 9), rng.normal(0, 0.06, (9, 2)), strict=True):
+        angles = np.linspace(-1.25, 1.35, 7) + rng.normal(0, 0.14, 7)
+        for angle, length, bend in zip(angles, rng.uniform(0.40, 0.78, 7), rng.normal(0, 0.06, (7, 2)), strict=True):
             ahead = np.array([sign * np.cos(angle), 1.2 * np.sin(angle)]) * length * person.width
             middle, end = root + 0.5 * ahead + bend, root + ahead
             curves.append([root, middle, end])

@@ -38,13 +38,16 @@ def write_phantoms(
     true of each picture stands beside the shard in `truth.jsonl`, one object a row. The same arguments
     give the same bytes; another resolution gives the same pictures. Raises `ConfigError` for a
     resolution that is no power of two from 16 to 1024 and for too few images, `DataError` for an
-    unknown kind or an existing shard, `StorageError` when the disk is full.
+    unknown kind or an existing shard (unless `overwrite`), `StorageError` when the disk is full.
     """
     check_kind(kind)
     check_resolution(resolution)
     sizes = hospital_sizes(images, hospitals)
     deals = deal(kind, sizes, seed)
     label_names = LESION_LABELS if kind == "lesions" else CHEST_LABELS
+    for place in (Path(root) / scanners.hospital_name(index) for index in range(hospitals)):
+        if place.exists() and not overwrite:
+            raise DataError(f"{place} exists already: choose another --output or remove it first")
     shards = []
     for index, patients in enumerate(deals):
         name = scanners.hospital_name(index)
