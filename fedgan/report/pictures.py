@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -20,10 +20,9 @@ MOST_ROWS = 16  # rows of a grid that are shown
 MOST_BYTES = 45_000  # of one image of the page
 SIDE = 96  # pixels; a larger cell is shown reduced to this
 NO_FINDING = "no finding"  # the first row of a multi-label grid, which is no label
-UNNAMED_ROWS = 4  # of a grid without labels
+# The layout of fedgan/evaluation/grids.py, said again here because importing it would load torch to write a page.
 TEXT_WIDTHS = (116, 0)  # pixels at the left that are text
-GAPS = (2, 0, 1, 4)  # pixels between cells
-SCALES = (4, 3, 2, 1, 8, 5, 6, 7)
+GAP = 2  # pixels between cells
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,11 @@ class Grid:
     side: int
     scale: int
     left: int
-    gap: int
 
     def cell(self, row: int, column: int) -> Image.Image:
         """One cell, at its own resolution or reduced to `SIDE`."""
         wide = self.side * self.scale
-        x, y = self.left + column * (wide + self.gap), row * (wide + self.gap)
+        x, y = self.left + column * (wide + GAP), row * (wide + GAP)
         cell = self.image.crop((x, y, x + wide, y + wide))
         cell = cell.resize((self.side, self.side), Image.Resampling.NEAREST) if self.scale > 1 else cell
         return cell.resize((SIDE, SIDE), Image.Resampling.LANCZOS) if self.side > SIDE else cell
@@ -80,25 +78,19 @@ def open_grid(path: Path, names: Sequence[str], side: int) -> Grid | None:
             image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    expected = [tuple(names), (NO_FINDING, *names)] if names else [("",) * UNNAMED_ROWS]
-    fits = list(_fits(image, side))
-    for rows in expected:
-        for grid in fits:
-            if grid.count == len(rows):
-                return replace(grid, rows=rows if any(rows) else ())
-    return next(iter(fits), None)
+    scale = min(4, max(1, 128 // side))
+    step = side * scale + GAP
+    count, below = divmod(image.height + GAP, step)
+    for left in TEXT_WIDTHS:
+        columns, beside = divmod(image.width - left + GAP, step)
+        if not below and not beside and count >= 1 and columns >= 1:
+            return Grid(image, _row_names(names, count), count, columns, side, scale, left)
+    return None
 
 
-def _fits(image: Image.Image, side: int) -> Iterator[Grid]:
-    """Every way to read `image` as a grid without a rest, the likeliest first."""
-    for scale in SCALES:
-        for gap in GAPS:
-            step = side * scale + gap
-            count, below = divmod(image.height + gap, step)
-            for left in TEXT_WIDTHS:
-                columns, beside = divmod(image.width - left + gap, step)
-                if not below and not beside and count >= 1 and columns >= 1:
-                    yield Grid(image, (), count, columns, side, scale, left, gap)
+def _row_names(names: Sequence[str], count: int) -> tuple[str, ...]:
+    """The names of `count` rows: the labels, with 'no finding' before them where there is one more; else none."""
+    return next((rows for rows in (tuple(names), (NO_FINDING, *names)) if names and len(rows) == count), ())
 
 
 def data_uri(image: Image.Image) -> str:
