@@ -6,6 +6,7 @@ Each is `python -m fedgan.cli.probe`: it reads a `Probe` as JSON from stdin and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -55,8 +56,9 @@ def measure(settings: Settings, channels: int, labels: int, exclusive: bool, at_
     children = [subprocess.Popen(command, text=True, **pipes) for _ in range(at_once)]  # type: ignore[call-overload]
     try:
         for child in children:  # all begin before the first is waited for
-            child.stdin.write(question)
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it is dead already: its exit status tells below
+                child.stdin.write(question)
+                child.stdin.close()
             child.stdin = None
         answers = []
         for child in children:
