@@ -204,6 +204,7 @@ def test_what_is_no_number_is_a_dash(value: object) -> None:
 def test_numbers_read_as_people_write_them() -> None:
     assert text.whole(12000) == "12,000"
     assert text.decimal(0.91349) == "0.913"
+    assert [text.significant(v) for v in (31.4711, 0.0034123, -3.1e-7, 12345.6)] == ["31.47", "0.003412", "−3.1e−07", "12,346"]
     assert text.signed(-0.0581) == "−0.058"
     assert text.interval([0.93, 0.89], 2) == "0.89–0.93"
     assert [text.duration(s) for s in (4.24, 59.6, 221.4, 3600, 4320)] == [

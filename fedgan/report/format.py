@@ -36,6 +36,14 @@ def decimal(value: Any, digits: int = 3) -> str:
     return DASH if n is None else f"{n:,.{digits}f}".replace("-", "−")
 
 
+def significant(value: Any, digits: int = 4) -> str:
+    """A number of unknown size: 31.47, 0.003412, 3.1e-07, 12,345."""
+    n = number(value)
+    if n is None:
+        return DASH
+    return (f"{n:,.0f}" if abs(n) >= 10**digits else f"{n:.{digits}g}").replace("-", "−")
+
+
 def signed(value: Any, digits: int = 3) -> str:
     """A difference with its sign: +0.012, −0.060."""
     n = number(value)

@@ -91,8 +91,8 @@ def _table(run: RunData) -> Markup:
             text.whole(line.get("images_seen")),
             text.duration(line.get("wall_seconds")),
             text.size(line.get("bytes_exchanged")),
-            *(text.decimal(dig(line, "mean", key), 4) for key, _, _ in CURVES),
-            text.decimal(dig(line, "fidelity", "frechet"), 2),
+            *(text.significant(dig(line, "mean", key)) for key, _, _ in CURVES),
+            text.significant(dig(line, "fidelity", "frechet")),
         ]
         for line in run.rounds
     ]

@@ -14,7 +14,7 @@ from fedgan.report.tables import Column, table
 from fedgan.report.templating import absent, render
 
 # An unbiased kernel distance has a floor around zero, over which nothing can be divided.
-MEASURES = (("Fréchet distance", "frechet", 2, True), ("Kernel distance", "kernel", 4, False))
+MEASURES = (("Fréchet distance", "frechet", True), ("Kernel distance", "kernel", False))
 COLUMNS = (
     Column("Measure", numeric=False),
     Column("Features of", numeric=False),
@@ -26,7 +26,7 @@ COLUMNS = (
 
 def _render(run: RunData) -> Markup:
     fidelity = tree(run.evaluation.get("fidelity"))
-    known = any(number(fidelity.get(key)) is not None for _, key, *_ in MEASURES)
+    known = any(number(fidelity.get(key)) is not None for _, key, _ in MEASURES)
     chart, note = _curve(run)
     distances = (
         _table(fidelity)
@@ -39,15 +39,15 @@ def _render(run: RunData) -> Markup:
 def _table(fidelity: Tree) -> Markup:
     extractor = str(fidelity.get("extractor") or "not named")
     rows = []
-    for name, key, digits, divide in MEASURES:
+    for name, key, divide in MEASURES:
         value, floor = number(fidelity.get(key)), number(fidelity.get(f"{key}_floor"))
         over = divide and value is not None and floor is not None and floor > 0
         rows.append(
             [
                 name,
                 extractor,
-                text.decimal(value, digits),
-                text.decimal(floor, digits),
+                text.significant(value),
+                text.significant(floor),
                 f"{value / floor:.1f} ×" if over and value is not None and floor is not None else text.DASH,
             ]
         )

@@ -40,6 +40,7 @@ def _render(run: RunData) -> Markup:
         pairs=pairs(real, synthetic),
         progress=_progress(run),
         notes=notes,
+        holds_real=real is not None,
         cells=MOST_CELLS,
         psi=run.settings.evaluation.psi,
         resolution=run.settings.data.resolution,
