@@ -54,6 +54,7 @@ class Evaluator:
         hospitals: Sequence[HospitalData],
         device: str | None = None,
         progress: Progress | None = None,
+        classifier: str = "small-cnn",
     ) -> None:
         if not hospitals:
             raise DataError("the evaluator was given no hospital: check data.root and evaluation.root")
@@ -62,7 +63,7 @@ class Evaluator:
             pool_places([(hospital.name, getattr(hospital, split)) for hospital in hospitals], split)
             for split in ("train", "val", "test")
         )
-        self.reference = RealReference(train, val, test, settings.evaluation, settings.seed, self.device, progress=progress)
+        self.reference = RealReference(train, val, test, settings.evaluation, settings.seed, self.device, classifier, progress)
 
     def start(self) -> None:
         """Write samples/real.png. Fails early where `evaluation.features` names an unusable file.

@@ -6,12 +6,15 @@ layer after global average pooling, and `forward(images)` → logits (B, K).
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import nn
 
 from fedgan.errors import ConfigError
 
 CLASSIFIERS = ("small-cnn", "resnet18")
+WIDTHS = (24, 48, 96, 128)  # of the small CNN: at 32², 16², 8², 4²
 
 
 class Classifier(nn.Module):
@@ -42,24 +45,16 @@ class _GreyToColour(nn.Module):
 
 
 def small_cnn(channels: int, resolution: int, label_dim: int) -> Classifier:
-    """Four convolutions, batch norm, 128 features; about 240,000 weights and 13 million multiply-adds an image.
+    """Four convolutions with batch norm, 128 features; about 165,000 weights and 8 million multiply-adds an image.
 
     Above 32×32 the first convolution strides, so that the rest of the network works at 32×32 whatever the resolution.
     """
     stride = max(1, resolution // 32)
-    stem = _block(channels, 32, kernel=3 if stride == 1 else 2 * stride + 1, stride=stride)
-    body = nn.Sequential(
-        stem,
-        nn.MaxPool2d(2),
-        _block(32, 64),
-        nn.MaxPool2d(2),
-        _block(64, 128),
-        nn.MaxPool2d(2),
-        _block(128, 128),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
-    return Classifier("small-cnn", body, 128, label_dim)
+    layers: list[nn.Module] = [_block(channels, WIDTHS[0], kernel=3 if stride == 1 else 2 * stride + 1, stride=stride)]
+    for inputs, outputs in itertools.pairwise(WIDTHS):
+        layers += [nn.MaxPool2d(2), _block(inputs, outputs)]
+    body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Classifier("small-cnn", body, WIDTHS[-1], label_dim)
 
 
 def resnet18(channels: int, label_dim: int) -> Classifier:
