@@ -51,9 +51,7 @@ class Visit:
             order = Order.read(self.message.content.config_records["config"])
             self.round = order.round
             self.doing = "opening its shard"
-            self.folder = Path(
-                str(self.node.get("state-dir") or Path(order.run) / "hospitals" / f"partition-{self.node['partition-id']}")
-            )
+            self.folder = log_folder(order, self.node)
             site = find_site(order, self.node)
             self.folder, self.doing, self.known = site.folder, "beginning its work", True
             return Message(work(self, order, site), reply_to=self.message)

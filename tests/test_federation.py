@@ -1,0 +1,188 @@
+"""Whole runs through the real Flower and Ray."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from faulty_client import with_fault  # noqa: F401 - fails early where the module that Ray has to import is missing
+from small_federation import alive_in, processes_of, tiny, write_shards
+
+from fedgan import files
+from fedgan.data.federation import open_hospitals
+from fedgan.errors import ConfigError, DataError, FederationError
+from fedgan.run_folder import RunFolder
+from fedgan.training.checkpoint import load_generator, load_tensors
+from fedgan.training.trainer import Trainer
+from simulations import runner
+
+HERE = Path(__file__).parent
+ALL = ("generator", "discriminator", "ema")
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's processes must find faulty_client.py."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]))
+
+
+class Watch:
+    """Collects the events of a run, and the sessions of its processes."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run, self.events, self.sessions = run, list[dict[str, Any]](), set[int]()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        self.sessions |= processes_of(self.run.path)
+
+    def named(self, name: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == name]
+
+
+# --- before anything is started --------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_a_run_is_not_begun_again(tmp_path: Path) -> None:
+    run = RunFolder.at(tmp_path / "run")
+    settings = tiny(tmp_path)
+    run.write_settings(settings)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        runner.simulate(settings, run)
+
+
+def test_a_run_that_is_in_use_is_left_alone(tmp_path: Path) -> None:
+    run = RunFolder.at(tmp_path / "run")
+    run.write_settings(tiny(tmp_path))
+    with runner.locked(run), pytest.raises(ConfigError, match="in use by another fedgan"):
+        runner.resume(run)
+    with runner.locked(run):
+        pass  # free again
+
+
+def test_bad_data_leaves_no_folder(tmp_path: Path) -> None:
+    run = RunFolder.at(tmp_path / "run")
+    with pytest.raises(DataError, match="no data at"):
+        runner.simulate(tiny(tmp_path / "nowhere"), run)
+    assert not run.path.exists()
+
+
+def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run folder"):
+        runner.resume(RunFolder.at(tmp_path))
+
+
+def test_temporary_files_of_a_killed_run_are_swept(tmp_path: Path) -> None:
+    run = RunFolder.at(tmp_path)
+    (run.checkpoints / "x").mkdir(parents=True)
+    (run.checkpoints / ".round-00001.json.abc.part").touch()
+    (run.checkpoints / "round-00001.json").touch()
+    runner.sweep(run)
+    assert [path.name for path in run.checkpoints.iterdir() if path.is_file()] == ["round-00001.json"]
+
+
+# --- with Flower and Ray ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_one_hospital_with_all_data_is_centralised_training(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (40,)), hospitals=1, rounds=3, kimg=0.1)
+    run = runner.simulate(settings, RunFolder.at(tmp_path / "run"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        trainer = Trainer(settings, open_hospitals(settings)[0].train, "cpu", stream=0)
+        start = trainer.outgoing(ALL)
+        trainer.train(100)
+    finally:
+        torch.set_num_threads(threads)
+    central = trainer.outgoing(ALL)
+    tensors, meta = load_tensors(run.checkpoint(3))
+    assert meta["images_seen"] == trainer.images_seen == 100
+    assert set(tensors) == set(central)
+    different = [key for key in central if not np.array_equal(central[key], tensors[key].numpy())]
+    assert different == []
+    assert any(not np.array_equal(start[key], central[key]) for key in central)
+    state, _ = load_tensors(run.hospital_state("alpha") / "state-00003.safetensors")
+    trainer.save(tmp_path / "central.safetensors")
+    own, _ = load_tensors(tmp_path / "central.safetensors")
+    assert all(own[key].equal(state[key]) for key in own)  # optimisers and random states too
+
+
+@pytest.mark.slow
+def test_three_hospitals_from_shards_to_evaluation(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (40, 32, 24)), "evaluation.every=1", rounds=2, kimg=0.1)
+    run = RunFolder.at(tmp_path / "run")
+    watch = Watch(run)
+    runner.simulate(settings, run, watch)
+
+    # the mean is that of the hospitals' models
+    tensors, meta = load_tensors(run.checkpoint(2))
+    states = [load_tensors(run.hospital_state(name) / "state-00002.safetensors")[0] for name in ("alpha", "beta", "gamma")]
+    weights = np.array([20, 16, 12]) / 48
+    for key, tensor in tensors.items():
+        mean = sum(weight * state[key].double().numpy() for weight, state in zip(weights, states, strict=True))
+        np.testing.assert_allclose(tensor.numpy(), mean, rtol=1e-6, atol=1e-7)
+    assert load_generator(run.checkpoint(2))[1]["label_names"] == ["dark", "bright"]
+
+    # what the run folder says
+    lines = files.read_json_lines(run.metrics)
+    assert [line["round"] for line in lines] == [1, 2]
+    assert [row["name"] for row in lines[0]["hospitals"]] == ["alpha", "beta", "gamma"]
+    assert lines[1]["images_seen"] == meta["images_seen"] == sum(row["images_seen"] for row in lines[1]["hospitals"])
+    assert lines[1]["bytes_exchanged"] == 2 * lines[0]["bytes_exchanged"] == 4 * 3 * 4 * sum(t.numel() for t in tensors.values())
+    assert all((run.samples / name).is_file() for name in ("real.png", "round-00001.png", "round-00002.png", "final.png"))
+    evaluation = run.read_json(run.evaluation)
+    assert evaluation["arm"] == "federated"
+    assert evaluation["images_seen"] == meta["images_seen"]
+    assert run.read_json(run.environment)["threads_per_hospital"] == 1
+    assert [row["name"] for row in run.read_json(run.hospitals)] == ["alpha", "beta", "gamma"]
+    assert run.settings() == settings
+
+    # events, and what is left behind
+    names = [event["event"] for event in watch.events]
+    assert names[0] == "preparing"
+    assert names[-1] == "finished"
+    assert len(watch.named("round_end")) == len(watch.named("round_start")) == 2
+    assert {event["hospital"] for event in watch.named("progress")} <= {"alpha", "beta", "gamma"}
+    assert watch.sessions, "the engine was seen while it ran"
+    assert alive_in(watch.sessions) == []
+    assert not list(run.path.rglob("*.part"))
+
+    # nothing is left to do
+    again = Watch(run)
+    runner.resume(run, again)
+    assert [event["event"] for event in again.events] == ["complete"]
+    assert "is complete" in again.events[0]["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("raises", "hospital 2 ('beta') failed in round 2: ValueError while reading an image"),
+        ("dies", "hospital 3 ('gamma') failed in round 2: its process died (killed, or out of memory)"),
+    ],
+)
+def test_a_hospital_that_fails_fails_the_run_by_name(fault: str, message: str, tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (40, 32, 24)), rounds=3, kimg=0.06)
+    run = RunFolder.at(tmp_path / "run")
+    watch = Watch(run)
+    with pytest.raises(FederationError) as caught:
+        runner.simulate(settings, run, watch, client=f"faulty_client:{fault}")
+    first, second = str(caught.value).splitlines()
+    assert first == message
+    assert f"fedgan resume {run.path}" in second
+    assert caught.value.exit_code == 5
+    assert run.last_round() == 1
+    assert not run.evaluation.exists()
+    assert not watch.named("finished")
+    assert alive_in(watch.sessions) == []
+    if fault == "raises":
+        assert str(run.hospital_state("beta") / "client.log") in second
+        assert "patient-0017" in (run.hospital_state("beta") / "client.log").read_text()
+        assert "patient-0017" not in (run.path / "flower.log").read_text()

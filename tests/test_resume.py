@@ -1,0 +1,233 @@
+"""A run that was stopped, killed or damaged goes on as if nothing had been, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_federation import NoJudge, alive_in, error_reply, federate, processes_of, tiny, write_shards
+
+from client.app import app
+from fedgan import files
+from fedgan.config import Settings
+from fedgan.errors import CheckpointError, ConfigError, FederationError, StorageError
+from fedgan.run_folder import RunFolder
+from fedgan.training.checkpoint import load_tensors
+from server.federation import Federation
+from server.preparation import experiment_of, prepare_run
+from simulations import runner
+
+HERE = Path(__file__).parent
+
+
+def small(tmp_path: Path, *overrides: str, rounds: int = 3) -> Settings:
+    return tiny(write_shards(tmp_path / "data", (24, 16)), *overrides, hospitals=2, rounds=rounds, kimg=0.008 * rounds)
+
+
+def same_end(one: RunFolder, other: RunFolder, last: int) -> bool:
+    """Whether two runs end in the same bytes of model and states, and in the same numbers round by round."""
+    pairs = [(one.checkpoint(last), other.checkpoint(last))]
+    for path in sorted(one.path.glob(f"hospitals/*/state-{last:05d}.safetensors")):
+        pairs.append((path, other.path / path.relative_to(one.path)))
+    lines = [[_timeless(line) for line in files.read_json_lines(run.metrics)] for run in (one, other)]
+    return len(pairs) > 1 and all(a.read_bytes() == b.read_bytes() for a, b in pairs) and lines[0] == lines[1]
+
+
+def _timeless(line: dict[str, Any]) -> dict[str, Any]:
+    """A line without what a clock said."""
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in line["hospitals"]]
+    return {key: value for key, value in line.items() if key != "wall_seconds"} | {"hospitals": rows}
+
+
+def fail_in(round_number: int) -> Any:
+    def fault(number: int, message: Any) -> Any:
+        return error_reply(message, "gone") if message.content.config_records["config"].get("round") == round_number else None
+
+    return fault
+
+
+# --- without Ray -----------------------------------------------------------------------------------
+
+
+def test_a_run_that_failed_twice_ends_as_one_that_never_did(tmp_path: Path) -> None:
+    settings = small(tmp_path, rounds=3)
+    whole, broken = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "broken")
+    federate(settings, whole, app)
+    for round_number in (1, 3):
+        with pytest.raises(FederationError, match=f"in round {round_number}"):
+            federate(settings, broken, app, fail_in(round_number))
+    federate(settings, broken, app)
+    assert same_end(whole, broken, 3)
+
+
+def test_a_server_that_lost_its_last_rounds_goes_back(tmp_path: Path) -> None:
+    settings = small(tmp_path, rounds=3)
+    whole, back = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "back")
+    federate(settings, whole, app)
+    federate(settings, back, app)
+    for number in (2, 3):
+        back.checkpoint(number).unlink()
+        back.checkpoint(number).with_suffix(".json").unlink()
+    federate(settings, back, app)
+    assert same_end(whole, back, 3)
+
+
+def test_a_damaged_checkpoint_says_so_and_the_round_before_serves(tmp_path: Path) -> None:
+    settings = small(tmp_path, rounds=2)
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    path = run.checkpoint(2)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"round-00002.safetensors is damaged.*remove it to go on from the round before"):
+        federate(settings, run, app)
+    path.unlink()
+    federate(settings, run, app)
+    assert run.last_round() == 2
+
+
+def test_a_round_whose_line_was_lost_gets_it_with_its_evaluation(tmp_path: Path) -> None:
+    settings = small(tmp_path, "evaluation.every=1", rounds=2)
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    lines = files.read_json_lines(run.metrics)
+    files.write_text(run.metrics, json.dumps(lines[0]) + '\n{"round": 2, "ima')
+    judge = NoJudge()
+    Federation(run.settings(), run, experiment_of(run), judge).conclude()
+    assert judge.looked == [2]
+    assert files.read_json_lines(run.metrics) == lines
+
+
+def test_an_unfinished_run_is_not_concluded(tmp_path: Path) -> None:
+    settings = small(tmp_path, rounds=2)
+    run = RunFolder.at(tmp_path / "run")
+    with pytest.raises(FederationError):
+        federate(settings, run, app, fail_in(2))
+    with pytest.raises(FederationError, match="round 1 of 2 is the last that is complete"):
+        Federation(run.settings(), run, experiment_of(run), NoJudge()).conclude()
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = small(tmp_path, rounds=2)
+    run = RunFolder.at(tmp_path / "run")
+    prepare_run(settings, run)
+    replace = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if "round-00001" in str(target):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(StorageError, match="the disk is full"):
+            federate(settings, run, app)
+    assert run.last_round() == 0
+    assert not list(run.checkpoints.glob(".*"))
+    federate(settings, run, app)
+    assert run.last_round() == 2
+
+
+# --- with Flower and Ray ---------------------------------------------------------------------------
+
+SCRIPT = """
+import json, sys
+from fedgan.run_folder import RunFolder
+from simulations import runner
+run, data, verb, client = RunFolder.at(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+tell = lambda event: print(json.dumps(event), flush=True)
+if verb == "simulate":
+    from small_federation import tiny
+    runner.simulate(tiny(data, hospitals=2, rounds=3, kimg=0.06), run, tell, client)
+else:
+    runner.resume(run, tell, client)
+"""
+
+
+def start(run: RunFolder, data: Path, verb: str, client: str) -> subprocess.Popen[str]:
+    """The simulation in a process of its own; events are lines of its standard output."""
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    command = [sys.executable, "-c", SCRIPT, str(run.path), str(data), verb, client]
+    environ = os.environ | {"PYTHONPATH": path}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
+
+
+def stop_in_round(process: subprocess.Popen[str], run: RunFolder, round_number: int, number: signal.Signals) -> set[int]:
+    """Wait until hospitals train a round, send the signal, wait for the end; the sessions that the run had."""
+    assert process.stdout
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["event"] == "round_start" and event["round"] == round_number:
+            break
+    else:
+        pytest.fail(f"the run ended before round {round_number}")
+    time.sleep(1.5)  # into the hospitals' work
+    sessions = processes_of(run.path)
+    assert sessions
+    process.send_signal(number)
+    process.stdout.read()
+    process.wait(60)
+    return sessions
+
+
+def gone(sessions: set[int], seconds: float = 10) -> bool:
+    """Whether all processes of the sessions end within some seconds."""
+    end = time.monotonic() + seconds
+    while alive_in(sessions):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.mark.slow
+def test_a_run_that_was_interrupted_and_killed_ends_as_one_that_never_was(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", (40, 24))
+    whole, broken = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "broken")
+    runner.simulate(tiny(data, hospitals=2, rounds=3, kimg=0.06), whole)
+
+    # Ctrl-C in round 2, in which every hospital sleeps for some seconds first
+    process = start(broken, data, "simulate", "faulty_client:slow")
+    sessions = stop_in_round(process, broken, 2, signal.SIGINT)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert gone(sessions, seconds=0)
+    assert broken.last_round() == 1
+
+    # kill -9 in round 2 again: nobody is left to clean up but the engine itself
+    process = start(broken, data, "resume", "faulty_client:slow")
+    sessions = stop_in_round(process, broken, 2, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert gone(sessions)
+    assert broken.last_round() == 1
+    assert not broken.evaluation.exists()
+
+    runner.resume(broken)
+    assert same_end(whole, broken, 3)
+    assert load_tensors(broken.checkpoint(3))[1]["images_seen"] == load_tensors(whole.checkpoint(3))[1]["images_seen"]
+    assert whole.read_json(whole.evaluation)["utility"] == broken.read_json(broken.evaluation)["utility"]
+
+
+@pytest.mark.slow
+def test_two_at_once_in_one_run_folder_are_refused(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", (40, 24))
+    run = RunFolder.at(tmp_path / "run")
+    process = start(run, data, "simulate", "faulty_client:slow")
+    try:
+        assert process.stdout
+        while not run.environment.is_file():
+            assert process.poll() is None
+            time.sleep(0.1)
+        with pytest.raises(ConfigError, match="in use by another fedgan"):
+            runner.resume(run)
+    finally:
+        sessions = processes_of(run.path)
+        process.kill()
+        process.wait()
+        process.stdout.close()  # type: ignore[union-attr]
+    assert gone(sessions)
