@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional
 
-from fedgan.config import EvaluationSettings, Settings
+from fedgan.config import EvaluationSettings, ModelSettings, Settings
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError, DataError, FedganError
 from fedgan.evaluation import classification, evaluate
@@ -32,6 +32,7 @@ from fedgan.evaluation.evaluate import RealReference, evaluate_synthetic, pool_p
 from fedgan.evaluation.grids import grid_rows, png_bytes, real_grid, sample_grid
 from fedgan.evaluation.sampling import generate_images, synthetic_dataset, synthetic_labels, to_float, to_uint8
 from fedgan.models.classifiers import build_classifier
+from fedgan.models.generator import Generator
 from fedgan.run_folder import RunFolder
 from server.evaluator import Evaluator
 
@@ -148,6 +149,18 @@ def test_images_depend_on_the_seed_but_not_on_the_batch():
     assert (first != generate_images(generator, data.labels, seed=2)).any()
     assert generator.calls[0] == (60, 0.7, "const", False)  # evaluated without random noise …
     assert generator.training  # … and handed back as it was
+
+
+@pytest.mark.parametrize("names", [NAMES, ()])
+def test_the_networks_themselves_can_be_sampled(names):
+    generator = Generator(ModelSettings(z_dim=8, w_dim=8, channel_max=8), SIDE, 3, len(names))
+    labels = np.eye(3, dtype=np.uint8)[[0, 1, 2, 0, 1]][:, : len(names)]
+    images = generate_images(generator, labels, seed=0, psi=0.5)
+    assert images.shape == (5, 3, SIDE, SIDE)
+    assert len({image.tobytes() for image in images}) == 5
+    again = generate_images(generator, labels, seed=0, psi=0.5, batch=2)
+    assert np.abs(again.astype(int) - images).max() <= 1  # sums of another batch size round otherwise
+    assert sample_grid(generator, names, True).size[0] > 8 * SIDE
 
 
 def test_images_that_are_not_finite_are_one_clear_error():
