@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 def meaning(default: T, text: str, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> T:
     """A field with its default, its one line of meaning and the values that it may take."""
-    return field(default=default, metadata={"meaning": text, "choices": choices, "low": low, "high": high})  # type: ignore[return-value]
+    return field(default=default, metadata={"meaning": text, "choices": choices, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,8 @@ def validate(settings: Settings) -> Settings:
         )
     if settings.data.partition == "quantities" and len(settings.data.quantities) != federation.hospitals:
         raise ConfigError(
-            f"data.quantities has {len(settings.data.quantities)} numbers for federation.hospitals = {federation.hospitals}: give one a hospital"
+            f"data.quantities has {len(settings.data.quantities)} numbers for federation.hospitals = {federation.hospitals}: "
+            "give one a hospital"
         )
     if not federation.exchange:
         raise ConfigError(f"federation.exchange is empty: name at least one of {', '.join(PARTS)}")
@@ -275,7 +276,7 @@ def _set(owner: T, name: str, text: str, key: str) -> T:
 def _coerce(value: Any, hint: Any, item: dataclasses.Field[Any], key: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{key} = {value!r} must be a list, e.g. {list(item.default)!r}")
+            raise ConfigError(f"{key} = {value!r} must be a list, e.g. {list(typing.cast(tuple[Any, ...], item.default))!r}")
         inner = typing.get_args(hint)[0]
         return tuple(_scalar(part, inner, item, key) for part in value)
     return _scalar(value, hint, item, key)

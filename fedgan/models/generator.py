@@ -85,6 +85,7 @@ class ModulatedConv(nn.Module):
         self.gain = 1 / math.sqrt(inputs * kernel * kernel)
         self.up = up
         self.kernel = kernel
+        self.fir: Tensor
         self.register_buffer("fir", (4 * fir_kernel()).expand(outputs, 1, 4, 4).clone() if up else None, persistent=False)
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -113,6 +114,7 @@ class SynthesisLayer(ModulatedConv):
         self.resolution = resolution
         self.input_gain = input_gain
         self.noise_strength = nn.Parameter(torch.zeros(1))
+        self.noise_const: Tensor
         self.register_buffer("noise_const", noise_constant(resolution, layer), persistent=False)
 
     def forward(self, x: Tensor, w: Tensor, noise: str, rng: torch.Generator | None) -> Tensor:

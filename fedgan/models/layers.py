@@ -75,6 +75,7 @@ class Conv(nn.Module):
         self.gain = input_gain * output_gain / math.sqrt(inputs * kernel * kernel)
         self.down = down
         self.kernel = kernel
+        self.fir: Tensor
         self.register_buffer("fir", fir_kernel().expand(inputs, 1, 4, 4).clone() if down else None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

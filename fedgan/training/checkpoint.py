@@ -75,7 +75,8 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str
     for name, target in own.items():
         if target.shape != tensors[name].shape:
             raise CheckpointError(
-                f"{where} is of another model: '{name}' is {tuple(tensors[name].shape)} there, {tuple(target.shape)} here; check model.* settings"
+                f"{where} is of another model: '{name}' is {tuple(tensors[name].shape)} there, "
+                f"{tuple(target.shape)} here; check model.* settings"
             )
     if not check_only:
         for name, target in own.items():

@@ -44,7 +44,8 @@ class Trainer:
     def __init__(self, settings: Settings, dataset: ImageDataset, device: str = "cpu", stream: int = 0) -> None:
         if dataset.resolution != settings.data.resolution:
             raise ConfigError(
-                f"data.resolution = {settings.data.resolution}, but the images of '{dataset.name}' are {dataset.resolution} pixels wide"
+                f"data.resolution = {settings.data.resolution}, but the images of '{dataset.name}' "
+                f"are {dataset.resolution} pixels wide"
             )
         self.settings, self.dataset, self.stream = settings, dataset, stream
         self.device = resolve_device(device)
