@@ -128,7 +128,10 @@ class Federation:
         timeout = self.settings.federation.round_timeout
         configured = strategy.configure_train(number, to_record(state.arrays), ConfigRecord(order), cast(Grid, Roster(members)))
         by_node = {member.node: count for member, count in zip(members, images, strict=True)}
-        answers = gather(grid, [personal(message, by_node) for message in configured], timeout)
+        # in the order of the hospitals, the largest first: with fewer cores than hospitals the long work begins at once
+        places = {member.node: member.number for member in members}
+        messages = sorted(configured, key=lambda message: places[message.metadata.dst_node_id])
+        answers = gather(grid, [personal(message, by_node) for message in messages], timeout)
         replies = require_all(members, answers, timeout, f"in round {number}")
         for member, reply in zip(members, replies, strict=True):
             check_reply(member, reply, state.arrays)
