@@ -48,7 +48,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, halves: int) -> Tensor:
         if self.group:
             x = minibatch_std(x, self.group, halves)
-        x = activate(self.conv(x)).float()
+        x = activate(self.conv(x)).to(self.fc.weight.dtype)
         return self.out(activate(self.fc(x.flatten(1))))
 
 

@@ -53,11 +53,11 @@ class Mapping(nn.Module):
             self.register_buffer("w_avg", torch.zeros(w_dim))
 
     def forward(self, z: Tensor | None, c: Tensor) -> Tensor:
-        parts = []
+        parts, dtype = [], self.get_parameter("fc0.weight").dtype
         if z is not None and self.z_dim:
-            parts.append(normalize_second_moment(z.float()))
+            parts.append(normalize_second_moment(z.to(dtype)))
         if self.embed is not None:
-            parts.append(normalize_second_moment(self.embed(c.float())))
+            parts.append(normalize_second_moment(self.embed(c.to(dtype))))
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         for number in range(self.layers):
             x = activate(getattr(self, f"fc{number}")(x))
@@ -139,7 +139,7 @@ class ToRGB(ModulatedConv):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         style = self.affine(w) * (self.gain * GAIN)
         image = self.convolve(x * style[:, :, None, None].to(x.dtype), self.weight)
-        return image.float() + self.bias[:, None, None]
+        return image.to(self.bias.dtype) + self.bias[:, None, None]
 
 
 class SynthesisBlock(nn.Module):

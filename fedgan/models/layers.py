@@ -123,7 +123,7 @@ def minibatch_std(x: Tensor, group: int, halves: int = 1) -> Tensor:
     group = min(group, n)
     while n % group:
         group -= 1
-    y = x.float().reshape(halves, group, n // group, *x.shape[1:])
+    y = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(halves, group, n // group, *x.shape[1:])
     y = y - y.mean(dim=1, keepdim=True)
     deviation = (y.square().mean(dim=1) + 1e-8).sqrt().mean(dim=(2, 3, 4))  # (halves, n / group)
     channel = deviation.to(x.dtype).unsqueeze(1).expand(halves, group, n // group).reshape(-1, 1, 1, 1)

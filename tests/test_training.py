@@ -1,0 +1,410 @@
+"""Losses, averages, the sampler and the one Trainer: formulas against definitions, and the two identities."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedgan.config import ModelSettings, Settings, from_dict, to_dict
+from fedgan.data.dataset import ImageDataset, pool
+from fedgan.errors import CheckpointError, ConfigError, FedganError, MachineError
+from fedgan.models.discriminator import Discriminator
+from fedgan.models.generator import Generator
+from fedgan.training import losses
+from fedgan.training.checkpoint import load_generator, load_tensors, save_tensors
+from fedgan.training.ema import ema_decay, ema_update
+from fedgan.training.sampler import Sampler
+from fedgan.training.trainer import Trainer, resolve_device
+
+SMALL = ModelSettings(z_dim=4, w_dim=6, channel_base=64, channel_max=6)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Equality bit for bit needs the same number of threads on both sides."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_settings(*overrides: str) -> Settings:
+    tree = {
+        "data": {"resolution": 16},
+        "model": {"z_dim": 4, "w_dim": 6, "channel_base": 64, "channel_max": 6},
+        "augment": {"p": 0.3, "speed_kimg": 1.0},
+        "training": {"kimg": 1.0, "batch_size": 8, "device": "cpu"},
+        "federation": {"rounds": 2},
+    }
+    return from_dict(tree, overrides)
+
+
+def tiny_dataset(n: int = 40, labels: int = 3, channels: int = 3, exclusive: bool = True, seed: int = 0) -> ImageDataset:
+    rng = np.random.default_rng(seed)
+    hot = np.eye(labels, dtype=np.uint8)[rng.integers(labels, size=n)] if labels else np.zeros((n, 0), np.uint8)
+    if labels and not exclusive:
+        hot = rng.integers(0, 2, (n, labels)).astype(np.uint8)
+    images = rng.integers(0, 256, (n, channels, 16, 16), dtype=np.uint8)
+    return ImageDataset("tiny", images, hot, tuple(f"class-{k}" for k in range(labels)), exclusive)
+
+
+def same_state(a: Trainer, b: Trainer) -> bool:
+    (left, plain_left), (right, plain_right) = a.state_dict(), b.state_dict()
+    equal = left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return equal and json.dumps(plain_left, sort_keys=True) == json.dumps(plain_right, sort_keys=True)
+
+
+# --- losses against finite differences, in float64 ------------------------------------------------
+
+
+def directional(f, x: torch.Tensor, direction: torch.Tensor, step: float = 1e-5) -> float:
+    return float((f(x + step * direction) - f(x - step * direction)) / (2 * step))
+
+
+def test_r1_is_the_squared_gradient_and_its_own_gradient_is_right():
+    discriminator = Discriminator(SMALL, 16, 1, 2, torch.Generator().manual_seed(0)).double()
+    discriminator.dtype = torch.float64
+    images = torch.randn(2, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    c = torch.eye(2, dtype=torch.float64)
+    seen = images.clone().requires_grad_(True)
+    penalty = losses.r1_penalty(discriminator(seen, c), seen)
+
+    # The penalty: every coordinate of the gradient by central differences. Images of one minibatch-std group
+    # move each other's logits, so what is differentiated is the sum over the group.
+    squares = torch.zeros(2, dtype=torch.float64)
+    for pixel in range(256):
+        shift = torch.zeros(256, dtype=torch.float64)
+        shift[pixel] = 1e-5
+        shift = shift.view(1, 16, 16)
+        for image in range(2):
+            up, down = images.clone(), images.clone()
+            up[image] += shift
+            down[image] -= shift
+            with torch.no_grad():
+                squares[image] += ((discriminator(up, c).sum() - discriminator(down, c).sum()) / 2e-5).square()
+    assert torch.allclose(penalty.detach(), squares, rtol=1e-5)
+
+    # Its gradient by the weights: second derivatives.
+    weight = discriminator.b16.conv0.weight
+    direction = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (gradient,) = torch.autograd.grad(penalty.sum(), weight)
+
+    def at(shifted: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            kept = weight.clone()
+            weight.copy_(shifted)
+        leaf = images.clone().requires_grad_(True)
+        value = losses.r1_penalty(discriminator(leaf, c), leaf).sum().detach()
+        with torch.no_grad():
+            weight.copy_(kept)
+        return value
+
+    expected = directional(at, weight.detach().clone(), direction)
+    assert math.isclose(float((gradient * direction).sum()), expected, rel_tol=1e-4)
+
+
+def test_path_length_is_the_norm_of_the_jacobian_product_and_its_gradient_is_right():
+    generator = Generator(SMALL, 16, 1, 0, torch.Generator().manual_seed(0)).double()
+    generator.dtype = torch.float64
+    rng = torch.Generator().manual_seed(1)
+    w = torch.randn(2, 6, dtype=torch.float64, generator=rng)
+    noise = torch.randn(2, 1, 16, 16, dtype=torch.float64, generator=rng)
+    depth = generator.synthesis.num_ws
+
+    def lengths_at(ws: torch.Tensor) -> torch.Tensor:
+        leaf = ws.clone().requires_grad_(True)
+        return losses.path_lengths(generator.synthesis(leaf, "const"), leaf, noise)
+
+    ws = w.unsqueeze(1).repeat(1, depth, 1)
+    # Definition: the gradient of <image, y> by each layer's w, by central differences.
+    squares = torch.zeros(2, dtype=torch.float64)
+    for layer in range(depth):
+        for coordinate in range(6):
+            shift = torch.zeros_like(ws)
+            shift[:, layer, coordinate] = 1e-5
+            up, down = ((generator.synthesis(ws + sign * shift, "const") * noise / 16).sum(dim=(1, 2, 3)) for sign in (1, -1))
+            squares += ((up - down) / 2e-5).detach().square()
+    assert torch.allclose(lengths_at(ws).detach(), (squares / depth).sqrt(), rtol=1e-5)
+
+    weight = generator.synthesis.b8.conv0.weight
+    direction = torch.randn(weight.shape, dtype=torch.float64, generator=rng)
+    (gradient,) = torch.autograd.grad(lengths_at(ws).sum(), weight)
+
+    def at(shifted: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            kept = weight.clone()
+            weight.copy_(shifted)
+        value = lengths_at(ws).sum().detach()
+        with torch.no_grad():
+            weight.copy_(kept)
+        return value
+
+    assert math.isclose(float((gradient * direction).sum()), directional(at, weight.detach().clone(), direction), rel_tol=1e-4)
+
+
+def test_adversarial_losses_are_cross_entropies():
+    fake, real = torch.tensor([0.3, -1.2]), torch.tensor([2.0, 0.1])
+    assert torch.allclose(losses.generator_loss(fake), -torch.sigmoid(fake).log().mean())
+    expected = -(1 - torch.sigmoid(fake)).log().mean() - torch.sigmoid(real).log().mean()
+    assert torch.allclose(losses.discriminator_loss(fake, real), expected)
+
+
+@given(interval=st.integers(1, 64), beta=st.floats(0.5, 0.9999), rate=st.floats(1e-5, 1e-1))
+def test_lazy_adam_moves_and_forgets_in_an_interval_as_before(interval, beta, rate):
+    corrected, (first, second) = losses.lazy_adam(rate, (0.0, beta), interval)
+    # interval + 1 steps (one of them the regulariser's) together do what `interval` steps did
+    assert math.isclose(corrected * (interval + 1), rate * interval, rel_tol=1e-9)
+    assert math.isclose(second ** (interval + 1), beta**interval, rel_tol=1e-9)
+    assert first == 0.0
+
+
+def test_trainer_gives_adam_the_correction_and_names_no_integer_beta():
+    trainer = Trainer(tiny_settings("training.path_length_interval=4", "training.r1_interval=16"), tiny_dataset())
+    assert math.isclose(trainer.g_adam.param_groups[0]["lr"], 0.0025 * 4 / 5)
+    assert math.isclose(trainer.d_adam.param_groups[0]["betas"][1], 0.99 ** (16 / 17))
+    plain = Trainer(tiny_settings("training.path_length_weight=0", "training.r1_gamma=0"), tiny_dataset())
+    assert plain.g_adam.param_groups[0]["lr"] == plain.d_adam.param_groups[0]["lr"] == 0.0025
+
+
+# --- the average generator -----------------------------------------------------------------------
+
+
+@given(batch=st.integers(1, 64), half_life=st.floats(0.1, 20))
+def test_ema_halves_after_its_half_life(batch, half_life):
+    decay = ema_decay(batch, half_life, rampup=0.0, images_seen=0)
+    steps = half_life * 1000 / batch
+    assert math.isclose(decay**steps, 0.5, rel_tol=1e-6)
+
+
+def test_ema_follows_quickly_in_the_beginning_and_no_slower_than_its_half_life():
+    assert ema_decay(16, 5, 0.05, images_seen=0) < 1e-6
+    assert math.isclose(ema_decay(16, 5, 0.05, images_seen=1600), 0.5 ** (16 / 80))
+    assert ema_decay(16, 5, 0.05, images_seen=10**9) == ema_decay(16, 5, 0.0, images_seen=0)
+
+
+def test_ema_is_the_weighted_mean_of_old_and_new():
+    old, new = (Generator(SMALL, 16, 1, 2, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    new.mapping.w_avg.fill_(3.0)
+    expected = {name: 0.9 * a + 0.1 * dict(new.named_parameters())[name] for name, a in old.named_parameters()}
+    ema_update(old, new, 0.9)
+    assert all(torch.allclose(parameter, expected[name], rtol=1e-5, atol=1e-5) for name, parameter in old.named_parameters())
+    assert torch.equal(old.mapping.w_avg, new.mapping.w_avg)
+
+
+# --- sampler -------------------------------------------------------------------------------------
+
+
+@given(size=st.integers(1, 30), cuts=st.lists(st.integers(1, 17), min_size=1, max_size=8))
+@settings(deadline=None)
+def test_sampler_shows_each_image_once_a_pass_however_it_is_asked(size, cuts):
+    sampler, whole = Sampler(size, 3, 1), Sampler(size, 3, 1)
+    pieces = np.concatenate([sampler.take(cut) for cut in cuts])
+    assert np.array_equal(pieces, whole.take(sum(cuts)))
+    for start in range(0, len(pieces) - size + 1, size):
+        assert sorted(pieces[start : start + size]) == list(range(size))
+
+
+def test_sampler_differs_between_hospitals_and_goes_on_from_its_state():
+    a, b = Sampler(50, 0, 0), Sampler(50, 0, 1)
+    assert not np.array_equal(a.take(50), b.take(50))
+    again = Sampler(50, 0, 0)
+    again.load_state(json.loads(json.dumps(a.state())))
+    assert np.array_equal(a.take(30), again.take(30))
+
+
+# --- the Trainer ---------------------------------------------------------------------------------
+
+
+def test_stopping_saving_loading_and_going_on_is_going_on(tmp_path):
+    settings_, dataset = tiny_settings("augment.mirror=true"), tiny_dataset()
+    undisturbed, stopped = Trainer(settings_, dataset, stream=2), Trainer(settings_, dataset, stream=2)
+    undisturbed.train(72)  # past both regularisers, an ADA window's middle, a pass over the data
+    undisturbed.train(72)
+    stopped.train(72)
+    stopped.save(tmp_path / "state.safetensors")
+    fresh = Trainer(settings_, dataset, stream=2)
+    fresh.load(tmp_path / "state.safetensors")
+    assert same_state(fresh, stopped)
+    fresh.train(72)
+    assert same_state(fresh, undisturbed)
+
+
+def test_a_budget_cut_into_rounds_is_the_same_budget():
+    settings_, dataset = tiny_settings(), tiny_dataset()
+    whole, cut = Trainer(settings_, dataset), Trainer(settings_, dataset)
+    whole.train(100)
+    for images in (1, 50, 12, 37):  # no multiples of the batch
+        cut.train(images)
+    assert whole.images_seen == cut.images_seen == 104
+    assert all(np.array_equal(a, cut.outgoing(["generator"])[name]) for name, a in whole.outgoing(["generator"]).items())
+
+
+def test_hospitals_start_alike_and_draw_differently():
+    settings_, dataset = tiny_settings(), tiny_dataset()
+    first, second = Trainer(settings_, dataset, stream=0), Trainer(settings_, dataset, stream=1)
+    parts = ("generator", "discriminator", "ema")
+    assert all(np.array_equal(a, second.outgoing(parts)[name]) for name, a in first.outgoing(parts).items())
+    first.train(8)
+    second.train(8)
+    name = "generator/synthesis.b16.conv1.weight"
+    assert not np.array_equal(first.outgoing(["generator"])[name], second.outgoing(["generator"])[name])
+
+
+def test_training_changes_every_parameter_and_reports_what_it_did():
+    trainer = Trainer(tiny_settings(), tiny_dataset())
+    before = trainer.outgoing(["generator", "discriminator", "ema"])
+    result = trainer.train(160)
+    after = trainer.outgoing(["generator", "discriminator", "ema"])
+    assert [name for name in before if np.array_equal(before[name], after[name])] == []
+    assert {"loss_g", "loss_d", "r1", "path_length", "r_t", "p", "images", "seconds"} == result.keys()
+    assert result["images"] == trainer.images_seen == 160
+
+
+@pytest.mark.parametrize(
+    ("labels", "channels", "exclusive", "precision"),
+    [(0, 1, True, "fp32"), (4, 1, False, "fp32"), (2, 3, True, "bf16")],
+    ids=["unconditional", "multi-label", "bfloat16"],
+)
+def test_every_kind_of_data_trains(labels, channels, exclusive, precision):
+    trainer = Trainer(tiny_settings(f"training.precision={precision}"), tiny_dataset(40, labels, channels, exclusive))
+    assert math.isfinite(trainer.train(40)["loss_d"])
+
+
+def test_generator_labels_follow_the_hospitals_own_mix():
+    dataset = tiny_dataset(400, 3)
+    dataset.labels[:] = 0
+    dataset.labels[np.arange(400), np.where(np.arange(400) < 300, 0, 2)] = 1
+    drawn = torch.cat([Trainer(tiny_settings(), dataset, stream=s)._fake_labels(400) for s in range(5)]).mean(dim=0)
+    assert drawn[1] == 0
+    assert abs(float(drawn[0]) - 0.75) < 0.05
+
+
+def test_what_travels_has_a_dimension_is_float32_sorted_and_comes_back():
+    a, b = (Trainer(tiny_settings(), tiny_dataset(), stream=s) for s in (0, 1))
+    a.train(24)
+    arrays = a.outgoing(["generator", "discriminator", "ema"])
+    assert list(arrays) == sorted(arrays)
+    assert all(array.dtype == np.float32 and array.ndim >= 1 for array in arrays.values())
+    assert not [name for name in arrays if "fir" in name or "noise_const" in name]
+    b.incoming(arrays)
+    assert all(np.array_equal(array, b.outgoing(["generator", "discriminator", "ema"])[name]) for name, array in arrays.items())
+
+
+def test_a_model_that_does_not_fit_changes_nothing():
+    trainer = Trainer(tiny_settings(), tiny_dataset())
+    before = trainer.outgoing(["generator", "discriminator"])
+    wrong = dict(before)
+    wrong["discriminator/b4.out.weight"] = np.zeros((1, 1), np.float32)
+    with pytest.raises(CheckpointError, match=r"b4\.out\.weight"):
+        trainer.incoming(wrong)
+    with pytest.raises(CheckpointError, match="unknown part"):
+        trainer.incoming({"labels/x": np.zeros(1, np.float32)})
+    assert all(np.array_equal(array, trainer.outgoing(["generator", "discriminator"])[name]) for name, array in before.items())
+
+
+def test_proximal_term_adds_mu_times_the_distance():
+    trainer = Trainer(tiny_settings("training.proximal_mu=0.5"), tiny_dataset())
+    trainer.incoming(trainer.outgoing(["generator", "discriminator"]))
+    parameter = next(iter(trainer.discriminator.parameters()))
+    with torch.no_grad():
+        parameter += 2.0
+    loss = parameter.sum() * 3.0
+    trainer._update(trainer.d_adam, loss, "discriminator")
+    assert torch.allclose(parameter.grad, torch.full_like(parameter, 3.0 + 0.5 * 2.0), atol=1e-4)
+
+
+def test_the_proximal_pull_keeps_a_hospital_near_the_model_it_was_given():
+    def distance(mu: float) -> float:
+        trainer = Trainer(tiny_settings(f"training.proximal_mu={mu}", "training.learning_rate=0.01"), tiny_dataset())
+        start = trainer.outgoing(["discriminator"])
+        trainer.incoming(start | trainer.outgoing(["generator"]))
+        trainer.train(160)
+        end = trainer.outgoing(["discriminator"])
+        return sum(float(np.square(end[name] - start[name]).sum()) for name in start if ".conv" in name)
+
+    assert distance(100.0) < distance(0.0)
+
+
+def test_p_zero_spends_nothing_and_none_never_augments():
+    trainer = Trainer(tiny_settings("augment.mode=none"), tiny_dataset())
+    images = torch.randn(2, 3, 16, 16)
+    assert trainer._augment(images) is images
+
+
+def test_a_diverged_training_is_an_error_not_a_number():
+    trainer = Trainer(tiny_settings(), tiny_dataset())
+    with torch.no_grad():
+        trainer.generator.synthesis.b4.const.fill_(float("nan"))
+    with pytest.raises(FedganError, match="diverged"):
+        trainer.train(8)
+
+
+def test_wrong_resolution_device_and_state_are_named(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="16 pixels wide"):
+        Trainer(tiny_settings("data.resolution=32"), tiny_dataset())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto").type == "cpu"
+    with pytest.raises(MachineError, match="no CUDA"):
+        resolve_device("cuda")
+    trainer = Trainer(tiny_settings(), tiny_dataset(), stream=1)
+    trainer.train(8)
+    trainer.save(tmp_path / "state.safetensors")
+    with pytest.raises(CheckpointError, match="stream"):
+        Trainer(tiny_settings(), tiny_dataset(), stream=0).load(tmp_path / "state.safetensors")
+    with pytest.raises(CheckpointError, match="40 images"):
+        Trainer(tiny_settings(), tiny_dataset(32), stream=1).load(tmp_path / "state.safetensors")
+    with pytest.raises(CheckpointError, match="another model"):
+        Trainer(tiny_settings("model.w_dim=5"), tiny_dataset(), stream=1).load(tmp_path / "state.safetensors")
+
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+
+def test_checkpoints_without_their_json_or_with_other_bytes_do_not_count(tmp_path):
+    path = tmp_path / "round-00001.safetensors"
+    save_tensors(path, {"a": torch.arange(4.0)}, {"round": 1})
+    tensors, meta = load_tensors(path)
+    assert torch.equal(tensors["a"], torch.arange(4.0))
+    assert meta["round"] == 1
+    data = path.read_bytes()
+    path.write_bytes(data[:-3])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_tensors(path)
+    path.write_bytes(data)
+    path.with_suffix(".json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_tensors(path)
+    path.with_suffix(".json").unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        load_tensors(path)
+
+
+def test_a_checkpoint_gives_back_the_generator_that_made_it(tmp_path):
+    trainer = Trainer(tiny_settings(), tiny_dataset())
+    trainer.train(16)
+    arrays = {name: torch.from_numpy(array) for name, array in trainer.outgoing(["generator", "ema"]).items()}
+    meta = {"settings": to_dict(trainer.settings), "resolution": 16, "channels": 3, "label_names": ["a", "b", "c"]}
+    save_tensors(tmp_path / "round-00001.safetensors", arrays, meta)
+    generator, _ = load_generator(tmp_path / "round-00001.safetensors")
+    z, c = torch.randn(2, 4), torch.eye(3)[:2]
+    assert torch.equal(generator(z, c, noise="const"), trainer.ema(z, c, noise="const"))
+    save_tensors(tmp_path / "round-00002.safetensors", {"discriminator/x": torch.zeros(1)}, meta)
+    with pytest.raises(CheckpointError, match="no generator"):
+        load_generator(tmp_path / "round-00002.safetensors")
+
+
+def test_pooled_hospitals_show_the_same_images_in_their_order():
+    parts = [tiny_dataset(10, seed=seed) for seed in range(3)]
+    pooled = pool(parts)
+    rows = np.array([25, 3, 14])
+    images, labels = pooled.batch(rows)
+    for image, label, row in zip(images, labels, rows, strict=True):
+        expected, wanted = parts[row // 10].batch(np.array([row % 10]))
+        assert torch.equal(image, expected[0])
+        assert torch.equal(label, wanted[0])
