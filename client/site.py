@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import time
 import traceback
 from collections.abc import Mapping
@@ -41,10 +42,15 @@ class Order:
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Order:
-        """Read the ConfigRecord of a message."""
+        """Read the ConfigRecord of a message. Raises `ConfigError` for an experiment id that could not be a folder's name."""
+        experiment = str(config["experiment"])
+        if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}", experiment):
+            raise ConfigError(
+                "the server's experiment id is not made of up to 64 letters and digits: it would name a folder here"
+            )
         settings = from_dict(json.loads(str(config["settings"])), source="the server's settings")
         numbers = {key: int(config.get(key, 0)) for key in ("round", "since", "images")}
-        return Order(settings, str(config["experiment"]), str(config["run"]), **numbers)
+        return Order(settings, experiment, str(config["run"]), **numbers)
 
 
 @dataclass(frozen=True)
@@ -86,14 +92,16 @@ class Site:
 def find_site(order: Order, node: Mapping[str, Any]) -> Site:
     """The place of the hospital on this node. Raises `DataError` or `ConfigError` when its shard cannot be opened."""
     number = int(node["partition-id"])
+    own_state = str(node.get("state-dir", ""))
     if own_data := str(node.get("data-root", "")):
+        if not own_state:
+            raise ConfigError("this node names data-root but no state-dir: say in its node-config where its state may be kept")
         hospital = _open_own(order.settings, own_data)
     else:
         everyone = _open_all(order.settings, order.settings.data.root or str(Path(order.run) / "shards"))
         if number >= len(everyone):
             raise ConfigError(f"partition-id = {number}, but there are {len(everyone)} hospitals (counted from 0)")
         hospital = everyone[number]
-    own_state = str(node.get("state-dir", ""))
     folder = Path(own_state) / order.experiment if own_state else RunFolder(Path(order.run)).hospital_state(hospital.name)
     return Site(number, hospital, folder)
 

@@ -182,6 +182,16 @@ def test_a_hospital_of_its_own_keeps_data_and_state_where_its_node_says(tmp_path
     assert site.folder == tmp_path / "disk" / "exp-1"
 
 
+def test_a_server_cannot_choose_where_a_hospital_keeps_its_state(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", (16, 24))
+    settings = tiny(tmp_path / "nowhere", hospitals=2)
+    with pytest.raises(ConfigError, match="no state-dir"):
+        find_site(Order(settings, "e", str(tmp_path)), {"partition-id": 0, "data-root": str(data / "alpha")})
+    for experiment in ("../../etc", "", "a/b", "x" * 65):
+        with pytest.raises(ConfigError, match="experiment id"):
+            Order.read({"settings": json.dumps(to_dict(settings)), "experiment": experiment, "run": ""})
+
+
 def test_a_partition_id_without_hospital_is_an_error(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2)
     with pytest.raises(ConfigError, match="partition-id = 2, but there are 2 hospitals"):

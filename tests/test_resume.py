@@ -137,7 +137,8 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
 # --- with Flower and Ray ---------------------------------------------------------------------------
 
 SCRIPT = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background of a shell
 from fedgan.run_folder import RunFolder
 from simulations import runner
 run, data, verb, client = RunFolder.at(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
