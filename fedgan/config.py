@@ -123,6 +123,8 @@ class EvaluationSettings:
 
     every: int = meaning(5, "Rounds between two sample grids and Fréchet distances; 0: only at the end.", low=0)
     images: int = meaning(2000, "Synthetic images for the final evaluation.", low=16)
+    classifier: str = meaning("small-cnn", "Network of the classifiers.", choices=("small-cnn", "resnet18"))
+    label_map: str = meaning("", "Merges labels for the classifiers only, e.g. 'normal=normal,*=abnormal'.")
     seeds: int = meaning(2, "Classifier trainings with different seeds.", low=1)
     epochs: int = meaning(12, "Passes of a classifier over as many images as the real training split has.", low=1)
     bootstrap: int = meaning(1000, "Resamples of the test images for the 95 % intervals.", low=10)

@@ -54,7 +54,6 @@ class Evaluator:
         hospitals: Sequence[HospitalData],
         device: str | None = None,
         progress: Progress | None = None,
-        classifier: str = "small-cnn",
     ) -> None:
         if not hospitals:
             raise DataError("the evaluator was given no hospital: check data.root and evaluation.root")
@@ -63,7 +62,8 @@ class Evaluator:
             pool_places([(hospital.name, getattr(hospital, split)) for hospital in hospitals], split)
             for split in ("train", "val", "test")
         )
-        self.reference = RealReference(train, val, test, settings.evaluation, settings.seed, self.device, classifier, progress)
+        self.train = train  # with the generator's own labels; the reference may merge them for its classifiers
+        self.reference = RealReference(train, val, test, settings.evaluation, settings.seed, self.device, progress)
 
     def start(self) -> None:
         """Write samples/real.png. Fails early where `evaluation.features` names an unusable file.
@@ -72,7 +72,7 @@ class Evaluator:
         """
         if self.settings.evaluation.features != "reference":
             _ = self.reference.extractor
-        picture = real_grid(self.reference.train, seed=self.settings.seed)
+        picture = real_grid(self.train, seed=self.settings.seed)
         files.write_bytes(self.run.samples / "real.png", png_bytes(picture))
 
     def during(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Evaluator:
         self._write_grid(generator, "final.png")
         synthetic = self._synthetic(generator, self.settings.evaluation.images)
         numbers = evaluate_synthetic(
-            reference.train,
+            self.train,
             reference.val,
             reference.test,
             synthetic,
@@ -133,10 +133,10 @@ class Evaluator:
 
     def _synthetic(self, generator: Any, count: int) -> ImageDataset:
         psi = self.settings.evaluation.psi
-        return synthetic_dataset(generator, self.reference.train, count, self.settings.seed, psi, device=self.device)
+        return synthetic_dataset(generator, self.train, count, self.settings.seed, psi, device=self.device)
 
     def _write_grid(self, generator: Any, name: str) -> str:
-        train = self.reference.train
+        train = self.train
         psi = self.settings.evaluation.psi
         picture = sample_grid(generator, train.label_names, train.exclusive, seed=self.settings.seed, psi=psi, device=self.device)
         files.write_bytes(self.run.samples / name, png_bytes(picture))

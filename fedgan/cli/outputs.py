@@ -18,6 +18,7 @@ import typer
 from fedgan import files
 from fedgan.cli import console, labels
 from fedgan.cli.runs import checkpoint_of, headline, headline_text, runner
+from fedgan.config import Settings, from_dict, to_dict
 from fedgan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -91,20 +92,36 @@ def generate(
     console.emit(result, as_json, f"{images} synthetic images in {console.shown(output)}{f' ({mix})' if mix else ''}")
 
 
-def evaluate(run_path: Run, as_json: console.Json = False) -> None:
+def evaluate(
+    run_path: Run,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change an evaluation.* key, with --output.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write a second look there and leave the run as it is.")
+    ] = None,
+    as_json: console.Json = False,
+) -> None:
     """Evaluate the newest round again.
 
-    Rewrites evaluation.json and the page.
+    Rewrites evaluation.json and the page; with --output, writes both to a folder of their own, so that a run can be
+    looked at with other classifiers, features or merged labels.
     """
     from fedgan.report.page import write_report
     from fedgan.run_folder import RunFolder
 
     run = RunFolder.at(run_path)
     checkpoint_of(run.path)
+    if overrides and output is None:
+        raise ConfigError("--set would make the run's evaluation.json differ from its config.toml: give --output DIR as well")
+    if stray := [text for text in overrides or [] if not text.strip().startswith("evaluation.")]:
+        raise ConfigError(f"'{stray[0]}' is no evaluation.* key: the training of a finished run cannot be changed")
+    settings = from_dict(to_dict(run.settings()), overrides or [], source=str(run.config))
     with runner().locked(run), console.stdout_for_results():
-        _evaluate(run)
-        write_report(run)
-    numbers = headline(run)
+        place = run if output is None else _second_look(run, settings, output)
+        _evaluate(run, settings, place)
+        write_report(place)
+    numbers = headline(place)
     console.emit(numbers, as_json, headline_text(numbers))
 
 
@@ -122,17 +139,31 @@ def report(run_path: Run, as_json: console.Json = False) -> None:
     console.emit({"run": str(run.path), "report": str(page)}, as_json, f"report      {console.shown(page)}")
 
 
-def _evaluate(run: RunFolder) -> None:
-    """The final evaluation of the newest round; its name and budget are those of the run."""
+def _second_look(run: RunFolder, settings: Settings, output: Path) -> RunFolder:
+    """A folder with what the page needs of the run, under other settings of the evaluator."""
+    from fedgan.run_folder import RunFolder
+
+    console.refuse_existing(output, "the second look")
+    place = RunFolder.at(output)
+    place.write_settings(settings)
+    for source, target in ((run.environment, place.environment), (run.hospitals, place.hospitals), (run.metrics, place.metrics)):
+        if source.is_file():
+            files.write_bytes(target, source.read_bytes())
+    for picture in sorted(run.samples.glob("*.png")):
+        files.write_bytes(place.samples / picture.name, picture.read_bytes())
+    return place
+
+
+def _evaluate(run: RunFolder, settings: Settings, place: RunFolder) -> None:
+    """The final evaluation of the run's newest round, written to `place`; its name and budget are those of the run."""
     from fedgan.training.checkpoint import load_generator
     from server.evaluator import Evaluator
     from server.preparation import evaluation_hospitals
 
-    settings = run.settings()
     generator, meta = load_generator(checkpoint_of(run.path))
     budget = {key: meta[key] for key in ("images_seen", "wall_seconds", "bytes_exchanged", "label_names")}
     facts = {"arm": "federated", "name": settings.name, **budget}
-    Evaluator(settings, run, evaluation_hospitals(settings, run), progress=console.note).final(generator, facts)
+    Evaluator(settings, place, evaluation_hospitals(settings, run), progress=console.note).final(generator, facts)
 
 
 # --- generate ------------------------------------------------------------------------------------

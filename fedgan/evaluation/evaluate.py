@@ -15,6 +15,7 @@ import numpy as np
 
 from fedgan.config import EvaluationSettings
 from fedgan.data.dataset import ImageDataset, pool
+from fedgan.data.labels import LabelMap
 from fedgan.errors import DataError
 from fedgan.evaluation.bootstrap import clusters
 from fedgan.evaluation.classification import BATCH, SELECTION, probabilities, train_classifier, training_steps
@@ -43,13 +44,12 @@ class RealReference:
         settings: EvaluationSettings,
         seed: int = 0,
         device: str = "cpu",
-        classifier: str = "small-cnn",
         progress: Progress | None = None,
     ) -> None:
         if len(train) == 0:
             raise DataError("the evaluator has no real training image: check the splits of the shards")
-        self.train, self.val, self.test = train, val, test
-        self.settings, self.seed, self.device, self.classifier_name = settings, seed, device, classifier
+        self.train, self.val, self.test = (merged(dataset, settings.label_map) for dataset in (train, val, test))
+        self.settings, self.seed, self.device, self.classifier_name = settings, seed, device, settings.classifier
         self.steps = training_steps(len(train), settings.epochs)
         self._progress = progress
         self._classifiers: dict[int, Classifier] = {}
@@ -139,9 +139,10 @@ def evaluate_synthetic(
     What cannot be computed is None, with a sentence in `notes`. Raises `FedganError` for data that do not fit.
     """
     reference = reference or RealReference(train, val, test, settings, seed, device, progress=progress)
+    synthetic = merged(synthetic, settings.label_map)
     notes: list[str] = []
     return {
-        "label_names": list(train.label_names),
+        "label_names": list(synthetic.label_names),
         "utility": _utility(reference, synthetic, notes),
         "fidelity": _fidelity(reference, synthetic, notes),
         "notes": notes,
@@ -218,6 +219,17 @@ def _fidelity(reference: RealReference, synthetic: ImageDataset, notes: list[str
             "read the Fréchet distance beside its floor only."
         )
     return {"extractor": reference.extractor.name, "real": "validation and test images", **measured}
+
+
+def merged(dataset: ImageDataset, label_map: str) -> ImageDataset:
+    """The dataset with its labels merged by `evaluation.label_map` (empty: as it is).
+
+    Raises `DataError` for a label without a rule.
+    """
+    if not label_map:
+        return dataset
+    labels, names = LabelMap.parse(label_map).apply(dataset.labels, dataset.label_names)
+    return dataclasses.replace(dataset, labels=labels, label_names=names)
 
 
 def with_places(dataset: ImageDataset, place: str) -> ImageDataset:

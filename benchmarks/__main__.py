@@ -1,0 +1,106 @@
+"""`make bench`: every measurement in a process of its own, one after the other, and one table.
+
+python -m benchmarks [--only step|federation|demo] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# precision, resolution: the share that a careful prototype reached, and what we aim at
+MARKS = {("fp32", 32): (0.43, 0.50), ("fp32", 64): (0.36, 0.42), ("bf16", 32): (0.29, 0.40), ("bf16", 64): (0.22, 0.30)}
+MEMORY_MARK, EFFICIENCY_MARK, DEMO_SECONDS_MARK, DEMO_AUC_MARK = 600, 0.80, 240, 0.85
+
+
+def call(module: str, *arguments: str) -> dict[str, Any]:
+    """Run one benchmark module and read the JSON that it prints last."""
+    result = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments], check=True, capture_output=True, text=True
+    )
+    return dict(json.loads(result.stdout.splitlines()[-1]))
+
+
+def step_rows(results: dict[str, Any]) -> list[str]:
+    rows = []
+    for (precision, resolution), (mark, aim) in MARKS.items():
+        found = results[f"step-{precision}-{resolution}"] = call("step", str(resolution), precision)
+        rows.append(
+            f"training step {precision} {resolution}²: {found['fraction']:.2f} of the best {precision} convolution rate "
+            f"[{found['fraction_low']:.2f}, {found['fraction_high']:.2f}]  (mark {mark:.2f}, aim {aim:.2f});  "
+            f"{found['images_per_second']:.1f} images/s × {found['gflop_per_image']:.2f} GFLOP "
+            f"over {found['conv_gflops']:.0f} GFLOP/s"
+        )
+        if (precision, resolution) == ("fp32", 32):
+            rows.append(
+                f"memory of that step: {found['memory_of_step_mb']:.0f} MB (mark {MEMORY_MARK}), "
+                f"on top of {found['memory_of_imports_mb']:.0f} MB for Python and PyTorch themselves"
+            )
+    return rows
+
+
+def federation_rows(results: dict[str, Any]) -> list[str]:
+    found = results["federation"] = call("federation", "30")
+    return [
+        f"federation: {found['efficiency']:.2f} of the cores' time inside Trainer.train (mark {EFFICIENCY_MARK:.2f});  "
+        f"{found['images']} images in {found['rounds']} rounds, {found['wall_seconds']:.0f} s on {found['cores']} cores"
+    ]
+
+
+def demo_rows(results: dict[str, Any]) -> list[str]:
+    found = results["demo"] = call("demo")
+    return [
+        f"fedgan demo: {found['wall_seconds']:.0f} s (mark {DEMO_SECONDS_MARK});  synthetic-only macro AUC "
+        f"{found['synthetic_macro_auc']:.3f} (mark {DEMO_AUC_MARK}), real {found['real_macro_auc']:.3f}"
+    ]
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
+
+
+def processor() -> str:
+    """The processor's name, as Linux gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", choices=("step", "federation", "demo"), help="one part instead of all")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"machine": machine()}
+    print(
+        *(f"{key}: {value}" for key, value in results["machine"].items()),
+        sep="  ",
+        file=sys.stderr if arguments.json else sys.stdout,
+    )
+    for name, rows in (("step", step_rows), ("federation", federation_rows), ("demo", demo_rows)):
+        if arguments.only in (None, name):
+            for row in rows(results):
+                if not arguments.json:
+                    print(row, flush=True)
+    if arguments.json:
+        print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
