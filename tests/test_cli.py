@@ -647,6 +647,21 @@ def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_and_is_evaluated_
         assert run.evaluation.is_file()
     assert not list(run.path.rglob("*.part"))
 
+    # A second look with merged labels has a page of its own and leaves the run as it is.
+    before = run.evaluation.read_bytes()
+    look = [*fedgan, "evaluate", "run", "--output", "look", "--set", "evaluation.label_map=nv=nevus,*=other", "--json"]
+    done = subprocess.run(look, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    second = RunFolder.at(tmp_path / "look")
+    assert second.read_json(second.evaluation)["label_names"] == ["nevus", "other"]
+    assert second.report.is_file()
+    assert run.evaluation.read_bytes() == before
+    for extra in (["--set", "evaluation.epochs=2"], ["--set", "training.kimg=2", "--output", "third"]):
+        refused = subprocess.run(
+            [*fedgan, "evaluate", "run", *extra], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=100
+        )
+        assert refused.returncode == 2, refused.stderr
+
 
 def test_results_alone_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     with console.stdout_for_results():

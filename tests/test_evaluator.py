@@ -435,6 +435,19 @@ def test_a_run_is_evaluated_from_its_first_picture_to_its_last_number(tmp_path, 
     assert (evaluator.run.samples / "round-00005.png").read_bytes() == (evaluator.run.samples / "final.png").read_bytes()
 
 
+def test_merged_labels_are_the_classifiers_alone_and_the_generator_keeps_its_own(tmp_path):
+    hospitals = _hospitals()
+    evaluator = _evaluator(tmp_path, hospitals, epochs=3, seeds=1, label_map="alpha=alpha,*=other")
+    generator = _Generator(hospitals[0].train)
+    result = evaluator.final(generator, FACTS)
+    assert result["label_names"] == ["alpha", "other"]
+    assert set(result["utility"]["synthetic"]["per_class"]) == {"alpha", "other"}
+    positives = sum(int((hospital.test.labels[:, 0] == 0).sum()) for hospital in hospitals)
+    assert result["utility"]["real"]["per_class"]["other"]["positives"] == positives
+    # The generator was asked for each of its three classes: its fake reads labels of three columns.
+    assert evaluator.train.label_names == NAMES
+
+
 def test_findings_are_evaluated_as_well(tmp_path):
     hospitals = _hospitals(exclusive=False)
     evaluator = _evaluator(tmp_path, hospitals, epochs=2, seeds=1)
