@@ -45,6 +45,7 @@ from server.preparation import is_prepared, prepare_run
 OnEvent = Callable[[dict[str, Any]], None]
 CLIENT = "client.app:app"
 LOCK = ".lock"
+PATIENCE = 10.0
 GRACE_AFTER_END = 30.0
 GRACE_AFTER_FAILURE = 3.0
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -194,25 +195,33 @@ def locked(run: RunFolder) -> Iterator[int]:
     place = run.path / LOCK
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = _take(place)
     except OSError as error:
         raise files.storage_error(run.path, error) from error
+    if handle is None:
+        raise ConfigError(f"{run.path} is in use by another fedgan: wait for its end, or stop it")
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = os.path.samestat(os.fstat(handle), os.stat(place))  # not a file that its holder has just removed
-        except OSError:
-            free = False
-        if not free:
-            raise ConfigError(f"{run.path} is in use by another fedgan: wait for its end, or stop it")
-        try:
-            yield handle
-        finally:
-            place.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                run.path.rmdir()  # only where nothing was written
+        yield handle
     finally:
+        place.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            run.path.rmdir()  # only where nothing was written
         os.close(handle)
+
+
+def _take(place: Path) -> int | None:
+    """An open file that holds the lock, or None when others keep it. The engine of a killed run needs a moment to end."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(place)):  # not a file that its holder has just removed
+                return handle
+        os.close(handle)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.1)
 
 
 def sweep(run: RunFolder) -> None:

@@ -55,7 +55,8 @@ def test_a_folder_that_holds_a_run_is_not_begun_again(tmp_path: Path) -> None:
         runner.simulate(settings, run)
 
 
-def test_a_run_that_is_in_use_is_left_alone(tmp_path: Path) -> None:
+def test_a_run_that_is_in_use_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "PATIENCE", 0.2)
     run = RunFolder.at(tmp_path / "run")
     run.write_settings(tiny(tmp_path))
     with runner.locked(run), pytest.raises(ConfigError, match="in use by another fedgan"):
