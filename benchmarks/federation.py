@@ -17,8 +17,8 @@ from typing import Any
 
 from fedgan.config import load_scenario
 from fedgan.files import read_json_lines
+from fedgan.machine import share_cores
 from fedgan.run_folder import RunFolder
-from server.preparation import cores
 from simulations.runner import simulate
 
 SCENARIO = Path(__file__).resolve().parent.parent / "simulations" / "three_hospitals.toml"
@@ -40,8 +40,8 @@ def measure(kimg: float) -> dict[str, Any]:
         rounds = read_json_lines(run.metrics)
     inside = sum(hospital["seconds"] * hospital["threads"] for line in rounds for hospital in line["hospitals"])
     wall = marks["end"] - marks["start"]
-    threads = settings.federation.threads or cores()
-    used = threads * max(1, min(cores() // threads, settings.federation.hospitals))
+    threads, at_once = share_cores(settings.federation.threads, settings.federation.hospitals)
+    used = threads * at_once
     images = rounds[-1]["images_seen"]
     return {
         "images": images,

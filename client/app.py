@@ -14,8 +14,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import Order, Progress, Site, cores, find_site, log_failure, log_folder
+from client.site import Order, Progress, Site, find_site, log_failure, log_folder
 from fedgan.config import PARTS
+from fedgan.machine import usable_cores
 from fedgan.training.trainer import Trainer
 
 FAILED = 2  # Flower's code for "the ClientApp raised"
@@ -79,7 +80,7 @@ def introduce(visit: Visit, order: Order, site: Site) -> RecordDict:
 def train_round(visit: Visit, order: Order, site: Site) -> RecordDict:
     """Load the state of the round before, take over what arrived, train, save, and give out what travels."""
     settings = order.settings
-    threads = settings.federation.threads or cores()
+    threads = settings.federation.threads or usable_cores()
     torch.set_num_threads(threads)
 
     visit.doing = "preparing the training"

@@ -112,11 +112,6 @@ def log_folder(order: Order, node: Mapping[str, Any]) -> Path:
     return Path(own) if own else Path(order.run) / "hospitals" / f"partition-{node['partition-id']}"
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # A process of the simulation serves hospitals for many rounds: shards are mapped once.
 @functools.lru_cache(maxsize=1)
 def _open_all(settings: Settings, root: str) -> list[Hospital]:

@@ -25,6 +25,7 @@ from fedgan.data.federation import Hospital, describe_hospitals, find_shards, op
 from fedgan.data.phantoms import write_phantoms
 from fedgan.data.shard import Shard
 from fedgan.errors import FederationError
+from fedgan.machine import usable_cores
 from fedgan.run_folder import RunFolder
 from server.strategies import check_strategy
 
@@ -127,23 +128,18 @@ def environment(settings: Settings, run: RunFolder) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "machine": {
             "processor": _processor(),
-            "cores": cores(),
+            "cores": usable_cores(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
             if hasattr(os, "sysconf")
             else None,
             "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         },
-        "threads_per_hospital": settings.federation.threads or cores(),
+        "threads_per_hospital": settings.federation.threads or usable_cores(),
         "sources": [
             {"hospital": card.name, "source": card.source, "licence": card.licence, "content_hash": card.content_hash}
             for card in (Shard.open(path).card for path in find_shards(shards_of(settings, run)))
         ],
     }
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

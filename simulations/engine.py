@@ -23,6 +23,7 @@ from typing import Any
 
 from fedgan.config import Settings
 from fedgan.errors import FedganError
+from fedgan.machine import share_cores
 from fedgan.run_folder import RunFolder
 
 QUIET = {
@@ -115,10 +116,7 @@ def backend_config(settings: Settings) -> Any:
     """Resources for Ray: one process for each hospital that can train at the same time, none more."""
     import torch
 
-    from server.preparation import cores
-
-    threads = settings.federation.threads or cores()
-    actors = max(1, min(cores() // threads, settings.federation.hospitals))
+    threads, actors = share_cores(settings.federation.threads, settings.federation.hospitals)
     client: dict[str, Any] = {"num_cpus": threads, "num_gpus": 0.0}
     init: dict[str, Any] = {"num_cpus": actors * threads, "_temp_dir": os.environ["FEDGAN_RAY_DIR"]}
     if settings.training.device != "cpu" and torch.cuda.is_available():

@@ -9,7 +9,6 @@ import platform
 import shutil
 import socket
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +19,7 @@ from fedgan.cli import console, probe
 from fedgan.cli.runs import Overrides, shipped_scenario
 from fedgan.config import Settings, load_scenario
 from fedgan.errors import FedganError, MachineError
+from fedgan.machine import share_cores, usable_cores
 
 # distribution → module; what `pip install -e .` brings
 PACKAGES = {
@@ -182,8 +182,7 @@ def training_check(settings: Settings) -> tuple[Check, dict[str, Any] | None]:
     """Train for five seconds as the scenario would, and forecast its time. Errors become a failed check."""
     try:
         looks = _images_of(settings)
-        threads = settings.federation.threads or usable_cores()
-        slots = max(1, min(settings.federation.hospitals, usable_cores() // threads))
+        threads, slots = share_cores(settings.federation.threads, settings.federation.hospitals)
         measured = probe.measure(settings, looks.channels, looks.labels, looks.exclusive, slots, threads)
     except FedganError as error:
         return Check("training", "failed", str(error)), None
@@ -220,18 +219,6 @@ def _images_of(settings: Settings) -> Looks:
     sizes = hospital_sizes(settings.data.phantom_images, settings.federation.hospitals)
     train = tuple(round(0.7 * size) for size in sizes)
     return Looks(3 if lesions else 1, len(LESION_LABELS if lesions else CHEST_LABELS), lesions, train)
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and a container's quota where there is one."""
-    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or "max": no quota
-        pass
-    return cores
 
 
 def _cpu_flags() -> set[str]:

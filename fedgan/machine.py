@@ -1,0 +1,26 @@
+"""What this machine offers to a run: the cores that may be used, and how hospitals share them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and a container's quota where there is one."""
+    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max": no quota
+        pass
+    return cores
+
+
+def share_cores(threads: int, hospitals: int) -> tuple[int, int]:
+    """(threads of one hospital, hospitals that train at once) for `federation.threads` (0: all cores)."""
+    cores = usable_cores()
+    each = threads or cores
+    return each, max(1, min(cores // each, hospitals))
