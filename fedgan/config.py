@@ -92,8 +92,8 @@ class TrainingSettings:
     style_mixing: float = meaning(0.9, "Probability that two latents share an image.", low=0.0, high=1.0)
     ema_half_life_kimg: float = meaning(-1.0, "Half-life of the generator's average; -1: batch_size * 10 / 32.", low=-1.0)
     ema_rampup: float = meaning(0.05, "Half-life never exceeds this share of the images seen; 0: no ramp-up.", low=0.0)
-    proximal_mu: float = meaning(0.0, "Weight of FedProx's proximal term; 0: none.", low=0.0)
-    precision: str = meaning("fp32", "fp32, or bf16 autocast of the convolutions.", choices=("fp32", "bf16"))
+    proximal_mu: float = meaning(0.0, "Weight of the proximal term of federation.strategy = fedprox; 0: none.", low=0.0)
+    precision: str = meaning("fp32", "fp32, or bf16 activations in the convolutions.", choices=("fp32", "bf16"))
     device: str = meaning("auto", "auto, cpu or cuda.", choices=("auto", "cpu", "cuda"))
 
 
@@ -210,6 +210,9 @@ def validate(settings: Settings) -> Settings:
             f"data.quantities has {len(settings.data.quantities)} numbers for federation.hospitals = {federation.hospitals}: "
             "give one a hospital"
         )
+    for key in ("r1_gamma", "ema_half_life_kimg"):
+        if -1 < getattr(settings.training, key) < 0:
+            raise ConfigError(f"training.{key} = {getattr(settings.training, key):g} is negative: give -1 (automatic), 0 or more")
     if not federation.exchange:
         raise ConfigError(f"federation.exchange is empty: name at least one of {', '.join(PARTS)}")
     images = settings.training.kimg * 1000 / federation.rounds

@@ -144,5 +144,5 @@ class Evaluator:
 
 
 def _device(name: str) -> str:
-    """`auto` is CUDA where there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    """CUDA where there is one and the settings allow it: a run of a GPU machine can be evaluated on any other."""
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"

@@ -42,6 +42,30 @@ def our_pack(path: Path, count: int = 60, card: dict | None = None, **changes: n
     return path
 
 
+def test_copies_without_a_patient_stay_together_and_copies_across_a_given_split_are_counted(tmp_path):
+    rng = np.random.default_rng(0)
+    images = np.repeat(rng.integers(0, 256, (30, 16, 16), dtype=np.uint8), 2, axis=0)
+    bare = our_pack(
+        tmp_path / "bare.npz", images=images, label=np.zeros(60, int), institution=None, split=None, patient=None, name=None
+    )
+    (shard,) = import_source(read_npz(bare), tmp_path / "bare")
+    splits = shard.samples.splits
+    assert np.array_equal(splits[::2], splits[1::2])
+    assert len(set(splits.tolist())) == 3
+    assert not any("another split" in note for note in shard.card.notes)
+    given = our_pack(
+        tmp_path / "given.npz",
+        images=images,
+        label=np.zeros(60, int),
+        institution=None,
+        split=np.arange(60) % 2,
+        patient=None,
+        name=None,
+    )
+    (shard,) = import_source(read_npz(given), tmp_path / "given")
+    assert any("copy is in another split: 30" in note for note in shard.card.notes)
+
+
 # --- npz -----------------------------------------------------------------------------------------
 
 

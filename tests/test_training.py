@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedgan.config import ModelSettings, Settings, from_dict, to_dict
 from fedgan.data.dataset import ImageDataset, pool
-from fedgan.errors import CheckpointError, ConfigError, FedganError, MachineError
+from fedgan.errors import CheckpointError, ConfigError, DataError, FedganError, MachineError
 from fedgan.models.discriminator import Discriminator
 from fedgan.models.generator import Generator
 from fedgan.training import losses
@@ -363,6 +363,35 @@ def test_wrong_resolution_device_and_state_are_named(tmp_path, monkeypatch):
         Trainer(tiny_settings("model.w_dim=5"), tiny_dataset(), stream=1).load(tmp_path / "state.safetensors")
 
 
+def test_a_shard_that_changed_under_a_run_is_noticed_and_nothing_is_half_loaded():
+    dataset = tiny_dataset()
+    trainer = Trainer(tiny_settings(), dataset)
+    trainer.train(8)
+    tensors, plain = trainer.state_dict()
+    relabelled = tiny_dataset()
+    relabelled.labels[0] = np.roll(relabelled.labels[0], 1)
+    with pytest.raises(CheckpointError, match="other images or labels"):
+        Trainer(tiny_settings(), relabelled).load_state_dict((tensors, plain))
+    fresh = Trainer(tiny_settings(), dataset)
+    before = fresh.outgoing(["generator"])
+    broken = {name: tensor for name, tensor in tensors.items() if not name.startswith("ema/")}
+    with pytest.raises(CheckpointError, match="another model"):
+        fresh.load_state_dict((broken, plain))
+    with pytest.raises(CheckpointError, match="lacks 'sampler'"):
+        fresh.load_state_dict((tensors, {key: value for key, value in plain.items() if key != "sampler"}))
+    assert all(np.array_equal(array, fresh.outgoing(["generator"])[name]) for name, array in before.items())
+    with pytest.raises(DataError, match="no training image"):
+        Trainer(tiny_settings(), dataset.take(np.empty(0, np.int64)))
+
+
+def test_the_average_w_is_near_the_mean_of_w_after_a_short_training():
+    trainer = Trainer(tiny_settings("training.style_mixing=0"), tiny_dataset(labels=0))
+    trainer.train(320)
+    mapping = trainer.generator.mapping
+    mean = mapping(torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(4000, 0)).mean(dim=0)
+    assert torch.linalg.vector_norm(mapping.w_avg - mean) < 0.3 * torch.linalg.vector_norm(mean)
+
+
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
@@ -394,6 +423,9 @@ def test_a_checkpoint_gives_back_the_generator_that_made_it(tmp_path):
     generator, _ = load_generator(tmp_path / "round-00001.safetensors")
     z, c = torch.randn(2, 4), torch.eye(3)[:2]
     assert torch.equal(generator(z, c, noise="const"), trainer.ema(z, c, noise="const"))
+    trainer.save(tmp_path / "state.safetensors")
+    with pytest.raises(CheckpointError, match="no checkpoint of a round"):
+        load_generator(tmp_path / "state.safetensors")
     save_tensors(tmp_path / "round-00002.safetensors", {"discriminator/x": torch.zeros(1)}, meta)
     with pytest.raises(CheckpointError, match="no generator"):
         load_generator(tmp_path / "round-00002.safetensors")

@@ -10,7 +10,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from fedgan.evaluation import bootstrap
 from fedgan.evaluation.bootstrap import clusters, interval, resamples
-from fedgan.evaluation.utility import balanced_accuracy, utility, weighted_auc
+from fedgan.evaluation.utility import balanced_accuracy, statistics, utility, weighted_auc
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -185,3 +185,23 @@ def test_a_label_that_says_normal_is_not_doubled():
     labels = (rng.random((40, 2)) < 0.4).astype(np.uint8)
     figures = utility(rng.random((1, 40, 2)), labels, ("No_Finding", "mass"), False, np.arange(40), 20, 0)
     assert list(figures["per_class"]) == ["No_Finding", "mass"]
+
+
+def test_resamples_without_a_class_do_not_enter_the_macro_interval():
+    """A class of two patients that is always right, beside one at chance: without the rule the interval would reach 0.5."""
+    rng = np.random.default_rng(0)
+    labels = np.zeros((102, 3), np.uint8)
+    labels[:100, 0] = np.arange(100) % 2
+    labels[:100, 1] = 1 - labels[:100, 0]
+    labels[100:, 2] = 1
+    scores = np.zeros((1, 102, 3))
+    scores[0, :, 2] = labels[:, 2]
+    scores[0, :, :2] = rng.random((102, 2))
+    found = utility(scores, labels, ("a", "b", "rare"), True, np.arange(102), 400, 0)
+    assert found["per_class"]["rare"]["auc"] == 1.0
+    weights = np.concatenate(list(resamples(np.arange(102), 400, 0)))
+    drawn = statistics(scores, labels, weights, True)
+    whole = np.isfinite(drawn["auc"]).all(axis=1)
+    assert 20 < (~whole).sum() < 120  # e^-2 of the resamples lack both
+    assert found["macro_auc_ci"] == pytest.approx(interval(drawn["macro_auc"][whole]))
+    assert found["macro_auc_ci"] != pytest.approx(interval(drawn["macro_auc"]))

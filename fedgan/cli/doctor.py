@@ -29,7 +29,6 @@ PACKAGES = {
     "torchvision": "torchvision",
     "numpy": "numpy",
     "scipy": "scipy",
-    "scikit-learn": "sklearn",
     "pillow": "PIL",
     "safetensors": "safetensors",
     "jinja2": "jinja2",

@@ -11,6 +11,8 @@ import torch
 
 from fedgan.errors import DataError
 
+OWN_PATIENT = "image:"  # begins the patient of an image whose patient is not known: the image stands for itself
+
 
 class ImageArray(Protocol):
     """Anything that gives (n, C, H, W) uint8 for an index array: an ndarray, a memory map, a view of rows."""

@@ -19,6 +19,7 @@ from fedgan.evaluation.sampling import to_float
 from fedgan.models.classifiers import Classifier, build_classifier
 
 BATCH = 64
+FORWARD_PIXELS = 256 * 64**2  # pixels that go through a classifier at once when nothing is learnt
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
 WARM_UP = 0.2  # share of the steps
@@ -126,8 +127,9 @@ def penultimate(classifier: Classifier, images: ImageArray, device: str = "cpu")
 def _forward(function: Callable[[torch.Tensor], torch.Tensor], images: ImageArray, device: str) -> torch.Tensor:
     parts = []
     with torch.inference_mode():
-        for start in range(0, images.shape[0], 256):
-            block = torch.from_numpy(np.ascontiguousarray(images[np.arange(start, min(start + 256, images.shape[0]))]))
+        step = max(1, min(256, FORWARD_PIXELS // images.shape[2] ** 2))
+        for start in range(0, images.shape[0], step):
+            block = torch.from_numpy(np.ascontiguousarray(images[np.arange(start, min(start + step, images.shape[0]))]))
             parts.append(function(to_float(block.to(device)).contiguous(memory_format=torch.channels_last)).float().cpu())
     return torch.cat(parts)
 

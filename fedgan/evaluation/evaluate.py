@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedgan.config import EvaluationSettings
-from fedgan.data.dataset import ImageDataset, pool
+from fedgan.data.dataset import OWN_PATIENT, ImageDataset, pool
 from fedgan.data.labels import LabelMap
 from fedgan.errors import DataError
 from fedgan.evaluation.bootstrap import clusters
@@ -171,7 +171,7 @@ def _utility(reference: RealReference, synthetic: ImageDataset, notes: list[str]
         "batch": BATCH,
         "selection": SELECTION,
         "bootstrap": settings.bootstrap,
-        "resampled": "patients" if len(test.patients) == len(test) and any(test.patients) else "images",
+        "resampled": _resampled(test),
         "real": reference.metrics,
         "synthetic": reference.utility(classifiers),
         "train_images": len(reference.train),
@@ -180,6 +180,14 @@ def _utility(reference: RealReference, synthetic: ImageDataset, notes: list[str]
     }
     notes += _class_notes(result["real"])
     return result
+
+
+def _resampled(test: ImageDataset) -> str:
+    """What the bootstrap drew: patients, images, or patients where they are known."""
+    known = [bool(patient) and not str(patient).startswith(OWN_PATIENT) for patient in test.patients]
+    if not any(known):
+        return "images"
+    return "patients" if all(known) else "patients where they are known"
 
 
 def _class_notes(metrics: dict[str, Any]) -> list[str]:

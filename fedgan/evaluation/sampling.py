@@ -10,6 +10,8 @@ import torch
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import FedganError
 
+LARGEST_BATCH_PIXELS = 64 * 64**2  # pixels of the images that are generated at once
+
 
 def synthetic_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """`count` label vectors (count, K) uint8 in the proportions of the real training vectors `labels` (N, K), shuffled.
@@ -76,7 +78,9 @@ def generate_images(
     c = torch.from_numpy(labels.astype(np.float32))
     was_training = generator.training
     generator.to(device).eval()
-    parts = []
+    # Large images go in smaller batches, and straight into the result: memory for a batch and the set, no more.
+    batch = max(1, min(batch, LARGEST_BATCH_PIXELS // getattr(generator, "resolution", 1) ** 2))
+    made: np.ndarray | None = None
     try:
         with torch.inference_mode():
             for start in range(0, len(labels), batch):
@@ -87,10 +91,13 @@ def generate_images(
                         "the generator gives images that are not finite numbers: training has diverged; "
                         "lower training.learning_rate or go back to an earlier checkpoint"
                     )
-                parts.append(to_uint8(images))
+                if made is None:
+                    made = np.empty((len(labels), *images.shape[1:]), np.uint8)
+                made[rows] = to_uint8(images)
     finally:
         generator.train(was_training)
-    return np.concatenate(parts)
+    assert made is not None
+    return made
 
 
 def synthetic_dataset(

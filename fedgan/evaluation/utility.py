@@ -2,7 +2,8 @@
 
 Every figure is the mean over classifiers trained with different seeds; its 95 % interval is the percentile bootstrap of
 that mean over test images (over patients where they are known). The interval speaks of the test set's size, not of
-the spread between seeds, which `macro_auc_seeds` shows. An AUC below 0.5 is reported as it is.
+the spread between seeds, which `macro_auc_seeds` shows. Resamples that lack a class of the macro mean are left out; where
+that is more than half of them there is no interval. An AUC below 0.5 is reported as it is.
 """
 
 from __future__ import annotations
@@ -102,6 +103,11 @@ def utility(
     point = statistics(probabilities, labels, np.ones((1, len(labels))), exclusive)
     blocks = [statistics(probabilities, labels, weights, exclusive) for weights in resamples(groups, bootstrap, seed)]
     drawn = {key: np.concatenate([block[key] for block in blocks]) for key in point}
+    # A resample without one of the classes has the mean of other classes: another quantity, so it is left out.
+    counted = np.isfinite(point["auc"][0, : len(label_names)])
+    lacking = (~np.isfinite(drawn["auc"][:, : len(label_names)]) & counted).any(axis=1)
+    for key in ("macro_auc", "balanced_accuracy"):
+        drawn[key][lacking] = np.nan
     names = label_names if exclusive else (*label_names, NO_FINDING)
     truth = labels if exclusive else with_no_finding(probabilities, labels)[1]
     seeds = [statistics(one[None], labels, np.ones((1, len(labels))), exclusive)["macro_auc"][0] for one in probabilities]

@@ -64,9 +64,12 @@ class Mapping(nn.Module):
         return x * GAIN
 
     @torch.no_grad()
-    def track(self, w: Tensor) -> None:
-        """Move w_avg towards the mean of a batch of w."""
-        self.w_avg.lerp_(w.detach().mean(dim=0), 1 - W_AVG_DECAY)
+    def track(self, w: Tensor, batches: int) -> None:
+        """Move w_avg towards the mean of a batch of w, the one after `batches` others.
+
+        A plain mean in the beginning, or the w_avg of a short run would be pulled to the zero that it starts from.
+        """
+        self.w_avg.lerp_(w.detach().mean(dim=0), max(1 - W_AVG_DECAY, 1 / (batches + 1)))
 
 
 class ModulatedConv(nn.Module):

@@ -89,6 +89,8 @@ def load_generator(path: Path, device: str = "cpu") -> tuple[Generator, dict[str
     weights = with_prefix(tensors, "ema/") or with_prefix(tensors, "generator/")
     if not weights:
         raise CheckpointError(f"checkpoint {path} holds no generator: federation.exchange kept it in the hospitals")
+    if missing := [key for key in ("settings", "resolution", "channels", "label_names") if key not in meta]:
+        raise CheckpointError(f"{path} is no checkpoint of a round (it lacks '{missing[0]}'): give one of RUN/checkpoints")
     settings = from_dict(meta["settings"], source=str(path.with_suffix(".json")))
     generator = Generator(settings.model, meta["resolution"], meta["channels"], len(meta["label_names"]))
     load_into(generator, weights, f"checkpoint {path}")

@@ -1,13 +1,14 @@
 """The one Trainer: centralised, local and federated arms all train with this loop and no other.
 
 It advances by images shown to the discriminator and holds everything that the next step depends on, so that
-stopping, saving, loading and going on gives bit for bit what an undisturbed run gives (same device, same
-number of threads), and a federation of one hospital is centralised training.
+stopping, saving, loading and going on gives bit for bit what an undisturbed run gives (on a CPU, with the same
+number of threads; CUDA adds in no fixed order), and a federation of one hospital is centralised training.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset
-from fedgan.errors import CheckpointError, ConfigError, FedganError, MachineError
+from fedgan.errors import CheckpointError, ConfigError, DataError, FedganError, MachineError
 from fedgan.models.discriminator import Discriminator
 from fedgan.models.generator import Generator
 from fedgan.training import losses
@@ -31,6 +32,7 @@ from fedgan.training.optimizer import adam, load_optimizer, optimizer_tensors, p
 from fedgan.training.sampler import Sampler
 
 PATH_LENGTH_DECAY = 0.01
+STATE_KEYS = ("images_seen", "steps", "goal", "sampler", "ada", "device", "stream", "data")
 PATH_LENGTH_BATCH_SHARE = 2  # path lengths are measured on half a batch (arXiv 1912.04958, appendix B)
 
 
@@ -47,6 +49,8 @@ class Trainer:
                 f"data.resolution = {settings.data.resolution}, but the images of '{dataset.name}' "
                 f"are {dataset.resolution} pixels wide"
             )
+        if not len(dataset):
+            raise DataError(f"'{dataset.name}' has no training image: check the splits of its shard")
         self.settings, self.dataset, self.stream = settings, dataset, stream
         self.device = resolve_device(device)
         training, model = settings.training, settings.model
@@ -177,7 +181,7 @@ class Trainer:
         mapping, depth = self.generator.mapping, self.generator.synthesis.num_ws
         w = mapping(self._randn((len(c), mapping.z_dim)), c)
         if track:
-            mapping.track(w)
+            mapping.track(w, self.steps)
         ws = w.unsqueeze(1).expand(-1, depth, -1)
         if torch.rand((), generator=self.host) < self.settings.training.style_mixing:
             cut = int(torch.randint(1, depth, (), generator=self.host))
@@ -272,12 +276,15 @@ class Trainer:
             "ada": self.ada.state(),
             "device": self.device.type,
             "stream": self.stream,
+            "data": self._fingerprint(),
         }
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}, plain
 
     def load_state_dict(self, state: tuple[Mapping[str, Tensor], Mapping[str, object]], where: str = "the state") -> None:
         """Go on from `state_dict()`. Raises `CheckpointError` when it belongs to another model, shard or device."""
         tensors, plain = state
+        if missing := [key for key in STATE_KEYS if key not in plain]:
+            raise CheckpointError(f"{where} is no Trainer's state: it lacks '{missing[0]}'")
         ours = {"device": self.device.type, "stream": self.stream}
         for key, value in ours.items():
             if plain.get(key) != value:
@@ -289,8 +296,11 @@ class Trainer:
             raise CheckpointError(
                 f"{where} was made with {sampler['size']} images, the shard now has {len(self.dataset)}: start a new run"
             )
-        for part, module in self.parts.items():
-            load_into(module, with_prefix(tensors, f"{part}/"), where)
+        if plain["data"] != self._fingerprint():
+            raise CheckpointError(f"{where} was made with other images or labels than the shard now has: start a new run")
+        for check_only in (True, False):  # nothing is changed unless all of it fits
+            for part, module in self.parts.items():
+                load_into(module, with_prefix(tensors, f"{part}/"), where, check_only)
         load_optimizer(self.g_adam, self.generator, tensors, "g_adam/")
         load_optimizer(self.d_adam, self.discriminator, tensors, "d_adam/")
         self._anchor = {}
@@ -303,6 +313,11 @@ class Trainer:
         self.sampler.load_state(sampler)
         self.ada.load_state(plain["ada"])  # type: ignore[arg-type]
         self.images_seen, self.steps, self._goal = (int(plain[key]) for key in ("images_seen", "steps", "goal"))  # type: ignore[call-overload]
+
+    def _fingerprint(self) -> str:
+        """Hash of the shard's content and of the labels as they are used here."""
+        labels = np.ascontiguousarray(self.dataset.labels)
+        return hashlib.sha256(f"{self.dataset.content_hash} {labels.shape}".encode() + labels.tobytes()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the whole state to `path` (.safetensors) and the .json beside it, atomically."""

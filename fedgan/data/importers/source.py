@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from fedgan.data.dataset import OWN_PATIENT
 from fedgan.data.importers.pixels import fit_square
 from fedgan.data.labels import LabelMap
 from fedgan.data.partitions import row_classes
@@ -100,14 +101,14 @@ def import_source(
         kept = taken.kept
         if not len(kept):
             raise DataError(f"no image of {source.title} could be used: {_reasons(source.skipped, taken.skipped)}")
-        patients, unknown = _patients(source)
+        patients, unknown = _patients(source, taken.twins)
         splits = np.full(len(source), "", dtype="<U5")
         given = None if source.given is None else source.given[kept]
         classes = row_classes(source.labels, source.exclusive)  # before the map: it must not move the split
         splits[kept] = make_splits(
             patients[kept], institutions[kept], classes[kept], given, options.seed, options.val, options.test
         )
-        shared = _notes(source, splits[kept], taken)
+        shared = _notes(source, splits, taken)
         for name, writer in writers.items():
             rows = kept[institutions[kept] == name]
             if not len(rows):
@@ -138,7 +139,7 @@ class _Taken:
 
     kept: np.ndarray
     skipped: dict[str, Counter[str]]
-    repeated: int
+    twins: list[tuple[int, int]]  # (row, earlier row with the same pixels), both kept
     resized: int
 
 
@@ -151,9 +152,9 @@ def _copy_pictures(
     on_image: Callable[[int, int], None] | None,
 ) -> _Taken:
     skip_repeated = source.skip_duplicates if options.duplicates == "auto" else options.duplicates == "skip"
-    seen: dict[bytes, bytes] = {}
+    seen: dict[bytes, tuple[bytes, int]] = {}
     kept: list[int] = []
-    taken = _Taken(np.empty(0, np.int64), {name: Counter() for name in writers}, 0, 0)
+    taken = _Taken(np.empty(0, np.int64), {name: Counter() for name in writers}, [], 0)
     for row, picture in enumerate(source.pictures()):
         name = str(institutions[row])
         if on_image:
@@ -164,18 +165,16 @@ def _copy_pictures(
         digest = hashlib.blake2b(repr(picture.shape).encode() + picture.tobytes(), digest_size=16).digest()
         label = labels[row].tobytes()
         if digest in seen:
-            taken.repeated += 1
             if skip_repeated:
-                same = seen[digest] == label
+                same = seen[digest][0] == label
                 taken.skipped[name]["identical pixels" if same else "identical pixels with another label"] += 1
                 continue
-        seen.setdefault(digest, label)
+            taken.twins.append((row, seen[digest][1]))
+        seen.setdefault(digest, (label, row))
         writer = writers[name]
         taken.resized += picture.shape[:2] != (writer.resolution, writer.resolution)
         writer.append(fit_square(picture, writer.resolution, writer.channels, options.crop)[None])
         kept.append(row)
-    if skip_repeated:
-        taken.repeated = 0
     taken.kept = np.array(kept, np.int64)
     return taken
 
@@ -212,10 +211,14 @@ def read_split(text: str) -> str:
     return SPELLINGS.get(word, "")
 
 
-def _patients(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """Patient of each row (an image without one is its own) and the mask of those without."""
+def _patients(source: Source, twins: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Patient of each row (an image without one is its own, together with its copies) and the mask of those without."""
     unknown = source.patients == ""
-    own = np.char.add("image:", np.arange(len(source)).astype(str))
+    numbers = np.arange(len(source))
+    for row, first in twins:
+        if unknown[row] and unknown[first] and source.given is None:
+            numbers[row] = numbers[first]  # copies must not part when the rows are split
+    own = np.char.add(OWN_PATIENT, numbers.astype(str))
     return np.where(unknown, own, source.patients), unknown
 
 
@@ -224,8 +227,10 @@ def _notes(source: Source, splits: np.ndarray, taken: _Taken) -> tuple[str, ...]
     cut = "" if source.given is not None and (source.given == "val").any() else "; val was cut from train by patient"
     notes.append("split by patient at import" if source.given is None else f"the source's own split was kept{cut}")
     notes += [f"no image is in the {split} split" for split in SPLITS if not (splits == split).any()]
-    if taken.repeated:
-        notes.append(f"images of the source with the pixels of an earlier one, kept: {taken.repeated}")
+    if taken.twins:
+        notes.append(f"images of the source with the pixels of an earlier one, kept: {len(taken.twins)}")
+    if apart := sum(bool(splits[row] != splits[first]) for row, first in taken.twins):
+        notes.append(f"of these, images whose copy is in another split: {apart}; import with --duplicates skip to leave them out")
     used = set(source.institutions[taken.kept].tolist())
     for name, reasons in taken.skipped.items():
         if reasons and name not in used and not (name == "unknown" and "" in used):
