@@ -337,6 +337,29 @@ def test_each_class_has_a_real_and_a_synthetic_picture_and_rounds_are_spread(pag
     assert [alt for alt in alts if "after round" in alt] == [f"Synthetic images after round {n}" for n in (2, 4, 6, 8, 10)]
 
 
+def test_merged_labels_are_the_classifiers_alone(copied: RunFolder) -> None:
+    """Hospitals and pictures keep the labels of the data after `evaluation.label_map = a=benign,*=malignant`."""
+    merged = make_evaluation(HOSPITALS, ["malignant", "benign"], np.random.default_rng(1))
+    files.write_json(copied.evaluation, merged)
+    page = Page(page_of(copied))
+    counts = [hospital["counts"]["train"] for hospital in copied.read_json(copied.hospitals)]
+    mix = "; ".join(
+        f"{name}: a {count['a']:,}, melanoma {count['melanoma']:,}" for name, count in zip(HOSPITALS, counts, strict=True)
+    )
+    assert f"{mix}." in page.words
+    for label in ("a", "melanoma"):
+        numbers = [count[label] for count in counts]
+        assert f"{label} {' '.join(f'{n:,}' for n in [*numbers, sum(numbers)])}" in page.words
+        assert f"4 real images of class {label}" in page.values("alt")
+        assert f"4 synthetic images of class {label}" in page.values("alt")
+        assert f"AUC, {label}" not in page.words
+    for label in ("malignant", "benign"):
+        assert f"AUC, {label} {merged['utility']['real']['per_class'][label]['auc']:.3f}" in page.words
+        assert f"images of class {label}" not in " ".join(page.values("alt"))
+    assert " 0%" not in page.words
+    assert "Not in the macro mean" not in page.words
+
+
 def test_there_is_a_chart_for_each_curve_with_a_spoken_title(page: Page) -> None:
     ids = page.values("id")
     for key in ("loss-g", "loss-d", "r-t", "p", "r1", "path-length"):

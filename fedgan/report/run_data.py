@@ -37,11 +37,14 @@ class RunData:
     problems: tuple[str, ...] = ()
 
     @property
-    def label_names(self) -> list[str]:
-        """Names of the labels: the evaluation's order, else the order in which the hospitals list them."""
-        named = dig(self.evaluation, "label_names")
-        if isinstance(named, list) and named:
-            return [str(name) for name in named]
+    def evaluation_labels(self) -> list[str]:
+        """The labels that the classifiers told apart, after `evaluation.label_map`."""
+        named = self.evaluation.get("label_names")
+        return [str(name) for name in named] if isinstance(named, list) else []
+
+    @property
+    def data_labels(self) -> list[str]:
+        """The labels of the images, of the generator and so of the grids, in the order in which the hospitals list them."""
         found: dict[str, None] = {}
         for hospital in self.hospitals:
             for split in tree(hospital.get("counts")).values():

@@ -20,7 +20,7 @@ MOST_PARTS = 8  # parts of a bar that can still be told apart
 def _render(run: RunData) -> Markup:
     if not run.hospitals:
         return absent("hospitals.json is not there yet: it is written when the hospitals have opened their shards.")
-    labels = run.label_names
+    labels = run.data_labels
     exclusive = all(_is_exclusive(hospital, labels) for hospital in run.hospitals)
     if not labels:
         figure, marks = Markup(""), Markup("")

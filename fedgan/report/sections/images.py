@@ -69,7 +69,7 @@ def _grid(run: RunData, path: Path | None, what: str) -> tuple[Grid | None, str]
     """A grid, or None and the sentence that says why."""
     if path is None:
         return None, f"There is no grid {what} yet."
-    grid = open_grid(path, run.label_names, run.settings.data.resolution)
+    grid = open_grid(path, run.data_labels, run.settings.data.resolution)
     if grid is None:
         side = run.settings.data.resolution
         return None, f"{path.name} is damaged or is no grid of cells of {side} × {side} pixels, so it is not shown."
@@ -87,7 +87,7 @@ def _progress(run: RunData) -> list[tuple[int, str, Block]]:
     seen = {number(line.get("round")): number(line.get("images_seen")) for line in run.rounds}
     strip = []
     for number_of_round, path in rounds:
-        grid = open_grid(path, run.label_names, run.settings.data.resolution)
+        grid = open_grid(path, run.data_labels, run.settings.data.resolution)
         if grid is not None:
             images = seen.get(float(number_of_round))
             words = f"{images:,.0f} images seen" if images is not None else ""

@@ -30,14 +30,14 @@ def _render(run: RunData) -> Markup:
             "No classifier has been tested yet: evaluation.json is not there or has no utility numbers. "
             "They are written at the end of the run, or by the command fedgan evaluate."
         )
-    labels = _names(utility, "per_class", run.label_names)
+    labels = _names(utility, "per_class", run.evaluation_labels)
     places = _names(utility, "per_institution", run.hospital_names)
     return render(
         "utility.html.j2",
         how=_how(utility),
         legend=legend([("trained on real images", "real"), ("trained on synthetic images only", "synthetic")], "dot"),
         charts=[chart for chart in (_class_chart(utility, labels), _place_chart(utility, places)) if chart],
-        overall=_overall(utility, labels, run.label_names),
+        overall=_overall(utility, labels, run.evaluation_labels),
         places=_places(utility, places),
         crossed=_crossed(utility, labels, places),
         alone=len(places) == 0,
