@@ -83,7 +83,8 @@ class Conv(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if not self.down:
             return F.conv2d(x, weight, bias, padding=self.kernel // 2)
-        # The blur comes first, at stride 1, with the convolution's own padding added to the filter's.
+        # The blur comes first. Before a 1 × 1 kernel only every second blurred pixel is needed; before a 3 × 3 kernel all
+        # of them are, and the convolution's padding is added to the filter's.
         if self.kernel == 1:
             return F.conv2d(depthwise(x, self.fir, stride=2, padding=1), weight, bias)
         return F.conv2d(depthwise(x, self.fir, padding=1 + self.kernel // 2), weight, bias, stride=2)
@@ -97,6 +98,9 @@ def fir_kernel() -> Tensor:
 
 def depthwise(x: Tensor, fir: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
     """Filter every channel of (B, C, H, W) with `fir` (C, 1, 4, 4)."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        # CPU kernels for depthwise bfloat16 are tens of times slower than those for float32.
+        return F.conv2d(x.float(), fir, stride=stride, padding=padding, groups=x.shape[1]).to(x.dtype)
     return F.conv2d(x, fir.to(x.dtype), stride=stride, padding=padding, groups=x.shape[1])
 
 
