@@ -135,6 +135,8 @@ def test_moments_have_no_place_in_a_strategy_without_memory(tmp_path: Path) -> N
     ("override", "word"),
     [
         (["federation.strategy=fedprox"], "proximal_mu"),
+        (["training.proximal_mu=0.01"], "choose federation.strategy = 'fedprox'"),
+        (["federation.strategy=fedadam", "training.proximal_mu=0.01"], "proximal_mu = 0.01 pulls"),
         (["federation.strategy=fedtrimmedavg", "federation.trim=0.5"], "less than 0.5"),
         (["federation.strategy=krum", "federation.malicious=1"], "5 hospitals"),
         (['federation.exchange=["discriminator"]'], "neither generator nor ema"),
