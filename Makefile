@@ -21,7 +21,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "fedgan needs Python 3.11 or newer, and $(PYTHON3) is not: make PYTHON3=/path/to/python3.11 ..." >&2; exit 1; }
-	@$(PYTHON) -c '' 2>/dev/null || $(PYTHON3) -m venv --clear $(VENV)
+	@$(PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON3) -m venv --clear $(VENV) \
+	  || { echo "no virtual environment could be made. Debian/Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "installing fedgan and what it needs into $(VENV) (a few minutes the first time) ..."
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
