@@ -1,0 +1,44 @@
+"""What README and docs promise exists: their links resolve, and the commands they show would start."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fedgan.config import load_scenario
+from server.strategies import check_strategy
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"\bfedgan (?:simulate|doctor) [^`#\n]*")
+SHIPPED = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "simulations").glob("*.toml")}
+
+
+def commands() -> list[str]:
+    """The `fedgan simulate` and `fedgan doctor` lines of the pages that name a shipped scenario; `\\` continues a line."""
+    text = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES)
+    found = dict.fromkeys(match.strip() for match in COMMAND.findall(text))
+    return [command for command in found if any(word in SHIPPED for word in command.split())]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_of_the_repository(page: Path) -> None:
+    links = [link.partition("#")[0] for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_shown_command_is_one_that_would_start(command: str) -> None:
+    words = shlex.split(command)
+    overrides = [value for option, value in itertools.pairwise(words) if option == "--set"]
+    for scenario in SHIPPED.keys() & set(words):
+        check_strategy(load_scenario(SHIPPED[scenario], overrides))
+
+
+def test_the_pages_show_commands() -> None:
+    assert {command.split()[1] for command in commands()} == {"simulate", "doctor"}
