@@ -6,6 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says how loaded the machine is, not whether the code is right.
+settings.register_profile("fedgan", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fedgan")
 
 VECTORS = "stylegan2_vectors.npz"
 

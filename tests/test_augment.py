@@ -146,7 +146,7 @@ factors = st.floats(0.6, 1.6)
 angles = st.sampled_from([0.0]) | st.floats(-math.pi, math.pi)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.fixed_dictionaries(
         {},
@@ -215,7 +215,7 @@ def test_pixel_blitting_is_flip_turn_and_shift() -> None:
 
 
 @given(st.integers(-40, 40), st.integers(-40, 40))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_an_integer_shift_moves_mirrored_pixels_exactly(x: int, y: int) -> None:
     images = random_images(1, 2, 16, 16)
     shifted = AugmentPipe("blit")(images, 1.0, None, values={"xint": torch.tensor([x / 16, y / 16])})
@@ -321,7 +321,7 @@ def plain_color(rgb: np.ndarray, values: dict[str, float]) -> np.ndarray:
     return v * (v @ x) + (x - v * (v @ x)) * values.get("saturation", 1.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.fixed_dictionaries(
         {},

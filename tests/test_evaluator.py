@@ -111,7 +111,7 @@ def _hospitals(**kind):
 # --- sampling ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 4), st.integers(1, 200))
 def test_synthetic_labels_are_real_vectors_in_real_proportions(seed, real, labels, count):
     vectors = (np.random.default_rng(seed).random((real, labels)) < 0.4).astype(np.uint8)

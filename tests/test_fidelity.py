@@ -31,7 +31,7 @@ def test_frechet_of_diagonal_gaussians_is_the_closed_form():
     assert frechet_gaussians(shift, np.diag(a), np.zeros(3), np.diag(b)) == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, st.integers(1, 8))
 def test_frechet_agrees_with_the_matrix_square_root(seed, dimension):
     rng = np.random.default_rng(seed)
@@ -41,7 +41,7 @@ def test_frechet_agrees_with_the_matrix_square_root(seed, dimension):
     assert frechet_gaussians(mean, x, np.zeros(dimension), y) == pytest.approx(expected, rel=1e-6, abs=1e-8)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, st.integers(2, 12), st.integers(1, 10))
 def test_frechet_of_a_set_with_itself_is_zero_and_a_shift_costs_its_square(seed, count, dimension):
     rng = np.random.default_rng(seed)
@@ -50,7 +50,7 @@ def test_frechet_of_a_set_with_itself_is_zero_and_a_shift_costs_its_square(seed,
     assert frechet_distance(x, x + shift) == pytest.approx(shift @ shift, rel=1e-6, abs=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS)
 def test_frechet_is_symmetric_and_moves_with_both_sets(seed):
     rng = np.random.default_rng(seed)
@@ -90,7 +90,7 @@ def _naive_kernel_distance(x, y):
     return within_x + within_y - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS, st.integers(2, 9), st.integers(2, 9), st.integers(1, 12))
 def test_kernel_distance_is_the_double_sum_whatever_the_block(seed, n, m, block):
     rng = np.random.default_rng(seed)

@@ -384,7 +384,7 @@ WORDS = st.text(st.sampled_from("abcdefgh"), min_size=1, max_size=3)
 
 
 @given(st.lists(WORDS, min_size=1, max_size=5, unique=True), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_two_maps_one_after_the_other_are_their_composition(names, data):
     middle = data.draw(st.lists(WORDS, min_size=len(names), max_size=len(names)))
     first = LabelMap(tuple(zip(names, middle, strict=True)))
@@ -400,7 +400,7 @@ def test_two_maps_one_after_the_other_are_their_composition(names, data):
 
 
 @given(st.lists(WORDS, min_size=1, max_size=6, unique=True), st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_map_keeps_one_label_an_image_and_every_image(names, data):
     label_map = LabelMap((*((n, data.draw(WORDS)) for n in names if data.draw(st.booleans())), ("*", "rest")))
     labels = np.eye(len(names), dtype=np.uint8)

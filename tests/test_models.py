@@ -112,7 +112,7 @@ def plain_fir(x: Tensor, up: int, down: int) -> Tensor:
 
 
 @given(side=st.integers(2, 9), channels=st.integers(1, 4), seed=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_resampling_equals_its_definition(side, channels, seed):
     x = torch.randn(2, channels, 2 * side, 2 * side, generator=seeded(seed), dtype=torch.float64)
     assert torch.allclose(layers.upsample(x), plain_fir(x, up=2, down=1), atol=1e-12)

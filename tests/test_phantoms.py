@@ -186,7 +186,7 @@ def test_unknown_names_and_sizes_are_refused() -> None:
 # --- the drawing board --------------------------------------------------------------------------
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.sampled_from(["broad", "coarse", "middle"]))
 def test_noise_is_the_same_field_on_every_board(seed: int, band: str) -> None:
     small, large = canvas(32), canvas(128)
@@ -194,7 +194,7 @@ def test_noise_is_the_same_field_on_every_board(seed: int, band: str) -> None:
     assert np.corrcoef(mean.ravel(), small.noise(rng(seed), band).ravel())[0, 1] > 0.97
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.floats(-0.7, 0.7), st.floats(-0.7, 0.7), st.floats(0, np.pi), st.floats(0.004, 0.05))
 def test_a_stroke_covers_its_area_at_every_width(x: float, y: float, angle: float, half_width: float) -> None:
     """Length times width, also where the line is thinner than a pixel (its round ends add a little)."""
@@ -222,7 +222,7 @@ def test_sizes_fall_and_add_up(images: int, hospitals: int) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(KINDS), st.integers(200, 1500), st.integers(1, 5), st.integers(0, 1000))
 def test_every_label_is_in_every_split_and_at_two_hospitals(kind: str, images: int, hospitals: int, seed: int) -> None:
     dealt = deal(kind, hospital_sizes(images, hospitals), seed)

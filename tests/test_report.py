@@ -566,7 +566,7 @@ def replaced(value: Any, path: tuple[Any, ...], scrap: Any) -> Any:
     return [replaced(item, path[1:], scrap) if i == path[0] else item for i, item in enumerate(value)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_no_content_of_the_files_stops_the_page(data: st.DataObject) -> None:
     rng = np.random.default_rng(1)

@@ -35,7 +35,7 @@ def edit_card(path: Path, **changes: object) -> None:
 
 
 @given(st.integers(1, 40), st.sampled_from([1, 3]), st.sampled_from([16, 32]), st.integers(0, 4), st.booleans(), st.data())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_shard_comes_back_as_it_was_written(tmp_path_factory, count, channels, resolution, label_dim, exclusive, data):
     rng = np.random.default_rng(count)
     exclusive = exclusive or label_dim == 0

@@ -16,7 +16,7 @@ from fedgan.data.shard import Shard, write_shard
 from fedgan.data.splits import check_splits, make_splits
 from fedgan.errors import ConfigError, DataError, SplitError
 
-FAST = settings(max_examples=40, deadline=None)
+FAST = settings(max_examples=40)
 
 
 @st.composite

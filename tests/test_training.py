@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgan.config import ModelSettings, Settings, from_dict, to_dict
@@ -201,7 +201,6 @@ def test_ema_is_the_weighted_mean_of_old_and_new():
 
 
 @given(size=st.integers(1, 30), cuts=st.lists(st.integers(1, 17), min_size=1, max_size=8))
-@settings(deadline=None)
 def test_sampler_shows_each_image_once_a_pass_however_it_is_asked(size, cuts):
     sampler, whole = Sampler(size, 3, 1), Sampler(size, 3, 1)
     pieces = np.concatenate([sampler.take(cut) for cut in cuts])

@@ -25,7 +25,7 @@ def _classes(rng, count, classes, skill=1.0):
 # --- AUC and balanced accuracy -------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS, st.integers(3, 60), st.sampled_from([2, 5, 10**6]))
 def test_weighted_auc_agrees_with_scikit_learn(seed, count, levels):
     rng = np.random.default_rng(seed)
@@ -42,7 +42,7 @@ def test_auc_is_undefined_without_positives_or_negatives_and_never_flipped():
     assert np.isnan(weighted_auc(scores, positive, np.array([[1.0, 1, 0, 0], [0, 0, 1, 1]]))).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SEEDS, st.integers(2, 5))
 def test_balanced_accuracy_of_exclusive_classes_agrees_with_scikit_learn(seed, classes):
     rng = np.random.default_rng(seed)
