@@ -111,7 +111,7 @@ class FederationSettings:
     threads: int = meaning(
         1, "CPU threads of one hospital; as many hospitals train at once as the cores hold. 0: all cores.", low=0
     )
-    round_timeout: float = meaning(3600.0, "Seconds after which a round without every answer fails.", low=1.0)
+    round_timeout: float = meaning(86400.0, "Seconds after which one round without every answer fails.", low=1.0)
     server_learning_rate: float = meaning(0.01, "Step of the server's optimiser (fedadam, fedyogi).", low=0.0)
     trim: float = meaning(0.2, "Share cut from both ends (fedtrimmedavg).", low=0.0, high=0.5)
     malicious: int = meaning(0, "Number of hospitals that krum guards against.", low=0)
