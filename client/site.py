@@ -1,8 +1,9 @@
 """One hospital's place: its shard, its disk, its log. Nothing here is shared with anybody.
 
 In a simulation the place is a folder of the run (`hospitals/NAME`) and the shard is the one with the
-hospital's number; in a deployment both come from the SuperNode's own node-config (`data-root`,
-`state-dir`) and win over whatever the server sends.
+hospital's number. In a deployment both come from the SuperNode's own node-config (`data-root`,
+`state-dir`), and no path that a server sends is read or written. A simulation is a process that
+`fedgan simulate` (by `SIMULATION` in its environment) or Flower's own engine (Ray's actors) has started.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import json
 import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -25,6 +27,7 @@ from fedgan.data.federation import Hospital, open_hospital, open_hospitals
 from fedgan.errors import CheckpointError, ConfigError
 from fedgan.run_folder import RunFolder
 
+SIMULATION = "FEDGAN_SIMULATION"  # "1" in the environment of simulated hospitals
 KEEP_STATES = 3  # a server that lost its last round goes back one; one more for good measure
 PROGRESS_SECONDS = 0.5
 
@@ -89,13 +92,20 @@ class Site:
                 path.unlink(missing_ok=True)
 
 
+def trusts_paths(node: Mapping[str, Any]) -> bool:
+    """Whether this hospital may use the server's paths: it is simulated on the server's machine and has no data of its own."""
+    ray = sys.modules.get("ray")
+    simulated = os.environ.get(SIMULATION) == "1" or (ray is not None and ray.is_initialized())
+    return simulated and not node.get("data-root")
+
+
 def find_site(order: Order, node: Mapping[str, Any]) -> Site:
     """The place of the hospital on this node. Raises `DataError` or `ConfigError` when its shard cannot be opened."""
     number = int(node["partition-id"])
-    own_state = str(node.get("state-dir", ""))
-    if own_data := str(node.get("data-root", "")):
-        if not own_state:
-            raise ConfigError("this node names data-root but no state-dir: say in its node-config where its state may be kept")
+    own_data, own_state = str(node.get("data-root", "")), str(node.get("state-dir", ""))
+    if not trusts_paths(node):
+        if missing := [key for key in ("data-root", "state-dir") if not node.get(key)]:
+            raise ConfigError(f"this node names no {missing[0]}: say in its node-config where its own shard and state lie")
         hospital = _open_own(order.settings, own_data)
     else:
         everyone = _open_all(order.settings, order.settings.data.root or str(Path(order.run) / "shards"))
@@ -106,10 +116,11 @@ def find_site(order: Order, node: Mapping[str, Any]) -> Site:
     return Site(number, hospital, folder)
 
 
-def log_folder(order: Order, node: Mapping[str, Any]) -> Path:
-    """Where a failure is noted before the hospital's name is known."""
-    own = str(node.get("state-dir", ""))
-    return Path(own) if own else Path(order.run) / "hospitals" / f"partition-{node['partition-id']}"
+def log_folder(order: Order, node: Mapping[str, Any]) -> Path | None:
+    """Where a failure is noted before the hospital's name is known; None where the node names no place of its own."""
+    if own := str(node.get("state-dir", "")):
+        return Path(own)
+    return Path(order.run) / "hospitals" / f"partition-{node['partition-id']}" if trusts_paths(node) else None
 
 
 # A process of the simulation serves hospitals for many rounds: shards are mapped once.

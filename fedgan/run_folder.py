@@ -9,6 +9,7 @@ checkpoints/round-N.*     aggregated model (.safetensors + .json)
 samples/*.png             real.png, round-N.png, final.png
 evaluation.json           the central evaluator's numbers
 report.html               the page
+look.json                 only in a second look (`fedgan evaluate --output`): the run that it looks at
 hospitals/NAME/           what stays in the hospital: its Trainer's state for each round
 """
 
@@ -74,6 +75,15 @@ class RunFolder:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def look(self) -> Path:
+        return self.path / "look.json"
+
+    def refuse_look(self) -> None:
+        """Raise `ConfigError` when this folder is a second look: it has the page of a run, but no model."""
+        if self.look.is_file():
+            raise ConfigError(f"{self.path} is a second look at the run {self.read_json(self.look)['run']}: give that run")
 
     def checkpoint(self, round_number: int) -> Path:
         """The `.safetensors` of one round; its meaning stands in the `.json` beside it."""

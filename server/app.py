@@ -24,6 +24,7 @@ from fedgan.report.page import write_report
 from fedgan.run_folder import RunFolder
 from server.evaluator import Evaluator
 from server.federation import Federation
+from server.lock import locked, sweep
 from server.preparation import evaluation_hospitals, experiment_of, is_prepared, prepare_run
 
 TEMPLATES = Path(str(fedgan.report.__file__)).parent / "templates"
@@ -36,13 +37,15 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Prepare or find the run folder, train all rounds, evaluate, and write the page."""
     settings, run = find_run(context.run_config)
-    if not is_prepared(run):
-        prepare_run(settings, run, tell)
-    settings = run.settings()
-    judge = Evaluator(settings, run, evaluation_hospitals(settings, run))
-    federation = Federation(settings, run, experiment_of(run), judge, tell)
-    federation.train(grid)
-    federation.conclude()
+    with locked(run):
+        sweep(run)
+        if not is_prepared(run):
+            prepare_run(settings, run, tell)
+        settings = run.settings()
+        judge = Evaluator(settings, run, evaluation_hospitals(settings, run))
+        federation = Federation(settings, run, experiment_of(run), judge, tell)
+        federation.train(grid)
+        federation.conclude()
     if TEMPLATES.is_dir():
         write_report(run)
         print(f"wrote {run.report}", flush=True)
@@ -65,6 +68,8 @@ def find_run(config: Mapping[str, Any]) -> tuple[Settings, RunFolder]:
     """The scenario with its overrides, and the run folder; a folder that holds a run keeps its own settings."""
     values = DEFAULTS | {key: str(value) for key, value in config.items()}
     if values["output"] and (run := RunFolder.at(values["output"])).config.is_file():
+        run.refuse_look()
+        print(f"{run.path} holds a run, which goes on with its own config.toml: scenario and overrides are ignored", flush=True)
         return run.settings(), run
     scenario = Path(values["scenario"])
     if not scenario.is_file():

@@ -102,6 +102,7 @@ class Federation:
         facts = {
             "arm": "federated",
             "name": self.settings.name,
+            "round": newest,
             "images_seen": state.images_seen,
             "wall_seconds": state.wall_seconds,
             "bytes_exchanged": state.bytes_exchanged,

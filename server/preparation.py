@@ -13,7 +13,7 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,12 @@ from fedgan.config import Settings
 from fedgan.data.federation import Hospital, describe_hospitals, find_shards, open_hospital, open_hospitals, partition_record
 from fedgan.data.phantoms import write_phantoms
 from fedgan.data.shard import Shard
-from fedgan.errors import FederationError
+from fedgan.errors import DataError, FederationError
+from fedgan.evaluation.evaluate import merged
+from fedgan.evaluation.features import load_squeezenet
 from fedgan.machine import usable_cores
 from fedgan.run_folder import RunFolder
+from fedgan.training.trainer import resolve_device
 from server.strategies import check_strategy
 
 PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetensors")
@@ -37,31 +40,33 @@ Tell = Callable[[dict[str, Any]], None]
 def prepare_run(settings: Settings, run: RunFolder, tell: Tell = lambda event: None) -> list[Hospital]:
     """Check the scenario, draw phantoms where no data is named, and write config, hospitals, partition and environment.
 
-    Raises `ConfigError` or `DataError` and leaves the folder as it was.
+    Raises `ConfigError`, `DataError` or `MachineError` and leaves the folder as it was: a config.toml that was there
+    stays, so that what cannot be prepared now can be resumed later.
     """
     check_strategy(settings)
+    resolve_device(settings.training.device)
     settings = with_absolute_paths(settings)
-    was_there = run.path.exists()
+    begun = run.config.is_file()
     try:
         if settings.data.root:
             tell({"event": "preparing", "what": "hospitals"})
             hospitals = open_hospitals(settings)
+            check_evaluation(settings, hospitals)
             run.write_settings(settings)
         else:
             run.write_settings(settings)
             tell({"event": "preparing", "what": "phantoms"})
             draw_phantoms(settings, run)
             hospitals = open_hospitals(settings, shards_of(settings, run))
+            check_evaluation(settings, hospitals)
         files.write_json(run.hospitals, describe_hospitals(hospitals))
         if record := partition_record(hospitals):
             files.write_json(run.partition, record)
         files.write_json(run.environment, environment(settings, run))
     except BaseException:
-        for path in (run.config, run.hospitals, run.partition, run.environment):
+        for path in (run.hospitals, run.partition, run.environment, *([] if begun else [run.config])):
             path.unlink(missing_ok=True)
         shutil.rmtree(run.path / "shards", ignore_errors=True)
-        if not was_there:
-            shutil.rmtree(run.path, ignore_errors=True)
         raise
     return hospitals
 
@@ -76,6 +81,24 @@ def evaluation_hospitals(settings: Settings, run: RunFolder) -> list[Hospital]:
     if not settings.evaluation.root:
         return open_prepared(settings, run)
     return [open_hospital(settings, path) for path in find_shards(settings.evaluation.root)]
+
+
+def check_evaluation(settings: Settings, hospitals: Sequence[Hospital]) -> None:
+    """Raise `ConfigError` or `DataError` for what the evaluator would fail at after the training.
+
+    Looked at are the file of `evaluation.features`, the shards under `evaluation.root`, and `evaluation.label_map`.
+    """
+    if settings.evaluation.features != "reference":
+        load_squeezenet(settings.evaluation.features)
+    first = hospitals[0].train
+    own = (first.label_names, first.exclusive, tuple(first.images.shape[1:]))
+    for path in find_shards(settings.evaluation.root) if settings.evaluation.root else []:
+        other = open_hospital(settings, path).train
+        if (other.label_names, other.exclusive, tuple(other.images.shape[1:])) != own:
+            raise DataError(
+                f"evaluation.root: '{other.name}' differs from the hospitals in labels, channels or resolution: import both alike"
+            )
+    merged(first, settings.evaluation.label_map)
 
 
 def is_prepared(run: RunFolder) -> bool:

@@ -94,9 +94,9 @@ def check_members(members: list[Member]) -> list[Member]:
         )
     first = members[0]
     for other in members[1:]:
-        same = (other.label_names, other.channels, other.resolution) == (first.label_names, first.channels, first.resolution)
-        if not same:
-            raise FederationError(f"{first} and {other} differ in labels, channels or resolution: prepare both shards alike")
+        for what in ("label_names", "exclusive", "channels", "resolution"):
+            if getattr(other, what) != getattr(first, what):
+                raise FederationError(f"{first} and {other} differ in {what}: prepare both shards alike")
     return members
 
 

@@ -26,15 +26,6 @@ from fedgan.errors import FedganError
 from fedgan.machine import share_cores
 from fedgan.run_folder import RunFolder
 
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-
 
 def main() -> None:
     """Run the federation of a prepared run folder; the last event is `finished` or `failed`."""
@@ -77,7 +68,6 @@ def _federate(run: RunFolder, client: str, tell: Any) -> None:
 
 def _simulate(settings: Settings, federation: Any, client: str) -> None:
     """Run the rounds in Flower's simulation engine; raises what the server raised."""
-    os.environ.update(QUIET)
     warnings.simplefilter("ignore")
     from flwr.app import Context
     from flwr.serverapp import Grid, ServerApp

@@ -21,7 +21,6 @@ Events, each a dict, go to `on_event` in the caller's thread:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -31,24 +30,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import fedgan.errors
-from fedgan import files
+from client.site import SIMULATION
 from fedgan.config import Settings
-from fedgan.errors import ConfigError, FederationError, FedganError
+from fedgan.errors import ConfigError, FederationError, FedganError, MachineError
 from fedgan.run_folder import RunFolder
+from server.lock import locked, sweep
 from server.preparation import is_prepared, prepare_run
 
 OnEvent = Callable[[dict[str, Any]], None]
 CLIENT = "client.app:app"
-LOCK = ".lock"
-PATIENCE = 10.0
 GRACE_AFTER_END = 30.0
 GRACE_AFTER_FAILURE = 3.0
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Flower reads some of these when it is imported: they belong into the engine's environment, not into its code.
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 
 
 def simulate(settings: Settings, run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT) -> RunFolder:
@@ -71,12 +78,13 @@ def simulate(settings: Settings, run: RunFolder, on_event: OnEvent | None = None
 def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT) -> RunFolder:
     """Go on with a run that was stopped, killed or failed, from its last whole round.
 
-    Raises `ConfigError` when there is no run, and what `simulate` raises.
+    Raises `ConfigError` when there is no run or a second look at one, and what `simulate` raises.
     """
     tell = on_event or (lambda event: None)
+    run.refuse_look()
     settings = run.settings()
     with locked(run) as lock:
-        if run.last_round() == settings.federation.rounds and run.evaluation.is_file():
+        if is_complete(run, settings):
             tell(
                 {
                     "event": "complete",
@@ -91,6 +99,12 @@ def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT
     return run
 
 
+def is_complete(run: RunFolder, settings: Settings) -> bool:
+    """Whether the last round is done and evaluation.json is about that very round."""
+    rounds = settings.federation.rounds
+    return run.last_round() == rounds and (run.read_json(run.evaluation) or {}).get("round") == rounds
+
+
 # --- the engine's process --------------------------------------------------------------------------
 
 
@@ -100,12 +114,16 @@ def _engine(run: RunFolder, tell: OnEvent, client: str, lock: int) -> None:
     begun = time.time()
     reading, writing = os.pipe()
     ray_folder = tempfile.mkdtemp(prefix="fedgan-")  # short: Ray puts sockets there, and their names are limited
-    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path), "FEDGAN_RAY_DIR": ray_folder}
     command = [sys.executable, "-m", "simulations.engine", str(run.path), str(writing), client]
     with open(run.path / "flower.log", "ab") as log, os.fdopen(reading, "rb", buffering=0) as events:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environ, pass_fds=(writing, lock), start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=engine_environment(ray_folder),
+            pass_fds=(writing, lock),
+            start_new_session=True,
         )
         os.close(writing)
         try:
@@ -115,6 +133,13 @@ def _engine(run: RunFolder, tell: OnEvent, client: str, lock: int) -> None:
             shutil.rmtree(ray_folder, ignore_errors=True)
     _check_ending(run, ending, process.returncode, begun)
     tell({"event": "finished"})
+
+
+def engine_environment(ray_folder: str) -> dict[str, str]:
+    """The environment of the engine, which Ray's actors inherit: no telemetry, and hospitals that may use the run's folder."""
+    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "FEDGAN_RAY_DIR": ray_folder, SIMULATION: "1"}
+    return dict(os.environ) | QUIET | own
 
 
 def _listen(process: subprocess.Popen[bytes], events: IO[bytes], run: RunFolder, tell: OnEvent) -> dict[str, Any] | None:
@@ -173,58 +198,12 @@ def _check_ending(run: RunFolder, ending: dict[str, Any] | None, code: int, begu
     if ending and ending["event"] == "finished":
         return
     logs = [path for path in sorted(run.path.glob("hospitals/*/client.log")) if path.stat().st_mtime >= begun]
-    where = f"see {' and '.join(str(path) for path in [*logs, run.path / 'flower.log'])}; go on with: fedgan resume {run.path}"
+    where = f"see {' and '.join(str(path) for path in [*logs, run.path / 'flower.log'])}"
+    advice = f"{where}; go on with: fedgan resume {run.path}"
     if ending is None:
-        raise FederationError(f"the simulation's process ended without a word (exit status {code}; out of memory?)\n{where}")
+        raise FederationError(f"the simulation's process ended without a word (exit status {code}; out of memory?)\n{advice}")
     kind, message = getattr(fedgan.errors, ending["kind"], None), ending["message"].strip().splitlines() or ["no reason given"]
     if isinstance(kind, type) and issubclass(kind, FedganError):
-        raise kind(f"{message[0]}\n{where}")
-    raise FederationError(f"the simulation failed with {ending['kind']}: {message[0]}\n{where}")
-
-
-# --- the run folder --------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def locked(run: RunFolder) -> Iterator[int]:
-    """Hold the run folder for this process and its engine. Raises `ConfigError` when another process holds it.
-
-    The lock is the system's (flock) and passed on to the engine: it ends with the last of the two, however they end.
-    Yields the file descriptor that holds it.
-    """
-    place = run.path / LOCK
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        handle = _take(place)
-    except OSError as error:
-        raise files.storage_error(run.path, error) from error
-    if handle is None:
-        raise ConfigError(f"{run.path} is in use by another fedgan: wait for its end, or stop it")
-    try:
-        yield handle
-    finally:
-        place.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            run.path.rmdir()  # only where nothing was written
-        os.close(handle)
-
-
-def _take(place: Path) -> int | None:
-    """An open file that holds the lock, or None when others keep it. The engine of a killed run needs a moment to end."""
-    end = time.monotonic() + PATIENCE
-    while True:
-        handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), os.stat(place)):  # not a file that its holder has just removed
-                return handle
-        os.close(handle)
-        if time.monotonic() > end:
-            return None
-        time.sleep(0.1)
-
-
-def sweep(run: RunFolder) -> None:
-    """Remove temporary files that a killed process left in the run folder."""
-    for path in run.path.rglob(".*.part"):
-        path.unlink(missing_ok=True)
+        mended_first = issubclass(kind, ConfigError | MachineError)  # resuming alone would fail in the same way
+        raise kind(f"{message[0]}\n{where if mended_first else advice}")
+    raise FederationError(f"the simulation failed with {ending['kind']}: {message[0]}\n{advice}")

@@ -8,12 +8,14 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 
+from client.site import SIMULATION
 from fedgan.config import Settings, from_dict
 from fedgan.data.shard import write_shard
 from fedgan.run_folder import RunFolder
@@ -111,7 +113,8 @@ class LocalGrid:
             reply = self.fault(number, message) if self.fault else None
         except LookupError:
             return
-        self.replies[key] = reply or self.app(message, context)
+        with mock.patch.dict(os.environ, {SIMULATION: "1"}):
+            self.replies[key] = reply or self.app(message, context)
 
 
 def error_reply(message: Message, reason: str, code: int = 0) -> Message:

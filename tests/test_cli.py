@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from fedgan import __version__, files
-from fedgan.cli import app, console, doctor, help, labels, main, probe, progress, runs
+from fedgan.cli import app, console, doctor, help, labels, main, outputs, probe, progress, runs
 from fedgan.config import DataSettings, ModelSettings, Settings, describe, to_dict
 from fedgan.errors import CheckpointError, ConfigError, DataError, FederationError, FedganError, MachineError, StorageError
 from fedgan.run_folder import RunFolder
@@ -227,6 +227,85 @@ def test_stopping_before_the_run_began_says_so(fedgan: Run, scenario: Path, monk
     code, _, err = fedgan("simulate", scenario)
     assert code == 130
     assert "stopped before the run began" in err
+
+
+def test_sigterm_ends_any_verb_as_ctrl_c_does(fedgan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run")
+
+    def write(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(outputs, "_write_pngs", write)
+    before = signal.getsignal(signal.SIGTERM)
+    code, out, err = fedgan("generate", run.path, "--images", "3", "--output", "images")
+    assert (code, out, err) == (130, "", "fedgan: stopped\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# --- a second look -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """An evaluator that writes the facts and some utility, and keeps the settings that it was given."""
+    from server import evaluator, preparation
+
+    seen: list[Settings] = []
+
+    class Judge:
+        def __init__(self, settings: Settings, place: RunFolder, hospitals: Any, progress: Any) -> None:
+            seen.append(settings)
+            self.place = place
+
+        def final(self, generator: Any, facts: dict[str, Any]) -> None:
+            files.write_json(self.place.evaluation, EVALUATION | facts)
+
+    monkeypatch.setattr(evaluator, "Evaluator", Judge)
+    monkeypatch.setattr(preparation, "evaluation_hospitals", lambda settings, run: [])
+    return seen
+
+
+def test_a_second_look_is_a_folder_of_its_own_that_is_no_run(fedgan: Run, tmp_path: Path, judged: list[Settings]) -> None:
+    run = make_run(tmp_path / "run")
+    files.write_json(run.environment, {"experiment": "first"})
+    files.write_text(run.metrics, '{"round": 1, "images_seen": 1000}\n')
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    words = ["evaluate", "run", "--output", "look", "--json", "--set", "evaluation.root=shards", "--set"]
+    code, out, err = fedgan(*words, "evaluation.features=weights.npz")
+    assert code == 0, err
+    look = RunFolder.at(tmp_path / "look")
+    assert json.loads(out)["report"] == str(look.report)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+    assert look.settings() == judged[0]
+    assert judged[0].evaluation.root == str(tmp_path / "shards")
+    assert judged[0].evaluation.features == str(tmp_path / "weights.npz")
+    assert look.read_json(look.look) == {"run": str(run.path)}
+    assert look.read_json(look.evaluation)["round"] == 1
+    assert "fedgan resume" not in look.report.read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["look", "run"]
+
+    for again in (["resume"], ["evaluate"], ["generate", "--images", "3", "--output", "images"]):
+        code, _, err = fedgan(again[0], "look", *again[1:])
+        assert (code, f"second look at the run {run.path}" in err) == (2, True), err
+    assert fedgan("report", "look")[0] == 0
+
+
+@pytest.mark.parametrize("error", [DataError("no such shard"), KeyboardInterrupt()])
+def test_a_second_look_that_fails_leaves_nothing(
+    error: BaseException, fedgan: Run, tmp_path: Path, judged: list[Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from server import preparation
+
+    def fail(settings: Settings, run: RunFolder) -> None:
+        raise error
+
+    monkeypatch.setattr(preparation, "evaluation_hospitals", fail)
+    make_run(tmp_path / "run")
+    before = set(tmp_path.rglob("*"))
+    assert fedgan("evaluate", "run", "--output", "look")[0] == (3 if isinstance(error, DataError) else 130)
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_an_installed_wheel_says_that_simulations_need_the_repository(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from small_federation import LocalGrid, error_reply, federate, tiny, write_shards
 
 from client.app import app
-from client.site import KEEP_STATES, Order, find_site
+from client.site import KEEP_STATES, SIMULATION, Order, find_site, log_folder
 from fedgan import files
 from fedgan.config import to_dict
 from fedgan.errors import CheckpointError, ConfigError, FederationError
@@ -152,7 +154,8 @@ def test_a_damaged_state_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> No
         federate(settings, run, app, damage)
 
 
-def test_a_state_of_another_experiment_is_refused(tmp_path: Path) -> None:
+def test_a_state_of_another_experiment_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SIMULATION, "1")
     settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2, rounds=2, kimg=0.016)
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
@@ -192,7 +195,26 @@ def test_a_server_cannot_choose_where_a_hospital_keeps_its_state(tmp_path: Path)
             Order.read({"settings": json.dumps(to_dict(settings)), "experiment": experiment, "run": ""})
 
 
-def test_a_partition_id_without_hospital_is_an_error(tmp_path: Path) -> None:
+def test_no_path_of_a_server_is_used_outside_a_simulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_shards(tmp_path / "data", (16, 24))
+    order = Order(tiny(data, hospitals=2), "e", str(tmp_path / "run"))
+    own = {"partition-id": 0, "data-root": str(data / "alpha")}
+    for node in ({"partition-id": 0}, {"partition-id": 0, "num-partitions": 2}, own):
+        with pytest.raises(ConfigError, match=r"this node names no (data-root|state-dir)"):
+            find_site(order, node)
+        assert log_folder(order, node) is None
+    assert log_folder(order, {"partition-id": 0, "state-dir": str(tmp_path / "disk")}) == tmp_path / "disk"
+
+    monkeypatch.setenv(SIMULATION, "1")
+    assert log_folder(order, own) is None  # data of its own: never the server's paths
+    assert find_site(order, {"partition-id": 0}).folder == tmp_path / "run" / "hospitals" / "beta"
+    monkeypatch.delenv(SIMULATION)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))  # an actor of `flwr run`
+    assert find_site(order, {"partition-id": 1}).hospital.name == "alpha"
+
+
+def test_a_partition_id_without_hospital_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SIMULATION, "1")
     settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2)
     with pytest.raises(ConfigError, match="partition-id = 2, but there are 2 hospitals"):
         find_site(Order(settings, "e", str(tmp_path)), {"partition-id": 2})
@@ -301,6 +323,8 @@ def test_hospitals_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 def test_hospitals_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(FederationError, match=r"\('clinic-0'\) and hospital 2 \('clinic-1'\) differ"):
         check_members([member(0), member(1, resolution=32)])
+    with pytest.raises(FederationError, match="differ in exclusive"):
+        check_members([member(0), member(1, exclusive=False)])
     with pytest.raises(FederationError, match="partition-id"):
         check_members([member(0), member(0)])
 

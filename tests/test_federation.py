@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from small_federation import alive_in, processes_of, tiny, write_shards
 
 from fedgan import files
 from fedgan.data.federation import open_hospitals
-from fedgan.errors import ConfigError, DataError, FederationError
+from fedgan.errors import ConfigError, DataError, FederationError, FedganError, MachineError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator, load_tensors
 from fedgan.training.trainer import Trainer
+from server import lock
+from server.preparation import check_evaluation, prepare_run
 from simulations import runner
 
 HERE = Path(__file__).parent
@@ -56,12 +60,12 @@ def test_a_folder_that_holds_a_run_is_not_begun_again(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_in_use_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "PATIENCE", 0.2)
+    monkeypatch.setattr(lock, "PATIENCE", 0.2)
     run = RunFolder.at(tmp_path / "run")
     run.write_settings(tiny(tmp_path))
-    with runner.locked(run), pytest.raises(ConfigError, match="in use by another fedgan"):
+    with lock.locked(run), pytest.raises(ConfigError, match="in use by another fedgan"):
         runner.resume(run)
-    with runner.locked(run):
+    with lock.locked(run):
         pass  # free again
 
 
@@ -82,8 +86,93 @@ def test_temporary_files_of_a_killed_run_are_swept(tmp_path: Path) -> None:
     (run.checkpoints / "x").mkdir(parents=True)
     (run.checkpoints / ".round-00001.json.abc.part").touch()
     (run.checkpoints / "round-00001.json").touch()
-    runner.sweep(run)
+    lock.sweep(run)
     assert [path.name for path in run.checkpoints.iterdir() if path.is_file()] == ["round-00001.json"]
+
+
+def test_what_would_fail_after_the_training_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    data = write_shards(tmp_path / "data", (16, 16), resolution=32)
+    write_shards(tmp_path / "small", (16,), resolution=16)
+    (tmp_path / "weights.npz").write_bytes(b"no archive")
+    cases: list[tuple[str, type[FedganError], str]] = [
+        ("training.device=cuda", MachineError, "no CUDA device"),
+        (f"evaluation.features={tmp_path / 'missing.npz'}", ConfigError, "no weights file"),
+        (f"evaluation.features={tmp_path / 'weights.npz'}", DataError, "no SqueezeNet"),
+        (f"evaluation.root={tmp_path / 'nowhere'}", DataError, "no data at"),
+        (f"evaluation.root={tmp_path / 'small'}", DataError, "images of 16 pixels"),
+        ("evaluation.label_map='dark=a'", DataError, "no rule for 'bright'"),
+    ]
+    for override, kind, words in cases:
+        run = RunFolder.at(tmp_path / "run")
+        with pytest.raises(kind, match=words):
+            runner.simulate(tiny(data, "data.resolution=32", override, hospitals=2), run)
+        assert not run.path.exists(), override
+
+
+def test_the_evaluator_s_shards_have_the_hospitals_labels(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (16, 16)), f"evaluation.root={tmp_path / 'data'}", hospitals=2)
+    hospitals = open_hospitals(settings)
+    check_evaluation(settings, hospitals)
+    renamed = tiny(tmp_path / "data", "data.label_map='dark=night,bright=day'", hospitals=2)
+    with pytest.raises(DataError, match=r"evaluation.root: 'alpha' differs"):
+        check_evaluation(settings, open_hospitals(renamed))
+
+
+def test_a_run_that_cannot_be_prepared_again_keeps_its_config(tmp_path: Path) -> None:
+    run = RunFolder.at(tmp_path / "run")
+    settings = tiny(tmp_path / "data", hospitals=2)
+    run.write_settings(settings)
+    for prepare in (lambda: prepare_run(settings, run), lambda: runner.resume(run)):
+        with pytest.raises(DataError, match="no data at"):
+            prepare()
+        assert run.settings() == settings
+    drawn = tiny(tmp_path, "data.root=''", "evaluation.label_map='x=y'", "data.phantom_images=64", hospitals=2)
+    run.write_settings(drawn)
+    with pytest.raises(FedganError, match="label"):
+        prepare_run(drawn, run)
+    assert [path.name for path in run.path.iterdir()] == ["config.toml"]
+
+
+def test_the_engine_and_its_children_send_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
+    code = "import server.federation, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=runner.engine_environment("/none"), cwd="/", capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.split() == ["0"], done.stderr
+
+
+def test_a_run_is_complete_with_the_evaluation_of_its_last_round(tmp_path: Path) -> None:
+    settings, run = tiny(tmp_path, rounds=3), RunFolder.at(tmp_path)
+    for number in (2, 3):
+        for path in (run.checkpoint(number), run.checkpoint(number).with_suffix(".json")):
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+    assert not runner.is_complete(run, settings)
+    for number, complete in ((2, False), (3, True)):
+        files.write_json(run.evaluation, {"round": number})
+        assert runner.is_complete(run, settings) == complete
+
+
+@pytest.mark.parametrize(("kind", "advised"), [("ConfigError", False), ("MachineError", False), ("FederationError", True)])
+def test_resuming_is_advised_where_it_can_help(kind: str, advised: bool, tmp_path: Path) -> None:
+    failed = {"event": "failed", "kind": kind, "message": "why"}
+    with pytest.raises(FedganError, match="why") as caught:
+        runner._check_ending(RunFolder.at(tmp_path), failed, 1, 0.0)
+    assert type(caught.value).__name__ == kind
+    assert "flower.log" in str(caught.value)
+    assert ("fedgan resume" in str(caught.value)) == advised
+
+
+def test_a_second_look_is_no_run_to_go_on_with(tmp_path: Path) -> None:
+    look = RunFolder.at(tmp_path / "look")
+    look.write_settings(tiny(tmp_path))
+    files.write_json(look.look, {"run": "/runs/first"})
+    with pytest.raises(ConfigError, match="second look at the run /runs/first"):
+        runner.resume(look)
 
 
 # --- with Flower and Ray ---------------------------------------------------------------------------
@@ -138,7 +227,7 @@ def test_three_hospitals_from_shards_to_evaluation(tmp_path: Path) -> None:
     assert lines[1]["bytes_exchanged"] == 2 * lines[0]["bytes_exchanged"] == 4 * 3 * 4 * sum(t.numel() for t in tensors.values())
     assert all((run.samples / name).is_file() for name in ("real.png", "round-00001.png", "round-00002.png", "final.png"))
     evaluation = run.read_json(run.evaluation)
-    assert evaluation["arm"] == "federated"
+    assert (evaluation["arm"], evaluation["round"]) == ("federated", 2)
     assert evaluation["images_seen"] == meta["images_seen"]
     assert run.read_json(run.environment)["threads_per_hospital"] == 1
     assert [row["name"] for row in run.read_json(run.hospitals)] == ["alpha", "beta", "gamma"]

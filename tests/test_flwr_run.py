@@ -11,12 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from small_federation import write_shards
 
+from fedgan import files
 from fedgan.errors import ConfigError
 from fedgan.run_folder import RunFolder
+from server import app, lock
 from server.app import find_run, split_overrides
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -36,14 +40,29 @@ def test_overrides_are_separated_before_the_next_key(text: str, parts: list[str]
     assert split_overrides(text) == parts
 
 
-def test_a_scenario_is_found_in_the_copy_of_the_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scenario_is_found_in_the_copy_of_the_app(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     settings, run = find_run({"overrides": "training.kimg=3", "output": str(tmp_path / "run")})
     assert (settings.name, settings.training.kimg, run.path) == ("three-hospitals", 3.0, tmp_path / "run")
     run.write_settings(settings)
     assert find_run({"overrides": "training.kimg=9", "output": str(run.path)})[0].training.kimg == 3.0
+    assert "scenario and overrides are ignored" in capsys.readouterr().out
+    files.write_json(run.look, {"run": "elsewhere"})
+    with pytest.raises(ConfigError, match="second look at the run elsewhere"):
+        find_run({"output": str(run.path)})
     with pytest.raises(ConfigError, match="no scenario at"):
         find_run({"scenario": "nowhere.toml"})
+
+
+def test_flower_s_server_leaves_a_run_alone_that_another_works_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.2)
+    run = RunFolder.at(tmp_path / "run")
+    context: Any = SimpleNamespace(run_config={"output": str(run.path)})
+    with lock.locked(run), pytest.raises(ConfigError, match="in use by another fedgan"):
+        app.main(None, context)
+    assert not run.config.exists()
 
 
 def in_home(home: Path) -> list[int]:

@@ -20,6 +20,7 @@ from fedgan.config import Settings
 from fedgan.errors import CheckpointError, ConfigError, FederationError, StorageError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
+from server import lock
 from server.federation import Federation
 from server.preparation import experiment_of, prepare_run
 from simulations import runner
@@ -216,7 +217,7 @@ def test_a_run_that_was_interrupted_and_killed_ends_as_one_that_never_was(tmp_pa
 
 @pytest.mark.slow
 def test_two_at_once_in_one_run_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "PATIENCE", 0.2)
+    monkeypatch.setattr(lock, "PATIENCE", 0.2)
     data = write_shards(tmp_path / "data", (40, 24))
     run = RunFolder.at(tmp_path / "run")
     process = start(run, data, "simulate", "faulty_client:slow")

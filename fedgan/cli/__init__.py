@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     command = help.build(app)
     try:  # not command.main(), which would swallow Ctrl-C and print errors in its own ways
-        with command.make_context("fedgan", words or ["--help"]) as context:
+        with console.sigterm_as_ctrl_c(), command.make_context("fedgan", words or ["--help"]) as context:
             command.invoke(context)
     except click.exceptions.Exit as ending:
         return ending.exit_code

@@ -51,8 +51,8 @@ def stdout_for_results() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stoppable(run: RunFolder) -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM during a run into `Interrupted`, which says how to go on."""
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise `KeyboardInterrupt`, so that whatever a verb holds is put away. For the main thread."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -60,13 +60,20 @@ def stoppable(run: RunFolder) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def stoppable(run: RunFolder) -> Iterator[None]:
+    """Turn `KeyboardInterrupt` during a run into `Interrupted`, which says how to go on."""
+    try:
+        yield
     except KeyboardInterrupt:
         begun = run.config.is_file()
         raise Interrupted(
             f"stopped; continue with: fedgan resume {shown(run.path)}" if begun else "stopped before the run began"
         ) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def shown(path: Path) -> str:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -112,15 +112,24 @@ def evaluate(
 
     run = RunFolder.at(run_path)
     checkpoint_of(run.path)
+    if output is not None:
+        console.refuse_existing(output, "the second look")
     if overrides and output is None:
         raise ConfigError("--set would make the run's evaluation.json differ from its config.toml: give --output DIR as well")
     if stray := [text for text in overrides or [] if not text.strip().startswith("evaluation.")]:
         raise ConfigError(f"'{stray[0]}' is no evaluation.* key: the training of a finished run cannot be changed")
-    settings = from_dict(to_dict(run.settings()), overrides or [], source=str(run.config))
-    with runner().locked(run), console.stdout_for_results():
-        place = run if output is None else _second_look(run, settings, output)
+    runner()  # has a message of its own where there is no repository
+    from server.lock import locked
+    from server.preparation import with_absolute_paths
+
+    settings = with_absolute_paths(from_dict(to_dict(run.settings()), overrides or [], source=str(run.config)))
+    with locked(run), console.stdout_for_results(), nullcontext(run.path) if output is None else _folder(output) as folder:
+        place = RunFolder(folder)
+        if output is not None:
+            _prepare_look(run, settings, place)
         _evaluate(run, settings, place)
         write_report(place)
+    place = run if output is None else RunFolder.at(output)
     numbers = headline(place)
     console.emit(numbers, as_json, headline_text(numbers))
 
@@ -139,19 +148,15 @@ def report(run_path: Run, as_json: console.Json = False) -> None:
     console.emit({"run": str(run.path), "report": str(page)}, as_json, f"report      {console.shown(page)}")
 
 
-def _second_look(run: RunFolder, settings: Settings, output: Path) -> RunFolder:
-    """A folder with what the page needs of the run, under other settings of the evaluator."""
-    from fedgan.run_folder import RunFolder
-
-    console.refuse_existing(output, "the second look")
-    place = RunFolder.at(output)
+def _prepare_look(run: RunFolder, settings: Settings, place: RunFolder) -> None:
+    """Fill `place` with what the page needs of the run, under other settings of the evaluator."""
+    files.write_json(place.look, {"run": str(run.path)})
     place.write_settings(settings)
     for source, target in ((run.environment, place.environment), (run.hospitals, place.hospitals), (run.metrics, place.metrics)):
         if source.is_file():
             files.write_bytes(target, source.read_bytes())
     for picture in sorted(run.samples.glob("*.png")):
         files.write_bytes(place.samples / picture.name, picture.read_bytes())
-    return place
 
 
 def _evaluate(run: RunFolder, settings: Settings, place: RunFolder) -> None:
@@ -161,7 +166,7 @@ def _evaluate(run: RunFolder, settings: Settings, place: RunFolder) -> None:
     from server.preparation import evaluation_hospitals
 
     generator, meta = load_generator(checkpoint_of(run.path))
-    budget = {key: meta[key] for key in ("images_seen", "wall_seconds", "bytes_exchanged", "label_names")}
+    budget = {key: meta[key] for key in ("round", "images_seen", "wall_seconds", "bytes_exchanged", "label_names")}
     facts = {"arm": "federated", "name": settings.name, **budget}
     Evaluator(settings, place, evaluation_hospitals(settings, run), progress=console.note).final(generator, facts)
 
@@ -303,7 +308,7 @@ def _folder(output: Path) -> Iterator[Path]:
         raise files.storage_error(output, error) from error
     try:
         yield folder
-        os.chmod(folder, 0o755)
+        files.publish(folder)
         os.replace(folder, output)
     except OSError as error:
         raise files.storage_error(output, error) from error

@@ -194,7 +194,7 @@ def _plain(value: Any) -> Any:
 def checkpoint_of(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest of the run folder at `path`.
 
-    Raises `CheckpointError` when there is none, `ConfigError` when `path` is neither.
+    Raises `CheckpointError` when there is none, `ConfigError` when `path` is neither, or is a second look.
     """
     from fedgan.run_folder import RunFolder
 
@@ -203,6 +203,7 @@ def checkpoint_of(path: Path) -> Path:
             raise CheckpointError(f"no checkpoint at {console.shown(path)}: give a .safetensors file or a run folder")
         return path
     run = RunFolder.at(path)
+    run.refuse_look()
     run.settings()
     newest = run.last_round()
     if newest is None:
