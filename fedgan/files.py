@@ -18,6 +18,15 @@ from typing import Any
 from fedgan.errors import StorageError
 
 
+def _read_umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
+UMASK = _read_umask()  # read once, before there are threads: to read it is to set it for all of them
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed onto `path`.
@@ -37,12 +46,28 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
+        publish(temporary)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path) -> None:
+    """Give a file of `mkstemp` or a folder of `mkdtemp`, private so far, the mode that the user's umask gives to new ones."""
+    os.chmod(temporary, (0o777 if temporary.is_dir() else 0o666) & ~UMASK)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder, so that a rename in it outlives a power cut; some network disks cannot, and their files are good."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
@@ -59,19 +84,6 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON to `path` atomically. NaN and infinity are written as null."""
     write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
-
-
-def append_json_line(path: str | Path, value: Any) -> None:
-    """Append one JSON object as a line to `path` and flush it to the disk."""
-    line = json.dumps(_finite(value), allow_nan=False) + "\n"
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as stream:
-            stream.write(line)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise storage_error(Path(path), error) from error
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:

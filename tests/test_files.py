@@ -7,6 +7,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from fedgan import files
 from fedgan.errors import CheckpointError, StorageError
 from fedgan.run_folder import RunFolder
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
@@ -29,7 +32,35 @@ def test_a_write_makes_its_folders_and_leaves_only_its_file(tmp_path: Path) -> N
     files.write_text(place, "Grüße")
     assert place.read_text(encoding="utf-8") == "Grüße"
     assert names(place.parent) == ["text.txt"]
-    assert place.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750), (0o077, 0o600, 0o700)])
+def test_new_files_and_folders_are_as_private_as_the_user_wants(umask: int, file: int, folder: int, tmp_path: Path) -> None:
+    """In a process of its own, because a process reads its umask once."""
+    code = """if True:
+        from pathlib import Path
+        from fedgan import files
+        from fedgan.data.shard import staged_folder
+        files.write_text("file", "x")
+        with staged_folder(Path("folder")) as stage:
+            files.write_text(stage / "inside", "x")
+    """
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, umask=umask, check=True, timeout=60)
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("file", "folder", "folder/inside")}
+    assert modes == {"file": file, "folder": folder, "folder/inside": file}
+
+
+def test_a_rename_is_flushed_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = [], os.fsync
+
+    def spy(handle: int) -> None:
+        synced.append((os.fstat(handle).st_ino, (tmp_path / "file").exists()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    files.write_text(tmp_path / "file", "x")
+    assert synced == [((tmp_path / "file").stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
 def test_an_exception_in_mid_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -101,17 +132,12 @@ def test_a_disk_that_is_really_full_leaves_the_old_file(small_disk: Path) -> Non
         files.write_bytes(small_disk / "file", bytes(2**20))
     assert (small_disk / "file").read_text() == "old"
     assert names(small_disk) == ["file"]
-    with pytest.raises(StorageError, match="disk is full"):
-        files.append_json_line(small_disk / "lines", {"text": "x" * 2**20})
-    assert files.read_json_lines(small_disk / "lines") == []
 
 
 def test_a_path_through_a_file_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         files.write_text(tmp_path / "file" / "below", "x")
-    with pytest.raises(StorageError, match="cannot write"):
-        files.append_json_line(tmp_path / "file" / "below", {})
 
 
 json_values = st.recursive(
@@ -133,13 +159,10 @@ def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "value.json").read_text()) == {"a": None, "b": [None, [1.5, None]], "c": {"d": None}}
 
 
-def test_lines_are_appended_and_a_torn_last_one_is_left_out(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     place = tmp_path / "lines.jsonl"
     assert files.read_json_lines(place) == []
-    files.append_json_line(place, {"round": 1, "loss": math.nan})
-    files.append_json_line(place, {"round": 2})
-    with open(place, "a") as stream:
-        stream.write('{"round": 3, "lo')
+    place.write_text('{"round": 1, "loss": null}\n{"round": 2}\n{"round": 3, "lo')
     assert files.read_json_lines(place) == [{"round": 1, "loss": None}, {"round": 2}]
 
 
@@ -147,9 +170,7 @@ def test_lines_are_appended_and_a_torn_last_one_is_left_out(tmp_path: Path) -> N
 def test_wherever_a_line_is_torn_the_lines_before_it_are_read(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     place = tmp_path_factory.mktemp("lines") / "lines.jsonl"
     rows = [{"round": number, "name": "ä"} for number in range(1, 4)]
-    for row in rows:
-        files.append_json_line(place, row)
-    data = place.read_bytes()
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     place.write_bytes(data[: len(data) - cut])
     found = files.read_json_lines(place)
     assert found == rows[: len(found)]

@@ -221,7 +221,7 @@ class ShardWriter:
         return Shard.open(self.path)
 
     def _move_in_place(self) -> None:
-        os.chmod(self.folder, 0o755)
+        files.publish(self.folder)
         if self.overwrite and self.path.exists():
             old = self.folder.with_suffix(".old")
             os.rename(self.path, old)
@@ -304,7 +304,7 @@ def staged_folder(output: Path) -> Iterator[Path]:
     try:
         yield stage
         try:
-            os.chmod(stage, 0o755)
+            files.publish(stage)
             os.rename(stage, output)
         except OSError as error:
             raise files.storage_error(output, error) from error
