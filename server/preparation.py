@@ -46,19 +46,22 @@ def prepare_run(settings: Settings, run: RunFolder, tell: Tell = lambda event: N
     check_strategy(settings)
     resolve_device(settings.training.device)
     settings = with_absolute_paths(settings)
+    if settings.evaluation.features != "reference":
+        load_squeezenet(settings.evaluation.features)
+    guests = evaluation_guests(settings)
     begun = run.config.is_file()
     try:
         if settings.data.root:
             tell({"event": "preparing", "what": "hospitals"})
             hospitals = open_hospitals(settings)
-            check_evaluation(settings, hospitals)
+            check_evaluation(settings, hospitals, guests)
             run.write_settings(settings)
         else:
             run.write_settings(settings)
             tell({"event": "preparing", "what": "phantoms"})
             draw_phantoms(settings, run)
             hospitals = open_hospitals(settings, shards_of(settings, run))
-            check_evaluation(settings, hospitals)
+            check_evaluation(settings, hospitals, guests)
         files.write_json(run.hospitals, describe_hospitals(hospitals))
         if record := partition_record(hospitals):
             files.write_json(run.partition, record)
@@ -78,25 +81,26 @@ def open_prepared(settings: Settings, run: RunFolder) -> list[Hospital]:
 
 def evaluation_hospitals(settings: Settings, run: RunFolder) -> list[Hospital]:
     """Whose real images the evaluator measures against: those under `evaluation.root`, or the hospitals' own."""
-    if not settings.evaluation.root:
-        return open_prepared(settings, run)
-    return [open_hospital(settings, path) for path in find_shards(settings.evaluation.root)]
+    return evaluation_guests(settings) or open_prepared(settings, run)
 
 
-def check_evaluation(settings: Settings, hospitals: Sequence[Hospital]) -> None:
-    """Raise `ConfigError` or `DataError` for what the evaluator would fail at after the training.
+def evaluation_guests(settings: Settings) -> list[Hospital]:
+    """The hospitals under `evaluation.root`, which need not take part in the training; none where it is empty."""
+    root = settings.evaluation.root
+    return [open_hospital(settings, path) for path in find_shards(root)] if root else []
 
-    Looked at are the file of `evaluation.features`, the shards under `evaluation.root`, and `evaluation.label_map`.
+
+def check_evaluation(settings: Settings, hospitals: Sequence[Hospital], guests: Sequence[Hospital]) -> None:
+    """Raise `ConfigError` or `DataError` for data that the evaluator would refuse only after the training.
+
+    Guests must have the hospitals' labels, channels and resolution; `evaluation.label_map` must have a rule for each label.
     """
-    if settings.evaluation.features != "reference":
-        load_squeezenet(settings.evaluation.features)
     first = hospitals[0].train
-    own = (first.label_names, first.exclusive, tuple(first.images.shape[1:]))
-    for path in find_shards(settings.evaluation.root) if settings.evaluation.root else []:
-        other = open_hospital(settings, path).train
-        if (other.label_names, other.exclusive, tuple(other.images.shape[1:])) != own:
+    for guest in (hospital.train for hospital in guests):
+        same = (guest.label_names, guest.exclusive) == (first.label_names, first.exclusive)
+        if not same or guest.images.shape[1:] != first.images.shape[1:]:
             raise DataError(
-                f"evaluation.root: '{other.name}' differs from the hospitals in labels, channels or resolution: import both alike"
+                f"evaluation.root: '{guest.name}' differs from the hospitals in labels, channels or resolution: import both alike"
             )
     merged(first, settings.evaluation.label_map)
 

@@ -31,8 +31,8 @@ def check_strategy(settings: Settings) -> None:
         raise ConfigError("federation.strategy = 'fedprox' needs training.proximal_mu > 0, e.g. 0.01; with 0 it is fedavg")
     if federation.strategy != "fedprox" and settings.training.proximal_mu > 0:
         raise ConfigError(
-            f"training.proximal_mu = {settings.training.proximal_mu:g} pulls hospitals as fedprox does, but federation.strategy = "
-            f"'{federation.strategy}': set it to 0 or choose federation.strategy = 'fedprox'"
+            f"training.proximal_mu = {settings.training.proximal_mu:g} pulls hospitals as fedprox does, but "
+            f"federation.strategy = '{federation.strategy}': set it to 0 or choose federation.strategy = 'fedprox'"
         )
     if federation.strategy == "fedtrimmedavg" and federation.trim >= 0.5:
         raise ConfigError(f"federation.trim = {federation.trim:g} cuts every hospital away: give less than 0.5")

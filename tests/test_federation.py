@@ -113,12 +113,12 @@ def test_what_would_fail_after_the_training_is_refused_before_anything_is_writte
 
 
 def test_the_evaluator_s_shards_have_the_hospitals_labels(tmp_path: Path) -> None:
-    settings = tiny(write_shards(tmp_path / "data", (16, 16)), f"evaluation.root={tmp_path / 'data'}", hospitals=2)
+    settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2)
     hospitals = open_hospitals(settings)
-    check_evaluation(settings, hospitals)
-    renamed = tiny(tmp_path / "data", "data.label_map='dark=night,bright=day'", hospitals=2)
+    check_evaluation(settings, hospitals, hospitals)
+    renamed = open_hospitals(tiny(tmp_path / "data", "data.label_map='dark=night,bright=day'", hospitals=2))
     with pytest.raises(DataError, match=r"evaluation.root: 'alpha' differs"):
-        check_evaluation(settings, open_hospitals(renamed))
+        check_evaluation(settings, hospitals, renamed)
 
 
 def test_a_run_that_cannot_be_prepared_again_keeps_its_config(tmp_path: Path) -> None:
