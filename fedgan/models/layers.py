@@ -111,11 +111,6 @@ def upsample(x: Tensor) -> Tensor:
     return doubled[:, :, 2:-2, 2:-2]
 
 
-def downsample(x: Tensor) -> Tensor:
-    """Halve the side of (B, C, H, W) by [1, 3, 3, 1] filtering."""
-    return depthwise(x, fir_kernel().to(x.device).expand(x.shape[1], 1, 4, 4), stride=2, padding=1)
-
-
 def minibatch_std(x: Tensor, group: int, halves: int = 1) -> Tensor:
     """Append one channel: the mean standard deviation over groups of images (arXiv 1710.10196, section 3).
 
