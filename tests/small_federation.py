@@ -53,7 +53,7 @@ def tiny(root: Path, *overrides: str, hospitals: int = 3, rounds: int = 3, kimg:
         "model": {"z_dim": 4, "w_dim": 8, "channel_base": 64, "channel_max": 8, "mapping_layers": 1},
         "augment": {"p": 0.2, "mode": "ada"},
         "training": {"kimg": kimg, "batch_size": 4, "device": "cpu"},
-        "federation": {"hospitals": hospitals, "rounds": rounds, "threads": 1},
+        "federation": {"hospitals": hospitals, "rounds": rounds, "threads": 1, "round_timeout": 180.0},
         "evaluation": {"every": 0, "images": 16, "seeds": 1, "epochs": 1, "bootstrap": 10},
     }
     return from_dict(tree, overrides)

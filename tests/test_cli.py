@@ -21,6 +21,7 @@ import click
 import numpy as np
 import pytest
 from PIL import Image
+from watchdog import watchdog
 
 from fedgan import __version__, files
 from fedgan.cli import app, console, doctor, help, labels, main, outputs, probe, progress, runs
@@ -590,8 +591,17 @@ def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "measure", lambda *arguments, **options: measured)
 
 
+def give_machine(monkeypatch: pytest.MonkeyPatch, memory: float | None = 8, disk: float = 100) -> None:
+    """A machine of so many GiB of free memory and disk."""
+    monkeypatch.setattr(doctor, "_free_memory", lambda: None if memory is None else int(memory * doctor.GIB))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: types.SimpleNamespace(free=int(disk * doctor.GIB)))
+
+
 @pytest.mark.usefixtures("quick_probe")
-def test_doctor_finds_what_is_there_and_forecasts_the_scenario(fedgan: Run, scenario: Path) -> None:
+def test_doctor_finds_what_is_there_and_forecasts_the_scenario(
+    fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_machine(monkeypatch)
     code, out, _ = fedgan("doctor", scenario)
     assert code == 0
     assert "FAILED" not in out
@@ -623,11 +633,34 @@ def test_doctor_names_a_missing_and_a_broken_package_and_fails(
 
 
 @pytest.mark.usefixtures("quick_probe")
-def test_doctor_tells_that_the_scenario_s_data_cannot_be_used(fedgan: Run, scenario: Path) -> None:
+def test_doctor_tells_that_the_scenario_s_data_cannot_be_used(
+    fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_machine(monkeypatch)
     code, out, _ = fedgan("doctor", scenario, "--set", "data.root=nowhere")
     assert code == 7
     assert "FAILED   training" in out
     assert "nowhere" in out
+
+
+def test_doctor_fails_where_memory_or_disk_is_short(fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give_machine(monkeypatch, memory=1.9, disk=0.9)
+    code, out, _ = fedgan("doctor", scenario)
+    assert code == 7
+    text = " ".join(out.split())
+    assert "FAILED memory 1.9 GiB free → close other programs: 2 GiB are needed" in text
+    assert "FAILED disk 0.9 GiB free → free some space: a run needs about 1 GiB" in text
+    assert "takes about" not in text  # it trains only where training can work
+
+
+def test_doctor_looks_at_the_limits_of_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give_machine(monkeypatch, memory=2, disk=1)
+    assert (doctor.memory_check().status, doctor.disk_check(tmp_path).status) == ("ok", "ok")
+    give_machine(monkeypatch, memory=None)
+    assert (doctor.memory_check().status, doctor.memory_check().found) == ("ok", "unknown on this system")
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    assert doctor.disk_check(tmp_path).found == "this folder cannot be written"
+    assert doctor.disk_check(tmp_path).status == "failed"
 
 
 def test_doctor_tells_that_a_port_is_taken() -> None:
@@ -701,16 +734,16 @@ def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_and_is_evaluated_
     (tmp_path / "tiny.toml").write_text(TINY)
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     fedgan = [sys.executable, "-m", "fedgan.cli"]
-    stopped = subprocess.Popen(
-        [*fedgan, "simulate", "tiny.toml", "--output", "run"], cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True
-    )
+    command = [*fedgan, "simulate", "tiny.toml", "--output", "run"]
+    stopped = subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert stopped.stderr is not None
-    for line in stopped.stderr:
-        if line.startswith("round 1/4"):
-            break
-    stopped.send_signal(signal.SIGINT)
-    rest = stopped.stderr.read()
-    assert stopped.wait(timeout=60) == 130, rest
+    with watchdog(stopped):
+        for line in stopped.stderr:
+            if line.startswith("round 1/4"):
+                break
+        stopped.send_signal(signal.SIGINT)
+        rest = stopped.stderr.read()
+        assert stopped.wait() == 130, rest
     assert "continue with: fedgan resume run" in rest
     run = RunFolder.at(tmp_path / "run")
     assert run.last_round() in (1, 2, 3)

@@ -101,7 +101,7 @@ def test_flwr_run_trains_and_evaluates(tmp_path: Path) -> None:
     command = ["flwr", "run", ".", "--stream", "--federation-config", "num-supernodes=2 client-resources-num-cpus=1"]
     command += ["-c", f'overrides="{tiny}" output="{output}"']
     try:
-        begun = subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=240)
+        begun = subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=600)
         listed = subprocess.run(
             ["flwr", "ls", "--format", "json"], cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=60
         )

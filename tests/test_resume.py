@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from small_federation import NoJudge, alive_in, error_reply, federate, processes_of, tiny, write_shards
+from watchdog import watchdog
 
 from client.app import app
 from fedgan import files
@@ -157,24 +158,25 @@ def start(run: RunFolder, data: Path, verb: str, client: str) -> subprocess.Pope
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     command = [sys.executable, "-c", SCRIPT, str(run.path), str(data), verb, client]
     environ = os.environ | {"PYTHONPATH": path}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ, start_new_session=True)
 
 
 def stop_in_round(process: subprocess.Popen[str], run: RunFolder, round_number: int, number: signal.Signals) -> set[int]:
     """Wait until hospitals train a round, send the signal, wait for the end; the sessions that the run had."""
     assert process.stdout
-    for line in process.stdout:
-        event = json.loads(line)
-        if event["event"] == "round_start" and event["round"] == round_number:
-            break
-    else:
-        pytest.fail(f"the run ended before round {round_number}")
-    time.sleep(1.5)  # into the hospitals' work
-    sessions = processes_of(run.path)
-    assert sessions
-    process.send_signal(number)
-    process.stdout.read()
-    process.wait(60)
+    with watchdog(process):
+        for line in process.stdout:
+            event = json.loads(line)
+            if event["event"] == "round_start" and event["round"] == round_number:
+                break
+        else:
+            pytest.fail(f"the run ended before round {round_number}")
+        time.sleep(1.5)  # into the hospitals' work
+        sessions = processes_of(run.path)
+        assert sessions
+        process.send_signal(number)
+        process.stdout.read()
+        process.wait()
     return sessions
 
 
@@ -223,9 +225,10 @@ def test_two_at_once_in_one_run_folder_are_refused(tmp_path: Path, monkeypatch: 
     process = start(run, data, "simulate", "faulty_client:slow")
     try:
         assert process.stdout
-        while not run.environment.is_file():
-            assert process.poll() is None
-            time.sleep(0.1)
+        with watchdog(process):
+            while not run.environment.is_file():
+                assert process.poll() is None
+                time.sleep(0.1)
         with pytest.raises(ConfigError, match="in use by another fedgan"):
             runner.resume(run)
     finally:
