@@ -24,7 +24,7 @@ MEMORY_MARK, EFFICIENCY_MARK, DEMO_SECONDS_MARK, DEMO_AUC_MARK = 600, 0.80, 240,
 def call(module: str, *arguments: str) -> dict[str, Any]:
     """Run one benchmark module and read the JSON that it prints last."""
     result = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", *arguments], check=True, capture_output=True, text=True
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments], check=True, stdout=subprocess.PIPE, text=True
     )
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
@@ -41,8 +41,8 @@ def step_rows(results: dict[str, Any]) -> list[str]:
         )
         if (precision, resolution) == ("fp32", 32):
             rows.append(
-                f"memory of that step: {found['memory_of_step_mb']:.0f} MB (mark {MEMORY_MARK}), "
-                f"on top of {found['memory_of_imports_mb']:.0f} MB for Python and PyTorch themselves"
+                f"peak memory of that step: {found['memory_of_step_mb']:.0f} MB (mark {MEMORY_MARK}) on top of the "
+                f"{found['memory_of_imports_mb']:.0f} MB that the process had after importing PyTorch"
             )
     return rows
 
@@ -88,11 +88,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"machine": machine()}
-    print(
-        *(f"{key}: {value}" for key, value in results["machine"].items()),
-        sep="  ",
-        file=sys.stderr if arguments.json else sys.stdout,
-    )
+    if not arguments.json:
+        print(*(f"{key}: {value}" for key, value in results["machine"].items()), sep="  ", flush=True)
     for name, rows in (("step", step_rows), ("federation", federation_rows), ("demo", demo_rows)):
         if arguments.only in (None, name):
             for row in rows(results):

@@ -25,6 +25,7 @@ from fedgan.training.trainer import Trainer
 
 CONVOLUTIONS = ((16, 64, 32), (16, 64, 64), (16, 128, 32), (32, 256, 16))  # batch, channels, side
 REPEATS = 7
+LONGEST_SECONDS = 60  # fewer repeats where a precision is slow; at least one
 CYCLE = 16  # steps in which every regulariser ran as often as it should
 
 
@@ -59,17 +60,18 @@ def peak_megabytes() -> float:
 
 
 def measure(resolution: int, precision: str) -> dict[str, float]:
-    """Medians over `REPEATS` alternations of convolutions and training."""
+    """Medians over up to `REPEATS` alternations of convolutions and training."""
     imported = peak_megabytes()
     trainer = make_trainer(resolution, precision)
     images = CYCLE * trainer.batch_size
-    trainer.train(images)
-    training_peak = peak_megabytes()
-    with FlopCounter() as counter:
+    with FlopCounter() as counter:  # the warm-up as well
         trainer.train(images)
+    training_peak = peak_megabytes()
     per_image = counter.total / images
-    speeds, rates = [], []
-    for _ in range(REPEATS):
+    speeds: list[float] = []
+    rates: list[float] = []
+    begun = time.perf_counter()
+    while len(speeds) < REPEATS and (not speeds or time.perf_counter() - begun < LONGEST_SECONDS):
         rates.append(convolution_rate(precision))
         speeds.append(images / trainer.train(images)["seconds"])
     speed, rate = statistics.median(speeds), statistics.median(rates)
