@@ -1,6 +1,8 @@
 """The complete training step as a fraction of the best convolution rate of this machine.
 
-    python -m benchmarks.step RESOLUTION PRECISION
+    python -m benchmarks.step RESOLUTION PRECISION [THREADS]
+
+Hospitals of a simulation train with one thread each, as many at once as there are cores; THREADS = 1 is that case.
 
 Prints one JSON object: images_per_second, gflop_per_image, conv_gflops (the best of several convolutions of
 the same precision, measured between the training runs), fraction, and peak memory of this process.
@@ -90,4 +92,6 @@ def measure(resolution: int, precision: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 3:
+        torch.set_num_threads(int(sys.argv[3]))
     print(json.dumps({"precision": sys.argv[2], **measure(int(sys.argv[1]), sys.argv[2])}))
