@@ -16,11 +16,11 @@ from flwr.clientapp import ClientApp
 
 from client.site import Order, Progress, Site, find_site, log_failure, log_folder
 from fedgan.config import PARTS
+from fedgan.errors import HOSPITAL_REASON
 from fedgan.machine import usable_cores
 from fedgan.training.trainer import Trainer
 
 FAILED = 2  # Flower's code for "the ClientApp raised"
-SAFE = "hospital: "  # marks a reason that was written here, and so may be shown
 
 app = ClientApp()
 
@@ -59,7 +59,9 @@ class Visit:
         except Exception as error:  # every failure becomes a reply: an exception would carry its traceback to the server
             log_failure(self.folder, self.round, self.doing)
             who = "" if self.known else f" (partition-id {self.node.get('partition-id')})"
-            return Message(Error(FAILED, f"{SAFE}{type(error).__name__} while {self.doing}{who}"), reply_to=self.message)
+            return Message(
+                Error(FAILED, f"{HOSPITAL_REASON}{type(error).__name__} while {self.doing}{who}"), reply_to=self.message
+            )
 
 
 def introduce(visit: Visit, order: Order, site: Site) -> RecordDict:

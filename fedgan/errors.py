@@ -16,6 +16,8 @@ A message is one or two lines: what happened, to which file, key or hospital, an
 
 from __future__ import annotations
 
+HOSPITAL_REASON = "hospital: "  # begins a reason that a hospital has scrubbed itself, so that the server may show it
+
 
 class FedganError(Exception):
     """Base of all errors that fedgan raises on purpose."""

@@ -10,13 +10,12 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedgan.config import Settings
-from fedgan.errors import ConfigError, FederationError
+from fedgan.errors import HOSPITAL_REASON, ConfigError, FederationError
 
 HELLO = "query.hello"
 NODE_WAIT = 60.0
 HELLO_WAIT = 300.0  # opening a shard, and in a simulation the start of Ray
 POLL = 0.05
-SAFE = "hospital: "  # how a reason begins that client/app.py has written and scrubbed itself
 CRASHED = 8  # Flower's code for "the ClientApp process crashed"
 
 
@@ -161,4 +160,4 @@ def reason_of(answer: Message) -> str:
     reason = str(answer.error.reason or "") if answer.has_error() else ""
     if any(word in reason for word in ("ActorDied", "WorkerCrashed", "OutOfMemory")) or answer.error.code == CRASHED:
         return "its process died (killed, or out of memory)"
-    return reason.removeprefix(SAFE) if reason.startswith(SAFE) else "an error that its own log explains"
+    return reason.removeprefix(HOSPITAL_REASON) if reason.startswith(HOSPITAL_REASON) else "an error that its own log explains"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
@@ -299,18 +296,12 @@ def _write_shard(
 
 @contextmanager
 def _folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output` that takes its place at the end; on any failure nothing is left."""
+    """A folder that takes the place of `output` at the end; what the system refuses while it is filled is a `StorageError`."""
+    from fedgan.data.shard import staged_folder
+
     output = output.resolve()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=".part"))
-    except OSError as error:
-        raise files.storage_error(output, error) from error
-    try:
-        yield folder
-        files.publish(folder)
-        os.replace(folder, output)
-    except OSError as error:
-        raise files.storage_error(output, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with staged_folder(output) as folder:
+        try:
+            yield folder
+        except OSError as error:
+            raise files.storage_error(output, error) from error
