@@ -21,6 +21,7 @@ from fedgan.errors import ConfigError
 
 STRATEGIES = ("fedavg", "fedprox", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum")
 PARTS = ("generator", "discriminator", "ema")
+CLASSIFIERS = ("small-cnn", "resnet18", "densenet121", "efficientnet-b2")
 T = TypeVar("T")
 
 
@@ -47,6 +48,7 @@ class DataSettings:
     quantities: tuple[int, ...] = meaning(
         (), "Images for each hospital when partition is 'quantities', e.g. [2000, 10000, 20000]."
     )
+    seed: int = meaning(-1, "Seed of phantoms and of the dealing; -1: seed. Runs that differ in seed alone can share it.", low=-1)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class TrainingSettings:
 class FederationSettings:
     """Who takes part, how often, and what travels."""
 
-    hospitals: int = meaning(3, "Number of hospitals.", low=1)
+    hospitals: int = meaning(3, "Number of hospitals that the data is dealt to.", low=1)
+    members: tuple[str, ...] = meaning((), "Names of the hospitals that take part; empty: all.")
     rounds: int = meaning(10, "Rounds; each shows training.kimg / rounds thousand images, summed over hospitals.", low=1)
     strategy: str = meaning("fedavg", "Aggregation, by the name of Flower's strategy.", choices=STRATEGIES)
     exchange: tuple[str, ...] = meaning(PARTS, "What travels; the rest stays in the hospital.", choices=PARTS)
@@ -116,6 +119,11 @@ class FederationSettings:
     trim: float = meaning(0.2, "Share cut from both ends (fedtrimmedavg).", low=0.0, high=0.5)
     malicious: int = meaning(0, "Number of hospitals that krum guards against.", low=0)
 
+    @property
+    def participants(self) -> int:
+        """How many hospitals train: the members that are named, or all."""
+        return len(self.members) or self.hospitals
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -123,14 +131,43 @@ class EvaluationSettings:
 
     every: int = meaning(5, "Rounds between two sample grids and Fréchet distances; 0: only at the end.", low=0)
     images: int = meaning(2000, "Synthetic images for the final evaluation.", low=16)
-    classifier: str = meaning("small-cnn", "Network of the classifiers.", choices=("small-cnn", "resnet18"))
+    suite: str = meaning(
+        "full",
+        "full: every figure; quick: classifiers on real and on synthetic images, and distances over all images.",
+        choices=("full", "quick"),
+    )
+    classifier: str = meaning("small-cnn", "Network of the classifiers.", choices=CLASSIFIERS)
     label_map: str = meaning("", "Merges labels for the classifiers only, e.g. 'normal=normal,*=abnormal'.")
     seeds: int = meaning(2, "Classifier trainings with different seeds.", low=1)
     epochs: int = meaning(12, "Passes of a classifier over as many images as the real training split has.", low=1)
     bootstrap: int = meaning(1000, "Resamples of the test images for the 95 % intervals.", low=10)
-    features: str = meaning("reference", "Extractor: 'reference' (a classifier trained on real images) or a weights file (.npz).")
+    features: str = meaning(
+        "reference",
+        "Extractor: 'reference' (a classifier trained on real images), or a weights file: SqueezeNet (.npz), "
+        "Inception-v3 or torchxrayvision's DenseNet-121 (.pth, .safetensors).",
+    )
+    neighbours: int = meaning(5, "k of precision, recall, density and coverage.", low=1)
     root: str = meaning("", "Shards that hold the real images for the evaluation; empty: data.root.")
     psi: float = meaning(1.0, "Truncation of the images that are evaluated; 1: none.", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """What `fedgan compare` compares. Every arm trains with the scenario's model, augment and training sections."""
+
+    arms: tuple[str, ...] = meaning(
+        ("centralized", "federated", "local"),
+        "Kinds of training: centralized, federated, local, generator-only, local-discriminators, finetuned, coalitions, or a "
+        "named federation with keys of its own: 'fedadam: federation.strategy=fedadam'.",
+    )
+    seeds: int = meaning(3, "Trainings of each arm, with the seeds seed, seed + 1, ….", low=1)
+    margin: float = meaning(0.02, "Loss of macro AUC below which an arm counts as not inferior.", low=0.0, high=0.5)
+    frechet: float = meaning(
+        0.0, "Fréchet distance of 'kimg to reach'; 0: the largest final distance among the arms, so that all reach it.", low=0.0
+    )
+    finetune_share: float = meaning(
+        0.2, "Share of the budget that 'finetuned' trains at home, after the federation.", low=0.01, high=0.9
+    )
 
 
 @dataclass(frozen=True)
@@ -146,6 +183,12 @@ class Settings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    comparison: ComparisonSettings = field(default_factory=ComparisonSettings)
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of phantoms and of the dealing: `data.seed`, or `seed` where that is -1."""
+        return self.seed if self.data.seed < 0 else self.data.seed
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -216,9 +259,9 @@ def validate(settings: Settings) -> Settings:
     if not federation.exchange:
         raise ConfigError(f"federation.exchange is empty: name at least one of {', '.join(PARTS)}")
     images = settings.training.kimg * 1000 / federation.rounds
-    if images < batch * federation.hospitals:
+    if images < batch * federation.participants:
         raise ConfigError(
-            f"a round would show {images:.0f} images, less than a batch of {batch} for each of {federation.hospitals} hospitals: "
+            f"a round would show {images:.0f} images, less than a batch of {batch} for each of {federation.participants} hospitals: "
             "lower federation.rounds or raise training.kimg"
         )
     return settings

@@ -128,7 +128,12 @@ def draw_phantoms(settings: Settings, run: RunFolder) -> None:
     data = settings.data
     shutil.rmtree(run.path / "shards", ignore_errors=True)
     write_phantoms(
-        run.path / "shards", data.phantoms, data.phantom_images, data.resolution, settings.federation.hospitals, settings.seed
+        run.path / "shards",
+        data.phantoms,
+        data.phantom_images,
+        data.resolution,
+        settings.federation.hospitals,
+        settings.data_seed,
     )
 
 

@@ -53,7 +53,7 @@ def introduce(grid: Grid, settings: Settings, order: ConfigRecord) -> list[Membe
     Raises `FederationError` when too few or too many come, when one cannot open its shard, or when
     their labels and image sizes do not fit together.
     """
-    nodes = wait_for_nodes(grid, settings.federation.hospitals, NODE_WAIT)
+    nodes = wait_for_nodes(grid, settings.federation.participants, NODE_WAIT)
     questions = [Message(RecordDict({"config": ConfigRecord(dict(order))}), node, HELLO) for node in nodes]
     answers = gather(grid, questions, HELLO_WAIT)
     members = []

@@ -22,7 +22,7 @@ STATE = "strategy/"
 
 def check_strategy(settings: Settings) -> None:
     """Raise `ConfigError` for a combination of settings that the named strategy or the evaluator cannot serve."""
-    federation, hospitals = settings.federation, settings.federation.hospitals
+    federation, hospitals = settings.federation, settings.federation.participants
     if not {"generator", "ema"} & set(federation.exchange):
         raise ConfigError(
             "federation.exchange has neither generator nor ema: without one of them nothing can be generated; add one"
@@ -47,7 +47,7 @@ def check_strategy(settings: Settings) -> None:
 def make_strategy(settings: Settings) -> FedAvg:
     """The Flower strategy that `settings.federation.strategy` names; every hospital takes part in every round."""
     check_strategy(settings)
-    federation, hospitals = settings.federation, settings.federation.hospitals
+    federation, hospitals = settings.federation, settings.federation.participants
     common: dict[str, Any] = {
         "min_train_nodes": hospitals,
         "min_available_nodes": hospitals,

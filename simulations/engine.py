@@ -92,7 +92,7 @@ def _simulate(settings: Settings, federation: Any, client: str) -> None:
             raise
 
     try:
-        run_simulation(server_app, client_app, settings.federation.hospitals, backend_config=backend_config(settings))
+        run_simulation(server_app, client_app, settings.federation.participants, backend_config=backend_config(settings))
     except Exception:
         if not failure:
             raise
@@ -106,7 +106,7 @@ def backend_config(settings: Settings) -> Any:
     """Resources for Ray: one process for each hospital that can train at the same time, none more."""
     import torch
 
-    threads, actors = share_cores(settings.federation.threads, settings.federation.hospitals)
+    threads, actors = share_cores(settings.federation.threads, settings.federation.participants)
     client: dict[str, Any] = {"num_cpus": threads, "num_gpus": 0.0}
     init: dict[str, Any] = {"num_cpus": actors * threads, "_temp_dir": os.environ["FEDGAN_RAY_DIR"]}
     if settings.training.device != "cpu" and torch.cuda.is_available():

@@ -37,7 +37,9 @@ def value_strategy(key: str) -> st.SearchStrategy[Any]:
     if key == "data.resolution":
         return st.sampled_from([16, 32, 64, 128, 256, 512, 1024])
     if typing.get_origin(hint) is tuple:
-        inner = st.sampled_from(choices) if choices else st.integers(1, 10**6)
+        words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20)
+        other = words if typing.get_args(hint)[0] is str else st.integers(1, 10**6)
+        inner = st.sampled_from(choices) if choices else other
         return st.lists(inner, min_size=1, max_size=4, unique=True).map(tuple)
     if choices:
         return st.sampled_from(choices)

@@ -181,7 +181,7 @@ def training_check(settings: Settings) -> tuple[Check, dict[str, Any] | None]:
     """Train for five seconds as the scenario would, and forecast its time. Errors become a failed check."""
     try:
         looks = _images_of(settings)
-        threads, slots = share_cores(settings.federation.threads, settings.federation.hospitals)
+        threads, slots = share_cores(settings.federation.threads, settings.federation.participants)
         measured = probe.measure(settings, looks.channels, looks.labels, looks.exclusive, slots, threads)
     except FedganError as error:
         return Check("training", "failed", str(error)), None

@@ -88,7 +88,7 @@ def area_mean(images: np.ndarray, factor: int) -> np.ndarray:
 
 
 def open_hospitals(settings: Settings, root: str | Path | None = None) -> list[Hospital]:
-    """All hospitals of a scenario, the largest training split first, then by name.
+    """All hospitals of a scenario that take part (`federation.members`), the largest training split first, then by name.
 
     `root` takes the place of `settings.data.root`. Raises `ConfigError` when no root is given, `DataError` for shards
     that do not fit together or the settings, and for a class that no hospital holds in its training split.
@@ -108,7 +108,16 @@ def open_hospitals(settings: Settings, root: str | Path | None = None) -> list[H
         raise DataError("two shards carry the same hospital name in card.json: give each its own")
     hospitals.sort(key=lambda hospital: (-len(hospital.train), hospital.name))
     _check_training(hospitals)
-    return hospitals
+    return _members(hospitals, settings.federation.members)
+
+
+def _members(hospitals: list[Hospital], members: Sequence[str]) -> list[Hospital]:
+    """The hospitals that are named, in the order of the list; all where none is. Raises `ConfigError` for an unknown name."""
+    known = [hospital.name for hospital in hospitals]
+    for name in members:
+        if name not in known:
+            raise ConfigError(f"federation.members names '{name}', but the hospitals are {', '.join(known)}")
+    return [hospital for hospital in hospitals if not members or hospital.name in members]
 
 
 def open_shard(path: str | Path, settings: Settings) -> Shard:
@@ -227,7 +236,7 @@ def _dealt(shards: Sequence[Shard], settings: Settings) -> list[Hospital]:
     splits = np.concatenate([shard.samples.splits for shard in shards])
     labels = np.concatenate([shard.labels for shard in shards])
     classes = partitions.row_classes(labels, shards[0].card.exclusive)
-    count, data, seed = settings.federation.hospitals, settings.data, settings.seed
+    count, data, seed = settings.federation.hospitals, settings.data, settings.data_seed
     rows = {split: np.flatnonzero(splits == split) for split in SPLITS}
     train = rows["train"]
     if not len(train):
