@@ -261,8 +261,8 @@ def validate(settings: Settings) -> Settings:
     images = settings.training.kimg * 1000 / federation.rounds
     if images < batch * federation.participants:
         raise ConfigError(
-            f"a round would show {images:.0f} images, less than a batch of {batch} for each of {federation.participants} hospitals: "
-            "lower federation.rounds or raise training.kimg"
+            f"a round would show {images:.0f} images, less than a batch of {batch} for each of the {federation.participants} "
+            "hospitals: lower federation.rounds or raise training.kimg"
         )
     return settings
 
