@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from client.site import Order, Progress, Site, find_site, log_failure, log_folder
 from fedgan.config import PARTS
 from fedgan.errors import HOSPITAL_REASON
-from fedgan.machine import usable_cores
+from fedgan.machine import peak_memory, usable_cores
 from fedgan.training.trainer import Trainer
 
 FAILED = 2  # Flower's code for "the ClientApp raised"
@@ -108,7 +108,8 @@ def train_round(visit: Visit, order: Order, site: Site) -> RecordDict:
     visit.doing = "giving out its model"
     parts = [part for part in PARTS if part in settings.federation.exchange]
     arrays = ArrayRecord({key: Array(array) for key, array in trainer.outgoing(parts).items()})
-    facts = {key: float(value) for key, value in means.items()} | {"images_seen": trainer.images_seen, "threads": threads}
+    facts = {key: float(value) for key, value in means.items()} | {"peak_memory_bytes": float(peak_memory())}
+    facts |= {"images_seen": trainer.images_seen, "threads": threads}
     return RecordDict(
         {
             "arrays": arrays,

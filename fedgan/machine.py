@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,3 +26,16 @@ def share_cores(threads: int, hospitals: int) -> tuple[int, int]:
     cores = usable_cores()
     each = threads or cores
     return each, max(1, min(cores // each, hospitals))
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held in memory so far, its libraries included."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # macOS counts bytes, Linux KiB
+
+
+def pin(cores: set[int]) -> None:
+    """Keep this process, and what it starts, on the given cores, where the system can; `usable_cores` follows."""
+    setter: Callable[[int, set[int]], None] | None = getattr(os, "sched_setaffinity", None)
+    if setter and cores:
+        setter(0, cores)

@@ -73,8 +73,9 @@ class Federation:
         strategy = make_strategy(self.settings)
         restore_strategy(strategy, state.moments)
         federation = self.settings.federation
-        totals = round_totals(self.settings.training.kimg, federation.rounds)
-        dealt = deal_images([member.images for member in members], totals, federation.local_images == "equal")
+        batch = self.settings.training.batch_size
+        totals = round_totals(self.settings.training.kimg, federation.rounds, batch)
+        dealt = deal_images([member.images for member in members], totals, batch, federation.local_images == "equal")
         self.tell(
             {
                 "event": "start",

@@ -1,4 +1,8 @@
-"""The budget: how many real images each hospital's discriminator is shown in each round."""
+"""The budget: how many real images each hospital's discriminator is shown in each round.
+
+It is dealt in whole batches, because a Trainer shows no other: so each arm of a comparison (pooled, federated, or a
+hospital alone) sees the very same number of images.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,21 @@ import math
 from collections.abc import Sequence
 
 
-def round_totals(kimg: float, rounds: int) -> list[int]:
-    """Images of each round, summed over hospitals: `rounds` numbers that add up to 1000 * `kimg` exactly.
+def round_totals(kimg: float, rounds: int, batch_size: int) -> list[int]:
+    """Images of each round, summed over hospitals: `rounds` multiples of `batch_size`.
 
-    Two rounds differ by one image at most.
+    They add up to 1000 * `kimg`, rounded up to a whole batch; two rounds differ by one batch at most.
     """
-    budget = round(kimg * 1000)
-    ends = [budget * number // rounds for number in range(rounds + 1)]
-    return [after - before for before, after in itertools.pairwise(ends)]
+    batches = -(-round(kimg * 1000) // batch_size)
+    ends = [batches * number // rounds for number in range(rounds + 1)]
+    return [(after - before) * batch_size for before, after in itertools.pairwise(ends)]
 
 
-def deal_images(sizes: Sequence[int], totals: Sequence[int], equal: bool = False) -> list[list[int]]:
-    """Images of each round (row) for each hospital (column); row r sums to `totals[r]`.
+def deal_images(sizes: Sequence[int], totals: Sequence[int], batch_size: int, equal: bool = False) -> list[list[int]]:
+    """Images of each round (row) for each hospital (column), all multiples of `batch_size`; row r sums to `totals[r]`.
 
     Shares follow `sizes` (training images of a hospital) or are the same for each (`equal`). Rounding
-    is carried over: after any round a hospital is less than two images from its exact share, and no
+    is carried over: after any round a hospital is less than two batches from its exact share, and no
     entry is negative, so a hospital's chunks add up without drift.
     """
     weights = [1] * len(sizes) if equal else list(sizes)
@@ -30,13 +34,14 @@ def deal_images(sizes: Sequence[int], totals: Sequence[int], equal: bool = False
     rows = []
     until_now = 0
     for total in totals:
-        until_now += total
+        batches = total // batch_size
+        until_now += batches
         owed = [until_now * weight / everything - done for weight, done in zip(weights, dealt, strict=True)]
         row = [max(0, math.floor(share)) for share in owed]
-        for _ in range(total - sum(row)):  # the remainder goes to whom most is owed, the first of equals
+        for _ in range(batches - sum(row)):  # the remainder goes to whom most is owed, the first of equals
             row[max(range(len(row)), key=lambda index: owed[index] - row[index])] += 1
-        for _ in range(sum(row) - total):  # one image too many was handed out: take it where most was granted
+        for _ in range(sum(row) - batches):  # one batch too many was handed out: take it where most was granted
             row[max(range(len(row)), key=lambda index: row[index])] -= 1
-        dealt = [done + images for done, images in zip(dealt, row, strict=True)]
-        rows.append(row)
+        dealt = [done + more for done, more in zip(dealt, row, strict=True)]
+        rows.append([share * batch_size for share in row])
     return rows

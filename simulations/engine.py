@@ -4,7 +4,7 @@
 own, so that Ctrl-C on a terminal reaches the runner alone, and ends itself, and Ray with it, as soon
 as its standard input closes: a killed runner leaves nothing behind.
 
-    python -m simulations.engine RUN EVENTS_FD CLIENT_APP
+    python -m simulations.engine RUN EVENTS_FD CLIENT_APP judged|unjudged
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedgan.run_folder import RunFolder
 
 def main() -> None:
     """Run the federation of a prepared run folder; the last event is `finished` or `failed`."""
-    run, events, client = RunFolder(Path(sys.argv[1])), int(sys.argv[2]), sys.argv[3]
+    run, events, client, judged = RunFolder(Path(sys.argv[1])), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "judged"
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
     channel = open(events, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - open until the process ends
     lock = threading.Lock()
@@ -40,7 +40,7 @@ def main() -> None:
 
     code = 0
     try:
-        _federate(run, client, tell)
+        _federate(run, client, tell, judged)
         tell({"event": "finished"})
     except BaseException as error:
         traceback.print_exc()
@@ -51,15 +51,31 @@ def main() -> None:
     os._exit(code)  # threads of the engine that still wait for a hospital must not hold the process
 
 
-def _federate(run: RunFolder, client: str, tell: Any) -> None:
+class NoJudge:
+    """Looks at nothing: a comparison judges its arms itself, all with one evaluator."""
+
+    def start(self) -> None:
+        """Draw nothing."""
+
+    def during(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
+        """Say nothing about a round."""
+        return {}
+
+    def final(self, generator: Any, facts: dict[str, Any]) -> dict[str, Any]:
+        """Say nothing about the end."""
+        return {}
+
+
+def _federate(run: RunFolder, client: str, tell: Any, judged: bool) -> None:
     from server.evaluator import Evaluator
     from server.federation import Federation
     from server.preparation import evaluation_hospitals, experiment_of
 
     settings = run.settings()
-    judge = Evaluator(
-        settings, run, evaluation_hospitals(settings, run), progress=lambda text: tell({"event": "note", "text": text})
-    )
+    judge: Any = NoJudge()
+    if judged:
+        hospitals = evaluation_hospitals(settings, run)
+        judge = Evaluator(settings, run, hospitals, progress=lambda text: tell({"event": "note", "text": text}))
     federation = Federation(settings, run, experiment_of(run), judge, tell)
     if run.last_round() != settings.federation.rounds:
         _simulate(settings, federation, client)

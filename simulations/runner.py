@@ -39,6 +39,7 @@ from client.site import SIMULATION
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError, FedganError, MachineError
 from fedgan.run_folder import RunFolder
+from server.checkpoints import has_line
 from server.lock import locked, sweep
 from server.preparation import is_prepared, prepare_run
 
@@ -55,13 +56,17 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # 15 otherwise: any other work on the machine would starve the hospitals
 }
 
 
-def simulate(settings: Settings, run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT) -> RunFolder:
+def simulate(
+    settings: Settings, run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT, judged: bool = True
+) -> RunFolder:
     """Run a scenario from its beginning in the folder `run`; returns when evaluation.json is written.
 
-    `client` is the import path of the hospitals' ClientApp. Raises `ConfigError` when the folder holds a run
+    `client` is the import path of the hospitals' ClientApp. Without `judged` no evaluator looks at the run, neither
+    meanwhile nor at the end: a comparison judges all its arms with one. Raises `ConfigError` when the folder holds a run
     already, `FederationError` when a hospital failed (the run can be resumed then), `KeyboardInterrupt` on Ctrl-C.
     """
     tell = on_event or (lambda event: None)
@@ -71,12 +76,12 @@ def simulate(settings: Settings, run: RunFolder, on_event: OnEvent | None = None
         )
     with locked(run) as lock:
         prepare_run(settings, run, tell)
-        _engine(run, tell, client, lock)
+        _engine(run, tell, client, lock, judged)
     return run
 
 
-def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT) -> RunFolder:
-    """Go on with a run that was stopped, killed or failed, from its last whole round.
+def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT, judged: bool = True) -> RunFolder:
+    """Go on with a run that was stopped, killed or failed, from its last whole round; `judged` as in `simulate`.
 
     Raises `ConfigError` when there is no run or a second look at one, and what `simulate` raises.
     """
@@ -84,7 +89,7 @@ def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT
     run.refuse_look()
     settings = run.settings()
     with locked(run) as lock:
-        if is_complete(run, settings):
+        if is_complete(run, settings) if judged else is_trained(run, settings):
             tell(
                 {
                     "event": "complete",
@@ -95,26 +100,40 @@ def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT
         sweep(run)
         if not is_prepared(run):
             prepare_run(settings, run, tell)
-        _engine(run, tell, client, lock)
+        _engine(run, tell, client, lock, judged)
     return run
 
 
 def is_complete(run: RunFolder, settings: Settings) -> bool:
     """Whether the last round is done and evaluation.json is about that very round."""
     rounds = settings.federation.rounds
-    return run.last_round() == rounds and (run.read_json(run.evaluation) or {}).get("round") == rounds
+    return is_trained(run, settings) and (run.read_json(run.evaluation) or {}).get("round") == rounds
+
+
+def is_trained(run: RunFolder, settings: Settings) -> bool:
+    """Whether the last round is done and its line of metrics.jsonl is written."""
+    rounds = settings.federation.rounds
+    return run.last_round() == rounds and has_line(run, rounds)
 
 
 # --- the engine's process --------------------------------------------------------------------------
 
 
-def _engine(run: RunFolder, tell: OnEvent, client: str, lock: int) -> None:
+def _engine(run: RunFolder, tell: OnEvent, client: str, lock: int, judged: bool) -> None:
     """Start the engine, pass its events on, and see to it that nothing of it is left."""
     tell({"event": "preparing", "what": "engine"})
     begun = time.time()
     reading, writing = os.pipe()
     ray_folder = tempfile.mkdtemp(prefix="fedgan-")  # short: Ray puts sockets there, and their names are limited
-    command = [sys.executable, "-m", "simulations.engine", str(run.path), str(writing), client]
+    command = [
+        sys.executable,
+        "-m",
+        "simulations.engine",
+        str(run.path),
+        str(writing),
+        client,
+        "judged" if judged else "unjudged",
+    ]
     with open(run.path / "flower.log", "ab") as log, os.fdopen(reading, "rb", buffering=0) as events:
         process = subprocess.Popen(
             command,

@@ -150,27 +150,31 @@ def test_settings_that_a_strategy_cannot_serve_are_refused(override: list[str], 
 # --- the budget ------------------------------------------------------------------------------------
 
 
-@given(kimg=st.floats(0.001, 500), rounds=st.integers(1, 300))
-def test_rounds_add_up_to_the_budget(kimg: float, rounds: int) -> None:
-    totals = round_totals(kimg, rounds)
+@given(kimg=st.floats(0.001, 500), rounds=st.integers(1, 300), batch=st.integers(1, 64))
+def test_rounds_add_up_to_the_budget_in_whole_batches(kimg: float, rounds: int, batch: int) -> None:
+    totals = round_totals(kimg, rounds, batch)
     assert len(totals) == rounds
-    assert sum(totals) == round(kimg * 1000)
-    assert max(totals) - min(totals) <= 1
+    assert 0 <= sum(totals) - round(kimg * 1000) < batch
+    assert all(total % batch == 0 for total in totals)
+    assert max(totals) - min(totals) <= batch
 
 
 @given(
     sizes=st.lists(st.integers(1, 20000), min_size=1, max_size=8),
-    totals=st.lists(st.integers(0, 3000), min_size=1, max_size=30),
+    batches=st.lists(st.integers(0, 3000), min_size=1, max_size=30),
+    batch=st.integers(1, 64),
     equal=st.booleans(),
 )
-def test_shares_of_hospitals_add_up_without_drift(sizes: list[int], totals: list[int], equal: bool) -> None:
-    rows = deal_images(sizes, totals, equal)
+def test_shares_of_hospitals_add_up_without_drift(sizes: list[int], batches: list[int], batch: int, equal: bool) -> None:
+    totals = [count * batch for count in batches]
+    rows = deal_images(sizes, totals, batch, equal)
     assert [sum(row) for row in rows] == totals
     assert min(min(row) for row in rows) >= 0
+    assert not (np.array(rows) % batch).any()
     weights = [1] * len(sizes) if equal else sizes
     done = np.cumsum(np.array(rows), axis=0)
     exact = np.cumsum(totals)[:, None] * np.array(weights)[None] / sum(weights)
-    assert np.abs(done - exact).max() < 2
+    assert np.abs(done - exact).max() < 2 * batch
 
 
 def test_means_are_weighted_by_the_images_of_the_round() -> None:

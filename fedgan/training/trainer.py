@@ -93,9 +93,9 @@ class Trainer:
 
         Goals add up over calls: whole batches are shown until the sum of all goals is reached, so that a
         budget cut into rounds is the same budget. Keys: loss_g, loss_d, r1, path_length (where measured),
-        r_t, p, images, seconds. Raises `FedganError` when a loss is no longer finite.
+        r_t, p, images, seconds, core_seconds (of this process). Raises `FedganError` when a loss is no longer finite.
         """
-        start, before = time.perf_counter(), self.images_seen
+        start, core_start, before = time.perf_counter(), time.process_time(), self.images_seen
         self._goal += images
         measured: dict[str, list[Tensor]] = defaultdict(list)
         while self.images_seen < self._goal:
@@ -109,7 +109,8 @@ class Trainer:
                 "lower training.learning_rate or raise training.r1_gamma, and resume from the last round"
             )
         result |= {"r_t": self.ada.r_t, "p": self.ada.p}
-        return result | {"images": self.images_seen - before, "seconds": time.perf_counter() - start}
+        spent = {"seconds": time.perf_counter() - start, "core_seconds": time.process_time() - core_start}
+        return result | {"images": self.images_seen - before} | spent
 
     def _step(self, measured: dict[str, list[Tensor]]) -> None:
         training = self.settings.training

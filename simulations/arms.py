@@ -1,0 +1,258 @@
+"""What a comparison trains: from the scenario to a list of arms, each a list of trainings. Nothing is trained here.
+
+An *arm* is a way to train (centralized, federated, local, …) with one seed. It is made of *jobs*: one training each, in
+a run folder of its own, that one process does. All jobs use the scenario's model, augment and training sections as they
+are; only `federation.*` (and fedprox's `training.proximal_mu`) may differ between arms, or the comparison would be of
+something else. Every arm shows discriminators the same number of images, summed over its hospitals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedgan.comparison_folder import ComparisonFolder
+from fedgan.config import Settings, from_dict, to_dict
+from fedgan.errors import ConfigError
+from fedgan.run_folder import RunFolder
+from server.checkpoints import is_evaluated
+from server.rounds import deal_images, round_totals
+
+KINDS = ("centralized", "federated", "local", "finetuned", "coalitions")
+NAMED = {  # federations that have a name of their own
+    "generator-only": ("federation.exchange=generator",),
+    "local-discriminators": ("federation.exchange=generator,ema",),
+}
+FREE_KEYS = ("federation.", "training.proximal_mu")  # what one federation may have that another has not
+FEDERATION, HOME = "federation", "home"
+EVERYBODY = "everybody"
+MOST_PLAYERS = 4  # of a Shapley value: 2^n - 2 federations are trained
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training at home begins: at the model of a federation's round, which is another job."""
+
+    folder: Path
+    round: int
+    images_seen: int  # what the federation had shown by then, summed over its hospitals
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training. `kind`: a federation of the members, or one Trainer at home over the members' pooled images.
+
+    `images`: real images of each round at home (a federation deals for itself). `settings.seed` is the arm's seed.
+    """
+
+    folder: Path
+    kind: str
+    settings: Settings
+    images: tuple[int, ...] = ()
+    start: Start | None = None
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.folder)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return self.settings.federation.members
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm with one seed. The generator of `jobs[0]` is the arm's, or each job's is one hospital's (`by_hospital`)."""
+
+    kind: str
+    name: str
+    seed: int
+    folder: Path
+    jobs: tuple[Job, ...]
+    hospital_images: Mapping[str, int]
+    overrides: tuple[str, ...] = ()
+    by_hospital: bool = False
+    members: tuple[str, ...] = field(default=())
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.folder)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, seed {self.seed}"
+
+
+def plan(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int], root: Path) -> list[Arm]:
+    """All arms of a comparison, seed by seed.
+
+    `sizes`: training images of each hospital, in the order of the federation; `root`: the shards.
+    Raises `ConfigError` for an arm that is unknown, occurs twice, or cannot be had with these settings.
+    """
+    base = _fixed_data(settings, root)
+    if "finetuned" in settings.comparison.arms and "federated" not in settings.comparison.arms:
+        raise ConfigError("comparison.arms has 'finetuned', which goes on from the arm 'federated': name that one too")
+    arms: list[Arm] = []
+    for number in range(settings.comparison.seeds):
+        seed = settings.seed + number
+        seeded = dataclasses.replace(base, seed=seed)
+        for spec in settings.comparison.arms:
+            arms += _arms_of(spec, seeded, folder, sizes)
+    for arm in arms:
+        if sum(other.folder == arm.folder for other in arms) > 1:
+            raise ConfigError(f"comparison.arms has '{arm.name}' twice: give each arm its own name, e.g. 'wide: …'")
+    return arms
+
+
+def _arms_of(spec: str, settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int]) -> list[Arm]:
+    """The arms that one entry of `comparison.arms` stands for, with the seed of `settings`."""
+    name, colon, keys = (part.strip() for part in spec.partition(":"))
+    if name in NAMED and not colon:
+        return [_federated(name, settings, folder, sizes, NAMED[name])]
+    if colon:
+        return [_federated(name, settings, folder, sizes, _overrides(spec, keys))]
+    match name:
+        case "centralized":
+            return [_centralized(settings, folder, sizes)]
+        case "federated":
+            return [_federated(name, settings, folder, sizes, ())]
+        case "local":
+            return [_local(settings, folder, sizes)]
+        case "finetuned":
+            return [_finetuned(settings, folder, sizes)]
+        case "coalitions":
+            return _coalitions(settings, folder, sizes)
+    raise ConfigError(
+        f"comparison.arms has '{spec}': give {', '.join((*KINDS, *NAMED))}, or a federation with keys of its own, "
+        "e.g. 'fedadam: federation.strategy=fedadam'"
+    )
+
+
+def _overrides(spec: str, keys: str) -> tuple[str, ...]:
+    """The `key=value` texts behind an arm's name, separated by semicolons."""
+    found = tuple(text.strip() for text in keys.split(";") if text.strip())
+    for text in found:
+        if not text.startswith(FREE_KEYS):
+            raise ConfigError(
+                f"comparison.arms: '{spec}' would change {text.partition('=')[0]}: arms may differ in federation.* alone, "
+                "or they would not be compared but confused"
+            )
+    if not found:
+        raise ConfigError(f"comparison.arms: '{spec}' names no key: write e.g. 'fedadam: federation.strategy=fedadam'")
+    return found
+
+
+# --- one kind each ---------------------------------------------------------------------------------
+
+
+def _centralized(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int]) -> Arm:
+    run = folder.arm("centralized", settings.seed)
+    totals = tuple(_totals(settings))
+    job = Job(run.path, HOME, with_members(settings, tuple(sizes)), totals)
+    shown = {EVERYBODY: sum(totals)}
+    return Arm("centralized", "centralized", settings.seed, run.path, (job,), shown, members=tuple(sizes))
+
+
+def _federated(
+    name: str,
+    settings: Settings,
+    folder: ComparisonFolder,
+    sizes: Mapping[str, int],
+    overrides: Sequence[str],
+    kind: str = "federated",
+) -> Arm:
+    run = folder.arm(name, settings.seed)
+    own = with_members(from_dict(to_dict(settings), overrides, source=f"arm '{name}'"), tuple(sizes))
+    job = Job(run.path, FEDERATION, own)
+    shown = {hospital: sum(images) for hospital, images in _dealt(own, sizes).items()}
+    return Arm(kind, name, settings.seed, run.path, (job,), shown, tuple(overrides), members=tuple(sizes))
+
+
+def _local(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int]) -> Arm:
+    """Each hospital alone, with the very images of the budget that it would see in the federation."""
+    run = folder.arm("local", settings.seed)
+    dealt = _dealt(settings, sizes)
+    jobs = tuple(
+        Job(run.path / "members" / hospital, HOME, with_members(settings, (hospital,)), tuple(images))
+        for hospital, images in dealt.items()
+    )
+    shown = {hospital: sum(images) for hospital, images in dealt.items()}
+    return Arm("local", "local", settings.seed, run.path, jobs, shown, by_hospital=True, members=tuple(sizes))
+
+
+def _finetuned(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int]) -> Arm:
+    """The federation up to a round that it keeps, then each hospital at home with the rest of its budget."""
+    rounds, share = settings.federation.rounds, settings.comparison.finetune_share
+    kept = [number for number in range(1, rounds) if is_evaluated(settings, number)]
+    if not kept:
+        raise ConfigError(
+            "the arm 'finetuned' begins at a round that the federation keeps, and "
+            f"evaluation.every = {settings.evaluation.every} keeps none before the last of {rounds}: lower evaluation.every"
+        )
+    begin = min(kept, key=lambda number: abs(number - (1 - share) * rounds))
+    run, source = folder.arm("finetuned", settings.seed), folder.arm("federated", settings.seed)
+    dealt = _dealt(settings, sizes)
+    before = sum(sum(images[:begin]) for images in dealt.values())
+    jobs = tuple(
+        Job(
+            run.path / "members" / hospital,
+            HOME,
+            with_members(settings, (hospital,)),
+            tuple(images[begin:]),
+            Start(source.path, begin, before),
+        )
+        for hospital, images in dealt.items()
+    )
+    shown = {hospital: sum(images) for hospital, images in dealt.items()}
+    return Arm("finetuned", "finetuned", settings.seed, run.path, jobs, shown, by_hospital=True, members=tuple(sizes))
+
+
+def _coalitions(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int]) -> list[Arm]:
+    """A federation of each proper coalition of hospitals, each with the whole budget: what Shapley values need."""
+    names = list(sizes)
+    if len(names) > MOST_PLAYERS:
+        raise ConfigError(
+            f"the arm 'coalitions' would train {2 ** len(names) - 2} federations: it is for {MOST_PLAYERS} hospitals at most"
+        )
+    arms = []
+    for chosen in range(1, 2 ** len(names) - 1):
+        members = {name: sizes[name] for number, name in enumerate(names) if chosen >> number & 1}
+        arms.append(_coalition(settings, folder, members))
+    return arms
+
+
+def _coalition(settings: Settings, folder: ComparisonFolder, members: Mapping[str, int]) -> Arm:
+    """The federation of some hospitals; a single one trains at home, which is the same training without the wire."""
+    name = f"coalition {'+'.join(members)}"
+    if len(members) > 1:
+        return _federated(name, settings, folder, members, (), kind="coalition")
+    run, totals = folder.arm(name, settings.seed), tuple(_totals(settings))
+    job = Job(run.path, HOME, with_members(settings, tuple(members)), totals)
+    return Arm("coalition", name, settings.seed, run.path, (job,), {next(iter(members)): sum(totals)}, members=tuple(members))
+
+
+# --- settings of a job -----------------------------------------------------------------------------
+
+
+def with_members(settings: Settings, members: tuple[str, ...]) -> Settings:
+    """The settings for some of the hospitals; training.kimg stays the budget of the whole arm."""
+    return dataclasses.replace(settings, federation=dataclasses.replace(settings.federation, members=members))
+
+
+def _fixed_data(settings: Settings, root: Path) -> Settings:
+    """Settings whose data do not depend on the arm's seed: the same shards, the same dealing."""
+    data = dataclasses.replace(settings.data, root=str(root), seed=settings.data_seed)
+    return dataclasses.replace(settings, data=data)
+
+
+def _totals(settings: Settings) -> list[int]:
+    return round_totals(settings.training.kimg, settings.federation.rounds, settings.training.batch_size)
+
+
+def _dealt(settings: Settings, sizes: Mapping[str, int]) -> dict[str, list[int]]:
+    """Images of each round for each hospital, as the federation deals them."""
+    equal = settings.federation.local_images == "equal"
+    rows = deal_images(list(sizes.values()), _totals(settings), settings.training.batch_size, equal)
+    return {name: [row[number] for row in rows] for number, name in enumerate(sizes)}

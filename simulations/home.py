@@ -1,0 +1,155 @@
+"""Training at home: one Trainer over the pooled images of its members, in the rounds of the federation it is compared with.
+
+No Flower here, because nothing travels; all else is the federation's own: the Trainer, the run folder, the checkpoints
+and the lines of metrics.jsonl. A stopped training goes on from its last whole round, bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedgan.data.dataset import ImageDataset
+from fedgan.data.federation import Hospital
+from fedgan.evaluation.evaluate import pool_places
+from fedgan.machine import peak_memory, usable_cores
+from fedgan.run_folder import RunFolder
+from fedgan.training.checkpoint import load_tensors
+from fedgan.training.trainer import Trainer
+from server.checkpoints import State, has_line, load_state, save_state, write_line
+from server.federation import mean_of
+from server.lock import locked, sweep
+from server.preparation import experiment_of, is_prepared, open_prepared, prepare_run
+from simulations.arms import EVERYBODY, Job
+
+Tell = Callable[[dict[str, Any]], None]
+PARTS = ("generator", "ema")
+KEEP_STATES = 2
+PROGRESS_SECONDS = 0.5
+
+
+def train_at_home(job: Job, tell: Tell) -> None:
+    """Do all rounds of a job that are left. Raises what the Trainer raises; whatever is whole on the disk stays."""
+    run = job.run
+    with locked(run):
+        sweep(run)
+        if not is_prepared(run):
+            prepare_run(job.settings, run, tell)
+        settings = run.settings()
+        torch.set_num_threads(settings.federation.threads or usable_cores())
+        data = pooled(open_prepared(settings, run))
+        trainer = Trainer(settings, data, settings.training.device)
+        state = _restore(job, run, trainer, data)
+        _tell_start(job, state, tell)
+        for number in range(state.round + 1, len(job.images) + 1):
+            state = _round(job, run, trainer, state, number, tell)
+
+
+def pooled(hospitals: Sequence[Hospital]) -> ImageDataset:
+    """The training images of all hospitals as one dataset; those of a single hospital as they are."""
+    if len(hospitals) == 1:
+        return hospitals[0].train
+    return pool_places([(hospital.name, hospital.train) for hospital in hospitals], EVERYBODY)
+
+
+def is_trained_at_home(job: Job) -> bool:
+    """Whether the job's last round is done and its line is written."""
+    return job.run.last_round() == len(job.images) and has_line(job.run, len(job.images))
+
+
+# --- rounds ----------------------------------------------------------------------------------------
+
+
+def _restore(job: Job, run: RunFolder, trainer: Trainer, data: ImageDataset) -> State:
+    """The Trainer and the totals as they were after the last whole round, or at the job's beginning."""
+    experiment = experiment_of(run)
+    state = load_state(run, experiment)
+    if state is not None and state.round:
+        trainer.load(_trainer_state(run, state.round))
+        if state.line is not None and not has_line(run, state.round):
+            write_line(run, state.line)
+        return state
+    if job.start is not None:
+        tensors, _ = load_tensors(RunFolder(job.start.folder).checkpoint(job.start.round))
+        trainer.incoming({name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith("strategy/")})
+    state = State(0, trainer.outgoing(PARTS), {}, 0, 0, 0.0, None)
+    state.label_names, state.exclusive = tuple(data.label_names), data.exclusive
+    state.channels, state.resolution = data.channels, data.resolution
+    save_state(run, run.settings(), state, experiment)
+    return state
+
+
+def _round(job: Job, run: RunFolder, trainer: Trainer, before: State, number: int, tell: Tell) -> State:
+    """Train one round and write it down; the Trainer's state first, so that a whole round always has one."""
+    begun, seen, images = time.perf_counter(), trainer.images_seen, job.images[number - 1]
+    name = job.members[0] if len(job.members) == 1 else EVERYBODY
+    tell({"event": "round_start", "round": number, "rounds": len(job.images), "images": {name: images}})
+    told = 0.0
+
+    def progress(now: Trainer) -> None:
+        nonlocal told
+        if time.monotonic() - told > PROGRESS_SECONDS:
+            told = time.monotonic()
+            tell({"event": "progress", "round": number, "hospital": name, "images": now.images_seen - seen, "of": images})
+
+    means = trainer.train(images, on_step=progress)
+    trainer.save(_trainer_state(run, number))
+    row = {
+        "name": name,
+        "num_examples": len(trainer.dataset),
+        "images_seen": trainer.images_seen,
+        "threads": torch.get_num_threads(),
+        "peak_memory_bytes": float(peak_memory()),
+        **means,
+        "images": int(means["images"]),
+    }
+    after = State(
+        round=number,
+        arrays=trainer.outgoing(PARTS),
+        images_seen=trainer.images_seen,
+        wall_seconds=before.wall_seconds + time.perf_counter() - begun,
+        label_names=before.label_names,
+        exclusive=before.exclusive,
+        channels=before.channels,
+        resolution=before.resolution,
+    )
+    after.line = {
+        "round": number,
+        "images_seen": after.images_seen,
+        "wall_seconds": after.wall_seconds,
+        "bytes_exchanged": 0,
+        "mean": mean_of([row]),
+        "hospitals": [row],
+    }
+    save_state(run, run.settings(), after, experiment_of(run))
+    write_line(run, after.line)
+    for path in _states(run):
+        if int(path.stem.removeprefix("state-")) <= number - KEEP_STATES:
+            path.unlink(missing_ok=True)
+    tell({"event": "round_end", "round": number, "rounds": len(job.images), "line": after.line})
+    return after
+
+
+def _tell_start(job: Job, state: State, tell: Tell) -> None:
+    tell(
+        {
+            "event": "start",
+            "hospitals": list(job.members),
+            "rounds": len(job.images),
+            "first_round": state.round + 1,
+            "images": sum(job.images),
+            "images_seen": state.images_seen,
+        }
+    )
+
+
+def _trainer_state(run: RunFolder, number: int) -> Path:
+    return run.path / "trainer" / f"state-{number:05d}.safetensors"
+
+
+def _states(run: RunFolder) -> list[Path]:
+    return sorted((run.path / "trainer").glob("state-*"))
