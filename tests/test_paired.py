@@ -1,0 +1,300 @@
+"""The paired comparison of arms: against DeLong's variance, a closed test, and simulations with a known truth."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedgan.errors import ConfigError, DataError
+from fedgan.evaluation import paired
+from fedgan.evaluation.paired import (
+    bootstrap_auc,
+    compare_arms,
+    difference,
+    holm,
+    macro_auc,
+    paired_difference,
+    standard_families,
+)
+from fedgan.evaluation.utility import statistics, utility
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def _binary(truth, margin):
+    """Scores (1, N, 2) and labels (N, 2) of a yes-or-no question; `margin` is the log odds of yes."""
+    yes = 1 / (1 + np.exp(-margin))
+    return np.stack([1 - yes, yes], 1)[None], np.stack([1 - truth, truth], 1).astype(np.uint8)
+
+
+def _arms(rng, count, skill_a=1.0, skill_b=1.0, shared=0.0):
+    """Two arms' scores of the same images; `shared` is how much of the noise they have in common."""
+    truth = np.r_[np.ones(count // 2), np.zeros(count - count // 2)]
+    common = np.sqrt(shared) * rng.normal(size=count)
+    noise = [common + np.sqrt(1 - shared) * rng.normal(size=count) for _ in range(2)]
+    (a, labels), (b, _) = (_binary(truth, skill * truth + part) for skill, part in zip((skill_a, skill_b), noise, strict=True))
+    return a, b, labels
+
+
+def _compare(a, b, labels, groups=None, margin=0.02, bootstrap=400, seed=0):
+    groups = np.arange(len(labels)) if groups is None else groups
+    return paired_difference(a, b, labels, True, groups, margin, bootstrap, seed)
+
+
+# --- macro AUC -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS, st.booleans(), st.sampled_from([3, 10**6]))
+def test_macro_auc_is_the_one_of_utility(seed, exclusive, levels):
+    rng = np.random.default_rng(seed)
+    labels = np.eye(3, dtype=np.uint8)[np.r_[0, 1, 2, rng.integers(3, size=22)]]
+    if not exclusive:
+        labels = np.maximum(labels, (rng.random((25, 3)) < 0.3).astype(np.uint8))
+    scores = rng.integers(levels, size=(2, 25, 3)) / levels  # few levels: many ties
+    weights = np.r_[np.ones((1, 25)), rng.integers(0, 4, (5, 25))].astype(float)
+    expected = statistics(scores, labels, weights, exclusive)
+    whole = np.isfinite(expected["auc"][:, :3]).all(1)  # utility leaves the other resamples out, here they are NaN
+    found = macro_auc(scores, labels, weights)
+    np.testing.assert_allclose(found[whole], expected["macro_auc"][whole], atol=1e-12)
+    if np.isfinite(expected["auc"][0, :3]).all():
+        assert np.isnan(found[~whole]).all()
+
+
+def test_macro_auc_leaves_a_class_without_positives_out_and_is_undefined_without_any(monkeypatch):
+    monkeypatch.setattr(paired, "CHUNK", 5)  # several blocks of positives
+    rng = np.random.default_rng(0)
+    scores, labels = rng.random((2, 20, 3)), np.zeros((20, 3), np.uint8)
+    labels[:8, 0] = labels[8:, 1] = 1
+    found = macro_auc(scores, labels, np.ones((1, 20)))
+    assert found == pytest.approx(macro_auc(scores[:, :, :2], labels[:, :2], np.ones((1, 20))))
+    assert np.isnan(macro_auc(scores[:, :, 2:], labels[:, 2:], np.ones((4, 20)))).all()
+
+
+def test_the_interval_of_one_arm_is_that_of_utility():
+    rng = np.random.default_rng(1)
+    a, _, labels = _arms(rng, 60)
+    groups = np.repeat(np.arange(30), 2)
+    figures = utility(a, labels, ("no", "yes"), True, groups, 100, 7)
+    auc = bootstrap_auc(a, labels, groups, 100, 7)
+    assert auc.value == pytest.approx(figures["macro_auc"])
+    assert paired.interval(auc.draws) == pytest.approx(figures["macro_auc_ci"])
+
+
+# --- the difference of two arms ------------------------------------------------------------------
+
+
+def test_identical_scores_differ_by_nothing():
+    a, _, labels = _arms(np.random.default_rng(2), 50)
+    row = _compare(a, a.copy(), labels, margin=0.01)
+    assert (row["difference"], row["ci"], row["p_value"]) == (0.0, [0.0, 0.0], 1.0)
+    assert row["non_inferior"]
+    assert not row["better"]
+    assert not _compare(a, a, labels, margin=0.0)["non_inferior"]  # the interval has to lie above, not on, the margin
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS)
+def test_exchanging_the_arms_turns_the_sign(seed):
+    a, b, labels = _arms(np.random.default_rng(seed), 40, 1.5, 0.5)
+    there, back = _compare(a, b, labels, bootstrap=80), _compare(b, a, labels, bootstrap=80)
+    assert there["difference"] == pytest.approx(-back["difference"])
+    assert there["ci"] == pytest.approx([-back["ci"][1], -back["ci"][0]])
+    assert there["p_value"] == back["p_value"]
+
+
+def test_a_planted_difference_is_found():
+    rng = np.random.default_rng(3)
+    a, b, labels = _arms(rng, 400, 2.0, 0.5)
+    row = _compare(a, b, labels)
+    assert row["better"]
+    assert row["p_value"] == pytest.approx(2 / 401)  # no resample contradicts it, and yet it is not 0
+    worse = _compare(b, a, labels)
+    assert not worse["better"]
+    assert not worse["non_inferior"]
+
+
+def test_non_inferiority_needs_the_whole_interval_above_the_margin():
+    a, b, labels = _arms(np.random.default_rng(4), 300, 1.0, 1.0, shared=0.9)
+    low = _compare(a, b, labels)["ci"][0]
+    assert low < 0
+    assert _compare(a, b, labels, margin=-low + 1e-6)["non_inferior"]
+    assert not _compare(a, b, labels, margin=-low - 1e-6)["non_inferior"]
+
+
+def _null_p_values(repeats, people, images, by_patient):
+    rng = np.random.default_rng(5)
+    found = []
+    for repeat in range(repeats):
+        truth = np.repeat(np.r_[np.ones(people // 2), np.zeros(people // 2)], images)
+        noise = [np.repeat(rng.normal(size=people), images) + 0.05 * rng.normal(size=people * images) for _ in range(2)]
+        (a, labels), (b, _) = (_binary(truth, truth + part) for part in noise)
+        groups = np.repeat(np.arange(people), images) if by_patient else np.arange(people * images)
+        found.append(_compare(a, b, labels, groups, bootstrap=199, seed=repeat)["p_value"])
+    return np.array(found)
+
+
+def test_p_values_are_about_uniform_where_the_arms_are_equally_good():
+    found = _null_p_values(300, 100, 1, by_patient=True)
+    for level in (0.05, 0.25, 0.5, 0.75):
+        assert abs((found <= level).mean() - level) < 3.5 * np.sqrt(level * (1 - level) / 300) + 0.015
+
+
+def test_resampling_images_of_the_same_patients_one_by_one_claims_too_much():
+    assert (_null_p_values(120, 60, 4, by_patient=True) < 0.05).mean() < 0.13
+    assert (_null_p_values(120, 60, 4, by_patient=False) < 0.05).mean() > 0.2
+
+
+def test_pairing_narrows_the_interval_of_like_arms():
+    a, b, labels = _arms(np.random.default_rng(6), 300, shared=0.9)
+    groups = np.arange(300)
+    first, second, other = (bootstrap_auc(arm, labels, groups, 1000, seed) for arm, seed in ((a, 0), (b, 0), (b, 1)))
+    width = [np.ptp(difference(first, auc, 0.02)["ci"]) for auc in (second, other)]
+    assert width[0] < 0.6 * width[1]
+
+
+def _delong_variance(a, b, positive):
+    """Variance of AUC(a) − AUC(b) by placement values (DeLong, DeLong and Clarke-Pearson 1988)."""
+    cases, controls = [], []
+    for scores in (a, b):
+        above = scores[positive][:, None] - scores[~positive][None, :]
+        ordered = (above > 0) + 0.5 * (above == 0)
+        cases.append(ordered.mean(1))
+        controls.append(ordered.mean(0))
+    contrast = np.array([1.0, -1.0])
+    covariance = np.cov(cases) / positive.sum() + np.cov(controls) / (~positive).sum()
+    return contrast @ covariance @ contrast
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.8])
+def test_the_spread_of_the_difference_is_delongs(shared):
+    a, b, labels = _arms(np.random.default_rng(7), 500, 1.5, 1.0, shared)
+    exact = np.sqrt(_delong_variance(a[0, :, 1], b[0, :, 1], labels[:, 1] == 1))
+    row = _compare(a, b, labels, bootstrap=4000)
+    assert np.ptp(row["ci"]) / (2 * 1.96) == pytest.approx(exact, rel=0.08)
+
+
+def test_undefined_is_none_and_never_a_claim():
+    rng = np.random.default_rng(8)
+    labels = np.eye(2, dtype=np.uint8)[[0] * 6]  # one class alone
+    row = paired_difference(rng.random((1, 6, 2)), rng.random((2, 6, 2)), labels, True, np.arange(6), 0.02, 50, 0)
+    assert [row[key] for key in ("difference", "ci", "p_value", "non_inferior", "better")] == [None] * 5
+    rare = np.eye(4, dtype=np.uint8)[[0, 0, 0, 1, 2, 3]]  # three quarters of the resamples lack one of three single images
+    few = paired_difference(rng.random((1, 6, 4)), rng.random((2, 6, 4)), rare, True, np.arange(6), 0.02, 400, 0)
+    assert few["difference"] is not None
+    assert [few[key] for key in ("ci", "p_value", "non_inferior", "better")] == [None] * 4
+
+
+def test_differences_by_generator_seed_average_to_the_difference():
+    rng = np.random.default_rng(9)
+    a, b = (np.concatenate([_arms(rng, 60)[0] for _ in range(4)]) for _ in range(2))
+    labels = _arms(rng, 60)[2]
+    row = paired_difference(a, b, labels, True, np.arange(60), 0.02, 20, 0, seeds_a=[0, 0, 1, 1], seeds_b=[1, 1, 0, 0])
+    assert [one["seed"] for one in row["seed_differences"]] == [0, 1]
+    assert np.mean([one["difference"] for one in row["seed_differences"]]) == pytest.approx(row["difference"])
+    ones = np.ones((1, 60))
+    by_hand = macro_auc(a[:2], labels, ones) - macro_auc(b[2:], labels, ones)
+    assert row["seed_differences"][0]["difference"] == pytest.approx(by_hand[0])
+    assert (
+        paired_difference(a, b, labels, True, np.arange(60), 0.02, 20, 0, [0, 0, 1, 1], [0, 0, 2, 2])["seed_differences"] is None
+    )
+    with pytest.raises(ConfigError, match="3 generator seeds for 4 rows"):
+        paired_difference(a, b, labels, True, np.arange(60), 0.02, 20, 0, [0, 0, 1], [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda a, labels, groups: (a[:, :-1], labels, groups), "scores"),
+        (lambda a, labels, groups: (a[0], labels, groups), "scores"),
+        (lambda a, labels, groups: (a, labels, groups[:-1]), "9 clusters for 10"),
+        (lambda a, labels, groups: (np.where(a > 0.5, np.nan, a), labels, groups), "not finite"),
+        (lambda a, labels, groups: (a, np.ones_like(labels), groups), "exclude each other"),
+    ],
+)
+def test_scores_of_other_images_are_refused(change, said):
+    a, b, labels = _arms(np.random.default_rng(10), 10)
+    a, labels, groups = change(a, labels, np.arange(10))
+    with pytest.raises(DataError, match=said):
+        paired_difference(a, b, labels, True, groups, 0.02, 20, 0)
+
+
+# --- many comparisons ----------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holm_is_the_closed_test_of_bonferroni(p_values):
+    count = len(p_values)
+    adjusted = holm(p_values)
+    for index in range(count):
+        sets = [chosen for size in range(1, count + 1) for chosen in combinations(range(count), size) if index in chosen]
+        closed = max(min(1.0, len(chosen) * min(p_values[one] for one in chosen)) for chosen in sets)
+        assert adjusted[index] == pytest.approx(closed)
+    assert all(raw <= after <= 1 for raw, after in zip(p_values, adjusted, strict=True))
+    order = np.argsort(p_values, kind="stable")
+    assert (np.diff(np.array(adjusted)[order]) >= 0).all()
+
+
+def test_holm_of_nothing_and_of_a_known_example():
+    assert holm([]) == []
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # statsmodels' multipletests
+
+
+def test_comparisons_are_corrected_inside_each_family_and_a_missing_arm_stays_visible():
+    rng = np.random.default_rng(11)
+    a, b, labels = _arms(rng, 300, 1.5, 0.7)
+    arms = {"federated": a, "local": b, "unused": b}
+    families = {
+        "federation": [("federated", "local"), ("federated", "centralized"), ("local", "federated")],
+        "again": [("federated", "local")],
+    }
+    rows = compare_arms(arms, families, labels, True, np.arange(300), 0.02, 300, 0, {"federated": [0], "local": [0]})
+    assert [(row["family"], row["a"], row["b"]) for row in rows] == [
+        *(("federation", *pair) for pair in families["federation"]),
+        ("again", "federated", "local"),
+    ]
+    first, missing, back, again = rows
+    expected = paired_difference(a, b, labels, True, np.arange(300), 0.02, 300, 0, [0], [0])
+    assert {key: first[key] for key in expected} == expected
+    assert (first["p_holm"], back["p_holm"]) == pytest.approx((2 * first["p_value"], 2 * back["p_value"]))  # two were measured
+    assert again["p_holm"] == again["p_value"]
+    assert first["metric"] == "macro_auc"
+    assert [missing[key] for key in ("difference", "ci", "p_value", "p_holm", "better", "non_inferior")] == [None] * 6
+
+
+def test_better_holds_after_the_correction():
+    rng = np.random.default_rng(12)
+    for _ in range(50):
+        a, b, labels = _arms(rng, 120, 1.4, 1.0)
+        single = _compare(a, b, labels, bootstrap=300)
+        if single["better"] and single["p_value"] > 0.02:
+            break
+    assert single["better"]
+    rows = compare_arms({"a": a, "b": b}, {"f": [("a", "b")] * 5}, labels, True, np.arange(120), 0.02, 300, 0)
+    assert [row["better"] for row in rows] == [False] * 5
+
+
+def test_standard_families_ask_the_two_questions():
+    rows = [
+        {"arm": kind, "name": name, "hospital": hospital}
+        for kind, name, hospital in [
+            ("real", "real", None),
+            ("centralized", "centralized", None),
+            ("federated", "federated", None),
+            ("federated", "fedadam", None),
+            ("local", "local", None),
+            ("local", "local: a", "a"),
+            ("finetuned", "finetuned", None),
+            ("finetuned", "finetuned: a", "a"),
+            ("coalition", "a+b", None),
+        ]
+    ]
+    families = standard_families(rows)
+    rivals = ["centralized", "local", "local: a"]
+    assert families["federation"] == [(one, other) for one in ("federated", "fedadam", "finetuned") for other in rivals]
+    assert families["against real"] == [(one, "real") for one in ("centralized", "federated", "fedadam", "local", "finetuned")]
+    assert standard_families(rows[1:3]) == {"federation": [("federated", "centralized")]}
