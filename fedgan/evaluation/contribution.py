@@ -67,9 +67,10 @@ def contribution(
 ) -> dict[str, Any]:
     """The `contribution` of comparison.json: `leave_one_out`, `shapley` and `values` by coalition ("a+b").
 
-    `values` gives the macro AUC of each coalition (None counts as not measured), `draws` (B,) arrays of it over the same resamples (`paired.bootstrap_auc`)
-    for the intervals; `hospitals` the order of the rows and who belongs to the coalition of all. What lacks a coalition is
-    None, with a sentence in `notes` that names it. Intervals speak of the test images, not of training again.
+    `values` gives the macro AUC of each coalition (None counts as not measured), `draws` (B,) arrays of it over the same
+    resamples (`paired.bootstrap_auc`) for the intervals; `hospitals` the order of the rows and who belongs to the coalition
+    of all. What lacks a coalition is None, with a sentence in `notes` that names it. Intervals speak of the test images, not
+    of training again. Raises `ConfigError` for a coalition with a hospital that is none of `hospitals`.
     """
     measured = {key: value for key, value in values.items() if value is not None}
     order = list(hospitals) or players(values)
