@@ -276,6 +276,7 @@ def _changed(path, value):
         ("label_names", ["normal", "abnormal"], "label_names differs: .*abnormal.* has .*pneumonia"),
         ("settings.data.resolution", 64, "data.resolution differs: .* has 64, .* has 32"),
         ("settings.data.label_map", "*=x", r"data.label_map differs: .* has '\*=x', .* has ''"),
+        ("settings.data.partition", "iid", "data.partition differs: .* has 'iid', .* has 'institution'"),
         ("settings.data.seed", 3, "data.seed differs: .* has 3, .* has -1"),
         ("settings.model.channel_base", 4096, "model.channel_base differs: .* has 4,096, .* has 2,048"),
         ("settings.augment.mode", "none", "augment.mode differs: .* has 'none', .* has 'ada'"),
@@ -297,7 +298,6 @@ def test_arms_that_were_trained_or_judged_differently_are_refused(path, value, s
     ("path", "value"),
     [
         ("settings.data.root", "pooled"),
-        ("settings.data.partition", "iid"),
         ("settings.training.proximal_mu", 0.01),
         ("settings.federation.strategy", "fedprox"),
         ("settings.federation.hospitals", 1),

@@ -17,9 +17,8 @@ from fedgan.evaluation.paired import LEVEL, bootstrap_auc, macro_auc
 from fedgan.evaluation.utility import number, utility
 
 COMPARED_SECTIONS = ("data", "model", "augment", "training", "evaluation")
-MAY_DIFFER = frozenset(  # how images are dealt is what makes an arm; how often its curve is measured changes no training
-    {"data.root", "data.partition", "data.alpha", "data.quantities", "training.proximal_mu", "evaluation.every"}
-)
+# Where the shards lie, fedprox's own term and how often a curve is measured; federation.* is not looked at.
+MAY_DIFFER = frozenset({"data.root", "training.proximal_mu", "evaluation.every"})
 EVALUATOR_KEYS = ("extractor", "classifier", "suite", "test_hash")
 FIGURES = ("macro_auc", "macro_auc_ci", "balanced_accuracy", "balanced_accuracy_ci", "macro_auprc", "macro_auprc_ci")
 
