@@ -1,19 +1,26 @@
-"""Classifiers of the central evaluator: a small CNN for small images on a CPU, and ResNet-18.
+"""Classifiers of the central evaluator: a small CNN for small images on a CPU, and three networks of torchvision.
 
-Both take images (B, C, H, W) float in [-1, 1] and offer `features(images)` → (B, D), the penultimate
+All take images (B, C, H, W) float in [-1, 1] and offer `features(images)` → (B, D), the penultimate
 layer after global average pooling, and `forward(images)` → logits (B, K).
+
+torchvision's networks are made for 224 pixels and shrink an image 32 times. Below 64 pixels one halving of their stem is
+left out (ResNet-18 and DenseNet-121: the max-pool; EfficientNet-B2: the stride of the first convolution), so that a
+32-pixel image goes through the same map sizes as one of 64 pixels. From 64 pixels on they are torchvision's own. None is
+pretrained, and none draws random numbers in its forward pass: a training is determined by its seed.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from fedgan.errors import ConfigError
 
-CLASSIFIERS = ("small-cnn", "resnet18")
+CLASSIFIERS = ("small-cnn", "resnet18", "densenet121", "efficientnet-b2")
+SMALL = 64  # pixels a side; below, the stem of torchvision's networks halves the image once less
 WIDTHS = (24, 48, 96, 128)  # of the small CNN: at 32², 16², 8², 4²
 
 
@@ -57,27 +64,70 @@ def small_cnn(channels: int, resolution: int, label_dim: int) -> Classifier:
     return Classifier("small-cnn", body, WIDTHS[-1], label_dim)
 
 
-def resnet18(channels: int, label_dim: int) -> Classifier:
+def resnet18(channels: int, resolution: int, label_dim: int) -> Classifier:
     """torchvision's ResNet-18 (arXiv 1512.03385) without pretrained weights, 512 features; grey images are repeated to RGB.
 
-    Raises `ConfigError` for other than one or three channels.
+    Below 64 pixels without the stem's max-pool. Raises `ConfigError` for other than one or three channels.
     """
     from torchvision.models import resnet18 as torchvision_resnet18
 
-    if channels not in (1, 3):
-        raise ConfigError(f"classifier 'resnet18' takes 1 or 3 channels, not {channels}: use 'small-cnn'")
+    _check_channels("resnet18", channels)
     network = torchvision_resnet18(weights=None)
+    if resolution < SMALL:
+        network.maxpool = nn.Identity()
     network.fc = nn.Identity()
     return Classifier("resnet18", nn.Sequential(_GreyToColour(), network), 512, label_dim)
 
 
+def densenet121(channels: int, resolution: int, label_dim: int) -> Classifier:
+    """torchvision's DenseNet-121 (arXiv 1608.06993) without pretrained weights, 1024 features; grey is repeated to RGB.
+
+    Below 64 pixels without the stem's max-pool. Raises `ConfigError` for other than one or three channels.
+    """
+    from torchvision.models import densenet121 as torchvision_densenet121
+
+    _check_channels("densenet121", channels)
+    network = torchvision_densenet121(weights=None)
+    if resolution < SMALL:
+        network.features.pool0 = nn.Identity()
+    network.classifier = nn.Identity()
+    return Classifier("densenet121", nn.Sequential(_GreyToColour(), network), 1024, label_dim)
+
+
+def efficientnet_b2(channels: int, resolution: int, label_dim: int) -> Classifier:
+    """torchvision's EfficientNet-B2 (arXiv 1905.11946) without pretrained weights, 1408 features; grey is repeated to RGB.
+
+    Without dropout and stochastic depth, which would draw from torch's global generator in every step. Below 64 pixels the
+    first convolution has stride 1. Raises `ConfigError` for other than one or three channels.
+    """
+    from torchvision.models import efficientnet_b2 as torchvision_efficientnet_b2
+
+    _check_channels("efficientnet-b2", channels)
+    network = torchvision_efficientnet_b2(weights=None, stochastic_depth_prob=0.0)
+    if resolution < SMALL:
+        network.features[0][0].stride = (1, 1)
+    network.classifier = nn.Identity()
+    return Classifier("efficientnet-b2", nn.Sequential(_GreyToColour(), network), 1408, label_dim)
+
+
+BUILDERS: dict[str, Callable[[int, int, int], Classifier]] = dict(
+    zip(CLASSIFIERS, (small_cnn, resnet18, densenet121, efficientnet_b2), strict=True)
+)
+
+
 def build_classifier(name: str, channels: int, resolution: int, label_dim: int) -> Classifier:
-    """The classifier called `name`, freshly initialised from torch's global generator. Raises `ConfigError` for another name."""
-    if name == "small-cnn":
-        return small_cnn(channels, resolution, label_dim)
-    if name == "resnet18":
-        return resnet18(channels, label_dim)
-    raise ConfigError(f"no classifier called '{name}': choose one of {', '.join(CLASSIFIERS)}")
+    """The classifier called `name`, freshly initialised from torch's global generator.
+
+    Raises `ConfigError` for another name, and for channels that the network does not take.
+    """
+    if name not in BUILDERS:
+        raise ConfigError(f"no classifier called '{name}': choose one of {', '.join(CLASSIFIERS)}")
+    return BUILDERS[name](channels, resolution, label_dim)
+
+
+def _check_channels(name: str, channels: int) -> None:
+    if channels not in (1, 3):
+        raise ConfigError(f"classifier '{name}' takes 1 or 3 channels, not {channels}: use 'small-cnn'")
 
 
 def _block(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
