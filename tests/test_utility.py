@@ -1,16 +1,22 @@
-"""Utility figures against scikit-learn and against explicit resampling."""
+"""Utility figures against scikit-learn, torchmetrics and explicit resampling."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score, roc_curve
+from torchmetrics.functional import classification as tm
 
-from fedgan.evaluation import bootstrap
+from fedgan.evaluation import bootstrap, curves
 from fedgan.evaluation.bootstrap import clusters, interval, resamples
-from fedgan.evaluation.utility import balanced_accuracy, statistics, utility, weighted_auc
+from fedgan.evaluation.curves import average_precision, sensitivity_at_specificity, weighted_auc
+from fedgan.evaluation.decisions import balanced_accuracy, calibration_error, called, f1_scores
+from fedgan.evaluation.utility import FIGURES, majority_scores, statistics, utility
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -22,24 +28,94 @@ def _classes(rng, count, classes, skill=1.0):
     return labels, np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
 
 
-# --- AUC and balanced accuracy -------------------------------------------------------------------
+def _scored(seed, count, levels):
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(levels, size=count) / levels  # few levels: many ties
+    positive = np.r_[True, False, rng.random(count - 2) < 0.4]
+    return scores, positive, np.c_[np.ones((4, 2)), rng.integers(0, 4, (4, count - 2))].astype(float)
+
+
+# --- figures of one class ------------------------------------------------------------------------
 
 
 @settings(max_examples=60)
 @given(SEEDS, st.integers(3, 60), st.sampled_from([2, 5, 10**6]))
 def test_weighted_auc_agrees_with_scikit_learn(seed, count, levels):
-    rng = np.random.default_rng(seed)
-    scores = rng.integers(levels, size=count) / levels  # few levels: many ties
-    positive = np.r_[True, False, rng.random(count - 2) < 0.4]
-    weights = np.c_[np.ones((4, 2)), rng.integers(0, 4, (4, count - 2))].astype(float)
+    scores, positive, weights = _scored(seed, count, levels)
     expected = [roc_auc_score(positive, scores, sample_weight=row) for row in weights]
     np.testing.assert_allclose(weighted_auc(scores, positive, weights), expected, atol=1e-12)
+
+
+@settings(max_examples=60)
+@given(SEEDS, st.integers(3, 60), st.sampled_from([2, 5, 10**6]))
+def test_average_precision_agrees_with_scikit_learn_ties_included(seed, count, levels):
+    scores, positive, weights = _scored(seed, count, levels)
+    expected = [average_precision_score(positive, scores, sample_weight=row) for row in weights]
+    np.testing.assert_allclose(average_precision(scores, positive, weights), expected, atol=1e-12)
+
+
+@settings(max_examples=60)
+@given(SEEDS, st.integers(3, 60), st.sampled_from([2, 5, 10**6]))
+def test_sensitivity_at_90_is_the_best_point_of_the_curve_with_that_specificity(seed, count, levels):
+    scores, positive, weights = _scored(seed, count, levels)
+    expected = []
+    for row in weights:
+        alarms, found, _ = roc_curve(positive, scores, sample_weight=row, drop_intermediate=False)
+        expected.append(found[alarms <= 0.1 + 1e-9].max())
+    np.testing.assert_allclose(sensitivity_at_specificity(scores, positive, weights), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("negatives", [10, 30, 70, 190])
+def test_exactly_a_tenth_of_false_alarms_is_allowed(negatives):
+    scores = np.r_[np.arange(negatives), negatives - negatives // 10 - 0.5]  # a tenth of the negatives above the positive
+    positive = np.arange(negatives + 1) == negatives
+    assert sensitivity_at_specificity(scores, positive, np.ones((1, negatives + 1)))[0] == 1.0
+    scores[-1] -= 1
+    assert sensitivity_at_specificity(scores, positive, np.ones((1, negatives + 1)))[0] == 0.0
+
+
+@settings(max_examples=40)
+@given(SEEDS, st.booleans())
+def test_a_weight_is_a_number_of_copies_in_every_figure(seed, exclusive):
+    rng = np.random.default_rng(seed)
+    labels, scores = _classes(rng, 30, 3)
+    if not exclusive:
+        labels = (rng.random((30, 3)) < 0.4).astype(np.uint8)
+    scores = np.round(scores, 1)  # ties
+    weights = rng.integers(0, 4, 30)
+    rows = np.repeat(np.arange(30), weights)
+    weighted = statistics(scores[None], labels, weights[None].astype(float), exclusive)
+    copied = statistics(scores[None, rows], labels[rows], np.ones((1, len(rows))), exclusive)
+    assert weighted.keys() == copied.keys()
+    for key in weighted:
+        np.testing.assert_allclose(weighted[key], copied[key], atol=1e-12, err_msg=key)
+
+
+def test_an_inverted_classifier_has_one_minus_the_auc_and_is_not_flipped_back():
+    rng = np.random.default_rng(1)
+    truth = rng.random(200) < 0.3
+    p = 1 / (1 + np.exp(-rng.normal(size=200) - truth))
+    labels = np.c_[~truth, truth].astype(np.uint8)
+    good, bad = (utility(np.c_[1 - q, q][None], labels, ("no", "yes"), True, np.arange(200), 100, 0) for q in (p, 1 - p))
+    assert bad["macro_auc"] == pytest.approx(1 - good["macro_auc"])
+    assert bad["macro_auc"] < bad["macro_auc_ci"][1] < 0.5
+    assert bad["per_class"]["yes"]["auc"] < 0.5
+    assert bad["macro_auc_seeds"][0] < 0.5
+
+
+def test_blocks_of_resamples_do_not_change_the_figures(monkeypatch):
+    scores, positive, weights = _scored(3, 50, 5)
+    before = [measure(scores, positive, weights) for measure in (weighted_auc, average_precision)]
+    monkeypatch.setattr(curves, "ENTRIES", 1)
+    for one, measure in zip(before, (weighted_auc, average_precision), strict=True):
+        np.testing.assert_array_equal(one, measure(scores, positive, weights))
 
 
 def test_auc_is_undefined_without_positives_or_negatives_and_never_flipped():
     scores, positive = np.array([0.1, 0.2, 0.3, 0.4]), np.array([True, True, False, False])
     assert weighted_auc(scores, positive, np.ones((1, 4)))[0] == 0.0
-    assert np.isnan(weighted_auc(scores, positive, np.array([[1.0, 1, 0, 0], [0, 0, 1, 1]]))).all()
+    for measure in (weighted_auc, average_precision, sensitivity_at_specificity):
+        assert np.isnan(measure(scores, positive, np.array([[1.0, 1, 0, 0], [0, 0, 1, 1]]))).all()
 
 
 @settings(max_examples=30)
@@ -56,6 +132,79 @@ def test_balanced_accuracy_of_findings_is_the_mean_of_sensitivity_and_specificit
     labels = np.array([[1, 0], [1, 0], [0, 0], [0, 0]], np.uint8)  # the second finding never occurs: left out
     scores = np.array([[0.9, 0.1], [0.4, 0.1], [0.2, 0.9], [0.1, 0.1]])
     assert balanced_accuracy(scores, labels, np.ones((1, 4)), False)[0] == pytest.approx((0.5 + 1.0) / 2)
+
+
+@settings(max_examples=30)
+@given(SEEDS, st.booleans())
+def test_f1_agrees_with_scikit_learn(seed, exclusive):
+    rng = np.random.default_rng(seed)
+    labels, scores = _classes(rng, 40, 4)
+    if not exclusive:
+        labels = np.r_[np.eye(4), rng.random((36, 4)) < 0.3].astype(np.uint8)
+    weights = rng.integers(1, 4, 40).astype(float)
+    calls = called(scores, exclusive)
+    expected = f1_score(labels, calls, average=None, sample_weight=weights, zero_division=0.0)
+    np.testing.assert_allclose(f1_scores(calls, labels, weights[None])[0], expected, atol=1e-12)
+
+
+def test_f1_of_a_label_that_never_occurs_is_undefined_and_of_one_never_found_is_zero():
+    f1 = f1_scores(np.array([[1.0, 0, 0], [0, 0, 0]]), np.array([[0, 1, 0], [0, 0, 0]], np.uint8), np.ones((1, 2)))[0]
+    np.testing.assert_array_equal(f1, [np.nan, 0.0, np.nan])
+
+
+def test_calibration_error_of_known_answers():
+    labels = np.eye(2, dtype=np.uint8)[np.r_[np.zeros(8, int), np.ones(2, int)]]
+    once = np.ones((1, 10))
+    assert calibration_error(np.tile([0.8, 0.2], (10, 1)), labels, once, True)[0] == pytest.approx(0.0)
+    assert calibration_error(np.tile([1.0, 0.0], (10, 1)), labels, once, True)[0] == pytest.approx(0.2)
+    assert calibration_error(np.tile([0.7, 0.3], (10, 1)), labels, once, False)[0] == pytest.approx(0.1)
+
+
+# --- against torchmetrics ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_every_figure_agrees_with_torchmetrics(exclusive):
+    rng = np.random.default_rng(12)
+    labels, scores = _classes(rng, 300, 4)
+    if not exclusive:
+        labels, scores = (rng.random((300, 4)) < 0.3).astype(np.uint8), rng.random((300, 4)) * 0.998
+        scores = 0.6 * scores + 0.3 * labels
+    found = {key: value[0] for key, value in statistics(scores[None], labels, np.ones((1, 300)), exclusive).items()}
+    p, truth = torch.from_numpy(scores), torch.from_numpy(labels.astype(np.int64))
+    if exclusive:
+        target = truth.argmax(1)
+        auc, ap, f1, recall = (
+            measure(p, target, 4, average="none")
+            for measure in (tm.multiclass_auroc, tm.multiclass_average_precision, tm.multiclass_f1_score, tm.multiclass_recall)
+        )
+        balanced = recall.mean()
+        ece = tm.multiclass_calibration_error(p, target, 4, n_bins=15)
+        sensitivity = tm.multiclass_sensitivity_at_specificity(p, target, 4, 0.9)[0]
+    else:
+        auc, ap, f1, recall, specificity = (
+            measure(p, truth, 4, average="none")
+            for measure in (
+                tm.multilabel_auroc,
+                tm.multilabel_average_precision,
+                tm.multilabel_f1_score,
+                tm.multilabel_recall,
+                tm.multilabel_specificity,
+            )
+        )
+        balanced = (recall + specificity).mean() / 2
+        ece = torch.stack([tm.binary_calibration_error(p[:, k].contiguous(), truth[:, k], n_bins=15) for k in range(4)]).mean()
+        sensitivity = tm.multilabel_sensitivity_at_specificity(p, truth, 4, 0.9)[0]
+    expected = {"auc": auc, "auprc": ap, "f1": f1, "sensitivity": sensitivity}
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key][:4], value, atol=1e-6, err_msg=key)
+    macro = {"macro_auc": auc, "macro_auprc": ap, "macro_f1": f1, "sensitivity_at_90": sensitivity}
+    for key, value in macro.items():
+        assert found[key] == pytest.approx(float(value.mean()), abs=1e-6)
+    assert found["balanced_accuracy"] == pytest.approx(float(balanced), abs=1e-6)
+    assert found["ece"] == pytest.approx(float(ece), abs=1e-6)
+    assert found["micro_auc"] == pytest.approx(float(tm.multilabel_auroc(p, truth, 4, average="micro")), abs=1e-6)
+    assert found["micro_auprc"] == pytest.approx(float(tm.multilabel_average_precision(p, truth, 4, average="micro")), abs=1e-6)
 
 
 # --- bootstrap -----------------------------------------------------------------------------------
@@ -94,7 +243,7 @@ def _binormal(rng, people, images):
     return np.repeat(truth, images).astype(np.uint8), (scores[:, None] + jitter).ravel()
 
 
-def _coverage(by_patient, images, repeats=80):
+def _coverage(by_patient, images, repeats=60):
     rng = np.random.default_rng(5)
     hits = 0
     for repeat in range(repeats):
@@ -157,7 +306,12 @@ def test_a_class_without_test_images_is_null_and_outside_the_macro_mean():
     labels, scores = _classes(rng, 60, 3)
     keep = labels[:, 2] == 0
     figures = utility(scores[None, keep], labels[keep], ("a", "b", "gone"), True, np.arange(keep.sum()), 50, 0)
-    assert figures["per_class"]["gone"] == {"auc": None, "auc_ci": None, "positives": 0}
+    gone = figures["per_class"]["gone"]
+    assert gone.pop("positives") == 0
+    assert set(gone) == {"auc", "auc_ci", "auprc", "auprc_ci", "f1", "sensitivity_at_90"}
+    assert set(gone.values()) == {None}
+    for key in ("auprc", "f1"):
+        assert figures[f"macro_{key}"] == pytest.approx(np.mean([figures["per_class"][name][key] for name in "ab"]))
     assert figures["macro_auc"] == pytest.approx(np.mean([figures["per_class"][name]["auc"] for name in "ab"]))
 
 
@@ -166,6 +320,9 @@ def test_one_class_alone_has_no_auc_at_all():
     figures = utility(scores, labels, ("a", "b"), True, np.arange(5), 20, 0)
     assert figures["macro_auc"] is None
     assert figures["macro_auc_ci"] is None
+    assert figures["sensitivity_at_90"] is None
+    assert figures["macro_auprc_ci"] is None
+    assert figures["balanced_accuracy"] == 1.0
 
 
 def test_findings_have_an_auc_of_no_finding_outside_the_macro_mean():
@@ -178,6 +335,34 @@ def test_findings_have_an_auc_of_no_finding_outside_the_macro_mean():
     row = figures["per_class"]["no finding"]
     assert row["auc"] == pytest.approx(roc_auc_score(none, np.prod(1 - scores, axis=1)))
     assert row["positives"] == none.sum()
+
+
+def test_every_figure_has_an_interval_around_it_and_all_is_json():
+    rng = np.random.default_rng(14)
+    labels, scores = _classes(rng, 120, 3)
+    figures = utility(scores[None], labels, ("a", "b", "c"), True, np.arange(120) // 2, 100, 0)
+    assert json.loads(json.dumps(figures)) == figures
+    assert set(figures) == {*FIGURES, *(f"{key}_ci" for key in FIGURES), "macro_auc_seeds", "per_class", "images"}
+    for key in set(FIGURES) - {"ece"}:  # resampling adds noise to a calibration error: its interval lies higher
+        low, high = figures[f"{key}_ci"]
+        assert 0 <= low < figures[key] < high <= 1
+    assert figures["ece_ci"][0] < figures["ece_ci"][1]
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_the_majority_row_is_at_chance(exclusive):
+    rng = np.random.default_rng(15)
+    train, test = (np.eye(3, dtype=np.uint8)[rng.choice(3, 100, p=[0.6, 0.3, 0.1])] for _ in range(2))
+    scores = majority_scores(train, 100, exclusive)
+    np.testing.assert_allclose(scores[0, 7], train.mean(0))
+    figures = utility(scores, test, ("a", "b", "c"), exclusive, np.arange(100), 50, 0)
+    assert figures["macro_auc"] == 0.5
+    assert figures["macro_auc_ci"] == [0.5, 0.5]
+    assert figures["macro_auprc"] == pytest.approx(1 / 3)
+    assert figures["sensitivity_at_90"] == 0.0
+    assert figures["balanced_accuracy"] == pytest.approx(1 / 3 if exclusive else 0.5)
+    assert figures["macro_f1"] == pytest.approx(f1_score(test.argmax(1), np.zeros(100, int), average="macro", zero_division=0))
+    assert majority_scores(np.zeros((0, 2)), 4, True).tolist() == np.zeros((1, 4, 2)).tolist()
 
 
 def test_a_label_that_says_normal_is_not_doubled():

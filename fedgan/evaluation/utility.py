@@ -13,47 +13,17 @@ from typing import Any
 import numpy as np
 
 from fedgan.evaluation.bootstrap import interval, resamples
+from fedgan.evaluation.curves import Ranking, curves, ranking
+from fedgan.evaluation.curves import weighted_auc as weighted_auc
+from fedgan.evaluation.decisions import balanced_accuracy as balanced_accuracy
+from fedgan.evaluation.decisions import calibration_error, called, defined_mean, f1_scores
 
 NO_FINDING = "no finding"
 NORMAL = (NO_FINDING, "normal", "none")  # labels that say what an all-zero vector would say
 
-
-def weighted_auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve (B,) for scores (N,), truth (N,) bool and B rows of image weights (B, N).
-
-    The Mann-Whitney statistic (Hanley and McNeil 1982): the weighted share of positive-negative pairs in which the
-    positive scores higher, ties counting one half. NaN where a row has no weight on positives or none on negatives.
-    """
-    order = np.argsort(scores, kind="stable")
-    ranked = scores[order]
-    starts = np.flatnonzero(np.r_[True, ranked[1:] != ranked[:-1]])  # one group for each distinct score
-    sorted_weights, truth = weights[:, order], positive[order].astype(np.float64)
-    positives = np.add.reduceat(sorted_weights * truth, starts, axis=1)
-    negatives = np.add.reduceat(sorted_weights * (1.0 - truth), starts, axis=1)
-    below = np.cumsum(negatives, axis=1) - negatives
-    pairs = positives.sum(1) * negatives.sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        auc: np.ndarray = np.where(pairs > 0, (positives * (below + 0.5 * negatives)).sum(1) / pairs, np.nan)
-    return auc
-
-
-def balanced_accuracy(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray, exclusive: bool) -> np.ndarray:
-    """Balanced accuracy (B,) for probabilities and labels (N, K) and B rows of image weights (B, N).
-
-    Exclusive classes: mean over the classes present of the recall of the most probable class. Otherwise: mean over
-    labels with positives and negatives of (sensitivity + specificity) / 2 at the threshold 0.5.
-    """
-    truth = labels.astype(np.float64)
-    if exclusive:
-        called = np.zeros_like(truth)
-        called[np.arange(len(truth)), probabilities.argmax(1)] = 1.0
-        parts = _share(weights, truth * called, truth)
-    else:
-        called = (probabilities >= 0.5).astype(np.float64)
-        sensitivity = _share(weights, truth * called, truth)
-        specificity = _share(weights, (1.0 - truth) * (1.0 - called), 1.0 - truth)
-        parts = (sensitivity + specificity) / 2.0
-    return _nanmean(parts)
+MACRO = {"macro_auc": "auc", "macro_auprc": "auprc", "macro_f1": "f1", "sensitivity_at_90": "sensitivity"}
+OF_ONE_SET = ("micro_auc", "micro_auprc", "balanced_accuracy", "ece")
+FIGURES = (*MACRO, *OF_ONE_SET)  # with an interval each
 
 
 def names_normal(label_names: tuple[str, ...]) -> bool:
@@ -67,23 +37,65 @@ def with_no_finding(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.n
     return np.concatenate([probabilities, none], axis=2), np.c_[labels, (labels.sum(1) == 0).astype(labels.dtype)]
 
 
-def statistics(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray, exclusive: bool) -> dict[str, np.ndarray]:
-    """AUC by class, macro AUC and balanced accuracy, means over seeds, for B rows of image weights (B, N).
+def majority_scores(train_labels: np.ndarray, count: int, exclusive: bool) -> np.ndarray:
+    """Scores (1, count, K) of the classifier that never looks: for every image the shares of the training labels (N, K).
 
-    probabilities (S, N, K), labels (N, K) → `auc` (B, K), `macro_auc` (B,), `balanced_accuracy` (B,). For multi-label
-    data `auc` has one further column, normal (no finding) against the rest, which the macro mean leaves out.
+    What `utility` makes of them is the always-majority row: AUC 0.5 by ties within each class, average precision the share
+    of positives, balanced accuracy 1 / K. Only the micro figures are above chance, as they compare scores of several labels.
     """
-    classes = labels.shape[1]
-    scores, truth = (probabilities, labels) if exclusive else with_no_finding(probabilities, labels)
-    by_seed = np.stack(
-        [
-            np.stack([weighted_auc(seed[:, k], truth[:, k] == 1, weights) for k in range(truth.shape[1])], axis=1)
-            for seed in scores
+    labels = np.asarray(train_labels, np.float64)
+    prevalence = labels.mean(0) if len(labels) else np.zeros(labels.shape[1])
+    if exclusive and prevalence.sum() > 0:
+        prevalence = prevalence / prevalence.sum()
+    return np.tile(prevalence, (1, count, 1))
+
+
+class Scored:
+    """Probabilities (S, N, K) of S classifiers on N images with labels (N, K), ordered once and weighted many times.
+
+    Multi-label data gain a last column, normal (no finding) against the rest, which no macro or micro figure counts; it is
+    called where its own probability, the product of 1 - p, is at least 0.5.
+    """
+
+    def __init__(self, probabilities: np.ndarray, labels: np.ndarray, exclusive: bool) -> None:
+        self.probabilities, self.labels, self.exclusive = probabilities, labels, exclusive
+        self.scores, self.truth = (probabilities, labels) if exclusive else with_no_finding(probabilities, labels)
+        count, classes = labels.shape
+        every = np.arange(count)
+        self.by_class: list[list[Ranking]] = [
+            [ranking(seed[:, k], self.truth[:, k] == 1, every, count) for k in range(self.truth.shape[1])] for seed in self.scores
         ]
-    )
-    accuracy = np.mean([balanced_accuracy(seed, labels, weights, exclusive) for seed in probabilities], axis=0)
-    auc = by_seed.mean(0)
-    return {"auc": auc, "macro_auc": _nanmean(auc[:, :classes]), "balanced_accuracy": accuracy}
+        pairs = np.repeat(every, classes)
+        self.micro = [ranking(seed.ravel(), labels.ravel() == 1, pairs, count) for seed in probabilities]
+
+    def statistics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """The figures for B rows of image weights (B, N), as the function `statistics` lists them."""
+        classes = self.labels.shape[1]
+        rows = [[curves(one, weights) for one in seed] for seed in self.by_class]
+        micro = [curves(one, weights) for one in self.micro]
+        found = {
+            "auc": _over_seeds([[one.auc for one in seed] for seed in rows]),
+            "auprc": _over_seeds([[one.average_precision for one in seed] for seed in rows]),
+            "sensitivity": _over_seeds([[one.sensitivity for one in seed] for seed in rows]),
+            "f1": np.mean([f1_scores(called(seed, self.exclusive), self.truth, weights) for seed in self.scores], axis=0),
+            "micro_auc": np.mean([one.auc for one in micro], axis=0),
+            "micro_auprc": np.mean([one.average_precision for one in micro], axis=0),
+        }
+        for name, measure in (("balanced_accuracy", balanced_accuracy), ("ece", calibration_error)):
+            each = [measure(seed, self.labels, weights, self.exclusive) for seed in self.probabilities]
+            found[name] = np.mean(each, axis=0)
+        return {**found, **{name: defined_mean(found[one][:, :classes]) for name, one in MACRO.items()}}
+
+
+def statistics(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray, exclusive: bool) -> dict[str, np.ndarray]:
+    """All figures, means over seeds, of probabilities (S, N, K) and labels (N, K) for B rows of image weights (B, N).
+
+    By class, (B, K): `auc`, `auprc`, `f1`, `sensitivity` (at 90 % specificity). Over all, (B,): their macro means
+    `macro_auc`, `macro_auprc`, `macro_f1`, `sensitivity_at_90` over the classes where they are defined; `micro_auc` and
+    `micro_auprc` over all (image, label) pairs; `balanced_accuracy`; `ece`. For multi-label data what is by class has one
+    further column, normal (no finding) against the rest, which macro and micro figures leave out.
+    """
+    return Scored(probabilities, labels, exclusive).statistics(weights)
 
 
 def utility(
@@ -98,37 +110,52 @@ def utility(
     """All figures of one arm on one set of test images, as evaluation.json has them.
 
     probabilities (S, N, K) of S classifiers, labels (N, K), groups (N,) the cluster (patient) of each image.
-    `macro_auc` is the mean over the classes with both positive and negative test images; the others are None.
+    Macro figures are means over the classes with both positive and negative test images (F1: with positive ones); what is
+    not defined is None. `sensitivity_at_90` is the macro mean of the highest sensitivity at a specificity of at least 90 %;
+    `ece` is about the most probable class (15 bins), for multi-label data the mean over labels. `bootstrap` resamples serve
+    every interval; resampling adds noise to a calibration error, so the interval of `ece` lies on its high side.
     """
-    point = statistics(probabilities, labels, np.ones((1, len(labels))), exclusive)
-    blocks = [statistics(probabilities, labels, weights, exclusive) for weights in resamples(groups, bootstrap, seed)]
+    scored = Scored(probabilities, labels, exclusive)
+    once = np.ones((1, len(labels)))
+    point = scored.statistics(once)
+    blocks = [scored.statistics(weights) for weights in resamples(groups, bootstrap, seed)]
     drawn = {key: np.concatenate([block[key] for block in blocks]) for key in point}
     # A resample without one of the classes has the mean of other classes: another quantity, so it is left out.
     counted = np.isfinite(point["auc"][0, : len(label_names)])
     lacking = (~np.isfinite(drawn["auc"][:, : len(label_names)]) & counted).any(axis=1)
-    for key in ("macro_auc", "balanced_accuracy"):
+    for key in (*MACRO, "balanced_accuracy"):
         drawn[key][lacking] = np.nan
+    result: dict[str, Any] = {}
+    for key in FIGURES:
+        result[key] = number(point[key][0])
+        result[f"{key}_ci"] = interval(drawn[key]) if np.isfinite(point[key][0]) else None
+    alone = [Scored(one[None], labels, exclusive).statistics(once)["macro_auc"][0] for one in probabilities]
+    result["macro_auc_seeds"] = [number(value) for value in alone]
+    result["per_class"] = _per_class(scored.truth, label_names, exclusive, point, drawn)
+    result["images"] = len(labels)
+    return result
+
+
+def _per_class(
+    truth: np.ndarray, label_names: tuple[str, ...], exclusive: bool, point: dict[str, np.ndarray], drawn: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """A row a label, and one of 'no finding' where images are multi-label, some have none and no label says so."""
     names = label_names if exclusive else (*label_names, NO_FINDING)
-    truth = labels if exclusive else with_no_finding(probabilities, labels)[1]
-    seeds = [statistics(one[None], labels, np.ones((1, len(labels))), exclusive)["macro_auc"][0] for one in probabilities]
-    per_class = {
-        name: {
+    rows: dict[str, Any] = {}
+    for k, name in enumerate(names):
+        positives = int(truth[:, k].sum())
+        if k >= len(label_names) and (names_normal(label_names) or not 0 < positives < len(truth)):
+            continue
+        rows[name] = {
             "auc": number(point["auc"][0, k]),
             "auc_ci": interval(drawn["auc"][:, k]) if np.isfinite(point["auc"][0, k]) else None,
-            "positives": int(truth[:, k].sum()),
+            "auprc": number(point["auprc"][0, k]),
+            "auprc_ci": interval(drawn["auprc"][:, k]) if np.isfinite(point["auprc"][0, k]) else None,
+            "f1": number(point["f1"][0, k]),
+            "sensitivity_at_90": number(point["sensitivity"][0, k]),
+            "positives": positives,
         }
-        for k, name in enumerate(names)
-        if k < len(label_names) or (not names_normal(label_names) and 0 < truth[:, k].sum() < len(truth))
-    }
-    return {
-        "macro_auc": number(point["macro_auc"][0]),
-        "macro_auc_ci": interval(drawn["macro_auc"]),
-        "macro_auc_seeds": [number(value) for value in seeds],
-        "balanced_accuracy": number(point["balanced_accuracy"][0]),
-        "balanced_accuracy_ci": interval(drawn["balanced_accuracy"]),
-        "per_class": per_class,
-        "images": len(labels),
-    }
+    return rows
 
 
 def number(value: float) -> float | None:
@@ -136,17 +163,6 @@ def number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _share(weights: np.ndarray, hits: np.ndarray, members: np.ndarray) -> np.ndarray:
-    total = weights @ members
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share: np.ndarray = np.where(total > 0, (weights @ hits) / total, np.nan)
-    return share
-
-
-def _nanmean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of the defined values; NaN where none is."""
-    defined = np.isfinite(values)
-    count = defined.sum(-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean: np.ndarray = np.where(count > 0, np.where(defined, values, 0.0).sum(-1) / count, np.nan)
-    return mean
+def _over_seeds(values: list[list[np.ndarray]]) -> np.ndarray:
+    """Mean over seeds of [seed][class] arrays (B,), as (B, classes)."""
+    return np.asarray(np.mean(values, axis=0).T)
