@@ -1,4 +1,4 @@
-"""`fedgan generate`, `evaluate`, `report`: what comes out of a run folder that is there already."""
+"""`fedgan generate`, `evaluate`, `report`, `cards`: what comes out of a run folder that is there already."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedgan import files
-from fedgan.cli import console, labels
+from fedgan.cli import console, release, wanted
 from fedgan.cli.runs import checkpoint_of, headline, headline_text, runner
 from fedgan.config import Settings, from_dict, to_dict
-from fedgan.errors import ConfigError, DataError
+from fedgan.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,31 +52,51 @@ def generate(
             "--labels-from", metavar="mix|SHARD", help="Labels as in the run's training images (mix), or of a shard's images."
         ),
     ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option("--mix", metavar="CLASS=SHARE,…", help="Share of each class, e.g. normal=0.7,pneumonia=0.3; 0 where none."),
+    ] = None,
     psi: Annotated[
         float, typer.Option("--psi", min=0.0, max=1.0, help="Truncation: 1 none, smaller is more typical, less varied.")
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the latents; the same seed gives the same images.")] = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images that are drawn at once.")] = 64,
     form: Annotated[Format, typer.Option("--format", help="PNG files with labels.csv, or one shard.")] = Format.PNG,
+    as_release: Annotated[
+        bool, typer.Option("--release", help="A set to hand on: PNG files in folders, labels.csv, a card, hashes.")
+    ] = False,
+    created: Annotated[
+        str | None, typer.Option("--created", metavar="DATE", help="Date to state in the card of --release, e.g. 2026-05-31.")
+    ] = None,
     as_json: console.Json = False,
 ) -> None:
     """Draw synthetic images, by class or by label vector.
 
-    Without --label, --vector or --labels-from each class is drawn equally often; a model whose labels may
+    Without --label, --vector, --mix or --labels-from each class is drawn equally often; a model whose labels may
     occur together (chest findings) follows the run's training images.
     """
-    if sum(choice is not None for choice in (label or None, vector or None, labels_from)) > 1:
-        raise ConfigError("--label, --vector and --labels-from exclude each other: give one of them")
+    choice = wanted.Choice(label or [], vector or [], labels_from, mix or [])
+    if created is not None and not as_release:
+        raise ConfigError("--created stands in the card of a release: give --release as well")
+    if as_release:
+        release.check_release(form is Format.PNG, created)
     console.refuse_existing(output, "the images")
     checkpoint = checkpoint_of(source)
+    run = release.run_of(checkpoint) if as_release else None
     from fedgan.training.checkpoint import load_generator
 
     generator, meta = load_generator(checkpoint)
-    wanted = _labels(meta, checkpoint, images, label or [], vector or [], labels_from, seed)
+    vectors = wanted.wanted_labels(meta, checkpoint, images, choice, seed)
     with _folder(output) as folder:
-        write = _write_shard if form is Format.SHARD else _write_pngs
-        write(folder, generator, meta, wanted, psi=psi, seed=seed, batch=batch)
-    counts = {name: int(wanted[:, column].sum()) for column, name in enumerate(meta["label_names"])}
+        if form is Format.SHARD:
+            _write_shard(folder, generator, meta, vectors, psi=psi, seed=seed, batch=batch)
+        else:
+            shelf = release.SHELF if run else 0
+            _write_pngs(folder, generator, meta, vectors, psi=psi, seed=seed, batch=batch, shelf=shelf)
+        if run:
+            asked = choice.words(bool(meta["exclusive"]))
+            release.write_papers(folder, run, meta, vectors, asked=asked, seed=seed, psi=psi, created=created)
+    counts = {name: int(vectors[:, column].sum()) for column, name in enumerate(meta["label_names"])}
     result = {
         "output": str(output.resolve()),
         "checkpoint": str(checkpoint),
@@ -85,8 +105,12 @@ def generate(
         "seed": seed,
         "psi": psi,
     }
-    mix = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-    console.emit(result, as_json, f"{images} synthetic images in {console.shown(output)}{f' ({mix})' if mix else ''}")
+    if run:
+        result["card"] = str(output.resolve() / "dataset_card.md")
+    told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    line = f"{images} synthetic images in {console.shown(output)}{f' ({told})' if told else ''}"
+    papers = f"\ncard        {console.shown(output / 'dataset_card.md')}: its blanks are yours to fill" if run else ""
+    console.emit(result, as_json, line + papers)
 
 
 def evaluate(
@@ -145,6 +169,25 @@ def report(run_path: Run, as_json: console.Json = False) -> None:
     console.emit({"run": str(run.path), "report": str(page)}, as_json, f"report      {console.shown(page)}")
 
 
+def cards(
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or folder that fedgan compare wrote.")],
+    as_json: console.Json = False,
+) -> None:
+    """Write the model card and the dataset card from the files of a run or of a comparison.
+
+    Markdown and JSON. Trains and measures nothing; what no file tells is a blank that says who has to fill it.
+    """
+    from fedgan.report.cards import write_cards, write_comparison_cards
+    from fedgan.run_folder import RunFolder
+
+    run = RunFolder.at(run_path)
+    run.settings()
+    compared = (run.path / "comparison.json").is_file()
+    written = write_comparison_cards(run.path) if compared else write_cards(run)
+    result = {"run": str(run.path), "cards": [str(path) for path in written]}
+    console.emit(result, as_json, "\n".join(f"card        {console.shown(path)}" for path in written))
+
+
 def _prepare_look(run: RunFolder, settings: Settings, place: RunFolder) -> None:
     """Fill `place` with what the page needs of the run, under other settings of the evaluator."""
     files.write_json(place.look, {"run": str(run.path)})
@@ -171,118 +214,60 @@ def _evaluate(run: RunFolder, settings: Settings, place: RunFolder) -> None:
 # --- generate ------------------------------------------------------------------------------------
 
 
-def _labels(
-    meta: dict[str, Any], checkpoint: Path, images: int, named: list[str], vectors: list[str], labels_from: str | None, seed: int
-) -> np.ndarray:
-    """Label vectors (images, K) uint8, from whichever option the user gave."""
-    import numpy as np
-
-    names, exclusive = tuple(meta["label_names"]), bool(meta["exclusive"])
-    if named:
-        return labels.spread_evenly(labels.named_vectors(named, names), images)
-    if vectors:
-        return labels.spread_evenly(labels.parsed_vectors(vectors, names, exclusive), images)
-    if not names:
-        return np.zeros((images, 0), np.uint8)
-    if labels_from is None and exclusive:
-        return labels.spread_evenly(np.eye(len(names), dtype=np.uint8), images)
-    from fedgan.evaluation.sampling import synthetic_labels
-
-    real = (
-        _training_labels(checkpoint, names, exclusive) if labels_from in (None, "mix") else _shard_labels(str(labels_from), names)
-    )
-    return synthetic_labels(real, images, seed)
-
-
-def _shard_labels(path: str, names: tuple[str, ...]) -> np.ndarray:
-    """Label vectors (N, K) of a shard that has the model's labels."""
-    import numpy as np
-
-    from fedgan.data.shard import Shard
-
-    shard = Shard.open(path)
-    if tuple(shard.card.label_names) != names:
-        raise DataError(
-            f"{path} has the labels {', '.join(shard.card.label_names)}, the model {', '.join(names)}: give another shard"
-        )
-    return np.asarray(shard.labels)
-
-
-def _training_labels(checkpoint: Path, names: tuple[str, ...], exclusive: bool) -> np.ndarray:
-    """Label vectors (N, K) of the run's training images.
-
-    One class an image: the counts of hospitals.json are enough. Several at once: only the vectors tell which
-    go together, so the run's shards must still be there.
-    """
-    import numpy as np
-
-    from fedgan.run_folder import RunFolder
-
-    run = RunFolder.at(checkpoint.resolve().parent.parent)
-    if exclusive:
-        hospitals = run.read_json(run.hospitals)
-        if not hospitals:
-            raise DataError(f"{console.shown(run.path)} has no hospitals.json to take the mix from: use --label or --vector")
-        counts = [sum(hospital["counts"]["train"].get(name, 0) for hospital in hospitals) for name in names]
-        return np.repeat(np.eye(len(names), dtype=np.uint8), counts, axis=0)
-    if not run.config.is_file():
-        raise DataError(
-            "the mix of labels lies in the run folder: give the run folder, or use --label, --vector or --labels-from SHARD"
-        )
-    runner()
-    from server.preparation import open_prepared
-
-    return np.concatenate([hospital.train.labels for hospital in open_prepared(run.settings(), run)])
-
-
-def _chunks(generator: Any, wanted: np.ndarray, psi: float, seed: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:
+def _chunks(generator: Any, vectors: np.ndarray, psi: float, seed: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:
     """Images (n, C, H, W) uint8 with the number of the first, a chunk at a time; all latents come from one seed."""
     import torch
 
     from fedgan.evaluation.sampling import draw_latents, generate_images
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    latents = draw_latents(len(wanted), generator.z_dim, seed)
-    for start in range(0, len(wanted), CHUNK):
+    latents = draw_latents(len(vectors), generator.z_dim, seed)
+    for start in range(0, len(vectors), CHUNK):
         rows = slice(start, start + CHUNK)
-        yield start, generate_images(generator, wanted[rows], seed, psi, batch, device, latents=latents[rows])
+        yield start, generate_images(generator, vectors[rows], seed, psi, batch, device, latents=latents[rows])
 
 
 def _write_pngs(
-    folder: Path, generator: Any, meta: dict[str, Any], wanted: np.ndarray, psi: float, seed: int, batch: int
+    folder: Path,
+    generator: Any,
+    meta: dict[str, Any],
+    vectors: np.ndarray,
+    psi: float,
+    seed: int,
+    batch: int,
+    shelf: int = 0,
 ) -> None:
-    """One PNG an image and labels.csv: file, a column a label, seed, index."""
-    from PIL import Image, PngImagePlugin
+    """One PNG an image and labels.csv: file, a column a label, seed, index. `shelf`: images in a sub-folder; 0: none."""
+    from PIL import Image
 
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["file", *meta["label_names"], "seed", "index"])
-    digits = max(5, len(str(len(wanted) - 1)))
-    for start, images in _chunks(generator, wanted, psi, seed, batch):
+    digits, marks = max(5, len(str(len(vectors) - 1))), release.synthetic_marks()
+    for start, images in _chunks(generator, vectors, psi, seed, batch):
         for index, image in enumerate(images, start):
-            text = PngImagePlugin.PngInfo()
-            text.add_text("synthetic", "true")
-            text.add_text("Description", "Synthetic image drawn by a generative model; it shows no patient.")
-            text.add_text("Software", "fedgan")
             picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
-            name = f"{index:0{digits}d}.png"
-            picture.save(folder / name, pnginfo=text)
-            rows.writerow([name, *wanted[index].tolist(), seed, index])
+            place = f"images/{index // shelf:03d}/" if shelf else ""
+            name = f"{place}{index:0{digits}d}.png"
+            if shelf and index % shelf == 0:
+                (folder / place).mkdir(parents=True)
+            picture.save(folder / name, pnginfo=marks)
+            rows.writerow([name, *vectors[index].tolist(), seed, index])
     files.write_text(folder / "labels.csv", table.getvalue())
 
 
 def _write_shard(
-    folder: Path, generator: Any, meta: dict[str, Any], wanted: np.ndarray, psi: float, seed: int, batch: int
+    folder: Path, generator: Any, meta: dict[str, Any], vectors: np.ndarray, psi: float, seed: int, batch: int
 ) -> None:
     """A shard whose images are all in the training split; each image is its own patient, because it shows none."""
     from fedgan.data.shard import write_shard
 
     folder.rmdir()  # write_shard makes its folder whole or not at all
-    count = len(wanted)
+    count = len(vectors)
     write_shard(
         folder,
-        (images for _, images in _chunks(generator, wanted, psi, seed, batch)),
-        wanted,
+        (images for _, images in _chunks(generator, vectors, psi, seed, batch)),
+        vectors,
         patients=[f"synthetic-{index}" for index in range(count)],
         splits=["train"] * count,
         institutions=["synthetic"] * count,

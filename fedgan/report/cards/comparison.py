@@ -1,0 +1,136 @@
+"""The cards of a comparison: one model card, of its federated generator, with a line for each other arm."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fedgan.errors import FedganError
+from fedgan.report import format as text
+from fedgan.report.cards.collect import CardData, collect
+from fedgan.report.cards.subjects import dataset_facts, model_facts
+from fedgan.report.cards.writing import write_both
+from fedgan.report.format import number
+from fedgan.report.run_data import Tree, clean, sentences, tree, trees
+from fedgan.run_folder import RunFolder
+
+
+def write_comparison_cards(folder: Path) -> list[Path]:
+    """Write model_card and dataset_card (.md and .json) into `folder`/cards and return their paths.
+
+    The model is that of the first finished federated arm (of any other arm where none is), with its lowest seed; each arm
+    has a line in its card. Raises `ConfigError` where `folder` has no config.toml, `StorageError` where it cannot be written.
+    """
+    whole = RunFolder.at(folder)
+    card = collect(whole)
+    problems = list(card.data.problems)
+    try:
+        found = tree(clean(whole.read_json(whole.path / "comparison.json")))
+    except (FedganError, OSError, ValueError, RecursionError):
+        found = {}
+        problems.append("comparison.json is damaged and could not be read.")
+    chosen = _choose(trees(found.get("arms")))
+    arm = card
+    if chosen:
+        try:
+            arm = _arm_data(collect(_place(whole, chosen)), chosen, card)
+        except (FedganError, OSError):
+            problems.append(f"The run folder of {_name(chosen)} could not be read: the model is not known.")
+    else:
+        problems.append("No arm is finished: there is no model to describe.")
+    # The comparison's folder has no rounds of its own: what it lacks as a run says nothing.
+    card = dataclasses.replace(card, checkpoint=arm.checkpoint, problems=tuple(problems))
+    if arm is not card:
+        arm = dataclasses.replace(arm, problems=(*problems, *(() if arm.data is card.data else arm.problems)))
+    model = model_facts(arm) | card.publish({"name": card.data.settings.name, "comparison": _comparison(found, chosen)})
+    return write_both(whole.path / "cards", model, dataset_facts(card))
+
+
+def _choose(arms: list[Tree]) -> Tree | None:
+    """The arm that the model card is about: federated before others, then in the order given, the lowest seed first."""
+    done = [arm for arm in arms if arm.get("status", "done") == "done"]
+    federated = [arm for arm in done if arm.get("arm") == "federated"] or done
+    if not federated:
+        return None
+    return min(
+        (arm for arm in federated if arm.get("name") == federated[0].get("name")), key=lambda arm: number(arm.get("seed")) or 0
+    )
+
+
+def _place(whole: RunFolder, arm: Tree) -> RunFolder:
+    """The arm's run folder; only one within the comparison's is believed."""
+    named = (whole.path / str(arm.get("folder") or "")).resolve()
+    if named != whole.path and named.is_relative_to(whole.path):
+        return RunFolder(named)
+    return RunFolder(whole.path / "arms" / Path(f"{arm.get('name')}-seed{arm.get('seed')}").name)
+
+
+def _arm_data(found: CardData, arm: Tree, whole: CardData) -> CardData:
+    """The arm's run; what it does not have itself is taken from comparison.json and from the comparison's folder."""
+    data = found.data
+    evaluation = data.evaluation or tree(arm.get("evaluation"))
+    if evaluation and "arm" not in evaluation:
+        evaluation = evaluation | {"arm": arm.get("arm")}
+    return dataclasses.replace(
+        found,
+        data=dataclasses.replace(
+            data,
+            evaluation=evaluation,
+            environment=data.environment or whole.data.environment,
+            hospitals=data.hospitals or whole.data.hospitals,
+        ),
+    )
+
+
+def _comparison(found: Tree, chosen: Tree | None) -> Tree:
+    """What comparison.json says of the arms, as it stands there, and the cells of the card's tables."""
+    rows = trees(found.get("summary"))
+    comparisons = trees(found.get("comparisons"))
+    failed = [f"{_name(arm)}: {arm.get('failure') or arm.get('status')}" for arm in trees(found.get("arms")) if not _done(arm)]
+    keys = ("arm", "name", "hospital", "seeds", "images_seen", "macro_auc", "macro_auc_ci", "frechet", "recall", "coverage")
+    which = "No model is described." if chosen is None else f"This card is about the generator of {_name(chosen)}."
+    return {
+        "answer": found.get("answer"),
+        "this_card": which,
+        "arms": [{key: row.get(key) for key in keys} for row in rows],
+        "table": [_line(row) for row in rows],
+        "comparisons": comparisons,
+        "differences": [_difference(row) for row in comparisons],
+        "not_measured": [*failed, *sentences(found.get("not_measured"))],
+    }
+
+
+def _line(row: Tree) -> list[Any]:
+    seeds = row.get("seeds")
+    ends = row.get("macro_auc_ci")
+    auc = text.decimal(row.get("macro_auc")) + (f" ({text.interval(ends)})" if text.bounds(ends) else "")
+    return [
+        str(row.get("name") or row.get("arm")),
+        ", ".join(map(str, seeds)) if isinstance(seeds, list) else seeds,
+        text.whole(row.get("images_seen")),
+        auc,
+        text.significant(row.get("frechet")),
+        text.decimal(row.get("recall")),
+    ]
+
+
+def _difference(row: Tree) -> list[Any]:
+    answer = row.get("non_inferior")
+    return [
+        str(row.get("a")),
+        str(row.get("b")),
+        text.signed(row.get("difference")),
+        text.interval(row.get("ci")),
+        text.significant(row.get("p_holm")),
+        text.decimal(row.get("margin")),
+        "not known" if answer is None else "yes" if answer else "not shown",
+    ]
+
+
+def _done(arm: Tree) -> bool:
+    return arm.get("status", "done") == "done"
+
+
+def _name(arm: Tree) -> str:
+    return f"{arm.get('name') or arm.get('arm')}, seed {arm.get('seed')}"
