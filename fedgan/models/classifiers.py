@@ -17,9 +17,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from fedgan.config import CLASSIFIERS
 from fedgan.errors import ConfigError
 
-CLASSIFIERS = ("small-cnn", "resnet18", "densenet121", "efficientnet-b2")
 SMALL = 64  # pixels a side; below, the stem of torchvision's networks halves the image once less
 WIDTHS = (24, 48, 96, 128)  # of the small CNN: at 32², 16², 8², 4²
 
@@ -110,9 +110,12 @@ def efficientnet_b2(channels: int, resolution: int, label_dim: int) -> Classifie
     return Classifier("efficientnet-b2", nn.Sequential(_GreyToColour(), network), 1408, label_dim)
 
 
-BUILDERS: dict[str, Callable[[int, int, int], Classifier]] = dict(
-    zip(CLASSIFIERS, (small_cnn, resnet18, densenet121, efficientnet_b2), strict=True)
-)
+BUILDERS: dict[str, Callable[[int, int, int], Classifier]] = {
+    "small-cnn": small_cnn,
+    "resnet18": resnet18,
+    "densenet121": densenet121,
+    "efficientnet-b2": efficientnet_b2,
+}
 
 
 def build_classifier(name: str, channels: int, resolution: int, label_dim: int) -> Classifier:

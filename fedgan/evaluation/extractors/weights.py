@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,7 +60,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     file and for one that holds pickled objects, which are never opened.
     """
     try:
-        content = _read_safetensors(path) if _is_safetensors(path) else torch.load(path, map_location="cpu", weights_only=True)
+        content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "not an allowed global" in str(error):
             raise DataError(
@@ -124,6 +126,11 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     except SafetensorError as error:
         raise ValueError(error) from None
     return tensors
+
+
+def _read_torch(path: Path) -> Any:
+    with warnings.catch_warnings(action="ignore"):  # on protocols of files that are none of torch's: the error says enough
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
