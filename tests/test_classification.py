@@ -26,8 +26,8 @@ from fedgan.evaluation.classification import (
     train_classifier,
     validation_loss,
 )
-from fedgan.evaluation.evaluate import RealReference
 from fedgan.evaluation.mixing import mixed_count, mixed_set, stratified_rows
+from fedgan.evaluation.reference import RealReference
 from fedgan.evaluation.sampling import to_float
 
 SIDE, NAMES = 16, ("common", "rare")
