@@ -8,24 +8,20 @@ chosen by its curve was not chosen by the test split.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from fedgan import files
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import DataError
-from fedgan.evaluation.evaluate import Progress, RealReference, evaluate_synthetic, pool_places
-from fedgan.evaluation.fidelity import frechet_distance
+from fedgan.evaluation.evaluate import evaluate_synthetic
+from fedgan.evaluation.features import REFERENCE
 from fedgan.evaluation.grids import png_bytes, real_grid, sample_grid
+from fedgan.evaluation.reference import Progress, RealReference, pool_places
 from fedgan.evaluation.sampling import synthetic_dataset
 from fedgan.run_folder import RunFolder
-
-QUICK_IMAGES = 1000  # most images of a distance while training goes on
-FEWEST_VAL = 100  # below this the validation split is too small for a curve; training images serve instead
 
 
 class HospitalData(Protocol):
@@ -70,7 +66,7 @@ class Evaluator:
 
         Raises `ConfigError` or `DataError` for the features file, `StorageError` when the run folder cannot be written.
         """
-        if self.settings.evaluation.features != "reference":
+        if self.settings.evaluation.features != REFERENCE:
             _ = self.reference.extractor
         picture = real_grid(self.train, seed=self.settings.seed)
         files.write_bytes(self.run.samples / "real.png", png_bytes(picture))
@@ -87,14 +83,8 @@ class Evaluator:
         reference.say(f"sampling round {round_number} ({images_seen} images seen)")
         entry: dict[str, Any] = {"samples": self._write_grid(generator, f"round-{round_number:05d}.png")}
         if reference.can_extract:
-            split, real = self._quick_real
-            synthetic = self._synthetic(generator, len(real))
-            entry["fidelity"] = {
-                "frechet": frechet_distance(real, reference.extractor(synthetic.images)),
-                "extractor": reference.extractor.name,
-                "images": len(real),
-                "split": split,
-            }
+            synthetic = self._synthetic(generator, len(reference.quick[1]))
+            entry["fidelity"] = reference.quick_distance(synthetic.images)
         return entry
 
     def final(self, generator: Any, facts: dict[str, Any]) -> dict[str, Any]:
@@ -106,30 +96,10 @@ class Evaluator:
         reference = self.reference
         self._write_grid(generator, "final.png")
         synthetic = self._synthetic(generator, self.settings.evaluation.images)
-        numbers = evaluate_synthetic(
-            self.train,
-            reference.val,
-            reference.test,
-            synthetic,
-            self.settings.evaluation,
-            self.settings.seed,
-            reference=reference,
-        )
+        numbers = evaluate_synthetic(reference, synthetic, generator).numbers
         result = {**facts, **numbers, "psi": self.settings.evaluation.psi}
         files.write_json(self.run.evaluation, result)
         return result
-
-    @cached_property
-    def _quick_real(self) -> tuple[str, np.ndarray]:
-        """The split and the real features (n, D) that a curve is measured against."""
-        reference = self.reference
-        split = "val" if len(reference.val) >= FEWEST_VAL else "train"
-        dataset: ImageDataset = getattr(reference, split)
-        count = min(len(dataset), QUICK_IMAGES, self.settings.evaluation.images)
-        if split == "val" and count == len(dataset):
-            return split, reference.features("val")
-        rows = np.sort(np.random.default_rng(self.settings.seed).permutation(len(dataset))[:count])
-        return split, reference.extractor(dataset.take(rows).images)
 
     def _synthetic(self, generator: Any, count: int) -> ImageDataset:
         psi = self.settings.evaluation.psi

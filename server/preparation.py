@@ -25,8 +25,8 @@ from fedgan.data.federation import Hospital, describe_hospitals, find_shards, op
 from fedgan.data.phantoms import write_phantoms
 from fedgan.data.shard import Shard
 from fedgan.errors import DataError, FederationError
-from fedgan.evaluation.evaluate import merged
-from fedgan.evaluation.features import load_squeezenet
+from fedgan.evaluation.features import REFERENCE, check_features
+from fedgan.evaluation.reference import merged
 from fedgan.machine import usable_cores
 from fedgan.run_folder import RunFolder
 from fedgan.training.trainer import resolve_device
@@ -46,8 +46,8 @@ def prepare_run(settings: Settings, run: RunFolder, tell: Tell = lambda event: N
     check_strategy(settings)
     resolve_device(settings.training.device)
     settings = with_absolute_paths(settings)
-    if settings.evaluation.features != "reference":
-        load_squeezenet(settings.evaluation.features)
+    if settings.evaluation.features != REFERENCE:
+        check_features(settings.evaluation.features)
     guests = evaluation_guests(settings)
     begun = run.config.is_file()
     try:
@@ -145,7 +145,7 @@ def with_absolute_paths(settings: Settings) -> Settings:
 
     data = dataclasses.replace(settings.data, root=absolute(settings.data.root))
     evaluation = dataclasses.replace(settings.evaluation, root=absolute(settings.evaluation.root))
-    if evaluation.features.endswith(".npz"):
+    if evaluation.features != REFERENCE:
         evaluation = dataclasses.replace(evaluation, features=absolute(evaluation.features))
     return dataclasses.replace(settings, data=data, evaluation=evaluation)
 

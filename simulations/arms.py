@@ -18,6 +18,7 @@ from fedgan.config import Settings, from_dict, to_dict
 from fedgan.errors import ConfigError
 from fedgan.run_folder import RunFolder
 from server.checkpoints import is_evaluated
+from server.preparation import shards_of
 from server.rounds import deal_images, round_totals
 
 KINDS = ("centralized", "federated", "local", "finetuned", "coalitions")
@@ -83,6 +84,12 @@ class Arm:
     @property
     def label(self) -> str:
         return f"{self.name}, seed {self.seed}"
+
+
+def plan_of(settings: Settings, folder: ComparisonFolder) -> list[Arm]:
+    """All arms of a comparison that was prepared in `folder`."""
+    sizes = {row["name"]: row["images"]["train"] for row in folder.read_json(folder.hospitals)}
+    return plan(settings, folder, sizes, shards_of(settings, folder))
 
 
 def plan(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int], root: Path) -> list[Arm]:

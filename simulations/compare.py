@@ -8,7 +8,8 @@ Events, each a dict, go to `on_event`:
     {"event": "preparing", "what": "phantoms" | "hospitals"}
     {"event": "plan", "stage": "training" | "judging", "tasks": {name: weight}, "done": [name]}
     {"event": "task_start" | "task_end", "task": name, "failure": "" or a sentence}
-    {"event": …, "task": name, …}                            what the job itself says (simulations/runner.py)
+    {"event": "step", "task": name, "share": from 0 to 1, "text": what is done now}        a piece of the judgement
+    {"event": …, "task": name, …}                            what a training says (simulations/runner.py)
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ from typing import Any
 
 import torch
 
+from fedgan import files
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, to_dict
 from fedgan.errors import ConfigError
+from server.lock import locked
 from server.preparation import is_prepared, prepare_run, with_absolute_paths
 from server.strategies import check_strategy
-from simulations.arms import FEDERATION, Arm, Job
+from simulations.arms import FEDERATION, Arm, Job, plan_of
+from simulations.assemble import Outcome, assemble
 from simulations.home import is_trained_at_home
 from simulations.job import write_job
+from simulations.judging import is_judged, open_bench
 from simulations.runner import is_trained
 from simulations.schedule import Task, core_groups, run_tasks
 
@@ -35,12 +40,35 @@ FREE_SECTIONS = ("evaluation", "comparison")  # may change between two calls: no
 FREE_KEYS = ("name", "description")
 
 
+def compare(
+    settings: Settings, folder: ComparisonFolder, on_event: Tell | None = None, jobs: int | None = None
+) -> dict[str, Any]:
+    """Do what is left of a comparison in `folder` and return what comparison.json says.
+
+    `jobs`: most trainings at once; by default as many as the cores hold. An arm that fails is reported as failed and the
+    others go on. Raises `ConfigError` for a scenario that does not fit the folder, `KeyboardInterrupt` on Ctrl-C.
+    """
+    tell = on_event or (lambda event: None)
+    with locked(folder):
+        settings = prepare(settings, folder, tell)
+        arms = plan_of(settings, folder)
+        failures = train_arms(arms, folder, jobs, tell)
+        trained = [arm for arm in arms if not any(job.folder in failures for job in arm.jobs)]
+        failures |= judge_arms(trained, folder, settings, jobs, tell)
+        torch.set_num_threads(1)  # as the classifiers of the judgement were trained
+        found = assemble(open_bench(folder), [Outcome(arm, _failure(arm, failures)) for arm in arms])
+        files.write_json(folder.comparison, found)
+    return found
+
+
 def prepare(settings: Settings, folder: ComparisonFolder, tell: Tell) -> Settings:
     """Write config.toml, hospitals.json and environment.json, or check that those there are of this very scenario.
 
     Raises `ConfigError` when the folder holds a comparison that was trained with other settings.
     """
     settings = with_absolute_paths(settings)
+    if folder.checkpoints.exists() or folder.look.exists():
+        raise ConfigError(f"{folder.path} holds a run, not a comparison: give another --output")
     if folder.config.is_file():
         check_same(folder.settings(), settings, folder)
     if not is_prepared(folder):
@@ -60,11 +88,6 @@ def check_same(there: Settings, wanted: Settings, folder: ComparisonFolder) -> N
         )
 
 
-def hospital_sizes(folder: ComparisonFolder) -> dict[str, int]:
-    """Training images of each hospital, in the federation's order."""
-    return {row["name"]: row["images"]["train"] for row in folder.read_json(folder.hospitals)}
-
-
 def train_arms(arms: Sequence[Arm], folder: ComparisonFolder, slots: int | None, tell: Tell) -> dict[Path, str]:
     """Train every job that is not trained yet, side by side; the reasons of those that failed, by folder."""
     jobs = [job for arm in arms for job in arm.jobs]
@@ -73,26 +96,70 @@ def train_arms(arms: Sequence[Arm], folder: ComparisonFolder, slots: int | None,
         _check_trained_alike(job)
     names = {job.folder: str(job.folder.relative_to(folder.arms)) for job in jobs}
     tasks = [_training_task(job, folder, names) for job in jobs]
-    tell(
-        {
-            "event": "plan",
-            "stage": "training",
-            "tasks": {task.name: task.weight for task in tasks},
-            "done": [task.name for task in tasks if task.done],
-        }
-    )
+    tell(_plan_event("training", tasks))
     settings = jobs[0].settings
-    if settings.training.device != "cpu" and torch.cuda.is_available():
-        groups = core_groups(0) * min(slots or torch.cuda.device_count(), torch.cuda.device_count())
-    else:
-        groups = core_groups(settings.federation.threads, slots)
-    run_tasks(tasks, groups, tell)
+    run_tasks(tasks, _gpu_groups(slots) if _on_gpu(settings) else core_groups(settings.federation.threads, slots), tell)
     return {job.folder: task.failure for job, task in zip(jobs, tasks, strict=True) if task.failure}
+
+
+def judge_arms(
+    arms: Sequence[Arm], folder: ComparisonFolder, settings: Settings, slots: int | None, tell: Tell
+) -> dict[Path, str]:
+    """Judge every arm that is not judged yet, side by side, after the real classifiers that all share."""
+    first = [f"real classifier {number + 1}" for number in range(settings.evaluation.seeds)]
+    logs = folder.path / "jobs"
+    place = str(folder.path)
+    tasks = [
+        Task(name, "simulations.judge", (place, f"reference:{number}"), logs / "judge-real.log", 0.3)
+        for number, name in enumerate(first)
+    ]
+    tasks += [
+        Task(
+            f"{arm.name}, seed {arm.seed}",
+            "simulations.judge",
+            (place, f"arm:{arm.folder.name}"),
+            logs / f"judge-{arm.folder.name}.log",
+            1.0 + 0.5 * (len(arm.jobs) - 1),
+            tuple(first),
+            done=is_judged(settings, arm),
+        )
+        for arm in arms
+    ]
+    judged = tasks[len(first) :]
+    if all(task.done for task in judged):
+        return {}
+    tell(_plan_event("judging", tasks))
+    groups = _gpu_groups(slots) if _on_gpu(settings) else core_groups(1, slots)
+    run_tasks(tasks, groups, tell)
+    return {arm.folder: task.failure for arm, task in zip(arms, judged, strict=True) if task.failure}
 
 
 def job_is_done(job: Job) -> bool:
     """Whether a job has nothing left to train."""
     return is_trained(job.run, job.settings) if job.kind == FEDERATION else is_trained_at_home(job)
+
+
+def _on_gpu(settings: Settings) -> bool:
+    return settings.training.device != "cpu" and torch.cuda.is_available()
+
+
+def _gpu_groups(slots: int | None) -> list[tuple[int, ...]]:
+    """One job a GPU at a time, each with all cores."""
+    devices = torch.cuda.device_count()
+    return core_groups(0) * min(slots or devices, devices)
+
+
+def _plan_event(stage: str, tasks: Sequence[Task]) -> dict[str, Any]:
+    weights = {task.name: task.weight for task in tasks}
+    return {"event": "plan", "stage": stage, "tasks": weights, "done": [task.name for task in tasks if task.done]}
+
+
+def _failure(arm: Arm, failures: dict[Path, str]) -> str:
+    """Why an arm has no figures, in one sentence; empty where it has."""
+    reasons = {job.folder: failures[job.folder] for job in arm.jobs if job.folder in failures}
+    if arm.folder in failures:
+        reasons[arm.folder] = failures[arm.folder]
+    return "; ".join(reasons.values())
 
 
 # --- parts -----------------------------------------------------------------------------------------

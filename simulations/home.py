@@ -15,7 +15,7 @@ import torch
 
 from fedgan.data.dataset import ImageDataset
 from fedgan.data.federation import Hospital
-from fedgan.evaluation.evaluate import pool_places
+from fedgan.evaluation.reference import pool_places
 from fedgan.machine import peak_memory, usable_cores
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors

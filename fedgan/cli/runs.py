@@ -57,7 +57,7 @@ def simulate(
     from fedgan.run_folder import RunFolder
 
     settings = load_scenario(scenario, overrides or [])
-    run = RunFolder.at(output or Path("runs") / _folder_name(settings.name))
+    run = RunFolder.at(output or Path("runs") / folder_name(settings.name))
     _begin(settings, run, as_json)
 
 
@@ -182,7 +182,7 @@ def _free(place: Path) -> Path:
     return candidate
 
 
-def _folder_name(name: str) -> str:
+def folder_name(name: str) -> str:
     """A scenario's name as the name of one folder."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
 

@@ -1,185 +1,160 @@
-"""The final evaluation: classifiers trained on real and on synthetic images, tested on real ones, and distances.
+"""The final evaluation of a synthetic set: what it is worth to a classifier, and how it differs from real images.
 
-The generator and every classifier see training images (or images made from them) alone. The test split gives the
-utility figures; validation and test images together are the real side of the distances.
+The generator and every classifier see training images (or images made from them) alone; classifiers are chosen on
+declared validation images. The test split gives the utility figures; validation and test images together are the real
+side of the distances. `evaluation.suite` = quick leaves out what costs most; the arms of a comparison share one suite.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fedgan.config import EvaluationSettings
-from fedgan.data.dataset import OWN_PATIENT, ImageDataset, pool
-from fedgan.data.labels import LabelMap
+from fedgan.data.dataset import OWN_PATIENT, ImageDataset
 from fedgan.errors import DataError
-from fedgan.evaluation.bootstrap import clusters
-from fedgan.evaluation.classification import BATCH, SELECTION, probabilities, train_classifier, training_steps
-from fedgan.evaluation.features import Extractor, ReferenceExtractor, SqueezeNetExtractor
-from fedgan.evaluation.fidelity import fidelity
-from fedgan.evaluation.utility import utility
-from fedgan.models.classifiers import Classifier
+from fedgan.evaluation.classification import (
+    BATCH,
+    SELECTION,
+    SELECTION_BY_VALIDATION,
+    probabilities,
+    split_for_validation,
+)
+from fedgan.evaluation.features import ReferenceExtractor
+from fedgan.evaluation.fidelity import Numbers, fidelity, grouped_fidelity, label_mix_rows, missing_share
+from fedgan.evaluation.label_fidelity import label_fidelity
+from fedgan.evaluation.mixing import SHARES, mixed_set, stratified_rows
+from fedgan.evaluation.path_length import perceptual_path_length
+from fedgan.evaluation.reference import RealReference, merged
+from fedgan.evaluation.sampling import to_float
+from fedgan.evaluation.structure import WINDOW, intra_class_ms_ssim
+from fedgan.evaluation.utility import NO_FINDING, majority_scores, utility
 
-Progress = Callable[[str], None]
 FEWEST_TEST_IMAGES = 2
 FEWEST_HELD_OUT = 4
+FEWEST_TO_SPLIT = 20  # synthetic images below which none is kept aside for validation
+READ_IMAGES = 2000  # most synthetic images that real classifiers are tested on
+PATHS = 512  # of the perceptual path length
 
 
-class RealReference:
-    """What an evaluation needs of the real images. Everything is computed when first asked for, and then kept.
+@dataclass(frozen=True)
+class Judged:
+    """`numbers`: the evaluator's part of evaluation.json; `scores` (S, N, K): probabilities of the real test images."""
 
-    The first real classifier serves three ends: the extractor while training goes on, the extractor of the final
-    distances, and the first seed of the real arm; it is trained once.
+    numbers: dict[str, Any]
+    scores: np.ndarray | None
+
+
+def evaluate_synthetic(reference: RealReference, synthetic: ImageDataset, generator: Any = None) -> Judged:
+    """Everything that evaluation.json says about a synthetic set: label_names, suite, utility, fidelity, label_fidelity, notes.
+
+    `generator` made the set and gives its path length; None for a set of several generators. What cannot be computed is
+    None, with a sentence in `notes`. Raises `FedganError` for data that do not fit.
     """
-
-    def __init__(
-        self,
-        train: ImageDataset,
-        val: ImageDataset,
-        test: ImageDataset,
-        settings: EvaluationSettings,
-        seed: int = 0,
-        device: str = "cpu",
-        progress: Progress | None = None,
-    ) -> None:
-        if len(train) == 0:
-            raise DataError("the evaluator has no real training image: check the splits of the shards")
-        self.train, self.val, self.test = (merged(dataset, settings.label_map) for dataset in (train, val, test))
-        self.settings, self.seed, self.device, self.classifier_name = settings, seed, device, settings.classifier
-        self.steps = training_steps(len(train), settings.epochs)
-        self._progress = progress
-        self._classifiers: dict[int, Classifier] = {}
-        self._features: dict[str, np.ndarray] = {}
-
-    @property
-    def has_classes(self) -> bool:
-        """Whether there is anything for a classifier to learn."""
-        return self.train.label_dim >= (2 if self.train.exclusive else 1)
-
-    @property
-    def can_extract(self) -> bool:
-        """Whether distances can be computed: an own weights file, or labels to train the reference classifier on."""
-        return self.settings.features != "reference" or self.has_classes
-
-    @cached_property
-    def extractor(self) -> Extractor:
-        """The extractor that `evaluation.features` names. Raises `ConfigError` or `DataError` for an unusable file."""
-        if self.settings.features == "reference":
-            return ReferenceExtractor(self.classifier(0), self.device)
-        return SqueezeNetExtractor(self.settings.features, self.device)
-
-    def classifier(self, number: int) -> Classifier:
-        """Real classifier number `number`, trained with seed `seed + number` on the real training split."""
-        if number not in self._classifiers:
-            self.say(f"training real classifier {number + 1} of {self.settings.seeds}")
-            self._classifiers[number] = train_classifier(
-                self.train, self.steps, self.seed + number, self.classifier_name, self.device
-            )
-        return self._classifiers[number]
-
-    def features(self, split: str) -> np.ndarray:
-        """Features (N, D) of the real images of 'train', 'val' or 'test'."""
-        if split not in self._features:
-            dataset: ImageDataset = getattr(self, split)
-            self._features[split] = self.extractor(dataset.images)
-        return self._features[split]
-
-    @cached_property
-    def held_out(self) -> np.ndarray:
-        """Features (N, D) of all real images that nothing was trained on: validation and test."""
-        return np.concatenate([self.features(split) for split in ("val", "test") if len(getattr(self, split))])
-
-    @cached_property
-    def metrics(self) -> dict[str, Any]:
-        """Utility of the real arm."""
-        return self.utility([self.classifier(number) for number in range(self.settings.seeds)])
-
-    def utility(self, classifiers: list[Classifier]) -> dict[str, Any]:
-        """Utility of some classifiers over all test images and inside each institution."""
-        test = self.test
-        scores = np.stack([probabilities(classifier, test, self.device) for classifier in classifiers])
-        groups = clusters(test.patients, test.institutions, len(test))
-
-        def measure(rows: np.ndarray) -> dict[str, Any]:
-            inside = np.unique(groups[rows], return_inverse=True)[1].reshape(-1)
-            return utility(
-                scores[:, rows], test.labels[rows], test.label_names, test.exclusive, inside, self.settings.bootstrap, self.seed
-            )
-
-        places = np.asarray(test.institutions) if len(test.institutions) == len(test) else np.full(len(test), test.name)
-        return {
-            **measure(np.arange(len(test))),
-            "per_institution": {str(place): measure(np.flatnonzero(places == place)) for place in np.unique(places)},
-        }
-
-    def say(self, text: str) -> None:
-        """Report progress, where somebody listens."""
-        if self._progress is not None:
-            self._progress(text)
-
-
-def evaluate_synthetic(
-    train: ImageDataset,
-    val: ImageDataset,
-    test: ImageDataset,
-    synthetic: ImageDataset,
-    settings: EvaluationSettings,
-    seed: int = 0,
-    progress: Progress | None = None,
-    reference: RealReference | None = None,
-    device: str = "cpu",
-) -> dict[str, Any]:
-    """Everything that evaluation.json says about a synthetic set: `label_names`, `utility`, `fidelity`, `notes`.
-
-    `reference` (made once by the caller) spares training the real classifiers again for a further synthetic set.
-    What cannot be computed is None, with a sentence in `notes`. Raises `FedganError` for data that do not fit.
-    """
-    reference = reference or RealReference(train, val, test, settings, seed, device, progress=progress)
-    synthetic = merged(synthetic, settings.label_map)
+    made_labels = synthetic.labels  # the generator's own, which evaluation.label_map may merge for the classifiers
+    synthetic = merged(synthetic, reference.settings.label_map)
     notes: list[str] = []
-    return {
+    worth, scores, reading = _utility(reference, synthetic, notes)
+    numbers = {
         "label_names": list(synthetic.label_names),
-        "utility": _utility(reference, synthetic, notes),
-        "fidelity": _fidelity(reference, synthetic, notes),
+        "suite": reference.settings.suite,
+        "utility": worth,
+        "fidelity": _fidelity(reference, synthetic, generator, made_labels, notes),
+        "label_fidelity": reading,
         "notes": notes,
     }
+    return Judged(numbers, scores)
 
 
-def _utility(reference: RealReference, synthetic: ImageDataset, notes: list[str]) -> dict[str, Any] | None:
+# --- utility ---------------------------------------------------------------------------------------
+
+
+def _utility(
+    reference: RealReference, synthetic: ImageDataset, notes: list[str]
+) -> tuple[dict[str, Any] | None, np.ndarray | None, dict[str, Any] | None]:
+    """The utility block, the scores of the synthetic-only classifiers, and the label fidelity."""
     settings, test = reference.settings, reference.test
     if not reference.has_classes:
         notes.append("The images have no classes to tell apart: there is no classifier and no utility.")
-        return None
+        return None, None, None
     if len(test) < FEWEST_TEST_IMAGES:
         notes.append("The real test split has fewer than two images: utility cannot be measured.")
-        return None
-    classifiers = []
-    for number in range(settings.seeds):
-        reference.say(f"training synthetic classifier {number + 1} of {settings.seeds}")
-        classifiers.append(
-            train_classifier(synthetic, reference.steps, reference.seed + number, reference.classifier_name, reference.device)
-        )
+        return None, None, None
+    scores, aside = _synthetic_only(reference, synthetic)
     reference.say("testing on real images")
+    majority = majority_scores(reference.train.labels, len(test), test.exclusive)
     result: dict[str, Any] = {
         "classifier": reference.classifier_name,
         "seeds": settings.seeds,
         "steps": reference.steps,
         "batch": BATCH,
-        "selection": SELECTION,
+        "selection": SELECTION_BY_VALIDATION if reference.validation is not None and aside else SELECTION,
+        "validation": _declared(reference, aside),
         "bootstrap": settings.bootstrap,
         "resampled": _resampled(test),
         "real": reference.metrics,
-        "synthetic": reference.utility(classifiers),
+        "synthetic": reference.utility(scores),
+        "majority": reference.utility(majority, institutions=False),
         "train_images": len(reference.train),
         "synthetic_images": len(synthetic),
         "test_images": len(test),
     }
     notes += _class_notes(result["real"])
-    return result
+    if settings.suite == "quick":
+        return result, scores, None
+    reading = _read(reference, synthetic)
+    result["real_on_synthetic"] = reading.pop("utility")
+    result["mixed"] = _mixed(reference, synthetic, notes)
+    return result, scores, reading
+
+
+def _synthetic_only(reference: RealReference, synthetic: ImageDataset) -> tuple[np.ndarray, int]:
+    """Scores (S, N, K) of the test images by classifiers that saw synthetic images alone, and how many chose among them."""
+    train, validation = synthetic, None
+    if len(synthetic) >= FEWEST_TO_SPLIT:
+        train, validation = split_for_validation(synthetic, seed=reference.seed)
+    classifiers = []
+    for number in range(reference.settings.seeds):
+        reference.say(f"training synthetic classifier {number + 1} of {reference.settings.seeds}")
+        classifiers.append(reference.fit(train, validation, number))
+    return reference.score(classifiers, reference.test), len(validation) if validation else 0
+
+
+def _mixed(reference: RealReference, synthetic: ImageDataset, notes: list[str]) -> list[dict[str, Any]]:
+    """Utility of classifiers trained on all real and some synthetic images, a row a share."""
+    rows = []
+    for share in SHARES:
+        try:
+            both = mixed_set(reference.train, synthetic, share, reference.seed)
+        except DataError as error:
+            notes.append(f"Real + {share} × synthetic was not measured: {error}.")
+            continue
+        reference.say(f"training on real + {share} × synthetic")
+        classifiers = [reference.fit(both, reference.validation, number) for number in range(reference.settings.seeds)]
+        figures = reference.utility(reference.score(classifiers, reference.test))
+        rows.append({"share": share, "synthetic_images": len(both) - len(reference.train), **figures})
+    return rows
+
+
+def _read(reference: RealReference, synthetic: ImageDataset) -> dict[str, Any]:
+    """What real-trained classifiers read in synthetic images: `utility` on them, and label fidelity beside that of real ones."""
+    part = synthetic.take(stratified_rows(synthetic.labels, min(len(synthetic), READ_IMAGES), reference.seed))
+    classifiers = [reference.classifier(number) for number in range(reference.settings.seeds)]
+    scores = np.stack([probabilities(classifier, part, reference.device) for classifier in classifiers])
+    names, exclusive, bootstrap = part.label_names, part.exclusive, reference.settings.bootstrap
+    return {
+        "utility": utility(scores, part.labels, names, exclusive, np.arange(len(part)), bootstrap, reference.seed),
+        "synthetic": label_fidelity(scores, part.labels, names, exclusive),
+        "real": label_fidelity(reference.scores, reference.test.labels, names, exclusive),
+    }
+
+
+def _declared(reference: RealReference, aside: int) -> str:
+    """Which images classifiers were chosen on, in words."""
+    real = f"{len(reference.val)} images of the real validation split" if len(reference.val) else "none"
+    synthetic = f"{aside} synthetic images kept aside" if aside else "none"
+    return f"trained on real or mixed images: {real}; trained on synthetic images alone: {synthetic}"
 
 
 def _resampled(test: ImageDataset) -> str:
@@ -208,7 +183,12 @@ def _class_notes(metrics: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _fidelity(reference: RealReference, synthetic: ImageDataset, notes: list[str]) -> dict[str, Any] | None:
+# --- fidelity and diversity ------------------------------------------------------------------------
+
+
+def _fidelity(
+    reference: RealReference, synthetic: ImageDataset, generator: Any, made_labels: np.ndarray, notes: list[str]
+) -> dict[str, Any] | None:
     if not reference.can_extract:
         notes.append(
             "The images have no classes to train the reference extractor on: "
@@ -219,37 +199,93 @@ def _fidelity(reference: RealReference, synthetic: ImageDataset, notes: list[str
         notes.append("Fewer than four held-out real images: distances cannot be measured.")
         return None
     reference.say("measuring distances")
-    features = reference.extractor(synthetic.images)
-    measured = fidelity(reference.held_out, features, reference.seed)
-    if measured["images"] <= features.shape[1]:
+    features, extractor, k = reference.extractor(synthetic.images), reference.extractor, reference.settings.neighbours
+    real, patients = reference.held_out_features, reference.held_out_groups
+    measured = fidelity(real, features, reference.seed, k=k, patients=patients)
+    if int(str(measured["images"])) <= features.shape[1]:
         notes.append(
             f"The distances rest on {measured['images']} images a side for {features.shape[1]} features: "
             "read the Fréchet distance beside its floor only."
         )
-    return {"extractor": reference.extractor.name, "real": "validation and test images", **measured}
+    result: dict[str, Any] = {
+        "extractor": extractor.name,
+        "fid": extractor.is_fid,
+        "real": "validation and test images",
+        **measured,
+    }
+    if reference.settings.suite == "quick":
+        return result
+    result["per_class"] = _by_class(reference, synthetic, features, notes)
+    result["per_hospital"] = _by_hospital(reference, synthetic, features, notes)
+    result["ms_ssim"] = _structure(reference, synthetic, notes)
+    result["path_length"] = _path_length(reference, generator, made_labels, notes)
+    return result
 
 
-def merged(dataset: ImageDataset, label_map: str) -> ImageDataset:
-    """The dataset with its labels merged by `evaluation.label_map` (empty: as it is).
+def _by_class(
+    reference: RealReference, synthetic: ImageDataset, features: np.ndarray, notes: list[str]
+) -> dict[str, Numbers | None]:
+    """Fidelity inside each class: real images that have the label against synthetic ones that were asked for it."""
+    held = reference.held_out
+    rows = {
+        name: (np.flatnonzero(held.labels[:, k]), np.flatnonzero(synthetic.labels[:, k]))
+        for k, name in enumerate(held.label_names)
+    }
+    if not held.exclusive and NO_FINDING not in rows:
+        rows[NO_FINDING] = (np.flatnonzero(held.labels.sum(1) == 0), np.flatnonzero(synthetic.labels.sum(1) == 0))
+    return _grouped(reference, features, rows, notes, "class")
 
-    Raises `DataError` for a label without a rule.
-    """
-    if not label_map:
-        return dataset
-    labels, names = LabelMap.parse(label_map).apply(dataset.labels, dataset.label_names)
-    return dataclasses.replace(dataset, labels=labels, label_names=names)
+
+def _by_hospital(
+    reference: RealReference, synthetic: ImageDataset, features: np.ndarray, notes: list[str]
+) -> dict[str, Numbers | None]:
+    """Fidelity for each hospital: its held-out images against synthetic ones in its own mix of labels."""
+    held = reference.held_out
+    places = np.asarray(held.institutions) if len(held.institutions) == len(held) else np.full(len(held), held.name)
+    rows = {}
+    for place in np.unique(places):
+        real = np.flatnonzero(places == place)
+        rows[str(place)] = (real, label_mix_rows(synthetic.labels, held.labels[real], reference.seed))
+        if lacking := missing_share(synthetic.labels, held.labels[real]):
+            notes.append(f"{lacking:.0%} of the real images of {place} have labels that no synthetic image has.")
+    return _grouped(reference, features, rows, notes, "hospital")
 
 
-def with_places(dataset: ImageDataset, place: str) -> ImageDataset:
-    """The dataset with an institution for each image (`place` where none is given) and patients or blanks: fit to be pooled."""
-    count = len(dataset)
-    institutions = dataset.institutions if len(dataset.institutions) == count else np.full(count, place)
-    patients = dataset.patients if len(dataset.patients) == count else np.full(count, "")
-    return dataclasses.replace(
-        dataset, institutions=np.where(np.asarray(institutions) == "", place, institutions), patients=np.asarray(patients, str)
+def _grouped(
+    reference: RealReference,
+    features: np.ndarray,
+    rows: dict[str, tuple[np.ndarray, np.ndarray]],
+    notes: list[str],
+    what: str,
+) -> dict[str, Numbers | None]:
+    k = reference.settings.neighbours
+    found = grouped_fidelity(reference.held_out_features, features, rows, reference.seed, k=k, patients=reference.held_out_groups)
+    if missing := [name for name, numbers in found.items() if numbers is None]:
+        notes.append(f"Fidelity by {what} was not measured for {', '.join(missing)}: fewer than {2 * k} images on a side.")
+    return found
+
+
+def _structure(reference: RealReference, synthetic: ImageDataset, notes: list[str]) -> dict[str, dict[str, float | None]] | None:
+    """MS-SSIM of random pairs inside each class, of synthetic images and beside them of real training images."""
+    train = reference.train
+    if train.resolution < WINDOW:
+        notes.append(f"MS-SSIM was not measured: images below {WINDOW} pixels have no scale that fits.")
+        return None
+    real, made = (
+        intra_class_ms_ssim(data.images, data.labels, data.label_names, data.exclusive, seed=reference.seed)
+        for data in (train, synthetic)
     )
+    return {name: {"synthetic": made.get(name), "real": real.get(name)} for name in real}
 
 
-def pool_places(datasets: list[tuple[str, ImageDataset]], name: str) -> ImageDataset:
-    """All images of several hospitals, given as (name, dataset), with their institutions kept."""
-    return pool([with_places(dataset, place) for place, dataset in datasets], name)
+def _path_length(reference: RealReference, generator: Any, labels: np.ndarray, notes: list[str]) -> float | None:
+    if generator is None:
+        notes.append("The images come from several generators: there is no one path length.")
+        return None
+    extractor: Any = reference.extractor
+    if isinstance(extractor, ReferenceExtractor):
+        network = extractor.classifier.features
+        return perceptual_path_length(
+            generator, labels, lambda x: network(to_float(x)), PATHS, reference.seed, device=reference.device
+        )
+    return perceptual_path_length(generator, labels, extractor.features, PATHS, reference.seed, device=reference.device)

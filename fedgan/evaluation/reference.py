@@ -1,0 +1,279 @@
+"""The real side of an evaluation: classifiers trained on real images, their scores, and the features of real images.
+
+Everything is computed when first asked for, and then kept; with a folder it is kept on the disk too, so that all arms of
+a comparison are judged with the very same classifiers and one extractor, in whatever process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedgan.config import EvaluationSettings
+from fedgan.data.dataset import ImageArray, ImageDataset, pool
+from fedgan.data.labels import LabelMap
+from fedgan.errors import CheckpointError, DataError
+from fedgan.evaluation.bootstrap import clusters
+from fedgan.evaluation.classification import probabilities, train_classifier, training_steps
+from fedgan.evaluation.feature_cache import FeatureCache, images_hash
+from fedgan.evaluation.features import REFERENCE, Extractor, ReferenceExtractor, extractor_from
+from fedgan.evaluation.fidelity import frechet_distance
+from fedgan.evaluation.utility import utility
+from fedgan.models.classifiers import Classifier, build_classifier
+from fedgan.training.checkpoint import load_into, load_tensors, save_tensors
+
+Progress = Callable[[str], None]
+QUICK_IMAGES = 1000  # most images of a distance while training goes on
+FEWEST_VAL = 100  # below this the validation split is too small for a curve; training images serve instead
+
+
+class RealReference:
+    """What an evaluation needs of the real images.
+
+    The first real classifier serves three ends: the extractor while training goes on, the extractor of the final
+    distances, and the first seed of the real arm; it is trained once. Classifiers are chosen on the validation split;
+    nothing here is chosen on the test split. `folder`: where classifiers and features are kept, if anywhere.
+    """
+
+    def __init__(
+        self,
+        train: ImageDataset,
+        val: ImageDataset,
+        test: ImageDataset,
+        settings: EvaluationSettings,
+        seed: int = 0,
+        device: str = "cpu",
+        progress: Progress | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        if len(train) == 0:
+            raise DataError("the evaluator has no real training image: check the splits of the shards")
+        self.train, self.val, self.test = (merged(dataset, settings.label_map) for dataset in (train, val, test))
+        self.settings, self.seed, self.device, self.folder = settings, seed, device, folder
+        self.classifier_name = settings.classifier
+        self.steps = training_steps(len(train), settings.epochs)
+        self._progress = progress
+        self._classifiers: dict[int, Classifier] = {}
+        self._features: dict[str, np.ndarray] = {}
+        self._cache = FeatureCache(folder / "features") if folder else None
+
+    # --- what can be measured ----------------------------------------------------------------------
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether there is anything for a classifier to learn."""
+        return self.train.label_dim >= (2 if self.train.exclusive else 1)
+
+    @property
+    def can_extract(self) -> bool:
+        """Whether distances can be computed: an own weights file, or labels to train the reference classifier on."""
+        return self.settings.features != REFERENCE or self.has_classes
+
+    @property
+    def validation(self) -> ImageDataset | None:
+        """The real images that real-trained classifiers are chosen on; None where the split is empty."""
+        return self.val if len(self.val) else None
+
+    # --- classifiers -------------------------------------------------------------------------------
+
+    def classifier(self, number: int) -> Classifier:
+        """Real classifier number `number`, trained with seed `seed + number` on the real training split."""
+        if number not in self._classifiers:
+            self._classifiers[number] = self._kept_classifier(number) or self._train_classifier(number)
+        return self._classifiers[number]
+
+    def fit(self, dataset: ImageDataset, validation: ImageDataset | None, number: int) -> Classifier:
+        """A classifier of any training images by the one recipe, with as many steps as the real ones have at most."""
+        return train_classifier(dataset, self.steps, self.seed + number, self.classifier_name, self.device, validation=validation)
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """Probabilities (S, N, K) of the test images by the real classifiers."""
+        return self.score([self.classifier(number) for number in range(self.settings.seeds)], self.test)
+
+    def score(self, classifiers: list[Classifier], dataset: ImageDataset) -> np.ndarray:
+        """Probabilities (S, N, K) of a dataset's images."""
+        return np.stack([probabilities(classifier, dataset, self.device) for classifier in classifiers])
+
+    # --- figures on the test images ----------------------------------------------------------------
+
+    @cached_property
+    def test_groups(self) -> np.ndarray:
+        """Cluster (N,) of each test image: its patient."""
+        return clusters(self.test.patients, self.test.institutions, len(self.test))
+
+    @property
+    def test_places(self) -> np.ndarray:
+        """Institution (N,) of each test image."""
+        test = self.test
+        return np.asarray(test.institutions) if len(test.institutions) == len(test) else np.full(len(test), test.name)
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """Utility of the real arm."""
+        return self.utility(self.scores)
+
+    def utility(self, scores: np.ndarray, institutions: bool = True) -> dict[str, Any]:
+        """Utility of scores (S, N, K) over all test images, and inside each institution."""
+        found = self._measure(scores, np.arange(len(self.test)))
+        if institutions:
+            places = self.test_places
+            found["per_institution"] = {
+                str(place): self._measure(scores, np.flatnonzero(places == place)) for place in np.unique(places)
+            }
+        return found
+
+    def _measure(self, scores: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
+        test, settings = self.test, self.settings
+        inside = np.unique(self.test_groups[rows], return_inverse=True)[1].reshape(-1)
+        return utility(
+            scores[:, rows], test.labels[rows], test.label_names, test.exclusive, inside, settings.bootstrap, self.seed
+        )
+
+    # --- features ----------------------------------------------------------------------------------
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """The extractor that `evaluation.features` names. Raises `ConfigError` or `DataError` for an unusable file."""
+        if self.settings.features == REFERENCE:
+            return ReferenceExtractor(self.classifier(0), self.device)
+        return extractor_from(self.settings.features, self.device)
+
+    def features(self, split: str) -> np.ndarray:
+        """Features (N, D) of the real images of 'train', 'val' or 'test'."""
+        if split not in self._features:
+            dataset: ImageDataset = getattr(self, split)
+            self._features[split] = self._extract(dataset.images)
+        return self._features[split]
+
+    @cached_property
+    def held_out(self) -> ImageDataset:
+        """All real images that nothing was trained on: validation and test."""
+        parts = [dataset for dataset in (self.val, self.test) if len(dataset)]
+        return pool(parts, "held out") if len(parts) > 1 else parts[0]
+
+    @cached_property
+    def held_out_features(self) -> np.ndarray:
+        """Features (N, D) of `held_out`, in its order."""
+        return np.concatenate([self.features(split) for split in ("val", "test") if len(getattr(self, split))])
+
+    @cached_property
+    def held_out_groups(self) -> np.ndarray:
+        """Cluster (N,) of each held-out image: its patient."""
+        held = self.held_out
+        return clusters(held.patients, held.institutions, len(held))
+
+    @cached_property
+    def quick(self) -> tuple[str, np.ndarray]:
+        """The split and the real features (n, D) that a curve is measured against: validation images where there are enough."""
+        split = "val" if len(self.val) >= FEWEST_VAL else "train"
+        dataset: ImageDataset = getattr(self, split)
+        count = min(len(dataset), QUICK_IMAGES, self.settings.images)
+        if split == "val" and count == len(dataset):
+            return split, self.features("val")
+        rows = np.sort(np.random.default_rng(self.seed).permutation(len(dataset))[:count])
+        return split, self._extract(dataset.take(rows).images)
+
+    def quick_distance(self, synthetic: ImageArray) -> dict[str, Any]:
+        """A point of a curve, {"frechet", "extractor", "images", "split"}; synthetic: as many images as `quick` has real ones."""
+        split, real = self.quick
+        distance = frechet_distance(real, self.extractor(synthetic))
+        return {"frechet": distance, "extractor": self.extractor.name, "images": len(real), "split": split}
+
+    def say(self, text: str) -> None:
+        """Report progress, where somebody listens."""
+        if self._progress is not None:
+            self._progress(text)
+
+    # --- what is kept on the disk ------------------------------------------------------------------
+
+    @cached_property
+    def test_hash(self) -> str:
+        """sha256 of the test images and their labels: arms with another one were judged on other images."""
+        return _dataset_hash(self.test)
+
+    def _extract(self, images: ImageArray) -> np.ndarray:
+        return self._cache.features(images, self.extractor) if self._cache else self.extractor(images)
+
+    @cached_property
+    def _recipe(self) -> str:
+        """sha256 of all that a real classifier depends on but its number."""
+        facts = {
+            "train": _dataset_hash(self.train),
+            "val": _dataset_hash(self.val),
+            "classifier": self.classifier_name,
+            "steps": self.steps,
+            "seed": self.seed,
+            "threads": torch.get_num_threads(),
+            "device": self.device,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _place(self, number: int) -> Path | None:
+        return self.folder / f"classifier-{number}.safetensors" if self.folder else None
+
+    def _train_classifier(self, number: int) -> Classifier:
+        self.say(f"training real classifier {number + 1} of {self.settings.seeds}")
+        classifier = self.fit(self.train, self.validation, number)
+        if place := self._place(number):
+            save_tensors(place, classifier.state_dict(), {"recipe": self._recipe})
+        return classifier
+
+    def _kept_classifier(self, number: int) -> Classifier | None:
+        """The classifier that was trained for this very reference before; None where there is none, or another's."""
+        place = self._place(number)
+        if place is None or not place.is_file():
+            return None
+        train = self.train
+        classifier = build_classifier(self.classifier_name, train.channels, train.resolution, train.label_dim)
+        try:
+            tensors, meta = load_tensors(place)
+            if meta.get("recipe") != self._recipe:
+                return None
+            load_into(classifier, tensors, str(place))
+        except CheckpointError:  # damaged: it is trained again
+            return None
+        network = classifier.to(device=torch.device(self.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+        result: Classifier = network.eval()
+        return result
+
+
+def merged(dataset: ImageDataset, label_map: str) -> ImageDataset:
+    """The dataset with its labels merged by `evaluation.label_map` (empty: as it is).
+
+    Raises `DataError` for a label without a rule.
+    """
+    if not label_map:
+        return dataset
+    labels, names = LabelMap.parse(label_map).apply(dataset.labels, dataset.label_names)
+    return dataclasses.replace(dataset, labels=labels, label_names=names)
+
+
+def with_places(dataset: ImageDataset, place: str) -> ImageDataset:
+    """The dataset with an institution for each image (`place` where none is given) and patients or blanks: fit to be pooled."""
+    count = len(dataset)
+    institutions = dataset.institutions if len(dataset.institutions) == count else np.full(count, place)
+    patients = dataset.patients if len(dataset.patients) == count else np.full(count, "")
+    return dataclasses.replace(
+        dataset, institutions=np.where(np.asarray(institutions) == "", place, institutions), patients=np.asarray(patients, str)
+    )
+
+
+def pool_places(datasets: list[tuple[str, ImageDataset]], name: str) -> ImageDataset:
+    """All images of several hospitals, given as (name, dataset), with their institutions kept."""
+    return pool([with_places(dataset, place) for place, dataset in datasets], name)
+
+
+def _dataset_hash(dataset: ImageDataset) -> str:
+    digest = hashlib.sha256(images_hash(dataset.images).encode())
+    digest.update(np.ascontiguousarray(dataset.labels, np.uint8).tobytes())
+    digest.update("|".join(dataset.label_names).encode())
+    return digest.hexdigest()

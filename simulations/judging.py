@@ -1,0 +1,298 @@
+"""Judges the arms of a comparison, all with one evaluator: the same real classifiers, extractor, test images and seeds.
+
+What an arm generates is generated once, kept as `synthetic.npz` beside its checkpoints, and reused by every figure. An
+arm whose checkpoint, data and evaluation settings are those of its evaluation.json is not judged again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedgan import files
+from fedgan.comparison_folder import ComparisonFolder
+from fedgan.config import Settings, to_dict
+from fedgan.data.dataset import ImageDataset, pool
+from fedgan.data.federation import Hospital
+from fedgan.errors import CheckpointError
+from fedgan.evaluation.evaluate import Judged, evaluate_synthetic
+from fedgan.evaluation.grids import png_bytes, real_grid, sample_grid
+from fedgan.evaluation.reference import RealReference, pool_places
+from fedgan.evaluation.sampling import generate_images, synthetic_labels
+from fedgan.run_folder import RunFolder
+from fedgan.training.checkpoint import load_generator
+from server.checkpoints import is_evaluated
+from server.preparation import evaluation_hospitals, open_prepared
+from simulations.arms import Arm, Job
+
+FORMAT = 1  # of evaluation.json and predictions: another number means that all is judged again
+Step = Callable[[float, str], None]  # (share of the work that is done, what is done now)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that all arms share: settings, the hospitals' training images, the real side."""
+
+    settings: Settings
+    folder: ComparisonFolder
+    hospitals: list[Hospital]
+    train: ImageDataset
+    reference: RealReference
+    device: str
+
+
+def open_bench(folder: ComparisonFolder, say: Callable[[str], None] | None = None) -> Bench:
+    """The one evaluator of a comparison; what it learns of the real images is kept in `reference/`."""
+    settings = folder.settings()
+    device = "cuda" if settings.training.device != "cpu" and torch.cuda.is_available() else "cpu"
+    train, val, test = (
+        pool_places([(hospital.name, hospital.split(split)) for hospital in evaluation_hospitals(settings, folder)], split)
+        for split in ("train", "val", "test")
+    )
+    reference = RealReference(train, val, test, settings.evaluation, settings.seed, device, progress=say, folder=folder.reference)
+    hospitals = open_prepared(settings, folder)
+    return Bench(settings, folder, hospitals, train, reference, device)
+
+
+def judge_arm(bench: Bench, arm: Arm, step: Step) -> None:
+    """Write an arm's evaluation.json, predictions.npz, curve.json and samples, and those of its members' own generators."""
+    key = judgement_key(bench.settings, arm)
+    if _is_judged(arm.run, key):
+        return
+    step(0.0, "generating")
+    parts = [_Part.of(bench, job, arm) for job in arm.jobs]
+    synthetic = union(bench.settings, parts)
+    files.write_bytes(arm.run.samples / "final.png", png_bytes(_grid(bench, parts)))
+    step(0.1, "judging")
+    _write_judgement(
+        bench, arm.run, evaluate_synthetic(bench.reference, synthetic, None if arm.by_hospital else parts[0].generator)
+    )
+    if arm.by_hospital:
+        for number, part in enumerate(parts):
+            step(0.6 + 0.3 * number / len(parts), f"judging {part.hospital} alone")
+            _write_judgement(bench, part.job.run, evaluate_synthetic(_quick(bench.reference), part.synthetic, part.generator))
+    step(0.9, "measuring the curve")
+    files.write_json(arm.run.path / "curve.json", curve(bench, arm))
+    files.write_json(arm.run.path / "judged.json", {"key": key})
+    step(1.0, "done")
+
+
+def judgement_key(settings: Settings, arm: Arm) -> str:
+    """sha256 of all that an arm's figures depend on: checkpoints, data, evaluation settings."""
+    hashes = []
+    for job in arm.jobs:
+        newest = job.run.last_round()
+        if newest is None:
+            raise CheckpointError(f"{arm.label} has no finished round: it cannot be judged")
+        hashes.append(json.loads(job.run.checkpoint(newest).with_suffix(".json").read_text(encoding="utf-8"))["sha256"])
+    tree = to_dict(settings)
+    facts = [FORMAT, hashes, tree["data"], tree["evaluation"], settings.seed]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def is_judged(settings: Settings, arm: Arm) -> bool:
+    """Whether an arm's evaluation is there and is about its newest checkpoint and these settings."""
+    return _is_judged(arm.run, judgement_key(settings, arm))
+
+
+def read_scores(run: RunFolder) -> np.ndarray | None:
+    """The probabilities (S, N, K) of the test images that were written beside an evaluation; None where there are none."""
+    path = run.path / "predictions.npz"
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        scores: np.ndarray = arrays["synthetic"].astype(np.float64)
+    return scores
+
+
+# --- what an arm generates -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One generator and the `evaluation.images` images that were drawn from it; `hospital`: whose own it is, if one's."""
+
+    job: Job
+    generator: Any
+    synthetic: ImageDataset
+    train: ImageDataset
+    hospital: str
+
+    @staticmethod
+    def of(bench: Bench, job: Job, arm: Arm) -> _Part:
+        newest = job.run.last_round()
+        assert newest is not None
+        generator, meta = load_generator(job.run.checkpoint(newest), bench.device)
+        train = train_of(bench, job.members if arm.by_hospital or arm.kind == "coalition" else ())
+        images = bench.settings.evaluation.images
+        synthetic = _generated(bench, job.run, generator, train, images, meta["sha256"])
+        return _Part(job, generator, synthetic, train, job.members[0] if arm.by_hospital else "")
+
+
+def train_of(bench: Bench, members: Sequence[str]) -> ImageDataset:
+    """The training images whose mix of labels a generator is asked for: its members', or everybody's."""
+    if not members:
+        return bench.train
+    chosen = [(hospital.name, hospital.train) for hospital in bench.hospitals if hospital.name in members]
+    return pool_places(chosen, "+".join(members))
+
+
+def _generated(bench: Bench, run: RunFolder, generator: Any, train: ImageDataset, count: int, checkpoint: str) -> ImageDataset:
+    """The images of one generator: read from synthetic.npz where they are of this very checkpoint, else drawn and kept."""
+    psi, seed = bench.settings.evaluation.psi, bench.settings.seed
+    labels = synthetic_labels(train.labels, count, seed)
+    key = f"{checkpoint} {count} {psi:g} {seed} {hashlib.sha256(labels.tobytes()).hexdigest()}"
+    path = run.path / "synthetic.npz"
+    images = _kept_images(path, key)
+    if images is None:
+        images = generate_images(generator, labels, seed, psi, device=bench.device)
+        stream = io.BytesIO()
+        np.savez(stream, images=images, labels=labels, key=np.array(key))
+        files.write_bytes(path, stream.getvalue())
+    return ImageDataset("synthetic", images, labels, train.label_names, train.exclusive)
+
+
+def _kept_images(path: Path, key: str) -> np.ndarray | None:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if str(arrays["key"]) == key:
+                images: np.ndarray = arrays["images"]
+                return images
+    except (OSError, ValueError, KeyError):  # not there, or torn: drawn again
+        pass
+    return None
+
+
+def union(settings: Settings, parts: Sequence[_Part]) -> ImageDataset:
+    """What who pools the hospitals' releases gets: of each its share of the images, by its training images, in its own mix."""
+    if len(parts) == 1:
+        return parts[0].synthetic
+    counts = shares([len(part.train) for part in parts], settings.evaluation.images)
+    return pool([part.synthetic.take(np.arange(count)) for part, count in zip(parts, counts, strict=True)], "synthetic")
+
+
+def shares(sizes: Sequence[int], total: int) -> list[int]:
+    """`total` dealt in proportion to `sizes`, by largest remainder, at least one each."""
+    exact = np.array(sizes) / sum(sizes) * total
+    counts = np.maximum(np.floor(exact).astype(int), 1)
+    for place in np.argsort(-(exact - np.floor(exact)), kind="stable")[: max(0, total - int(counts.sum()))]:
+        counts[place] += 1
+    return [int(count) for count in counts]
+
+
+class _ByClass:
+    """Several hospitals' generators as one: each label vector is drawn by the hospital that has most images of it."""
+
+    training = False
+
+    def __init__(self, parts: Sequence[_Part]) -> None:
+        self.parts = parts
+        first = parts[0].generator
+        self.z_dim, self.label_dim, self.resolution = first.z_dim, first.label_dim, first.resolution
+        self.held = np.stack([part.train.labels.sum(0) for part in parts])
+
+    def to(self, device: str) -> _ByClass:
+        return self
+
+    def eval(self) -> _ByClass:
+        return self
+
+    def train(self, mode: bool = True) -> _ByClass:
+        return self
+
+    def __call__(self, z: torch.Tensor, c: torch.Tensor, **how: Any) -> torch.Tensor:
+        whose = (c.cpu().numpy() @ self.held.T).argmax(1)
+        images = [part.generator(z, c, **how) for part in self.parts]
+        return torch.stack([images[owner][row] for row, owner in enumerate(whose)])
+
+
+def _grid(bench: Bench, parts: Sequence[_Part]) -> Any:
+    """Rows of a class each, from the same latents in every arm."""
+    generator = parts[0].generator if len(parts) == 1 else _ByClass(parts)
+    train, settings = bench.train, bench.settings
+    psi = settings.evaluation.psi
+    return sample_grid(generator, train.label_names, train.exclusive, seed=settings.seed, psi=psi, device=bench.device)
+
+
+def write_real_grid(bench: Bench) -> None:
+    """samples/real.png of the comparison."""
+    place = bench.folder.samples / "real.png"
+    if not place.is_file():
+        files.write_bytes(place, png_bytes(real_grid(bench.train, seed=bench.settings.seed)))
+
+
+# --- figures ---------------------------------------------------------------------------------------
+
+
+def _write_judgement(bench: Bench, run: RunFolder, judged: Judged) -> None:
+    """predictions.npz first: an evaluation.json always has them."""
+    reference = bench.reference
+    if judged.scores is not None:
+        stream = io.BytesIO()
+        np.savez(stream, synthetic=judged.scores.astype(np.float32))
+        files.write_bytes(run.path / "predictions.npz", stream.getvalue())
+    evaluator = {
+        "extractor": reference.extractor.key if reference.can_extract else None,
+        "classifier": reference.classifier_name,
+        "suite": reference.settings.suite,
+        "test_hash": reference.test_hash,
+        "seed": reference.seed,
+        "psi": reference.settings.psi,
+        "images": reference.settings.images,
+    }
+    files.write_json(run.evaluation, {**judged.numbers, "psi": reference.settings.psi, "evaluator": evaluator})
+
+
+def _quick(reference: RealReference) -> RealReference:
+    """The same real side, classifiers and features included, for the quick suite."""
+    import copy
+    import dataclasses
+
+    other = copy.copy(reference)
+    other.settings = dataclasses.replace(reference.settings, suite="quick")
+    return other
+
+
+def curve(bench: Bench, arm: Arm) -> list[dict[str, Any]]:
+    """[{images_seen, frechet, round}] at every checkpoint that the training kept, against real validation images."""
+    if not bench.reference.can_extract:
+        return []
+    _, real = bench.reference.quick
+    sizes = [len(train_of(bench, job.members)) for job in arm.jobs] if arm.by_hospital else [1]
+    counts = shares(sizes, len(real))
+    points = []
+    for number in _kept_rounds(arm):
+        images, seen = [], 0
+        for job, count in zip(arm.jobs, counts, strict=True):
+            generator, meta = load_generator(job.run.checkpoint(number), bench.device)
+            labels = synthetic_labels(train_of(bench, job.members).labels, count, bench.settings.seed)
+            images.append(
+                generate_images(generator, labels, bench.settings.seed, bench.settings.evaluation.psi, device=bench.device)
+            )
+            seen += meta["images_seen"]
+        seen += max((job.start.images_seen for job in arm.jobs if job.start), default=0)
+        distance = bench.reference.quick_distance(np.concatenate(images))["frechet"]
+        points.append({"images_seen": seen, "frechet": distance, "round": number})
+    return points
+
+
+def _kept_rounds(arm: Arm) -> list[int]:
+    """Rounds of which every job of the arm still has a checkpoint that was to be looked at."""
+    newest = min(job.run.last_round() or 0 for job in arm.jobs)
+    first = arm.jobs[0]
+    # a training at home may begin late in the federation it goes on from, and ends with its own last round
+    wanted = [number for number in range(1, newest + 1) if number == newest or is_evaluated(first.settings, number)]
+    return [number for number in wanted if all(job.run.checkpoint(number).is_file() for job in arm.jobs)]
+
+
+def _is_judged(run: RunFolder, key: str) -> bool:
+    found = run.read_json(run.path / "judged.json") or {}
+    return run.evaluation.is_file() and found.get("key") == key
