@@ -31,20 +31,12 @@ class ComparisonFolder(RunFolder):
         return ComparisonFolder(Path(path).expanduser().resolve())
 
     @property
-    def arms(self) -> Path:
-        return self.path / "arms"
-
-    @property
     def reference(self) -> Path:
         return self.path / "reference"
 
     @property
     def comparison(self) -> Path:
         return self.path / "comparison.json"
-
-    @property
-    def cards(self) -> Path:
-        return self.path / "cards"
 
     def arm(self, name: str, seed: int) -> RunFolder:
         """The run folder of an arm with one seed; `name` is made fit for a folder."""

@@ -9,6 +9,7 @@ checkpoints/round-N.*     aggregated model (.safetensors + .json)
 samples/*.png             real.png, round-N.png, final.png
 evaluation.json           the central evaluator's numbers
 report.html               the page
+cards/                    model card and dataset card, Markdown and JSON
 look.json                 only in a second look (`fedgan evaluate --output`): the run that it looks at
 hospitals/NAME/           what stays in the hospital: its Trainer's state for each round
 """
@@ -79,6 +80,23 @@ class RunFolder:
     @property
     def look(self) -> Path:
         return self.path / "look.json"
+
+    @property
+    def cards(self) -> Path:
+        return self.path / "cards"
+
+    @property
+    def arms(self) -> Path:
+        """Where a comparison keeps its arms, a run folder each; a run has no such folder."""
+        return self.path / "arms"
+
+    def refuse_comparison(self) -> None:
+        """Raise `ConfigError` when this folder holds a comparison, which has many models and not one."""
+        if self.arms.is_dir():
+            example = next((path for path in sorted(self.arms.iterdir()) if (path / "config.toml").is_file()), self.arms / "NAME")
+            raise ConfigError(
+                f"{self.path} is a comparison: go on with it by fedgan compare, or give one of its arms, e.g. {example}"
+            )
 
     def refuse_look(self) -> None:
         """Raise `ConfigError` when this folder is a second look: it has the page of a run, but no model."""

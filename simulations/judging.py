@@ -6,6 +6,8 @@ arm whose checkpoint, data and evaluation settings are those of its evaluation.j
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import io
 import json
@@ -22,6 +24,7 @@ from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, to_dict
 from fedgan.data.dataset import ImageDataset, pool
 from fedgan.data.federation import Hospital
+from fedgan.data.splits import check_patients_apart
 from fedgan.errors import CheckpointError
 from fedgan.evaluation.evaluate import Judged, evaluate_synthetic
 from fedgan.evaluation.grids import png_bytes, real_grid, sample_grid
@@ -59,6 +62,8 @@ def open_bench(folder: ComparisonFolder, say: Callable[[str], None] | None = Non
     )
     reference = RealReference(train, val, test, settings.evaluation, settings.seed, device, progress=say, folder=folder.reference)
     hospitals = open_prepared(settings, folder)
+    trained = pool_places([(hospital.name, hospital.train) for hospital in hospitals], "train")
+    check_patients_apart(trained, reference.val, reference.test)
     return Bench(settings, folder, hospitals, train, reference, device)
 
 
@@ -131,16 +136,15 @@ class _Part:
         newest = job.run.last_round()
         assert newest is not None
         generator, meta = load_generator(job.run.checkpoint(newest), bench.device)
-        train = train_of(bench, job.members if arm.by_hospital or arm.kind == "coalition" else ())
+        train = _asked(bench, arm, job)
         images = bench.settings.evaluation.images
         synthetic = _generated(bench, job.run, generator, train, images, meta["sha256"])
         return _Part(job, generator, synthetic, train, job.members[0] if arm.by_hospital else "")
 
 
-def train_of(bench: Bench, members: Sequence[str]) -> ImageDataset:
-    """The training images whose mix of labels a generator is asked for: its members', or everybody's."""
-    if not members:
-        return bench.train
+def _asked(bench: Bench, arm: Arm, job: Job) -> ImageDataset:
+    """The training images whose mix of labels a generator is asked for: those of its own members."""
+    members = job.members or arm.members
     chosen = [(hospital.name, hospital.train) for hospital in bench.hospitals if hospital.name in members]
     return pool_places(chosen, "+".join(members))
 
@@ -253,9 +257,6 @@ def _write_judgement(bench: Bench, run: RunFolder, judged: Judged) -> None:
 
 def _quick(reference: RealReference) -> RealReference:
     """The same real side, classifiers and features included, for the quick suite."""
-    import copy
-    import dataclasses
-
     other = copy.copy(reference)
     other.settings = dataclasses.replace(reference.settings, suite="quick")
     return other
@@ -266,7 +267,8 @@ def curve(bench: Bench, arm: Arm) -> list[dict[str, Any]]:
     if not bench.reference.can_extract:
         return []
     _, real = bench.reference.quick
-    sizes = [len(train_of(bench, job.members)) for job in arm.jobs] if arm.by_hospital else [1]
+    psi, seed = bench.settings.evaluation.psi, bench.settings.seed
+    sizes = [len(_asked(bench, arm, job)) for job in arm.jobs]
     counts = shares(sizes, len(real))
     points = []
     for number in _kept_rounds(arm):

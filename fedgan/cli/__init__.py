@@ -12,7 +12,7 @@ import click
 import typer
 
 import fedgan
-from fedgan.cli import console, data, doctor, help, outputs, runs
+from fedgan.cli import compare, console, data, doctor, help, outputs, runs
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 unexpected failure; 2 scenario, key or usage; 3 data; 4 checkpoint; 5 federation; "
@@ -32,14 +32,19 @@ app.command(epilog="Example: fedgan demo --output runs/demo")(runs.demo)
 app.command(
     epilog="Example: fedgan simulate simulations/three_hospitals.toml --set training.kimg=10 --output runs/short",
 )(runs.simulate)
+app.command(
+    epilog="Example: fedgan compare simulations/three_hospitals_compare.toml --seeds 3 --output runs/arms",
+)(compare.compare)
 app.command(epilog="Example: fedgan resume runs/short")(runs.resume)
 app.command(epilog="Example: fedgan settings | grep federation")(runs.settings)
 app.command(
     epilog="Example: fedgan generate runs/demo --images 70 --output synthetic\n\n"
-    "Example: fedgan generate runs/demo --images 20 --label melanoma --psi 0.8 --output melanomas",
+    "Example: fedgan generate runs/demo --images 20 --label melanoma --psi 0.8 --output melanomas\n\n"
+    "Example: fedgan generate --release runs/demo --images 7000 --mix nv=0.5,mel=0.3,bcc=0.2 --output release",
 )(outputs.generate)
 app.command(epilog="Example: fedgan evaluate runs/demo")(outputs.evaluate)
 app.command(epilog="Example: fedgan report runs/demo")(outputs.report)
+app.command(epilog="Example: fedgan cards runs/demo")(outputs.cards)
 app.add_typer(data.app, name="data")
 app.command(epilog="Example: fedgan doctor simulations/chest_three_hospitals.toml")(doctor.doctor)
 

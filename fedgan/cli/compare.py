@@ -22,7 +22,9 @@ def compare(
     scenario: Annotated[
         Path, typer.Argument(metavar="SCENARIO.toml", help="The study, e.g. simulations/three_hospitals_compare.toml.")
     ],
-    seeds: Annotated[int | None, typer.Option("--seeds", min=1, help="Trainings of each arm. [default: comparison.seeds]")] = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Trainings of each arm. [default: comparison.seeds]")
+    ] = None,
     overrides: Overrides = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Comparison folder to write. [default: runs/NAME]")

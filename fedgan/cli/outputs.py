@@ -160,12 +160,13 @@ def report(run_path: Run, as_json: console.Json = False) -> None:
 
     Trains and measures nothing.
     """
+    from fedgan.comparison_folder import ComparisonFolder
+    from fedgan.report.comparison.page import write_comparison
     from fedgan.report.page import write_report
-    from fedgan.run_folder import RunFolder
 
-    run = RunFolder.at(run_path)
+    run = ComparisonFolder.at(run_path)
     run.settings()
-    page = write_report(run)
+    page = write_comparison(run.path) if run.comparison.is_file() else write_report(run)
     console.emit({"run": str(run.path), "report": str(page)}, as_json, f"report      {console.shown(page)}")
 
 

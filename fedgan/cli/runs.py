@@ -70,6 +70,7 @@ def resume(
     from fedgan.run_folder import RunFolder
 
     run = RunFolder.at(run_path)
+    run.refuse_comparison()
     run.settings()
     engine = runner()
     with console.stoppable(run), console.stdout_for_results(), Progress() as progress:
@@ -144,9 +145,11 @@ def _begin(settings: Settings, run: RunFolder, as_json: bool) -> None:
 
 
 def _finish(run: RunFolder, as_json: bool) -> None:
+    from fedgan.report.cards import write_cards
     from fedgan.report.page import write_report
 
     write_report(run)
+    write_cards(run)
     numbers = headline(run)
     console.emit(numbers, as_json, headline_text(numbers))
 
@@ -204,6 +207,7 @@ def checkpoint_of(path: Path) -> Path:
         return path
     run = RunFolder.at(path)
     run.refuse_look()
+    run.refuse_comparison()
     run.settings()
     newest = run.last_round()
     if newest is None:

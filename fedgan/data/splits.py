@@ -10,6 +10,7 @@ import hashlib
 
 import numpy as np
 
+from fedgan.data.dataset import OWN_PATIENT, ImageDataset
 from fedgan.errors import DataError, SplitError
 
 SPLITS = ("train", "val", "test")
@@ -28,6 +29,31 @@ def check_splits(patients: np.ndarray, splits: np.ndarray, where: str) -> None:
             f"{where}: {twice} {'patient is' if twice == 1 else 'patients are'} in more than one split: "
             "put all images of a patient into one split, or leave the split out and let the import make it"
         )
+
+
+def check_patients_apart(train: ImageDataset, *held: ImageDataset) -> None:
+    """Raise `SplitError` when a known patient of `train` is also in a held-out set. No patient is named.
+
+    For sets that come from several shards: within a shard `check_splits` has seen to it. A patient id is told apart by the
+    image's institution; images whose patient is not known stand for themselves.
+    """
+    trained = _known_patients(train)
+    for other in held:
+        if shared := len(trained & _known_patients(other)):
+            raise SplitError(
+                f"{shared} {'patient' if shared == 1 else 'patients'} of the training images {'is' if shared == 1 else 'are'} "
+                f"also in '{other.name}': a figure on those images would be of images that were learnt; "
+                "split by patient over all shards before they are imported, or give another evaluation.root"
+            )
+
+
+def _known_patients(dataset: ImageDataset) -> set[tuple[str, str]]:
+    count = len(dataset)
+    if len(dataset.patients) != count:
+        return set()
+    places = dataset.institutions if len(dataset.institutions) == count else np.full(count, "")
+    pairs = zip(np.asarray(places, str).tolist(), np.asarray(dataset.patients, str).tolist(), strict=True)
+    return {(place, patient) for place, patient in pairs if patient and not patient.startswith(OWN_PATIENT)}
 
 
 def check_shares(val: float, test: float) -> None:
