@@ -17,7 +17,7 @@ from torch.nn import functional
 from fedgan.data.dataset import ImageArray
 from fedgan.errors import DataError
 
-CPU_BATCH = 8  # small activations stay in the caches: 8 images at once are a third faster than 32 or 64, measured
+CPU_BATCH = 8  # small activations stay in the caches; images/s of SqueezeNet on one core at 8, 32, 64 at once: 49, 36, 30
 CUDA_BATCH = 64
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: what "grey" means in image files
 
