@@ -148,7 +148,7 @@ def _cost(arm: Arm, lines: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, A
 
 
 def _losses(lines: Sequence[Sequence[Mapping[str, Any]]], before: int) -> list[dict[str, Any]]:
-    """Losses by images seen, at most about a hundred points; their weighted mean over the hospitals of an arm without a server."""
+    """Losses by images seen, at most about a hundred points; of an arm without a server their weighted mean."""
     if not all(lines):
         return []
     points = []

@@ -275,10 +275,8 @@ def curve(bench: Bench, arm: Arm) -> list[dict[str, Any]]:
         images, seen = [], 0
         for job, count in zip(arm.jobs, counts, strict=True):
             generator, meta = load_generator(job.run.checkpoint(number), bench.device)
-            labels = synthetic_labels(train_of(bench, job.members).labels, count, bench.settings.seed)
-            images.append(
-                generate_images(generator, labels, bench.settings.seed, bench.settings.evaluation.psi, device=bench.device)
-            )
+            labels = synthetic_labels(_asked(bench, arm, job).labels, count, seed)
+            images.append(generate_images(generator, labels, seed, psi, device=bench.device))
             seen += meta["images_seen"]
         seen += max((job.start.images_seen for job in arm.jobs if job.start), default=0)
         distance = bench.reference.quick_distance(np.concatenate(images))["frechet"]
