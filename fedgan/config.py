@@ -144,7 +144,7 @@ class EvaluationSettings:
     features: str = meaning(
         "reference",
         "Extractor: 'reference' (a classifier trained on real images), or a weights file: SqueezeNet (.npz), "
-        "Inception-v3 or torchxrayvision's DenseNet-121 (.pth, .safetensors).",
+        "Inception-v3 or the state dict of torchxrayvision's DenseNet-121 (.pth, .safetensors).",
     )
     neighbours: int = meaning(5, "k of precision, recall, density and coverage.", low=1)
     root: str = meaning("", "Shards that hold the real images for the evaluation; empty: data.root.")
