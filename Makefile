@@ -1,4 +1,5 @@
 # make demo   sets up, runs the main job, says where the page is
+# make compare  sets up, compares pooled, federated and local training, says where the page is
 # make test   sets up, runs every test            (make test PYTEST_ARGS="-k config")
 # make check  lint, types, import arrows, fast tests
 # make bench  speed and memory of this machine
@@ -11,7 +12,7 @@ STAMP   := $(VENV)/.installed
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint bench clean
+.PHONY: help setup demo compare test check lint bench clean
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
@@ -29,6 +30,9 @@ $(STAMP): pyproject.toml
 
 demo: setup
 	@$(VENV)/bin/fedgan demo
+
+compare: setup
+	@$(VENV)/bin/fedgan compare simulations/three_hospitals_compare.toml
 
 test: setup
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
