@@ -15,12 +15,12 @@ from server.strategies import check_strategy
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-COMMAND = re.compile(r"\bfedgan (?:simulate|doctor) [^`#\n]*")
+COMMAND = re.compile(r"\bfedgan (?:simulate|compare|doctor) [^`#\n]*")
 SHIPPED = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "simulations").glob("*.toml")}
 
 
 def commands() -> list[str]:
-    """The `fedgan simulate` and `fedgan doctor` lines of the pages that name a shipped scenario; `\\` continues a line."""
+    """The `fedgan simulate`, `compare` and `doctor` lines of the pages that name a shipped scenario; `\\` continues a line."""
     text = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES)
     found = dict.fromkeys(match.strip() for match in COMMAND.findall(text))
     return [command for command in found if any(word in SHIPPED for word in command.split())]
@@ -41,4 +41,4 @@ def test_a_shown_command_is_one_that_would_start(command: str) -> None:
 
 
 def test_the_pages_show_commands() -> None:
-    assert {command.split()[1] for command in commands()} == {"simulate", "doctor"}
+    assert {command.split()[1] for command in commands()} == {"simulate", "compare", "doctor"}
