@@ -168,6 +168,49 @@ def test_dots_lie_by_value_and_intervals_around_them() -> None:
     assert "nevus, real: 0.900 (0.850–0.950)" in svg
 
 
+def test_single_values_lie_small_below_their_mean_and_are_spoken() -> None:
+    svg = dot_chart("k", "t", "d", [Row("federated", [Dot("AUC", 0.8, (0.7, 0.9), "a2", [0.75, 0.85])])], "AUC", (0.5, 1.0))
+    (mark,) = marks(svg, "path", "mark")
+    x, y = map(float, re.match(r"M([\d.]+) ([\d.]+)", mark.get("d", "")).groups())  # type: ignore[union-attr]
+    singles = [(float(e.get("cx", 0)), float(e.get("cy", 0)), float(e.get("r", 0))) for e in marks(svg, "circle", "single")]
+    assert len(singles) == 2
+    assert singles[0][0] < x < singles[1][0]
+    assert all(cy > y and r < 3 for _, cy, r in singles)
+    assert "federated, AUC: 0.800 (0.700–0.900); single: 0.750, 0.850" in svg
+
+
+def test_a_vertical_reference_stands_at_its_value_with_its_label_above_the_rows() -> None:
+    svg = dot_chart("k", "t", "d", [Row("a", [Dot("AUC", 0.8)]), Row("b", [])], "AUC", (0.5, 1.0), [("real images", 0.8)])
+    (line,) = marks(svg, "line", "reference")
+    (mark,) = marks(svg, "circle", "mark")
+    assert line.get("x1") == line.get("x2") == mark.get("cx")
+    label = next(e for e in parsed(svg).iter("text") if e.text == "real images")
+    assert float(label.get("y", 0)) < float(line.get("y1", 0)) < float(mark.get("cy", 0)) < float(line.get("y2", 0))
+
+
+@given(values=st.lists(ordinary, min_size=1, max_size=9), reference=ordinary)
+def test_no_place_of_a_dot_chart_is_outside_its_frame(values: list[float], reference: float) -> None:
+    rows = [Row("all", [Dot(str(i), v, (v - 1, v + 1), f"a{i % 8 + 1}", [v]) for i, v in enumerate(values)]), Row("none", [])]
+    svg = dot_chart("k", "t", "d", rows, "x", None, [("here", reference)])
+    width, height = map(float, parsed(svg).get("viewBox", "").split()[2:])
+    for element in parsed(svg).iter():
+        for names, limit in ((("x", "x1", "x2", "cx"), width), (("y", "y1", "y2", "cy"), height)):
+            assert all(0 <= float(element.get(name, 0)) <= limit for name in names)
+
+
+def test_marks_of_one_row_do_not_cover_each_other_however_many_they_are() -> None:
+    svg = dot_chart("k", "t", "d", [Row("a", [Dot(str(i), 0.5, None, f"h{i + 1}") for i in range(6)])], "x", (0.0, 1.0))
+    ys = sorted(float(e.get("cy", 0)) for e in marks(svg, "circle", "mark"))
+    assert len(ys) == 6
+    assert min(np.diff(ys)) >= 8.5
+
+
+def test_every_arm_has_a_shape_of_its_own() -> None:
+    styles = ["real", *(f"a{i}" for i in range(1, 9))]
+    drawn = [str(legend([("name", style)], "dot")).replace(style, "") for style in styles]
+    assert len(set(drawn)) == len(styles)
+
+
 @given(values=st.lists(st.integers(0, 10**6), min_size=1, max_size=8))
 def test_bars_divide_one_length_by_share(values: list[int]) -> None:
     svg = stacked_bars("k", "t", "d", [Row("A", values=values, note=str(sum(values)))], [f"c{i}" for i in range(len(values))])

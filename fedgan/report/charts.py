@@ -21,9 +21,23 @@ ROW = 30  # height of one row of a bar or dot chart
 NAMES = 118  # width of the column of row names
 
 
+# Shapes of marks, as paths from their centre: told apart without colour. Any other style is a disc.
+SHAPES = {
+    "synthetic": "m0 -5l5 5l-5 5l-5 -5z",
+    "a1": "m-3.8 -3.8h7.6v7.6h-7.6z",
+    "a2": "m0 -5.4l5.4 5.4l-5.4 5.4l-5.4 -5.4z",
+    "a3": "m0 -5.2l5.2 9h-10.4z",
+    "a4": "m0 5.2l5.2 -9h-10.4z",
+    "a5": "m-1.7 -5h3.4v3.3h3.3v3.4h-3.3v3.3h-3.4v-3.3h-3.3v-3.4h3.3z",
+    "a6": "m-5 0l2.5 -4.4h5l2.5 4.4l-2.5 4.4h-5z",
+    "a7": "m-2 -5h4v10h-4z",
+    "a8": "m-5 -2h10v4h-10z",
+}
+
+
 @dataclass(frozen=True)
 class Line:
-    """One line: (x, y) by rising x. `style` is a CSS class: `main` for the mean, `h1`… for hospitals."""
+    """One line: (x, y) by rising x. `style` is a CSS class: `main` for the mean, `h1`… for hospitals, `a1`… for arms."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -32,23 +46,31 @@ class Line:
 
 @dataclass(frozen=True)
 class Dot:
-    """One mark in a row of `dot_chart`, with its interval where there is one. `style`: `real`, `synthetic`, `h1`…"""
+    """One mark in a row of `dot_chart`, with its interval where there is one. `style`: `real`, `synthetic`, `h1`…, `a1`…
+
+    `singles` are the values that the mark is the mean of, drawn small below it.
+    """
 
     name: str
     value: float
     interval: tuple[float, float] | None = None
     style: str = "real"
+    singles: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of `dot_chart` (marks) or of `stacked_bars` (one value for each name; `note` stands at its end)."""
+    """A row of `dot_chart` (marks) or of `stacked_bars` (one value for each name; `note` stands at its end).
+
+    In a `dot_chart` without marks `note` says why. `strong` rows stand out, `minor` ones stand back.
+    """
 
     label: str
     dots: Sequence[Dot] = ()
     values: Sequence[float] = ()
     note: str = ""
     strong: bool = False
+    minor: bool = False
 
 
 def line_chart(
@@ -77,24 +99,40 @@ def line_chart(
 
 
 def dot_chart(
-    key: str, title: str, desc: str, rows: Sequence[Row], x_label: str, domain: tuple[float, float] | None = None
+    key: str,
+    title: str,
+    desc: str,
+    rows: Sequence[Row],
+    x_label: str,
+    domain: tuple[float, float] | None = None,
+    references: Sequence[tuple[str, float]] = (),
 ) -> Markup:
-    """A row a name, a mark a value, a bar its interval. `domain` fixes the axis; marks outside it stand at its end."""
-    bottom = TOP + ROW * max(len(rows), 1)
-    ends = [v for row in rows for dot in row.dots for v in (dot.value, *(dot.interval or ()))]
-    x = Scale(*(domain or span(ends)), NAMES + 8, WIDE - RIGHT - 6)
-    parts = _x_axis(x, bottom, x_label, grid_from=TOP)
+    """A row a name, a mark a value, a bar its interval. `domain` fixes the axis; marks outside it stand at its end.
+
+    `references` are vertical (label, x); their labels stand above the rows.
+    """
+    height = max(ROW, max((9.0 * len(row.dots) + 8 for row in rows), default=0.0))
+    top = TOP + (15 if references else 0)
+    bottom = top + height * max(len(rows), 1)
+    ends = [v for row in rows for dot in row.dots for v in (dot.value, *dot.singles, *(dot.interval or ()))]
+    x = Scale(*(domain or span([*ends, *(value for _, value in references)])), NAMES + 8, WIDE - RIGHT - 6)
+    parts = _x_axis(x, bottom, x_label, grid_from=top)
+    for label, value in references:
+        parts += _upright(x, label, value, top, bottom)
     for i, row in enumerate(rows):
-        middle = TOP + ROW * (i + 0.5)
+        middle = top + height * (i + 0.5)
         parts.append(_name(row, middle))
         if i:
-            top = TOP + ROW * i
-            parts.append(Markup('<line class="grid" x1="0" x2="{:g}" y1="{}" y2="{}"/>').format(x.stop, top, top))
+            parts.append(
+                Markup('<line class="grid" x1="0" x2="{:g}" y1="{:g}" y2="{:g}"/>').format(
+                    x.stop, middle - height / 2, middle - height / 2
+                )
+            )
         if not row.dots:
-            parts.append(_text(NAMES + 12, middle + 4, "not measured", "note"))
-        gap = min(9.0, (ROW - 10) / max(len(row.dots), 1))
+            parts.append(_text(NAMES + 12, middle + 4, row.note or "not measured", "note"))
+        gap = min(9.0, (height - 8) / max(len(row.dots), 1))
         for j, dot in enumerate(row.dots):
-            parts.append(_dot(dot, x, middle + (j - (len(row.dots) - 1) / 2) * gap, row.label))
+            parts.append(_dot(dot, x, middle + (j - (len(row.dots) - 1) / 2) * gap, row))
     return _svg(key, title, desc, WIDE, bottom + BOTTOM, parts)
 
 
@@ -150,10 +188,18 @@ def _text(x: float, y: float, words: str, style: str, anchor: str = "start") -> 
     return Markup('<text class="{}" x="{:g}" y="{:g}" text-anchor="{}">{}</text>').format(style, x, y, anchor, words)
 
 
+def _upright(x: Scale, label: str, value: float, top: float, bottom: float) -> list[Markup]:
+    """A vertical reference with its label above it, turned inwards near the ends of the axis."""
+    place = x(value)
+    anchor = "end" if place > x.stop - 40 else "start" if place < x.start + 40 else "middle"
+    line = Markup('<line class="reference" x1="{}" x2="{}" y1="{:g}" y2="{:g}"/>').format(place, place, top, bottom)
+    return [line, _text(place, top - 5, label, "note", anchor)]
+
+
 def _name(row: Row, middle: float) -> Markup:
     """The row's name, right-aligned; a long one is cut and kept whole in its title."""
     words = row.label if len(row.label) <= 18 else row.label[:17].rstrip() + "…"
-    style = "name strong" if row.strong else "name"
+    style = "name strong" if row.strong else "name minor" if row.minor else "name"
     return Markup('<text class="{}" x="{}" y="{:g}" text-anchor="end"><title>{}</title>{}</text>').format(
         style, NAMES, middle + 4, row.label, words
     )
@@ -199,28 +245,34 @@ def _line(line: Line, x: Scale, y: Scale) -> Markup:
     return Markup("<g><title>{}</title>{}{}</g>").format(words, drawn, marks)
 
 
-def _dot(dot: Dot, x: Scale, y: float, label: str) -> Markup:
-    bar, words = Markup(""), f"{label}, {dot.name}: {dot.value:.3f}"
+def _dot(dot: Dot, x: Scale, y: float, row: Row) -> Markup:
+    bar, words = Markup(""), f"{row.label}, {dot.name}: {dot.value:.3f}"
+    style = f"{dot.style} minor" if row.minor else dot.style
     if dot.interval is not None:
         low, high = dot.interval
-        bar = Markup('<line class="whisker {}" x1="{:g}" x2="{:g}" y1="{:g}" y2="{:g}"/>').format(
-            dot.style, x(low), x(high), y, y
-        )
+        bar = Markup('<line class="whisker {}" x1="{:g}" x2="{:g}" y1="{:g}" y2="{:g}"/>').format(style, x(low), x(high), y, y)
         words += f" ({low:.3f}–{high:.3f})"
-    return Markup("<g><title>{}</title>{}{}</g>").format(words, bar, _mark(dot.style, x(dot.value), y))
+    singles = Markup("").join(
+        Markup('<circle class="single {}" cx="{:g}" cy="{:g}" r="1.9"/>').format(style, x(value), y + 9) for value in dot.singles
+    )
+    if dot.singles:
+        words += "; single: " + ", ".join(f"{value:.3f}" for value in dot.singles)
+    return Markup("<g><title>{}</title>{}{}{}</g>").format(words, bar, singles, _mark(style, x(dot.value), y))
 
 
 def _mark(style: str, x: float, y: float) -> Markup:
-    """A disc; a diamond for synthetic, so that shape tells it apart where colour does not."""
-    if style == "synthetic":
-        path = f"M{x:g} {y - 5:g}l5 5l-5 5l-5 -5z"
-        return Markup('<path class="mark {}" d="{}"/>').format(style, path)
-    return Markup('<circle class="mark {}" cx="{:g}" cy="{:g}" r="4.2"/>').format(style, x, y)
+    """A disc, or the shape of the style's first word, so that shape tells apart where colour does not."""
+    shape = SHAPES.get(style.split()[0] if style.strip() else "")
+    if shape:
+        return Markup('<path class="mark {}" d="M{:g} {:g}{}"/>').format(style, x, y, shape)
+    return Markup('<circle class="mark {}" cx="{:g}" cy="{:g}" r="{}"/>').format(style, x, y, 4.2)
 
 
 def _swatch(style: str, kind: str) -> Markup:
     if kind == "fill":
         return Markup('<rect class="fill {}" x="6" y="0" width="12" height="12" rx="2"/>').format(escape(style))
+    if style.startswith("single"):
+        return Markup('<circle class="{}" cx="12" cy="6" r="2.4"/>').format(escape(style))
     if kind == "line":
         return Markup('<line class="line {}" x1="1" x2="23" y1="6" y2="6"/>').format(escape(style))
     return Markup('<line class="whisker {}" x1="2" x2="22" y1="6" y2="6"/>{}').format(escape(style), _mark(style, 12, 6))

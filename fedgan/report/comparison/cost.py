@@ -1,0 +1,95 @@
+"""What each training cost: images, time, bytes, memory, and how soon it reached a given Fréchet distance."""
+
+from __future__ import annotations
+
+from markupsafe import Markup
+
+from fedgan.report import format as text
+from fedgan.report.comparison.data import ArmRun, Comparison
+from fedgan.report.comparison.parts import run_label, trouble_note
+from fedgan.report.comparison.section import Section
+from fedgan.report.facts import leaves
+from fedgan.report.format import DASH, number
+from fedgan.report.run_data import tree
+from fedgan.report.tables import Column, table
+from fedgan.report.templating import absent, render
+
+
+def _render(comparison: Comparison) -> Markup:
+    runs = comparison.runs
+    if not runs:
+        return absent("The cost is not known: comparison.json lists no arm.")
+    threshold = number(comparison.content.get("frechet_threshold"))
+    columns = [
+        Column("Arm", numeric=False),
+        Column("Images seen", title="Real images shown to the discriminators, summed over hospitals"),
+        Column("Wall time"),
+        Column("Core time", title="Seconds times processor cores"),
+        Column("Bytes exchanged", title="Both ways, all hospitals"),
+        Column("Peak memory"),
+        Column("Rounds"),
+        Column("kimg to the distance", title="Thousand images until the Fréchet distance was reached"),
+    ]
+    unreached = [run.label for run in runs if run.status == "done" and number(_cost(run).get("kimg_to_frechet")) is None]
+    budgets = sorted(
+        {n for run in comparison.arm_runs if not run.trouble and (n := number(run.content.get("images_seen"))) is not None}
+    )
+    return render(
+        "comparison_cost.html.j2",
+        table=table("Cost of each training", columns, [_cells(run) for run in runs], "cost", more=trouble_note(runs)),
+        threshold=text.significant(threshold) if threshold is not None else None,
+        unreached=unreached,
+        budgets=[text.whole(n) for n in budgets],
+        images=_images(comparison),
+        overrides={_arm(run): words for run in runs if (words := _overrides(run))},
+    )
+
+
+def _cost(run: ArmRun) -> dict[str, object]:
+    return tree(run.content.get("cost"))
+
+
+def _cells(run: ArmRun) -> list[str]:
+    cost = _cost(run)
+    return [
+        run_label(run),
+        text.whole(run.content.get("images_seen")),
+        text.duration(cost.get("wall_seconds")),
+        text.duration(cost.get("core_seconds")),
+        "none" if number(cost.get("bytes_exchanged")) == 0 else text.size(cost.get("bytes_exchanged")),
+        text.size(cost.get("peak_memory_bytes")),
+        text.whole(cost.get("rounds")),
+        text.decimal(cost.get("kimg_to_frechet"), 1),
+    ]
+
+
+def _images(comparison: Comparison) -> Markup:
+    """How the images seen divide over the hospitals, a row a training."""
+    names = list(dict.fromkeys(name for run in comparison.runs for name in tree(run.content.get("hospital_images"))))
+    if not names:
+        return absent("How the images seen divide over the hospitals is not known.")
+    rows = [
+        [run_label(run), *(text.whole(tree(run.content.get("hospital_images")).get(name)) for name in names)]
+        for run in comparison.runs
+    ]
+    return table(
+        "Images seen, by the hospital that showed them",
+        [Column("Arm", numeric=False), *(Column(name) for name in names)],
+        rows,
+        "images-seen",
+    )
+
+
+def _arm(run: ArmRun) -> str:
+    return run.label.rpartition(", seed ")[0]
+
+
+def _overrides(run: ArmRun) -> str:
+    """What the arm's settings change of the scenario's, whether it is a dict or a list of key=value."""
+    value = run.content.get("overrides")
+    if isinstance(value, list):
+        return "; ".join(str(item) for item in value)
+    return "; ".join(f"{key} = {words}" for key, words in leaves(value) if words != DASH) if value else ""
+
+
+SECTION = Section("cost", "Cost", "Cost", _render)

@@ -1,0 +1,160 @@
+"""How close the synthetic images are to real ones and how much of their variety they hold, each beside its floor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from fedgan.report import format as text
+from fedgan.report.comparison.data import ArmRun, Comparison
+from fedgan.report.comparison.parts import Measure, figure_of, range_of, run_label, trouble_note
+from fedgan.report.comparison.section import Section
+from fedgan.report.format import DASH, number
+from fedgan.report.run_data import Tree, dig, tree
+from fedgan.report.tables import Column, table
+from fedgan.report.templating import absent, render
+
+FRECHET = Measure("frechet", "Fréchet distance", "Heusel et al. 2017, over the named features", None)
+KERNEL = Measure("kernel", "Kernel distance", "Bińkowski et al. 2018; unbiased, so around zero for equal sets", None)
+SHARES = (
+    Measure("precision", "Precision", "Share of synthetic images that lie among the real ones"),
+    Measure("recall", "Recall", "Share of real images that lie among the synthetic ones"),
+    Measure("density", "Density", "Like precision, but robust to outliers; may exceed 1"),
+    Measure("coverage", "Coverage", "Share of real images that have a synthetic neighbour"),
+)
+PARTS = (("per_class", "class"), ("per_hospital", "hospital"))
+
+
+def _render(comparison: Comparison) -> Markup:
+    runs = comparison.arm_runs
+    if not any(_fidelity(run) for run in runs):
+        return absent("No distance and no share was measured: no arm has fidelity figures.")
+    return render(
+        "comparison_fidelity.html.j2",
+        how=_how(comparison),
+        distances=_table("Distances, lower is better", runs, [FRECHET, KERNEL], "fidelity-distances", over=True),
+        shares=_table("Precision, recall, density and coverage: higher is better", runs, SHARES, "fidelity-shares"),
+        others=_others(comparison),
+        parts=[(f"The same for each {what}", _by_part(comparison, key, what)) for key, what in PARTS],
+    )
+
+
+def _fidelity(run: ArmRun) -> Tree:
+    return tree(run.evaluation.get("fidelity"))
+
+
+def _how(comparison: Comparison) -> str:
+    """How the figures were made, from what the evaluator wrote down."""
+    first = next(found for run in comparison.arm_runs if (found := _fidelity(run)))
+    extractor = str(first.get("extractor") or comparison.content.get("extractor") or "an extractor that is not named")
+    parts = [
+        f"Features: {extractor}, the same for all arms"
+        + (" (so the Fréchet distance is an FID)." if first.get("fid") is True else ".")
+    ]
+    others = {str(other) for run in comparison.arm_runs if (other := _fidelity(run).get("extractor"))}
+    if len(others) > 1:
+        parts.append(
+            f"Beware: the arms name different extractors ({', '.join(sorted(others))}); their distances cannot be compared."
+        )
+    images, floor = number(first.get("images")), number(first.get("floor_images"))
+    if images is not None:
+        same = floor is None or floor == images
+        parts.append(f"{text.whole(images)} images on each side" + ("." if same else f", {text.whole(floor)} for the floor."))
+    if isinstance(first.get("real"), str):
+        parts.append(f"The real side: {first['real']}.")
+    if number(first.get("k")) is not None:
+        parts.append(f"Precision, recall, density and coverage look at {text.whole(first['k'])} neighbours.")
+    return " ".join(parts)
+
+
+def _table(caption: str, runs: Sequence[ArmRun], measures: Sequence[Measure], download: str, over: bool = False) -> Markup:
+    """A row a training: each figure, its interval and its floor; `over`: also the first figure over its floor."""
+    columns = [Column("Arm", numeric=False)]
+    for measure in measures:
+        columns += [
+            Column(measure.head, title=measure.title),
+            Column("95% interval"),
+            Column("Floor", title="Real to real, same size"),
+        ]
+    columns += [Column("Fréchet over floor")] if over else []
+    rows = []
+    for run in runs:
+        found = _fidelity(run)
+        row = [run_label(run)]
+        for m in measures:
+            row += [
+                figure_of(found, m.key, m.digits),
+                range_of(found, m.key, m.digits),
+                figure_of(found, f"{m.key}_floor", m.digits),
+            ]
+        rows.append([*row, _over(found)] if over else row)
+    return table(caption, columns, rows, download, more=trouble_note(runs))
+
+
+def _over(found: Tree) -> str:
+    value, floor = number(found.get("frechet")), number(found.get("frechet_floor"))
+    return f"{value / floor:.1f} ×" if value is not None and floor is not None and floor > 0 else DASH
+
+
+def _by_part(comparison: Comparison, key: str, what: str) -> Markup:
+    """A row for each class (or hospital) and training."""
+    runs = [run for run in comparison.arm_runs if tree(_fidelity(run).get(key))]
+    names = list(dict.fromkeys(name for run in runs for name in tree(_fidelity(run).get(key))))
+    if not names:
+        return absent(f"Nothing was measured for each {what} on its own.")
+    rows = []
+    for name in names:
+        for run in runs:
+            found = tree(dig(_fidelity(run), key, name))
+            row = [name, run.label, text.whole(found.get("images"))]
+            row += [figure_of(found, k, None) for k in ("frechet", "frechet_floor")]
+            for m in SHARES:
+                row += [figure_of(found, m.key), figure_of(found, f"{m.key}_floor")]
+            rows.append(row)
+    columns = [
+        Column(what.capitalize(), numeric=False),
+        Column("Arm", numeric=False),
+        Column("Images"),
+        Column("Fréchet distance"),
+    ]
+    columns.append(Column("Floor"))
+    for m in SHARES:
+        columns += [Column(m.head, title=m.title), Column("Floor")]
+    more = "With few images a distance comes out large, for real images too: read each beside its floor."
+    return table(f"Fidelity and diversity of each {what}", columns, rows, f"fidelity-{key.replace('_', '-')}", more=more)
+
+
+def _others(comparison: Comparison) -> Markup:
+    """Perceptual path length and, for each class, how alike its images are among themselves."""
+    runs = [run for run in comparison.arm_runs if _fidelity(run)]
+    labels = list(dict.fromkeys(label for run in runs for label in tree(_fidelity(run).get("ms_ssim"))))
+    parts = []
+    if any(_path_length(run) is not None for run in runs):
+        rows = [[run.label, text.significant(_path_length(run))] for run in runs]
+        columns = [Column("Arm", numeric=False), Column("Path length")]
+        more = "How far an image moves, to the extractor, for a small step of the latent. "
+        more += "An arm with a generator for each hospital has no one path length."
+        parts.append(table("Perceptual path length, lower is smoother", columns, rows, "fidelity-path-length", more=more))
+    else:
+        parts.append(absent("Perceptual path length was not measured."))
+    if not labels:
+        return Markup("").join([*parts, absent("How alike the images of one class are (MS-SSIM) was not measured.")])
+    rows = []
+    for label in labels:
+        real = next((n for run in runs if (n := number(dig(_fidelity(run), "ms_ssim", label, "real"))) is not None), None)
+        rows.append(
+            [label, text.decimal(real), *(text.decimal(dig(_fidelity(run), "ms_ssim", label, "synthetic")) for run in runs)]
+        )
+    columns = [Column("Class", numeric=False), Column("Real images"), *(Column(run.label) for run in runs)]
+    more = (
+        "Mean over pairs of images of the same class. A value above that of real images says that the images repeat themselves."
+    )
+    return Markup("").join([*parts, table("Likeness inside each class (MS-SSIM)", columns, rows, "fidelity-ms-ssim", more=more)])
+
+
+def _path_length(run: ArmRun) -> float | None:
+    return number(_fidelity(run).get("path_length"))
+
+
+SECTION = Section("fidelity", "Fidelity and diversity", "Fidelity", _render)

@@ -1,0 +1,76 @@
+"""Where the numbers come from: settings, seeds, versions, machine, data hashes, licences."""
+
+from __future__ import annotations
+
+from markupsafe import Markup
+
+from fedgan.report.comparison.data import Comparison
+from fedgan.report.comparison.section import Section
+from fedgan.report.facts import leaves, word
+from fedgan.report.run_data import Tree, tree, trees
+from fedgan.report.tables import Column, table
+from fedgan.report.templating import absent, render
+
+KEY_COLUMNS = (Column("Key", numeric=False), Column("Value", numeric=False))
+FACTS = (
+    ("Seeds of the generators", "seeds"),
+    ("Classifier", "classifier"),
+    ("Extractor", "extractor"),
+    ("Suite", "suite"),
+    ("Non-inferiority margin", "margin"),
+    ("Images seen by each arm", "images_seen_budget"),
+    ("Resolution", "resolution"),
+    ("Channels", "channels"),
+    ("Classes exclude each other", "exclusive"),
+    ("Written", "created"),
+)
+
+
+def _render(comparison: Comparison) -> Markup:
+    provenance = tree(comparison.content.get("provenance"))
+    facts = [[head, word(comparison.content[key])] for head, key in FACTS if comparison.content.get(key) is not None]
+    facts += [
+        [head, word(provenance[key])]
+        for head, key in (("Hash of the settings", "settings_hash"), ("Code version", "code_version"))
+        if provenance.get(key)
+    ]
+    settings = leaves(provenance["settings"]) if provenance.get("settings") else []
+    return render(
+        "comparison_provenance.html.j2",
+        facts=table("In short", [Column("Fact", numeric=False), Column("Value", numeric=False)], facts, "facts")
+        if facts
+        else absent("comparison.json does not say how the comparison was made."),
+        settings=table("Every setting of the scenario", KEY_COLUMNS, settings, "settings")
+        if settings
+        else absent("The settings are not known."),
+        environment=_environment(provenance),
+        sources=_sources(comparison, provenance),
+        count=len(settings),
+    )
+
+
+def _environment(provenance: Tree) -> Markup:
+    rows = leaves(tree(provenance.get("environment")))
+    if not rows:
+        return absent("Versions and machine are not known.")
+    return table("Versions and machine", KEY_COLUMNS, rows, "environment")
+
+
+def _sources(comparison: Comparison, provenance: Tree) -> Markup:
+    """A row a hospital: source, licence, content hash; the hashes of `hospitals` where no source is named."""
+    sources = trees(provenance.get("sources"))
+    if not sources:
+        sources = [
+            {"hospital": row.get("name"), "content_hash": row["content_hash"]}
+            for row in comparison.hospitals
+            if row.get("content_hash")
+        ]
+    keys = list(dict.fromkeys(key for source in sources for key in source))
+    if not keys:
+        return absent("The sources, licences and content hashes of the data are not known.")
+    rows = [[word(source.get(key)) for key in keys] for source in sources]
+    columns = [Column(key.replace("_", " ").capitalize(), numeric=False) for key in keys]
+    return table("Sources, licences and content hashes of the data", columns, rows, "sources")
+
+
+SECTION = Section("provenance", "Provenance", "Provenance", _render)
