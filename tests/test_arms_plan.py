@@ -1,0 +1,288 @@
+"""What a comparison trains: arms of one budget that differ in their federation and in nothing else."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from fedgan.comparison_folder import ComparisonFolder
+from fedgan.config import Settings, from_dict, to_dict
+from fedgan.errors import ConfigError
+from server.checkpoints import is_evaluated
+from server.rounds import deal_images, round_totals
+from simulations.arms import EVERYBODY, FEDERATION, HOME, Arm, Job, Start, plan
+from simulations.job import read_job, write_job
+
+FOLDER = ComparisonFolder(Path("/nowhere/study"))
+ROOT = Path("/nowhere/shards")
+SIZES = {"alpha": 40, "beta": 24, "gamma": 16}
+WIDE = "wide: federation.rounds=2; federation.exchange=generator,ema"
+PROXIMAL = "fedprox: federation.strategy=fedprox; training.proximal_mu=0.01"
+ALL = ("centralized", "federated", "local", "generator-only", "local-discriminators", "finetuned", "coalitions", WIDE, PROXIMAL)
+
+
+def scenario(arms: tuple[str, ...] = ALL, hospitals: int = 3, **changes: Any) -> Settings:
+    """Settings with these arms; a change is `section_key=value`."""
+    tree: dict[str, Any] = {
+        "seed": 5,
+        "training": {"kimg": 0.4, "batch_size": 4},
+        "federation": {"hospitals": hospitals, "rounds": 5},
+        "evaluation": {"every": 1},
+        "comparison": {"arms": list(arms), "seeds": 2},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("_")
+        tree[section][name] = value
+    return from_dict(tree)
+
+
+def planned(settings: Settings, sizes: dict[str, int] | None = None) -> list[Arm]:
+    return plan(settings, FOLDER, sizes or SIZES, ROOT)
+
+
+def images_of(arm: Arm) -> dict[str, int]:
+    """Images that the jobs of an arm show, by hospital, worked out from what a job's process will be told."""
+    shown: dict[str, int] = {}
+    for job in arm.jobs:
+        settings = job.settings
+        if job.kind == HOME:
+            name = job.members[0] if len(job.members) == 1 else EVERYBODY
+            shown[name] = sum(job.images)
+            continue
+        batch, federation = settings.training.batch_size, settings.federation
+        totals = round_totals(settings.training.kimg, federation.rounds, batch)
+        rows = deal_images([SIZES[name] for name in job.members], totals, batch, federation.local_images == "equal")
+        for number, name in enumerate(job.members):
+            shown[name] = sum(row[number] for row in rows)
+    return shown
+
+
+def varying(settings: Settings) -> dict[str, Any]:
+    """The settings without those that arms and seeds may differ in."""
+    tree = to_dict(settings)
+    del tree["federation"], tree["seed"], tree["training"]["proximal_mu"]
+    return tree
+
+
+# --- one budget ------------------------------------------------------------------------------------
+
+
+@hypothesis_settings(max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 5000), min_size=2, max_size=4).map(lambda drawn: sorted(drawn, reverse=True)),
+    kimg=st.floats(0.05, 20.0),
+    rounds=st.integers(2, 20),
+    batch=st.sampled_from([4, 8, 16]),
+    local_images=st.sampled_from(["proportional", "equal"]),
+    share=st.floats(0.01, 0.9),
+    arms=st.permutations([*ALL[:-2], "wide: federation.rounds=1", PROXIMAL]),
+)
+def test_every_arm_shows_the_same_number_of_images(
+    sizes: list[int], kimg: float, rounds: int, batch: int, local_images: str, share: float, arms: list[str]
+) -> None:
+    assume(kimg * 1000 / rounds >= batch * len(sizes))
+    settings = scenario(
+        tuple(arms),
+        len(sizes),
+        training_kimg=kimg,
+        training_batch_size=batch,
+        federation_rounds=rounds,
+        federation_local_images=local_images,
+        comparison_finetune_share=share,
+    )
+    names = {f"hospital-{number}": size for number, size in enumerate(sizes)}
+    found = planned(settings, names)
+    budget = -(-round(kimg * 1000) // batch) * batch
+    assert {sum(arm.hospital_images.values()) for arm in found} == {budget}
+    for arm in found:
+        if arm.by_hospital:
+            before = {job.start.images_seen if job.start else 0 for job in arm.jobs}
+            assert len(before) == 1
+            assert before.pop() + sum(sum(job.images) for job in arm.jobs) == budget
+        elif arm.jobs[0].kind == HOME:
+            assert sum(arm.jobs[0].images) == budget
+        assert all(images >= 0 and images % batch == 0 for job in arm.jobs for images in job.images)
+
+
+@pytest.mark.parametrize("local_images", ["proportional", "equal"])
+def test_what_the_plan_promises_is_what_its_jobs_will_show(local_images: str) -> None:
+    for arm in planned(scenario(federation_local_images=local_images)):
+        if arm.name == "finetuned":
+            continue
+        assert images_of(arm) == dict(arm.hospital_images), arm.label
+
+
+@hypothesis_settings(max_examples=40)
+@given(
+    sizes=st.lists(st.integers(1, 500), min_size=2, max_size=5).map(lambda drawn: sorted(drawn, reverse=True)),
+    batches=st.integers(5, 200),
+    equal=st.booleans(),
+    share=st.floats(0.01, 0.9),
+)
+def test_a_hospital_alone_sees_what_it_sees_in_the_federation_round_by_round(
+    sizes: list[int], batches: int, equal: bool, share: float
+) -> None:
+    rounds = 5
+    assume(batches / rounds >= len(sizes))
+    settings = scenario(
+        ("federated", "local", "finetuned"),
+        len(sizes),
+        training_kimg=batches * 4 / 1000,
+        federation_local_images="equal" if equal else "proportional",
+        comparison_finetune_share=share,
+        comparison_seeds=1,
+    )
+    names = {f"hospital-{number}": size for number, size in enumerate(sizes)}
+    federated, local, finetuned = planned(settings, names)
+    assert dict(local.hospital_images) == dict(federated.hospital_images) == dict(finetuned.hospital_images)
+    rows = deal_images(sizes, round_totals(batches * 4 / 1000, rounds, 4), 4, equal)
+    for number, (name, job, tuned) in enumerate(zip(names, local.jobs, finetuned.jobs, strict=True)):
+        own = tuple(row[number] for row in rows)
+        assert (job.members, job.kind, job.images) == ((name,), HOME, own)
+        assert tuned.start is not None
+        begin = tuned.start.round
+        assert tuned.start.folder == federated.folder
+        assert is_evaluated(federated.jobs[0].settings, begin)
+        assert 1 <= begin < rounds
+        assert tuned.images == own[begin:]
+        assert tuned.start.images_seen == sum(sum(row) for row in rows[:begin])
+
+
+def test_fine_tuning_begins_at_the_kept_round_nearest_to_its_share() -> None:
+    def begin(share: float, every: int) -> int:
+        settings = scenario(
+            ("federated", "finetuned"), federation_rounds=10, evaluation_every=every, comparison_finetune_share=share
+        )
+        job = planned(settings)[1].jobs[0]
+        assert job.start is not None
+        return job.start.round
+
+    assert [begin(share, 1) for share in (0.1, 0.2, 0.5, 0.9)] == [9, 8, 5, 1]
+    assert [begin(share, 4) for share in (0.1, 0.5, 0.9)] == [8, 4, 4]
+
+
+# --- one trainer -----------------------------------------------------------------------------------
+
+
+def test_jobs_differ_in_their_federation_and_their_seed_alone() -> None:
+    settings = scenario()
+    arms = planned(settings)
+    expected = varying(settings)
+    expected["data"] |= {"root": str(ROOT), "seed": settings.seed}
+    for arm in arms:
+        for job in arm.jobs:
+            assert varying(job.settings) == expected, arm.label
+            assert job.settings.seed == arm.seed
+            changed = {text.partition("=")[0] for text in arm.overrides}
+            if "training.proximal_mu" not in changed:
+                assert job.settings.training == settings.training
+            known, own = to_dict(settings.federation), to_dict(job.settings.federation)
+            assert {f"federation.{key}" for key in own if own[key] != known[key]} <= changed | {"federation.members"}
+
+
+def test_seeds_differ_and_the_data_do_not() -> None:
+    arms = planned(scenario(comparison_seeds=3))
+    assert sorted({arm.seed for arm in arms}) == [5, 6, 7]
+    for _, same in itertools.groupby(sorted(arms, key=lambda arm: arm.name), key=lambda arm: arm.name):
+        one = list(same)
+        assert [arm.seed for arm in one] == [5, 6, 7]
+        assert len({arm.folder for arm in one}) == 3
+        assert len({(arm.kind, arm.members, tuple(arm.hospital_images.items()), arm.overrides) for arm in one}) == 1
+        assert len({tuple(job.images for job in arm.jobs) for arm in one}) == 1
+    assert {job.settings.data_seed for arm in arms for job in arm.jobs} == {5}
+    assert {job.settings.data.root for arm in arms for job in arm.jobs} == {str(ROOT)}
+    assert len({job.folder for arm in arms for job in arm.jobs}) == sum(len(arm.jobs) for arm in arms)
+
+
+def test_a_seed_of_the_data_that_was_given_is_kept() -> None:
+    settings = from_dict(to_dict(scenario()), ["data.seed=11"])
+    assert {job.settings.data_seed for arm in planned(settings) for job in arm.jobs} == {11}
+
+
+def test_the_named_arms_are_what_their_names_say() -> None:
+    arms = {arm.name: arm for arm in planned(scenario(comparison_seeds=1))}
+    central, local = arms["centralized"], arms["local"]
+    assert [(job.kind, job.members, job.folder) for job in central.jobs] == [(HOME, tuple(SIZES), central.folder)]
+    assert [(job.kind, job.members) for job in local.jobs] == [(HOME, (name,)) for name in SIZES]
+    assert local.by_hospital
+    assert arms["finetuned"].by_hospital
+    exchange = {name: arms[name].jobs[0].settings.federation.exchange for name in ("generator-only", "local-discriminators")}
+    assert exchange == {"generator-only": ("generator",), "local-discriminators": ("generator", "ema")}
+    proximal = arms["fedprox"].jobs[0].settings
+    assert (proximal.federation.strategy, proximal.training.proximal_mu) == ("fedprox", 0.01)
+    assert arms["fedprox"].overrides == ("federation.strategy=fedprox", "training.proximal_mu=0.01")
+    for name in ("federated", "generator-only", "local-discriminators", "wide", "fedprox"):
+        assert [(arms[name].kind, job.kind, job.members) for job in arms[name].jobs] == [("federated", FEDERATION, tuple(SIZES))]
+
+
+@pytest.mark.parametrize("hospitals", [2, 3, 4])
+def test_coalitions_are_the_proper_parts_of_the_hospitals(hospitals: int) -> None:
+    sizes = {f"hospital-{number}": 10 * (hospitals - number) for number in range(hospitals)}
+    arms = planned(scenario(("coalitions",), hospitals, comparison_seeds=1), sizes)
+    expected = [
+        chosen for count in range(1, hospitals) for chosen in itertools.combinations(sizes, count)
+    ]  # in the order of the federation, neither nobody nor everybody
+    assert sorted(arm.members for arm in arms) == sorted(expected)
+    for arm in arms:
+        (job,) = arm.jobs
+        assert (arm.kind, job.members, list(arm.hospital_images)) == ("coalition", arm.members, list(arm.members))
+        assert job.kind == (HOME if len(arm.members) == 1 else FEDERATION)
+        assert job.settings.federation.participants == len(arm.members)
+
+
+# --- what cannot be had ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arms", "text"),
+    [
+        (("centralised",), "comparison.arms has 'centralised': give centralized, federated, local"),
+        (("federated", "x: model.channel_max=8"), "would change model.channel_max: arms may differ in federation.* alone"),
+        (("x: training.learning_rate=1",), "would change training.learning_rate"),
+        (("x: federation.strategy=fedadam; seed=3",), "would change seed"),
+        (("x:",), "names no key"),
+        (("x: federation.strategy=fedmean",), "must be one of"),
+        (("x: federation.stategy=fedadam",), "did you mean 'federation.strategy'"),
+        (("local", "federated", "local"), "comparison.arms has 'local' twice"),
+        (("a b: federation.rounds=2", "a-b: federation.rounds=4"), "twice"),
+        (("generator-only", "generator-only: federation.rounds=2"), "comparison.arms has 'generator-only' twice"),
+        (("local", "finetuned"), "goes on from the arm 'federated': name that one too"),
+    ],
+)
+def test_arms_that_cannot_be_had_are_refused(arms: tuple[str, ...], text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        planned(scenario(arms))
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("every", [0, 5, 7])
+def test_fine_tuning_needs_a_round_that_is_kept_before_the_last(every: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"evaluation\.every = {every} keeps none before the last of 5: lower evaluation\.every"
+    ):
+        planned(scenario(("federated", "finetuned"), evaluation_every=every))
+
+
+def test_coalitions_of_too_many_hospitals_are_refused() -> None:
+    sizes = {f"hospital-{number}": 10 for number in range(5)}
+    with pytest.raises(ConfigError, match="would train 30 federations: it is for 4 hospitals at most"):
+        planned(scenario(("coalitions",), 5), sizes)
+
+
+# --- the order of a job ----------------------------------------------------------------------------
+
+
+def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
+    jobs: list[Job] = [job for arm in planned(scenario(comparison_seeds=1)) for job in arm.jobs]
+    assert {job.start is None for job in jobs} == {True, False}
+    for number, job in enumerate(jobs):
+        write_job(job, tmp_path / f"{number}.json")
+        assert read_job(tmp_path / f"{number}.json") == job
+    begun = next(job for job in jobs if job.start)
+    assert isinstance(begun.start, Start)
