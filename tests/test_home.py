@@ -1,0 +1,234 @@
+"""Training at home is the federation's own training without the wire, and survives being stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_federation import federate, tiny, write_shards
+
+from client.app import app
+from fedgan import files
+from fedgan.comparison_folder import ComparisonFolder
+from fedgan.config import Settings
+from fedgan.errors import CheckpointError, ConfigError
+from fedgan.run_folder import RunFolder
+from fedgan.training.checkpoint import load_tensors, with_prefix
+from server import lock
+from server.lock import locked
+from server.preparation import open_prepared
+from simulations.arms import EVERYBODY, FEDERATION, Arm, Job, plan_of
+from simulations.compare import job_is_done, prepare
+from simulations.home import is_trained_at_home, pooled, train_at_home
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def quiet(event: dict[str, Any]) -> None:
+    """Nobody listens."""
+
+
+def comparison(path: Path, settings: Settings) -> list[Arm]:
+    """The arms of a comparison that is prepared in `path`."""
+    folder = ComparisonFolder.at(path)
+    prepare(settings, folder, quiet)
+    return plan_of(settings, folder)
+
+
+def small(data: Path, *overrides: str, arms: str = "centralized", hospitals: int = 2, rounds: int = 3) -> Settings:
+    words = [f"comparison.arms={arms}", "comparison.seeds=1", *overrides]
+    return tiny(data, *words, hospitals=hospitals, rounds=rounds, kimg=0.012 * rounds)
+
+
+def at_end(event_round: int, error: type[BaseException]) -> Callable[[dict[str, Any]], None]:
+    """A listener that stops the training when a round has ended."""
+
+    def tell(event: dict[str, Any]) -> None:
+        if event["event"] == "round_end" and event["round"] == event_round:
+            raise error
+
+    return tell
+
+
+def arrays(run: RunFolder, number: int, part: str) -> dict[str, np.ndarray]:
+    return {key: value.numpy() for key, value in with_prefix(load_tensors(run.checkpoint(number))[0], part).items()}
+
+
+def timeless(run: RunFolder) -> list[dict[str, Any]]:
+    """The lines of a run without what a clock and the process's memory said."""
+    clock = ("seconds", "core_seconds", "peak_memory_bytes")
+    return [
+        {key: value for key, value in line.items() if key not in ("wall_seconds", "bytes_exchanged")}
+        | {"hospitals": [{key: value for key, value in row.items() if key not in clock} for row in line["hospitals"]]}
+        for line in files.read_json_lines(run.metrics)
+    ]
+
+
+def test_training_at_home_is_a_federation_of_one_hospital_that_holds_all_the_data(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", (40,))
+    settings = small(data, "evaluation.every=1", hospitals=1)
+    federation = RunFolder.at(tmp_path / "federation")
+    federate(settings, federation, app)
+    (job,) = comparison(tmp_path / "study", settings)[0].jobs
+    train_at_home(job, quiet)
+    for number in (1, 2, 3):
+        for part in ("ema/", "generator/"):
+            ours, theirs = arrays(job.run, number, part), arrays(federation, number, part)
+            assert ours.keys() == theirs.keys()
+            assert all(np.array_equal(ours[key], theirs[key]) for key in ours), (number, part)
+    first, last = arrays(job.run, 1, "ema/"), arrays(job.run, 3, "ema/")
+    assert any((first[key] != last[key]).any() for key in first)
+    assert timeless(job.run) == timeless(federation)
+    assert load_tensors(job.run.checkpoint(3))[1]["images_seen"] == sum(job.images) == 36
+
+
+def test_lines_have_the_keys_of_a_federation_s_lines(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", (40, 24))
+    always = ("training.r1_interval=1", "training.path_length_interval=1")  # so that each round measures everything
+    settings = small(data, *always, arms="centralized,local", rounds=2)
+    federation = RunFolder.at(tmp_path / "federation")
+    federate(settings, federation, app)
+    (line,) = files.read_json_lines(federation.metrics)[-1:]
+    arms = comparison(tmp_path / "study", settings)
+    for job in [job for arm in arms for job in arm.jobs]:
+        train_at_home(job, quiet)
+        own = files.read_json_lines(job.run.metrics)
+        assert [row["round"] for row in own] == [1, 2]
+        assert own[-1].keys() == line.keys()
+        assert own[-1]["mean"].keys() == line["mean"].keys()
+        assert own[-1]["hospitals"][0].keys() == line["hospitals"][0].keys()
+        assert own[-1]["bytes_exchanged"] == 0
+        assert own[-1]["images_seen"] == sum(job.images)
+        assert own[-1]["wall_seconds"] >= own[0]["wall_seconds"] > 0
+        assert own[-1]["hospitals"][0]["peak_memory_bytes"] > 2**20
+    names = [files.read_json_lines(job.run.metrics)[0]["hospitals"][0]["name"] for arm in arms for job in arm.jobs]
+    assert names == [EVERYBODY, "alpha", "beta"]
+
+
+def test_pooled_images_are_those_of_all_hospitals_in_their_order(tmp_path: Path) -> None:
+    settings = small(write_shards(tmp_path / "data", (40, 24)))
+    arm = comparison(tmp_path / "study", settings)[0]
+    hospitals = open_prepared(settings, ComparisonFolder.at(tmp_path / "study"))
+    data = pooled(hospitals)
+    expected = np.concatenate([hospital.train.images[np.arange(len(hospital.train))] for hospital in hospitals])
+    np.testing.assert_array_equal(data.images[np.arange(len(data))], expected)
+    assert list(dict.fromkeys(data.institutions.tolist())) == ["alpha", "beta"]
+    assert pooled(hospitals[1:]) is hospitals[1].train
+    assert arm.members == ("alpha", "beta")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_training_that_was_stopped_twice_ends_as_one_that_never_was(error: type[BaseException], tmp_path: Path) -> None:
+    settings = small(write_shards(tmp_path / "data", (40, 24)))
+    (whole,) = comparison(tmp_path / "whole", settings)[0].jobs
+    (broken,) = comparison(tmp_path / "broken", settings)[0].jobs
+    train_at_home(whole, quiet)
+    for number in (1, 2):
+        with pytest.raises(error):
+            train_at_home(broken, at_end(number, error))
+        assert broken.run.last_round() == number
+        assert not is_trained_at_home(broken)
+    told: list[dict[str, Any]] = []
+    train_at_home(broken, told.append)
+    assert [event["round"] for event in told if event["event"] == "round_start"] == [3]
+    assert told[0]["event"] == "start"
+    assert (told[0]["first_round"], told[0]["images_seen"], told[0]["images"]) == (3, 24, 36)
+    for number in (1, 2, 3):
+        assert whole.run.checkpoint(number).read_bytes() == broken.run.checkpoint(number).read_bytes()
+    assert _state(whole, 3).read_bytes() == _state(broken, 3).read_bytes()
+    assert timeless(whole.run) == timeless(broken.run)
+    assert is_trained_at_home(broken)
+    assert job_is_done(broken)
+
+
+def _state(job: Job, number: int) -> Path:
+    return job.folder / "trainer" / f"state-{number:05d}.safetensors"
+
+
+def test_a_training_that_lost_its_last_round_or_its_line_gets_it_again(tmp_path: Path) -> None:
+    settings = small(write_shards(tmp_path / "data", (40,)), hospitals=1)
+    (job,) = comparison(tmp_path / "study", settings)[0].jobs
+    train_at_home(job, quiet)
+    last, lines = job.run.checkpoint(3).read_bytes(), timeless(job.run)
+    for path in (job.run.checkpoint(3), job.run.checkpoint(3).with_suffix(".json")):
+        path.unlink()
+    assert not is_trained_at_home(job)
+    train_at_home(job, quiet)
+    assert job.run.checkpoint(3).read_bytes() == last
+    assert timeless(job.run) == lines
+
+    text = job.run.metrics.read_text()
+    job.run.metrics.write_text("".join(text.splitlines(keepends=True)[:2]) + '{"round": 3, "im')
+    assert not is_trained_at_home(job)
+    train_at_home(job, quiet)
+    assert job.run.metrics.read_text() == text
+    assert job.run.checkpoint(3).read_bytes() == last
+
+
+def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    settings = small(write_shards(tmp_path / "data", (40,)), hospitals=1)
+    (job,) = comparison(tmp_path / "study", settings)[0].jobs
+    with pytest.raises(KeyboardInterrupt):
+        train_at_home(job, at_end(1, KeyboardInterrupt))
+    path = job.run.checkpoint(1)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"round-00001.safetensors is damaged.*remove it to go on from the round before"):
+        train_at_home(job, quiet)
+    path.unlink()
+    train_at_home(job, quiet)
+    assert job.run.last_round() == 3
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.2)
+    (job,) = comparison(tmp_path / "study", small(write_shards(tmp_path / "data", (40,)), hospitals=1))[0].jobs
+    with locked(job.run), pytest.raises(ConfigError, match="in use by another fedgan"):
+        train_at_home(job, quiet)
+
+
+def test_fine_tuning_begins_with_the_weights_of_the_federation_s_round(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", (40, 24))
+    settings = small(data, "evaluation.every=1", "comparison.finetune_share=0.3", arms="federated,finetuned")
+    federated, finetuned = comparison(tmp_path / "study", settings)
+    (source,) = federated.jobs
+    assert source.kind == FEDERATION
+    federate(source.settings, source.run, app)
+    for job in finetuned.jobs:
+        assert job.start is not None
+        assert job.start.round == 2
+        train_at_home(job, quiet)
+        begun, wanted = load_tensors(job.run.checkpoint(0))[0], load_tensors(source.run.checkpoint(2))[0]
+        assert {key.split("/")[0] for key in begun} == {"generator", "ema"}
+        assert all(torch.equal(tensor, wanted[key]) for key, tensor in begun.items())
+        end = load_tensors(job.run.checkpoint(1))[0]
+        assert any(not torch.equal(tensor, wanted[key]) for key, tensor in end.items())
+    one, other = (load_tensors(job.run.checkpoint(1))[0] for job in finetuned.jobs)
+    assert any(not torch.equal(tensor, other[key]) for key, tensor in one.items())
+    assert is_trained_at_home(finetuned.jobs[0])
+
+
+def test_fine_tuning_takes_the_discriminator_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedgan.training.trainer import Trainer
+
+    data = write_shards(tmp_path / "data", (40, 24))
+    settings = small(data, "evaluation.every=1", arms="federated,finetuned")
+    federated, finetuned = comparison(tmp_path / "study", settings)
+    federate(federated.jobs[0].settings, federated.jobs[0].run, app)
+    met: list[set[str]] = []
+    incoming = Trainer.incoming
+    monkeypatch.setattr(
+        Trainer,
+        "incoming",
+        lambda self, found: met.append({key.split("/")[0] for key in found}) or incoming(self, found),
+    )
+    train_at_home(finetuned.jobs[0], quiet)
+    assert met == [{"generator", "discriminator", "ema"}]
