@@ -1,4 +1,4 @@
-"""Fréchet and kernel distances against their definitions, and the extractors."""
+"""Fréchet and kernel distances against their definitions and other libraries, all measures beside floors, the extractors."""
 
 from __future__ import annotations
 
@@ -6,13 +6,27 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torch_fidelity.metric_kid
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics.image.fid import _compute_fid
+from torchmetrics.image.kid import poly_mmd
 from torchvision.models import squeezenet1_0
 
 from fedgan.errors import ConfigError, DataError
 from fedgan.evaluation.features import FIRES, SqueezeNetExtractor, squeezenet_shapes
-from fedgan.evaluation.fidelity import fidelity, frechet_distance, frechet_gaussians, kernel_distance, polynomial_kernel
+from fedgan.evaluation.fidelity import (
+    MEASURES,
+    fidelity,
+    frechet_distance,
+    frechet_gaussians,
+    grouped_fidelity,
+    kernel_distance,
+    label_mix_rows,
+    measures,
+    missing_share,
+    polynomial_kernel,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -69,6 +83,25 @@ def test_frechet_stands_fewer_images_than_features():
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize(("count", "dimension"), [(300, 20), (40, 64)])
+def test_frechet_agrees_with_torchmetrics(count, dimension):
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(count, dimension)), 1.3 * rng.normal(size=(2 * count, dimension)) + 0.2
+    theirs = _compute_fid(
+        *(torch.from_numpy(f(a)) for a in (x, y) for f in (lambda a: a.mean(0), lambda a: np.cov(a, rowvar=False)))
+    )
+    assert frechet_distance(x, y) == pytest.approx(float(theirs), rel=1e-4)
+
+
+@settings(max_examples=15)
+@given(SEEDS, st.integers(2, 30), st.integers(2, 30), st.integers(1, 16))
+def test_frechet_of_features_is_that_of_their_moments(seed, n, m, dimension):
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(n, dimension)) + 3, 2 * rng.normal(size=(m, dimension))
+    moments = [f(a) for a in (x, y) for f in (lambda a: a.mean(0), lambda a: np.atleast_2d(np.cov(a, rowvar=False)))]
+    assert frechet_distance(x, y) == pytest.approx(frechet_gaussians(*moments), rel=1e-6, abs=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.zeros((1, 3)), np.zeros(3), np.full((4, 3), np.nan)])
 def test_distances_refuse_features_that_are_no_sample(bad):
     with pytest.raises(ValueError, match="features must be"):
@@ -96,6 +129,31 @@ def test_kernel_distance_is_the_double_sum_whatever_the_block(seed, n, m, block)
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(n, 4)), rng.normal(size=(m, 4)) + 0.5
     assert kernel_distance(x, y, block) == pytest.approx(_naive_kernel_distance(x, y), rel=1e-8, abs=1e-9)
+
+
+def _rectified(rng, count, dimension, shift=0.0):
+    return np.maximum(rng.normal(size=(count, dimension)) + 0.5 + shift, 0)
+
+
+def test_kernel_distance_agrees_with_other_libraries():
+    rng = np.random.default_rng(0)
+    x, y = _rectified(rng, 400, 48), _rectified(rng, 400, 48, 0.05)
+    ours = kernel_distance(x, y)
+    assert ours == pytest.approx(float(poly_mmd(torch.from_numpy(x), torch.from_numpy(y))), rel=1e-4)
+    theirs = torch_fidelity.metric_kid.kernel_mmd(
+        x, y, kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1.0
+    )
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 10.0])
+def test_large_sets_have_the_kernel_distance_of_float64(offset):
+    rng = np.random.default_rng(1)
+    x, y = _rectified(rng, 2500, 64) + offset, _rectified(rng, 2100, 64, 0.03) + offset
+    n, m = len(x), len(y)
+    within = [polynomial_kernel(a, a).sum() - ((np.square(a).mean(1) + 1) ** 3).sum() for a in (x, y)]
+    expected = within[0] / (n * (n - 1)) + within[1] / (m * (m - 1)) - 2 * polynomial_kernel(x, y).sum() / (n * m)
+    assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-4)
 
 
 def test_kernel_is_cubic_and_normalised_by_the_dimension():
@@ -135,6 +193,138 @@ def test_distance_and_floor_have_the_same_size(real, synthetic, images):
 def test_a_copy_of_the_real_images_is_not_compared_with_itself_in_the_floor():
     real = np.random.default_rng(4).normal(size=(60, 3))
     assert fidelity(real, real, seed=0)["frechet_floor"] > 0
+
+
+def test_every_measure_has_an_interval_and_a_floor():
+    rng = np.random.default_rng(5)
+    found = fidelity(rng.normal(size=(200, 6)), rng.normal(size=(600, 6)) + 0.2, seed=1, splits=2, k=3)
+    assert set(found) == {f"{name}{end}" for name in MEASURES for end in ("", "_ci", "_floor")} | {"images", "floor_images", "k"}
+    assert found["k"] == 3
+    for name in MEASURES:
+        low, high = found[f"{name}_ci"]
+        assert low <= found[name] <= high
+    assert found["precision_ci"][1] <= 1
+
+
+def test_the_same_seed_gives_the_same_numbers():
+    rng = np.random.default_rng(6)
+    real, synthetic = rng.normal(size=(60, 4)), rng.normal(size=(80, 4))
+    assert fidelity(real, synthetic, seed=3, splits=2) == fidelity(real, synthetic, seed=3, splits=2)
+    assert fidelity(real, synthetic, seed=3, splits=2) != fidelity(real, synthetic, seed=4, splits=2)
+
+
+@pytest.mark.parametrize("made", [300, 60])
+def test_intervals_hold_the_value_for_fresh_images_about_as_often_as_they_say(made):
+    def real(count):
+        return rng.normal(size=(count, 5))
+
+    def synthetic(count):
+        return 0.9 * rng.normal(size=(count, 5)) + 0.2
+
+    rng = np.random.default_rng(7)
+    size, draws = min(75, made), 30
+    truth = np.mean([list(measures(real(size), synthetic(size)).values()) for _ in range(150)], axis=0)
+    hits, widths, values = np.zeros(len(MEASURES)), np.zeros(len(MEASURES)), []
+    for seed in range(draws):
+        found = fidelity(real(150), synthetic(made), seed, splits=4)
+        bounds = np.array([found[f"{name}_ci"] for name in MEASURES])
+        hits += (bounds[:, 0] <= truth) & (truth <= bounds[:, 1])
+        widths += np.diff(bounds)[:, 0]
+        values.append([found[name] for name in MEASURES])
+    assert (hits >= 0.8 * draws).all(), dict(zip(MEASURES, hits / draws, strict=True))
+    assert (widths / draws < 3 * 3.92 * np.std(values, axis=0)).all()  # not by being endless
+
+
+def test_a_share_of_one_in_every_split_is_not_said_to_be_certain():
+    rng = np.random.default_rng(8)
+    found = fidelity(rng.normal(size=(80, 3)), 0.01 * rng.normal(size=(200, 3)), seed=0, splits=2)
+    assert found["precision"] == 1
+    assert found["precision_ci"] == [pytest.approx(1 - 3 / 80), 1]
+
+
+def test_images_of_one_patient_are_not_on_both_sides_of_the_floor():
+    rng = np.random.default_rng(9)
+    patients = np.repeat(np.arange(40), 5)
+    real = (3 * rng.normal(size=(40, 4)))[patients] + 0.05 * rng.normal(size=(200, 4))
+    synthetic = 3 * rng.normal(size=(300, 4))
+    blind, aware = fidelity(real, synthetic, 0), fidelity(real, synthetic, 0, patients=np.array([f"p{i}" for i in patients]))
+    assert blind["precision_floor"] > 0.8  # the neighbours of an image are of its own patient
+    assert aware["precision_floor"] < blind["precision_floor"] - 0.2
+    assert aware["frechet_floor"] > 1.5 * blind["frechet_floor"]
+    with pytest.raises(ValueError, match="patients do not fit"):
+        fidelity(real, synthetic, 0, patients=patients[:-1])
+
+
+def test_too_few_images_for_neighbours_are_said_to_be_undefined():
+    rng = np.random.default_rng(10)
+    found = fidelity(rng.normal(size=(8, 2)), rng.normal(size=(30, 2)), seed=0)
+    assert [found[f"coverage{end}"] for end in ("", "_ci", "_floor")] == [None] * 3
+    assert found["frechet_floor"] > 0
+    with pytest.raises(ValueError, match="four real and two synthetic"):
+        fidelity(rng.normal(size=(3, 2)), rng.normal(size=(30, 2)), seed=0)
+
+
+def test_groups_are_measured_each_on_its_own_rows():
+    rng = np.random.default_rng(11)
+    real, synthetic = rng.normal(size=(120, 3)), rng.normal(size=(200, 3))
+    synthetic[100:] += 3  # the second class came out wrong
+    groups = {
+        "right": (np.arange(60), np.arange(100)),
+        "wrong": (np.arange(60, 120), np.arange(100, 200)),
+        "few real": (np.arange(19), np.arange(100)),
+        "few made": (np.arange(60), np.arange(9)),
+        "none": (np.arange(0), np.arange(100)),
+    }
+    found = grouped_fidelity(real, synthetic, groups, seed=0, splits=2, patients=np.arange(120))
+    assert list(found) == list(groups)
+    assert found["few real"] is found["few made"] is found["none"] is None
+    assert found["wrong"]["frechet"] > 5 * found["right"]["frechet"]
+    assert found["wrong"]["recall"] < 0.2 < found["right"]["recall"]
+    assert found["right"]["images"] == 30
+
+
+# --- the label mix of a hospital -----------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(SEEDS, st.integers(1, 60), st.integers(1, 60), st.integers(1, 3))
+def test_a_label_mix_follows_the_target_as_far_as_the_vectors_go(seed, made, target, width):
+    rng = np.random.default_rng(seed)
+    have, want = (rng.integers(0, 2, (count, width)) for count in (made, target))
+    rows = label_mix_rows(have, want, seed)
+    occurring = [v for v in np.unique(want, axis=0) if (have == v).all(1).any()]
+    known = sum((want == v).all(1).sum() for v in occurring)
+    assert missing_share(have, want) == pytest.approx(1 - known / target)
+    assert len(rows) <= max(made, target)
+    for vector in occurring:
+        found = (have[rows] == vector).all(1).sum()
+        assert abs(found - (want == vector).all(1).sum() / known * len(rows)) <= len(occurring)
+    assert len(occurring) == 0 or len(rows) >= min(made, target) - len(occurring)
+    assert {tuple(v) for v in have[rows]} <= {tuple(v) for v in occurring}
+
+
+def test_a_label_mix_takes_no_row_twice_while_it_need_not():
+    have = np.repeat(np.eye(2, dtype=np.uint8), [300, 100], axis=0)
+    want = np.repeat(np.eye(2, dtype=np.uint8), [30, 10], axis=0)
+    rows = label_mix_rows(have, want, seed=0)
+    assert sorted(rows) == list(range(400))  # the mix is right as it is
+    half = label_mix_rows(have, np.repeat(np.eye(2), [10, 10], axis=0), seed=0)
+    assert len(half) == len(set(half)) == 200
+    assert (half < 300).sum() == 100
+
+
+def test_a_vector_that_is_too_rare_gives_all_its_rows_evenly():
+    have = np.repeat(np.eye(2, dtype=np.uint8), [3, 97], axis=0)
+    rows = label_mix_rows(have, np.repeat(np.eye(2), [30, 30], axis=0), seed=0)
+    assert len(rows) == 60
+    assert np.bincount(rows, minlength=100)[:3].tolist() == [10, 10, 10]
+    assert np.bincount(rows, minlength=100)[3:].max() == 1
+
+
+def test_a_label_mix_of_vectors_that_nobody_made_is_empty():
+    assert label_mix_rows(np.array([[1, 0]]), np.array([[0, 1]]), 0).size == 0
+    assert missing_share(np.array([[1, 0]]), np.array([[0, 1], [1, 0]])) == 0.5
+    assert sorted(label_mix_rows(np.zeros((4, 0)), np.zeros((9, 0)), 0)) == [0, 1, 2, 3]  # no labels: all rows
 
 
 # --- SqueezeNet ----------------------------------------------------------------------------------

@@ -1,0 +1,91 @@
+"""Distances and neighbourhoods of two large feature sets, as a fraction of the machine's own matrix product.
+
+    python -m benchmarks.metrics [IMAGES] [FEATURES]
+
+Kernel distance, then precision, recall, density and coverage, of IMAGES × IMAGES × FEATURES (10000, 512). Prints one
+JSON object: seconds of each, peak memory beyond the features themselves, and the fraction: how long the five distance
+matrices (two for the kernel, by symmetry, and three for the neighbourhoods) take as bare float32 products, measured
+in the same run, over how long the scores take.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedgan.evaluation.fidelity import kernel_distance
+from fedgan.evaluation.manifold import manifold_scores
+
+MATRICES = 5
+ROWS = 1024  # of one product of the reference: enough to reach the best rate
+REPEATS = 3
+
+
+def features(images: int, width: int, shift: float, seed: int) -> np.ndarray:
+    """Rectified random features (images, width) float64 that live near 32 dimensions, as those of a network do."""
+    rng = np.random.default_rng(seed)
+    basis = np.random.default_rng(0).normal(size=(32, width)) / 6
+    return np.maximum(rng.normal(size=(images, 32)) @ basis + 0.5 + shift, 0) + 0.05 * rng.normal(size=(images, width))
+
+
+def product_rate(images: int, width: int) -> float:
+    """Operations a second of a bare float32 product (ROWS, width) × (width, images), into memory that is there."""
+    a, b, out = torch.rand(ROWS, width), torch.rand(images, width), torch.empty(ROWS, images)
+    torch.mm(a, b.t(), out=out)
+    begun = time.perf_counter()
+    for _ in range(4):
+        torch.mm(a, b.t(), out=out)
+    return 4 * 2.0 * ROWS * images * width / (time.perf_counter() - begun)
+
+
+def peak_megabytes() -> float:
+    """Most memory that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    begun = time.perf_counter()
+    found = function(*arguments)
+    return time.perf_counter() - begun, found
+
+
+def measure(images: int = 10_000, width: int = 512) -> dict[str, Any]:
+    """Medians over `REPEATS` alternations of bare products and scores."""
+    real, synthetic = features(images, width, 0.0, 1), features(images, width, 0.03, 2)
+    product_rate(256, width)  # the libraries' own first-use memory is not the scores'
+    before = peak_megabytes()
+    kernel, manifold, rates = [], [], []
+    scores: dict[str, float] = {}
+    for repeat in range(REPEATS):
+        seconds, value = timed(kernel_distance, real, synthetic)
+        kernel.append(seconds)
+        seconds, scores = timed(manifold_scores, real, synthetic)
+        manifold.append(seconds)
+        if repeat == 0:
+            memory = peak_megabytes() - before
+        rates.append(product_rate(images, width))
+    total, rate = statistics.median(map(sum, zip(kernel, manifold, strict=True))), statistics.median(rates)
+    return {
+        "images": images,
+        "features": width,
+        "threads": torch.get_num_threads(),
+        "kernel_seconds": statistics.median(kernel),
+        "manifold_seconds": statistics.median(manifold),
+        "seconds": total,
+        "memory_mb": memory,
+        "product_gflops": rate / 1e9,
+        "fraction": MATRICES * 2.0 * images**2 * width / rate / total,
+        "scores": {"kernel": value, **scores},
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(*map(int, sys.argv[1:3]))))
