@@ -14,6 +14,7 @@ Events, each a dict, go to `on_event`:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,9 +145,8 @@ def _on_gpu(settings: Settings) -> bool:
 
 
 def _gpu_groups(slots: int | None) -> list[tuple[int, ...]]:
-    """One job a GPU at a time, each with all cores."""
-    devices = torch.cuda.device_count()
-    return core_groups(0) * min(slots or devices, devices)
+    """One job at a time on the GPU, or as many side by side as `--jobs` says; each may use all cores."""
+    return core_groups(0) * (slots or 1)
 
 
 def _plan_event(stage: str, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -159,7 +159,12 @@ def _failure(arm: Arm, failures: dict[Path, str]) -> str:
     reasons = {job.folder: failures[job.folder] for job in arm.jobs if job.folder in failures}
     if arm.folder in failures:
         reasons[arm.folder] = failures[arm.folder]
-    return "; ".join(reasons.values())
+    return without_paths("; ".join(reasons.values()))
+
+
+def without_paths(text: str) -> str:
+    """The text with the last part alone of each absolute path: comparison.json is shown to others."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/:;,'\"]+/)*([^\s/:;,'\"]+)", r"\1", text)
 
 
 # --- parts -----------------------------------------------------------------------------------------
