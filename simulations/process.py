@@ -31,7 +31,8 @@ def serve(work: Callable[[Tell], None], cores: str) -> None:
         with lock:
             channel.write(json.dumps(event) + "\n")
 
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell that began us in the background ignores Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     pin({int(core) for core in cores.split(",") if core})
     try:
@@ -49,4 +50,4 @@ def _end_with_the_parent() -> None:
     """Wait until our standard input is closed, then stop as Ctrl-C would: engines are ended, whole rounds stay."""
     while os.read(0, 4096):  # not through sys.stdin, whose lock would outlive this thread
         pass
-    signal.raise_signal(signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # to the process: a signal to this thread would not wake the one that works
