@@ -34,7 +34,7 @@ FLAGS = (
     "--hide-scrollbars",
     "--force-color-profile=srgb",
 )
-SIZES = {"desktop": (1280, 900), "phone": (360, 740)}
+SIZES = {"desktop": (1280, 900), "phone": (360, 740), "paper": (718, 1000)}  # paper: A4 within 1 cm of margin, at 96 an inch
 
 
 def executables() -> tuple[str, str] | None:

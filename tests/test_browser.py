@@ -147,10 +147,12 @@ def test_the_keyboard_reaches_everything_in_the_order_of_the_page(browser: Brows
 
 @pytest.mark.parametrize("name", ["comparison", "run"])
 def test_on_paper_everything_is_open_and_light(browser: Browser, pages: dict[str, Path], name: str) -> None:
-    browser.show(pages[name], "dark", media="print")
+    browser.show(pages[name], "dark", "paper", media="print")
     assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     heights = "return [...document.querySelectorAll('details:not([open]) table')].map(t => t.getBoundingClientRect().height)"
     assert min(browser.run(heights)) > 20
+    wide = browser.run("return document.documentElement.scrollWidth") / SIZES["paper"][0]
+    assert wide < 1.1, "printing shrinks the page by a tenth at most to have the widest table on it"
     assert browser.run("return document.querySelector('nav').checkVisibility()") is False
     paper = browser.pdf()
     assert paper.startswith(b"%PDF-")

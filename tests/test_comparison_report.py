@@ -220,11 +220,11 @@ def test_an_arm_that_failed_is_a_row_everywhere_with_its_reason(tmp_path: Path) 
     html = write_comparison(write_folder(tmp_path / "c", make_comparison(failed="federated"))).read_text()
     page = Page(html)
     found = tables(page)
-    assert found["arms.csv"][3] == ["federated", "–", "–", "–", "–", "–", "–", "–", "–"]
+    assert found["arms.csv"][3] == ["federated (failed)", "–", "–", "–", "–", "–", "–", "–", "–"]
     for name in ("utility.csv", "fidelity-distances.csv", "fidelity-shares.csv", "cost.csv"):
         failed = [row for row in found[name] if row[0].startswith("federated, seed")]
         assert [row[0] for row in failed] == ["federated, seed 0 (failed)", "federated, seed 1 (failed)"]
-    assert [row[0] for row in found["cross-site.csv"]][-1] == "federated (no figures)"
+    assert [row[0] for row in found["cross-site.csv"]][-1] == "federated (failed)"
     for key in ("summary", "utility", "fidelity", "cost", "cross-site", "missing"):
         assert "failed: The generator's images are not finite after round 4" in section(html, key).replace("&#39;", "'"), key
     assert "federated: no readable sample grid, because it failed" in section(html, "samples")

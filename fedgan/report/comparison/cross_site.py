@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from fedgan.report import format as text
 from fedgan.report.comparison.data import Comparison
+from fedgan.report.comparison.parts import entry_label
 from fedgan.report.comparison.section import Section
 from fedgan.report.format import bounds, number
 from fedgan.report.run_data import tree
@@ -42,7 +43,7 @@ def _render(comparison: Comparison) -> Markup:
     # An arm that failed may have no row in the matrix: here it has one, of dashes.
     for entry in comparison.entries:
         if entry.name not in rows and (entry.trouble or not entry.is_alone):
-            heads.append(f"{entry.label} (no figures)" if entry.trouble else entry.label)
+            heads.append(entry_label(entry))
             cells.append([Cell(text.DASH, "", None, False) for _ in columns])
     return render(
         "comparison_matrix.html.j2",

@@ -27,7 +27,7 @@ def _render(comparison: Comparison) -> Markup:
         failures=table(
             "Trainings without figures",
             [Column("Arm", numeric=False), Column("What happened", numeric=False)],
-            [list(row) for row in failures],
+            [[label, f"{trouble}."] for label, trouble in failures],
         )
         if failures
         else absent("Every training was finished and evaluated.")
@@ -52,7 +52,7 @@ def _notes(comparison: Comparison) -> list[str]:
     evaluated = sum(bool(run.evaluation) for run in comparison.runs)
     for sentence, labels in said.items():
         labels = list(dict.fromkeys(labels))
-        notes.append(sentence if len(labels) == evaluated else f"{', '.join(labels)}: {sentence}")
+        notes.append(sentence if len(labels) == evaluated else f"{'; '.join(labels)}: {sentence}")
     return list(dict.fromkeys(notes))
 
 

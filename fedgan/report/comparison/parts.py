@@ -84,7 +84,10 @@ def run_label(run: ArmRun) -> str:
 
 def entry_label(entry: Entry) -> str:
     """The row head of an arm: its name, and what became of it where it gives no figures."""
-    return entry.label if entry.value is not None else f"{entry.label} (no figures)"
+    if entry.value is not None:
+        return entry.label
+    failed = entry.runs and not entry.is_alone and all(run.status == "failed" for run in entry.runs)
+    return f"{entry.label} ({'failed' if failed else 'no figures'})"
 
 
 def trouble_note(runs: Sequence[ArmRun]) -> str:

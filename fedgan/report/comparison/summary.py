@@ -7,7 +7,7 @@ from markupsafe import Markup
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row, legend
 from fedgan.report.comparison.data import REAL, Comparison, Entry
-from fedgan.report.comparison.parts import auc_domain, chart_figure, mean_of, p_value, spread
+from fedgan.report.comparison.parts import auc_domain, chart_figure, entry_label, mean_of, p_value, spread
 from fedgan.report.comparison.section import Section
 from fedgan.report.format import bounds, number
 from fedgan.report.run_data import Tree, dig
@@ -68,7 +68,7 @@ def _row(entry: Entry) -> Row:
 
 def _table(comparison: Comparison) -> Markup:
     rows = [_cells(comparison, entry) for entry in comparison.entries]
-    troubles = [f"{entry.label}: {entry.trouble}." for entry in comparison.entries if entry.trouble]
+    troubles = [f"{entry.label} {entry.trouble}." for entry in comparison.entries if entry.trouble]
     # A seed that failed beside one that did not: the arm has figures, of fewer seeds than the others.
     troubles += [
         f"{run.label} {run.trouble}: the figures of {entry.label} are of its other seeds."
@@ -90,7 +90,7 @@ def _cells(comparison: Comparison, entry: Entry) -> list[str]:
     sent = None if entry.is_alone else mean_of([dig(run.content, "cost", "bytes_exchanged") for run in entry.runs])
     seen = "none" if entry.kind == REAL else text.whole(_seen(entry))
     return [
-        entry.label,
+        entry_label(entry),
         seen,
         text.decimal(entry.value),
         text.interval(entry.figures.get("macro_auc_ci")),
