@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def judgement_key(settings: Settings, arm: Arm) -> str:
         newest = job.run.last_round()
         if newest is None:
             raise CheckpointError(f"{arm.label} has no finished round: it cannot be judged")
-        hashes.append(json.loads(job.run.checkpoint(newest).with_suffix(".json").read_text(encoding="utf-8"))["sha256"])
+        hashes.append((job.run.read_json(job.run.checkpoint(newest).with_suffix(".json")) or {}).get("sha256"))
     tree = to_dict(settings)
     facts = [FORMAT, hashes, tree["data"], tree["evaluation"], settings.seed]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -105,7 +106,10 @@ def judgement_key(settings: Settings, arm: Arm) -> str:
 
 def is_judged(settings: Settings, arm: Arm) -> bool:
     """Whether an arm's evaluation is there and is about its newest checkpoint and these settings."""
-    return _is_judged(arm.run, judgement_key(settings, arm))
+    try:
+        return _is_judged(arm.run, judgement_key(settings, arm))
+    except CheckpointError:  # damaged: the judgement will say so of this arm, and the others go on
+        return False
 
 
 def read_scores(run: RunFolder) -> np.ndarray | None:
@@ -170,7 +174,7 @@ def _kept_images(path: Path, key: str) -> np.ndarray | None:
             if str(arrays["key"]) == key:
                 images: np.ndarray = arrays["images"]
                 return images
-    except (OSError, ValueError, KeyError):  # not there, or torn: drawn again
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or torn: drawn again
         pass
     return None
 
@@ -184,11 +188,13 @@ def union(settings: Settings, parts: Sequence[_Part]) -> ImageDataset:
 
 
 def shares(sizes: Sequence[int], total: int) -> list[int]:
-    """`total` dealt in proportion to `sizes`, by largest remainder, at least one each."""
+    """`total` (at least one for each) dealt in proportion to `sizes`, by largest remainder, at least one each."""
     exact = np.array(sizes) / sum(sizes) * total
     counts = np.maximum(np.floor(exact).astype(int), 1)
-    for place in np.argsort(-(exact - np.floor(exact)), kind="stable")[: max(0, total - int(counts.sum()))]:
-        counts[place] += 1
+    while counts.sum() < total:
+        counts[np.argmax(exact - counts)] += 1
+    while counts.sum() > total and counts.max() > 1:  # the minimum of one is paid for by who has most above its share
+        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
     return [int(count) for count in counts]
 
 
