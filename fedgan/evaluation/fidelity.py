@@ -115,8 +115,9 @@ def fidelity(
     (balanced half samples, McCarthy 1969): d is the difference between the figures of two disjoint halves of all that
     was drawn, real and synthetic, d² / 4 the variance of their mean, averaged over the splits. It says where the figure
     at n images a side would lie for other real and other synthetic images of the same kinds, in as great a number. It
-    does not speak of another training run. It rather errs on the wide side where M > 2n, for each d uses 2n synthetic
-    images and the mean uses more. For a share it reaches at least 3 / (2n) to each side (the rule of three), or a share
+    does not speak of another training run. It errs on the wide side: on Gaussians it held the value for fresh images in 97
+    to 100 of 100 cases, at 1.1 to 2 times the width that would do (3 where a share is all but 1), for d uses 2n synthetic
+    images and the mean more. For a share it reaches at least 3 / (2n) to each side (the rule of three), or a share
     of 1 in every split would look certain. There is no bootstrap here: an image drawn twice is its own neighbour at
     distance 0 and lowers the rank of a covariance, so that a resample with replacement is biased in all these measures.
 
