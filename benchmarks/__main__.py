@@ -1,6 +1,6 @@
 """`make bench`: every measurement in a process of its own, one after the other, and one table.
 
-python -m benchmarks [--only step|federation|demo] [--json]
+python -m benchmarks [--only step|federation|metrics|judgement|demo] [--json]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fedgan.machine import usable_cores
 
 # precision, resolution: the share that a careful prototype reached, and what we aim at
 MARKS = {("fp32", 32): (0.43, 0.50), ("fp32", 64): (0.36, 0.42), ("bf16", 32): (0.29, 0.40), ("bf16", 64): (0.22, 0.30)}
+METRICS_SECONDS_MARK, METRICS_MEMORY_MARK, JUDGEMENT_SECONDS_MARK = 20, 1500, 480
 MEMORY_MARK, EFFICIENCY_MARK, DEMO_SECONDS_MARK, DEMO_AUC_MARK = 600, 0.80, 240, 0.85
 
 
@@ -70,6 +71,24 @@ def demo_rows(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def metrics_rows(results: dict[str, Any]) -> list[str]:
+    found = results["metrics"] = call("metrics")
+    return [
+        f"kernel distance, precision, recall, density, coverage at {found['images']}² × {found['features']}: "
+        f"{found['seconds']:.1f} s (mark {METRICS_SECONDS_MARK}), {found['memory_mb']:.0f} MB (mark {METRICS_MEMORY_MARK});  "
+        f"{found['fraction']:.2f} of the bare float32 product ({found['product_gflops']:.0f} GFLOP/s, threads {found['threads']})"
+    ]
+
+
+def judgement_rows(results: dict[str, Any]) -> list[str]:
+    found = results["judgement"] = call("judgement")
+    return [
+        f"full evaluation of an arm, {found['images']} images of 64², threads {found['threads']}: {found['arm_seconds']:.0f} s "
+        f"(mark {JUDGEMENT_SECONDS_MARK}), and {found['real_seconds']:.0f} s once for the real side;  classifier training at "
+        f"{found['classifier_share']:.2f} of the rate of its bare steps"
+    ]
+
+
 def machine() -> dict[str, Any]:
     """What was measured on."""
     return {
@@ -89,15 +108,24 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
+PARTS = {
+    "step": step_rows,
+    "federation": federation_rows,
+    "metrics": metrics_rows,
+    "judgement": judgement_rows,
+    "demo": demo_rows,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=("step", "federation", "demo"), help="one part instead of all")
+    parser.add_argument("--only", choices=tuple(PARTS), help="one part instead of all")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     arguments = parser.parse_args()
     results: dict[str, Any] = {"machine": machine()}
     if not arguments.json:
         print(*(f"{key}: {value}" for key, value in results["machine"].items()), sep="  ", flush=True)
-    for name, rows in (("step", step_rows), ("federation", federation_rows), ("demo", demo_rows)):
+    for name, rows in PARTS.items():
         if arguments.only in (None, name):
             for row in rows(results):
                 if not arguments.json:

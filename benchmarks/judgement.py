@@ -1,0 +1,88 @@
+"""The full evaluation of one arm: 6,300 synthetic images of 64 × 64, six classes, three classifier seeds, every figure.
+
+    python -m benchmarks.judgement [THREADS]
+
+The images are noise with a class in it, as many as three real institutions held (5,608 for training, 593 for validation,
+1,235 for tests): what they show costs no time. Prints one JSON object: seconds of the real side (once a comparison) and of
+one arm, and the rate of classifier training as a share of what the same network does on one batch again and again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedgan.config import EvaluationSettings, ModelSettings
+from fedgan.data.dataset import ImageDataset
+from fedgan.evaluation.classification import BATCH, classification_loss, train_classifier
+from fedgan.evaluation.evaluate import evaluate_synthetic
+from fedgan.evaluation.reference import RealReference
+from fedgan.evaluation.sampling import synthetic_dataset, to_float
+from fedgan.machine import usable_cores
+from fedgan.models.classifiers import build_classifier
+from fedgan.models.generator import Generator
+
+RESOLUTION, IMAGES = 64, 6300
+SIZES = {"train": 5608, "val": 593, "test": 1235}
+LABELS = tuple(f"class {number}" for number in range(6))
+PLACES = ("one", "two", "three")
+SETTINGS = EvaluationSettings(suite="full", images=IMAGES, seeds=3, epochs=8, bootstrap=1000)
+STEPS = 60
+
+
+def noise(count: int, seed: int) -> ImageDataset:
+    """Grey noise whose brightness depends a little on the class, of patients with two images each."""
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(len(LABELS), size=count)
+    images = rng.integers(0, 200, (count, 1, RESOLUTION, RESOLUTION), np.uint8) + (5 * kind).astype(np.uint8)[:, None, None, None]
+    patients = np.array([f"{seed}-{row // 2}" for row in range(count)])
+    places = np.array(PLACES)[np.arange(count) // 2 % len(PLACES)]
+    return ImageDataset("noise", images, np.eye(len(LABELS), dtype=np.uint8)[kind], LABELS, True, patients, places)
+
+
+def training_share(data: ImageDataset) -> float:
+    """Rate of `train_classifier` over the rate of forward, loss, backward and step on one batch that is ready."""
+    classifier = build_classifier("small-cnn", 1, RESOLUTION, len(LABELS)).to(memory_format=torch.channels_last).train()
+    images, labels = data.batch(np.arange(BATCH))
+    ready, weights = to_float(images).contiguous(memory_format=torch.channels_last), torch.ones(len(LABELS))
+    optimizer = torch.optim.AdamW(classifier.parameters(), fused=True)
+
+    def bare() -> None:
+        for _ in range(STEPS):
+            optimizer.zero_grad(set_to_none=True)
+            classification_loss(classifier(ready), labels, weights, True).backward()
+            optimizer.step()
+
+    def whole() -> None:
+        train_classifier(data, STEPS, 0)
+
+    rounds = [(seconds(bare), seconds(whole)) for _ in range(4)][1:]
+    return float(np.median([one / other for one, other in rounds]))
+
+
+def seconds(work: Any) -> float:
+    """Wall seconds of `work()`."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    threads = int(sys.argv[1]) if len(sys.argv) > 1 else usable_cores()
+    torch.set_num_threads(threads)
+    data = {split: noise(count, number) for number, (split, count) in enumerate(SIZES.items())}
+    reference = RealReference(data["train"], data["val"], data["test"], SETTINGS)
+    generator = Generator(ModelSettings(channel_base=1024), RESOLUTION, 1, len(LABELS))
+    real = seconds(lambda: (reference.metrics, reference.held_out_features))
+    arm = seconds(lambda: evaluate_synthetic(reference, synthetic_dataset(generator, data["train"], IMAGES, seed=0), generator))
+    share = training_share(data["train"])
+    print(json.dumps({"threads": threads, "real_seconds": real, "arm_seconds": arm, "classifier_share": share, "images": IMAGES}))
+
+
+if __name__ == "__main__":
+    main()
