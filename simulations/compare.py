@@ -53,6 +53,7 @@ def compare(
     with locked(folder):
         settings = prepare(settings, folder, tell)
         arms = plan_of(settings, folder)
+        open_bench(folder)  # data that cannot be judged fail before the training, not after it
         failures = train_arms(arms, folder, jobs, tell)
         trained = [arm for arm in arms if not any(job.folder in failures for job in arm.jobs)]
         failures |= judge_arms(trained, folder, settings, jobs, tell)
