@@ -250,6 +250,34 @@ def test_an_arm_that_was_not_reached_or_not_evaluated_says_so(content: dict[str,
     assert "federated, seed 0 was trained, but not evaluated." in page.words
 
 
+def test_a_row_of_the_summary_without_figures_is_a_row_of_the_page(content: dict[str, Any]) -> None:
+    """As the comparison writes it: a failed arm keeps its row, of nulls."""
+    empty = {"arm": "federated", "name": "federated", "seeds": [], "hospital": None, "macro_auc": None, "macro_auc_ci": None}
+    rows = [row | (empty if row["name"] == "federated" else {}) for row in content["summary"]]
+    arms = [run | ({"status": "failed", "failure": "Disk full.", "evaluation": None} if run["name"] == "federated" else {})
+            for run in content["arms"]]  # fmt: skip
+    found = tables(page_of(content | {"summary": rows, "arms": arms, "not_measured": ["federated, seed 0 failed: Disk full."]}))
+    assert found["arms.csv"][3][0] == "federated (failed)"
+    assert found["arms.csv"][3][2:4] == ["–", "–"]
+
+
+def test_a_hospitals_fine_tuned_generator_is_not_called_alone(content: dict[str, Any]) -> None:
+    tuned = [row | {"arm": "finetuned", "name": f"finetuned: {row['hospital']}"} for row in content["summary"] if row["hospital"]]
+    heads = [row[0] for row in tables(page_of(content | {"summary": content["summary"] + tuned}))["arms.csv"]]
+    assert {"harbour alone", "finetuned: harbour"} <= set(heads)
+    assert len(heads) == len(set(heads))
+
+
+def test_chance_is_marked_where_an_arm_lies_below_it(content: dict[str, Any]) -> None:
+    assert " chance " not in page_of(content).words.replace("is chance", "")
+    rows = [
+        row | ({"macro_auc": 0.41, "macro_auc_ci": [0.3, 0.5]} if row["name"] == "local" else {}) for row in content["summary"]
+    ]
+    page = page_of(content | {"summary": rows})
+    assert " chance " in page.words.replace("is chance", "")
+    assert tables(page)["arms.csv"][4][2] == "0.410", "no flipping"
+
+
 def test_one_seed_is_enough() -> None:
     page = page_of(make_comparison(seeds=(4,)))
     assert "1 seed " in page.words

@@ -42,7 +42,8 @@ class ArmRun:
 
     @property
     def label(self) -> str:
-        return f"{'coalition ' if self.kind == COALITION else ''}{self.name}, seed {self.seed}"
+        prefix = "coalition " if self.kind == COALITION and not self.name.startswith("coalition") else ""
+        return f"{prefix}{self.name}, seed {self.seed}"
 
     @property
     def status(self) -> str:
@@ -82,7 +83,9 @@ class Entry:
 
     @property
     def label(self) -> str:
-        return "real images" if self.kind == REAL else f"{self.hospital} alone" if self.is_alone else self.name
+        if self.kind == REAL:
+            return "real images"
+        return f"{self.hospital} alone" if self.is_alone and self.kind == LOCAL else self.name
 
     @property
     def is_alone(self) -> bool:

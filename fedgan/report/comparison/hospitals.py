@@ -9,7 +9,7 @@ from markupsafe import Markup
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row
 from fedgan.report.comparison.data import Comparison, Entry
-from fedgan.report.comparison.parts import auc_domain, chart_figure, figure_of, join_words, range_of
+from fedgan.report.comparison.parts import auc_domain, chance, chart_figure, figure_of, join_words, range_of
 from fedgan.report.comparison.section import Section
 from fedgan.report.format import bounds, number
 from fedgan.report.run_data import Tree, dig, tree
@@ -140,7 +140,12 @@ def _chart(comparison: Comparison, name: str, n: int) -> Markup:
         dots = [] if value is None else [Dot("macro AUC", value, bounds(found.get("macro_auc_ci")), entry.style)]
         rows.append(Row(entry.label, dots, strong=entry.hospital == name, minor=entry.is_alone and entry.hospital != name))
     return chart_figure(
-        f"hospital-{n}-auc", f"Macro AUC on the test images of {name}", rows, "macro AUC (0.5 is chance)", auc_domain(rows)
+        f"hospital-{n}-auc",
+        f"Macro AUC on the test images of {name}",
+        rows,
+        "macro AUC (0.5 is chance)",
+        auc_domain(rows),
+        chance(rows),
     )
 
 

@@ -21,7 +21,10 @@ PRIVACY = (
 def _render(comparison: Comparison) -> Markup:
     failures = comparison.failures
     empty = list(dict.fromkeys(_nulls(comparison)))
-    measured = sentences(comparison.content.get("not_measured"))
+    failed = tuple(f"{label} failed" for label, _ in failures)  # these stand in the table
+    measured = [words for words in sentences(comparison.content.get("not_measured")) if not words.startswith(failed)]
+    if not any(words.startswith("Privacy:") for words in measured):
+        measured.append(PRIVACY)
     return render(
         "comparison_missing.html.j2",
         failures=table(
@@ -33,7 +36,7 @@ def _render(comparison: Comparison) -> Markup:
         else absent("Every training was finished and evaluated.")
         if comparison.runs
         else absent("comparison.json lists no training."),
-        missing=list(dict.fromkeys([*comparison.problems, *measured, PRIVACY])),
+        missing=list(dict.fromkeys([*comparison.problems, *measured])),
         notes=_notes(comparison),
         nulls=empty[:MOST],
         more=len(empty) - MOST,
@@ -41,8 +44,9 @@ def _render(comparison: Comparison) -> Markup:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    """Notes of the comparison, then those of the arms: one that all share stands once, another with its arm."""
+    """Notes of the comparison, then those of the arms that it does not repeat: one that all share once, another with its arm."""
     notes = sentences(comparison.content.get("notes"))
+    known = tuple(notes)
     said: dict[str, list[str]] = {}
     for run in comparison.runs:
         evaluation = run.evaluation
@@ -51,6 +55,8 @@ def _notes(comparison: Comparison) -> list[str]:
                 said.setdefault(sentence, []).append(run.label)
     evaluated = sum(bool(run.evaluation) for run in comparison.runs)
     for sentence, labels in said.items():
+        if any(note.startswith(sentence) for note in known):
+            continue
         labels = list(dict.fromkeys(labels))
         notes.append(sentence if len(labels) == evaluated else f"{'; '.join(labels)}: {sentence}")
     return list(dict.fromkeys(notes))

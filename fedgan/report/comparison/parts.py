@@ -127,6 +127,11 @@ def auc_domain(rows: Sequence[Row]) -> tuple[float, float]:
     return min([0.5, *values]), 1.0
 
 
+def chance(rows: Sequence[Row]) -> list[tuple[str, float]]:
+    """The line of chance, where the axis of AUC reaches below it."""
+    return [("chance", 0.5)] if auc_domain(rows)[0] < 0.49 else []
+
+
 def auc_dot(entry: Entry, result: Tree, key: str = "auc") -> list[Dot]:
     """The mark of an entry's AUC in `result`, or nothing where it was not measured."""
     value = number(result.get(key))

@@ -44,6 +44,7 @@ def _render(comparison: Comparison) -> Markup:
         rows=rows,
         notes=notes,
         holds_real=grids[0][0] == "Real",
+        by_hospital=any(run.members for run in comparison.arm_runs),
         side=int(side),
         psi=None if psi is None else f"{psi:g}",
     )

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row, legend
 from fedgan.report.comparison.data import REAL, Comparison, Entry
-from fedgan.report.comparison.parts import auc_domain, chart_figure, entry_label, mean_of, p_value, spread
+from fedgan.report.comparison.parts import auc_domain, chance, chart_figure, entry_label, mean_of, p_value, spread
 from fedgan.report.comparison.section import Section
 from fedgan.report.format import bounds, number
 from fedgan.report.run_data import Tree, dig
@@ -47,7 +47,7 @@ def _render(comparison: Comparison) -> Markup:
 def _chart(comparison: Comparison) -> Markup:
     rows = [_row(entry) for entry in comparison.entries]
     real = comparison.real.value
-    references = [("real images", real)] if real is not None else []
+    references = chance(rows) + ([("real images", real)] if real is not None else [])
     return chart_figure(
         "summary-auc",
         "Macro AUC on real test images, by what the classifier was trained on",

@@ -15,6 +15,7 @@ from fedgan.report.comparison.parts import (
     auc_domain,
     auc_dot,
     cells,
+    chance,
     chart_figure,
     figure_of,
     join_words,
@@ -153,7 +154,7 @@ def _class_chart(comparison: Comparison) -> Markup:
     rows = [Row("all (macro)", [dot for e in entries for dot in auc_dot(e, e.figures, "macro_auc")], strong=True)]
     rows += [Row(label, [dot for e in entries for dot in auc_dot(e, e.of_class(label))]) for label in comparison.labels]
     return chart_figure(
-        "utility-classes", "AUC for each class", rows, "AUC on real test images (0.5 is chance)", auc_domain(rows)
+        "utility-classes", "AUC for each class", rows, "AUC on real test images (0.5 is chance)", auc_domain(rows), chance(rows)
     )
 
 
@@ -171,6 +172,7 @@ def _place_chart(comparison: Comparison) -> Markup:
         rows,
         "macro AUC on its test images (0.5 is chance)",
         auc_domain(rows),
+        chance(rows),
     )
 
 
