@@ -149,6 +149,11 @@ class EvaluationSettings:
     neighbours: int = meaning(5, "k of precision, recall, density and coverage.", low=1)
     root: str = meaning("", "Shards that hold the real images for the evaluation; empty: data.root.")
     psi: float = meaning(1.0, "Truncation of the images that are evaluated; 1: none.", low=0.0, high=1.0)
+    show_real: str = meaning(
+        "phantoms",
+        "Real training images on the page: phantoms (drawn ones only), all (also those of data.root: see who may), none.",
+        choices=("phantoms", "all", "none"),
+    )
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,11 @@ class Settings:
     federation: FederationSettings = field(default_factory=FederationSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     comparison: ComparisonSettings = field(default_factory=ComparisonSettings)
+
+    @property
+    def shows_real(self) -> bool:
+        """Whether pictures of training images may be written for the page."""
+        return self.evaluation.show_real == "all" or (self.evaluation.show_real == "phantoms" and not self.data.root)
 
     @property
     def data_seed(self) -> int:

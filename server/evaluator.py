@@ -62,14 +62,15 @@ class Evaluator:
         self.reference = RealReference(train, val, test, settings.evaluation, settings.seed, self.device, progress)
 
     def start(self) -> None:
-        """Write samples/real.png. Fails early where `evaluation.features` names an unusable file.
+        """Write samples/real.png, where `evaluation.show_real` allows it. Fails early where `evaluation.features` names an unusable file.
 
         Raises `ConfigError` or `DataError` for the features file, `StorageError` when the run folder cannot be written.
         """
         if self.settings.evaluation.features != REFERENCE:
             _ = self.reference.extractor
-        picture = real_grid(self.train, seed=self.settings.seed)
-        files.write_bytes(self.run.samples / "real.png", png_bytes(picture))
+        if self.settings.shows_real:
+            picture = real_grid(self.train, seed=self.settings.seed)
+            files.write_bytes(self.run.samples / "real.png", png_bytes(picture))
 
     def during(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
         """Write samples/round-NNNNN.png and measure a quick Fréchet distance to real validation images.

@@ -233,9 +233,11 @@ def _grid(bench: Bench, parts: Sequence[_Part]) -> Any:
 
 
 def write_real_grid(bench: Bench) -> None:
-    """samples/real.png of the comparison."""
+    """samples/real.png of the comparison, where `evaluation.show_real` allows it; one that it no longer allows goes."""
     place = bench.folder.samples / "real.png"
-    if not place.is_file():
+    if not bench.settings.shows_real:
+        place.unlink(missing_ok=True)
+    elif not place.is_file():
         files.write_bytes(place, png_bytes(real_grid(bench.train, seed=bench.settings.seed)))
 
 

@@ -205,7 +205,8 @@ def test_one_hospital_with_all_data_is_centralised_training(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_three_hospitals_from_shards_to_evaluation(tmp_path: Path) -> None:
-    settings = tiny(write_shards(tmp_path / "data", (40, 32, 24)), "evaluation.every=1", rounds=2, kimg=0.1)
+    shards = write_shards(tmp_path / "data", (40, 32, 24))
+    settings = tiny(shards, "evaluation.every=1", "evaluation.show_real=all", rounds=2, kimg=0.1)
     run = RunFolder.at(tmp_path / "run")
     watch = Watch(run)
     runner.simulate(settings, run, watch)

@@ -60,7 +60,10 @@ def _grids(comparison: Comparison, folder: Path, side: int) -> tuple[list[tuple[
     if real is not None:
         grids.append(("Real", real))
     else:
-        notes.append("There is no readable grid of real images, so none stand beside the synthetic ones.")
+        notes.append(
+            "There is no readable grid of real images, so none stand beside the synthetic ones "
+            "(evaluation.show_real says whether real images may be shown; by default drawn ones only)."
+        )
     for entry in comparison.arms:
         found = next((shown for run in entry.runs if (shown := _of_run(run, folder, names, side))), [])
         if not found:

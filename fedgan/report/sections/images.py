@@ -28,7 +28,10 @@ class Pair:
 def _render(run: RunData) -> Markup:
     if not run.pictures:
         return absent("No pictures yet: the central evaluator draws the first grid when its first turn comes (evaluation.every).")
-    real, real_note = _grid(run, run.pictures.get("real"), "of real images")
+    if run.settings.shows_real:
+        real, real_note = _grid(run, run.pictures.get("real"), "of real images")
+    else:
+        real, real_note = None, NOT_SHOWN
     newest = run.round_pictures[-1:] if "final" not in run.pictures else []
     file = run.pictures.get("final") or (newest[0][1] if newest else None)
     synthetic, synthetic_note = _grid(run, file, "of synthetic images")
@@ -95,4 +98,5 @@ def _progress(run: RunData) -> list[tuple[int, str, Block]]:
     return strip
 
 
+NOT_SHOWN = "Real images are not shown: evaluation.show_real does not allow it, because they are somebody's and not drawn."
 SECTION = Section("images", "Real beside synthetic", _render)
