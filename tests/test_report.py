@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgan import files
-from fedgan.config import describe, from_dict
+from fedgan.config import describe, from_dict, to_dict
 from fedgan.errors import ConfigError
 from fedgan.evaluation.grids import draw_grid
 from fedgan.report import write_report
@@ -336,6 +336,18 @@ def test_each_class_has_a_real_and_a_synthetic_picture_and_rounds_are_spread(pag
         assert f"4 real images of class {label}" in alts
         assert f"4 synthetic images of class {label}" in alts
     assert [alt for alt in alts if "after round" in alt] == [f"Synthetic images after round {n}" for n in (2, 4, 6, 8, 10)]
+
+
+def test_real_images_that_are_somebodys_are_not_shown_unless_asked_for(copied: RunFolder) -> None:
+    somebodys = to_dict(copied.settings())
+    somebodys["data"]["root"] = "/data/hospitals"
+    for choice, shown in (("phantoms", False), ("none", False), ("all", True)):
+        somebodys["evaluation"]["show_real"] = choice
+        copied.write_settings(from_dict(somebodys))
+        page = Page(page_of(copied))
+        assert any("real image" in alt for alt in page.values("alt")) == shown
+        assert ("This page holds real images." in page.words) == shown
+        assert ("Real images are not shown" in page.words) != shown
 
 
 def test_merged_labels_are_the_classifiers_alone(copied: RunFolder) -> None:
