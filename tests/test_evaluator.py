@@ -18,7 +18,7 @@ from torch.nn import functional
 from fedgan.config import EvaluationSettings, ModelSettings, Settings
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError, DataError, FedganError
-from fedgan.evaluation import classification, evaluate
+from fedgan.evaluation import classification, evaluate, reference
 from fedgan.evaluation.classification import (
     augment,
     class_weights,
@@ -28,8 +28,9 @@ from fedgan.evaluation.classification import (
     train_classifier,
     training_steps,
 )
-from fedgan.evaluation.evaluate import RealReference, evaluate_synthetic, pool_places
+from fedgan.evaluation.evaluate import evaluate_synthetic
 from fedgan.evaluation.grids import grid_rows, png_bytes, real_grid, sample_grid
+from fedgan.evaluation.reference import RealReference, pool_places
 from fedgan.evaluation.sampling import generate_images, synthetic_dataset, synthetic_labels, to_float, to_uint8
 from fedgan.models.classifiers import build_classifier
 from fedgan.models.generator import Generator
@@ -38,7 +39,7 @@ from server.evaluator import Evaluator
 
 SIDE, CLASSES = 16, 3
 NAMES = ("alpha", "beta", "gamma")
-QUICK = EvaluationSettings(images=150, seeds=2, epochs=6, bootstrap=50)
+QUICK = EvaluationSettings(images=150, seeds=2, epochs=6, bootstrap=50, suite="quick")
 
 
 @pytest.fixture(autouse=True)
@@ -333,11 +334,16 @@ def real():
     return RealReference(_data(240, 0), _data(80, 1), _data(160, 2), QUICK, seed=0)
 
 
+def _released(data):
+    """Real images as if a generator had made them: of nobody."""
+    return dataclasses.replace(data, patients=np.empty(0, str), institutions=np.empty(0, str))
+
+
 def test_copies_of_real_images_are_worth_as_much_and_images_of_any_class_nothing(real):
     copies = synthetic_dataset(_Generator(real.train), real.train, 200, seed=0)
-    good = evaluate_synthetic(real.train, real.val, real.test, copies, QUICK, reference=real)
+    good = evaluate_synthetic(real, copies).numbers
     careless = synthetic_dataset(_Generator(real.train, heeds=False), real.train, 200, seed=0)
-    bad = evaluate_synthetic(real.train, real.val, real.test, careless, QUICK, reference=real)
+    bad = evaluate_synthetic(real, careless).numbers
     assert good["utility"]["real"]["macro_auc"] > 0.9
     assert good["utility"]["synthetic"]["macro_auc"] > good["utility"]["real"]["macro_auc"] - 0.05
     assert bad["utility"]["real"] == good["utility"]["real"]
@@ -346,7 +352,7 @@ def test_copies_of_real_images_are_worth_as_much_and_images_of_any_class_nothing
     assert good["fidelity"]["extractor"] == "reference classifier (small-cnn, penultimate, 128)"
     assert good["fidelity"]["images"] == 120  # half of 80 + 160 held-out images
     noise = np.random.default_rng(0).integers(0, 256, (200, 1, SIDE, SIDE), dtype=np.uint8)
-    worse = evaluate._fidelity(real, ImageDataset("noise", noise, copies.labels, NAMES), [])
+    worse = evaluate._fidelity(real, ImageDataset("noise", noise, copies.labels, NAMES), None, copies.labels, [])
     assert worse["frechet"] > 2 * good["fidelity"]["frechet"]
     assert worse["kernel"] > good["fidelity"]["kernel"]
     assert worse["frechet_floor"] == good["fidelity"]["frechet_floor"]
@@ -364,8 +370,8 @@ def test_test_images_and_labels_never_reach_a_classifier(real):
 
 def test_a_class_without_test_images_is_null_with_a_note(real):
     keep = real.test.take(np.flatnonzero(real.test.labels[:, 2] == 0))
-    short = dataclasses.replace(QUICK, epochs=1, seeds=1)
-    result = evaluate_synthetic(real.train, real.val, keep, real.train, short)
+    short = RealReference(real.train, real.val, keep, dataclasses.replace(QUICK, epochs=1, seeds=1))
+    result = evaluate_synthetic(short, _released(real.train)).numbers
     for arm in ("real", "synthetic"):
         assert result["utility"][arm]["per_class"]["gamma"]["auc"] is None
         assert result["utility"][arm]["macro_auc"] is not None
@@ -376,7 +382,10 @@ def test_images_without_classes_have_no_utility_and_say_so(real):
     def bare(data):
         return dataclasses.replace(data, labels=np.zeros((len(data), 0), np.uint8), label_names=())
 
-    result = evaluate_synthetic(bare(real.train), bare(real.val), bare(real.test), bare(real.train), QUICK)
+    nothing = RealReference(bare(real.train), bare(real.val), bare(real.test), QUICK)
+    judged = evaluate_synthetic(nothing, bare(real.train))
+    result = judged.numbers
+    assert judged.scores is None
     assert result["utility"] is None
     assert result["fidelity"] is None
     assert len(result["notes"]) == 2
@@ -409,7 +418,9 @@ def _evaluator(tmp_path, hospitals, **changes):
 def test_a_run_is_evaluated_from_its_first_picture_to_its_last_number(tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(
-        evaluate, "train_classifier", lambda data, *rest: trained.append(data.name) or train_classifier(data, *rest)
+        reference,
+        "train_classifier",
+        lambda data, *rest, **how: trained.append(data.name) or train_classifier(data, *rest, **how),
     )
     hospitals = _hospitals()
     evaluator = _evaluator(tmp_path, hospitals, epochs=3)
@@ -454,6 +465,38 @@ def test_findings_are_evaluated_as_well(tmp_path):
     evaluator.start()
     result = evaluator.final(_Generator(hospitals[0].train), FACTS)
     assert list(result["utility"]["real"]["per_class"]) == [*NAMES, "no finding"]
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_the_full_suite_has_every_figure_and_the_quick_one_the_same_without_the_costly(exclusive, tmp_path):
+    hospitals = _hospitals(exclusive=exclusive)
+    generator = Generator(ModelSettings(z_dim=8, w_dim=8, channel_base=64, channel_max=8), SIDE, 1, CLASSES)
+    quick, full = (
+        _evaluator(tmp_path / suite, hospitals, epochs=1, seeds=1, images=200, suite=suite).final(generator, FACTS)
+        for suite in ("quick", "full")
+    )
+    assert (quick["suite"], full["suite"]) == ("quick", "full")
+    groups = [*NAMES] if exclusive else [*NAMES, "no finding"]
+    worth, fidelity = full["utility"], full["fidelity"]
+    assert worth["train_images"] == 360
+    assert [(row["share"], row["synthetic_images"]) for row in worth["mixed"]] == [(0.5, 180), ("all", 200)]
+    assert any(note.startswith("Real + 1 × synthetic was not measured: ") for note in full["notes"])  # 360 were needed
+    assert "per_institution" not in worth["majority"]
+    assert worth["majority"]["macro_auc"] == 0.5
+    assert 0 <= worth["real_on_synthetic"]["macro_auc"] <= 1
+    assert list(fidelity["per_class"]) == groups
+    assert set(fidelity["per_hospital"]) == {"north", "south"}
+    assert list(fidelity["ms_ssim"])[:CLASSES] == list(NAMES)
+    assert all(set(pair) == {"synthetic", "real"} for pair in fidelity["ms_ssim"].values())
+    assert fidelity["path_length"] > 0
+    assert set(full["label_fidelity"]) == {"synthetic", "real"}
+    for name in ("frechet", "kernel", "precision", "recall", "density", "coverage"):
+        assert {name, f"{name}_ci", f"{name}_floor"} <= set(fidelity)
+    assert quick["label_fidelity"] is None
+    assert not {"mixed", "real_on_synthetic"} & set(quick["utility"])
+    assert not {"per_class", "per_hospital", "ms_ssim", "path_length"} & set(quick["fidelity"])
+    assert {key: worth[key] for key in quick["utility"]} == quick["utility"]
+    assert {key: fidelity[key] for key in quick["fidelity"]} == quick["fidelity"]
 
 
 def test_a_diverged_generator_leaves_the_evaluation_as_it_was(tmp_path):
