@@ -1,0 +1,599 @@
+"""`compare` from scenario to comparison.json: one budget, nothing twice, nothing unlike compared, no failure hidden.
+
+The schedule is replaced by one that does each job in this process, and a federation needs no Ray then (`LocalGrid`). The
+last test has the real thing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from small_federation import LocalGrid, NoJudge, alive_in, error_reply, processes_of, tiny, write_shards
+
+import simulations.compare
+from client.app import app
+from fedgan import files
+from fedgan.cli import main
+from fedgan.comparison_folder import ComparisonFolder
+from fedgan.config import Settings, from_dict, to_dict
+from fedgan.data.shard import write_shard
+from fedgan.errors import ConfigError, SplitError
+from fedgan.run_folder import RunFolder
+from server.federation import Federation
+from server.preparation import experiment_of, is_prepared, prepare_run
+from simulations import job as jobs
+from simulations.arms import HOME, Job
+from simulations.compare import compare
+from simulations.judge import judge
+from simulations.judging import is_judged, open_bench
+from simulations.schedule import Task, _startable
+
+SIZES = (64, 40, 24)
+BUDGET = 60
+Fault = Callable[[int, Any], Any]
+
+TOP = {
+    *("format", "name", "description", "created", "seeds", "label_names", "exclusive", "resolution", "channels", "hospitals"),
+    *("margin", "images_seen_budget", "answer", "arms", "summary", "comparisons", "cross_site", "contribution", "extractor"),
+    *("classifier", "suite", "frechet_threshold", "not_measured", "notes", "provenance"),
+}
+ARM = {
+    *("arm", "name", "seed", "folder", "status", "failure", "images_seen", "hospital_images", "overrides", "cost", "curve"),
+    *("losses", "evaluation", "members"),
+}
+COST = {"wall_seconds", "core_seconds", "bytes_exchanged", "peak_memory_bytes", "rounds", "kimg_to_frechet"}
+ROW = {
+    *("arm", "name", "seeds", "images_seen", "hospital", "macro_auc", "macro_auc_ci", "macro_auc_seeds", "balanced_accuracy"),
+    *("macro_auprc", "frechet", "frechet_seeds", "recall", "coverage", "per_class", "per_institution"),
+}
+PAIR = {"family", "a", "b", "metric", "difference", "ci", "p_value", "p_holm", "margin", "non_inferior", "better", "images"}
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# --- a schedule in this process --------------------------------------------------------------------
+
+
+def run_here(tasks: Sequence[Task], groups: Any, tell: Any, fault: Fault | None = None) -> None:
+    """What `simulations.schedule.run_tasks` does, one task after another and in this process."""
+    while ready := _startable(tasks, []):
+        task = ready[0]
+        tell({"event": "task_start", "task": task.name})
+        try:
+            work(task, lambda event, name=task.name: tell({**event, "task": name}), fault)  # type: ignore[misc]
+            task.done = True
+        except Exception as error:
+            task.failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        tell({"event": "task_end", "task": task.name, "failure": task.failure})
+
+
+def work(task: Task, tell: Any, fault: Fault | None) -> None:
+    if task.module == "simulations.judge":
+        judge(ComparisonFolder.at(task.arguments[0]), task.arguments[1], tell)
+        return
+    job = jobs.read_job(Path(task.arguments[0]))
+    if job.kind == HOME:
+        jobs.train(job, tell)
+    else:
+        federate(job, tell, fault)
+
+
+def federate(job: Job, tell: Any, fault: Fault | None) -> None:
+    if not is_prepared(job.run):
+        prepare_run(job.settings, job.run)
+    settings = job.run.settings()
+    federation = Federation(settings, job.run, experiment_of(job.run), NoJudge(), tell)
+    federation.train(LocalGrid(settings.federation.participants, app, fault))  # type: ignore[arg-type]
+
+
+def here(patch: pytest.MonkeyPatch, fault: Fault | None = None) -> None:
+    patch.setattr(simulations.compare, "run_tasks", functools.partial(run_here, fault=fault))
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
+
+
+# --- a small study ---------------------------------------------------------------------------------
+
+
+def study(data: Path, *overrides: str, arms: str = "centralized,federated,local", hospitals: int = 3) -> Settings:
+    evaluation = ("every=1", "images=24", "suite=quick", "seeds=2", "epochs=2", "bootstrap=50")
+    words = [f"evaluation.{word}" for word in evaluation]
+    return tiny(
+        data, *words, f"comparison.arms={arms}", "comparison.seeds=1", *overrides, hospitals=hospitals, kimg=BUDGET / 1000
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A comparison that ran to its end, what it returned and what it told."""
+
+    folder: ComparisonFolder
+    settings: Settings
+    found: dict[str, Any]
+    events: list[dict[str, Any]]
+
+    def copy(self, place: Path) -> ComparisonFolder:
+        shutil.copytree(self.folder.path, place / "study")
+        return ComparisonFolder.at(place / "study")
+
+    def changed(self, *overrides: str) -> Settings:
+        return from_dict(to_dict(self.settings), overrides)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    place = tmp_path_factory.mktemp("compare")
+    settings = study(write_shards(place / "data", SIZES))
+    folder, events = ComparisonFolder.at(place / "study"), list[dict[str, Any]]()
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        here(patch)
+        found = compare(settings, folder, events.append)
+    torch.set_num_threads(before)
+    return Finished(folder, settings, found, events)
+
+
+def begun(events: Sequence[dict[str, Any]]) -> list[str]:
+    return [event["task"] for event in events if event["event"] == "task_start"]
+
+
+def timeless(found: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if key != "created"}
+
+
+def arm_of(found: dict[str, Any], name: str, seed: int = 0) -> dict[str, Any]:
+    row: dict[str, Any] = next(row for row in found["arms"] if (row["name"], row["seed"]) == (name, seed))
+    return row
+
+
+# --- what it finds ---------------------------------------------------------------------------------
+
+
+def test_comparison_json_says_what_the_page_reads(finished: Finished) -> None:
+    found = finished.found
+    assert json.loads(finished.folder.comparison.read_text()) == json.loads(json.dumps(found))
+    assert set(found) >= TOP
+    assert (found["format"], found["seeds"], found["label_names"], found["resolution"]) == (1, [0], ["dark", "bright"], 16)
+    assert [row["name"] for row in found["hospitals"]] == ["alpha", "beta", "gamma"]
+    assert [(row["arm"], row["name"], row["seed"], row["status"], row["failure"]) for row in found["arms"]] == [
+        (name, name, 0, "done", None) for name in ("centralized", "federated", "local")
+    ]
+    for row in found["arms"]:
+        assert set(row) >= ARM
+        assert set(row["cost"]) >= COST
+        assert all(value is not None for value in row["cost"].values())
+        assert [point["images_seen"] for point in row["losses"]] == [20, 40, 60]
+        assert [point["images_seen"] for point in row["curve"]] == [20, 40, 60]
+        assert row["evaluation"]["utility"]["synthetic"]["macro_auc"] is not None
+        assert (finished.folder.path / row["folder"]).is_dir()
+    assert arm_of(found, "federated")["cost"]["bytes_exchanged"] > 0
+    assert {arm_of(found, name)["cost"]["bytes_exchanged"] for name in ("centralized", "local")} == {0}
+    members = arm_of(found, "local")["members"]
+    assert [row["hospital"] for row in members] == ["alpha", "beta", "gamma"]
+    assert all(row["utility"]["synthetic"]["macro_auc"] is not None and row["fidelity"]["frechet"] > 0 for row in members)
+    assert sum(row["images_seen"] for row in members) == BUDGET
+    assert "/" not in json.dumps(found["provenance"]["settings"])  # no place on this machine
+    assert str(finished.folder.path) not in json.dumps(found)
+
+
+def test_rows_pairs_and_matrix_are_about_the_same_arms(finished: Finished) -> None:
+    found = finished.found
+    names = ["real", "centralized", "federated", "local", "local: alpha", "local: beta", "local: gamma"]
+    assert [row["name"] for row in found["summary"]] == names
+    assert [row["hospital"] for row in found["summary"]] == [None] * 4 + ["alpha", "beta", "gamma"]
+    assert all(set(row) >= ROW - {"frechet", "frechet_seeds", "recall", "coverage"} for row in found["summary"])
+    assert all(set(row) >= ROW and 0 <= row["macro_auc"] <= 1 for row in found["summary"][1:])
+    pairs = {(row["a"], row["b"]) for row in found["comparisons"]}
+    assert {("federated", other) for other in ("centralized", "local", "local: alpha", "local: gamma")} <= pairs
+    assert {(name, "real") for name in ("centralized", "federated", "local")} <= pairs
+    by_name = {row["name"]: row for row in found["summary"]}
+    for row in found["comparisons"]:
+        assert set(row) >= PAIR
+        assert row["difference"] == pytest.approx(by_name[row["a"]]["macro_auc"] - by_name[row["b"]]["macro_auc"])
+        assert row["margin"] == 0.02
+        assert row["images"] == sum(size // 8 * 2 for size in SIZES)
+    cross = found["cross_site"]
+    assert (cross["rows"], cross["columns"]) == (names, ["alpha", "beta", "gamma"])
+    assert [np.flatnonzero(row).tolist() for row in cross["own"]] == [[], [], [], [], [0], [1], [2]]
+    assert found["answer"].endswith(".")
+    assert found["contribution"] is None
+    assert any("leave-one-out" in sentence for sentence in found["not_measured"])
+
+
+def test_all_arms_have_seen_the_same_number_of_images(finished: Finished) -> None:
+    assert {row["images_seen"] for row in finished.found["arms"]} == {finished.found["images_seen_budget"]} == {BUDGET}
+    for row in finished.found["arms"]:
+        assert sum(row["hospital_images"].values()) == BUDGET
+        lines = [files.read_json_lines(path) for path in (finished.folder.path / row["folder"]).rglob("metrics.jsonl")]
+        shown = [hospital["images"] for run in lines for line in run for hospital in line["hospitals"]]
+        assert sum(shown) == BUDGET  # as the Trainers counted them
+
+
+def test_trainings_were_begun_longest_first_and_judged_after_the_real_classifiers(finished: Finished) -> None:
+    plans = [event for event in finished.events if event["event"] == "plan"]
+    assert [plan["stage"] for plan in plans] == ["training", "judging"]
+    assert all(plan["done"] == [] for plan in plans)
+    names = begun(finished.events)
+    assert names[:2] == ["centralized-seed0", "federated-seed0"]
+    assert names[2:5] == [f"local-seed0/members/{name}" for name in ("alpha", "beta", "gamma")]
+    assert set(names[:5]) == set(plans[0]["tasks"])
+    assert names[5:7] == ["real classifier 1", "real classifier 2"]
+    assert set(names[7:]) == {"centralized, seed 0", "federated, seed 0", "local, seed 0"}
+
+
+# --- a second call ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_second_call_trains_and_judges_nothing_and_finds_the_same(finished: Finished, tmp_path: Path) -> None:
+    folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
+    found = compare(finished.settings, folder, events.append)
+    assert begun(events) == []
+    assert timeless(found) == timeless(finished.found)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_another_seed_or_arm_trains_what_is_new_alone(finished: Finished, tmp_path: Path) -> None:
+    folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
+    found = compare(finished.changed("comparison.seeds=2", "comparison.arms=centralized"), folder, events.append)
+    assert [name for name in begun(events) if "classifier" not in name] == ["centralized-seed1", "centralized, seed 1"]
+    assert found["seeds"] == [0, 1]
+    assert arm_of(found, "centralized")["evaluation"] == arm_of(finished.found, "centralized")["evaluation"]
+    assert arm_of(found, "centralized", 1)["evaluation"] != arm_of(found, "centralized")["evaluation"]
+    row = found["summary"][1]
+    assert (row["seeds"], len(row["macro_auc_seeds"]), len(row["frechet_seeds"])) == ([0, 1], 2, 2)
+    assert row["macro_auc"] == pytest.approx(np.mean(row["macro_auc_seeds"]))
+    one, other = (arm_of(found, "centralized", seed) for seed in (0, 1))
+    hashes = [json.loads((folder.path / arm["folder"] / "checkpoints/round-00003.json").read_text()) for arm in (one, other)]
+    assert hashes[0]["sha256"] != hashes[1]["sha256"]
+    assert [meta["settings"]["data"]["seed"] for meta in hashes] == [0, 0]
+
+    events.clear()
+    more = compare(finished.changed("comparison.arms=centralized,federated,local,generator-only"), folder, events.append)
+    assert [name for name in begun(events) if "classifier" not in name] == ["generator-only-seed0", "generator-only, seed 0"]
+    assert arm_of(more, "generator-only")["overrides"] == {"federation.exchange": "generator"}
+    assert arm_of(more, "generator-only")["cost"]["bytes_exchanged"] < arm_of(more, "federated")["cost"]["bytes_exchanged"]
+    assert [row for row in more["arms"] if row["name"] != "generator-only"] == finished.found["arms"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_evaluation_may_change_and_nothing_is_trained_again(finished: Finished, tmp_path: Path) -> None:
+    folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
+    changes = ("evaluation.bootstrap=20", "name=another", "comparison.margin=0.1")
+    found = compare(finished.changed(*changes), folder, events.append)
+    assert [name for name in begun(events) if "seed0" in name] == []
+    assert len([name for name in begun(events) if "seed 0" in name]) == 3
+    assert (found["name"], found["margin"]) == ("another", 0.1)
+    assert {row["margin"] for row in found["comparisons"]} == {0.1}
+    assert found["summary"][1]["macro_auc"] == finished.found["summary"][1]["macro_auc"]
+    assert folder.settings().evaluation.bootstrap == 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["training.learning_rate=0.001", "federation.rounds=2", "model.w_dim=16", "seed=1", "evaluation.every=3", "augment.p=0.3"],
+)
+@pytest.mark.usefixtures("in_process")
+def test_a_scenario_that_changed_is_refused_by_its_key(change: str, finished: Finished, tmp_path: Path) -> None:
+    folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    key, _, value = change.partition("=")
+    with pytest.raises(ConfigError) as caught:
+        compare(finished.changed(change), folder, events.append)
+    assert f"trained with {key} = " in str(caught.value)
+    assert f"not {float(value) if '.' in value else value}" in str(caught.value)
+    assert "give another --output" in str(caught.value)
+    assert events == []
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_comparison_that_was_stopped_goes_on_to_the_same_models(finished: Finished, tmp_path: Path) -> None:
+    folder = ComparisonFolder.at(tmp_path / "study")
+    for stage in ("centralized-seed0", "federated-seed0", "local-seed0/members/beta"):
+
+        def stop(event: dict[str, Any], name: str = stage) -> None:
+            if event.get("task") == name and event["event"] == "round_end" and event["round"] == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            compare(finished.settings, folder, stop)
+        assert not folder.comparison.exists()
+    events: list[dict[str, Any]] = []
+    found = compare(finished.settings, folder, events.append)
+    rounds = [event["round"] for event in events if event["event"] == "round_end" and event["task"] == "local-seed0/members/beta"]
+    assert rounds == [3]
+    names = [path.relative_to(folder.path) for path in sorted(folder.path.rglob("round-00003.safetensors"))]
+    assert len(names) == 5
+    assert all((folder.path / name).read_bytes() == (finished.folder.path / name).read_bytes() for name in names)
+    assert [row["evaluation"] for row in found["arms"]] == [row["evaluation"] for row in finished.found["arms"]]
+
+
+# --- failures --------------------------------------------------------------------------------------
+
+
+def test_an_arm_that_fails_is_told_and_the_others_are_compared(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(number: int, message: Any) -> Any:
+        ill = number == 1 and message.content.config_records["config"].get("round") == 2
+        return error_reply(message, "hospital says: ValueError while reading an image") if ill else None
+
+    folder = finished.copy(tmp_path)
+    shutil.rmtree(folder.arm("federated", 0).path)
+    here(monkeypatch, fault)
+    settings = finished.changed("comparison.arms=centralized,federated,local,finetuned")
+    found = compare(settings, folder)
+    assert {row["name"]: row["status"] for row in found["arms"]} == {
+        "centralized": "done",
+        "federated": "failed",
+        "local": "done",
+        "finetuned": "failed",
+    }
+    failed, tuned = arm_of(found, "federated"), arm_of(found, "finetuned")
+    assert "in round 2" in failed["failure"]
+    assert "'federated-seed0', which it builds on, failed" in tuned["failure"]
+    assert failed["evaluation"] is None
+    assert failed["curve"] == []
+    assert next(row for row in found["summary"] if row["name"] == "federated")["macro_auc"] is None
+    assert not any("federated" in (row["a"], row["b"]) and row["difference"] is not None for row in found["comparisons"])
+    assert "was not measured" in found["answer"]
+    assert any(sentence.startswith("federated, seed 0 failed") for sentence in found["not_measured"])
+    assert arm_of(found, "centralized") == arm_of(finished.found, "centralized")
+
+    here(monkeypatch)
+    events: list[dict[str, Any]] = []
+    mended = compare(settings, folder, events.append)  # the same call tries again, from the round that was whole
+    assert all(row["status"] == "done" for row in mended["arms"])
+    assert {row["images_seen"] for row in mended["arms"]} == {BUDGET}
+    rounds = [event["round"] for event in events if event["event"] == "round_end" and event["task"] == "federated-seed0"]
+    assert rounds == [2, 3]
+    assert arm_of(mended, "federated")["evaluation"] == arm_of(finished.found, "federated")["evaluation"]
+    tuned = arm_of(mended, "finetuned")
+    assert (tuned["curve"][-1]["images_seen"], tuned["losses"][-1]["images_seen"]) == (BUDGET, BUDGET)
+    whole = arm_of(mended, "federated")["cost"]["bytes_exchanged"]
+    assert tuned["cost"]["bytes_exchanged"] == whole * 2 // 3  # of the two rounds that it goes on from
+
+
+def test_the_command_writes_the_page_and_ends_with_5_when_an_arm_failed(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here(monkeypatch)
+    folder = finished.copy(tmp_path)
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(to_dict(finished.settings)))
+    member = RunFolder(folder.arm("local", 0).path / "members" / "beta")
+    path = member.checkpoint(3)
+    path.write_bytes(path.read_bytes()[:-1])
+    (folder.arm("local", 0).path / "judged.json").unlink()
+    assert main(["compare", "tiny.toml", "--output", "study", "--json"]) == 5
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert told["failed"] == ["local, seed 0"]
+    assert told["report"] == str(folder.report)
+    last = json.loads(err.splitlines()[-1])
+    assert last["exit_code"] == 5
+    assert "1 of 3 arms failed" in last["error"]
+    assert "round-00003.safetensors is damaged" in last["error"]
+    assert "Traceback" not in err
+    page = folder.report.read_text(encoding="utf-8")
+    assert "round-00003.safetensors is damaged" in page
+    assert str(tmp_path) not in page
+    assert json.loads(folder.comparison.read_text())["arms"][2]["status"] == "failed"
+    assert any(folder.cards.iterdir())
+
+    for file in (path, path.with_suffix(".json")):
+        file.unlink()  # as the message says: go on from the round before
+    assert main(["compare", "tiny.toml", "--output", "study"]) == 0
+    out, err = capsys.readouterr()
+    assert f"{'federated':<12}  macro AUC {finished.found['summary'][2]['macro_auc']:.3f}" in out
+    assert finished.found["answer"] in out
+    assert "local-seed0/members/beta: done" in err
+
+
+# --- what must not be compared ---------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("in_process")
+def test_an_arm_that_was_trained_otherwise_is_refused(finished: Finished, tmp_path: Path) -> None:
+    folder = finished.copy(tmp_path)
+    run = folder.arm("centralized", 0)
+    run.write_settings(from_dict(to_dict(run.settings()), ["training.learning_rate=0.01"]))
+    with pytest.raises(ConfigError, match=r"centralized-seed0 was trained with training\.learning_rate = 0\.01, not 0\.00"):
+        compare(finished.settings, folder)
+
+
+@pytest.mark.parametrize("what", ["settings", "images", "evaluator", "labels"])
+def test_arms_that_differ_on_the_disk_are_not_put_into_one_table(
+    what: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last guard, behind those of the plan: it reads the folders themselves."""
+    folder = finished.copy(tmp_path)
+    run = folder.arm("federated", 0)
+    if what == "settings":
+        run.write_settings(from_dict(to_dict(run.settings()), ["training.learning_rate=0.01"]))
+        monkeypatch.setattr(simulations.compare, "_check_trained_alike", lambda job: None)
+        text = "training.learning_rate differs: arm 'federated' (seed 0) has 0.01"
+    elif what == "images":
+        lines = files.read_json_lines(run.metrics)
+        lines[-1]["images_seen"] += 4
+        run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        text = "images_seen differs: arm 'federated' (seed 0) has 64, arm 'centralized' (seed 0) has 60"
+    else:
+        found = run.read_json(run.evaluation)
+        if what == "evaluator":
+            found["evaluator"]["test_hash"] = "0" * 64
+        else:
+            found["label_names"] = ["bright", "dark"]
+        files.write_json(run.evaluation, found)
+        text = {"evaluator": "evaluator.test_hash differs: arm 'federated'", "labels": "label_names differs: arm 'federated'"}[
+            what
+        ]
+    with pytest.raises(ConfigError) as caught:
+        compare(finished.settings, folder)
+    assert text in str(caught.value)
+
+
+def test_a_run_is_no_comparison_and_a_comparison_no_run(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder.arm("centralized", 0).path, run)
+    with pytest.raises(ConfigError, match="holds a run, not a comparison: give another --output"):
+        compare(finished.settings, ComparisonFolder.at(run))
+    finished.copy(tmp_path)
+    for words in (
+        ["resume"],
+        ["evaluate"],
+        ["evaluate", "--output", "look"],
+        ["generate", "--images", "3", "--output", "images"],
+    ):
+        assert main([words[0], "study", *words[1:]]) == 2, words
+        _, err = capsys.readouterr()
+        assert "is a comparison: go on with it by fedgan compare, or give one of its arms, e.g. " in err
+        assert "arms/centralized-seed0" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "study"]
+
+
+def test_an_arm_is_a_run_that_generates(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = finished.copy(tmp_path)
+    for run in (folder.arm("federated", 0).path, folder.arm("local", 0).path / "members" / "gamma"):
+        assert main(["generate", str(run), "--images", "2", "--output", f"images-{run.name}"]) == 0, capsys.readouterr().err
+        assert len(list((tmp_path / f"images-{run.name}").glob("*.png"))) == 2
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_patient_in_training_and_in_the_evaluators_images_stops_it_before_it_trains(finished: Finished, tmp_path: Path) -> None:
+    guests = write_shards(tmp_path / "guests", SIZES[:2])
+    rows = SIZES[2]
+    write_shard(
+        guests / "gamma",
+        np.zeros((rows, 1, 16, 16), np.uint8),
+        np.eye(2, dtype=np.uint8)[np.arange(rows) % 2],
+        patients=[f"gamma-{row}" for row in range(rows)],
+        splits=["test" if row == 0 else "train" for row in range(rows)],
+        label_names=("dark", "bright"),
+        name="gamma",
+    )
+    events: list[dict[str, Any]] = []
+    settings = finished.changed(f"evaluation.root={guests}")
+    with pytest.raises(SplitError, match="1 patient of the training images is also in 'test'") as caught:
+        compare(settings, ComparisonFolder.at(tmp_path / "study"), events.append)
+    assert "gamma-0" not in str(caught.value)
+    assert begun(events) == []
+
+
+# --- other data ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("in_process")
+def test_coalitions_give_what_each_hospital_adds(tmp_path: Path) -> None:
+    settings = study(write_shards(tmp_path / "data", (40, 24)), arms="federated,coalitions", hospitals=2)
+    found = compare(settings, ComparisonFolder.at(tmp_path / "study"))
+    assert [row["name"] for row in found["arms"]] == ["federated", "coalition alpha", "coalition beta"]
+    assert {row["images_seen"] for row in found["arms"]} == {BUDGET}
+    values = {row["name"]: row["macro_auc"] for row in found["summary"]}
+    contribution = found["contribution"]
+    assert contribution["values"]["alpha"] == pytest.approx(values["coalition alpha"])
+    loss = {row["hospital"]: row["loss"] for row in contribution["leave_one_out"]}
+    assert loss["alpha"] == pytest.approx(values["federated"] - values["coalition beta"])
+    shapley = {row["hospital"]: row["value"] for row in contribution["shapley"]}
+    assert sum(shapley.values()) == pytest.approx(values["federated"] - 0.5)
+    assert not any("coalition" in (row["a"] + row["b"]) for row in found["comparisons"])
+    assert "coalition alpha" not in found["cross_site"]["rows"]
+
+
+def write_one(root: Path, labels: np.ndarray, names: tuple[str, ...], splits: np.ndarray) -> Path:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 128, (len(labels), 1, 16, 16)) + 100 * np.arange(len(labels))[:, None, None, None] % 2
+    write_shard(
+        root / "alpha",
+        images.astype(np.uint8),
+        labels,
+        patients=[f"p{row}" for row in range(len(labels))],
+        splits=splits,
+        label_names=names,
+        name="alpha",
+    )
+    return root
+
+
+@pytest.mark.usefixtures("in_process")
+def test_data_without_classes_are_compared_by_what_can_be_had_and_the_rest_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    splits = np.array(["train", "train", "test", "val"])[np.arange(40) % 4]
+    data = write_one(tmp_path / "data", np.zeros((40, 0), np.uint8), (), splits)
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(to_dict(study(data, arms="centralized,local", hospitals=1))))
+    assert main(["compare", "tiny.toml", "--output", "study"]) == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "study" / "comparison.json").read_text())
+    assert [row["status"] for row in found["arms"]] == ["done", "done"]
+    assert (found["summary"], found["comparisons"], found["cross_site"], found["extractor"]) == ([], [], None, None)
+    assert found["answer"].startswith("What federation costs and gains is unknown: the images have no classes")
+    assert any("no classes to tell apart" in note for note in found["notes"])
+    assert found["answer"] in (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_class_without_test_images_is_said_in_comparison_and_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kinds = np.arange(60) % 3
+    splits = np.where(kinds == 2, "train", np.array(["train", "train", "test", "val"])[np.arange(60) // 3 % 4])
+    data = write_one(tmp_path / "data", np.eye(3, dtype=np.uint8)[kinds], ("dark", "bright", "rare"), splits)
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(to_dict(study(data, arms="centralized,local", hospitals=1))))
+    assert main(["compare", "tiny.toml", "--output", "study"]) == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "study" / "comparison.json").read_text())
+    row = next(row for row in found["summary"] if row["name"] == "centralized")
+    assert row["per_class"]["rare"]["auc"] is None
+    assert row["macro_auc"] is not None
+    assert any("'rare' has no positive image in the real test split" in note for note in found["notes"])
+    page = (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
+    assert "has no positive image in the real test split" in page
+
+
+# --- the real thing --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_comparison_with_flower_and_processes_finds_what_the_one_without_found(finished: Finished, tmp_path: Path) -> None:
+    folder, events = ComparisonFolder.at(tmp_path / "study"), list[dict[str, Any]]()
+    found = compare(finished.settings, folder, events.append)
+    assert [row["failure"] for row in found["arms"]] == [None] * 3
+    names = [path.relative_to(folder.path) for path in sorted(folder.path.rglob("round-00003.safetensors"))]
+    assert len(names) == 5
+    assert all((folder.path / name).read_bytes() == (finished.folder.path / name).read_bytes() for name in names)
+    for key in ("summary", "comparisons", "cross_site", "answer"):
+        assert found[key] == finished.found[key], key
+    assert {row["images_seen"] for row in found["arms"]} == {BUDGET}
+    assert all(is_judged(folder.settings(), arm) for arm in simulations.compare.plan_of(folder.settings(), folder))
+    assert not alive_in(processes_of(folder.arm("federated", 0).path))
+    assert not list(folder.path.rglob("*.part"))
+    assert open_bench(folder).settings == folder.settings()
+    events.clear()
+    assert timeless(compare(finished.settings, folder, events.append)) == timeless(found)
+    assert begun(events) == []
