@@ -299,7 +299,8 @@ def _not_measured(settings: Settings, outcomes: Sequence[Outcome], entries: Mapp
             "hospital, MS-SSIM and path length: evaluation.suite is 'quick'."
         )
     if settings.comparison.seeds < 3:
-        said.append(f"The spread over trainings is known from {settings.comparison.seeds} seed(s) of each arm alone.")
+        count = settings.comparison.seeds
+        said.append(f"The spread over trainings is known from {count} {'seed' if count == 1 else 'seeds'} of each arm alone.")
     said.append("Privacy: no attack was run on these generators and none was trained with differential privacy.")
     return said
 
