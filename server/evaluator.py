@@ -62,9 +62,10 @@ class Evaluator:
         self.reference = RealReference(train, val, test, settings.evaluation, settings.seed, self.device, progress)
 
     def start(self) -> None:
-        """Write samples/real.png, where `evaluation.show_real` allows it. Fails early where `evaluation.features` names an unusable file.
+        """Write samples/real.png, where `evaluation.show_real` allows it.
 
-        Raises `ConfigError` or `DataError` for the features file, `StorageError` when the run folder cannot be written.
+        Fails early: `ConfigError` or `DataError` for an unusable `evaluation.features`, `StorageError` when the run folder
+        cannot be written.
         """
         if self.settings.evaluation.features != REFERENCE:
             _ = self.reference.extractor

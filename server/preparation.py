@@ -24,9 +24,10 @@ from fedgan.config import Settings
 from fedgan.data.federation import Hospital, describe_hospitals, find_shards, open_hospital, open_hospitals, partition_record
 from fedgan.data.phantoms import write_phantoms
 from fedgan.data.shard import Shard
+from fedgan.data.splits import check_patients_apart
 from fedgan.errors import DataError, FederationError
 from fedgan.evaluation.features import REFERENCE, check_features
-from fedgan.evaluation.reference import merged
+from fedgan.evaluation.reference import merged, pool_places
 from fedgan.machine import usable_cores
 from fedgan.run_folder import RunFolder
 from fedgan.training.trainer import resolve_device
@@ -93,7 +94,8 @@ def evaluation_guests(settings: Settings) -> list[Hospital]:
 def check_evaluation(settings: Settings, hospitals: Sequence[Hospital], guests: Sequence[Hospital]) -> None:
     """Raise `ConfigError` or `DataError` for data that the evaluator would refuse only after the training.
 
-    Guests must have the hospitals' labels, channels and resolution; `evaluation.label_map` must have a rule for each label.
+    Guests must have the hospitals' labels, channels and resolution, and no patient that is in the training;
+    `evaluation.label_map` must have a rule for each label.
     """
     first = hospitals[0].train
     for guest in (hospital.train for hospital in guests):
@@ -103,6 +105,10 @@ def check_evaluation(settings: Settings, hospitals: Sequence[Hospital], guests: 
                 f"evaluation.root: '{guest.name}' differs from the hospitals in labels, channels or resolution: import both alike"
             )
     merged(first, settings.evaluation.label_map)
+    if guests:
+        trained = pool_places([(hospital.name, hospital.train) for hospital in hospitals], "train")
+        held = (pool_places([(guest.name, guest.split(split)) for guest in guests], split) for split in ("val", "test"))
+        check_patients_apart(trained, *held)
 
 
 def is_prepared(run: RunFolder) -> bool:

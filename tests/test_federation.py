@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from small_federation import alive_in, processes_of, tiny, write_shards
 
 from fedgan import files
 from fedgan.data.federation import open_hospitals
-from fedgan.errors import ConfigError, DataError, FederationError, FedganError, MachineError
+from fedgan.errors import ConfigError, DataError, FederationError, FedganError, MachineError, SplitError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator, load_tensors
 from fedgan.training.trainer import Trainer
@@ -119,6 +120,15 @@ def test_the_evaluator_s_shards_have_the_hospitals_labels(tmp_path: Path) -> Non
     renamed = open_hospitals(tiny(tmp_path / "data", "data.label_map='dark=night,bright=day'", hospitals=2))
     with pytest.raises(DataError, match=r"evaluation.root: 'alpha' differs"):
         check_evaluation(settings, hospitals, renamed)
+
+
+def test_the_evaluator_is_given_no_patient_of_the_training(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2)
+    hospitals = open_hospitals(settings)
+    known = [dataclasses.replace(hospitals[0], test=hospitals[0].train), hospitals[1]]
+    with pytest.raises(SplitError, match="8 patients of the training images are also in 'test'") as caught:
+        check_evaluation(settings, hospitals, known)
+    assert "alpha-" not in str(caught.value)
 
 
 def test_a_run_that_cannot_be_prepared_again_keeps_its_config(tmp_path: Path) -> None:
