@@ -1,12 +1,17 @@
-"""Any JSON as rows of (key, text), and the paths of what is null in it."""
+"""Any JSON as rows of (key, text), the paths of what is null in it, and what a source of images may be called."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from fedgan.report.format import DASH
+
+PHANTOMS = re.compile(r"procedural \w+ phantoms\b")
+UNTOLD = "named by a file: not shown"
+_FILE_NAME = re.compile(r"\.[A-Za-z]\w{1,5}(\s|$)|[/\\]")
 
 
 def leaves(value: Any, path: str = "") -> list[tuple[str, str]]:
@@ -36,3 +41,20 @@ def nulls(value: Any, path: str = "") -> Iterator[str]:
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from nulls(item, f"{path} › {key}" if path else str(key))
+
+
+def source_title(value: Any) -> str | None:
+    """A source's title, or None where it may be the name of a file or of a folder (the importers' default)."""
+    words = " ".join(str(value or "").split())
+    return words if len(words.split()) >= 3 and not _FILE_NAME.search(words) else None
+
+
+def source_text(value: Any) -> str:
+    """A source as a page shows it: its title, or that it is not shown, or a dash where there is none."""
+    return source_title(value) or (UNTOLD if str(value or "").strip() else DASH)
+
+
+def all_drawn(sources: Iterable[Any]) -> bool:
+    """Whether all images were drawn by a program, by the names of their sources; False where no source is known."""
+    found = list(sources)
+    return bool(found) and all(PHANTOMS.match(str(source)) for source in found)
