@@ -4,13 +4,14 @@ config.toml               the resolved scenario, its [comparison] section includ
 environment.json          versions, machine, licences and content hashes of the data
 hospitals.json            counts of each hospital
 shards/                   the phantoms, where no data.root was given
-arms/NAME-seedK/          an arm with one seed: an ordinary run folder, with what the one evaluator found
-  arm.json                what kind of training it is, and its state: an arm that is done is not trained again
+arms/NAME-seedK/          an arm with one seed: an ordinary run folder, and beside it what the one evaluator found
+  evaluation.json, predictions.npz, curve.json, synthetic.npz, judged.json (of which checkpoint and settings)
   members/HOSPITAL/       of arms that end with a generator a hospital (local, finetuned): a run folder each
 reference/                the real side of the evaluation: classifiers, features, predictions
 comparison.json           all numbers
 report.html               the page
-cards/                    model and dataset card
+cards/                    model card
+jobs/                     what each process was told, and its log
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ class EvaluationSettings:
     psi: float = meaning(1.0, "Truncation of the images that are evaluated; 1: none.", low=0.0, high=1.0)
     show_real: str = meaning(
         "phantoms",
-        "Real training images on the page: phantoms (drawn ones only), all (also those of data.root: see who may), none.",
+        "Real images on the page: phantoms (drawn ones only), all (also those of data.root: see who may), none.",
         choices=("phantoms", "all", "none"),
     )
 
@@ -193,7 +193,8 @@ class Settings:
     @property
     def shows_real(self) -> bool:
         """Whether pictures of training images may be written for the page."""
-        return self.evaluation.show_real == "all" or (self.evaluation.show_real == "phantoms" and not self.data.root)
+        drawn = not self.data.root and not self.evaluation.root
+        return self.evaluation.show_real == "all" or (self.evaluation.show_real == "phantoms" and drawn)
 
     @property
     def data_seed(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
@@ -38,4 +39,7 @@ def pin(cores: set[int]) -> None:
     """Keep this process, and what it starts, on the given cores, where the system can; `usable_cores` follows."""
     setter: Callable[[int, set[int]], None] | None = getattr(os, "sched_setaffinity", None)
     if setter and cores:
-        setter(0, cores)
+        threads = [int(name) for name in os.listdir("/proc/self/task")] if os.path.isdir("/proc/self/task") else []
+        for thread in {0, *threads}:  # libraries made threads of their own when they were imported
+            with contextlib.suppress(OSError):  # one that has ended meanwhile
+                setter(thread, cores)

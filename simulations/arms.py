@@ -21,12 +21,13 @@ from server.checkpoints import is_evaluated
 from server.preparation import shards_of
 from server.rounds import deal_images, round_totals
 
-KINDS = ("centralized", "federated", "local", "finetuned", "coalitions")
+KINDS = ("centralized", "federated", "local", "finetuned", "leave-one-out", "coalitions")
 NAMED = {  # federations that have a name of their own
     "generator-only": ("federation.exchange=generator",),
     "local-discriminators": ("federation.exchange=generator,ema",),
 }
-FREE_KEYS = ("federation.", "training.proximal_mu")  # what one federation may have that another has not
+OVERRIDABLE = ("federation.", "training.proximal_mu")  # what one federation may have that another has not
+NOT_OVERRIDABLE = ("federation.members", "federation.hospitals", "federation.threads")
 FEDERATION, HOME = "federation", "home"
 EVERYBODY = "everybody"
 MOST_PLAYERS = 4  # of a Shapley value: 2^n - 2 federations are trained
@@ -38,7 +39,7 @@ class Start:
 
     folder: Path
     round: int
-    images_seen: int  # what the federation had shown by then, summed over its hospitals
+    images_seen: int  # what this hospital had seen in the federation by then
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def _arms_of(spec: str, settings: Settings, folder: ComparisonFolder, sizes: Map
     if name in NAMED and not colon:
         return [_federated(name, settings, folder, sizes, NAMED[name])]
     if colon:
+        if name in ("", "real", EVERYBODY, *KINDS, *NAMED) or name.startswith("coalition"):
+            raise ConfigError(f"comparison.arms: '{spec}' needs a name of its own, not '{name}': write e.g. 'fedadam: …'")
         return [_federated(name, settings, folder, sizes, _overrides(spec, keys))]
     match name:
         case "centralized":
@@ -129,8 +132,8 @@ def _arms_of(spec: str, settings: Settings, folder: ComparisonFolder, sizes: Map
             return [_local(settings, folder, sizes)]
         case "finetuned":
             return [_finetuned(settings, folder, sizes)]
-        case "coalitions":
-            return _coalitions(settings, folder, sizes)
+        case "leave-one-out" | "coalitions":
+            return _coalitions(settings, folder, sizes, only_one_out=name == "leave-one-out")
     raise ConfigError(
         f"comparison.arms has '{spec}': give {', '.join((*KINDS, *NAMED))}, or a federation with keys of its own, "
         "e.g. 'fedadam: federation.strategy=fedadam'"
@@ -141,10 +144,10 @@ def _overrides(spec: str, keys: str) -> tuple[str, ...]:
     """The `key=value` texts behind an arm's name, separated by semicolons."""
     found = tuple(text.strip() for text in keys.split(";") if text.strip())
     for text in found:
-        if not text.startswith(FREE_KEYS):
+        if not text.startswith(OVERRIDABLE) or text.startswith(NOT_OVERRIDABLE):
             raise ConfigError(
-                f"comparison.arms: '{spec}' would change {text.partition('=')[0]}: arms may differ in federation.* alone, "
-                "or they would not be compared but confused"
+                f"comparison.arms: '{spec}' would change {text.partition('=')[0]}: arms may differ in how they federate alone "
+                "(federation.* without members, hospitals and threads), or they would not be compared but confused"
             )
     if not found:
         raise ConfigError(f"comparison.arms: '{spec}' names no key: write e.g. 'fedadam: federation.strategy=fedadam'")
@@ -157,7 +160,7 @@ def _overrides(spec: str, keys: str) -> tuple[str, ...]:
 def _centralized(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int]) -> Arm:
     run = folder.arm("centralized", settings.seed)
     totals = tuple(_totals(settings))
-    job = Job(run.path, HOME, with_members(settings, tuple(sizes)), totals)
+    job = Job(run.path, HOME, at_home(settings, tuple(sizes)), totals)
     shown = {EVERYBODY: sum(totals)}
     return Arm("centralized", "centralized", settings.seed, run.path, (job,), shown, members=tuple(sizes))
 
@@ -178,11 +181,11 @@ def _federated(
 
 
 def _local(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int]) -> Arm:
-    """Each hospital alone, with the very images of the budget that it would see in the federation."""
+    """Each hospital alone, with as many images of the budget as it sees in the federation."""
     run = folder.arm("local", settings.seed)
     dealt = _dealt(settings, sizes)
     jobs = tuple(
-        Job(run.path / "members" / hospital, HOME, with_members(settings, (hospital,)), tuple(images))
+        Job(run.path / "members" / hospital, HOME, at_home(settings, (hospital,)), tuple(images))
         for hospital, images in dealt.items()
     )
     shown = {hospital: sum(images) for hospital, images in dealt.items()}
@@ -198,17 +201,18 @@ def _finetuned(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str,
             "the arm 'finetuned' begins at a round that the federation keeps, and "
             f"evaluation.every = {settings.evaluation.every} keeps none before the last of {rounds}: lower evaluation.every"
         )
+    if "discriminator" not in settings.federation.exchange:
+        raise ConfigError("the arm 'finetuned' goes on with the federation's discriminator: add it to federation.exchange")
     begin = min(kept, key=lambda number: abs(number - (1 - share) * rounds))
     run, source = folder.arm("finetuned", settings.seed), folder.arm("federated", settings.seed)
     dealt = _dealt(settings, sizes)
-    before = sum(sum(images[:begin]) for images in dealt.values())
     jobs = tuple(
         Job(
             run.path / "members" / hospital,
             HOME,
-            with_members(settings, (hospital,)),
+            at_home(settings, (hospital,)),
             tuple(images[begin:]),
-            Start(source.path, begin, before),
+            Start(source.path, begin, sum(images[:begin])),
         )
         for hospital, images in dealt.items()
     )
@@ -216,18 +220,22 @@ def _finetuned(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str,
     return Arm("finetuned", "finetuned", settings.seed, run.path, jobs, shown, by_hospital=True, members=tuple(sizes))
 
 
-def _coalitions(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int]) -> list[Arm]:
-    """A federation of each proper coalition of hospitals, each with the whole budget: what Shapley values need."""
+def _coalitions(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int], only_one_out: bool = False) -> list[Arm]:
+    """A federation of each proper coalition of hospitals, each with the whole budget: what Shapley values need.
+
+    `only_one_out`: only those that lack a single hospital, which is what its loss needs.
+    """
     names = list(sizes)
+    if only_one_out:
+        return [_coalition(settings, folder, {name: sizes[name] for name in names if name != out}) for out in names]
     if len(names) > MOST_PLAYERS:
         raise ConfigError(
-            f"the arm 'coalitions' would train {2 ** len(names) - 2} federations: it is for {MOST_PLAYERS} hospitals at most"
+            f"the arm 'coalitions' would train {2 ** len(names) - 2} federations a seed: it is for {MOST_PLAYERS} hospitals at "
+            "most; 'leave-one-out' trains one a hospital"
         )
-    arms = []
-    for chosen in range(1, 2 ** len(names) - 1):
-        members = {name: sizes[name] for number, name in enumerate(names) if chosen >> number & 1}
-        arms.append(_coalition(settings, folder, members))
-    return arms
+    chosen = range(1, 2 ** len(names) - 1)
+    groups = [{name: sizes[name] for number, name in enumerate(names) if group >> number & 1} for group in chosen]
+    return [_coalition(settings, folder, group) for group in groups]
 
 
 def _coalition(settings: Settings, folder: ComparisonFolder, members: Mapping[str, int]) -> Arm:
@@ -236,7 +244,7 @@ def _coalition(settings: Settings, folder: ComparisonFolder, members: Mapping[st
     if len(members) > 1:
         return _federated(name, settings, folder, members, (), kind="coalition")
     run, totals = folder.arm(name, settings.seed), tuple(_totals(settings))
-    job = Job(run.path, HOME, with_members(settings, tuple(members)), totals)
+    job = Job(run.path, HOME, at_home(settings, tuple(members)), totals)
     return Arm("coalition", name, settings.seed, run.path, (job,), {next(iter(members)): sum(totals)}, members=tuple(members))
 
 
@@ -246,6 +254,13 @@ def _coalition(settings: Settings, folder: ComparisonFolder, members: Mapping[st
 def with_members(settings: Settings, members: tuple[str, ...]) -> Settings:
     """The settings for some of the hospitals; training.kimg stays the budget of the whole arm."""
     return dataclasses.replace(settings, federation=dataclasses.replace(settings.federation, members=members))
+
+
+def at_home(settings: Settings, members: tuple[str, ...]) -> Settings:
+    """The settings for a training without a server: no strategy, so no proximal term and no condition that one sets."""
+    training = dataclasses.replace(settings.training, proximal_mu=0.0)
+    federation = dataclasses.replace(settings.federation, strategy="fedavg", members=members)
+    return dataclasses.replace(settings, training=training, federation=federation)
 
 
 def _fixed_data(settings: Settings, root: Path) -> Settings:

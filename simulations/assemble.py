@@ -16,6 +16,7 @@ import fedgan
 from fedgan import files
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, to_dict
+from fedgan.errors import ConfigError
 from fedgan.evaluation import arms as rows
 from fedgan.evaluation.contribution import contribution
 from fedgan.evaluation.paired import NOTE, bootstrap_auc, compare_arms, standard_families
@@ -47,7 +48,9 @@ def assemble(bench: Bench, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     done = [outcome for outcome in outcomes if outcome.done]
     entries = {outcome.arm.folder: _entry(bench, outcome) for outcome in outcomes}
     rows.check_comparable([_alike(settings, outcome.arm, entries[outcome.arm.folder]) for outcome in done])
-    threshold = settings.comparison.frechet or rows.frechet_threshold(entries[outcome.arm.folder]["curve"] for outcome in done)
+    _check_judged_here(bench, entries)
+    curves = [entries[outcome.arm.folder]["curve"] for outcome in done if outcome.arm.kind != "coalition"]
+    threshold = settings.comparison.frechet or rows.frechet_threshold(curves)
     for entry in entries.values():
         entry["cost"]["kimg_to_frechet"] = rows.kimg_to_frechet(entry["curve"], threshold) if entry["status"] == "done" else None
 
@@ -64,7 +67,7 @@ def assemble(bench: Bench, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "channels": reference.train.channels,
         "hospitals": folder.read_json(folder.hospitals),
         "margin": settings.comparison.margin,
-        "images_seen_budget": max((entry["images_seen"] or 0 for entry in entries.values()), default=0),
+        "images_seen_budget": max((sum(outcome.arm.hospital_images.values()) for outcome in outcomes), default=0),
         **found,
         "arms": list(entries.values()),
         "extractor": reference.extractor.name if reference.can_extract else None,
@@ -73,7 +76,7 @@ def assemble(bench: Bench, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "suite": settings.evaluation.suite,
         "frechet_threshold": threshold,
         "not_measured": _not_measured(settings, outcomes, entries),
-        "notes": _notes(entries),
+        "notes": [*_fairness(outcomes), *_notes(entries)],
         "provenance": _provenance(settings, folder),
     }
 
@@ -85,7 +88,6 @@ def _entry(bench: Bench, outcome: Outcome) -> dict[str, Any]:
     """An arm with one seed, whatever became of it: a failed one keeps its row, with its reason."""
     arm = outcome.arm
     lines = [files.read_json_lines(job.run.metrics) for job in arm.jobs]
-    before = max((job.start.images_seen for job in arm.jobs if job.start), default=0)
     entry: dict[str, Any] = {
         "arm": arm.kind,
         "name": arm.name,
@@ -93,13 +95,13 @@ def _entry(bench: Bench, outcome: Outcome) -> dict[str, Any]:
         "folder": str(arm.folder.relative_to(bench.folder.path)),
         "status": "done" if outcome.done else "failed",
         "failure": outcome.failure or None,
-        "images_seen": before + sum(job[-1]["images_seen"] for job in lines) if all(lines) else None,
+        "images_seen": sum(job[-1]["images_seen"] for job in lines) if all(lines) else None,
         "hospital_images": dict(arm.hospital_images),
         "members_names": list(arm.members),
         "overrides": dict(text.split("=", 1) for text in arm.overrides),
         "cost": _cost(arm, lines),
         "curve": [],
-        "losses": _losses(lines, before),
+        "losses": _losses(lines),
         "evaluation": None,
         "members": [],
     }
@@ -122,7 +124,7 @@ def _member(bench: Bench, job: Job) -> dict[str, Any]:
     lines = files.read_json_lines(job.run.metrics)
     return {
         "hospital": name,
-        "images_seen": (job.start.images_seen if job.start else 0) + (lines[-1]["images_seen"] if lines else 0),
+        "images_seen": lines[-1]["images_seen"] if lines else 0,
         "classes_held": [label for label, count in zip(hospital.train.label_names, counts, strict=True) if count],
         "utility": found.get("utility"),
         "fidelity": found.get("fidelity"),
@@ -132,9 +134,8 @@ def _member(bench: Bench, job: Job) -> dict[str, Any]:
 def _cost(arm: Arm, lines: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """What the trainings of an arm took. One that goes on from a federation's round has that federation's cost until then."""
     runs = [list(job) for job in lines]
-    for start in {job.start for job in arm.jobs if job.start}:
-        earlier = files.read_json_lines(RunFolder(start.folder).metrics)
-        runs.append([line for line in earlier if line["round"] <= start.round])
+    for folder, number in {(job.start.folder, job.start.round) for job in arm.jobs if job.start}:
+        runs.append([line for line in files.read_json_lines(RunFolder(folder).metrics) if line["round"] <= number])
     hospitals = [row for run in runs for line in run for row in line["hospitals"]]
     ends = [run[-1] for run in runs if run]
     return {
@@ -147,7 +148,7 @@ def _cost(arm: Arm, lines: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, A
     }
 
 
-def _losses(lines: Sequence[Sequence[Mapping[str, Any]]], before: int) -> list[dict[str, Any]]:
+def _losses(lines: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Losses by images seen, at most about a hundred points; of an arm without a server their weighted mean."""
     if not all(lines):
         return []
@@ -155,7 +156,7 @@ def _losses(lines: Sequence[Sequence[Mapping[str, Any]]], before: int) -> list[d
     for number in range(min(len(job) for job in lines)):
         at = [job[number] for job in lines]
         seen = [sum(row["images"] for row in line["hospitals"]) for line in at]
-        point: dict[str, Any] = {"images_seen": before + sum(line["images_seen"] for line in at)}
+        point: dict[str, Any] = {"images_seen": sum(line["images_seen"] for line in at)}
         for key in LOSSES:
             known = [(line["mean"][key], weight) for line, weight in zip(at, seen, strict=True) if key in line["mean"] and weight]
             point[key] = sum(value * weight for value, weight in known) / sum(w for _, w in known) if known else None
@@ -177,6 +178,16 @@ def _alike(settings: Settings, arm: Arm, entry: Mapping[str, Any]) -> dict[str, 
         "label_names": entry["evaluation"]["label_names"],
         "evaluator": entry["evaluation"]["evaluator"] | {"extractor": entry["evaluation"]["evaluator"]["extractor"] or "none"},
     }
+
+
+def _check_judged_here(bench: Bench, entries: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Raise `ConfigError` when an arm was judged on other test images than those that its scores are compared on."""
+    for entry in entries.values():
+        if entry["evaluation"] and entry["evaluation"]["evaluator"]["test_hash"] != bench.reference.test_hash:
+            raise ConfigError(
+                f"arm '{entry['name']}' (seed {entry['seed']}) was judged on other test images than the data hold now: "
+                "the data have changed, give another --output"
+            )
 
 
 # --- over all arms ---------------------------------------------------------------------------------
@@ -302,6 +313,23 @@ def _not_measured(settings: Settings, outcomes: Sequence[Outcome], entries: Mapp
         count = settings.comparison.seeds
         said.append(f"The spread over trainings is known from {count} {'seed' if count == 1 else 'seeds'} of each arm alone.")
     said.append("Privacy: no attack was run on these generators and none was trained with differential privacy.")
+    return said
+
+
+def _fairness(outcomes: Sequence[Outcome]) -> list[str]:
+    """Sentences on what arms do not share, where they do not."""
+    said = []
+    raw = [outcome.arm.name for outcome in outcomes if "ema" not in outcome.arm.jobs[0].settings.federation.exchange]
+    if raw and len(raw) < len(outcomes):
+        names = ", ".join(dict.fromkeys(raw))
+        said.append(f"The average of the generator's weights does not travel in {names}: judged there is the generator itself.")
+    if any(outcome.arm.kind == "local" for outcome in outcomes):
+        arm = next(outcome.arm for outcome in outcomes if outcome.arm.kind == "local")
+        dealt = ", ".join(f"{name} {images:,}" for name, images in arm.hospital_images.items())
+        said.append(
+            f"Each hospital alone saw its own share of the budget, as many images as it shows in the federation ({dealt}); "
+            "the arm 'coalitions' gives each hospital alone the whole budget."
+        )
     return said
 
 

@@ -14,7 +14,6 @@ Events, each a dict, go to `on_event`:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,31 @@ import torch
 from fedgan import files
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, to_dict
+from fedgan.data.federation import describe_hospitals
 from fedgan.errors import ConfigError
-from server.lock import locked
-from server.preparation import is_prepared, prepare_run, with_absolute_paths
+from fedgan.evaluation.features import check_features
+from fedgan.report.cards.collect import public
+from server.lock import locked, sweep
+from server.preparation import (
+    check_evaluation,
+    evaluation_guests,
+    is_prepared,
+    open_prepared,
+    prepare_run,
+    with_absolute_paths,
+)
 from server.strategies import check_strategy
-from simulations.arms import FEDERATION, Arm, Job, plan_of
+from simulations.arms import FEDERATION, Arm, Job, plan, plan_of
 from simulations.assemble import Outcome, assemble
 from simulations.home import is_trained_at_home
-from simulations.job import write_job
-from simulations.judging import is_judged, open_bench
-from simulations.runner import is_trained
+from simulations.job import read_job, write_job
+from simulations.judging import is_judged, open_bench, write_real_grid
+from simulations.runner import REPOSITORY, is_trained
 from simulations.schedule import Task, core_groups, run_tasks
 
 Tell = Callable[[dict[str, Any]], None]
 FREE_SECTIONS = ("evaluation", "comparison")  # may change between two calls: nothing has to be trained again
-FREE_KEYS = ("name", "description")
+FREE_NAMES = ("name", "description")
 
 
 def compare(
@@ -50,15 +59,19 @@ def compare(
     others go on. Raises `ConfigError` for a scenario that does not fit the folder, `KeyboardInterrupt` on Ctrl-C.
     """
     tell = on_event or (lambda event: None)
+    plan(settings, folder, {f"hospital-{n + 1}": 1 for n in range(settings.federation.hospitals)}, Path())  # a wrong arm, at once
     with locked(folder):
+        sweep(folder)
         settings = prepare(settings, folder, tell)
         arms = plan_of(settings, folder)
-        open_bench(folder)  # data that cannot be judged fail before the training, not after it
+        write_real_grid(open_bench(folder))  # data that cannot be judged fail before the training, not after it
         failures = train_arms(arms, folder, jobs, tell)
         trained = [arm for arm in arms if not any(job.folder in failures for job in arm.jobs)]
         failures |= judge_arms(trained, folder, settings, jobs, tell)
+        tell({"event": "plan", "stage": "comparing", "tasks": {}, "done": []})
         torch.set_num_threads(1)  # as the classifiers of the judgement were trained
-        found = assemble(open_bench(folder), [Outcome(arm, _failure(arm, failures)) for arm in arms])
+        roots = (str(folder.path), settings.data.root, settings.evaluation.root, str(REPOSITORY), str(Path.home()))
+        found = assemble(open_bench(folder), [Outcome(arm, _failure(arm, failures, roots)) for arm in arms])
         files.write_json(folder.comparison, found)
     return found
 
@@ -66,14 +79,20 @@ def compare(
 def prepare(settings: Settings, folder: ComparisonFolder, tell: Tell) -> Settings:
     """Write config.toml, hospitals.json and environment.json, or check that those there are of this very scenario.
 
-    Raises `ConfigError` when the folder holds a comparison that was trained with other settings.
+    Raises `ConfigError` when the folder holds a comparison that was trained with other settings or on other data.
     """
     settings = with_absolute_paths(settings)
     if folder.checkpoints.exists() or folder.look.exists():
         raise ConfigError(f"{folder.path} holds a run, not a comparison: give another --output")
     if folder.config.is_file():
         check_same(folder.settings(), settings, folder)
-    if not is_prepared(folder):
+    if is_prepared(folder):
+        check_features(settings.evaluation.features)
+        hospitals = open_prepared(settings, folder)
+        check_evaluation(settings, hospitals, evaluation_guests(settings))
+        if describe_hospitals(hospitals) != folder.read_json(folder.hospitals):
+            raise ConfigError(f"{folder.path} was prepared with other images than its shards hold now: give another --output")
+    else:
         prepare_run(settings, folder, tell)
     folder.write_settings(settings)
     return settings
@@ -94,7 +113,8 @@ def train_arms(arms: Sequence[Arm], folder: ComparisonFolder, slots: int | None,
     """Train every job that is not trained yet, side by side; the reasons of those that failed, by folder."""
     jobs = [job for arm in arms for job in arm.jobs]
     for job in jobs:
-        check_strategy(job.settings)
+        if job.kind == FEDERATION:
+            check_strategy(job.settings)
         _check_trained_alike(job)
     names = {job.folder: str(job.folder.relative_to(folder.arms)) for job in jobs}
     tasks = [_training_task(job, folder, names) for job in jobs]
@@ -123,7 +143,7 @@ def judge_arms(
             logs / f"judge-{arm.folder.name}.log",
             1.0 + 0.5 * (len(arm.jobs) - 1),
             tuple(first),
-            done=is_judged(settings, arm),
+            done=is_judged(settings, arm, folder),
         )
         for arm in arms
     ]
@@ -155,17 +175,16 @@ def _plan_event(stage: str, tasks: Sequence[Task]) -> dict[str, Any]:
     return {"event": "plan", "stage": stage, "tasks": weights, "done": [task.name for task in tasks if task.done]}
 
 
-def _failure(arm: Arm, failures: dict[Path, str]) -> str:
-    """Why an arm has no figures, in one sentence; empty where it has."""
-    reasons = {job.folder: failures[job.folder] for job in arm.jobs if job.folder in failures}
+def _failure(arm: Arm, failures: dict[Path, str], roots: tuple[str, ...]) -> str:
+    """Why an arm has no figures, in one sentence without a path of this machine; empty where it has."""
+    reasons = {
+        (f"{job.members[0]}: " if arm.by_hospital else "") + failures[job.folder]: None
+        for job in arm.jobs
+        if job.folder in failures
+    }
     if arm.folder in failures:
-        reasons[arm.folder] = failures[arm.folder]
-    return without_paths("; ".join(reasons.values()))
-
-
-def without_paths(text: str) -> str:
-    """The text with the last part alone of each absolute path: comparison.json is shown to others."""
-    return re.sub(r"(?<![\w.])/(?:[^\s/:;,'\"]+/)*([^\s/:;,'\"]+)", r"\1", text)
+        reasons[failures[arm.folder]] = None
+    return str(public("; ".join(reasons), tuple(root for root in roots if root)))
 
 
 # --- parts -----------------------------------------------------------------------------------------
@@ -175,6 +194,13 @@ def _training_task(job: Job, folder: ComparisonFolder, names: dict[Path, str]) -
     name = names[job.folder]
     order = folder.path / "jobs" / f"{name.replace('/', '_')}.json"
     done = job_is_done(job)
+    if order.is_file() and job.run.config.is_file():
+        planned = read_job(order)
+        if (planned.images, planned.start) != (job.images, job.start):
+            raise ConfigError(
+                f"{job.folder} was planned with other rounds or another beginning (comparison.finetune_share?): "
+                "remove that folder, or set it back"
+            )
     if not done:
         write_job(job, order)
     images = sum(job.images) if job.images else job.settings.training.kimg * 1000
@@ -187,7 +213,7 @@ def _check_trained_alike(job: Job) -> None:
     if not job.run.config.is_file():
         return
     old, new = _trained(job.run.settings()), _trained(with_absolute_paths(job.settings))
-    if changed := [key for key in new if old.get(key) != new[key]]:
+    if changed := [key for key in new if old.get(key) != new[key] and key != "data.root"]:  # the data's hash was compared
         raise ConfigError(
             f"{job.folder} was trained with {changed[0]} = {old.get(changed[0])!r}, not {new[changed[0]]!r}: "
             "remove that folder, or give the arm another name"
@@ -198,7 +224,7 @@ def _trained(settings: Settings) -> dict[str, Any]:
     """The settings that a training depends on, by dotted key."""
     flat: dict[str, Any] = {}
     for section, value in to_dict(settings).items():
-        if section in FREE_SECTIONS or section in FREE_KEYS:
+        if section in FREE_SECTIONS or section in FREE_NAMES:
             continue
         flat |= {f"{section}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {section: value}
     flat["evaluation.every"] = settings.evaluation.every  # says which checkpoints were kept

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fedgan import files
 from fedgan.data.dataset import ImageDataset
 from fedgan.data.federation import Hospital
 from fedgan.evaluation.reference import pool_places
@@ -24,7 +25,8 @@ from server.checkpoints import State, has_line, load_state, save_state, write_li
 from server.federation import mean_of
 from server.lock import locked, sweep
 from server.preparation import experiment_of, is_prepared, open_prepared, prepare_run
-from simulations.arms import EVERYBODY, Job
+from server.strategies import STATE
+from simulations.arms import EVERYBODY, Job, Start
 
 Tell = Callable[[dict[str, Any]], None]
 PARTS = ("generator", "ema")
@@ -74,13 +76,22 @@ def _restore(job: Job, run: RunFolder, trainer: Trainer, data: ImageDataset) -> 
             write_line(run, state.line)
         return state
     if job.start is not None:
-        tensors, _ = load_tensors(RunFolder(job.start.folder).checkpoint(job.start.round))
-        trainer.incoming({name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith("strategy/")})
-    state = State(0, trainer.outgoing(PARTS), {}, 0, 0, 0.0, None)
+        _take_over(job.start, job.members[0], trainer)
+    state = State(0, trainer.outgoing(PARTS), {}, trainer.images_seen, 0, 0.0, None)
     state.label_names, state.exclusive = tuple(data.label_names), data.exclusive
     state.channels, state.resolution = data.channels, data.resolution
     save_state(run, run.settings(), state, experiment)
     return state
+
+
+def _take_over(start: Start, hospital: str, trainer: Trainer) -> None:
+    """Begin with a federation's model of a round, its image count and the strength of augmentation at this hospital."""
+    run = RunFolder(start.folder)
+    tensors, _ = load_tensors(run.checkpoint(start.round))
+    trainer.incoming({name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith(STATE)})
+    lines = {line["round"]: line for line in files.read_json_lines(run.metrics)}
+    row = next(row for row in lines[start.round]["hospitals"] if row["name"] == hospital)
+    trainer.go_on(start.images_seen, row["p"])
 
 
 def _round(job: Job, run: RunFolder, trainer: Trainer, before: State, number: int, tell: Tell) -> State:
@@ -141,7 +152,7 @@ def _tell_start(job: Job, state: State, tell: Tell) -> None:
             "hospitals": list(job.members),
             "rounds": len(job.images),
             "first_round": state.round + 1,
-            "images": sum(job.images),
+            "images": sum(job.images) + (job.start.images_seen if job.start else 0),
             "images_seen": state.images_seen,
         }
     )

@@ -24,10 +24,12 @@ from fedgan import files
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, to_dict
 from fedgan.data.dataset import ImageDataset, pool
-from fedgan.data.federation import Hospital
+from fedgan.data.federation import Hospital, find_shards
+from fedgan.data.shard import Shard
 from fedgan.data.splits import check_patients_apart
 from fedgan.errors import CheckpointError
 from fedgan.evaluation.evaluate import Judged, evaluate_synthetic
+from fedgan.evaluation.features import REFERENCE
 from fedgan.evaluation.grids import png_bytes, real_grid, sample_grid
 from fedgan.evaluation.reference import RealReference, pool_places
 from fedgan.evaluation.sampling import generate_images, synthetic_labels
@@ -37,7 +39,7 @@ from server.checkpoints import is_evaluated
 from server.preparation import evaluation_hospitals, open_prepared
 from simulations.arms import Arm, Job
 
-FORMAT = 1  # of evaluation.json and predictions: another number means that all is judged again
+FORMAT = 2  # of evaluation.json and predictions: another number means that all is judged again
 Step = Callable[[float, str], None]  # (share of the work that is done, what is done now)
 
 
@@ -56,43 +58,53 @@ class Bench:
 def open_bench(folder: ComparisonFolder, say: Callable[[str], None] | None = None) -> Bench:
     """The one evaluator of a comparison; what it learns of the real images is kept in `reference/`."""
     settings = folder.settings()
-    device = "cuda" if settings.training.device != "cpu" and torch.cuda.is_available() else "cpu"
-    train, val, test = (
-        pool_places([(hospital.name, hospital.split(split)) for hospital in evaluation_hospitals(settings, folder)], split)
-        for split in ("train", "val", "test")
-    )
-    reference = RealReference(train, val, test, settings.evaluation, settings.seed, device, progress=say, folder=folder.reference)
-    hospitals = open_prepared(settings, folder)
+    device = device_of(settings)
+    hospitals, guests = open_prepared(settings, folder), evaluation_hospitals(settings, folder)
     trained = pool_places([(hospital.name, hospital.train) for hospital in hospitals], "train")
-    check_patients_apart(trained, reference.val, reference.test)
+    held = [pool_places([(guest.name, guest.split(split)) for guest in guests], split) for split in ("val", "test")]
+    check_patients_apart(trained, *held)
+    train, val, test = (_by_name(guests, split) for split in ("train", "val", "test"))
+    reference = RealReference(train, val, test, settings.evaluation, settings.seed, device, progress=say, folder=folder.reference)
     return Bench(settings, folder, hospitals, train, reference, device)
+
+
+def _by_name(hospitals: Sequence[Hospital], split: str) -> ImageDataset:
+    """A split of all hospitals, pooled; an image's institution is its hospital, also where one pool was dealt to several."""
+    sets = [
+        (hospital.name, dataclasses.replace(data, institutions=np.full(len(data), hospital.name)))
+        for hospital in hospitals
+        for data in [hospital.split(split)]
+    ]
+    return pool_places(sets, split)
 
 
 def judge_arm(bench: Bench, arm: Arm, step: Step) -> None:
     """Write an arm's evaluation.json, predictions.npz, curve.json and samples, and those of its members' own generators."""
-    key = judgement_key(bench.settings, arm)
-    if _is_judged(arm.run, key):
+    key = judgement_key(bench.settings, arm, bench.folder)
+    if _is_judged(arm, key):
         return
     step(0.0, "generating")
     parts = [_Part.of(bench, job, arm) for job in arm.jobs]
     synthetic = union(bench.settings, parts)
     files.write_bytes(arm.run.samples / "final.png", png_bytes(_grid(bench, parts)))
     step(0.1, "judging")
-    _write_judgement(
-        bench, arm.run, evaluate_synthetic(bench.reference, synthetic, None if arm.by_hospital else parts[0].generator)
-    )
+    facts = {"arm": arm.kind, "name": arm.name, "round": max(part.round for part in parts)}
+    only = None if arm.by_hospital else parts[0].generator
+    _write_judgement(bench, arm.run, facts, evaluate_synthetic(bench.reference, synthetic, only))
     if arm.by_hospital:
         for number, part in enumerate(parts):
             step(0.6 + 0.3 * number / len(parts), f"judging {part.hospital} alone")
-            _write_judgement(bench, part.job.run, evaluate_synthetic(_quick(bench.reference), part.synthetic, part.generator))
+            own = {"arm": arm.kind, "name": f"{arm.name}: {part.hospital}", "round": part.round}
+            judged = evaluate_synthetic(_quick(bench.reference), part.synthetic, part.generator)
+            _write_judgement(bench, part.job.run, own, judged)
     step(0.9, "measuring the curve")
     files.write_json(arm.run.path / "curve.json", curve(bench, arm))
-    files.write_json(arm.run.path / "judged.json", {"key": key})
+    files.write_json(arm.run.path / "judged.json", {"key": key, "files": _judged_files(arm)})
     step(1.0, "done")
 
 
-def judgement_key(settings: Settings, arm: Arm) -> str:
-    """sha256 of all that an arm's figures depend on: checkpoints, data, evaluation settings."""
+def judgement_key(settings: Settings, arm: Arm, folder: ComparisonFolder) -> str:
+    """sha256 of all that an arm's figures depend on: checkpoints, data, evaluation settings, extractor, kind of device."""
     hashes = []
     for job in arm.jobs:
         newest = job.run.last_round()
@@ -100,14 +112,25 @@ def judgement_key(settings: Settings, arm: Arm) -> str:
             raise CheckpointError(f"{arm.label} has no finished round: it cannot be judged")
         hashes.append((job.run.read_json(job.run.checkpoint(newest).with_suffix(".json")) or {}).get("sha256"))
     tree = to_dict(settings)
-    facts = [FORMAT, hashes, tree["data"], tree["evaluation"], settings.seed]
+    evaluation = {name: value for name, value in tree["evaluation"].items() if name != "show_real"}  # changes no figure
+    held = [row["content_hash"] for row in folder.read_json(folder.hospitals) or []]
+    if settings.evaluation.root:
+        held += [Shard.open(path).card.content_hash for path in find_shards(settings.evaluation.root)]
+    features = settings.evaluation.features
+    weights = "" if features == REFERENCE else hashlib.sha256(Path(features).read_bytes()).hexdigest()
+    facts = [FORMAT, hashes, tree["data"], evaluation, settings.seed, held, weights, device_of(settings)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def is_judged(settings: Settings, arm: Arm) -> bool:
+def device_of(settings: Settings) -> str:
+    """Where the arms are judged: CUDA where there is one and the settings allow it."""
+    return "cuda" if settings.training.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def is_judged(settings: Settings, arm: Arm, folder: ComparisonFolder) -> bool:
     """Whether an arm's evaluation is there and is about its newest checkpoint and these settings."""
     try:
-        return _is_judged(arm.run, judgement_key(settings, arm))
+        return _is_judged(arm, judgement_key(settings, arm, folder))
     except CheckpointError:  # damaged: the judgement will say so of this arm, and the others go on
         return False
 
@@ -118,7 +141,7 @@ def read_scores(run: RunFolder) -> np.ndarray | None:
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as arrays:
-        scores: np.ndarray = arrays["synthetic"].astype(np.float64)
+        scores: np.ndarray = arrays["synthetic"]
     return scores
 
 
@@ -134,6 +157,7 @@ class _Part:
     synthetic: ImageDataset
     train: ImageDataset
     hospital: str
+    round: int
 
     @staticmethod
     def of(bench: Bench, job: Job, arm: Arm) -> _Part:
@@ -143,12 +167,12 @@ class _Part:
         train = _asked(bench, arm, job)
         images = bench.settings.evaluation.images
         synthetic = _generated(bench, job.run, generator, train, images, meta["sha256"])
-        return _Part(job, generator, synthetic, train, job.members[0] if arm.by_hospital else "")
+        return _Part(job, generator, synthetic, train, job.members[0] if arm.by_hospital else "", newest)
 
 
 def _asked(bench: Bench, arm: Arm, job: Job) -> ImageDataset:
     """The training images whose mix of labels a generator is asked for: those of its own members."""
-    members = job.members or arm.members
+    members = job.members or arm.members  # a job without members is everybody's
     chosen = [(hospital.name, hospital.train) for hospital in bench.hospitals if hospital.name in members]
     return pool_places(chosen, "+".join(members))
 
@@ -162,9 +186,8 @@ def _generated(bench: Bench, run: RunFolder, generator: Any, train: ImageDataset
     images = _kept_images(path, key)
     if images is None:
         images = generate_images(generator, labels, seed, psi, device=bench.device)
-        stream = io.BytesIO()
-        np.savez(stream, images=images, labels=labels, key=np.array(key))
-        files.write_bytes(path, stream.getvalue())
+        with files.atomic_path(path) as part, open(part, "wb") as stream:
+            np.savez(stream, images=images, labels=labels, key=np.array(key))
     return ImageDataset("synthetic", images, labels, train.label_names, train.exclusive)
 
 
@@ -244,23 +267,23 @@ def write_real_grid(bench: Bench) -> None:
 # --- figures ---------------------------------------------------------------------------------------
 
 
-def _write_judgement(bench: Bench, run: RunFolder, judged: Judged) -> None:
+def _write_judgement(bench: Bench, run: RunFolder, facts: dict[str, Any], judged: Judged) -> None:
     """predictions.npz first: an evaluation.json always has them."""
     reference = bench.reference
     if judged.scores is not None:
         stream = io.BytesIO()
-        np.savez(stream, synthetic=judged.scores.astype(np.float32))
+        np.savez(stream, synthetic=judged.scores)
         files.write_bytes(run.path / "predictions.npz", stream.getvalue())
     evaluator = {
         "extractor": reference.extractor.key if reference.can_extract else None,
         "classifier": reference.classifier_name,
-        "suite": reference.settings.suite,
+        "suite": judged.numbers["suite"],
         "test_hash": reference.test_hash,
         "seed": reference.seed,
         "psi": reference.settings.psi,
         "images": reference.settings.images,
     }
-    files.write_json(run.evaluation, {**judged.numbers, "psi": reference.settings.psi, "evaluator": evaluator})
+    files.write_json(run.evaluation, {**facts, **judged.numbers, "psi": reference.settings.psi, "evaluator": evaluator})
 
 
 def _quick(reference: RealReference) -> RealReference:
@@ -271,36 +294,52 @@ def _quick(reference: RealReference) -> RealReference:
 
 
 def curve(bench: Bench, arm: Arm) -> list[dict[str, Any]]:
-    """[{images_seen, frechet, round}] at every checkpoint that the training kept, against real validation images."""
+    """[{images_seen, frechet, round, split}] at every checkpoint that the training kept, federation's rounds before it included.
+
+    The real side is the validation split (training images where that is too small, as `split` says), never the test split.
+    """
     if not bench.reference.can_extract:
         return []
-    _, real = bench.reference.quick
-    psi, seed = bench.settings.evaluation.psi, bench.settings.seed
-    sizes = [len(_asked(bench, arm, job)) for job in arm.jobs]
-    counts = shares(sizes, len(real))
+    sources = [(job.run, _asked(bench, arm, job)) for job in arm.jobs]
     points = []
-    for number in _kept_rounds(arm):
-        images, seen = [], 0
-        for job, count in zip(arm.jobs, counts, strict=True):
-            generator, meta = load_generator(job.run.checkpoint(number), bench.device)
-            labels = synthetic_labels(_asked(bench, arm, job).labels, count, seed)
-            images.append(generate_images(generator, labels, seed, psi, device=bench.device))
-            seen += meta["images_seen"]
-        seen += max((job.start.images_seen for job in arm.jobs if job.start), default=0)
-        distance = bench.reference.quick_distance(np.concatenate(images))["frechet"]
-        points.append({"images_seen": seen, "frechet": distance, "round": number})
+    if start := arm.jobs[0].start:
+        whole = [(RunFolder(start.folder), _asked(bench, arm, dataclasses.replace(arm.jobs[0], settings=bench.settings)))]
+        points = [_point(bench, whole, number) for number in _kept_rounds(arm, whole) if number <= start.round]
+    points += [_point(bench, sources, number) for number in _kept_rounds(arm, sources)]
     return points
 
 
-def _kept_rounds(arm: Arm) -> list[int]:
-    """Rounds of which every job of the arm still has a checkpoint that was to be looked at."""
-    newest = min(job.run.last_round() or 0 for job in arm.jobs)
-    first = arm.jobs[0]
-    # a training at home may begin late in the federation it goes on from, and ends with its own last round
-    wanted = [number for number in range(1, newest + 1) if number == newest or is_evaluated(first.settings, number)]
-    return [number for number in wanted if all(job.run.checkpoint(number).is_file() for job in arm.jobs)]
+def _point(bench: Bench, sources: Sequence[tuple[RunFolder, ImageDataset]], number: int) -> dict[str, Any]:
+    """One point of a curve: generators after round `number`, each asked for its share of the images in its own mix."""
+    settings, seed = bench.settings, bench.settings.seed
+    counts = shares([len(train) for _, train in sources], len(bench.reference.quick[1]))
+    images, seen = [], 0
+    for (run, train), count in zip(sources, counts, strict=True):
+        generator, meta = load_generator(run.checkpoint(number), bench.device)
+        labels = synthetic_labels(train.labels, count, seed)
+        images.append(generate_images(generator, labels, seed, settings.evaluation.psi, device=bench.device))
+        seen += meta["images_seen"]
+    found = bench.reference.quick_distance(np.concatenate(images))
+    return {"images_seen": seen, "frechet": found["frechet"], "round": number, "split": found["split"]}
 
 
-def _is_judged(run: RunFolder, key: str) -> bool:
-    found = run.read_json(run.path / "judged.json") or {}
-    return run.evaluation.is_file() and found.get("key") == key
+def _kept_rounds(arm: Arm, sources: Sequence[tuple[RunFolder, ImageDataset]]) -> list[int]:
+    """Rounds of which every source still has a checkpoint that was to be looked at, and the last."""
+    newest = min(run.last_round() or 0 for run, _ in sources)
+    settings = arm.jobs[0].settings
+    wanted = [number for number in range(1, newest + 1) if number == newest or is_evaluated(settings, number)]
+    return [number for number in wanted if all(run.checkpoint(number).is_file() for run, _ in sources)]
+
+
+def _judged_files(arm: Arm) -> dict[str, str]:
+    """sha256 of what a judgement left, by its place in the arm's folder: what another hand wrote over is judged again."""
+    homes = [arm.run, *((job.run for job in arm.jobs) if arm.by_hospital else ())]
+    places = [home.path / name for home in homes for name in ("evaluation.json", "predictions.npz", "curve.json")]
+    return {
+        str(place.relative_to(arm.folder)): hashlib.sha256(place.read_bytes()).hexdigest() for place in places if place.is_file()
+    }
+
+
+def _is_judged(arm: Arm, key: str) -> bool:
+    found = arm.run.read_json(arm.run.path / "judged.json") or {}
+    return found.get("key") == key and found.get("files") == _judged_files(arm)

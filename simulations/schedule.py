@@ -56,6 +56,8 @@ def run_tasks(tasks: Sequence[Task], groups: Sequence[tuple[int, ...]], tell: Te
     watch = selectors.DefaultSelector()
     try:
         while True:
+            for task in _blocked(tasks):
+                tell({"event": "task_end", "task": task.name, "failure": task.failure})
             waiting = _startable(tasks, running)
             while free and waiting:
                 task = waiting.pop(0)
@@ -74,17 +76,27 @@ def run_tasks(tasks: Sequence[Task], groups: Sequence[tuple[int, ...]], tell: Te
                     tell({"event": "task_end", "task": task.name, "failure": task.failure})
     finally:
         for task in running:
+            _close(task)  # their standard inputs: the sign to stop, to all at once
+        for task in running:
             _stop(task)
         watch.close()
 
 
-def _startable(tasks: Sequence[Task], running: Sequence[Task]) -> list[Task]:
-    """Tasks that wait for nothing any more, the heaviest first. One that waits for a failed one fails."""
+def _blocked(tasks: Sequence[Task]) -> list[Task]:
+    """Tasks that can no longer begin, because one that they wait for has failed; they fail with it."""
     by_name = {task.name: task for task in tasks}
+    blocked = []
     for task in tasks:
         failed = [name for name in task.after if by_name[name].failure]
-        if failed and not task.failure:
+        if failed and not task.failure and not task.done:
             task.failure = f"'{failed[0]}', which it builds on, failed"
+            blocked.append(task)
+    return blocked
+
+
+def _startable(tasks: Sequence[Task], running: Sequence[Task]) -> list[Task]:
+    """Tasks that wait for nothing any more, the heaviest first."""
+    by_name = {task.name: task for task in tasks}
     open_ = [task for task in tasks if not (task.done or task.failure or task in running)]
     return sorted((task for task in open_ if all(by_name[name].done for name in task.after)), key=lambda task: -task.weight)
 

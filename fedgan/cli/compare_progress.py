@@ -14,7 +14,7 @@ from typing import Any
 from fedgan.cli import console
 
 QUIET_SECONDS = 20.0
-STAGES = {"training": "training the arms", "judging": "judging the arms"}
+STAGES = {"training": "training the arms", "judging": "judging the arms", "comparing": "comparing the arms"}
 PREPARING = {"phantoms": "drawing phantoms", "hospitals": "opening the hospitals' shards"}
 
 
@@ -38,7 +38,8 @@ class ComparisonState:
             self.running.append(task)
             self.shares[task] = 0.0
         elif kind == "task_end":
-            self.running.remove(task)
+            if task in self.running:  # one that could not begin ends without a start
+                self.running.remove(task)
             self.shares[task] = 1.0
         elif kind == "start" and event["images"]:
             self.shares[task] = event["images_seen"] / event["images"]
@@ -111,7 +112,8 @@ class CompareProgress:
             return f"{PREPARING.get(event['what'], event['what'])} ..."
         if kind == "plan":
             done = f", {len(event['done'])} done before" if event["done"] else ""
-            return f"{STAGES.get(state.stage, state.stage)}: {len(event['tasks'])} jobs{done}"
+            jobs = f": {len(event['tasks'])} jobs{done}" if event["tasks"] else " ..."
+            return f"{STAGES.get(state.stage, state.stage)}{jobs}"
         if kind == "task_end":
             ending = f"failed: {event['failure']}" if event["failure"] else "done"
             return f"{state.share:>4.0%}  {event['task']}: {ending}"

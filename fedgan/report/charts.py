@@ -197,8 +197,8 @@ def _upright(x: Scale, label: str, value: float, top: float, bottom: float) -> l
 
 
 def _name(row: Row, middle: float) -> Markup:
-    """The row's name, right-aligned; a long one is cut and kept whole in its title."""
-    words = row.label if len(row.label) <= 18 else row.label[:17].rstrip() + "…"
+    """The row's name, right-aligned; of a long one both ends, which tell it apart, and the whole in its title."""
+    words = row.label if len(row.label) <= 18 else f"{row.label[:8].rstrip()}…{row.label[-9:].lstrip()}"
     style = "name strong" if row.strong else "name minor" if row.minor else "name"
     return Markup('<text class="{}" x="{}" y="{:g}" text-anchor="end"><title>{}</title>{}</text>').format(
         style, NAMES, middle + 4, row.label, words

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedgan.report.format import DASH
 
+DRAWN = "All images were drawn by a program: these figures say nothing of patients."
 PHANTOMS = re.compile(r"procedural \w+ phantoms\b")
 UNTOLD = "named by a file: not shown"
 _FILE_NAME = re.compile(r"\.[A-Za-z]\w{1,5}(\s|$)|[/\\]")

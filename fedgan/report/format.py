@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,22 @@ def interval(value: Any, digits: int = 3) -> str:
     """A pair [low, high] as 0.891–0.930, or a dash."""
     pair = bounds(value)
     return DASH if pair is None else f"{decimal(pair[0], digits)}–{decimal(pair[1], digits)}"
+
+
+def sized_interval(value: Any) -> str:
+    """A pair of numbers of unknown size with as many decimals as its larger end needs: 0.0439–0.133, −0.243 to −0.0302."""
+    pair = bounds(value)
+    if pair is None:
+        return DASH
+    digits = min(max(2 - math.floor(math.log10(max(abs(pair[0]), abs(pair[1]), 1e-6))), 0), 6)
+    joint = " to " if pair[0] < 0 else "–"
+    return f"{decimal(pair[0], digits)}{joint}{decimal(pair[1], digits)}"
+
+
+def spread(value: Any, digits: int = 3) -> str:
+    """A pair of differences as [−0.021, +0.013], or a dash."""
+    pair = bounds(value)
+    return DASH if pair is None else f"[{signed(pair[0], digits)}, {signed(pair[1], digits)}]"
 
 
 def bounds(value: Any) -> tuple[float, float] | None:

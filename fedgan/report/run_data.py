@@ -15,6 +15,7 @@ from typing import Any
 from fedgan import files
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.errors import FedganError
+from fedgan.report.facts import all_drawn
 from fedgan.report.format import number
 from fedgan.run_folder import RunFolder
 
@@ -66,6 +67,13 @@ class RunData:
         """A cumulative count of the run (`images_seen`, `wall_seconds`, `bytes_exchanged`)."""
         here = number(self.evaluation.get(key))
         return here if here is not None else number(self.last_round.get(key))
+
+    @property
+    def drawn(self) -> bool:
+        """Whether every image was drawn by a program, so that no figure speaks of patients."""
+        return not self.settings.evaluation.root and all_drawn(
+            row.get("source") for row in trees(self.environment.get("sources"))
+        )
 
     @property
     def round_pictures(self) -> list[tuple[int, Path]]:

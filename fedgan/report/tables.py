@@ -13,6 +13,9 @@ from markupsafe import Markup
 
 from fedgan.report.templating import render
 
+# A number or an interval of numbers, and nothing else: its minus signs may become plain ones.
+_NUMBERS = re.compile(r"(?=.*\d)[\d\s.,+−–()\[\]e×-]+(?: to [\d.,+−-]+)?")
+
 
 @dataclass(frozen=True)
 class Column:
@@ -42,7 +45,8 @@ def csv_link(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     writer.writerow([_harmless(head) for head in heads])
     writer.writerows([_harmless(cell) for cell in row] for row in rows)
     file = re.sub(r"[^\w.-]+", "-", name)
-    data = "data:text/csv;charset=utf-8," + quote(stream.getvalue())
+    # The byte order mark tells a spreadsheet that the file is UTF-8.
+    data = "data:text/csv;charset=utf-8," + quote("\ufeff" + stream.getvalue())
     return Markup('<a class="csv" download="{}.csv" href="{}">Save as CSV<span class="unseen">: {}</span></a>').format(
         file, data, name
     )
@@ -50,6 +54,7 @@ def csv_link(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def _harmless(cell: str) -> str:
     """A text that a spreadsheet would run as a formula is quoted; numbers pass, with a plain minus sign."""
-    cell = re.sub(r"^−(?=[\d.])", "-", cell)
+    if _NUMBERS.fullmatch(cell):
+        cell = cell.replace("−", "-")
     runs = cell[:1] in ("=", "+", "-", "@", "\t", "\r") and not re.fullmatch(r"[+-][\d.,]+(e-?\d+)?", cell)
     return "'" + cell if runs else cell

@@ -159,6 +159,14 @@ class Trainer:
         self.images_seen += self.batch_size
         self.steps += 1
 
+    def go_on(self, images_seen: int, p: float) -> None:
+        """Count `images_seen` images that the received model was shown before, and augment with strength `p` from the start.
+
+        For a Trainer that takes a model over from another training: its average and ADA then go on and do not begin anew.
+        """
+        self.images_seen = self._goal = images_seen
+        self.ada.p = p
+
     # --- the parts of a step ---------------------------------------------------------------------
 
     def _real_batch(self) -> tuple[Tensor, Tensor]:

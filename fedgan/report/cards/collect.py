@@ -10,27 +10,41 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from fedgan import __version__
-from fedgan.config import describe, to_dict
+from fedgan.config import Settings, to_dict
 from fedgan.data.splits import SPLITS
 from fedgan.errors import FedganError
+from fedgan.report.facts import all_drawn, source_title
 from fedgan.report.format import number
 from fedgan.report.run_data import RunData, Tree, clean, load, tree, trees
 from fedgan.run_folder import RunFolder
 
 HIDDEN = "(path not shown)"
-_PATHS = re.compile(r"file://\S+|(?<![\w:/.])~?(?:/[^\s/,;)\"']+){2,}/?|\b[A-Za-z]:\\\S+|\\\\\w\S+")
-_FILE_NAME = re.compile(r"\.[A-Za-z]\w{1,5}(\s|$)|[/\\]")
-PHANTOMS = re.compile(r"procedural \w+ phantoms\b")
+UNKNOWN = "not known"
+# Endings of files of images and of tables of them.
+_KINDS = r"dcm|dicom|nii|mha|nrrd|png|jpe?g|tiff?|bmp|gif|webp|svs|csv|tsv|xlsx?|npz|npy|zip|gz"
+_WORD = r"[^\s,;:)\"']"
+# What follows a path that holds spaces: words that are folders, and words up to the name of a file.
+_REST = rf"(?: [^\W\d]\w*[/\\]{_WORD}*)*(?:(?: {_WORD}+){{0,4}}? {_WORD}*\.(?:{_KINDS})\b)?"
+_QUOTED = re.compile(r"([\"'])(?:~?/|[A-Za-z]:[\\/]|\\\\|file:)[^\n]*?\1", re.IGNORECASE)
+_PATHS = re.compile(
+    rf"(?:file://\S+|(?<![\w:/.])~?(?:/[^\s/,;)\"']+){{2,}}/?|\b[A-Za-z]:[\\/][^\s,;)\"']*|\\\\\w[^\s,;)\"']*){_REST}",
+    re.IGNORECASE,
+)
+_FILES = re.compile(rf"(?<![\w/.:\\-])~?[/\\]?(?:[\w.+-]+[/\\])*[\w.+-]+\.(?:{_KINDS})\b(?![/\\]\w)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class CardData:
-    """One run as the cards see it. `checkpoint`: round, file, sha256 and meta of the newest model, or empty."""
+    """One run as the cards see it. `checkpoint`: round, file, sha256 and meta of the newest model, or empty.
+
+    `compared`: one of a comparison's trainings, judged under the comparison's settings of the evaluator.
+    """
 
     run: RunFolder
     data: RunData
     checkpoint: Tree
     problems: tuple[str, ...]
+    compared: bool = False
 
     @property
     def label_names(self) -> list[str]:
@@ -41,8 +55,17 @@ class CardData:
     @property
     def phantoms(self) -> bool:
         """Whether all training images were drawn by a program, so that there is no patient."""
-        sources = trees(self.data.environment.get("sources"))
-        return bool(sources) and all(PHANTOMS.match(str(row.get("source"))) for row in sources)
+        return all_drawn(row.get("source") for row in trees(self.data.environment.get("sources")))
+
+    @property
+    def arm(self) -> str:
+        """How the model was trained, as evaluation.json says; "not known" where it does not, and then nothing is claimed."""
+        return str(self.data.evaluation.get("arm") or UNKNOWN)
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this is one hospital's own training within an arm: its share of a budget that stands elsewhere."""
+        return self.compared and self.run.path.parent.name == "members"
 
     def publish(self, facts: Tree) -> Tree:
         """`facts` with every path of this machine taken out, all the way down."""
@@ -54,22 +77,42 @@ class CardData:
 def collect(run: RunFolder) -> CardData:
     """Read a run folder. Raises `ConfigError` when it has no readable config.toml; anything else may lack or be damaged.
 
-    An arm of a comparison takes what it does not have itself (environment, hospitals) from the comparison's folder.
+    A training of a comparison takes what it does not have itself (environment, hospitals) from the comparison's folder,
+    and from there, too, the settings of the evaluator: that is what judged it, whatever its own config.toml says.
     """
     data = load(run)
     problems = list(data.problems)
-    above = run.path.parent.parent
-    if run.path.parent.name == "arms" and (above / "config.toml").is_file():
-        whole = load(RunFolder.at(above))
-        data = dataclasses.replace(
-            data, environment=data.environment or whole.environment, hospitals=data.hospitals or whole.hospitals
-        )
+    above = comparison_of(run.path)
+    if above is not None:
+        data = _within(run, data, load(RunFolder.at(above)))
     checkpoint: Tree = {}
     if run.look.is_file():
         problems.append("This is a second look at another run: the model lies in that run, and its hash is not stated here.")
     else:
         checkpoint = _checkpoint(run, problems)
-    return CardData(run, data, checkpoint, tuple(problems))
+    return CardData(run, data, checkpoint, tuple(problems), above is not None)
+
+
+def comparison_of(path: Path) -> Path | None:
+    """The comparison that a run folder is part of: an arm (arms/NAME-seedK) or a member of one (…/members/HOSPITAL)."""
+    arm = path.parent.parent if path.parent.name == "members" else path
+    above = arm.parent.parent
+    return above if arm.parent.name == "arms" and (above / "config.toml").is_file() else None
+
+
+def _within(run: RunFolder, data: RunData, whole: RunData) -> RunData:
+    """A training of the comparison `whole`, with the hospitals whose images it learned from and no others."""
+    settings = dataclasses.replace(data.settings, evaluation=whole.settings.evaluation)
+    environment, hospitals = data.environment or whole.environment, data.hospitals or whole.hospitals
+    members = settings.federation.members
+    alone = run.path.parent.name != "members" or data.evaluation.get("arm") == "local"
+    if members and alone:
+        taught = [row for row in trees(environment.get("sources")) if row.get("hospital") in members]
+        environment = environment | ({"sources": taught} if "sources" in environment else {})
+        hospitals = tuple(row for row in hospitals if row.get("name") in members)
+    elif not alone:  # it began with a federation's model, which learned from all of them
+        hospitals = whole.hospitals or hospitals
+    return dataclasses.replace(data, settings=settings, environment=environment, hospitals=hospitals)
 
 
 def _checkpoint(run: RunFolder, problems: list[str]) -> Tree:
@@ -131,7 +174,7 @@ def source_rows(data: RunData) -> list[Tree]:
     return [
         {
             "hospital": str(row.get("hospital", "unnamed")),
-            "source": _title(row.get("source")),
+            "source": source_title(row.get("source")),
             "licence": str(row["licence"]) if row.get("licence") else None,
             "content_hash": row.get("content_hash"),
         }
@@ -150,13 +193,19 @@ def provenance(card: CardData) -> Tree:
     for section, key in (("data", "root"), ("evaluation", "root"), ("evaluation", "features")):
         if settings[section][key] not in ("", "reference"):
             settings[section][key] = HIDDEN
-    flat = dict(_flat(settings))
-    changed = {key: flat[key] for key, _, default in describe() if key in flat and flat[key] != _plain(default)}
+    defaults = to_dict(Settings())
+    changed = {
+        f"{section}.{key}" if isinstance(held, dict) else section: value
+        for section, held in settings.items()
+        for key, value in (held.items() if isinstance(held, dict) else [("", held)])
+        if value != (defaults[section][key] if isinstance(held, dict) else defaults[section])
+    }
     environment = card.data.environment
     return {
         "seed": settings["seed"],
         "settings": settings,
         "settings_changed": {key: value for key, value in changed.items() if key not in ("name", "description")},
+        "evaluation_settings_of": "the comparison" if card.compared else "this run",
         "settings_sha256": hashlib.sha256(card.run.config.read_bytes()).hexdigest(),
         "experiment": environment.get("experiment"),
         "created": environment.get("created"),
@@ -167,7 +216,10 @@ def provenance(card: CardData) -> Tree:
 
 
 def public(value: Any, roots: tuple[str, ...] = ()) -> Any:
-    """`value` without paths of a machine: an absolute path, and any text of `roots`, becomes a mark."""
+    """`value` without paths of a machine and names of files of images or tables: each becomes a mark; links stay.
+
+    `roots`: folders whose names may hold spaces; whatever lies below one is taken out whole.
+    """
     if isinstance(value, str):
         return _public_text(value, roots)
     if isinstance(value, dict):
@@ -179,25 +231,9 @@ def _public_text(text: str, roots: tuple[str, ...]) -> str:
     if PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute():
         return HIDDEN
     for root in sorted(roots, key=len, reverse=True):
-        text = re.sub(re.escape(root) + r"[^\s,;)\"']*", HIDDEN, text)
-    return _PATHS.sub(HIDDEN, text)
-
-
-def _title(text: Any) -> str | None:
-    """A source's title, unless it looks like the name of a file or of a folder (the importers' default)."""
-    words = str(text or "").split()
-    return " ".join(words) if len(words) >= 3 and not _FILE_NAME.search(" ".join(words)) else None
-
-
-def _flat(value: Tree, path: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, item in value.items():
-        rows += _flat(item, f"{path}{key}.") if isinstance(item, dict) else [(path + key, item)]
-    return rows
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+        text = re.sub(re.escape(root) + r"[^\s,;)\"']*" + _REST, HIDDEN, text, flags=re.IGNORECASE)
+    text = _QUOTED.sub(lambda found: found.group(1) + HIDDEN + found.group(1), text)
+    return _FILES.sub(HIDDEN, _PATHS.sub(HIDDEN, text))
 
 
 def _count(value: Any) -> int | None:

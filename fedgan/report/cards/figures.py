@@ -52,8 +52,24 @@ def figures(evaluation: Tree) -> Tree:
     }
 
 
-def limits(metrics: Tree) -> list[str]:
-    """Sentences for what the figures show to be bad or unknown: weak classes, lost diversity, undefined numbers."""
+def without_small(metrics: Tree) -> Tree:
+    """`figures` without counts of fewer than `FEW_IMAGES` images, which may tell of a person: None in their place."""
+    found = dict(metrics)
+    for group, key in (
+        ("per_class", "count"),
+        ("per_institution", "count"),
+        ("fidelity_per_class", "images"),
+        ("fidelity_per_hospital", "images"),
+    ):
+        found[group] = [row | {key: None} if (row[key] or 0) < FEW_IMAGES else row for row in metrics[group]]
+    return found
+
+
+def limits(metrics: Tree, counts: bool = True) -> list[str]:
+    """Sentences for what the figures show to be bad or unknown: weak classes, lost diversity, undefined numbers.
+
+    `counts`: whether a small number of images is told, or only that it is small.
+    """
     if not metrics["measured"]:
         return ["Nothing was measured: evaluation.json is not there or could not be read. Nothing is known of the quality."]
     found = [
@@ -69,7 +85,7 @@ def limits(metrics: Tree) -> list[str]:
         if (ends := bounds(row["synthetic_ci"])) and ends[0] <= 0.5 and (row["synthetic"] or 0.0) >= WEAK_AUC
     ]
     found += [
-        f"Class '{row['name']}' has only {row['count']:g} positive real test images: its figures are uncertain."
+        f"Class '{row['name']}' has {_few(row['count'], counts)} positive real test images: its figures are uncertain."
         for row in metrics["per_class"]
         if row["count"] is not None and 0 < row["count"] < FEW_IMAGES
     ]
@@ -93,18 +109,18 @@ def _below_floor(metrics: Tree) -> list[str]:
         f"{row['metric'].capitalize()} is {decimal(row['value'])}; between real images it is {decimal(row['floor'])}: "
         "the synthetic images show less of the variety of the real ones."
         for row in metrics["fidelity"]["rows"]
-        if row["metric"] in ("recall", "coverage") and None not in (row["value"], row["floor"]) and row["value"] < row["floor"]
+        if row["metric"] in ("recall", "coverage") and _is_less(row["value"], row["floor"], 3)
     ]
     for key in ("recall", "coverage"):
         below = [
             f"{row['name']} ({decimal(row[key], 2)}, floor {decimal(row[f'{key}_floor'], 2)})"
             for row in metrics["fidelity_per_class"]
-            if None not in (row[key], row[f"{key}_floor"]) and row[key] < row[f"{key}_floor"]
+            if _is_less(row[key], row[f"{key}_floor"], 2)
         ]
         if below:
             found.append(f"Classes whose {key} lies below that of real images among themselves: {', '.join(below)}.")
     distance = next((row for row in metrics["fidelity"]["rows"] if row["metric"] == "frechet"), None)
-    if distance and None not in (distance["value"], distance["floor"]) and distance["value"] > distance["floor"]:
+    if distance and _is_less(distance["floor"], distance["value"], None):
         found.append(
             f"The Fréchet distance to real images is {significant(distance['value'])}, that of real images among themselves "
             f"{significant(distance['floor'])}: the synthetic images can be told from real ones."
@@ -112,19 +128,38 @@ def _below_floor(metrics: Tree) -> list[str]:
     return found
 
 
-def data_limits(rows: list[Tree]) -> list[str]:
-    """Sentences for classes that are rare, or confounded with one hospital, from `hospital_rows`."""
+def _few(count: float, counts: bool) -> str:
+    return f"only {count:g}" if counts else f"fewer than {FEW_IMAGES}"
+
+
+def _is_less(low: float | None, high: float | None, digits: int | None) -> bool:
+    """Whether `low` lies below `high` also as the card writes them (None: four significant digits)."""
+    if low is None or high is None or low >= high:
+        return False
+    return significant(low) != significant(high) if digits is None else decimal(low, digits) != decimal(high, digits)
+
+
+def data_limits(rows: list[Tree], counts: bool = True) -> list[str]:
+    """Sentences for classes that are rare, or confounded with one hospital, from `hospital_rows`.
+
+    `counts`: whether it is told where and how few they are, or, of a set that is handed on, only which classes.
+    """
     found = []
     few = [
-        f"{label} at {row['name']} ({count})"
+        (label, f"{label} at {row['name']} ({count})")
         for row in rows
         for label, count in row["train_classes"].items()
         if count is not None and 0 < count < FEW_IMAGES
     ]
-    if few:
+    if few and counts:
         found.append(
-            f"Fewer than {FEW_IMAGES} training images: {', '.join(few)}. Such images are the most likely to be memorised, and "
-            "counts this small may themselves say something of a person: decide before this card is published."
+            f"Fewer than {FEW_IMAGES} training images: {', '.join(text for _, text in few)}. Such images are the most likely to "
+            "be memorised, and counts this small may themselves say something of a person: decide before this card is published."
+        )
+    elif few:
+        found.append(
+            f"Classes of which a hospital had fewer than {FEW_IMAGES} training images: "
+            f"{', '.join(dict.fromkeys(label for label, _ in few))}. Such images are the most likely to be memorised."
         )
     labels = dict.fromkeys(label for row in rows for label in row["train_classes"])
     for label in labels if len(rows) > 1 else ():

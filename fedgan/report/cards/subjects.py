@@ -9,11 +9,11 @@ from fedgan import __version__
 from fedgan.config import to_dict
 from fedgan.report.cards import words
 from fedgan.report.cards.collect import CardData, hospital_rows, licences, provenance, source_rows, totals
-from fedgan.report.cards.figures import data_limits, figures, limits
+from fedgan.report.cards.figures import FEW_IMAGES, data_limits, figures, limits, without_small
 from fedgan.report.format import number, plural
 from fedgan.report.run_data import Tree, tree
 
-ALONE = ("centralized", "local")  # arms in which nothing travels from hospital to hospital while they train
+FEDERATED = ("federated", "finetuned", "coalition")  # arms in which something travels from hospital to server
 NOT_MEASURED = (
     "Membership inference: no attack was run. Not measured.",
     "Copies of training images among the synthetic ones: no search was run. Not measured.",
@@ -94,7 +94,9 @@ class Release:
 
 def release_facts(card: CardData, release: Release) -> Tree:
     """The card of a released synthetic set as JSON. No time, path or machine enters it: the same draw gives the same card."""
-    data, sources, metrics = card.data, source_rows(card.data), figures(card.data.evaluation)
+    data, rows, metrics = card.data, hospital_rows(card.data), figures(card.data.evaluation)
+    # Handed on with the images: no count so small that it may tell of a person, and no hash of a hospital's images.
+    sources = [{key: row[key] for key in ("hospital", "source", "licence")} for row in source_rows(card.data)]
     open_fields = [
         words.RELEASE_LICENCE,
         words.RELEASE_CONTACT,
@@ -102,7 +104,7 @@ def release_facts(card: CardData, release: Release) -> Tree:
         words.VALIDATION,
         words.RELEASE_MAINTENANCE,
     ]
-    meta = release.meta
+    meta, whole = release.meta, totals(rows)
     return card.publish(
         {
             "format": "fedgan-release-card-1",
@@ -125,21 +127,27 @@ def release_facts(card: CardData, release: Release) -> Tree:
                 "images_seen": meta.get("images_seen"),
                 "seed": release.seed,
                 "psi": release.psi,
-                "arm": _arm(card),
+                "arm": card.arm,
                 "written_by": f"fedgan {__version__}",
             },
             "sources": sources,
             "licences": licences(sources),
             "without_licence": [row["hospital"] for row in sources if row["licence"] is None],
-            "totals": totals(hospital_rows(data)),
+            "totals": {"hospitals": whole["hospitals"], "images": {"train": whole["images"]["train"]}},
             "intended_use": list(words.INTENDED),
             "out_of_scope_use": list(words.OUT_OF_SCOPE),
-            "metrics": metrics,
+            "metrics": without_small(metrics),
             "metrics_of": _measured_on(card, release),
-            "limits": [*_absent_classes(release), *_phantom_limits(card), *limits(metrics), *data_limits(hospital_rows(data))],
+            "limits": [
+                *_absent_classes(release),
+                *_phantom_limits(card),
+                *limits(metrics, counts=False),
+                *data_limits(rows, counts=False),
+            ],
             "privacy": _privacy(card),
             "blanks": words.blanks([*open_fields, *(() if release.created else (words.RELEASE_DATE,))]) + _source_blanks(sources),
             "problems": list(card.data.problems),
+            "counts_withheld_below": FEW_IMAGES,
         }
     )
 
@@ -163,26 +171,29 @@ def _details(card: CardData) -> Tree:
     }
 
 
-def _arm(card: CardData) -> str:
-    return str(card.data.evaluation.get("arm") or "federated")
+def _is_federated(card: CardData) -> bool:
+    """Whether parameters are known to have travelled; a coalition of one hospital trains at home."""
+    return card.arm in FEDERATED and not (card.arm == "coalition" and len(card.data.settings.federation.members) == 1)
 
 
 def _training(card: CardData) -> Tree:
-    data = card.data
+    data, federated = card.data, _is_federated(card)
     federation, planned = data.settings.federation, data.settings.training.kimg * 1000
-    arm = _arm(card)
+    alone = card.arm == "coalition" and not federated
     return {
-        "arm": arm,
-        "arm_in_words": words.ARMS.get(arm, arm),
-        "strategy": federation.strategy,
-        "exchange": list(federation.exchange),
+        "arm": card.arm,
+        "arm_in_words": words.ARMS["local"] if alone else words.ARMS.get(card.arm, card.arm),
+        "federated": federated,
+        "strategy": federation.strategy if federated else None,
+        "exchange": list(federation.exchange) if federated else [],
         "rounds": card.checkpoint.get("round") or data.last_round.get("round"),
-        "rounds_planned": federation.rounds,
+        "rounds_planned": None if card.is_member else federation.rounds,
         "images_seen": _known(card, "images_seen"),
-        "images_planned": planned,
+        "images_planned": None if card.is_member else planned,
         "wall_seconds": _known(card, "wall_seconds"),
         "bytes_exchanged": _known(card, "bytes_exchanged"),
         "members": list(federation.members),
+        "note": words.OF_A_MEMBER[card.arm] if card.is_member and card.arm in words.OF_A_MEMBER else None,
     }
 
 
@@ -194,12 +205,8 @@ def _known(card: CardData, key: str) -> float | None:
 
 def _privacy(card: CardData) -> Tree:
     """What is known and what is not, in sentences; a `privacy` part of evaluation.json is shown as it is."""
-    settings, arm = card.data.settings, _arm(card)
-    if arm == "centralized":
-        known = ["The images of all hospitals lay in one place for the training: nothing was kept apart."]
-    elif arm == "local":
-        known = ["Each hospital trained alone: nothing travelled during training."]
-    else:
+    settings, federated = card.data.settings, _is_federated(card)
+    if federated:
         parts = ", ".join(settings.federation.exchange)
         known = [
             f"No image travelled for the training. What travelled: parameters ({parts}), counts of images, and losses.",
@@ -207,13 +214,26 @@ def _privacy(card: CardData) -> Tree:
         ]
         if "discriminator" in settings.federation.exchange:
             known.append("The discriminator, which is fitted to real images, travelled as well.")
+        if card.arm == "finetuned":
+            known.append("Each hospital then trained further alone, and nothing travelled.")
+    elif card.arm == "centralized":
+        known = ["The images of all hospitals were pooled: they lay in one place for the training, and nothing was kept apart."]
+    elif card.arm in ("local", "coalition"):
+        known = ["Each hospital trained alone: nothing travelled during training."]
+    else:
+        known = []
     if card.data.evaluation:
         known.append("The evaluation read real images of the hospitals, or of evaluation.root, in one place.")
     if card.phantoms:
         known.append("The training images were drawn by a program: there is no patient to protect.")
     section = tree(to_dict(settings).get("privacy"))
     measured = tree(card.data.evaluation.get("privacy"))
-    unknown = [] if measured else [*NOT_MEASURED, *((OF_TRAVEL,) if arm not in ALONE else ())]
+    apart = card.arm in ("centralized", "local", "coalition") and not federated
+    unknown = [] if measured else [*NOT_MEASURED, *(() if apart else (OF_TRAVEL,))]
+    if not federated and not apart:
+        unknown.insert(
+            0, "How the model was trained (federated, on pooled images, or by one hospital alone), and so what travelled."
+        )
     if section:
         known.append(f"Settings of differential privacy: {', '.join(f'{key} = {value}' for key, value in section.items())}.")
     else:
@@ -227,7 +247,7 @@ def _run_limits(card: CardData) -> list[str]:
     found.append(f"Images have {side}×{side} pixels: a finding smaller than a pixel of that grid is not shown.")
     found.append("The figures are of one training with one seed: they do not say how much another seed would change them.")
     done = card.checkpoint.get("round")
-    if done is not None and done < settings.federation.rounds:
+    if done is not None and done < settings.federation.rounds and not card.is_member:
         found.append(f"The training is not finished: {done} of {settings.federation.rounds} rounds.")
     measured = number(card.data.evaluation.get("round"))
     if done is not None and measured is not None and measured != done:

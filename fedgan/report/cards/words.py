@@ -27,6 +27,10 @@ ARMS = {
     "finetuned": "federated, then trained further by each hospital on its own images",
     "coalition": "federated over some of the hospitals only",
 }
+OF_A_MEMBER = {  # what the counts of one hospital's own training within an arm leave out
+    "local": "This is one hospital's training: its budget is its share of the arm's, which no file of this folder states.",
+    "finetuned": "Rounds, bytes and time are of the training at home. The federation before it is counted in its own folder.",
+}
 
 # field, who fills it, what it says
 Blank = tuple[str, str, str]

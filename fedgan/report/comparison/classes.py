@@ -7,23 +7,25 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from fedgan.report import format as text
-from fedgan.report.comparison.data import Comparison, Entry
-from fedgan.report.comparison.parts import figure_of, mean_of, range_of
+from fedgan.report.comparison.data import Comparison
+from fedgan.report.comparison.fidelity import FEW, FRECHET, SHARES
+from fedgan.report.comparison.parts import (
+    NO_INTERVAL,
+    SMALL,
+    figure_of,
+    floored,
+    lacks_interval,
+    range_of,
+    with_floors,
+)
 from fedgan.report.comparison.section import Section
 from fedgan.report.comparison.utility import positives
 from fedgan.report.format import number
-from fedgan.report.run_data import dig
+from fedgan.report.run_data import dig, tree
 from fedgan.report.tables import Column, table
 from fedgan.report.templating import absent, render
 
-FIDELITY = (
-    ("frechet", "Fréchet distance", None),
-    ("frechet_floor", "Fréchet, floor", None),
-    ("precision", "Precision", 3),
-    ("recall", "Recall", 3),
-    ("density", "Density", 3),
-    ("coverage", "Coverage", 3),
-)
+MEASURES = (FRECHET, *(measure for measure in SHARES if measure.key != "density"))
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,17 @@ class Part:
     id: str
     name: str
     counts: str
-    table: Markup
+    tables: Markup
 
 
 def _render(comparison: Comparison) -> Markup:
     if not comparison.labels:
         return absent("The figures name no class.")
     parts = [
-        Part(f"class-{i}", label, _counts(comparison, label), _table(comparison, label))
+        Part(f"class-{i}", label, _counts(comparison, label), _auc(comparison, label) + _fidelity(comparison, label))
         for i, label in enumerate(comparison.labels, 1)
     ]
-    return render("comparison_classes.html.j2", parts=parts)
+    return render("comparison_classes.html.j2", parts=parts, small=SMALL if comparison.small_counts else "")
 
 
 def _counts(comparison: Comparison, label: str) -> str:
@@ -63,30 +65,29 @@ def _counts(comparison: Comparison, label: str) -> str:
     return f"{words} Real test images: {count}."
 
 
-def _table(comparison: Comparison, label: str) -> Markup:
-    rows = []
-    for entry in comparison.entries:
-        found = entry.of_class(label)
-        fidelity = [_mean(entry, label, key, digits) for key, _, digits in FIDELITY]
-        rows.append([entry.label, figure_of(found, "auc"), range_of(found, "auc"), *fidelity])
-    columns = [Column("Trained on images of", numeric=False), Column("AUC"), Column("95% interval")]
-    columns += [Column(head) for _, head, _ in FIDELITY]
-    return table(f"{label}: AUC and fidelity", columns, rows, f"class-{label}", more="Fidelity: mean over the seeds.")
+def _auc(comparison: Comparison, label: str) -> Markup:
+    """AUC of the class over all real test images, a row an arm and a hospital alone."""
+    found = [(entry, entry.of_class(label)) for entry in comparison.entries]
+    rows = [[entry.label, figure_of(row, "auc"), range_of(row, "auc")] for entry, row in found]
+    columns = [Column("Trained on images of", numeric=False), Column("AUC"), Column("AUC, 95% interval")]
+    more = NO_INTERVAL if lacks_interval([row for _, row in found], "auc") else ""
+    return table(
+        f"{label}: AUC on {positives(comparison, label)} real test images that have it, among all",
+        columns,
+        rows,
+        f"class-{label}",
+        more=more,
+    )
 
 
-def _mean(entry: Entry, label: str, key: str, digits: int | None) -> str:
-    """A figure of the class's synthetic images, averaged over the seeds; a dash for what has no generator."""
-    if entry.is_alone:
-        values = [
-            dig(member, "fidelity", "per_class", label, key)
-            for run in entry.runs
-            for member in run.members
-            if str(member.get("hospital")) == entry.hospital
-        ]
-    else:
-        values = [dig(run.evaluation, "fidelity", "per_class", label, key) for run in entry.runs]
-    value = mean_of(values)
-    return text.significant(value) if digits is None else text.decimal(value, digits)
+def _fidelity(comparison: Comparison, label: str) -> Markup:
+    """Distance and shares of the class's synthetic images, a row a training; a sentence where there are none."""
+    runs = [(run, found) for run in comparison.arm_runs if (found := tree(dig(run.evaluation, "fidelity", "per_class", label)))]
+    if not runs:
+        return absent(f"The synthetic images of {label} were not measured on their own{FEW}")
+    rows = [[run.label, text.whole(found.get("images")), *floored(found, MEASURES)] for run, found in runs]
+    columns = [Column("Arm", numeric=False), Column("Images"), *with_floors(MEASURES)]
+    return table(f"{label}: fidelity and diversity", columns, rows, f"class-{label}-fidelity")
 
 
 SECTION = Section("classes", "Each class", "Classes", _render)

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row
 from fedgan.report.comparison.data import COALITION, Comparison
-from fedgan.report.comparison.parts import chart_figure, spread
+from fedgan.report.comparison.parts import chart_figure
 from fedgan.report.comparison.section import Section
 from fedgan.report.format import bounds, number
 from fedgan.report.run_data import Tree, sentences, tree, trees
@@ -43,13 +43,13 @@ def _without(found: Tree) -> Markup:
             str(row.get("hospital", "unnamed")),
             text.decimal(row.get("macro_auc_without")),
             text.signed(row.get("loss")),
-            spread(bounds(row.get("ci"))),
+            text.spread(row.get("ci")),
         ]
         for row in trees(found.get("leave_one_out"))
     ]
     if not rows:
         return absent("What is lost without each hospital was not measured.")
-    columns = [Column("Left out", numeric=False), Column("Macro AUC without it"), Column("Loss"), Column("95% interval")]
+    columns = [Column("Left out", numeric=False), Column("Macro AUC without it"), Column("Loss"), Column("Loss, 95% interval")]
     more = (
         "Loss: macro AUC of the whole federation minus that of the federation of the others, at the same number of images seen."
     )
@@ -58,7 +58,7 @@ def _without(found: Tree) -> Markup:
 
 def _chart(found: Tree) -> Markup:
     rows = [
-        Row(str(row.get("hospital", "unnamed")), [Dot("loss without it", value, bounds(row.get("ci")), "real")])
+        Row(str(row.get("hospital", "unnamed")), [Dot("loss without it", value, bounds(row.get("ci")), "main")])
         for row in trees(found.get("leave_one_out"))
         if (value := number(row.get("loss"))) is not None
     ]
@@ -69,13 +69,13 @@ def _chart(found: Tree) -> Markup:
 
 def _shapley(found: Tree) -> Markup:
     rows = [
-        [str(row.get("hospital", "unnamed")), text.signed(row.get("value")), spread(bounds(row.get("ci")))]
+        [str(row.get("hospital", "unnamed")), text.signed(row.get("value")), text.spread(row.get("ci"))]
         for row in trees(found.get("shapley"))
     ]
     if not rows:
         return absent("Shapley values were not worked out.")
     empty = number(found.get("empty"))
-    columns = [Column("Hospital", numeric=False), Column("Shapley value"), Column("95% interval")]
+    columns = [Column("Hospital", numeric=False), Column("Shapley value"), Column("Shapley value, 95% interval")]
     more = "Its mean gain of macro AUC over all orders in which the hospitals may join. "
     chance = text.decimal(0.5 if empty is None else empty)
     more += f"The values add up to the whole federation's macro AUC minus {chance}, which is what nobody's images are worth."

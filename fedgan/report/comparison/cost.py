@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from markupsafe import Markup
 
 from fedgan.report import format as text
@@ -10,7 +12,7 @@ from fedgan.report.comparison.parts import run_label, trouble_note
 from fedgan.report.comparison.section import Section
 from fedgan.report.facts import leaves
 from fedgan.report.format import DASH, number
-from fedgan.report.run_data import tree
+from fedgan.report.run_data import dig, tree
 from fedgan.report.tables import Column, table
 from fedgan.report.templating import absent, render
 
@@ -24,7 +26,7 @@ def _render(comparison: Comparison) -> Markup:
         Column("Arm", numeric=False),
         Column("Images seen", title="Real images shown to the discriminators, summed over hospitals"),
         Column("Wall time"),
-        Column("Core time", title="Seconds times processor cores"),
+        Column("Core time"),
         Column("Bytes exchanged", title="Both ways, all hospitals"),
         Column("Peak memory"),
         Column("Rounds"),
@@ -37,11 +39,25 @@ def _render(comparison: Comparison) -> Markup:
     return render(
         "comparison_cost.html.j2",
         table=table("Cost of each training", columns, [_cells(run) for run in runs], "cost", more=trouble_note(runs)),
+        how=_how(runs),
         threshold=text.significant(threshold) if threshold is not None else None,
+        worst=number(dig(comparison.content, "provenance", "settings", "comparison", "frechet")) == 0,
         unreached=unreached,
         budgets=[text.whole(n) for n in budgets],
         images=_images(comparison),
         overrides={_arm(run): words for run in runs if (words := _overrides(run))},
+    )
+
+
+def _how(runs: Sequence[ArmRun]) -> str:
+    """What the times and the memory are of."""
+    threads = sorted({n for run in runs if (n := number(_cost(run).get("threads"))) is not None})
+    words = f"Each hospital's training had {' or '.join(text.whole(n) for n in threads)} processor threads. " if threads else ""
+    words = words.replace(" 1 processor threads", " 1 processor thread")
+    return (
+        f"{words}Core time: processor time of the hospitals' training, without server and transport. Wall time: of an arm with a "
+        "generator for each hospital the sum over its hospitals; it was taken while other trainings may have run on the same "
+        "machine. Peak memory: of the largest single process, libraries included."
     )
 
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from fedgan.report import format as text
 from fedgan.report.comparison.data import Comparison
-from fedgan.report.comparison.parts import entry_label
+from fedgan.report.comparison.parts import NO_INTERVAL, entry_label
 from fedgan.report.comparison.section import Section
 from fedgan.report.format import bounds, number
 from fedgan.report.run_data import tree
@@ -45,13 +45,16 @@ def _render(comparison: Comparison) -> Markup:
         if entry.name not in rows and (entry.trouble or not entry.is_alone):
             heads.append(entry_label(entry))
             cells.append([Cell(text.DASH, "", None, False) for _ in columns])
+    troubles = [f"{entry.label} {entry.trouble}." for entry in comparison.entries if entry.trouble]
     return render(
         "comparison_matrix.html.j2",
-        columns=columns,
+        columns=[(name, comparison.test_images(name)) for name in columns],
         rows=list(zip(heads, cells, strict=True)),
         shades=SHADES,
         link=_link(columns, heads, cells),
-        troubles=[f"{entry.label} {entry.trouble}." for entry in comparison.entries if entry.trouble],
+        under=[*troubles, NO_INTERVAL]
+        if any(cell.shade is not None and not cell.interval for line in cells for cell in line)
+        else troubles,
     )
 
 

@@ -8,20 +8,16 @@ from markupsafe import Markup
 
 from fedgan.report import format as text
 from fedgan.report.charts import Line, legend, line_chart
-from fedgan.report.comparison.data import ArmRun, Comparison
+from fedgan.report.comparison.data import FINETUNED, ArmRun, Comparison
 from fedgan.report.comparison.parts import arm_legend
 from fedgan.report.comparison.section import Section
 from fedgan.report.format import number, short
 from fedgan.report.run_data import trees
+from fedgan.report.sections.curves import CURVES
 from fedgan.report.tables import Column, table
 from fedgan.report.templating import absent, render
 
-CURVES = (
-    ("loss_g", "Generator loss", "Non-saturating loss of the generator."),
-    ("loss_d", "Discriminator loss", "Logistic loss of the discriminator, without R1."),
-    ("r_t", "Overfitting heuristic r_t", "Mean sign of the discriminator on real images; ADA steers it to its target."),
-    ("p", "Augmentation strength p", "Probability of each ADA transform."),
-)
+LOSSES = CURVES[:4]  # what comparison.json keeps of each round
 
 
 def _render(comparison: Comparison) -> Markup:
@@ -40,7 +36,7 @@ def _render(comparison: Comparison) -> Markup:
     )
     losses = [
         drawn
-        for key, title, desc in CURVES
+        for key, title, desc in LOSSES
         if (drawn := _figure(comparison, key, title, desc, lambda run: run.content.get("losses"), [])) is not None
     ]
     unmeasured = [run.label for run in runs if not points(run.content.get("curve"), "frechet")]
@@ -50,6 +46,7 @@ def _render(comparison: Comparison) -> Markup:
         fidelity=fidelity,
         losses=losses,
         unmeasured=unmeasured,
+        tuned=any(run.kind == FINETUNED for run in runs),
         extractor=str(comparison.content.get("extractor") or "an extractor that is not named"),
         table=_table(comparison) if fidelity is not None else None,
     )

@@ -14,10 +14,13 @@ from typing import Any
 
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.errors import ConfigError
+from fedgan.report.cards.collect import public
+from fedgan.report.facts import all_drawn
 from fedgan.report.format import bounds, number
 from fedgan.report.run_data import Tree, clean, dig, tree, trees
 
-REAL, CENTRALIZED, LOCAL, COALITION = "real", "centralized", "local", "coalition"
+REAL, CENTRALIZED, FEDERATED, LOCAL = "real", "centralized", "federated", "local"
+FINETUNED, COALITION = "finetuned", "coalition"
 STYLES = 8  # arms that colour, dash and shape tell apart; the ninth looks like the first
 
 
@@ -42,8 +45,7 @@ class ArmRun:
 
     @property
     def label(self) -> str:
-        prefix = "coalition " if self.kind == COALITION and not self.name.startswith("coalition") else ""
-        return f"{prefix}{self.name}, seed {self.seed}"
+        return f"{self.name}, seed {self.seed}"
 
     @property
     def status(self) -> str:
@@ -57,8 +59,8 @@ class ArmRun:
     def trouble(self) -> str:
         """Why this training gives no figures, as half a sentence; empty where it gives some."""
         if self.status != "done":
-            reason = str(self.content.get("failure") or "").strip().rstrip(".")
-            verb = {"failed": "failed", "missing": "is missing"}.get(self.status, f"is {self.status}")
+            reason = str(public(self.content.get("failure") or "")).strip().rstrip(".")
+            verb = "failed" if self.status == "failed" else f"is {self.status}"
             return f"{verb}: {reason}" if reason else f"{verb}, and no reason was written down"
         return "" if self.evaluation else "was trained, but not evaluated"
 
@@ -106,7 +108,7 @@ class Entry:
         if self.value is not None:
             return ""
         reasons = list(dict.fromkeys(run.trouble for run in self.runs if run.trouble))
-        if reasons and not self.is_alone:
+        if reasons:
             return "; ".join(reasons)
         return "has no macro AUC: comparison.json gives none"
 
@@ -212,6 +214,36 @@ class Comparison:
         return next((entry for entry in self.arms if entry.kind == CENTRALIZED), None)
 
     @property
+    def federated(self) -> Entry | None:
+        """The federated arm that the page speaks of: the one called so, else the first with figures, else the first."""
+        found = [entry for entry in self.arms if entry.kind == FEDERATED]
+        measured = [entry for entry in found if entry.value is not None]
+        return next((entry for entry in measured if entry.name == FEDERATED), next(iter([*measured, *found]), None))
+
+    @property
+    def drawn(self) -> bool:
+        """Whether every image was drawn by a program, so that no figure speaks of patients."""
+        provenance = tree(self.content.get("provenance"))
+        foreign = dig(provenance, "settings", "evaluation", "root")
+        return not foreign and all_drawn(row.get("source") for row in trees(provenance.get("sources")))
+
+    def test_images(self, institution: str) -> float | None:
+        """How many real test images of an institution every arm was tested on."""
+        places = [dig(run.evaluation, "utility", key, "per_institution", institution, "images")
+                  for run in self.arm_runs for key in ("synthetic", "real")]  # fmt: skip
+        return next((n for value in places if (n := number(value)) is not None), None)
+
+    def label(self, name: str) -> str:
+        """What the page calls the row of `summary` with this name."""
+        return next((entry.label for entry in self.entries if entry.name == name), name)
+
+    @property
+    def small_counts(self) -> bool:
+        """Whether the page prints a count of 1 to 9 images or patients of somebody."""
+        counts = [n for row in self.hospitals for key in ("counts", "images", "patients") for n in _numbers(row.get(key))]
+        return not self.drawn and any(1 <= n <= 9 for n in counts)
+
+    @property
     def comparisons(self) -> list[Tree]:
         return trees(self.content.get("comparisons"))
 
@@ -258,3 +290,10 @@ def load(folder: Path) -> Comparison:
 
 def _name(row: Tree) -> str:
     return str(row.get("name") or row.get("arm") or "unnamed arm")
+
+
+def _numbers(value: Any) -> list[float]:
+    """All numbers of a nested dict."""
+    if isinstance(value, dict):
+        return [n for item in value.values() for n in _numbers(item)]
+    return [n] if (n := number(value)) is not None else []

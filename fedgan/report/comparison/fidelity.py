@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from fedgan.report import format as text
 from fedgan.report.comparison.data import ArmRun, Comparison
-from fedgan.report.comparison.parts import Measure, figure_of, range_of, run_label, trouble_note
+from fedgan.report.comparison.parts import Measure, floored, join_words, run_label, trouble_note, with_floors
 from fedgan.report.comparison.section import Section
 from fedgan.report.format import DASH, number
 from fedgan.report.run_data import Tree, dig, tree
@@ -23,6 +23,8 @@ SHARES = (
     Measure("density", "Density", "Like precision, but robust to outliers; may exceed 1"),
     Measure("coverage", "Coverage", "Share of real images that have a synthetic neighbour"),
 )
+DISTANCES = (FRECHET, KERNEL)
+FEW = ": fewer than 10 images on a side, or see the notes."
 PARTS = (("per_class", "class"), ("per_hospital", "hospital"))
 
 
@@ -33,7 +35,7 @@ def _render(comparison: Comparison) -> Markup:
     return render(
         "comparison_fidelity.html.j2",
         how=_how(comparison),
-        distances=_table("Distances, lower is better", runs, [FRECHET, KERNEL], "fidelity-distances", over=True),
+        distances=_table("Distances, lower is better", runs, DISTANCES, "fidelity-distances", over=True),
         shares=_table("Precision, recall, density and coverage: higher is better", runs, SHARES, "fidelity-shares"),
         others=_others(comparison),
         parts=[(f"The same for each {what}", _by_part(comparison, key, what)) for key, what in PARTS],
@@ -70,25 +72,8 @@ def _how(comparison: Comparison) -> str:
 
 def _table(caption: str, runs: Sequence[ArmRun], measures: Sequence[Measure], download: str, over: bool = False) -> Markup:
     """A row a training: each figure, its interval and its floor; `over`: also the first figure over its floor."""
-    columns = [Column("Arm", numeric=False)]
-    for measure in measures:
-        columns += [
-            Column(measure.head, title=measure.title),
-            Column("95% interval"),
-            Column("Floor", title="Real to real, same size"),
-        ]
-    columns += [Column("Fréchet over floor")] if over else []
-    rows = []
-    for run in runs:
-        found = _fidelity(run)
-        row = [run_label(run)]
-        for m in measures:
-            row += [
-                figure_of(found, m.key, m.digits),
-                range_of(found, m.key, m.digits),
-                figure_of(found, f"{m.key}_floor", m.digits),
-            ]
-        rows.append([*row, _over(found)] if over else row)
+    columns = [Column("Arm", numeric=False), *with_floors(measures)] + ([Column("Fréchet over floor")] if over else [])
+    rows = [[run_label(run), *floored(_fidelity(run), measures), *([_over(_fidelity(run))] if over else [])] for run in runs]
     return table(caption, columns, rows, download, more=trouble_note(runs))
 
 
@@ -98,31 +83,28 @@ def _over(found: Tree) -> str:
 
 
 def _by_part(comparison: Comparison, key: str, what: str) -> Markup:
-    """A row for each class (or hospital) and training."""
+    """A row for each class (or hospital) and training, the distances in one table and the shares in another."""
     runs = [run for run in comparison.arm_runs if tree(_fidelity(run).get(key))]
     names = list(dict.fromkeys(name for run in runs for name in tree(_fidelity(run).get(key))))
-    if not names:
-        return absent(f"Nothing was measured for each {what} on its own.")
-    rows = []
-    for name in names:
-        for run in runs:
-            found = tree(dig(_fidelity(run), key, name))
-            row = [name, run.label, text.whole(found.get("images"))]
-            row += [figure_of(found, k, None) for k in ("frechet", "frechet_floor")]
-            for m in SHARES:
-                row += [figure_of(found, m.key), figure_of(found, f"{m.key}_floor")]
-            rows.append(row)
-    columns = [
-        Column(what.capitalize(), numeric=False),
-        Column("Arm", numeric=False),
-        Column("Images"),
-        Column("Fréchet distance"),
-    ]
-    columns.append(Column("Floor"))
-    for m in SHARES:
-        columns += [Column(m.head, title=m.title), Column("Floor")]
+    measured = [name for name in names if any(tree(dig(_fidelity(run), key, name)) for run in runs)]
+    if not measured:
+        return absent(f"Nothing was measured for each {what} on its own{FEW if names else '.'}")
     more = "With few images a distance comes out large, for real images too: read each beside its floor."
-    return table(f"Fidelity and diversity of each {what}", columns, rows, f"fidelity-{key.replace('_', '-')}", more=more)
+    if empty := [name for name in names if name not in measured]:
+        more += f" Not measured for {join_words(empty)}{FEW}"
+    heads = [Column(what.capitalize(), numeric=False), Column("Arm", numeric=False), Column("Images")]
+    download = f"fidelity-{key.replace('_', '-')}"
+
+    def part(caption: str, measures: Sequence[Measure], name: str) -> Markup:
+        rows = []
+        for place in measured:
+            for run in runs:
+                found = tree(dig(_fidelity(run), key, place))
+                rows.append([place, run.label, text.whole(found.get("images")), *floored(found, measures)])
+        return table(caption, [*heads, *with_floors(measures)], rows, name, more=more)
+
+    shares = part(f"Precision, recall, density and coverage of each {what}", SHARES, f"{download}-shares")
+    return part(f"Distances of each {what}", DISTANCES, download) + shares
 
 
 def _others(comparison: Comparison) -> Markup:

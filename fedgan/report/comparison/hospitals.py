@@ -9,7 +9,18 @@ from markupsafe import Markup
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row
 from fedgan.report.comparison.data import Comparison, Entry
-from fedgan.report.comparison.parts import auc_domain, chance, chart_figure, figure_of, join_words, range_of
+from fedgan.report.comparison.pairs import verdict
+from fedgan.report.comparison.parts import (
+    NO_INTERVAL,
+    SMALL,
+    auc_domain,
+    chance,
+    chart_figure,
+    figure_of,
+    join_words,
+    lacks_interval,
+    range_of,
+)
 from fedgan.report.comparison.section import Section
 from fedgan.report.format import bounds, number
 from fedgan.report.run_data import Tree, dig, tree
@@ -36,7 +47,8 @@ def _render(comparison: Comparison) -> Markup:
     names = comparison.hospital_names
     if not names:
         return absent("No hospital is known: comparison.json lists none.")
-    return render("comparison_hospitals.html.j2", parts=[_part(comparison, name, i + 1) for i, name in enumerate(names)])
+    parts = [_part(comparison, name, i + 1) for i, name in enumerate(names)]
+    return render("comparison_hospitals.html.j2", parts=parts, small=SMALL if comparison.small_counts else "")
 
 
 def _part(comparison: Comparison, name: str, n: int) -> Part:
@@ -58,15 +70,9 @@ def own(comparison: Comparison, name: str) -> Entry | None:
     return next((entry for entry in found if entry.kind == "local"), found[0] if found else None)
 
 
-def _federated(comparison: Comparison) -> Entry | None:
-    """The first federated arm with figures, else the first without."""
-    found = [entry for entry in comparison.arms if entry.kind == "federated"]
-    return next((entry for entry in found if entry.value is not None), found[0] if found else None)
-
-
 def gain(comparison: Comparison, name: str) -> str:
     """What this hospital gains from the federation, on its own test images, in a sentence or two."""
-    alone, federated = own(comparison, name), _federated(comparison)
+    alone, federated = own(comparison, name), comparison.federated
     before = number((alone.inside(name) if alone else {}).get("macro_auc"))
     after = number((federated.inside(name) if federated else {}).get("macro_auc"))
     if federated is None:
@@ -83,13 +89,16 @@ def gain(comparison: Comparison, name: str) -> str:
     if paired:
         words += f" Over the test images of all hospitals the paired difference is {text.signed(paired.get('difference'))}"
         both = bounds(paired.get("ci"))
-        words += f" (95% interval {text.signed(both[0])} to {text.signed(both[1])})." if both else "."
+        words += f" (95% interval {text.signed(both[0])} to {text.signed(both[1])}). " if both else ". "
+        words += verdict(paired | {"a": federated.label, "b": alone.label})
     return words
 
 
 def _with_interval(result: Tree) -> str:
     ends = bounds(result.get("macro_auc_ci"))
-    return text.decimal(result.get("macro_auc")) + (f" ({text.interval(ends)})" if ends else "")
+    return text.decimal(result.get("macro_auc")) + (
+        f" ({text.interval(ends)})" if ends else " (too few test images for an interval)"
+    )
 
 
 def _lacking(comparison: Comparison, name: str, hospital: Tree) -> str:
@@ -103,7 +112,7 @@ def _lacking(comparison: Comparison, name: str, hospital: Tree) -> str:
     words = (
         f"It has no training image of {join_words(missing)}: alone it cannot generate {'it' if len(missing) == 1 else 'them'}."
     )
-    federated = _federated(comparison)
+    federated = comparison.federated
     found = [
         f"{label} {text.decimal(value)}"
         for label in missing
@@ -152,22 +161,23 @@ def _chart(comparison: Comparison, name: str, n: int) -> Markup:
 def _results(comparison: Comparison, name: str) -> Markup:
     alone = own(comparison, name)
     before = number((alone.inside(name) if alone else {}).get("macro_auc"))
+    tested = text.whole(comparison.test_images(name))
     rows = []
     for entry in _shown(comparison, name):
         found = entry.inside(name)
         value = number(found.get("macro_auc"))
         change = text.signed(value - before) if value is not None and before is not None and entry is not alone else text.DASH
-        rows.append(
-            [entry.label, figure_of(found, "macro_auc"), range_of(found, "macro_auc"), change, text.whole(found.get("images"))]
-        )
+        rows.append([entry.label, figure_of(found, "macro_auc"), range_of(found, "macro_auc"), change, tested])
     columns = [
         Column("Trained on images of", numeric=False),
         Column("Macro AUC"),
-        Column("95% interval"),
+        Column("Macro AUC, 95% interval"),
         Column("Against its own", title="Macro AUC minus that of training on what this hospital generates alone"),
         Column("Test images"),
     ]
     more = "Differences inside one hospital are plain differences of the figures; they have no interval."
+    if lacks_interval([entry.inside(name) for entry in _shown(comparison, name)], "macro_auc"):
+        more += f" {NO_INTERVAL}"
     return table(f"Tested on the test images of {name}", columns, rows, f"tested-on-{name}", more=more)
 
 

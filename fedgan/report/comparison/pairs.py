@@ -7,7 +7,7 @@ from markupsafe import Markup
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row
 from fedgan.report.comparison.data import Comparison
-from fedgan.report.comparison.parts import chart_figure, p_value, spread
+from fedgan.report.comparison.parts import chart_figure, p_value
 from fedgan.report.comparison.section import Section
 from fedgan.report.format import bounds, number
 from fedgan.report.run_data import Tree, trees
@@ -19,7 +19,7 @@ LEVEL = 0.05
 COLUMNS = (
     Column("Compared", numeric=False),
     Column("Difference", title="Macro AUC of the first minus that of the second"),
-    Column("95% interval"),
+    Column("Difference, 95% interval"),
     Column("p, Holm", title="Adjusted over the family"),
     Column("Verdict", numeric=False),
     Column("p"),
@@ -37,9 +37,14 @@ def _render(comparison: Comparison) -> Markup:
     return render(
         "comparison_pairs.html.j2",
         charts=_charts(comparison),
-        table=table("Differences of macro AUC", COLUMNS, [_cells(row) for row in found], "pairs"),
+        table=table("Differences of macro AUC", COLUMNS, [_cells(_named(comparison, row)) for row in found], "pairs"),
         margin=text.decimal(comparison.content.get("margin")),
     )
+
+
+def _named(comparison: Comparison, row: Tree) -> Tree:
+    """The pair under the names that the rest of the page gives its two rows."""
+    return row | {key: comparison.label(str(row[key])) for key in ("a", "b") if row.get(key) is not None}
 
 
 def _title(row: Tree) -> str:
@@ -50,7 +55,7 @@ def _cells(row: Tree) -> list[str]:
     return [
         _title(row),
         text.signed(row.get("difference")),
-        spread(bounds(row.get("ci"))),
+        text.spread(row.get("ci")),
         p_value(row.get("p_holm")),
         verdict(row),
         p_value(row.get("p_value")),
@@ -70,19 +75,20 @@ def verdict(row: Tree) -> str:
     if ends is None or p is None:
         return "No verdict: there is no interval or no p-value."
     margin = number(row.get("margin")) or 0.0
+    first, second = (f"{name} {'are' if name.endswith('images') else 'is'}" for name in (a, b))
     if p < LEVEL and value > 0:
-        return f"{a} is better."
+        return f"{first} better."
     within = ends[0] > -margin
     if p < LEVEL and value < 0:
         if ends[1] < -margin:
-            return f"{b} is better, by more than the margin."
+            return f"{second} better, by more than the margin."
         return (
-            f"{b} is better, but by less than the margin."
+            f"{second} better, but by less than the margin."
             if within
-            else f"{b} is better; by more or less than the margin is open."
+            else f"{second} better; by more or less than the margin is open."
         )
     return (
-        f"No difference shown; {a} is not inferior."
+        f"No difference shown; {first} not inferior."
         if within
         else "Undecided: neither a difference nor non-inferiority is shown."
     )
@@ -112,7 +118,6 @@ def _apart(values: list[float], margin: float) -> bool:
 
 def _groups(comparison: Comparison) -> dict[str, list[tuple[str, Tree]]]:
     """(name of the row, pair) of each chart, by its title."""
-    labels = {entry.name: entry.label for entry in comparison.entries}
     families: dict[str, list[Tree]] = {}
     for row in comparison.comparisons:
         families.setdefault(str(row.get("family") or "pairs"), []).append(row)
@@ -120,7 +125,7 @@ def _groups(comparison: Comparison) -> dict[str, list[tuple[str, Tree]]]:
     for family, members in families.items():
         seconds = {str(row.get("b")) for row in members}
         for row in members:
-            a, b = (labels.get(str(row.get(key)), str(row.get(key))) for key in ("a", "b"))
+            a, b = (comparison.label(str(row.get(key))) for key in ("a", "b"))
             title, label = (f"… minus {b}", a) if len(seconds) == 1 else (f"{a} minus …", b)
             groups.setdefault(f"{title} ({family})", []).append((label, row))
     return groups

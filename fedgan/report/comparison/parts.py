@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -45,24 +44,23 @@ def figure_of(result: Tree, key: str, digits: int | None = 3) -> str:
 
 def range_of(result: Tree, key: str, digits: int | None = 3) -> str:
     """A figure's interval as text, or a dash."""
-    pair = bounds(result.get(f"{key}_ci"))
-    if pair is None:
-        return text.DASH
-    if digits is not None:
-        return text.interval(pair, digits)
-    digits = min(max(2 - math.floor(math.log10(max(abs(pair[0]), abs(pair[1]), 1e-6))), 0), 6)
-    return text.interval(pair, digits).replace("–−", " to −")
-
-
-def spread(ends: tuple[float, float] | None, digits: int = 3) -> str:
-    """An interval of differences: [−0.021, +0.013]."""
-    return text.DASH if ends is None else f"[{text.signed(ends[0], digits)}, {text.signed(ends[1], digits)}]"
+    pair = result.get(f"{key}_ci")
+    return text.sized_interval(pair) if digits is None else text.interval(pair, digits)
 
 
 def p_value(value: object) -> str:
     """A p-value with three decimals; a smaller one as < 0.001."""
     p = number(value)
     return text.DASH if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+SMALL = "Some of these counts are below 10: they may give single people away, so pass this page on with care."
+NO_INTERVAL = "No interval: fewer than half of the resamples have both kinds of images."
+
+
+def lacks_interval(results: Iterable[Tree], key: str) -> bool:
+    """Whether a figure was measured whose interval was not."""
+    return any(number(found.get(key)) is not None and bounds(found.get(f"{key}_ci")) is None for found in results)
 
 
 def with_intervals(measures: Sequence[Measure]) -> list[Column]:
@@ -73,6 +71,32 @@ def with_intervals(measures: Sequence[Measure]) -> list[Column]:
 def cells(result: Tree, measures: Sequence[Measure]) -> list[str]:
     """The texts for `with_intervals`."""
     return [cell for m in measures for cell in (figure_of(result, m.key, m.digits), range_of(result, m.key, m.digits))]
+
+
+def with_floors(measures: Sequence[Measure]) -> list[Column]:
+    """Three columns a measure: the figure, its interval and its floor."""
+    return [
+        column
+        for m in measures
+        for column in (
+            Column(m.head, title=m.title),
+            Column(f"{m.head}, 95% interval"),
+            Column(f"{m.head}, floor", title="Real to real, same size"),
+        )
+    ]
+
+
+def floored(result: Tree, measures: Sequence[Measure]) -> list[str]:
+    """The texts for `with_floors`."""
+    return [
+        cell
+        for m in measures
+        for cell in (
+            figure_of(result, m.key, m.digits),
+            range_of(result, m.key, m.digits),
+            figure_of(result, f"{m.key}_floor", m.digits),
+        )
+    ]
 
 
 def run_label(run: ArmRun) -> str:
@@ -86,7 +110,7 @@ def entry_label(entry: Entry) -> str:
     """The row head of an arm: its name, and what became of it where it gives no figures."""
     if entry.value is not None:
         return entry.label
-    failed = entry.runs and not entry.is_alone and all(run.status == "failed" for run in entry.runs)
+    failed = entry.runs and all(run.status == "failed" for run in entry.runs)
     return f"{entry.label} ({'failed' if failed else 'no figures'})"
 
 
@@ -99,9 +123,13 @@ def describe(rows: Sequence[Row]) -> str:
     """What a dot chart shows, for a screen reader: every row and mark with its value."""
     parts = []
     for row in rows:
-        dots = ", ".join(f"{dot.name + ' ' if len(row.dots) > 1 else ''}{dot.value:.3f}" for dot in row.dots)
+        dots = ", ".join(f"{dot.name + ' ' if len(row.dots) > 1 else ''}{dot.value:.3f}{_ends(dot)}" for dot in row.dots)
         parts.append(f"{row.label}: {dots or row.note or 'not measured'}")
     return "; ".join(parts) + "."
+
+
+def _ends(dot: Dot) -> str:
+    return f" ({dot.interval[0]:.3f} to {dot.interval[1]:.3f})" if dot.interval else ""
 
 
 def chart_figure(
@@ -111,14 +139,12 @@ def chart_figure(
     x_label: str,
     domain: tuple[float, float] | None = None,
     references: Sequence[tuple[str, float]] = (),
-    caption: str = "",
 ) -> Markup:
     """A dot chart under its title; no chart where no row has a mark."""
     if not any(row.dots for row in rows):
         return Markup("")
     chart = dot_chart(key, title, describe(rows), rows, x_label, domain, references)
-    small = Markup("<small>{}</small>").format(caption) if caption else Markup("")
-    return Markup("<figure><figcaption>{}{}</figcaption>{}</figure>").format(title, small, chart)
+    return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, chart)
 
 
 def auc_domain(rows: Sequence[Row]) -> tuple[float, float]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
 
+from fedgan.comparison_folder import ComparisonFolder
+from fedgan.errors import FedganError
 from fedgan.report import format as text
 from fedgan.report.comparison.data import ArmRun, Comparison
 from fedgan.report.comparison.section import Section
@@ -43,6 +46,7 @@ def _render(comparison: Comparison) -> Markup:
         "comparison_samples.html.j2",
         rows=rows,
         notes=notes,
+        first={"Real": "real images", "Drawn": "drawn training images"}.get(grids[0][0], ""),
         holds_real=grids[0][0] == "Real",
         by_hospital=any(run.members for run in comparison.arm_runs),
         side=int(side),
@@ -55,50 +59,53 @@ def _grids(comparison: Comparison, folder: Path, side: int) -> tuple[list[tuple[
     grids: list[tuple[str, Grid]] = []
     notes: list[str] = []
     names = comparison.data_labels
-    homes = [home for run in comparison.arm_runs if (home := _home(run, folder)) is not None]
-    real = _first(names, side, [folder / "samples" / "real.png", *(home / "samples" / "real.png" for home in homes)])
+    real, note = _real(comparison, folder, names, side)
     if real is not None:
-        grids.append(("Real", real))
+        grids.append(("Drawn" if comparison.drawn else "Real", real))
     else:
-        notes.append(
-            "There is no readable grid of real images, so none stand beside the synthetic ones "
-            "(evaluation.show_real says whether real images may be shown; by default drawn ones only)."
-        )
+        notes.append(note)
     for entry in comparison.arms:
-        found = next((shown for run in entry.runs if (shown := _of_run(run, folder, names, side))), [])
-        if not found:
-            notes.append(f"{entry.name}: no readable sample grid{', because it ' + entry.trouble if entry.trouble else ''}.")
-        grids += found
+        paths = [(run, path) for run in entry.runs if (path := _final(run, folder)) is not None]
+        found = ((run.label, grid) for run, path in paths if (grid := open_grid(path, names, side)) is not None)
+        shown = next(found, None)
+        if shown is not None:
+            grids.append(shown)
+        else:
+            why = f", because it {entry.trouble}" if entry.trouble else ""
+            notes.append(f"{entry.name}: {_damaged('its sample grid', side) if paths else f'there is no sample grid{why}.'}")
     if len(grids) > MOST_ARMS + 1:
         notes.append(f"Not shown, for want of room: {', '.join(title for title, _ in grids[MOST_ARMS + 1 :])}.")
     return grids[: MOST_ARMS + 1], notes
 
 
-def _of_run(run: ArmRun, folder: Path, names: list[str], side: int) -> list[tuple[str, Grid]]:
-    """The final grid of one training; of an arm with a generator for each hospital, those of its members."""
-    home = _home(run, folder)
-    if home is None:
-        return []
-    grid = _first(names, side, [home / "samples" / "final.png"])
-    if grid is not None:
-        return [(run.label, grid)]
-    places = [str(member["hospital"]) for member in run.members if member.get("hospital") is not None]
-    found = []
-    for place in places:
-        inner = _inside(home, home / "members" / place)
-        grid = _first(names, side, [inner / "samples" / "final.png"]) if inner is not None else None
-        if grid is not None:
-            found.append((f"{place}: {run.label}", grid))
-    return found
+def _real(comparison: Comparison, folder: Path, names: list[str], side: int) -> tuple[Grid | None, str]:
+    """The grid of training images, or None and the sentence that says why it is not shown."""
+    what = "drawn training images" if comparison.drawn else "real images"
+    try:
+        allowed = ComparisonFolder.at(folder).settings().shows_real
+    except FedganError:
+        return None, f"No {what} are shown: config.toml, which says whether they may be (evaluation.show_real), cannot be read."
+    if not allowed:
+        return None, f"No {what} are shown: evaluation.show_real does not allow it."
+    path = folder / "samples" / "real.png"
+    if not _is(path, Path.is_file):
+        return None, f"There is no grid of {what}."
+    grid = open_grid(path, names, side)
+    return grid, "" if grid is not None else f"The grid of {what}: {_damaged('it', side)}"
 
 
-def _home(run: ArmRun, folder: Path) -> Path | None:
-    """The run folder of a training, never outside the comparison's folder."""
+def _damaged(what: str, side: int) -> str:
+    return f"{what} is damaged or has no cells of {side} × {side} pixels, so it is not shown."
+
+
+def _final(run: ArmRun, folder: Path) -> Path | None:
+    """The final grid of one training, or None where there is none inside the comparison's folder."""
     name = run.content.get("folder")
     if not isinstance(name, str) or not name:
         return None
-    inside = [place for base in (folder, folder / "arms") if (place := _inside(folder, base / name)) is not None]
-    return next((place for place in inside if _is_folder(place)), None)
+    home = _inside(folder, folder / name)
+    path = None if home is None else home / "samples" / "final.png"
+    return path if path is not None and _is(path, Path.is_file) else None
 
 
 def _inside(folder: Path, path: Path) -> Path | None:
@@ -109,16 +116,11 @@ def _inside(folder: Path, path: Path) -> Path | None:
     return resolved if resolved.is_relative_to(folder.resolve()) else None
 
 
-def _is_folder(path: Path) -> bool:
+def _is(path: Path, what: Callable[[Path], bool]) -> bool:
     try:
-        return path.is_dir()
+        return what(path)
     except (OSError, ValueError):
         return False
-
-
-def _first(names: list[str], side: int, paths: list[Path]) -> Grid | None:
-    """The first of some grids that can be read."""
-    return next((grid for path in paths if (grid := open_grid(path, names, side)) is not None), None)
 
 
 def _rows(grids: list[tuple[str, Grid]]) -> tuple[list[tuple[str, list[Picture]]], int]:

@@ -6,27 +6,17 @@ from markupsafe import Markup
 
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row, legend
-from fedgan.report.comparison.data import REAL, Comparison, Entry
-from fedgan.report.comparison.parts import auc_domain, chance, chart_figure, entry_label, mean_of, p_value, spread
+from fedgan.report.comparison.data import LOCAL, REAL, Comparison, Entry
+from fedgan.report.comparison.parts import auc_domain, chance, chart_figure, entry_label, mean_of, p_value
 from fedgan.report.comparison.section import Section
-from fedgan.report.format import bounds, number
-from fedgan.report.run_data import Tree, dig
+from fedgan.report.facts import DRAWN
+from fedgan.report.format import number
+from fedgan.report.run_data import dig
 from fedgan.report.tables import Column, table
 from fedgan.report.templating import render
 
 QUESTION = "What does federation cost against centralised training, and what does it gain over each hospital alone?"
 NO_ANSWER = "The question has no answer yet: comparison.json does not give one."
-COLUMNS = (
-    Column("Trained on images of", numeric=False),
-    Column("Images seen", title="Real images shown to the discriminators, summed over hospitals"),
-    Column("Macro AUC", title="Of classifiers trained on synthetic images only, on all real test images"),
-    Column("95% interval"),
-    Column("Minus centralised", title="Paired difference of macro AUC on the same test images"),
-    Column("95% interval"),
-    Column("p, Holm", title="Two-sided p-value of the difference, adjusted by Holm over its family"),
-    Column("Fréchet distance", title="Of the synthetic images to real ones; lower is better"),
-    Column("Bytes exchanged", title="Mean over seeds"),
-)
 
 
 def _render(comparison: Comparison) -> Markup:
@@ -40,6 +30,7 @@ def _render(comparison: Comparison) -> Markup:
         legend=legend([("mean and 95% interval", "main"), ("one generator's seed", "single main")], "dot"),
         table=_table(comparison),
         facts=_facts(comparison),
+        drawn=DRAWN if comparison.drawn else "",
         problems=comparison.problems,
     )
 
@@ -77,34 +68,86 @@ def _table(comparison: Comparison) -> Markup:
         for run in entry.runs
         if run.trouble
     ]
-    more = "Macro AUC: classifiers trained on nothing but the row's images, tested on the same real images. "
-    more += "Intervals and p-values speak of the test images, the small dots of training again with another seed."
-    return table("The arms", COLUMNS, rows, "arms", strong=1, more=" ".join([more, *troubles]))
+    more = " ".join([*_definitions(comparison), *dict.fromkeys(troubles)])
+    return table("The arms", _columns(comparison), rows, "arms", strong=1, more=more)
+
+
+def _columns(comparison: Comparison) -> list[Column]:
+    federated = comparison.federated.label if comparison.federated else "federated"
+    gain = f"{federated[:1].upper()}{federated[1:]} minus it"
+    return [
+        Column("Trained on images of", numeric=False),
+        Column("Images seen"),
+        Column("Macro AUC"),
+        Column("Macro AUC, 95% interval"),
+        Column("Minus centralised"),
+        Column("Minus centralised, 95% interval"),
+        Column("Minus centralised, p (Holm)"),
+        Column(gain),
+        Column(f"{gain}, 95% interval"),
+        Column("Fréchet distance"),
+        Column("Bytes exchanged"),
+    ]
+
+
+def _definitions(comparison: Comparison) -> list[str]:
+    """What the columns mean, and how the budget of the hospitals alone compares."""
+    said = ["Images seen: training images shown to the discriminators, summed over hospitals."]
+    if any(entry.kind == LOCAL for entry in comparison.alone):
+        whole = "; at the whole budget it is a coalition of one (Contribution)" if comparison.content.get("contribution") else ""
+        said.append(f"Each hospital alone saw its own share of the budget, as many images as it shows in the federation{whole}.")
+    return [
+        *said,
+        "Macro AUC: area under the ROC curve, mean over classes, of classifiers trained on nothing but the row's images and "
+        "tested on the same real images.",
+        "Differences are paired, on the same test images; p is two-sided and adjusted by Holm over its family (Paired).",
+        "Intervals and p-values speak of the test images, the small dots of training again with another seed.",
+        "Fréchet distance: of the synthetic images to real ones, mean over seeds, lower is better; its floor is that of real "
+        "images to real ones. Bytes exchanged: both ways, mean over seeds.",
+    ]
 
 
 def _cells(comparison: Comparison, entry: Entry) -> list[str]:
-    central = comparison.central
-    gap: Tree = {}
-    if central is not None and central is not entry:
-        gap = comparison.difference(entry.name, central.name)
-    sent = None if entry.is_alone else mean_of([dig(run.content, "cost", "bytes_exchanged") for run in entry.runs])
-    seen = "none" if entry.kind == REAL else text.whole(_seen(entry))
+    central, federated = comparison.central, comparison.federated
+    gap = comparison.difference(entry.name, central.name) if central not in (None, entry) else {}
+    gain = comparison.difference(federated.name, entry.name) if federated not in (None, entry) else {}
     return [
         entry_label(entry),
-        seen,
+        "none" if entry.kind == REAL else text.whole(_seen(entry)),
         text.decimal(entry.value),
         text.interval(entry.figures.get("macro_auc_ci")),
         text.signed(gap.get("difference")),
-        spread(bounds(gap.get("ci"))),
+        text.spread(gap.get("ci")),
         p_value(gap.get("p_holm")),
-        text.significant(entry.figures.get("frechet")),
-        "none" if entry.is_alone or entry.kind == REAL or sent == 0 else text.size(sent),
+        text.signed(gain.get("difference")),
+        text.spread(gain.get("ci")),
+        _distance(comparison, entry),
+        _sent(entry),
     ]
+
+
+def _distance(comparison: Comparison, entry: Entry) -> str:
+    """The Fréchet distance; in the row of real images its floor, which the same real images give every arm."""
+    if entry.kind != REAL:
+        return text.significant(entry.figures.get("frechet"))
+    floors = (number(dig(run.evaluation, "fidelity", "frechet_floor")) for run in comparison.arm_runs)
+    floor = next((value for value in floors if value is not None), None)
+    return text.DASH if floor is None else f"{text.significant(floor)} (floor)"
+
+
+def _sent(entry: Entry) -> str:
+    """Bytes exchanged. A hospital that trains alone sends none; what a single fine-tuned hospital sent is not known."""
+    if entry.kind == REAL or (entry.is_alone and entry.kind == LOCAL):
+        return "none"
+    sent = None if entry.is_alone else mean_of([dig(run.content, "cost", "bytes_exchanged") for run in entry.runs])
+    return "none" if sent == 0 else text.size(sent)
 
 
 def _seen(entry: Entry) -> float | None:
     found = number(entry.figures.get("images_seen"))
-    return found if found is not None else mean_of([run.content.get("images_seen") for run in entry.runs])
+    if found is not None or entry.is_alone:
+        return found
+    return mean_of([run.content.get("images_seen") for run in entry.runs])
 
 
 def _facts(comparison: Comparison) -> str:
@@ -120,9 +163,24 @@ def _facts(comparison: Comparison) -> str:
         parts.append(text.plural(len(comparison.labels), "class", "classes"))
     if (side := number(content.get("resolution"))) is not None:
         parts.append(f"{side:g} × {side:g} pixels")
+    if tested := _tested(comparison):
+        parts.append(tested)
     if (budget := number(content.get("images_seen_budget"))) is not None:
         parts.append(f"{text.whole(budget)} images seen by each arm and seed")
     return " · ".join(parts)
+
+
+def _tested(comparison: Comparison) -> str:
+    """How many real test images there are, and of how many patients, where these are the hospitals' own test images."""
+    images = max((n for row in comparison.comparisons if (n := number(row.get("images"))) is not None), default=None)
+    if images is None:
+        return ""
+    rows = [(number(dig(row, "images", "test")), number(dig(row, "patients", "test"))) for row in comparison.hospitals]
+    words = f"{text.whole(images)} {'drawn' if comparison.drawn else 'real'} test images"
+    known = bool(rows) and all(n is not None and p is not None for n, p in rows)
+    if known and sum(n or 0 for n, _ in rows) == images:
+        words += f" of {text.whole(sum(p or 0 for _, p in rows))} {'drawn ' if comparison.drawn else ''}patients"
+    return words
 
 
 SECTION = Section("summary", "Summary", "Summary", _render)

@@ -10,6 +10,7 @@ from fedgan.report import format as text
 from fedgan.report.charts import Row, legend
 from fedgan.report.comparison.data import ArmRun, Comparison, Entry
 from fedgan.report.comparison.parts import (
+    NO_INTERVAL,
     UTILITY,
     arm_legend,
     auc_domain,
@@ -19,6 +20,7 @@ from fedgan.report.comparison.parts import (
     chart_figure,
     figure_of,
     join_words,
+    lacks_interval,
     range_of,
     run_label,
     trouble_note,
@@ -198,6 +200,8 @@ def _classes(comparison: Comparison) -> Markup:
         if empty
         else ""
     )
+    if lacks_interval([entry.of_class(label) for entry in entries for label in comparison.labels], "auc"):
+        more = f"{more} {NO_INTERVAL}".strip()
     columns = [
         Column("Class", numeric=False),
         Column("Test images", title="Real test images that have it"),
@@ -221,9 +225,14 @@ def _places(comparison: Comparison) -> Markup:
     names = [name for name in comparison.hospital_names if any(entry.inside(name) for entry in entries)]
     if not names:
         return absent("No figure was measured inside a single institution.")
-    rows = [[name, *_pairs_of([entry.inside(name) for entry in entries], "macro_auc")] for name in names]
-    columns = [Column("Institution", numeric=False), *_two_columns(entries)]
-    return table("Macro AUC inside each institution", columns, rows, "utility-institutions")
+    rows = [
+        [name, text.whole(comparison.test_images(name)), *_pairs_of([entry.inside(name) for entry in entries], "macro_auc")]
+        for name in names
+    ]
+    columns = [Column("Institution", numeric=False), Column("Test images"), *_two_columns(entries)]
+    lacks = lacks_interval([entry.inside(name) for entry in entries for name in names], "macro_auc")
+    more = NO_INTERVAL if lacks else ""
+    return table("Macro AUC inside each institution", columns, rows, "utility-institutions", more=more)
 
 
 def confounding(comparison: Comparison) -> str:

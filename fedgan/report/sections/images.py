@@ -36,6 +36,7 @@ def _render(run: RunData) -> Markup:
     file = run.pictures.get("final") or (newest[0][1] if newest else None)
     synthetic, synthetic_note = _grid(run, file, "of synthetic images")
     notes = [note for note in (real_note, synthetic_note) if note]
+    drawn = run.drawn
     if newest:
         notes.append(f"The synthetic images are those of round {newest[0][0]}: the run has no final grid yet.")
     return render(
@@ -43,7 +44,8 @@ def _render(run: RunData) -> Markup:
         pairs=pairs(real, synthetic),
         progress=_progress(run),
         notes=notes,
-        holds_real=real is not None,
+        holds_real=real is not None and not drawn,
+        real_head="Drawn" if drawn else "Real",
         cells=MOST_CELLS,
         psi=run.settings.evaluation.psi,
         resolution=run.settings.data.resolution,
@@ -98,5 +100,5 @@ def _progress(run: RunData) -> list[tuple[int, str, Block]]:
     return strip
 
 
-NOT_SHOWN = "Real images are not shown: evaluation.show_real does not allow it, because they are somebody's and not drawn."
+NOT_SHOWN = "Real images are not shown: evaluation.show_real does not allow it."
 SECTION = Section("images", "Real beside synthetic", _render)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from markupsafe import Markup
 
+from fedgan.report.facts import nulls
 from fedgan.report.run_data import RunData, sentences, tree
 from fedgan.report.sections.base import Section
 from fedgan.report.templating import render
@@ -38,23 +36,14 @@ def _render(run: RunData) -> Markup:
         missing.append(
             "No privacy attack and no search for copies was run: this page is no evidence that the images are safe to release."
         )
-    nulls = list(dict.fromkeys(_nulls(evaluation)))
+    empty = list(dict.fromkeys(nulls(evaluation)))
     return render(
         "notes.html.j2",
         notes=list(dict.fromkeys(notes)),
         missing=[*run.problems, *missing],
-        nulls=nulls[:MOST],
-        more=len(nulls) - MOST,
+        nulls=empty[:MOST],
+        more=len(empty) - MOST,
     )
-
-
-def _nulls(value: Any, path: str = "") -> Iterator[str]:
-    """Paths of the numbers that are null."""
-    if value is None and path:
-        yield path
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _nulls(item, f"{path} › {key}" if path else str(key))
 
 
 SECTION = Section("notes", "Notes, and what was not measured", _render)

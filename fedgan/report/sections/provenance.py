@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any
-
 from markupsafe import Markup
 
 from fedgan.config import describe, to_dict
+from fedgan.report.facts import leaves, source_text, word
 from fedgan.report.run_data import RunData, trees
 from fedgan.report.sections.base import Section
 from fedgan.report.tables import Column, table
@@ -19,9 +17,9 @@ FACTS_COLUMNS = (Column("Fact", numeric=False), Column("Value", numeric=False))
 
 
 def _render(run: RunData) -> Markup:
-    values = dict(_flat(to_dict(run.settings)))
+    values = dict(leaves(to_dict(run.settings)))
     rows = [[key, values.get(key, ""), meaning] for key, meaning, _ in describe()]
-    defaults = {key: _word(default) for key, _, default in describe()}
+    defaults = {key: word(default) for key, _, default in describe()}
     changed = [row for row in rows if row[1] != defaults[row[0]] and row[0] not in ("name", "description")]
     hashes = [[str(h.get("name", "unnamed")), str(h["content_hash"])] for h in run.hospitals if h.get("content_hash")]
     return render(
@@ -40,7 +38,7 @@ def _render(run: RunData) -> Markup:
 
 
 def _environment(run: RunData) -> Markup:
-    facts = [[key, value] for key, value in _flat({k: v for k, v in run.environment.items() if k != "sources"})]
+    facts = [[key, value] for key, value in leaves({k: v for k, v in run.environment.items() if k != "sources"})]
     if not facts:
         return absent("environment.json is not there: versions and machine are unknown.")
     return table("Versions and machine", FACTS_COLUMNS, facts, "environment")
@@ -52,29 +50,9 @@ def _sources(run: RunData) -> Markup:
     keys = list(dict.fromkeys(key for source in sources for key in source))
     if not keys:
         return absent("The sources and licences of the data are unknown: environment.json does not name them.")
-    rows = [[_word(source.get(key)) for key in keys] for source in sources]
+    rows = [[(source_text if key == "source" else word)(source.get(key)) for key in keys] for source in sources]
     columns = [Column(key.replace("_", " ").capitalize(), numeric=False) for key in keys]
     return table("Sources and licences of the data", columns, rows, "sources")
-
-
-def _flat(value: Any, path: str = "") -> list[tuple[str, str]]:
-    """The leaves of a nested dict as (dotted key, text)."""
-    if isinstance(value, dict):
-        return [leaf for key, item in value.items() for leaf in _flat(item, f"{path}.{key}" if path else str(key))]
-    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
-        return [leaf for i, item in enumerate(value) for leaf in _flat(item, f"{path}[{i}]")]
-    return [(path, _word(value))]
-
-
-def _word(value: Any) -> str:
-    """A value as a person would write it. Of an absolute path only the last part: the page may be passed on."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        return ", ".join(_word(item) for item in value)
-    if isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()):
-        return "…/" + PureWindowsPath(value).name
-    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 SECTION = Section("provenance", "Provenance", _render)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from fedgan.report import format as text
+from fedgan.report.facts import DRAWN
 from fedgan.report.format import bounds, number
 from fedgan.report.run_data import RunData, dig
 from fedgan.report.sections.base import Section
@@ -64,7 +65,13 @@ def figures(run: RunData) -> list[tuple[str, str, str]]:
 
 
 def _render(run: RunData) -> Markup:
-    return render("summary.html.j2", answer=answer(run), description=run.settings.description, figures=figures(run))
+    return render(
+        "summary.html.j2",
+        answer=answer(run),
+        drawn=DRAWN if run.drawn else "",
+        description=run.settings.description,
+        figures=figures(run),
+    )
 
 
 SECTION = Section("summary", "Summary", _render)
