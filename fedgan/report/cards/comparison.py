@@ -27,6 +27,8 @@ def write_comparison_cards(folder: Path) -> list[Path]:
     problems = list(card.data.problems)
     try:
         found = tree(clean(whole.read_json(whole.path / "comparison.json")))
+        if not found:
+            problems.append("comparison.json is not there: the comparison is not finished.")
     except (FedganError, OSError, ValueError, RecursionError):
         found = {}
         problems.append("comparison.json is damaged and could not be read.")
@@ -70,8 +72,7 @@ def _arm_data(found: CardData, arm: Tree, whole: CardData) -> CardData:
     """The arm's run; what it does not have itself is taken from comparison.json and from the comparison's folder."""
     data = found.data
     evaluation = data.evaluation or tree(arm.get("evaluation"))
-    if evaluation and "arm" not in evaluation:
-        evaluation = evaluation | {"arm": arm.get("arm")}
+    evaluation = evaluation | {"arm": evaluation.get("arm") or arm.get("arm")}
     return dataclasses.replace(
         found,
         data=dataclasses.replace(
@@ -121,7 +122,7 @@ def _difference(row: Tree) -> list[Any]:
         str(row.get("a")),
         str(row.get("b")),
         text.signed(row.get("difference")),
-        text.interval(row.get("ci")),
+        text.spread(row.get("ci")),
         text.significant(row.get("p_holm")),
         text.decimal(row.get("margin")),
         "not known" if answer is None else "yes" if answer else "not shown",

@@ -104,6 +104,7 @@ def _environment() -> Environment:
         decimal=text.decimal,
         significant=text.significant,
         interval=text.interval,
+        sized_interval=text.sized_interval,
         duration=text.duration,
         bytes=text.size,
         yaml=lambda value: Markdown(json.dumps(value, ensure_ascii=False)),  # JSON is YAML
