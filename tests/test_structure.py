@@ -117,5 +117,6 @@ def test_findings_that_occur_together_count_in_each_class_and_normal_images_in_t
     found = intra_class_ms_ssim(images, labels, ("a", "b"), False, pairs=30)
     assert found["a"] > 0.9
     assert found["b"] > 0.9
-    assert found["none"] < 0.7
+    assert found["no finding"] < 0.7
+    assert set(intra_class_ms_ssim(images, labels, ("a", "Normal"), False, pairs=5)) == {"a", "Normal"}  # a label says it
     assert set(intra_class_ms_ssim(images, labels, ("a", "b"), True, pairs=5)) == {"a", "b"}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedgan.data.dataset import ImageArray
+from fedgan.evaluation.utility import NO_FINDING, names_normal
 
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the five scales, fine to coarse (Wang et al. 2003, section 3.2)
 WINDOW, SIGMA = 11, 1.5  # Gaussian window
@@ -69,13 +70,13 @@ def intra_class_ms_ssim(
 
     images (N, C, H, W) uint8, labels (N, K) multi-hot. High: the images of a class are all alike (collapse); to be read
     beside the same figure for real images. None for a class with fewer than two images. Where classes do not exclude
-    each other, images with no label at all form a class "none" of their own, if there are two and no label has that name.
+    each other, images with no label at all form a class 'no finding', if there are two and no label itself says normal.
     """
     labels = np.asarray(labels).astype(bool)
     classes = {name: np.flatnonzero(labels[:, column]) for column, name in enumerate(label_names)}
     unlabelled = np.flatnonzero(~labels.any(1))
-    if not exclusive and len(unlabelled) >= 2 and "none" not in classes:
-        classes["none"] = unlabelled
+    if not exclusive and len(unlabelled) >= 2 and not names_normal(tuple(label_names)):
+        classes[NO_FINDING] = unlabelled
     result: dict[str, float | None] = {}
     for number, (name, rows) in enumerate(classes.items()):
         if len(rows) < 2:
