@@ -499,6 +499,32 @@ def test_the_full_suite_has_every_figure_and_the_quick_one_the_same_without_the_
     assert {key: fidelity[key] for key in quick["fidelity"]} == quick["fidelity"]
 
 
+def test_a_hospital_is_compared_in_its_own_mix_without_an_image_taken_twice_and_what_that_costs_is_noted(real):
+    made = _released(real.train)
+    lacking = made.take(np.flatnonzero((made.labels[:, 0] == 0) | (np.cumsum(made.labels[:, 0]) <= 6)))  # six of the first class
+    features = np.random.default_rng(0).normal(size=(len(made), real.held_out_features.shape[1]))
+    fair, few = [], []
+    evaluate._by_hospital(real, made, features, fair)
+    found = evaluate._by_hospital(real, lacking, features[: len(lacking)], few)
+    assert not any("in its mix of labels" in note for note in fair)
+    assert any("there are no more in its mix of labels" in note for note in few)
+    assert any("would need other labels" in note for note in few)
+    assert all(numbers["images"] <= 100 for numbers in found.values())
+
+
+@pytest.mark.parametrize(("names", "further"), [(NAMES, ["no finding"]), (("alpha", "Normal", "gamma"), [])])
+def test_images_without_a_finding_are_a_class_unless_a_label_says_so(real, names, further):
+    def findings(data):
+        labels = data.labels * (np.arange(len(data)) % 3 > 0)[:, None]
+        return dataclasses.replace(data, labels=labels.astype(np.uint8), label_names=names, exclusive=False)
+
+    other = RealReference(findings(real.train), findings(real.val), findings(real.test), QUICK)
+    made, features = findings(_released(real.train)), np.random.default_rng(1).normal(size=(240, 4))
+    vars(other)["held_out_features"] = np.random.default_rng(2).normal(size=(240, 4))
+    assert list(evaluate._by_class(other, made, features, [])) == [*names, *further]
+    assert list(evaluate._structure(other, made, [])) == [*names, *further]
+
+
 def test_a_diverged_generator_leaves_the_evaluation_as_it_was(tmp_path):
     hospitals = _hospitals()
     evaluator = _evaluator(tmp_path, hospitals)

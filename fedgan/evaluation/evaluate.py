@@ -29,12 +29,13 @@ from fedgan.evaluation.path_length import perceptual_path_length
 from fedgan.evaluation.reference import RealReference, merged
 from fedgan.evaluation.sampling import to_float
 from fedgan.evaluation.structure import WINDOW, intra_class_ms_ssim
-from fedgan.evaluation.utility import NO_FINDING, majority_scores, utility
+from fedgan.evaluation.utility import NO_FINDING, majority_scores, names_normal, utility
 
 FEWEST_TEST_IMAGES = 2
 FEWEST_HELD_OUT = 4
 FEWEST_TO_SPLIT = 20  # synthetic images below which none is kept aside for validation
 READ_IMAGES = 2000  # most synthetic images that real classifiers are tested on
+WORTH_SAYING = 0.02  # deviation from a hospital's mix of labels beyond which there is a note
 PATHS = 512  # of the perceptual path length
 
 
@@ -231,8 +232,9 @@ def _by_class(
         name: (np.flatnonzero(held.labels[:, k]), np.flatnonzero(synthetic.labels[:, k]))
         for k, name in enumerate(held.label_names)
     }
-    if not held.exclusive and NO_FINDING not in rows:
-        rows[NO_FINDING] = (np.flatnonzero(held.labels.sum(1) == 0), np.flatnonzero(synthetic.labels.sum(1) == 0))
+    normal = np.flatnonzero(held.labels.sum(1) == 0)
+    if not held.exclusive and len(normal) and not names_normal(held.label_names):
+        rows[NO_FINDING] = (normal, np.flatnonzero(synthetic.labels.sum(1) == 0))
     return _grouped(reference, features, rows, notes, "class")
 
 
@@ -245,10 +247,28 @@ def _by_hospital(
     rows = {}
     for place in np.unique(places):
         real = np.flatnonzero(places == place)
-        rows[str(place)] = (real, label_mix_rows(synthetic.labels, held.labels[real], reference.seed))
+        mix = label_mix_rows(synthetic.labels, held.labels[real], reference.seed)
+        rows[str(place)] = (real, mix.rows)
+        notes += _mix_notes(str(place), len(mix.rows), mix.deviation, min(len(real) // 2, len(synthetic)))
         if lacking := missing_share(synthetic.labels, held.labels[real]):
             notes.append(f"{lacking:.0%} of the real images of {place} have labels that no synthetic image has.")
     return _grouped(reference, features, rows, notes, "hospital")
+
+
+def _mix_notes(place: str, count: int, deviation: float, enough: int) -> list[str]:
+    """Sentences for a hospital whose label mix the synthetic set holds in few images, or not as it is."""
+    notes = []
+    if 0 < count < enough:
+        notes.append(
+            f"Fidelity for {place} rests on {count} synthetic images where its real ones allow {enough}: "
+            "there are no more in its mix of labels, and none is taken twice."
+        )
+    if deviation > WORTH_SAYING:
+        notes.append(
+            f"The synthetic images that {place} is compared with are not quite in its mix of labels: "
+            f"{deviation:.0%} of them would need other labels."
+        )
+    return notes
 
 
 def _grouped(

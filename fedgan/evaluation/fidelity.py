@@ -7,6 +7,7 @@ images (arXiv 1911.07023), so the floor between two halves of the real images is
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ LEVEL = 0.95
 SPLITS = 8
 BLOCK = 2048  # rows and columns of one tile of the kernel matrix
 DOUBLE = 2048  # sets of up to so many rows have their kernel distance in float64 altogether
+FEWEST_MIXED = 100  # rows in the label mix of a hospital below which the mix gives way before the number does
 SURE = 3.0  # a share that is 1 in all of n images may be less by 3 / n: the rule of three
 
 Numbers = dict[str, float | int | list[float] | None]
@@ -141,15 +143,20 @@ def fidelity(
             pair = [_row(real[rows], synthetic[made], k) for rows, made in parts] or [np.full(len(MEASURES), np.nan)] * 2
         differences.append(pair[0] - pair[1])
         floors.append(_row(real[half], real[other], k))
-    error = np.sqrt(np.square(differences).mean(0)) / 2 * student.ppf((1 + LEVEL) / 2, splits)
+    return {**_table(np.array(values), np.array(differences), np.array(floors), n), "images": n, "floor_images": n, "k": k}
+
+
+def _table(values: np.ndarray, differences: np.ndarray, floors: np.ndarray, n: int) -> Numbers:
+    """Means, intervals and floors from rows (splits, measures) of figures at n images, half differences and floors."""
+    error = np.sqrt(np.square(differences).mean(0)) / 2 * student.ppf((1 + LEVEL) / 2, len(differences))
     error = np.where([name in SHARES for name in MEASURES], np.maximum(error, SURE / (2 * n)), error)
     numbers: Numbers = {}
-    for name, mean, width, floor in zip(MEASURES, np.mean(values, 0), error, np.mean(floors, 0), strict=True):
+    for name, mean, width, floor in zip(MEASURES, values.mean(0), error, floors.mean(0), strict=True):
         interval = [float(bound) for bound in np.clip([mean - width, mean + width], *RANGES[name])]
         numbers[name] = _defined(mean)
         numbers[f"{name}_ci"] = interval if np.isfinite(interval).all() else None
         numbers[f"{name}_floor"] = _defined(floor)
-    return {**numbers, "images": n, "floor_images": n, "k": k}
+    return numbers
 
 
 def grouped_fidelity(
@@ -176,13 +183,22 @@ def grouped_fidelity(
     return tables
 
 
-def label_mix_rows(synthetic_labels: np.ndarray, target_labels: np.ndarray, seed: int) -> np.ndarray:
-    """Rows of a synthetic set, shuffled, whose label vectors come in the proportions of target_labels.
+class LabelMix(NamedTuple):
+    """Rows of a synthetic set in a hospital's mix of labels, none of them twice."""
 
-    synthetic_labels (M, K), target_labels (N, K), multi-hot, whole vectors count. As many rows as can be taken without
-    taking one twice, by largest remainder; where that gives fewer than min(M, N), that many are taken, and a vector that
-    is too rare gives all its rows, each as often as another (± 1). A vector of the target that no synthetic image has is
-    left out and the rest keep their proportions (`missing_share` says how much that is); no row at all where none occurs.
+    rows: np.ndarray  # (R,) shuffled
+    deviation: float  # share of the rows that would have to have other labels for the mix to be the hospital's, in [0, 1]
+
+
+def label_mix_rows(synthetic_labels: np.ndarray, target_labels: np.ndarray, seed: int) -> LabelMix:
+    """Rows of a synthetic set, none twice, whose label vectors come in the proportions of target_labels.
+
+    synthetic_labels (M, K), target_labels (N, K), multi-hot, whole vectors count. As many rows as the rarest vector lets
+    have these proportions, by largest remainder: its supply over its share, be that far below M. Where that is fewer than
+    min(`FEWEST_MIXED`, N), the quotas are those of so many rows and a vector that is too rare gives all it has: fewer rows
+    then, in another mix, by `deviation`. No row is repeated in either case, for a copy is its own neighbour at
+    distance 0. A vector of the target that no synthetic image has is left out and the rest keep their proportions
+    (`missing_share` says how much that is, `deviation` is about the rest); no row at all where none occurs.
     """
     rng = np.random.default_rng(seed)
     made, target = _vector_numbers(synthetic_labels, target_labels)
@@ -190,18 +206,17 @@ def label_mix_rows(synthetic_labels: np.ndarray, target_labels: np.ndarray, seed
     supply = np.bincount(made, minlength=len(counts))
     counts[supply == 0] = 0
     if counts.sum() == 0:
-        return np.empty(0, np.int64)
+        return LabelMix(np.empty(0, np.int64), 0.0)
     share = counts / counts.sum()
     wanted = share > 0
-    once = int(np.floor((supply[wanted] / share[wanted]).min() + 1e-9))
-    total = max(once, min(len(made), len(target)))
+    exact = int(np.floor((supply[wanted] / share[wanted]).min() + 1e-9))
+    total = max(exact, min(FEWEST_MIXED, len(target)))
     quota = np.floor(share * total + 1e-9).astype(np.int64)
     remainder = np.where(wanted, share * total - quota, -np.inf)
     quota[np.argsort(-remainder, kind="stable")[: total - quota.sum()]] += 1
-    if total == once:
-        quota = np.minimum(quota, supply)  # the remainder of a vector that has given all
-    rows = [np.resize(rng.permutation(np.flatnonzero(made == vector)), quota[vector]) for vector in np.flatnonzero(quota)]
-    return rng.permutation(np.concatenate(rows))
+    quota = np.minimum(quota, supply)
+    rows = [rng.permutation(np.flatnonzero(made == vector))[: quota[vector]] for vector in np.flatnonzero(quota)]
+    return LabelMix(rng.permutation(np.concatenate(rows)), float(np.abs(quota / quota.sum() - share).sum() / 2))
 
 
 def missing_share(synthetic_labels: np.ndarray, target_labels: np.ndarray) -> float:
