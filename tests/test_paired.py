@@ -199,11 +199,26 @@ def test_differences_by_generator_seed_average_to_the_difference():
     ones = np.ones((1, 60))
     by_hand = macro_auc(a[:2], labels, ones) - macro_auc(b[2:], labels, ones)
     assert row["seed_differences"][0]["difference"] == pytest.approx(by_hand[0])
-    assert (
-        paired_difference(a, b, labels, True, np.arange(60), 0.02, 20, 0, [0, 0, 1, 1], [0, 0, 2, 2])["seed_differences"] is None
-    )
+    assert row["seeds"] == [0, 1]
     with pytest.raises(ConfigError, match="3 generator seeds for 4 rows"):
         paired_difference(a, b, labels, True, np.arange(60), 0.02, 20, 0, [0, 0, 1], [0, 0, 1, 1])
+
+
+def test_only_seeds_that_both_arms_have_are_compared():
+    rng = np.random.default_rng(13)
+    a, b = (np.concatenate([_arms(rng, 60)[0] for _ in range(4)]) for _ in range(2))
+    labels, groups = _arms(rng, 60)[2], np.arange(60)
+    families = {"f": [("a", "b"), ("a", "c"), ("a", "real")]}
+    seeds = {"a": [0, 0, 1, 1], "b": [1, 2, 2, 1], "c": [3, 3, 4, 4]}
+    row, disjoint, real = compare_arms({"a": a, "b": b, "c": b, "real": b}, families, labels, True, groups, 0.02, 400, 0, seeds)
+    expected = paired_difference(a[2:], b[[0, 3]], labels, True, groups, 0.02, 400, 0)
+    assert [row[key] for key in ("difference", "ci", "p_value")] == [expected[key] for key in ("difference", "ci", "p_value")]
+    assert row["seeds"] == [1]
+    assert row["seed_differences"] == [{"seed": 1, "difference": pytest.approx(row["difference"])}]
+    assert (disjoint["difference"], disjoint["ci"], disjoint["p_holm"], disjoint["seeds"]) == (None, None, None, [])
+    assert (real["seeds"], real["seed_differences"]) == ([0, 1], None)  # real images have no generator
+    assert real["difference"] == paired_difference(a, b, labels, True, groups, 0.02, 20, 0)["difference"]
+    assert paired_difference(a, b, labels, True, groups, 0.02, 400, 0, seeds["a"], seeds["b"]).items() <= row.items()
 
 
 @pytest.mark.parametrize(
@@ -278,6 +293,13 @@ def test_better_holds_after_the_correction():
     assert [row["better"] for row in rows] == [False] * 5
 
 
+def test_a_large_family_can_still_show_a_plain_difference():
+    a, b, labels = _arms(np.random.default_rng(14), 200, 4.0, 0.0)
+    rows = compare_arms({"a": a, "b": b}, {"f": [("a", "b")] * 12}, labels, True, np.arange(200), 0.02, 100, 0)
+    assert rows[0]["p_value"] == pytest.approx(2 / 1201)
+    assert all(row["better"] and row["p_holm"] < 0.05 for row in rows)  # 100 resamples: 12 × 2 / 101 would be 0.24
+
+
 def test_standard_families_ask_the_two_questions():
     rows = [
         {"arm": kind, "name": name, "hospital": hospital}
@@ -290,11 +312,12 @@ def test_standard_families_ask_the_two_questions():
             ("local", "local: a", "a"),
             ("finetuned", "finetuned", None),
             ("finetuned", "finetuned: a", "a"),
-            ("coalition", "a+b", None),
+            ("coalition", "coalition a", None),
+            ("coalition", "coalition a+b", None),
         ]
     ]
     families = standard_families(rows)
-    rivals = ["centralized", "local", "local: a"]
+    rivals = ["centralized", "local", "local: a", "coalition a"]  # the last with the whole budget
     assert families["federation"] == [(one, other) for one in ("federated", "fedadam", "finetuned") for other in rivals]
     assert families["against real"] == [(one, "real") for one in ("centralized", "federated", "fedadam", "local", "finetuned")]
     assert standard_families(rows[1:3]) == {"federation": [("federated", "centralized")]}

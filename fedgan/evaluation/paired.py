@@ -17,6 +17,7 @@ from fedgan.evaluation.bootstrap import CHUNK, interval, resamples
 from fedgan.evaluation.utility import number
 
 LEVEL = 0.05  # a difference counts as shown below this (adjusted) two-sided p-value
+DRAWS_A_PAIR = 100  # resamples for each pair of a family: Holm's smallest p-value of m pairs is then 2m / (100m + 1) < 0.02
 FEDERATED = ("federated", "finetuned")
 NOTE = (
     "Intervals and p-values of differences between arms speak of the real test images (patients drawn again, the same for "
@@ -115,16 +116,13 @@ def paired_difference(
 
     Each AUC is the mean over classes and over all rows of scores (classifier seeds × generator seeds). `exclusive` says that
     labels (N, K) are one-hot, which is checked. `seeds_a` and `seeds_b` name the generator seed of each row of scores; where
-    both arms have the same ones, `seed_differences` is [{seed, difference}], otherwise None. `images` is N.
+    both are known, only the rows of common seeds are compared, `seeds` lists these and `seed_differences` is
+    [{seed, difference}]; where one is known, `seeds` are its seeds; what is not known is None. `images` is N.
     Raises `DataError` when scores, labels and groups are not of the same images.
     """
     _check_exclusive(labels, exclusive)
-    a, b = (bootstrap_auc(scores, labels, groups, bootstrap, seed) for scores in (scores_a, scores_b))
-    return {
-        **difference(a, b, margin),
-        "images": len(labels),
-        "seed_differences": _by_seed(_seed_aucs(scores_a, labels, seeds_a), _seed_aucs(scores_b, labels, seeds_b)),
-    }
+    both = (_Arm(scores_a, labels, groups, bootstrap, seed, seeds_a), _Arm(scores_b, labels, groups, bootstrap, seed, seeds_b))
+    return _paired(*both, margin)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -152,24 +150,23 @@ def compare_arms(
 
     `arms` gives each arm's scores (S, N, K), `generator_seeds` the generator seed of each row of them. A row is that of
     `paired_difference` with `family`, `a`, `b`, `metric` and `p_holm`; `better` asks for the adjusted p-value below 0.05.
-    A pair with an arm that is not in `arms` stays as a row of None, and Holm counts the pairs that were measured.
-    Each arm is resampled once, with the same patients. Raises `DataError` as `paired_difference` does.
+    A pair with an arm that is not in `arms`, or without a common seed, stays as a row of None, and Holm counts the pairs
+    that were measured. Each arm is resampled once for each set of its seeds, with the same patients, `bootstrap` times or
+    100 times the pairs of the largest family, if that is more: the smallest p-value of B resamples is 2 / (B + 1), and
+    Holm's multiple of it must be able to fall below 0.05. Raises `DataError` as `paired_difference` does.
     """
     _check_exclusive(labels, exclusive)
-    asked = {name for pairs in families.values() for pair in pairs for name in pair}
-    aucs = {name: bootstrap_auc(arms[name], labels, groups, bootstrap, seed) for name in arms if name in asked}
-    by_seed = {name: _seed_aucs(arms[name], labels, (generator_seeds or {}).get(name)) for name in aucs}
+    bootstrap = max(bootstrap, DRAWS_A_PAIR * max((len(pairs) for pairs in families.values()), default=0))
+    seeds = generator_seeds or {}
+    known = {name: _Arm(scores, labels, groups, bootstrap, seed, seeds.get(name)) for name, scores in arms.items()}
     rows: list[dict[str, Any]] = []
     for family, pairs in families.items():
         members = []
         for a, b in pairs:
-            first, second = (aucs.get(name, Auc(np.nan, np.full(bootstrap, np.nan))) for name in (a, b))
-            measured = difference(first, second, margin)
-            seeds = _by_seed(by_seed.get(a), by_seed.get(b))
-            head = {"family": family, "a": a, "b": b, "metric": "macro_auc"}
-            members.append({**head, **measured, "p_holm": None, "images": len(labels), "seed_differences": seeds})
-        known = [row for row in members if row["p_value"] is not None]
-        for row, p_holm in zip(known, holm([row["p_value"] for row in known]), strict=True):
+            measured = _paired(known.get(a), known.get(b), margin) | {"images": len(labels)}
+            members.append({"family": family, "a": a, "b": b, "metric": "macro_auc", **measured, "p_holm": None})
+        counted = [row for row in members if row["p_value"] is not None]
+        for row, p_holm in zip(counted, holm([row["p_value"] for row in counted]), strict=True):
             row |= {"p_holm": p_holm, "better": row["difference"] > 0 and p_holm < LEVEL}
         rows += members
     return rows
@@ -179,12 +176,14 @@ def standard_families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple
     """The families that every comparison has, from rows with `arm`, `name` and `hospital` (those of the summary).
 
     "federation": each federated (or fine-tuned) arm against centralised training, against the union of what the hospitals
-    release alone, and against each hospital alone. "against real": each arm, and no single hospital, against training on
-    real images. Coalitions serve the contribution of hospitals and are in neither.
+    release alone, against each hospital alone, which has its own share of the budget of images, and, where it was trained,
+    against each hospital alone with the whole budget (the "coalition NAME" of one member). "against real": each arm, and no
+    single hospital, against training on real images. Larger coalitions serve the contribution of hospitals alone.
     """
     whole = [row for row in rows if row.get("hospital") is None]
     alone = [row for row in rows if row.get("hospital") is not None and row["arm"] == "local"]
     rivals = [row for kind in ("centralized", "local") for row in whole if row["arm"] == kind] + alone
+    rivals += [row for row in whole if row["arm"] == "coalition" and "+" not in row["name"]]
     federated = [row for row in whole if row["arm"] in FEDERATED]
     generated = [row for row in whole if row["arm"] in ("centralized", *FEDERATED, "local")]
     families = {
@@ -194,20 +193,53 @@ def standard_families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple
     return {family: pairs for family, pairs in families.items() if pairs}
 
 
-def _seed_aucs(scores: np.ndarray, labels: np.ndarray, seeds: Sequence[int] | None) -> dict[int, float] | None:
-    """Macro AUC by generator seed, where the seed of each row of scores is known."""
-    if seeds is None or len(seeds) == 0:
-        return None
-    if len(seeds) != len(scores):
-        raise ConfigError(f"{len(seeds)} generator seeds for {len(scores)} rows of scores: give the seed of each row")
-    of_row, ones = np.asarray(seeds), np.ones((1, len(labels)))
-    return {int(seed): float(macro_auc(scores[of_row == seed], labels, ones)[0]) for seed in np.unique(of_row)}
+class _Arm:
+    """The scores (S, N, K) of an arm with the generator seed of each row, resampled once for each set of its seeds."""
+
+    def __init__(
+        self,
+        scores: np.ndarray,
+        labels: np.ndarray,
+        groups: np.ndarray,
+        bootstrap: int,
+        seed: int,
+        seeds: Sequence[int] | None,
+    ) -> None:
+        if seeds is not None and len(seeds) not in (0, len(scores)):
+            raise ConfigError(f"{len(seeds)} generator seeds for {len(scores)} rows of scores: give the seed of each row")
+        self.scores, self.labels, self.groups, self.bootstrap, self.seed = scores, labels, groups, bootstrap, seed
+        self.of_row = np.asarray(seeds) if seeds is not None and len(seeds) else None
+        self.seeds = None if self.of_row is None else sorted({int(one) for one in self.of_row})
+        self._drawn: dict[tuple[int, ...] | None, Auc] = {}
+        self._single: dict[int, float] = {}
+
+    def auc(self, seeds: Sequence[int] | None) -> Auc:
+        """Over the rows of some seeds, or over all rows (None)."""
+        key = None if seeds is None or seeds == self.seeds else tuple(seeds)
+        if key not in self._drawn:
+            scores = self.scores if key is None else self.scores[np.isin(self.of_row, key)]
+            self._drawn[key] = bootstrap_auc(scores, self.labels, self.groups, self.bootstrap, self.seed)
+        return self._drawn[key]
+
+    def auc_of_seed(self, seed: int) -> float:
+        if seed not in self._single:
+            ones = np.ones((1, len(self.labels)))
+            self._single[seed] = float(macro_auc(self.scores[self.of_row == seed], self.labels, ones)[0])
+        return self._single[seed]
 
 
-def _by_seed(a: dict[int, float] | None, b: dict[int, float] | None) -> list[dict[str, Any]] | None:
-    if a is None or b is None or a.keys() != b.keys():
-        return None
-    return [{"seed": seed, "difference": number(a[seed] - b[seed])} for seed in a]
+def _paired(a: _Arm | None, b: _Arm | None, margin: float) -> dict[str, Any]:
+    """A row of `paired_difference`: over the seeds that both arms have; of None for an arm that is missing."""
+    nothing = Auc(np.nan, np.full(1, np.nan))
+    if a is None or b is None:
+        return {**difference(nothing, nothing, margin), "images": 0, "seeds": None, "seed_differences": None}
+    if a.seeds is None or b.seeds is None:
+        found, seeds, each = difference(a.auc(None), b.auc(None), margin), a.seeds or b.seeds, None
+    else:
+        seeds = [one for one in a.seeds if one in b.seeds]
+        found = difference(a.auc(seeds), b.auc(seeds), margin) if seeds else difference(nothing, nothing, margin)
+        each = [{"seed": one, "difference": number(a.auc_of_seed(one) - b.auc_of_seed(one))} for one in seeds]
+    return {**found, "images": len(a.labels), "seeds": seeds, "seed_differences": each}
 
 
 def _check(scores: np.ndarray, labels: np.ndarray, groups: np.ndarray) -> None:
