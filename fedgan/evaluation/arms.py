@@ -20,6 +20,7 @@ COMPARED_SECTIONS = ("data", "model", "augment", "training", "evaluation")
 # Where the shards lie, fedprox's own term and how often a curve is measured; federation.* is not looked at.
 MAY_DIFFER = frozenset({"data.root", "training.proximal_mu", "evaluation.every"})
 EVALUATOR_KEYS = ("extractor", "classifier", "suite", "test_hash")
+UNSTEADY = "not the same in every seed"
 FIGURES = ("macro_auc", "macro_auc_ci", "balanced_accuracy", "balanced_accuracy_ci", "macro_auprc", "macro_auprc_ci")
 
 
@@ -155,7 +156,8 @@ def answer(
 
     Read off `comparisons` (rows whose `a` is the federated arm) by the names in `summary`; `federated` names that arm, by
     default the first federated one. `hospitals` names all of them. A difference is called a cost, a gain or a loss when its
-    p-value after Holm is below 0.05; what was not measured is said to be so.
+    p-value after Holm is below 0.05 and every one of two or more generator seeds has its sign; what was not measured is
+    said to be so, and that a hospital alone saw no more than its own share of the images.
     """
     whole = [row for row in summary if row.get("hospital") is None]
     candidates = [row["name"] for row in whole if row["arm"] == "federated"]
@@ -178,13 +180,16 @@ def answer(
     if not clauses:
         return f"What federation{which} costs and gains is unknown: {' and '.join(unknown)}."
     said = " and ".join([", ".join(clauses[:-1]), clauses[-1]] if len(clauses) > 1 else clauses)
+    if alone:
+        said += f", {'each ' if len(alone) > 1 else ''}with its own share of the images"
     first = f"In macro AUC (95 % intervals), classifiers trained on federated{which} synthetic images score {said}"
     return "; ".join([first, *unknown]) + "."
 
 
 def _against_central(row: Mapping[str, Any]) -> str:
     """Clause and verdict. Non-inferior: the whole interval lies above −margin; a cost or a gain: shown after Holm."""
-    value, margin, shown = row["difference"], f"the margin of {_decimal(row['margin'])}", _shown(row)
+    value, margin = row["difference"], f"the margin of {_decimal(row['margin'])}"
+    shown = _shown(row) and _steady(row)
     if row.get("ci") is None:
         verdict = ""
     elif shown and value > 0:
@@ -195,6 +200,7 @@ def _against_central(row: Mapping[str, Any]) -> str:
         verdict = f": a cost{' within' if row['non_inferior'] else ', not shown to be within'} {margin}"
     else:
         verdict = f": {'non-inferior' if row['non_inferior'] else 'neither a cost nor non-inferiority is shown'} at {margin}"
+        verdict += f", {UNSTEADY}" if _shown(row) else ""
     return f"{_gap(value)} those of centralised training ({_interval(row)}{verdict})"
 
 
@@ -205,7 +211,8 @@ def _against_hospitals(alone: Mapping[str, Mapping[str, Any]]) -> list[str]:
     clauses = []
     for title, place in ends or [(f"{place} alone", place) for place in order]:
         row = alone[place]
-        verdict = ("a gain" if row["difference"] > 0 else "a loss") if _shown(row) else "no difference shown"
+        claim = ("a gain" if row["difference"] > 0 else "a loss") if _steady(row) else UNSTEADY
+        verdict = claim if _shown(row) else "no difference shown"
         details = f"{place}, {_interval(row)}" if ends else _interval(row)
         ending = "" if row.get("ci") is None else f": {verdict}"
         clauses.append(f"{_gap(row['difference'])} {title} ({details}{ending})")
@@ -213,7 +220,14 @@ def _against_hospitals(alone: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _shown(row: Mapping[str, Any]) -> bool:
+    """Whether other test images would be expected to show a difference too."""
     return row.get("p_holm") is not None and row["p_holm"] < LEVEL
+
+
+def _steady(row: Mapping[str, Any]) -> bool:
+    """Whether the difference has one sign in every generator seed; one seed alone, or none known, cannot speak against it."""
+    each = [one["difference"] for one in row.get("seed_differences") or []]
+    return len(each) < 2 or all(value is not None and value * row["difference"] > 0 for value in each)
 
 
 def _gap(value: float) -> str:
@@ -233,13 +247,13 @@ def _decimal(value: float) -> str:
 # --- the guard -----------------------------------------------------------------------------------
 
 
-def check_comparable(arms: Sequence[Mapping[str, Any]], slack: int = 0) -> None:
+def check_comparable(arms: Sequence[Mapping[str, Any]]) -> None:
     """Raise `ConfigError` unless all arms were trained and judged alike; the message names arm, key and both values.
 
     An arm is {name, seed, images_seen, settings (the resolved nested dict), resolution, label_names, evaluator: {extractor,
-    classifier, suite, test_hash, …}}. Compared: images seen (within `slack`, for budgets that whole batches do not divide),
-    label names, resolution, every key of `evaluator`, and the sections data, model, augment, training and evaluation of the
-    settings but for `MAY_DIFFER`. Seeds, names and the federation may differ.
+    classifier, suite, test_hash, …}}. Compared: images seen, label names, resolution, every key of `evaluator`, and the
+    sections data, model, augment, training and evaluation of the settings but for `MAY_DIFFER`. Seeds, names and the
+    federation may differ.
     """
     if not arms:
         return
@@ -249,7 +263,7 @@ def check_comparable(arms: Sequence[Mapping[str, Any]], slack: int = 0) -> None:
             if found.get(key) != facts[0].get(key):
                 _refuse(key, (arm, found.get(key)), (arms[0], facts[0].get(key)))
     fewest, most = (choose(arms, key=lambda arm: arm["images_seen"]) for choose in (min, max))
-    if most["images_seen"] - fewest["images_seen"] > slack:
+    if most["images_seen"] != fewest["images_seen"]:
         _refuse("images_seen", (most, most["images_seen"]), (fewest, fewest["images_seen"]))
 
 
