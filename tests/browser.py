@@ -123,14 +123,6 @@ class Browser:
     def pdf(self) -> bytes:
         return base64.b64decode(self.command("Page.printToPDF", printBackground=True)["data"])
 
-    def picture(self, path: Path, whole: bool = False) -> Path:
-        """A screenshot as PNG: of the first screen, or of the whole page."""
-        shot = self.command(
-            "Page.captureScreenshot", format="png", captureBeyondViewport=whole, **({"clip": self._clip()} if whole else {})
-        )
-        path.write_bytes(base64.b64decode(shot["data"]))
-        return path
-
     def tree(self) -> list[dict[str, Any]]:
         """The page as assistive technology gets it: a dict a node that is not ignored, with `role` and `name`."""
         nodes = self.command("Accessibility.getFullAXTree")["nodes"]
@@ -140,13 +132,9 @@ class Browser:
             if not node.get("ignored")
         ]
 
-    def _clip(self) -> dict[str, float]:
-        size = self.run("return [document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
-        return {"x": 0, "y": 0, "width": size[0], "height": min(size[1], 16000), "scale": 1}
-
 
 CONTRAST = """
-// Text whose contrast with what lies behind it is below the limit (WCAG 2.2, 1.4.3): [[text, ratio]].
+// Text and lines of charts whose contrast with what lies behind them is below the limit (WCAG 2.2): [[text or class, ratio]].
 const channel = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
 const light = c => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
 const parse = s => {
@@ -194,6 +182,14 @@ for (const text of document.querySelectorAll('svg text')) {
   if (!text.checkVisibility()) continue;
   const style = getComputedStyle(text);
   judge(text, text.textContent.trim(), parse(style.fill), behind(text), style);
+}
+// What a chart draws with lines (1.4.11): 3 to 1.
+for (const mark of document.querySelectorAll('svg .whisker, svg .line')) {
+  if (!mark.checkVisibility()) continue;
+  const style = getComputedStyle(mark), colour = parse(style.stroke), ground = paper(mark.ownerSVGElement);
+  const mixed = over([...colour.slice(0, 3), colour[3] * Number(style.opacity)], ground), a = light(mixed), b = light(ground);
+  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (ratio < 3) low.push([mark.getAttribute('class'), Math.round(ratio * 100) / 100]);
 }
 return [seen, low];
 """

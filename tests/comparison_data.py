@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from fedgan.config import from_dict
 from fedgan.evaluation.grids import draw_grid
+from fedgan.run_folder import RunFolder
 
 LABELS = ["nevus", "melanoma", "keratosis", "basal cell", "dermatofibroma", "vascular"]
 HOSPITALS = ["northfield", "harbour", "st-elm"]
@@ -125,6 +127,10 @@ def evaluation(level: float, labels: Sequence[str], hospitals: Sequence[str], rn
     return {
         "label_names": list(labels), "psi": 1.0, "suite": "full", "utility": utility, "fidelity": fidelity,
         "label_fidelity": reading, "notes": notes,
+        "evaluator": {
+            "extractor": f"{EXTRACTOR} sha256:5e78", "classifier": "small-cnn", "suite": "full", "test_hash": "dcc3", "seed": 0,
+            "psi": 1.0, "images": 2000,
+        },
     }  # fmt: skip
 
 
@@ -155,16 +161,17 @@ def training(
             members.append(
                 {
                     "hospital": name, "images_seen": shown[name], "classes_held": list(labels[: len(labels) - i]),
-                    "utility": {"synthetic": own}, "fidelity": distances(level - 0.05, rng) | {"per_class": {}},
+                    "utility": {"synthetic": own}, "fidelity": distances(level - 0.05, rng),
                 }
             )  # fmt: skip
     return {
         "arm": arm, "name": arm, "seed": seed, "folder": f"arms/{arm}-seed{seed}", "status": "done", "failure": None,
         "images_seen": BUDGET, "hospital_images": {"everybody": BUDGET} if arm == "centralized" else shown,
-        "overrides": {"federation": {"strategy": "fedavg"}} if arm == "federated" else {},
+        "members_names": list(hospitals),
+        "overrides": {"federation.strategy": "fedavg"} if arm == "federated" else {},
         "cost": {
             "wall_seconds": 131.4 + seed, "core_seconds": 262.1, "bytes_exchanged": 482_113_536 if arm == "federated" else 0,
-            "peak_memory_bytes": 812_000_000, "rounds": 10, "kimg_to_frechet": 48.0 if arm != "local" else None,
+            "peak_memory_bytes": 812_000_000, "rounds": 10, "threads": 1, "kimg_to_frechet": 48.0 if arm != "local" else None,
         },
         "curve": curve, "losses": losses, "members": members,
         "evaluation": evaluation(level + 0.004 * seed, labels, hospitals, rng, one=arm != "local"),
@@ -185,8 +192,14 @@ def summary_row(
     found = figures(level, labels, rng, hospitals)
     kept = ("macro_auc", "balanced_accuracy", "macro_auprc")
     seeds = [run["seed"] for run in runs]
+    if not runs and arm != "real":
+        nothing = dict.fromkeys(("images_seen", *(f"{key}{end}" for key in kept for end in ("", "_ci"))))
+        nothing |= dict.fromkeys(("frechet", "recall", "coverage")) | {"per_class": {}, "per_institution": {}}
+        lists = {"seeds": [], "macro_auc_seeds": [], "frechet_seeds": []}
+        return {"arm": arm, "name": name, "hospital": hospital, **nothing, **lists}
+    seen = (runs[0]["hospital_images"][hospital] if hospital else BUDGET) if runs else None
     frechet = [run["evaluation"]["fidelity"]["frechet"] for run in runs if run["evaluation"]]
-    row = {"arm": arm, "name": name, "seeds": seeds, "images_seen": BUDGET if runs else None, "hospital": hospital}
+    row = {"arm": arm, "name": name, "seeds": seeds, "images_seen": seen, "hospital": hospital}
     for key in kept:
         row |= {key: found[key], f"{key}_ci": found[f"{key}_ci"]}
     row["macro_auc_seeds"] = [round(level + 0.006 * (2 * i - 1), 4) for i in range(len(seeds))]
@@ -231,17 +244,12 @@ def make_comparison(
     arms = [training(arm, seed, level, labels, hospitals, rng) for seed in seeds for arm, level in ARMS.items()]
     by_arm = {arm: [run for run in arms if run["arm"] == arm and arm != failed] for arm in ARMS}
     rows = [summary_row("real", "real", REAL, [], labels, hospitals, rng)]
-    rows += [summary_row(arm, arm, level, by_arm[arm], labels, hospitals, rng) for arm, level in ARMS.items() if by_arm[arm]]
-    if by_arm["local"]:
-        rows += [
-            summary_row(
-                "local", f"local: {place}", ARMS["local"] - 0.05 - 0.04 * i, by_arm["local"], labels, hospitals, rng, place
-            )
-            for i, place in enumerate(hospitals)
-        ]
-    known = {row["name"]: row for row in rows}
-    nobody = {"macro_auc": None}
-    of = {arm: known.get(arm, nobody | {"name": arm}) for arm in ARMS}
+    rows += [summary_row(arm, arm, level, by_arm[arm], labels, hospitals, rng) for arm, level in ARMS.items()]
+    rows += [
+        summary_row("local", f"local: {place}", ARMS["local"] - 0.05 - 0.04 * i, by_arm["local"], labels, hospitals, rng, place)
+        for i, place in enumerate(hospitals)
+    ]
+    of = {row["name"]: row for row in rows}
     rivals = [of["centralized"], of["local"], *(row for row in rows if row["hospital"] is not None)]
     comparisons = [pair("federation", of["federated"], other, seeds) for other in rivals]
     comparisons += [pair("against real", of[arm], rows[0], seeds) for arm in ARMS]
@@ -270,7 +278,8 @@ def make_comparison(
         }  # fmt: skip
         for title in names[:-1]:
             arms.append(
-                training("coalition", seeds[0], 0.85, labels, hospitals, rng) | {"name": title, "folder": f"arms/{title}-seed0"}
+                training("coalition", seeds[0], 0.85, labels, hospitals, rng)
+                | {"name": f"coalition {title}", "folder": f"arms/coalition-{title}-seed0", "members_names": title.split("+")}
             )
     content = {
         "format": 1, "name": name, "description": "Skin phantoms, three unlike hospitals.",
@@ -286,7 +295,10 @@ def make_comparison(
         "not_measured": ["Reader studies are not part of this comparison."], "notes": ["Phantoms are drawn by a program."],
         "provenance": {
             "environment": {"python": "3.11.9", "packages": {"torch": "2.15.0", "flwr": "1.41.0"}, "machine": {"cores": 2}},
-            "settings": {"name": name, "training": {"kimg": 60.0}, "data": {"root": "/home/somebody/secret/shards"}},
+            "settings": {
+                "name": name, "training": {"kimg": 60.0}, "data": {"root": "/home/somebody/secret/shards"},
+                "evaluation": {"root": ""}, "comparison": {"frechet": 0.0},
+            },
             "sources": [source_row(place, i) for i, place in enumerate(hospitals)],
             "settings_hash": "sha256:77ab", "code_version": "0.1.0",
         },
@@ -315,19 +327,19 @@ def hospital_row(name: str, i: int, labels: Sequence[str]) -> Tree:
 def source_row(name: str, i: int) -> Tree:
     return {
         "hospital": name,
-        "source": "procedural lesion phantoms",
-        "licence": "Apache-2.0",
+        "source": f"procedural lesions phantoms, seed 0, hospital {i + 1} of {len(SIZES)}",
+        "licence": "CC0-1.0",
         "content_hash": f"sha256:{i}3f5a9c2e",
     }
 
 
 def matrix(rows: list[Tree], hospitals: Sequence[str]) -> Tree:
-    cells = [[row["per_institution"][place] for place in hospitals] for row in rows]
+    cells = [[row["per_institution"].get(place, {}) for place in hospitals] for row in rows]
     return {
         "rows": [row["name"] for row in rows],
         "columns": list(hospitals),
-        "macro_auc": [[cell["macro_auc"] for cell in line] for line in cells],
-        "ci": [[cell["macro_auc_ci"] for cell in line] for line in cells],
+        "macro_auc": [[cell.get("macro_auc") for cell in line] for line in cells],
+        "ci": [[cell.get("macro_auc_ci") for cell in line] for line in cells],
         "own": [[row["hospital"] == place for place in hospitals] for row in rows],
     }
 
@@ -357,17 +369,20 @@ def blobs(rows: int, columns: int, rng: np.random.Generator, side: int = SIDE) -
     return cells
 
 
-def write_folder(folder: Path, content: Tree, pictures: bool = True) -> Path:
-    """A comparison folder: comparison.json and, for arms that are done, their grids."""
+def write_folder(folder: Path, content: Tree, pictures: bool = True, show_real: str = "phantoms", root: str = "") -> Path:
+    """A comparison folder: comparison.json, config.toml, samples/real.png and, for arms that are done, their grids."""
     folder.mkdir(parents=True, exist_ok=True)
+    scenario = {"data": {"root": root}, "evaluation": {"show_real": show_real}}
+    RunFolder.at(folder).write_settings(from_dict(scenario))
     (folder / "comparison.json").write_text(json.dumps(content), encoding="utf-8")
     labels = content["label_names"]
     rng = np.random.default_rng(5)
-    for i, run in enumerate(content["arms"] if pictures else []):
+    if pictures:
+        (folder / "samples").mkdir(exist_ok=True)
+        draw_grid(labels, blobs(len(labels), 8, rng)).save(folder / "samples" / "real.png", compress_level=1)
+    for run in content["arms"] if pictures else []:
         if run["status"] == "done" and run["arm"] != "coalition":
             samples = folder / run["folder"] / "samples"
             samples.mkdir(parents=True, exist_ok=True)
             draw_grid(labels, blobs(len(labels), 8, rng)).save(samples / "final.png", compress_level=1)
-            if i == 0:
-                draw_grid(labels, blobs(len(labels), 8, rng)).save(samples / "real.png", compress_level=1)
     return folder

@@ -55,7 +55,9 @@ def page(html: str) -> Page:
 def tables(page: Page) -> dict[str, list[list[str]]]:
     """The CSV of every table, by its file name."""
     links = [dict(row) for row in page_links(page)]
-    return {link["download"]: list(csv.reader(io.StringIO(unquote(link["href"].split(",", 1)[1])))) for link in links}
+    texts = {link["download"]: unquote(link["href"].split(",", 1)[1]) for link in links}
+    assert all(words.startswith("\ufeff") for words in texts.values()), "a spreadsheet knows that the file is UTF-8"
+    return {name: list(csv.reader(io.StringIO(words.removeprefix("\ufeff")))) for name, words in texts.items()}
 
 
 def page_links(page: Page) -> list[list[tuple[str, str]]]:
@@ -89,10 +91,61 @@ def test_the_first_screen_has_question_answer_chart_and_table(content: dict[str,
     assert [row[0] for row in rows[1:]] == ["real images", *ARMS, *(f"{name} alone" for name in HOSPITALS)]
     assert rows[2][1:4] == ["60,000", "0.921", "0.901–0.939"]
     gap = next(row for row in content["comparisons"] if (row["a"], row["b"]) == ("federated", "centralized"))
-    assert rows[3][4:7] == ["-0.027", "[−0.039, −0.016]", "0.006"]
+    assert rows[3][4:8] == ["-0.027", "[-0.039, -0.016]", "–", "–"]
     assert gap["difference"] == -0.027
-    assert rows[1][8] == rows[2][8] == "none"
-    assert rows[3][8] == "482 MB"
+    gains = {row[0]: row[6:8] for row in rows[1:]}
+    assert gains["harbour alone"] == ["+0.142", "[+0.130, +0.153]"], "the gain over each hospital alone"
+    assert gains["centralized"] == ["-0.027", "[-0.039, -0.016]"]
+    assert rows[1][8] == "2.6 (floor)"
+    assert rows[1][9] == rows[2][9] == rows[5][9] == "none"
+    assert rows[3][9] == "482 MB"
+    assert [row[1] for row in rows[5:]] == ["36,000", "16,800", "7,200"]
+    assert "Each hospital alone saw its own share of the budget" in first
+    assert len(rows[0]) == len(set(rows[0]))
+
+
+def test_the_first_screen_tells_how_many_were_tested_and_that_they_were_drawn(content: dict[str, Any], html: str) -> None:
+    assert "All images were drawn by a program: these figures say nothing of patients." in section(html, "summary")
+    assert "330 drawn test images ·" in section(html, "summary"), "not of the hospitals' patients: their test images are others"
+    hospitals = json.loads(json.dumps(content["hospitals"]))
+    for row in hospitals:
+        row |= {"images": row["images"] | {"test": 110}, "patients": row["patients"] | {"test": 50}}
+    words = page_of(of_patients(content) | {"hospitals": hospitals}).words
+    assert "330 real test images of 150 patients" in words
+    assert "drawn by a program: these" not in words
+
+
+def of_patients(content: dict[str, Any]) -> dict[str, Any]:
+    """The same comparison, of images that nobody drew."""
+    sources = [row | {"source": "dermatoscopy archive of a county"} for row in content["provenance"]["sources"]]
+    return content | {"provenance": content["provenance"] | {"sources": sources}}
+
+
+@pytest.mark.parametrize(
+    ("show_real", "root", "shown"),
+    [("none", "", False), ("phantoms", "", True), ("phantoms", "/data/h", False), ("all", "/data/h", True), ("", "", False)],
+)
+def test_real_images_are_shown_only_where_the_scenario_allows_it(
+    tmp_path: Path, content: dict[str, Any], show_real: str, root: str, shown: bool
+) -> None:
+    folder = write_folder(tmp_path / "run", of_patients(content), show_real=show_real or "all", root=root)
+    stray = folder / "arms" / "centralized-seed0" / "samples"
+    (stray / "real.png").write_bytes((folder / "samples" / "real.png").read_bytes())
+    if not show_real:
+        (folder / "config.toml").unlink()
+    page = Page(write_comparison(folder).read_text())
+    titles = {alt.rpartition(": ")[2] for alt in page.values("alt")}
+    assert titles == {*(f"{arm}, seed 0" for arm in ARMS), *({"Real"} if shown else ())}
+    assert ("This page holds real images." in page.words) is shown
+    assert ("in it real images, then images of each arm" in page.words) is shown
+    reason = "evaluation.show_real does not allow it" if show_real else "config.toml, which says whether they may be"
+    assert (reason in page.words) is not shown
+
+
+def test_counts_that_may_give_somebody_away_are_pointed_out(content: dict[str, Any]) -> None:
+    words = "Some of these counts are below 10"
+    assert page_of(of_patients(content)).words.count(words) == 2
+    assert words not in page_of(content).words, "nobody is behind a drawn image"
 
 
 def test_a_difference_is_turned_round_when_it_was_measured_the_other_way(content: dict[str, Any]) -> None:
@@ -105,7 +158,7 @@ def test_a_difference_is_turned_round_when_it_was_measured_the_other_way(content
 
 
 def test_the_sections_stand_in_their_order(html: str) -> None:
-    ids = re.findall(r'<section [^>]*?id="([^"]+)"', html)
+    ids = re.findall(r'<(?:section|div) [^>]*?id="([^"]+)"', html)
     assert [key for key in ids if key in {section.id for section in SECTIONS}] == [section.id for section in SECTIONS]
     assert [key for key in ids if key.startswith("hospital-")] == ["hospital-1", "hospital-2", "hospital-3"]
     assert [key for key in ids if key.startswith("class-")] == [f"class-{n}" for n in range(1, 7)]
@@ -142,7 +195,19 @@ def test_fidelity_stands_beside_its_floor_over_all_and_in_each_part(content: dic
     assert shares[3] == "0.860"
     assert {row[0] for row in found["fidelity-per-class.csv"][1:]} == set(LABELS)
     assert {row[0] for row in found["fidelity-per-hospital.csv"][1:]} == set(HOSPITALS)
-    assert len(found["fidelity-per-class.csv"]) == 1 + 6 * 6
+    assert len(found["fidelity-per-class.csv"]) == len(found["fidelity-per-class-shares.csv"]) == 1 + 6 * 6
+    inside = fidelity["per_class"]["nevus"]
+    assert found["fidelity-per-class.csv"][1][2:6] == [
+        "40",
+        f"{inside['frechet']:.4g}",
+        "–".join(f"{end:.1f}" for end in inside["frechet_ci"]),
+        "2.63",
+    ]
+    assert found["class-nevus-fidelity.csv"][1][5:8] == [
+        f"{inside['precision']:.3f}",
+        "–".join(f"{end:.3f}" for end in inside["precision_ci"]),
+        "0.860",
+    ]
     assert found["fidelity-path-length.csv"][1][1] == "134.2"
     assert found["fidelity-ms-ssim.csv"][1][:3] == ["nevus", "0.280", "0.310"]
 
@@ -165,6 +230,7 @@ def test_each_hospital_is_told_what_it_gains(html: str) -> None:
     part = section(html, "hospitals")
     assert "alone reach a macro AUC of 0.740 (0.708–0.769), those trained on what federated training generates 0.882" in part
     assert "(0.850–0.911): +0.142." in part
+    assert "(95% interval +0.130 to +0.153). federated is better." in part
     assert "It has no training image of vascular: alone it cannot generate it." in part
     assert "It has training images of every class." in part
 
@@ -175,25 +241,45 @@ def test_cost_names_budget_bytes_and_distance(html: str, page: Page) -> None:
     assert rows[3][-1] == "48.0"
     part = section(html, "cost")
     assert "Every arm was trained on the same budget: 60,000 real images" in part
-    assert "at most 61.5. Not reached, or not measured: local, seed 0; local, seed 1." in part
+    assert "training had 1 processor thread." in part
+    assert "at most 61.5, the worst last distance of all trainings. It is at most one interval of measurement" in part
+    assert "too late. Not reached, or not measured: local, seed 0; local, seed 1." in part
     assert "federation.strategy = fedavg" in part
 
 
 def test_provenance_has_hashes_licences_and_no_path_of_a_machine(html: str) -> None:
     part = section(html, "provenance")
-    for fact in ("sha256:77ab", "sha256:13f5a9c2e", "Apache-2.0", "2.15.0", "0.1.0", "…/shards"):
+    for fact in (
+        "sha256:77ab",
+        "sha256:13f5a9c2e",
+        "CC0-1.0",
+        "2.15.0",
+        "0.1.0",
+        "…/shards",
+        "fedgan compare config.toml --output DIR",
+    ):
         assert fact in part
     assert "secret" not in html
     assert "somebody" not in html
 
 
+def test_neither_source_nor_failure_tells_a_name_of_a_file(content: dict[str, Any]) -> None:
+    sources = [row | {"source": "/data/pacs/doe_john"} for row in content["provenance"]["sources"]]
+    failure = "cannot read /data/pacs/doe_john.dcm: it is no image"
+    arms = [content["arms"][0] | {"status": "failed", "failure": failure, "evaluation": None}, *content["arms"][1:]]
+    page = page_of(content | {"arms": arms, "provenance": content["provenance"] | {"sources": sources}})
+    assert "doe_john" not in page.text
+    assert "named by a file: not shown" in page.words
+    assert "centralized, seed 0 failed: cannot read (path not shown)" in page.words
+
+
 def test_pictures_of_real_and_of_every_arm_stand_under_each_class(page: Page) -> None:
     alts = page.values("alt")
     for label in LABELS:
-        for title in ("Real", *(f"{arm}, seed 0" for arm in ARMS)):
+        for title in ("Drawn", *(f"{arm}, seed 0" for arm in ARMS)):
             assert f"5 images of class {label}: {title}" in alts
     assert len(alts) == 6 * 4
-    assert "This page holds real images." in page.words
+    assert "This page holds real images." not in page.words
 
 
 @pytest.mark.parametrize(
@@ -220,14 +306,14 @@ def test_an_arm_that_failed_is_a_row_everywhere_with_its_reason(tmp_path: Path) 
     html = write_comparison(write_folder(tmp_path / "c", make_comparison(failed="federated"))).read_text()
     page = Page(html)
     found = tables(page)
-    assert found["arms.csv"][3] == ["federated (failed)", "–", "–", "–", "–", "–", "–", "–", "–"]
+    assert found["arms.csv"][3] == ["federated (failed)", *["–"] * 9]
     for name in ("utility.csv", "fidelity-distances.csv", "fidelity-shares.csv", "cost.csv"):
         failed = [row for row in found[name] if row[0].startswith("federated, seed")]
         assert [row[0] for row in failed] == ["federated, seed 0 (failed)", "federated, seed 1 (failed)"]
-    assert [row[0] for row in found["cross-site.csv"]][-1] == "federated (failed)"
+    assert found["cross-site.csv"][3] == ["federated (failed)", *["–"] * 6]
     for key in ("summary", "utility", "fidelity", "cost", "cross-site", "missing"):
         assert "failed: The generator's images are not finite after round 4" in section(html, key).replace("&#39;", "'"), key
-    assert "federated: no readable sample grid, because it failed" in section(html, "samples")
+    assert "federated: there is no sample grid, because it failed" in section(html, "samples")
     assert "Without a curve: federated, seed 0; federated, seed 1." in section(html, "curves")
     assert "Not measured: one of the two has no figures." in section(html, "pairs")
     assert "What it gains is not known: federated has no macro AUC on its test images." in section(html, "hospitals")
@@ -243,7 +329,7 @@ def test_a_seed_that_failed_beside_one_that_did_not_is_named_under_the_first_tab
 
 def test_an_arm_that_was_not_reached_or_not_evaluated_says_so(content: dict[str, Any]) -> None:
     arms = [run for run in content["arms"] if run["arm"] != "coalition"]
-    arms[0] = arms[0] | {"status": "missing", "evaluation": None}
+    arms[0] = {key: value for key, value in arms[0].items() if key not in ("status", "evaluation")}
     arms[1] = arms[1] | {"evaluation": None}
     page = page_of(content | {"arms": arms})
     assert "centralized, seed 0 is missing, and no reason was written down." in page.words
@@ -384,22 +470,53 @@ def test_pictures_that_are_damaged_or_outside_the_folder_are_not_shown(tmp_path:
     for path in (folder / "arms").glob("local-seed*/samples/*.png"):
         path.write_bytes(b"no picture")
     page = Page(write_comparison(folder).read_text())
-    assert {alt.rpartition(": ")[2] for alt in page.values("alt")} == {"Real", "centralized, seed 0"}
-    assert "federated: no readable sample grid." in page.words
-    assert "local: no readable sample grid." in page.words
+    assert {alt.rpartition(": ")[2] for alt in page.values("alt")} == {"Drawn", "centralized, seed 0"}
+    assert "federated: there is no sample grid." in page.words
+    assert "local: its sample grid is damaged or has no cells of 32 × 32 pixels, so it is not shown." in page.words
 
 
-def test_the_grids_of_a_hospitals_own_generator_stand_in_for_an_arm_that_has_none(
-    tmp_path: Path, content: dict[str, Any]
-) -> None:
-    folder = write_folder(tmp_path / "run", content)
-    for path in (folder / "arms").glob("local-seed*/samples/*.png"):
-        path.unlink()
-    home = folder / "arms" / "local-seed0" / "members" / "harbour" / "samples"
-    home.mkdir(parents=True)
-    draw_grid(LABELS, blobs(6, 8, np.random.default_rng(0))).save(home / "final.png")
-    page = Page(write_comparison(folder).read_text())
-    assert "5 images of class nevus: harbour: local, seed 0" in page.values("alt")
+def test_hospitals_alone_have_no_figures_where_the_arm_of_their_own_generators_failed() -> None:
+    page = page_of(make_comparison(failed="local"))
+    row = next(row for row in tables(page)["arms.csv"] if row[0].startswith("harbour alone"))
+    assert row == ["harbour alone (failed)", *["–"] * 8, "none"]
+    assert "harbour alone failed: The generator's images are not finite after round 4." in page.words
+
+
+def test_what_a_fine_tuned_hospital_sent_is_not_called_nothing(content: dict[str, Any]) -> None:
+    tuned = [row | {"arm": "finetuned", "name": f"finetuned: {row['hospital']}"} for row in content["summary"] if row["hospital"]]
+    rows = tables(page_of(content | {"summary": content["summary"] + tuned}))["arms.csv"]
+    assert {row[-1] for row in rows if row[0].startswith("finetuned: ")} == {"–"}
+
+
+def test_an_interval_that_was_not_measured_is_explained_and_its_images_counted(content: dict[str, Any], html: str) -> None:
+    words = "No interval: fewer than half of the resamples have both kinds of images."
+    assert words not in section(html, "cross-site")
+    changed = json.loads(json.dumps(content))
+    for line in changed["cross_site"]["ci"]:
+        line[2] = None
+    for row in changed["summary"]:
+        row["per_institution"]["st-elm"]["macro_auc_ci"] = None
+    page = build_page(Comparison(changed))
+    for key in ("cross-site", "hospitals", "utility"):
+        assert words in section(page, key), key
+    assert "(too few test images for an interval)" in section(page, "hospitals")
+    assert "harbour 90 test images" in section(page, "cross-site")
+    assert [row[4] for row in tables(Page(page))["tested-on-harbour.csv"][1:]] == ["90"] * 7
+    assert [row[1] for row in tables(Page(page))["utility-institutions.csv"][1:]] == ["180", "90", "60"]
+
+
+def test_a_class_with_too_few_images_for_distances_is_named_and_not_a_row_of_dashes(content: dict[str, Any]) -> None:
+    changed = json.loads(json.dumps(content))
+    for run in changed["arms"]:
+        run["evaluation"]["fidelity"]["per_class"]["melanoma"] = None
+    page = page_of(changed)
+    assert "Not measured for melanoma: fewer than 10 images on a side" in page.words
+    assert "The synthetic images of melanoma were not measured on their own: fewer than 10 images" in page.words
+    assert "melanoma" not in {row[0] for row in tables(page)["fidelity-per-class.csv"]}
+
+
+def test_the_spoken_text_of_a_chart_has_the_intervals(page: Page) -> None:
+    assert "centralized: 0.921 (0.901 to 0.939)" in page.words
 
 
 # --- what the page is ----------------------------------------------------------------------------
@@ -473,7 +590,8 @@ def test_a_large_comparison_stays_below_five_megabytes(tmp_path: Path) -> None:
         samples.mkdir(parents=True, exist_ok=True)
         if run["seed"] == 0:
             noise.save(samples / "final.png", compress_level=0)
-    noise.save(folder / "arms" / "centralized-seed0" / "samples" / "real.png", compress_level=0)
+    (folder / "samples").mkdir()
+    noise.save(folder / "samples" / "real.png", compress_level=0)
     html = write_comparison(folder).read_text()
     assert len(html.encode()) < 5_000_000
     assert "Not shown, to keep the page small:" in Page(html).words

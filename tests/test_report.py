@@ -198,7 +198,7 @@ def make_run(
         "python": "3.11.9",
         "packages": {"torch": "2.15.0", "flwr": "1.41.0", "numpy": "2.4.1"},
         "machine": {"processor": "x86_64", "cores": 2, "accelerator": None},
-        "sources": [{"name": "phantoms", "licence": "Apache-2.0", "source": "https://example.org/phantoms"}],
+        "sources": [{"name": "phantoms", "licence": "Apache-2.0", "source": "dermatoscopy archive of a county"}],
     }
     files.write_json(run.environment, environment)
     files.write_json(run.hospitals, make_hospitals(hospitals, labels))
@@ -325,7 +325,7 @@ def test_hospitals_settings_and_environment_are_on_the_page(run: RunFolder, page
     for key, meaning, _ in describe():
         assert key in page.words
         assert meaning in page.words
-    for fact in ("2.15.0", "Apache-2.0", "x86_64", "https://example.org/phantoms"):
+    for fact in ("2.15.0", "Apache-2.0", "x86_64", "dermatoscopy archive of a county"):
         assert fact in page.words
 
 
@@ -415,7 +415,7 @@ def test_tables_have_scoped_heads_and_a_caption(page: Page) -> None:
 
 def test_csv_links_hold_the_rows_of_the_table(page: Page) -> None:
     links = [value for tag, name, value in page.attributes if tag == "a" and value.startswith("data:text/csv")]
-    tables = [list(csv.reader(io.StringIO(unquote(link.split(",", 1)[1])))) for link in links]
+    tables = [list(csv.reader(io.StringIO(unquote(link.split(",", 1)[1]).removeprefix("\ufeff")))) for link in links]
     utility = next(rows for rows in tables if rows[0][0] == "Measure" and "Real" in rows[0])
     assert utility[1][:4] == ["Macro AUC", "0.971", "0.954–0.985", "0.913"]
     assert utility[1][5] == "-0.058"
@@ -423,9 +423,12 @@ def test_csv_links_hold_the_rows_of_the_table(page: Page) -> None:
 
 
 def test_a_spreadsheet_gets_no_formula_out_of_a_name() -> None:
-    link = str(csv_link("x", ["name"], [["=1+2"], ["@here"], ["-0.5"], ["+cmd"], ["−0.25"]]))
+    given = ["=1+2", "@here", "-0.5", "+cmd", "−0.25", "[−0.1, +0.2]", "−0.1 to −0.05", "0.1–0.2", "a − b", "−x"]
+    link = str(csv_link("x", ["name"], [[cell] for cell in given]))
     rows = list(csv.reader(io.StringIO(unquote(unescape(link).split("utf-8,")[1].split('"')[0]))))
-    assert [row[0] for row in rows[1:]] == ["'=1+2", "'@here", "-0.5", "'+cmd", "-0.25"]
+    plain = ["-0.5", "'+cmd", "-0.25", "[-0.1, +0.2]", "'-0.1 to -0.05", "0.1–0.2", "a − b", "−x"]
+    assert [row[0] for row in rows[1:]] == ["'=1+2", "'@here", *plain]
+    assert rows[0] == ["\ufeffname"]
 
 
 def test_writing_twice_gives_the_same_page_and_leaves_nothing_beside_it(run: RunFolder, html: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -65,6 +65,7 @@ def test_a_logarithmic_scale_is_used_for_wide_positive_values_only(values: list[
 
 
 @given(low=ordinary, width=st.floats(1e-6, 1e12), count=st.integers(2, 8))
+@example(low=-450827950828.0, width=1.0, count=2)
 def test_ticks_are_few_even_inside_and_round(low: float, width: float, count: int) -> None:
     high = low + max(width, abs(low) * 1e-6)
     ticks = nice_ticks(low, high, count)
@@ -233,6 +234,9 @@ def test_names_are_escaped_and_long_ones_cut_but_kept() -> None:
     titles = [e.text for e in parsed(svg).iter("title")]
     assert name in titles
     assert "<b>" not in legend([(name, "h1")], "line")
+    rows = [Row(f"local of county hospital {place}", [Dot("x", 0.5)]) for place in ("north", "south")]
+    shown = [e[-1].tail for e in parsed(dot_chart("k", "t", "d", rows, "x")).iter() if "name" in e.get("class", "").split()]
+    assert shown == ["local of…tal north", "local of…tal south"], "both ends, so that they differ"
 
 
 # --- numbers as text -----------------------------------------------------------------------------

@@ -37,6 +37,8 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next((m * power for m in (1, 2, 5) if m * power >= rough * (1 - 1e-9)), 10 * power)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    if last < first:  # the step is wider than the range, and its multiples lie outside
+        return nice_ticks(low, high, count + 1)
     digits = max(0, -math.floor(math.log10(step))) + 1
     return [round(i * step, digits) + 0.0 for i in range(first, last + 1)]
 

@@ -38,7 +38,7 @@ def _render(comparison: Comparison) -> Markup:
             "The cross-site matrix was not measured: the hospitals of the test images are not known, or no arm was tested."
         )
     cells = [[_cell(matrix, i, j) for j in range(len(columns))] for i in range(len(rows))]
-    labels = {entry.name: entry.label for entry in comparison.entries}
+    labels = {entry.name: entry_label(entry) for entry in comparison.entries}
     heads = [labels.get(name, name) for name in rows]
     # An arm that failed may have no row in the matrix: here it has one, of dashes.
     for entry in comparison.entries:

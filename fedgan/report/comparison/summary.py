@@ -7,7 +7,7 @@ from markupsafe import Markup
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row, legend
 from fedgan.report.comparison.data import LOCAL, REAL, Comparison, Entry
-from fedgan.report.comparison.parts import auc_domain, chance, chart_figure, entry_label, mean_of, p_value
+from fedgan.report.comparison.parts import auc_domain, chance, chart_figure, entry_label, mean_of
 from fedgan.report.comparison.section import Section
 from fedgan.report.facts import DRAWN
 from fedgan.report.format import number
@@ -82,7 +82,6 @@ def _columns(comparison: Comparison) -> list[Column]:
         Column("Macro AUC, 95% interval"),
         Column("Minus centralised"),
         Column("Minus centralised, 95% interval"),
-        Column("Minus centralised, p (Holm)"),
         Column(gain),
         Column(f"{gain}, 95% interval"),
         Column("Fréchet distance"),
@@ -100,8 +99,8 @@ def _definitions(comparison: Comparison) -> list[str]:
         *said,
         "Macro AUC: area under the ROC curve, mean over classes, of classifiers trained on nothing but the row's images and "
         "tested on the same real images.",
-        "Differences are paired, on the same test images; p is two-sided and adjusted by Holm over its family (Paired).",
-        "Intervals and p-values speak of the test images, the small dots of training again with another seed.",
+        "Differences are paired, on the same test images; their p-values and verdicts stand under Paired.",
+        "Intervals speak of the test images, the small dots of training again with another seed.",
         "Fréchet distance: of the synthetic images to real ones, mean over seeds, lower is better; its floor is that of real "
         "images to real ones. Bytes exchanged: both ways, mean over seeds.",
     ]
@@ -118,7 +117,6 @@ def _cells(comparison: Comparison, entry: Entry) -> list[str]:
         text.interval(entry.figures.get("macro_auc_ci")),
         text.signed(gap.get("difference")),
         text.spread(gap.get("ci")),
-        p_value(gap.get("p_holm")),
         text.signed(gain.get("difference")),
         text.spread(gain.get("ci")),
         _distance(comparison, entry),
@@ -132,7 +130,7 @@ def _distance(comparison: Comparison, entry: Entry) -> str:
         return text.significant(entry.figures.get("frechet"))
     floors = (number(dig(run.evaluation, "fidelity", "frechet_floor")) for run in comparison.arm_runs)
     floor = next((value for value in floors if value is not None), None)
-    return text.DASH if floor is None else f"{text.significant(floor)} (floor)"
+    return text.DASH if floor is None else f"{text.significant(floor, 2)} (floor)"
 
 
 def _sent(entry: Entry) -> str:
