@@ -119,6 +119,27 @@ def test_a_weak_class_and_lost_variety_are_named_under_limits(tmp_path: Path) ->
         assert sentence in plain(page)
 
 
+def test_what_looks_equal_is_not_called_less(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    held = evaluation()
+    held["fidelity"] |= {"recall": 0.73299, "recall_floor": 0.73301, "frechet": 2.10501, "frechet_floor": 2.10499}
+    held["fidelity"]["per_class"]["covid"] |= {"coverage": 0.8799, "coverage_floor": 0.8801}
+    files.write_json(run.evaluation, held)
+    write_cards(run)
+    assert not [line for line in cards_of(run.path)[0]["limits"] if "Recall" in line or "overage" in line or "Fréchet" in line]
+
+
+def test_intervals_below_zero_can_be_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    held = evaluation()
+    held["fidelity"] |= {"kernel": 0.00031, "kernel_ci": [-0.00012, 0.00084], "frechet_ci": [0.0439, 0.1331]}
+    files.write_json(run.evaluation, held)
+    write_cards(run)
+    page = cards_of(run.path)[1]
+    assert "| −0.00012 to 0.00084 |" in page
+    assert "0.0439–0.1331" in page or "0.044–0.133" in page
+
+
 def test_a_good_evaluation_has_no_weak_class(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     good = evaluation()
@@ -141,6 +162,97 @@ def test_privacy_says_what_was_not_measured_and_claims_nothing(tmp_path: Path) -
     assert "Membership inference: no attack was run. Not measured." in unknown
     assert "The discriminator, which is fitted to real images, travelled" in "\n".join(model["privacy"]["known"])
     assert "Nothing here says that the images are anonymous." in page
+
+
+def judged(run: RunFolder, arm: str | None, **more: Any) -> RunFolder:
+    """The run with an evaluation.json as `fedgan compare` writes it: without budget, and `arm`, name and round on top."""
+    held = {key: value for key, value in evaluation().items() if key not in ("arm", "name", "round", "images_seen")}
+    facts = {"arm": arm, "name": arm, "round": 1} if arm else {}
+    files.write_json(run.evaluation, {**facts, **held, **more})
+    return run
+
+
+def member_of(path: Path, arm: str | None, **federation: Any) -> tuple[dict[str, Any], str]:
+    """The model card of south's own training within an arm of a comparison; JSON and Markdown."""
+    study = make_run(path / "study", evaluation={"seeds": 7, "images": 77})
+    home = {"hospitals": 2, "rounds": 4, "members": ["south"]} | federation
+    run = make_run(study.arms / f"{arm}-seed0" / "members" / "south", federation=home)
+    files.write_json(run.hospitals, hospitals()[1:])
+    write_cards(judged(run, arm))
+    return cards_of(run.path)[:2]
+
+
+@pytest.mark.parametrize(
+    ("arm", "words"),
+    [
+        ("centralized", "The images of all hospitals were pooled: they lay in one place"),
+        ("local", "Each hospital trained alone: nothing travelled"),
+        ("federated", "No image travelled for the training. What travelled: parameters"),
+        ("coalition", "No image travelled for the training. What travelled: parameters"),
+    ],
+)
+def test_the_card_of_a_judged_arm_says_how_that_arm_was_trained(arm: str, words: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "study")
+    run = judged(make_run(tmp_path / "study" / "arms" / f"{arm}-seed0"), arm)
+    write_cards(run)
+    model, page, *_ = cards_of(run.path)
+    assert words in model["privacy"]["known"][0]
+    assert model["training"]["federated"] is (arm in ("federated", "coalition"))
+    assert ("What travelled" in page) is (arm in ("federated", "coalition"))
+    assert ("federated-learning" in page) is (arm in ("federated", "coalition"))
+    assert "not known" not in model["training"]["arm_in_words"]
+
+
+def test_an_arm_that_no_file_names_is_not_known_and_nothing_is_claimed_of_it(tmp_path: Path) -> None:
+    run = judged(make_run(tmp_path / "run"), None)
+    write_cards(run)
+    model, page, *_ = cards_of(run.path)
+    assert model["training"]["arm"] == "not known"
+    assert not [line for line in model["privacy"]["known"] if "travelled" in line or "pooled" in line]
+    assert any(line.startswith("How the model was trained") for line in model["privacy"]["unknown"])
+    assert "- Arm: not known" in page
+
+
+def test_a_coalition_of_one_hospital_did_not_federate(tmp_path: Path) -> None:
+    make_run(tmp_path / "study")
+    federation = {"hospitals": 2, "rounds": 1, "members": ["north"]}
+    run = judged(make_run(tmp_path / "study" / "arms" / "coalition-north-seed0", federation=federation), "coalition")
+    write_cards(run)
+    model, page, dataset, _ = cards_of(run.path)
+    assert "trained alone" in model["privacy"]["known"][0]
+    assert "What travelled" not in page
+    for card in (model["data"], dataset):
+        assert [row["hospital"] for row in card["sources"]] == ["north"]
+        assert [row["name"] for row in card["hospitals"]] == ["north"]
+
+
+def test_the_card_of_a_hospital_alone_has_its_own_data_and_no_plan_of_the_whole_arm(tmp_path: Path) -> None:
+    model, page = member_of(tmp_path, "local")
+    assert [row["hospital"] for row in model["data"]["sources"]] == ["south"]
+    assert (model["training"]["rounds_planned"], model["training"]["images_planned"]) == (None, None)
+    assert "planned" not in page
+    assert "not finished" not in page
+    assert "its share of the arm's" in page
+
+
+def test_the_card_of_a_fine_tuned_hospital_names_all_that_its_model_learned_from(tmp_path: Path) -> None:
+    model, page = member_of(tmp_path, "finetuned")
+    assert [row["hospital"] for row in model["data"]["sources"]] == ["north", "south"]
+    assert [row["name"] for row in model["data"]["hospitals"]] == ["north", "south"]
+    assert "not finished" not in page
+    assert "Rounds, bytes and time are of the training at home" in page
+    assert "Each hospital then trained further alone, and nothing travelled." in model["privacy"]["known"]
+
+
+@pytest.mark.parametrize("place", ["arms/federated-seed0", "arms/local-seed0/members/north"])
+def test_the_settings_of_the_evaluator_are_those_that_made_the_figures(place: str, tmp_path: Path) -> None:
+    study = make_run(tmp_path / "study", evaluation={"seeds": 7, "images": 77})
+    run = judged(make_run(study.path / place, evaluation={"seeds": 2, "images": 33}), place.split("/")[1].split("-")[0])
+    write_cards(run)
+    model, page, *_ = cards_of(run.path)
+    assert model["provenance"]["settings"]["evaluation"]["seeds"] == 7
+    assert model["provenance"]["settings_changed"]["evaluation.images"] == 77
+    assert "as the comparison's config.toml has it" in page
 
 
 @pytest.mark.parametrize(("arm", "words"), [("centralized", "lay in one place"), ("local", "nothing travelled")])
@@ -205,6 +317,14 @@ def test_no_path_and_no_file_name_of_a_hospital_is_told(tmp_path: Path) -> None:
         ("\\\\server\\share\\a.dcm", HIDDEN),
         ("file:///home/a.png", HIDDEN),
         ("CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/)", "CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/)"),
+        ("cannot read /data/pacs/doe_john.dcm", f"cannot read {HIDDEN}"),
+        ("cannot read /srv/St Elm/doe john.dcm: broken", f"cannot read {HIDDEN}: broken"),
+        ("in '/srv/St Elm/doe john' today", f"in '{HIDDEN}' today"),
+        ("at C:\\scans\\St Elm\\doe john.dcm, 2020", f"at {HIDDEN}, 2020"),
+        ("at C:/scans/doe.dcm, 2020", f"at {HIDDEN}, 2020"),
+        ("doe_john.DCM is damaged, as is pacs/doe.nii.gz", f"{HIDDEN} is damaged, as is {HIDDEN}"),
+        ("round-00001.safetensors and evaluation.json", "round-00001.safetensors and evaluation.json"),
+        ("see https://example.org/a/b.png", "see https://example.org/a/b.png"),
         ("doi 10.6084/m9.figshare.12275009", "doi 10.6084/m9.figshare.12275009"),
     ],
 )
@@ -215,6 +335,24 @@ def test_paths_are_taken_out_and_links_stay(given_text: str, shown: str) -> None
 
 def test_a_root_with_spaces_is_taken_out_whole() -> None:
     assert public("in /srv/St Elm/a.png today", ("/srv/St Elm",)) == f"in {HIDDEN} today"
+    assert public("in /srv/St Elm/doe john.dcm today", ("/srv/St Elm",)) == f"in {HIDDEN} today"
+    assert public("in C:\\St Elm\\doe john.dcm today", ("C:\\St Elm",)) == f"in {HIDDEN} today"
+
+
+_HOSPITAL = st.from_regex(r"[A-Z][a-z]{2,8}( [A-Z][a-z]{2,8})?", fullmatch=True)
+
+
+@given(
+    st.sampled_from(["/srv/{}/", "/{}/b/", "~/pacs/{}/", "C:\\scans\\{}\\", "D:/{}/", "\\\\pacs\\{}\\", "file:///srv/"]),
+    _HOSPITAL,
+    st.from_regex(r"doe[-_]?[a-z]{0,5}[0-9]{0,3}", fullmatch=True),
+    st.sampled_from(["dcm", "PNG", "nii.gz", "csv", "jpeg"]),
+    st.sampled_from(["cannot read {}", "{}: damaged", "skipped ({}), see below", 'no image "{}" there']),
+)
+def test_no_name_of_a_hospital_s_file_survives(root: str, folder: str, file: str, kind: str, sentence: str) -> None:
+    told = public(sentence.format(f"{root.format(folder)}{file}.{kind}"))
+    assert "doe" not in told
+    assert HIDDEN in told
 
 
 # --- files that lack or are damaged --------------------------------------------------------------
@@ -372,7 +510,16 @@ def test_a_comparison_has_the_card_of_its_federated_model_and_a_line_for_each_ar
     assert model["training"]["arm"] == "federated"
     assert model["data"]["licences"] == ["CC BY 4.0"]
     assert set(numbers(model["metrics"])) <= set(numbers(evaluation()))
-    for words in (found["answer"], "federated, seed 0", "0.847 (0.820–0.870)", "0.891", "9.75", "−0.044", "not shown"):
+    for words in (
+        found["answer"],
+        "federated, seed 0",
+        "0.847 (0.820–0.870)",
+        "0.891",
+        "9.75",
+        "−0.044",
+        "[−0.060, −0.020]",
+        "not shown",
+    ):
         assert words in plain(page)
     assert "local, seed 0: no disk at" in plain(page)
     assert "doe" not in page
@@ -401,6 +548,16 @@ def test_a_comparison_that_lacks_something_has_cards_all_the_same(damage: str, t
     else:
         assert model["details"]["sha256"] is None
         assert model["problems"]
+
+
+def test_an_unfinished_comparison_has_cards_that_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_comparison(tmp_path / "study")
+    outputs.cards(tmp_path / "study", as_json=True)
+    assert sorted(Path(path).name for path in json.loads(capsys.readouterr().out)["cards"]) == NAMES
+    model, page, *_ = cards_of(tmp_path / "study")
+    assert "comparison.json is not there: the comparison is not finished." in model["problems"]
+    assert model["training"]["arm"] == "not known"
+    assert "What travelled" not in page
 
 
 @pytest.mark.parametrize("compared", [False, True])

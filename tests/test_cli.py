@@ -293,6 +293,32 @@ def test_a_second_look_is_a_folder_of_its_own_that_is_no_run(fedgan: Run, tmp_pa
     assert fedgan("report", "look")[0] == 0
 
 
+@pytest.mark.parametrize("place", ["arms/centralized-seed0", "arms/local-seed0/members/north"])
+def test_an_arm_is_judged_by_its_comparison_alone(place: str, fedgan: Run, tmp_path: Path, judged: list[Settings]) -> None:
+    make_run(tmp_path / "study")
+    run = make_run(tmp_path / "study" / place)
+    kind = place.split("/")[1].split("-")[0]
+    files.write_json(run.evaluation, {"arm": kind, "name": kind, "round": 1})
+    before = run.evaluation.read_bytes()
+    code, _, err = fedgan("evaluate", run.path)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "an arm is judged by fedgan compare alone: give --output DIR for a second look" in err
+    assert judged == []
+    assert fedgan("evaluate", run.path, "--output", "look")[0] == 0
+    assert run.evaluation.read_bytes() == before
+    assert json.loads((tmp_path / "look" / "evaluation.json").read_text())["arm"] == kind
+
+
+@pytest.mark.parametrize("held", [None, "{", '{"arm": "centralized"}'])
+def test_evaluate_keeps_the_arm_that_a_run_names(held: str | None, fedgan: Run, tmp_path: Path, judged: list[Settings]) -> None:
+    run = make_run(tmp_path / "run")
+    if held:
+        run.evaluation.write_text(held)
+    code, _, err = fedgan("evaluate", run.path)
+    assert code == 0, err
+    assert run.read_json(run.evaluation)["arm"] == ("centralized" if held and "arm" in held else "federated")
+
+
 @pytest.mark.parametrize("error", [DataError("no such shard"), KeyboardInterrupt()])
 def test_a_second_look_that_fails_leaves_nothing(
     error: BaseException, fedgan: Run, tmp_path: Path, judged: list[Settings], monkeypatch: pytest.MonkeyPatch
@@ -573,6 +599,15 @@ def test_report_rewrites_the_page_alone(fedgan: Run, tmp_path: Path) -> None:
     assert "run/report.html" in out
     assert run.report.is_file()
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_an_unfinished_comparison_gets_no_page_of_a_run(fedgan: Run, tmp_path: Path) -> None:
+    study = make_run(tmp_path / "study")
+    make_run(study.arms / "federated-seed0")
+    code, _, err = fedgan("report", study.path)
+    assert code == 2
+    assert "let `fedgan compare` finish first" in err
+    assert not study.report.exists()
 
 
 def test_vectors_are_spread_evenly() -> None:

@@ -127,8 +127,22 @@ def test_a_release_tells_no_path_no_patient_and_no_file_of_a_hospital(fedgan: Ru
     run = make_run(tmp_path / "run", description=f"Made of {SECRET}/patient-7.dcm")
     assert fedgan("generate", "--release", run.path, "--images", "2", "--output", "out")[0] == 0
     for name, data in contents(tmp_path / "out").items():
-        for word in (b"doe", b"pacs", b"St Elm", b"patient-7", str(tmp_path).encode(), b"2026"):
+        for word in (b"doe", b"pacs", b"St Elm", b"patient-7", str(tmp_path).encode(), b"2026-05"):
             assert word not in data, f"{word!r} in {name}"
+
+
+def test_a_release_tells_no_count_that_is_small_and_no_hash_of_a_hospital(fedgan: Run, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert fedgan("generate", "--release", run.path, "--images", "2", "--output", "out")[0] == 0
+    card, page = card_of(tmp_path / "out"), (tmp_path / "out" / "dataset_card.md").read_text()
+    limits = "\n".join(card["limits"])
+    assert "Classes of which a hospital had fewer than 10 training images: pneumonia." in limits
+    assert "Class 'covid' has fewer than 10 positive real test images" in limits
+    assert [row["count"] for row in card["metrics"]["per_class"]] == [61, 44, None]
+    assert "train_classes" not in json.dumps(card)
+    for word in ("south (5)", "only 7 positive", "aa11", "bb22"):
+        assert word not in page + json.dumps(card)
+    assert "Counts of fewer than 10 real images are not told." in page
 
 
 def test_the_card_says_what_it_was_drawn_with_and_leaves_the_licence_open(fedgan: Run, tmp_path: Path) -> None:
@@ -171,6 +185,7 @@ def test_a_model_without_labels_can_be_released(fedgan: Run, tmp_path: Path) -> 
     run = make_run(tmp_path / "run", label_names=())
     assert fedgan("generate", "--release", run.path, "--images", "2", "--output", "out")[0] == 0
     assert "The images have no labels." in (tmp_path / "out" / "dataset_card.md").read_text()
+    assert card_of(tmp_path / "out")["label_mix_asked"] == "none: the model has no labels"
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "environment.json", "hospitals.json"])

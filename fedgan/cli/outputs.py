@@ -16,11 +16,12 @@ from fedgan import files
 from fedgan.cli import console, release, wanted
 from fedgan.cli.runs import checkpoint_of, headline, headline_text, runner
 from fedgan.config import Settings, from_dict, to_dict
-from fedgan.errors import ConfigError
+from fedgan.errors import ConfigError, FedganError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from fedgan.comparison_folder import ComparisonFolder
     from fedgan.run_folder import RunFolder
 
 CHUNK = 1024  # images in memory at once
@@ -34,6 +35,9 @@ class Format(StrEnum):
 
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that fedgan simulate wrote.")]
+RunOrComparison = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run folder that fedgan simulate wrote, or folder that fedgan compare wrote.")
+]
 
 
 def generate(
@@ -94,7 +98,7 @@ def generate(
             shelf = release.SHELF if run else 0
             _write_pngs(folder, generator, meta, vectors, psi=psi, seed=seed, batch=batch, shelf=shelf)
         if run:
-            asked = choice.words(bool(meta["exclusive"]))
+            asked = choice.words(bool(meta["exclusive"]), labelled=bool(meta["label_names"]))
             release.write_papers(folder, run, meta, vectors, asked=asked, seed=seed, psi=psi, created=created)
     counts = {name: int(vectors[:, column].sum()) for column, name in enumerate(meta["label_names"])}
     result = {
@@ -126,8 +130,9 @@ def evaluate(
     """Evaluate the newest round again.
 
     Rewrites evaluation.json and the page; with --output, writes both to a folder of their own, so that a run can be
-    looked at with other classifiers, features or merged labels.
+    looked at with other classifiers, features or merged labels. An arm of a comparison always needs --output.
     """
+    from fedgan.report.cards.collect import comparison_of
     from fedgan.report.page import write_report
     from fedgan.run_folder import RunFolder
 
@@ -135,6 +140,11 @@ def evaluate(
     checkpoint_of(run.path)
     if output is not None:
         console.refuse_existing(output, "the second look")
+    if output is None and comparison_of(run.path) is not None:
+        raise ConfigError(
+            f"{console.shown(run.path)} is an arm of a comparison, and an arm is judged by fedgan compare alone: "
+            "give --output DIR for a second look"
+        )
     if overrides and output is None:
         raise ConfigError("--set would make the run's evaluation.json differ from its config.toml: give --output DIR as well")
     if stray := [text for text in overrides or [] if not text.strip().startswith("evaluation.")]:
@@ -155,8 +165,8 @@ def evaluate(
     console.emit(numbers, as_json, headline_text(numbers))
 
 
-def report(run_path: Run, as_json: console.Json = False) -> None:
-    """Rewrite the page from the files of a run.
+def report(run_path: RunOrComparison, as_json: console.Json = False) -> None:
+    """Rewrite the page from the files of a run or of a comparison.
 
     Trains and measures nothing.
     """
@@ -166,27 +176,31 @@ def report(run_path: Run, as_json: console.Json = False) -> None:
 
     run = ComparisonFolder.at(run_path)
     run.settings()
-    page = write_comparison(run.path) if run.comparison.is_file() else write_report(run)
+    page = write_comparison(run.path) if _is_comparison(run) else write_report(run)
     console.emit({"run": str(run.path), "report": str(page)}, as_json, f"report      {console.shown(page)}")
 
 
 def cards(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or folder that fedgan compare wrote.")],
+    run_path: RunOrComparison,
     as_json: console.Json = False,
 ) -> None:
     """Write the model card and the dataset card from the files of a run or of a comparison.
 
     Markdown and JSON. Trains and measures nothing; what no file tells is a blank that says who has to fill it.
     """
+    from fedgan.comparison_folder import ComparisonFolder
     from fedgan.report.cards import write_cards, write_comparison_cards
-    from fedgan.run_folder import RunFolder
 
-    run = RunFolder.at(run_path)
+    run = ComparisonFolder.at(run_path)
     run.settings()
-    compared = (run.path / "comparison.json").is_file()
-    written = write_comparison_cards(run.path) if compared else write_cards(run)
+    written = write_comparison_cards(run.path) if _is_comparison(run) else write_cards(run)
     result = {"run": str(run.path), "cards": [str(path) for path in written]}
     console.emit(result, as_json, "\n".join(f"card        {console.shown(path)}" for path in written))
+
+
+def _is_comparison(run: ComparisonFolder) -> bool:
+    """Whether this is a comparison, be it finished or not: an unfinished one has arms and no numbers yet."""
+    return run.comparison.is_file() or run.arms.is_dir()
 
 
 def _prepare_look(run: RunFolder, settings: Settings, place: RunFolder) -> None:
@@ -208,8 +222,20 @@ def _evaluate(run: RunFolder, settings: Settings, place: RunFolder) -> None:
 
     generator, meta = load_generator(checkpoint_of(run.path))
     budget = {key: meta[key] for key in ("round", "images_seen", "wall_seconds", "bytes_exchanged", "label_names")}
-    facts = {"arm": "federated", "name": settings.name, **budget}
+    facts = {"arm": _arm_of(run), "name": settings.name, **budget}
     Evaluator(settings, place, evaluation_hospitals(settings, run), progress=console.note).final(generator, facts)
+
+
+def _arm_of(run: RunFolder) -> str | None:
+    """The arm that a run's evaluation names. One that was never judged is federated, unless a comparison trained it."""
+    from fedgan.report.cards.collect import comparison_of
+
+    try:
+        found = run.read_json(run.evaluation)
+    except FedganError:  # damaged: this evaluation replaces it
+        found = None
+    named = found.get("arm") if isinstance(found, dict) else None
+    return str(named) if named else None if comparison_of(run.path) else "federated"
 
 
 # --- generate ------------------------------------------------------------------------------------

@@ -35,8 +35,10 @@ class Choice:
         if sum(given) > 1:
             raise ConfigError("--label, --vector, --labels-from and --mix exclude each other: give one of them")
 
-    def words(self, exclusive: bool) -> str:
-        """The choice in words, for a card; the path of a shard is not told."""
+    def words(self, exclusive: bool, labelled: bool = True) -> str:
+        """The choice in words, for a card; the path of a shard is not told. `labelled`: whether the model has labels."""
+        if not labelled:
+            return "none: the model has no labels"
         if self.named:
             return f"evenly over {', '.join(self.named)}"
         if self.vectors:
