@@ -299,6 +299,13 @@ def test_verdicts_follow_from_interval_p_value_and_margin(difference: Any, ci: A
     assert verdict({"a": "A", "b": "B", "difference": difference, "ci": ci, "p_holm": p, "margin": 0.02}) == words
 
 
+def test_no_arm_is_called_better_where_the_seeds_disagree() -> None:
+    row = {"a": "A", "b": "B", "difference": 0.05, "ci": [0.03, 0.07], "p_holm": 0.002, "margin": 0.02}
+    seeds = [{"seed": 0, "difference": 0.11}, {"seed": 1, "difference": -0.01}]
+    assert verdict(row | {"seed_differences": seeds}) == "A difference is shown, but not the same in every seed."
+    assert verdict(row | {"seed_differences": [seeds[0], {"seed": 1, "difference": 0.01}]}) == "A is better."
+
+
 # --- what is not there ---------------------------------------------------------------------------
 
 

@@ -67,7 +67,7 @@ def _cells(row: Tree) -> list[str]:
 
 
 def verdict(row: Tree) -> str:
-    """What a paired difference says, in words, from its interval, its adjusted p-value and the margin."""
+    """What a paired difference says, in words, from its interval, adjusted p-value, margin and seeds."""
     value, p, ends = number(row.get("difference")), number(row.get("p_holm")), bounds(row.get("ci"))
     a, b = str(row.get("a", "the first")), str(row.get("b", "the second"))
     if value is None:
@@ -76,6 +76,9 @@ def verdict(row: Tree) -> str:
         return "No verdict: there is no interval or no p-value."
     margin = number(row.get("margin")) or 0.0
     first, second = (f"{name} {'are' if name.endswith('images') else 'is'}" for name in (a, b))
+    signs = {(n > 0) - (n < 0) for n in _by_seed(row)}
+    if p < LEVEL and len(signs) > 1:
+        return "A difference is shown, but not the same in every seed."
     if p < LEVEL and value > 0:
         return f"{first} better."
     within = ends[0] > -margin
