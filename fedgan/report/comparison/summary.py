@@ -93,7 +93,8 @@ def _definitions(comparison: Comparison) -> list[str]:
     """What the columns mean, and how the budget of the hospitals alone compares."""
     said = ["Images seen: training images shown to the discriminators, summed over hospitals."]
     if any(entry.kind == LOCAL for entry in comparison.alone):
-        whole = "; at the whole budget it is a coalition of one (Paired, Contribution)" if comparison.content.get("contribution") else ""
+        asked = comparison.content.get("contribution")
+        whole = "; at the whole budget it is a coalition of one (Paired, Contribution)" if asked else ""
         said.append(f"Each hospital alone saw its own share of the budget, as many images as it shows in the federation{whole}.")
     return [
         *said,
