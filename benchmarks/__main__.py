@@ -82,10 +82,13 @@ def metrics_rows(results: dict[str, Any]) -> list[str]:
 
 def judgement_rows(results: dict[str, Any]) -> list[str]:
     found = results["judgement"] = call("judgement")
+    # One thread is how a comparison judges an arm, several arms at once; the mark is about all cores for one arm.
+    whole = max(run["threads"] for run in found["runs"])
     return [
-        f"full evaluation of an arm, {found['images']} images of 64², threads {found['threads']}: {found['arm_seconds']:.0f} s "
-        f"(mark {JUDGEMENT_SECONDS_MARK}), and {found['real_seconds']:.0f} s once for the real side;  classifier training at "
-        f"{found['classifier_share']:.2f} of the rate of its bare steps"
+        f"full evaluation of an arm, {found['images']} images of 64², threads {run['threads']}: {run['arm_seconds']:.0f} s"
+        f"{f' (mark {JUDGEMENT_SECONDS_MARK})' if run['threads'] == whole else ''}, and {run['real_seconds']:.0f} s once for the "
+        f"real side;  classifier training at {run['classifier_share']:.2f} of the rate of its bare steps"
+        for run in found["runs"]
     ]
 
 

@@ -1,10 +1,14 @@
 """The full evaluation of one arm: 6,300 synthetic images of 64 × 64, six classes, three classifier seeds, every figure.
 
-    python -m benchmarks.judgement [THREADS]
+    python -m benchmarks.judgement [THREADS ...]
 
-The images are noise with a class in it, as many as three real institutions held (5,608 for training, 593 for validation,
-1,235 for tests): what they show costs no time. Prints one JSON object: seconds of the real side (once a comparison) and of
-one arm, and the rate of classifier training as a share of what the same network does on one batch again and again.
+Once with each number of threads, by default with one, as a comparison judges an arm (and several arms at once), and with
+all cores, as `fedgan evaluate` does. The images are noise with a class in it, as many as three real institutions held
+(5,608 for training, 593 for validation, 1,235 for tests): what they show costs no time.
+
+Prints one JSON object: `images`, and in `runs` for each number of `threads` the seconds of the real side (once a
+comparison) and of one arm, and the rate of classifier training as a share of what the same network does on one batch
+again and again.
 """
 
 from __future__ import annotations
@@ -72,16 +76,21 @@ def seconds(work: Any) -> float:
     return time.perf_counter() - begun
 
 
-def main() -> None:
-    threads = int(sys.argv[1]) if len(sys.argv) > 1 else usable_cores()
+def measure(threads: int, data: dict[str, ImageDataset]) -> dict[str, Any]:
+    """Seconds of the real side and of one arm with so many threads, nothing kept from another number of them."""
     torch.set_num_threads(threads)
-    data = {split: noise(count, number) for number, (split, count) in enumerate(SIZES.items())}
     reference = RealReference(data["train"], data["val"], data["test"], SETTINGS)
     generator = Generator(ModelSettings(channel_base=1024), RESOLUTION, 1, len(LABELS))
     real = seconds(lambda: (reference.metrics, reference.held_out_features))
     arm = seconds(lambda: evaluate_synthetic(reference, synthetic_dataset(generator, data["train"], IMAGES, seed=0), generator))
     share = training_share(data["train"])
-    print(json.dumps({"threads": threads, "real_seconds": real, "arm_seconds": arm, "classifier_share": share, "images": IMAGES}))
+    return {"threads": threads, "real_seconds": real, "arm_seconds": arm, "classifier_share": share}
+
+
+def main() -> None:
+    data = {split: noise(count, number) for number, (split, count) in enumerate(SIZES.items())}
+    threads = [int(text) for text in sys.argv[1:]] or sorted({1, usable_cores()})
+    print(json.dumps({"images": IMAGES, "runs": [measure(count, data) for count in threads]}))
 
 
 if __name__ == "__main__":
