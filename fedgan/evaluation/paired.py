@@ -208,8 +208,8 @@ class _Arm:
         if seeds is not None and len(seeds) not in (0, len(scores)):
             raise ConfigError(f"{len(seeds)} generator seeds for {len(scores)} rows of scores: give the seed of each row")
         self.scores, self.labels, self.groups, self.bootstrap, self.seed = scores, labels, groups, bootstrap, seed
-        self.of_row = np.asarray(seeds) if seeds is not None and len(seeds) else None
-        self.seeds = None if self.of_row is None else sorted({int(one) for one in self.of_row})
+        self.of_row = np.asarray([] if seeds is None else seeds)  # empty: not known
+        self.seeds = sorted({int(one) for one in self.of_row}) or None
         self._drawn: dict[tuple[int, ...] | None, Auc] = {}
         self._single: dict[int, float] = {}
 
