@@ -241,6 +241,7 @@ def test_the_card_of_a_fine_tuned_hospital_names_all_that_its_model_learned_from
     assert [row["name"] for row in model["data"]["hospitals"]] == ["north", "south"]
     assert "not finished" not in page
     assert "Rounds, bytes and time are of the training at home" in page
+    assert model["training"]["members"] == ["north", "south"]
     assert "Each hospital then trained further alone, and nothing travelled." in model["privacy"]["known"]
 
 

@@ -133,8 +133,14 @@ def test_a_release_tells_no_path_no_patient_and_no_file_of_a_hospital(fedgan: Ru
 
 def test_a_release_tells_no_count_that_is_small_and_no_hash_of_a_hospital(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
+    held = run.read_json(run.evaluation)
+    held["label_fidelity"] = {
+        "real": {"per_class": {"covid": {"auc": 0.7, "positives": 7}, "normal": {"auc": 0.8, "positives": 61}}}
+    }
+    files.write_json(run.evaluation, held)
     assert fedgan("generate", "--release", run.path, "--images", "2", "--output", "out")[0] == 0
     card, page = card_of(tmp_path / "out"), (tmp_path / "out" / "dataset_card.md").read_text()
+    assert [row["value"] for row in card["metrics"]["other"] if row["name"].startswith("label_fidelity")] == [0.7, 0.8, 61]
     limits = "\n".join(card["limits"])
     assert "Classes of which a hospital had fewer than 10 training images: pneumonia." in limits
     assert "Class 'covid' has fewer than 10 positive real test images" in limits

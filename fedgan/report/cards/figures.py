@@ -53,7 +53,7 @@ def figures(evaluation: Tree) -> Tree:
 
 
 def without_small(metrics: Tree) -> Tree:
-    """`figures` without counts of fewer than `FEW_IMAGES` images, which may tell of a person: None in their place."""
+    """`figures` without counts of fewer than `FEW_IMAGES` images, which may tell of a person: None or no row in their place."""
     found = dict(metrics)
     for group, key in (
         ("per_class", "count"),
@@ -62,6 +62,8 @@ def without_small(metrics: Tree) -> Tree:
         ("fidelity_per_hospital", "images"),
     ):
         found[group] = [row | {key: None} if (row[key] or 0) < FEW_IMAGES else row for row in metrics[group]]
+    counted = (", positives", ", images")
+    found["other"] = [row for row in metrics["other"] if row["value"] >= FEW_IMAGES or not row["name"].endswith(counted)]
     return found
 
 

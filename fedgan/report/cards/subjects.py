@@ -192,7 +192,7 @@ def _training(card: CardData) -> Tree:
         "images_planned": None if card.is_member else planned,
         "wall_seconds": _known(card, "wall_seconds"),
         "bytes_exchanged": _known(card, "bytes_exchanged"),
-        "members": list(federation.members),
+        "members": data.hospital_names if card.is_member else list(federation.members),
         "note": words.OF_A_MEMBER[card.arm] if card.is_member and card.arm in words.OF_A_MEMBER else None,
     }
 

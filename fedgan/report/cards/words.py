@@ -29,7 +29,8 @@ ARMS = {
 }
 OF_A_MEMBER = {  # what the counts of one hospital's own training within an arm leave out
     "local": "This is one hospital's training: its budget is its share of the arm's, which no file of this folder states.",
-    "finetuned": "Rounds, bytes and time are of the training at home. The federation before it is counted in its own folder.",
+    "finetuned": "Rounds, bytes and time are of the training at home; the federation before it is counted in its own folder. "
+    "Images are those of this hospital alone, in the federation and at home.",
 }
 
 # field, who fills it, what it says
