@@ -199,8 +199,8 @@ def _against_central(row: Mapping[str, Any]) -> str:
     elif shown:
         verdict = f": a cost{' within' if row['non_inferior'] else ', not shown to be within'} {margin}"
     else:
-        verdict = f": {'non-inferior' if row['non_inferior'] else 'neither a cost nor non-inferiority is shown'} at {margin}"
-        verdict += f", {UNSTEADY}" if _shown(row) else ""
+        found = "non-inferior" if row["non_inferior"] else "neither a cost nor non-inferiority is shown"
+        verdict = f": {UNSTEADY}" if _shown(row) and not row["non_inferior"] else f": {found} at {margin}"
     return f"{_gap(value)} those of centralised training ({_interval(row)}{verdict})"
 
 
