@@ -102,9 +102,8 @@ def test_every_arm_shows_the_same_number_of_images(
     assert {sum(arm.hospital_images.values()) for arm in found} == {budget}
     for arm in found:
         if arm.by_hospital:
-            before = {job.start.images_seen if job.start else 0 for job in arm.jobs}
-            assert len(before) == 1
-            assert before.pop() + sum(sum(job.images) for job in arm.jobs) == budget
+            before = [job.start.images_seen if job.start else 0 for job in arm.jobs]  # each hospital's own
+            assert sum(before) + sum(sum(job.images) for job in arm.jobs) == budget
         elif arm.jobs[0].kind == HOME:
             assert sum(arm.jobs[0].images) == budget
         assert all(images >= 0 and images % batch == 0 for job in arm.jobs for images in job.images)
@@ -151,7 +150,8 @@ def test_a_hospital_alone_sees_what_it_sees_in_the_federation_round_by_round(
         assert is_evaluated(federated.jobs[0].settings, begin)
         assert 1 <= begin < rounds
         assert tuned.images == own[begin:]
-        assert tuned.start.images_seen == sum(sum(row) for row in rows[:begin])
+        assert tuned.start.images_seen == sum(own[:begin])  # what this hospital has seen by then, not all of them
+        assert tuned.start.images_seen + sum(tuned.images) == finetuned.hospital_images[name]
 
 
 def test_fine_tuning_begins_at_the_kept_round_nearest_to_its_share() -> None:
@@ -236,6 +236,26 @@ def test_coalitions_are_the_proper_parts_of_the_hospitals(hospitals: int) -> Non
         assert job.settings.federation.participants == len(arm.members)
 
 
+@pytest.mark.parametrize("hospitals", [2, 3, 6])
+def test_leave_one_out_is_a_coalition_for_each_hospital_that_is_left_out(hospitals: int) -> None:
+    sizes = {f"hospital-{number}": 10 * (hospitals - number) for number in range(hospitals)}
+    arms = planned(scenario(("leave-one-out",), hospitals, comparison_seeds=1), sizes)
+    assert [arm.members for arm in arms] == [tuple(name for name in sizes if name != out) for out in sizes]
+    assert {arm.kind for arm in arms} == {"coalition"}  # six hospitals are not too many: a training each
+    assert len({arm.folder for arm in arms}) == hospitals
+
+
+@pytest.mark.parametrize("given", [("federation.strategy=krum",), ("federation.strategy=fedprox", "training.proximal_mu=0.1")])
+def test_training_at_home_has_no_strategy_and_no_proximal_term(given: tuple[str, ...]) -> None:
+    arms = ("centralized", "federated", "local", "finetuned", "coalitions")
+    settings = from_dict(to_dict(scenario(arms, comparison_seeds=1)), given)
+    for arm in planned(settings):
+        for job in arm.jobs:
+            own = (job.settings.federation.strategy, job.settings.training.proximal_mu)
+            federated = (settings.federation.strategy, settings.training.proximal_mu)
+            assert own == (federated if job.kind == FEDERATION else ("fedavg", 0.0)), arm.label
+
+
 # --- what cannot be had ----------------------------------------------------------------------------
 
 
@@ -243,7 +263,7 @@ def test_coalitions_are_the_proper_parts_of_the_hospitals(hospitals: int) -> Non
     ("arms", "text"),
     [
         (("centralised",), "comparison.arms has 'centralised': give centralized, federated, local"),
-        (("federated", "x: model.channel_max=8"), "would change model.channel_max: arms may differ in federation.* alone"),
+        (("federated", "x: model.channel_max=8"), "would change model.channel_max: arms may differ in how they federate alone"),
         (("x: training.learning_rate=1",), "would change training.learning_rate"),
         (("x: federation.strategy=fedadam; seed=3",), "would change seed"),
         (("x:",), "names no key"),
@@ -251,7 +271,6 @@ def test_coalitions_are_the_proper_parts_of_the_hospitals(hospitals: int) -> Non
         (("x: federation.stategy=fedadam",), "did you mean 'federation.strategy'"),
         (("local", "federated", "local"), "comparison.arms has 'local' twice"),
         (("a b: federation.rounds=2", "a-b: federation.rounds=4"), "twice"),
-        (("generator-only", "generator-only: federation.rounds=2"), "comparison.arms has 'generator-only' twice"),
         (("local", "finetuned"), "goes on from the arm 'federated': name that one too"),
     ],
 )
@@ -271,8 +290,30 @@ def test_fine_tuning_needs_a_round_that_is_kept_before_the_last(every: int) -> N
 
 def test_coalitions_of_too_many_hospitals_are_refused() -> None:
     sizes = {f"hospital-{number}": 10 for number in range(5)}
-    with pytest.raises(ConfigError, match="would train 30 federations: it is for 4 hospitals at most"):
+    with pytest.raises(ConfigError, match="would train 30 federations a seed: it is for 4 hospitals at most; 'leave-one-out'"):
         planned(scenario(("coalitions",), 5), sizes)
+
+
+@pytest.mark.parametrize(
+    "name", ["real", "everybody", "local", "federated", "generator-only", "leave-one-out", "coalitions", "coalition a", ""]
+)
+def test_a_name_that_means_something_else_on_the_page_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"needs a name of its own, not '{name}'"):
+        planned(scenario((f"{name}: federation.rounds=2",)))
+
+
+@pytest.mark.parametrize("change", ["members=alpha,beta", "hospitals=2", "threads=2"])
+def test_who_takes_part_and_on_how_many_cores_is_the_same_in_all_arms(change: str) -> None:
+    key = change.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"would change federation\.{key}: arms may differ in how they federate alone"):
+        planned(scenario((f"x: federation.rounds=2; federation.{change}",)))
+
+
+@pytest.mark.parametrize("exchange", ["generator", "generator,ema"])
+def test_fine_tuning_needs_the_federation_s_discriminator(exchange: str) -> None:
+    settings = from_dict(to_dict(scenario(("federated", "finetuned"))), [f"federation.exchange={exchange}"])
+    with pytest.raises(ConfigError, match=r"discriminator: add it to federation\.exchange"):
+        planned(settings)
 
 
 # --- the order of a job ----------------------------------------------------------------------------
