@@ -162,9 +162,11 @@ class Trainer:
     def go_on(self, images_seen: int, p: float) -> None:
         """Count `images_seen` images that the received model was shown before, and augment with strength `p` from the start.
 
-        For a Trainer that takes a model over from another training: its average and ADA then go on and do not begin anew.
+        For a Trainer that takes a model over from another training: its averages (of weights and of w) and ADA then go on
+        and do not begin anew. Adam's moments and the mean of path lengths do: they never left that training.
         """
         self.images_seen = self._goal = images_seen
+        self.steps = images_seen // self.batch_size  # else the first batch of w would replace w_avg
         self.ada.p = p
 
     # --- the parts of a step ---------------------------------------------------------------------
