@@ -76,6 +76,11 @@ def test_a_failed_job_is_over_too_and_the_next_stage_begins_anew() -> None:
     assert state.doing == {"federated, seed 0": "measuring distances"}
 
 
+def test_a_job_that_could_not_begin_is_over_without_having_run() -> None:
+    state = followed(PLAN, {"event": "task_end", "task": "federated-seed0", "failure": "what it builds on failed"})
+    assert (state.running, state.share) == ([], pytest.approx(0.4))
+
+
 def test_unknown_events_change_nothing() -> None:
     state = followed(PLAN)
     before = (state.stage, dict(state.shares), state.share)
@@ -118,6 +123,7 @@ EVENTS: list[dict[str, Any]] = [
     {"event": "task_start", "task": "federated-seed0"},
     {"event": "task_end", "task": "federated-seed0", "failure": "DataError: the shard is torn"},
     {"event": "plan", "stage": "judging", "tasks": {"centralized, seed 0": 1.0}, "done": []},
+    {"event": "plan", "stage": "comparing", "tasks": {}, "done": []},
 ]
 
 
@@ -133,6 +139,7 @@ def test_where_there_is_no_terminal_each_stage_and_each_end_is_a_line(capsys: py
         " 70%  centralized-seed0: done",
         "100%  federated-seed0: failed: DataError: the shard is torn",
         "judging the arms: 1 jobs",
+        "comparing the arms ...",
     ]
 
 
@@ -160,7 +167,8 @@ def test_on_a_terminal_the_stage_and_each_running_job_have_a_bar() -> None:
     assert seen[1] == [("training the arms", 0.1)]
     assert seen[6] == [("training the arms", 0.4), ("  centralized-seed0", 0.5)]
     assert seen[7] == [("training the arms", 0.7)]
-    assert seen[-1] == [("judging the arms", 0.0)]
+    assert seen[-2] == [("judging the arms", 0.0)]
+    assert seen[-1] == [("comparing the arms", 0.0)]
     with progress:
         pass
 

@@ -157,7 +157,9 @@ def test_a_task_that_fails_keeps_its_reason_and_the_others_go_on(worker: Path) -
     assert failures["good"] == ""
     assert [one.name for one in tasks if one.done] == ["good"]
     ends = {event["task"]: event["failure"] for event in told if event["event"] == "task_end"}
-    assert ends == {name: failures[name] for name in ("bad", "worse", "mute", "good")}
+    assert ends == failures  # also of those that never began
+    begun = {event["task"] for event in told if event["event"] == "task_start"}
+    assert begun == {"bad", "worse", "mute", "good"}
     assert "Traceback" in tasks[0].log.read_text()
     assert "second line" in tasks[0].log.read_text()
 
@@ -166,8 +168,8 @@ def test_a_task_with_a_failure_of_before_is_not_begun_and_fails_its_dependents(w
     tasks = [task("bad", worker, failure="no disk"), task("child", worker, after=("bad",))]
     told: list[dict[str, Any]] = []
     run_tasks(tasks, one_group(), told.append)
-    assert told == []
-    assert tasks[1].failure == "'bad', which it builds on, failed"
+    assert told == [{"event": "task_end", "task": "child", "failure": "'bad', which it builds on, failed"}]
+    assert tasks[1].failure == told[0]["failure"]
 
 
 # --- stopping --------------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_ctrl_c_ends_every_process_and_lets_each_finish_what_it_must(worker: Path) -> None:
+def test_ctrl_c_ends_every_process_and_lets_each_finish_what_it_must(worker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [task("one", worker, "wait"), task("two", worker, "wait")]
     pids: list[int] = []
 
@@ -192,8 +194,13 @@ def test_ctrl_c_ends_every_process_and_lets_each_finish_what_it_must(worker: Pat
             raise KeyboardInterrupt
 
     begun = time.monotonic()
+    heard: list[str] = []
+    close, stop = schedule._close, schedule._stop
+    monkeypatch.setattr(schedule, "_close", lambda task: heard.append(f"told {task.name}") or close(task))
+    monkeypatch.setattr(schedule, "_stop", lambda task: heard.append("waited") or stop(task))
     with pytest.raises(KeyboardInterrupt):
         run_tasks(tasks, one_group() * 2, tell)
+    assert heard[:3] == ["told one", "told two", "waited"]  # one that is slow to end keeps no other from hearing of it
     assert len(pids) == 2
     assert not any(is_alive(pid) for pid in pids)
     assert sorted(path.name for path in worker.iterdir()) == sorted(f"ended-{pid}" for pid in pids)
