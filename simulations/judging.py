@@ -320,7 +320,7 @@ def _point(bench: Bench, sources: Sequence[tuple[RunFolder, ImageDataset]], numb
         images.append(generate_images(generator, labels, seed, settings.evaluation.psi, device=bench.device))
         seen += meta["images_seen"]
     found = bench.reference.quick_distance(np.concatenate(images))
-    return {"images_seen": seen, "frechet": found["frechet"], "round": number, "split": found["split"]}
+    return {"images_seen": seen, "frechet": found["frechet"], "round": number, "split": found["split"], "images": found["images"]}
 
 
 def _kept_rounds(arm: Arm, sources: Sequence[tuple[RunFolder, ImageDataset]]) -> list[int]:

@@ -22,7 +22,7 @@ GENERATORS = {
 def answer(run: RunData) -> str:
     """The one sentence: how far a classifier trained on synthetic images only gets on real ones."""
     synthetic, real = auc(run, "synthetic"), auc(run, "real")
-    generator = GENERATORS.get(str(run.evaluation.get("arm", "federated")), "this generator")
+    generator = GENERATORS.get(str(run.evaluation.get("arm") or ""), "this generator")
     if synthetic and real:
         return (
             f"A classifier trained only on images of {generator} reaches a macro AUC of {synthetic} on real test images; "
