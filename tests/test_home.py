@@ -18,10 +18,14 @@ from fedgan.config import Settings
 from fedgan.errors import CheckpointError, ConfigError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors, with_prefix
+from fedgan.training.ema import ema_decay
+from fedgan.training.trainer import Trainer
 from server import lock
 from server.lock import locked
 from server.preparation import open_prepared
-from simulations.arms import EVERYBODY, FEDERATION, Arm, Job, plan_of
+from server.strategies import STATE
+from simulations import home
+from simulations.arms import EVERYBODY, FEDERATION, Arm, Job, Start, plan_of
 from simulations.compare import job_is_done, prepare
 from simulations.home import is_trained_at_home, pooled, train_at_home
 
@@ -75,20 +79,20 @@ def timeless(run: RunFolder) -> list[dict[str, Any]]:
 
 def test_training_at_home_is_a_federation_of_one_hospital_that_holds_all_the_data(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", (40,))
-    settings = small(data, "evaluation.every=1", hospitals=1)
+    settings = small(data, "evaluation.every=1", hospitals=1, rounds=2)
     federation = RunFolder.at(tmp_path / "federation")
     federate(settings, federation, app)
     (job,) = comparison(tmp_path / "study", settings)[0].jobs
     train_at_home(job, quiet)
-    for number in (1, 2, 3):
+    for number in (1, 2):
         for part in ("ema/", "generator/"):
             ours, theirs = arrays(job.run, number, part), arrays(federation, number, part)
             assert ours.keys() == theirs.keys()
             assert all(np.array_equal(ours[key], theirs[key]) for key in ours), (number, part)
-    first, last = arrays(job.run, 1, "ema/"), arrays(job.run, 3, "ema/")
+    first, last = arrays(job.run, 1, "ema/"), arrays(job.run, 2, "ema/")
     assert any((first[key] != last[key]).any() for key in first)
     assert timeless(job.run) == timeless(federation)
-    assert load_tensors(job.run.checkpoint(3))[1]["images_seen"] == sum(job.images) == 36
+    assert load_tensors(job.run.checkpoint(2))[1]["images_seen"] == sum(job.images) == 24
 
 
 def test_lines_have_the_keys_of_a_federation_s_lines(tmp_path: Path) -> None:
@@ -195,40 +199,89 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pyte
         train_at_home(job, quiet)
 
 
-def test_fine_tuning_begins_with_the_weights_of_the_federation_s_round(tmp_path: Path) -> None:
-    data = write_shards(tmp_path / "data", (40, 24))
-    settings = small(data, "evaluation.every=1", "comparison.finetune_share=0.3", arms="federated,finetuned")
-    federated, finetuned = comparison(tmp_path / "study", settings)
+@pytest.fixture(scope="module")
+def tuning(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Arm]:
+    """A federation of three rounds whose ADA moved, and the arm that goes on from its second round."""
+    place = tmp_path_factory.mktemp("tuning")
+    data = write_shards(place / "data", (40, 24))
+    words = (
+        *("evaluation.every=1", "comparison.finetune_share=0.3"),
+        *("augment.interval=1", "augment.speed_kimg=0.1", "training.ema_rampup=1"),
+    )
+    federated, finetuned = comparison(place / "study", small(data, *words, arms="federated,finetuned"))
     (source,) = federated.jobs
     assert source.kind == FEDERATION
+    before = torch.get_num_threads()
     federate(source.settings, source.run, app)
+    torch.set_num_threads(before)
+    return source, finetuned
+
+
+def test_fine_tuning_goes_on_with_the_federation_s_weights_and_with_what_this_hospital_had_seen(
+    tuning: tuple[Job, Arm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, finetuned = tuning
+    begun: list[dict[str, Any]] = []
+    train = Trainer.train
+
+    def watched(self: Trainer, *arguments: Any, **more: Any) -> dict[str, float]:
+        facts = {"seen": self.images_seen, "steps": self.steps, "p": self.ada.p, "parts": self.outgoing(self.parts)}
+        begun.append(facts)
+        return train(self, *arguments, **more)
+
+    monkeypatch.setattr(Trainer, "train", watched)
+    wanted, _ = load_tensors(source.run.checkpoint(2))
+    rows = {row["name"]: row for row in files.read_json_lines(source.run.metrics)[1]["hospitals"]}
+    lines = files.read_json_lines(source.run.metrics)
     for job in finetuned.jobs:
-        assert job.start is not None
-        assert job.start.round == 2
-        train_at_home(job, quiet)
-        begun, wanted = load_tensors(job.run.checkpoint(0))[0], load_tensors(source.run.checkpoint(2))[0]
-        assert {key.split("/")[0] for key in begun} == {"generator", "ema"}
-        assert all(torch.equal(tensor, wanted[key]) for key, tensor in begun.items())
-        end = load_tensors(job.run.checkpoint(1))[0]
-        assert any(not torch.equal(tensor, wanted[key]) for key, tensor in end.items())
+        (name,) = job.members
+        shown = [row["images"] for line in lines for row in line["hospitals"] if row["name"] == name]
+        assert job.start == Start(source.folder, 2, sum(shown[:2]))
+        told: list[dict[str, Any]] = []
+        train_at_home(job, told.append)
+        at = begun.pop(0)
+        assert (at["seen"], at["steps"], at["p"]) == (sum(shown[:2]), sum(shown[:2]) // 4, rows[name]["p"])
+        for part in ("generator", "discriminator", "ema"):
+            own = with_prefix(at["parts"], f"{part}/")
+            assert own
+            for key, array in own.items():
+                assert np.array_equal(array.ravel(), wanted[f"{part}/{key}"].numpy().ravel()), (part, key)
+        (line,) = files.read_json_lines(job.run.metrics)
+        assert line["images_seen"] == line["hospitals"][0]["images_seen"] == sum(shown)
+        assert line["hospitals"][0]["images"] == shown[2] == sum(job.images)
+        assert load_tensors(job.run.checkpoint(1))[1]["images_seen"] == sum(shown)
+        start = next(event for event in told if event["event"] == "start")
+        assert (start["images_seen"], start["images"]) == (sum(shown[:2]), sum(shown))
+        assert is_trained_at_home(job)
+    assert {rows[job.members[0]]["p"] for job in finetuned.jobs} != {0.2}  # where every augmentation begins
     one, other = (load_tensors(job.run.checkpoint(1))[0] for job in finetuned.jobs)
     assert any(not torch.equal(tensor, other[key]) for key, tensor in one.items())
-    assert is_trained_at_home(finetuned.jobs[0])
+    assert any(not torch.equal(tensor, wanted[key]) for key, tensor in one.items())
 
 
-def test_fine_tuning_takes_the_discriminator_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedgan.training.trainer import Trainer
-
-    data = write_shards(tmp_path / "data", (40, 24))
-    settings = small(data, "evaluation.every=1", arms="federated,finetuned")
-    federated, finetuned = comparison(tmp_path / "study", settings)
-    federate(federated.jobs[0].settings, federated.jobs[0].run, app)
-    met: list[set[str]] = []
-    incoming = Trainer.incoming
-    monkeypatch.setattr(
-        Trainer,
-        "incoming",
-        lambda self, found: met.append({key.split("/")[0] for key in found}) or incoming(self, found),
-    )
-    train_at_home(finetuned.jobs[0], quiet)
-    assert met == [{"generator", "discriminator", "ema"}]
+def test_after_a_step_of_fine_tuning_the_average_is_still_near_the_received_one(tuning: tuple[Job, Arm]) -> None:
+    source, finetuned = tuning
+    job = finetuned.jobs[0]
+    assert job.start is not None
+    seen, received = job.start.images_seen, load_tensors(source.run.checkpoint(2))[0]
+    settings = job.settings
+    found = {}
+    for kind in ("goes on", "begins anew"):
+        trainer = Trainer(settings, pooled(open_prepared(settings, job.run)), "cpu")
+        if kind == "goes on":
+            home._take_over(job.start, job.members[0], trainer)
+        else:  # the same weights without the count: what a first step of any training does
+            arrays = {key: tensor.numpy() for key, tensor in received.items() if not key.startswith(STATE)}
+            trainer.incoming(arrays)
+        trainer.train(4)
+        found[kind] = {part: with_prefix(trainer.outgoing(trainer.parts), f"{part}/") for part in ("ema", "generator")}
+    fresh, going = found["begins anew"], found["goes on"]
+    assert all(np.array_equal(array, fresh["generator"][key]) for key, array in fresh["ema"].items())  # nothing is left of it
+    decay = ema_decay(4, 1.25, 1.0, seen)
+    assert 0.5 < decay < 1
+    for key, average in going["ema"].items():
+        before, now = received[f"ema/{key}"].numpy().reshape(average.shape), going["generator"][key]
+        if key.endswith("w_avg"):  # a plain mean of batches, and this is one more of them: the same in both
+            np.testing.assert_allclose(average, before + (fresh["ema"][key] - before) / (seen // 4 + 1), rtol=1e-5, atol=1e-6)
+            continue
+        np.testing.assert_allclose(average, decay * before + (1 - decay) * now, rtol=1e-5, atol=1e-6)
