@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from fedgan import files
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.dataset import ImageDataset
@@ -145,7 +146,7 @@ def written(folder: ComparisonFolder) -> dict[str, int]:
 
 
 def test_an_arm_that_is_judged_is_not_judged_again(judged: ComparisonFolder) -> None:
-    assert all(is_judged(judged.settings(), arm) for arm in arms_of(judged).values())
+    assert all(is_judged(judged.settings(), arm, judged) for arm in arms_of(judged).values())
     before = written(judged)
     assert judge_all(judged) == []
     assert written(judged) == before
@@ -157,7 +158,7 @@ def test_other_evaluation_settings_are_a_judgement_anew_of_the_same_images(
 ) -> None:
     folder = copy(judged, tmp_path, change, "comparison.arms=centralized")
     arm = arms_of(folder)["centralized"]
-    assert not is_judged(folder.settings(), arm)
+    assert not is_judged(folder.settings(), arm, folder)
     drawn: list[int] = []
     generate = judging.generate_images
     monkeypatch.setattr(
@@ -170,22 +171,60 @@ def test_other_evaluation_settings_are_a_judgement_anew_of_the_same_images(
     assert "centralized: generating" in said
     assert len(drawn) == ROUNDS  # a point of the curve for each kept round, and no synthetic set
     assert (arm.folder / "synthetic.npz").stat().st_mtime_ns == images
-    assert is_judged(folder.settings(), arm)
+    assert is_judged(folder.settings(), arm, folder)
     key, _, value = change.removeprefix("evaluation.").partition("=")
     found = arm.run.read_json(arm.run.evaluation)["utility"]
     assert (found["steps"], found["seeds"], found["bootstrap"])["esb".index(key[0])] == (4 if key == "epochs" else int(value))
 
 
-def test_what_a_judgement_depends_on_makes_its_key(judged: ComparisonFolder) -> None:
+def test_what_a_judgement_depends_on_makes_its_key(judged: ComparisonFolder, tmp_path: Path) -> None:
     settings, arms = judged.settings(), arms_of(judged)
-    keys = {judgement_key(settings, arm) for arm in arms.values()}
+    weights, guests = tmp_path / "weights.npz", write_data(tmp_path / "guests")
+    weights.write_bytes(b"one")
+
+    def key(*changes: str, name: str = "centralized", folder: ComparisonFolder = judged) -> str:
+        return judgement_key(from_dict(to_dict(settings), changes), arms[name], folder)
+
+    keys = {key(name=name) for name in arms}
     for change in ("evaluation.psi=0.5", "evaluation.suite=full", "data.root=elsewhere", "seed=1"):
-        keys.add(judgement_key(from_dict(to_dict(settings), [change]), arms["centralized"]))
-    assert len(keys) == 6
-    same = [
-        judgement_key(from_dict(to_dict(settings), [change]), arms["local"]) for change in ("comparison.margin=0.1", "name=x")
-    ]
-    assert set(same) == {judgement_key(settings, arms["local"])}
+        keys.add(key(change))
+    for content in (b"one", b"other"):  # of one file: the key is about what it holds, not about what it is called
+        weights.write_bytes(content)
+        keys.add(key(f"evaluation.features={weights}"))
+    keys.add(key(f"evaluation.root={guests}"))
+    shutil.rmtree(guests)
+    write_data(guests, other_test=True)  # other images in the same place
+    keys.add(key(f"evaluation.root={guests}"))
+    other = ComparisonFolder(tmp_path / "other")
+    files.write_json(other.hospitals, [row | {"content_hash": "0" * 64} for row in judged.read_json(judged.hospitals)])
+    keys.add(key(folder=other))
+    assert len(keys) == 11
+    for change in ("comparison.margin=0.1", "name=x", "evaluation.show_real=all"):
+        assert key(change, name="local") == key(name="local")
+
+
+def test_what_another_hand_wrote_over_or_removed_is_judged_again(judged: ComparisonFolder, tmp_path: Path) -> None:
+    folder = copy(judged, tmp_path)
+    settings, arm = folder.settings(), arms_of(folder)["local"]
+    for name in (
+        "members/beta/evaluation.json",
+        "members/alpha/predictions.npz",
+        "predictions.npz",
+        "curve.json",
+        "evaluation.json",
+    ):
+        path = arm.folder / name
+        before = path.read_bytes()
+        for damage in (lambda path=path: path.write_bytes(b"{}"), path.unlink):  # type: ignore[misc]
+            damage()
+            assert not is_judged(settings, arm, folder), name
+            assert is_judged(settings, arms_of(folder)["centralized"], folder)
+            if name != "evaluation.json":
+                path.write_bytes(before)
+                assert is_judged(settings, arm, folder)
+    judge_arm(open_bench(folder), arm, lambda share, text: None)
+    assert path.read_bytes() == before
+    assert is_judged(settings, arm, folder)
 
 
 def test_another_checkpoint_is_judged_again(judged: ComparisonFolder, tmp_path: Path) -> None:
@@ -194,8 +233,8 @@ def test_another_checkpoint_is_judged_again(judged: ComparisonFolder, tmp_path: 
     member = arms["local"].jobs[1].run
     for path in (member.checkpoint(ROUNDS), member.checkpoint(ROUNDS).with_suffix(".json")):
         path.unlink()
-    assert is_judged(folder.settings(), arms["centralized"])
-    assert not is_judged(folder.settings(), arms["local"])
+    assert is_judged(folder.settings(), arms["centralized"], folder)
+    assert not is_judged(folder.settings(), arms["local"], folder)
     before, _ = synthetic(member)
     judge_arm(open_bench(folder), arms["local"], lambda share, text: None)
     after, _ = synthetic(member)
@@ -221,7 +260,7 @@ def test_a_damaged_checkpoint_fails_its_own_judgement_and_is_named(judged: Compa
     arm = arms_of(folder)["centralized"]
     path = arm.run.checkpoint(ROUNDS)
     path.with_suffix(".json").write_text('{"sha256": ')
-    assert not is_judged(folder.settings(), arm)
+    assert not is_judged(folder.settings(), arm, folder)
     with pytest.raises(CheckpointError, match=r"round-00002\.json is damaged"):
         judge_arm(open_bench(folder), arm, lambda share, text: None)
     shutil.copy(trained_json(judged), path.with_suffix(".json"))
@@ -256,7 +295,8 @@ def test_all_arms_meet_the_same_evaluator_and_the_same_real_side(judged: Compari
         scores = read_scores(arm.run)
         assert scores is not None
         assert scores.shape == (2, found[0]["utility"]["test_images"], 2)
-        np.testing.assert_allclose(scores.sum(2), 1, atol=1e-5)
+        np.testing.assert_allclose(scores.sum(2), 1, atol=1e-12)
+        assert scores.dtype == np.float64  # ties of rounding would be ties of ranks
         with Image.open(arm.run.samples / "final.png") as picture:
             assert picture.format == "PNG"
 
@@ -291,17 +331,26 @@ def test_curves_have_a_point_for_each_kept_round(judged: ComparisonFolder) -> No
         points = json.loads((arm.folder / "curve.json").read_text())
         assert [(point["round"], point["images_seen"]) for point in points] == [(1, 16), (2, 32)]
         assert all(np.isfinite(point["frechet"]) for point in points)
+        assert {point["split"] for point in points} == {"train"}  # the validation split is too small here, and it says so
         assert points[0]["frechet"] != points[1]["frechet"]
 
 
-def test_the_real_pictures_are_drawn_once(judged: ComparisonFolder, tmp_path: Path) -> None:
+def test_real_pictures_are_drawn_once_and_only_where_they_are_allowed(judged: ComparisonFolder, tmp_path: Path) -> None:
     folder = copy(judged, tmp_path)
-    bench = open_bench(folder)
-    write_real_grid(bench)
     path = folder.samples / "real.png"
+
+    def write(show: str) -> None:
+        folder.write_settings(from_dict(to_dict(folder.settings()), [f"evaluation.show_real={show}"]))
+        write_real_grid(open_bench(folder))
+
+    write("phantoms")  # these come from data.root: whose they are is not known
+    assert not path.exists()
+    write("all")
     before = path.stat().st_mtime_ns
-    write_real_grid(bench)
+    write("all")
     assert path.stat().st_mtime_ns == before
+    write("none")
+    assert not path.exists()
 
 
 # --- the union -------------------------------------------------------------------------------------
@@ -344,6 +393,23 @@ def test_a_picture_of_several_generators_draws_each_class_where_it_is_held(judge
         alpha = parts[0].generator(z, c, noise="const")
     assert both.held.tolist() == [[24, 24], [24, 0]]
     assert torch.equal(images, alpha)  # of equals the first
+
+
+# --- whose an image is ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet"])
+def test_an_image_s_institution_is_the_hospital_that_it_was_dealt_to(partition: str, tmp_path: Path) -> None:
+    folder = ComparisonFolder.at(tmp_path / "study")
+    settings = scenario(write_data(tmp_path / "data"), f"data.partition={partition}", "federation.hospitals=3")
+    prepare(settings, folder, lambda event: None)
+    bench = open_bench(folder)
+    expected = [(hospital.name, len(hospital.test)) for hospital in bench.hospitals]
+    assert sorted(name for name, _ in expected) == ["hospital-1", "hospital-2", "hospital-3"]
+    names, counts = np.unique(bench.reference.test_places, return_counts=True)
+    assert list(zip(names.tolist(), counts.tolist(), strict=True)) == sorted(row for row in expected if row[1])
+    whole = {name for hospital in bench.hospitals for name in hospital.test.patients.tolist()}
+    assert len(whole) == len(bench.reference.test)
 
 
 # --- no choice looks at the test split -------------------------------------------------------------
