@@ -70,8 +70,7 @@ def compare(
         failures |= judge_arms(trained, folder, settings, jobs, tell)
         tell({"event": "plan", "stage": "comparing", "tasks": {}, "done": []})
         torch.set_num_threads(1)  # as the classifiers of the judgement were trained
-        roots = (str(folder.path), settings.data.root, settings.evaluation.root, str(REPOSITORY), str(Path.home()))
-        found = assemble(open_bench(folder), [Outcome(arm, _failure(arm, failures, roots)) for arm in arms])
+        found = assemble(open_bench(folder), [Outcome(arm, _failure(arm, failures, folder, settings)) for arm in arms])
         files.write_json(folder.comparison, found)
     return found
 
@@ -175,8 +174,11 @@ def _plan_event(stage: str, tasks: Sequence[Task]) -> dict[str, Any]:
     return {"event": "plan", "stage": stage, "tasks": weights, "done": [task.name for task in tasks if task.done]}
 
 
-def _failure(arm: Arm, failures: dict[Path, str], roots: tuple[str, ...]) -> str:
-    """Why an arm has no figures, in one sentence without a path of this machine; empty where it has."""
+def _failure(arm: Arm, failures: dict[Path, str], folder: ComparisonFolder, settings: Settings) -> str:
+    """Why an arm has no figures, in one sentence without a path of this machine; empty where it has.
+
+    Places within the comparison's folder are named from there, so that a damaged file can be found.
+    """
     reasons = {
         (f"{job.members[0]}: " if arm.by_hospital else "") + failures[job.folder]: None
         for job in arm.jobs
@@ -184,7 +186,9 @@ def _failure(arm: Arm, failures: dict[Path, str], roots: tuple[str, ...]) -> str
     }
     if arm.folder in failures:
         reasons[failures[arm.folder]] = None
-    return str(public("; ".join(reasons), tuple(root for root in roots if root)))
+    roots = (str(folder.path), settings.data.root, settings.evaluation.root, str(REPOSITORY), str(Path.home()))
+    text = "; ".join(reasons).replace(f"{folder.path}/", "")
+    return str(public(text, tuple(root for root in roots if root)))
 
 
 # --- parts -----------------------------------------------------------------------------------------
