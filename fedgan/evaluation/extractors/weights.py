@@ -97,7 +97,7 @@ def fill(network: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, wh
             raise DataError(f"{path} is no {what} weights file ('{name}' should be {shape} and finite): copy it again")
         state[name] = value.float()
     network.load_state_dict(state, assign=True)
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
