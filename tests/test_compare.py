@@ -27,19 +27,20 @@ from fedgan.cli import main
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.shard import write_shard
-from fedgan.errors import ConfigError, SplitError
+from fedgan.errors import ConfigError, FedganError, SplitError
 from fedgan.run_folder import RunFolder
 from server.federation import Federation
 from server.preparation import experiment_of, is_prepared, prepare_run
 from simulations import job as jobs
-from simulations.arms import HOME, Job
+from simulations.arms import HOME, Job, plan_of
 from simulations.compare import compare
 from simulations.judge import judge
 from simulations.judging import is_judged, open_bench
-from simulations.schedule import Task, _startable
+from simulations.schedule import Task, _blocked, _startable
 
 SIZES = (64, 40, 24)
 BUDGET = 60
+SHORT = ("federation.rounds=1", "evaluation.seeds=1")  # where how often nothing matters
 Fault = Callable[[int, Any], Any]
 
 TOP = {
@@ -71,7 +72,11 @@ def _same_threads() -> Iterator[None]:
 
 def run_here(tasks: Sequence[Task], groups: Any, tell: Any, fault: Fault | None = None) -> None:
     """What `simulations.schedule.run_tasks` does, one task after another and in this process."""
-    while ready := _startable(tasks, []):
+    while True:
+        for task in _blocked(tasks):
+            tell({"event": "task_end", "task": task.name, "failure": task.failure})
+        if not (ready := _startable(tasks, [])):
+            return
         task = ready[0]
         tell({"event": "task_start", "task": task.name})
         try:
@@ -164,6 +169,10 @@ def arm_of(found: dict[str, Any], name: str, seed: int = 0) -> dict[str, Any]:
     return row
 
 
+def contents(folder: ComparisonFolder) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+
+
 # --- what it finds ---------------------------------------------------------------------------------
 
 
@@ -229,7 +238,7 @@ def test_all_arms_have_seen_the_same_number_of_images(finished: Finished) -> Non
 
 def test_trainings_were_begun_longest_first_and_judged_after_the_real_classifiers(finished: Finished) -> None:
     plans = [event for event in finished.events if event["event"] == "plan"]
-    assert [plan["stage"] for plan in plans] == ["training", "judging"]
+    assert [plan["stage"] for plan in plans] == ["training", "judging", "comparing"]
     assert all(plan["done"] == [] for plan in plans)
     names = begun(finished.events)
     assert names[:2] == ["centralized-seed0", "federated-seed0"]
@@ -294,7 +303,7 @@ def test_evaluation_may_change_and_nothing_is_trained_again(finished: Finished, 
 @pytest.mark.usefixtures("in_process")
 def test_a_scenario_that_changed_is_refused_by_its_key(change: str, finished: Finished, tmp_path: Path) -> None:
     folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
-    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    before = contents(folder)
     key, _, value = change.partition("=")
     with pytest.raises(ConfigError) as caught:
         compare(finished.changed(change), folder, events.append)
@@ -302,7 +311,68 @@ def test_a_scenario_that_changed_is_refused_by_its_key(change: str, finished: Fi
     assert f"not {float(value) if '.' in value else value}" in str(caught.value)
     assert "give another --output" in str(caught.value)
     assert events == []
-    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("evaluation.features=nowhere.npz", "nowhere.npz"),
+        ("evaluation.label_map=dark=black", "bright"),
+        ("comparison.arms=federated,centralised", "comparison.arms has 'centralised'"),
+        ("comparison.arms=real: federation.rounds=2", "needs a name of its own"),
+    ],
+)
+@pytest.mark.usefixtures("in_process")
+def test_what_cannot_be_judged_or_is_no_arm_is_refused_before_anything_is_written(
+    change: str, text: str, finished: Finished, tmp_path: Path
+) -> None:
+    folder, fresh = finished.copy(tmp_path), ComparisonFolder.at(tmp_path / "fresh")
+    before = contents(folder)
+    for place in (folder, fresh):
+        with pytest.raises(FedganError) as caught:
+            compare(finished.changed(change), place)
+        assert text in str(caught.value)
+    assert contents(folder) == before
+    assert not [path for path in contents(fresh) if not path.name.startswith(".")]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_images_that_changed_in_their_place_are_refused(finished: Finished, tmp_path: Path) -> None:
+    folder, data = finished.copy(tmp_path), tmp_path / "data"
+    write_shards(data, SIZES)
+    moved = finished.changed(f"data.root={data}")
+    folder.write_settings(moved)
+    shutil.rmtree(data / "beta")
+    write_shards(tmp_path / "others", (SIZES[0], SIZES[1] - 8, SIZES[2]))
+    shutil.move(tmp_path / "others" / "beta", data / "beta")
+    before = contents(folder)
+    with pytest.raises(ConfigError, match="was prepared with other images than its shards hold now: give another --output"):
+        compare(moved, folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.usefixtures("in_process")
+def test_an_evaluation_that_another_hand_wrote_over_is_made_again(finished: Finished, tmp_path: Path) -> None:
+    folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
+    path = folder.arm("centralized", 0).evaluation
+    kept = json.loads(path.read_text())
+    files.write_json(path, kept | {"utility": kept["utility"] | {"synthetic": kept["utility"]["real"]}})
+    found = compare(finished.settings, folder, events.append)
+    assert [name for name in begun(events) if "seed" in name] == ["centralized, seed 0"]
+    assert timeless(found) == timeless(finished.found)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_real_pictures_come_and_go_with_what_the_settings_allow(finished: Finished, tmp_path: Path) -> None:
+    folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
+    place = folder.samples / "real.png"
+    shown = []
+    for show in ("phantoms", "all", "none"):
+        compare(finished.changed(f"evaluation.show_real={show}"), folder, events.append)
+        shown.append(place.exists())
+    assert shown == [False, True, False]
+    assert begun(events) == []  # it changes no figure
 
 
 @pytest.mark.usefixtures("in_process")
@@ -318,13 +388,19 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_same_models(finished: Fini
             compare(finished.settings, folder, stop)
         assert not folder.comparison.exists()
     events: list[dict[str, Any]] = []
-    found = compare(finished.settings, folder, events.append)
+
+    def stop_before_judging(event: dict[str, Any]) -> None:
+        events.append(event)
+        if event.get("stage") == "judging":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(finished.settings, folder, stop_before_judging)
     rounds = [event["round"] for event in events if event["event"] == "round_end" and event["task"] == "local-seed0/members/beta"]
     assert rounds == [3]
     names = [path.relative_to(folder.path) for path in sorted(folder.path.rglob("round-00003.safetensors"))]
     assert len(names) == 5
     assert all((folder.path / name).read_bytes() == (finished.folder.path / name).read_bytes() for name in names)
-    assert [row["evaluation"] for row in found["arms"]] == [row["evaluation"] for row in finished.found["arms"]]
 
 
 # --- failures --------------------------------------------------------------------------------------
@@ -341,7 +417,8 @@ def test_an_arm_that_fails_is_told_and_the_others_are_compared(
     shutil.rmtree(folder.arm("federated", 0).path)
     here(monkeypatch, fault)
     settings = finished.changed("comparison.arms=centralized,federated,local,finetuned")
-    found = compare(settings, folder)
+    told: list[dict[str, Any]] = []
+    found = compare(settings, folder, told.append)
     assert {row["name"]: row["status"] for row in found["arms"]} == {
         "centralized": "done",
         "federated": "failed",
@@ -350,7 +427,11 @@ def test_an_arm_that_fails_is_told_and_the_others_are_compared(
     }
     failed, tuned = arm_of(found, "federated"), arm_of(found, "finetuned")
     assert "in round 2" in failed["failure"]
-    assert "'federated-seed0', which it builds on, failed" in tuned["failure"]
+    reason = "'federated-seed0', which it builds on, failed"
+    assert tuned["failure"] == "; ".join(f"{name}: {reason}" for name in ("alpha", "beta", "gamma"))
+    ended = {event["task"]: event["failure"] for event in told if event["event"] == "task_end"}
+    assert [ended[f"finetuned-seed0/members/{name}"] for name in ("alpha", "beta", "gamma")] == [reason] * 3
+    assert not any("finetuned" in name for name in begun(told))
     assert failed["evaluation"] is None
     assert failed["curve"] == []
     assert next(row for row in found["summary"] if row["name"] == "federated")["macro_auc"] is None
@@ -368,9 +449,18 @@ def test_an_arm_that_fails_is_told_and_the_others_are_compared(
     assert rounds == [2, 3]
     assert arm_of(mended, "federated")["evaluation"] == arm_of(finished.found, "federated")["evaluation"]
     tuned = arm_of(mended, "finetuned")
-    assert (tuned["curve"][-1]["images_seen"], tuned["losses"][-1]["images_seen"]) == (BUDGET, BUDGET)
+    assert [(point["round"], point["images_seen"]) for point in tuned["curve"]] == [(1, 20), (2, 40), (1, BUDGET)]
+    assert tuned["curve"][:2] == arm_of(mended, "federated")["curve"][:2]  # the same models
+    assert all(point["split"] in ("val", "train") for row in mended["arms"] for point in row["curve"])
+    assert tuned["losses"][-1]["images_seen"] == BUDGET
+    assert {row["hospital"]: row["images_seen"] for row in tuned["members"]} == arm_of(mended, "federated")["hospital_images"]
     whole = arm_of(mended, "federated")["cost"]["bytes_exchanged"]
     assert tuned["cost"]["bytes_exchanged"] == whole * 2 // 3  # of the two rounds that it goes on from
+
+    before = contents(folder)
+    with pytest.raises(ConfigError, match=r"alpha was planned with .* another beginning \(comparison\.finetune_share"):
+        compare(from_dict(to_dict(settings), ["comparison.finetune_share=0.6"]), folder)
+    assert {path for path, data in contents(folder).items() if data != before[path]} <= {folder.config}
 
 
 def test_the_command_writes_the_page_and_ends_with_5_when_an_arm_failed(
@@ -392,7 +482,9 @@ def test_the_command_writes_the_page_and_ends_with_5_when_an_arm_failed(
     last = json.loads(err.splitlines()[-1])
     assert last["exit_code"] == 5
     assert "1 of 3 arms failed" in last["error"]
-    assert "round-00003.safetensors is damaged" in last["error"]
+    place = "arms/local-seed0/members/beta/checkpoints/round-00003.safetensors is damaged"
+    assert place in last["error"]
+    assert str(tmp_path) not in last["error"]
     assert "Traceback" not in err
     page = folder.report.read_text(encoding="utf-8")
     assert "round-00003.safetensors is damaged" in page
@@ -444,6 +536,7 @@ def test_arms_that_differ_on_the_disk_are_not_put_into_one_table(
         else:
             found["label_names"] = ["bright", "dark"]
         files.write_json(run.evaluation, found)
+        monkeypatch.setattr(simulations.compare, "is_judged", lambda *given: True)  # it would be judged again otherwise
         text = {"evaluator": "evaluator.test_hash differs: arm 'federated'", "labels": "label_names differs: arm 'federated'"}[
             what
         ]
@@ -510,7 +603,7 @@ def test_a_patient_in_training_and_in_the_evaluators_images_stops_it_before_it_t
 
 @pytest.mark.usefixtures("in_process")
 def test_coalitions_give_what_each_hospital_adds(tmp_path: Path) -> None:
-    settings = study(write_shards(tmp_path / "data", (40, 24)), arms="federated,coalitions", hospitals=2)
+    settings = study(write_shards(tmp_path / "data", (40, 24)), *SHORT, arms="federated,coalitions", hospitals=2)
     found = compare(settings, ComparisonFolder.at(tmp_path / "study"))
     assert [row["name"] for row in found["arms"]] == ["federated", "coalition alpha", "coalition beta"]
     assert {row["images_seen"] for row in found["arms"]} == {BUDGET}
@@ -521,8 +614,50 @@ def test_coalitions_give_what_each_hospital_adds(tmp_path: Path) -> None:
     assert loss["alpha"] == pytest.approx(values["federated"] - values["coalition beta"])
     shapley = {row["hospital"]: row["value"] for row in contribution["shapley"]}
     assert sum(shapley.values()) == pytest.approx(values["federated"] - 0.5)
-    assert not any("coalition" in (row["a"] + row["b"]) for row in found["comparisons"])
+    pairs = [(row["a"], row["b"]) for row in found["comparisons"] if "coalition" in row["a"] + row["b"]]
+    assert pairs == [("federated", "coalition alpha"), ("federated", "coalition beta")]  # each alone, with the whole budget
     assert "coalition alpha" not in found["cross_site"]["rows"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_leave_one_out_of_dealt_hospitals_gives_losses_and_says_why_there_is_no_shapley_value(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", (64, 56))
+    settings = study(data, *SHORT, "data.partition=dirichlet", "data.alpha=5", arms="federated,leave-one-out")
+    found = compare(settings, ComparisonFolder.at(tmp_path / "study"))
+    assert [row["failure"] for row in found["arms"]] == [None] * 4
+    names = [row["name"] for row in found["hospitals"]]
+    assert sorted(names) == ["hospital-1", "hospital-2", "hospital-3"]  # not the shards that were dealt
+    assert found["cross_site"]["columns"] == names
+    assert found["cross_site"]["rows"] == ["real", "federated"]
+    row = next(row for row in found["summary"] if row["name"] == "federated")
+    assert set(row["per_institution"]) == set(names)
+    assert set(arm_of(found, "federated")["hospital_images"]) == set(names)
+
+    contribution, auc = found["contribution"], row["macro_auc"]
+    without = {row["name"]: row["macro_auc"] for row in found["summary"] if row["arm"] == "coalition"}
+    for out in contribution["leave_one_out"]:
+        others = [name for name in names if name != out["hospital"]]
+        assert out["loss"] == pytest.approx(auc - without[f"coalition {'+'.join(others)}"])
+        assert out["ci"][0] <= out["loss"] <= out["ci"][1]
+    assert [out["hospital"] for out in contribution["leave_one_out"]] == names
+    assert contribution["shapley"] is None
+    assert any("Shapley" in note for note in contribution["notes"])
+    assert not any("leave-one-out" in sentence for sentence in found["not_measured"])
+
+
+def test_reasons_name_the_hospital_once_and_no_place_of_this_machine(finished: Finished) -> None:
+    folder = finished.folder
+    local = next(arm for arm in plan_of(finished.settings, folder) if arm.name == "local")
+    alpha, beta, _ = (job.folder for job in local.jobs)
+    torn = f"CheckpointError: {alpha}/checkpoints/round-00001.safetensors is damaged"
+    outside = f"DataError: no shard at {finished.settings.data.root}/alpha or {Path.home()}/my scans/a.dcm"
+    said = simulations.compare._failure(local, {alpha: torn, beta: outside, local.folder: "no disk"}, folder, finished.settings)
+    one, other, last = said.split("; ")
+    assert one == ("alpha: CheckpointError: arms/local-seed0/members/alpha/checkpoints/round-00001.safetensors is damaged")
+    assert other.startswith("beta: DataError: no shard at (path not shown)")
+    assert last == "no disk"
+    for place in (str(folder.path), finished.settings.data.root, str(Path.home()), "scans", ".dcm"):
+        assert place not in said
 
 
 def write_one(root: Path, labels: np.ndarray, names: tuple[str, ...], splits: np.ndarray) -> Path:
@@ -547,7 +682,7 @@ def test_data_without_classes_are_compared_by_what_can_be_had_and_the_rest_is_sa
     monkeypatch.chdir(tmp_path)
     splits = np.array(["train", "train", "test", "val"])[np.arange(40) % 4]
     data = write_one(tmp_path / "data", np.zeros((40, 0), np.uint8), (), splits)
-    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(to_dict(study(data, arms="centralized,local", hospitals=1))))
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(to_dict(study(data, *SHORT, arms="centralized,local", hospitals=1))))
     assert main(["compare", "tiny.toml", "--output", "study"]) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "study" / "comparison.json").read_text())
     assert [row["status"] for row in found["arms"]] == ["done", "done"]
@@ -565,7 +700,7 @@ def test_a_class_without_test_images_is_said_in_comparison_and_page(
     kinds = np.arange(60) % 3
     splits = np.where(kinds == 2, "train", np.array(["train", "train", "test", "val"])[np.arange(60) // 3 % 4])
     data = write_one(tmp_path / "data", np.eye(3, dtype=np.uint8)[kinds], ("dark", "bright", "rare"), splits)
-    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(to_dict(study(data, arms="centralized,local", hospitals=1))))
+    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(to_dict(study(data, *SHORT, arms="centralized,local", hospitals=1))))
     assert main(["compare", "tiny.toml", "--output", "study"]) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "study" / "comparison.json").read_text())
     row = next(row for row in found["summary"] if row["name"] == "centralized")
@@ -590,7 +725,7 @@ def test_a_comparison_with_flower_and_processes_finds_what_the_one_without_found
     for key in ("summary", "comparisons", "cross_site", "answer"):
         assert found[key] == finished.found[key], key
     assert {row["images_seen"] for row in found["arms"]} == {BUDGET}
-    assert all(is_judged(folder.settings(), arm) for arm in simulations.compare.plan_of(folder.settings(), folder))
+    assert all(is_judged(folder.settings(), arm) for arm in plan_of(folder.settings(), folder))
     assert not alive_in(processes_of(folder.arm("federated", 0).path))
     assert not list(folder.path.rglob("*.part"))
     assert open_bench(folder).settings == folder.settings()
