@@ -80,7 +80,7 @@ def run_here(tasks: Sequence[Task], groups: Any, tell: Any, fault: Fault | None 
         task = ready[0]
         tell({"event": "task_start", "task": task.name})
         try:
-            work(task, lambda event, name=task.name: tell({**event, "task": name}), fault)  # type: ignore[misc]
+            work(task, lambda event, name=task.name: tell({**event, "task": name}), fault)
             task.done = True
         except Exception as error:
             task.failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -725,7 +725,7 @@ def test_a_comparison_with_flower_and_processes_finds_what_the_one_without_found
     for key in ("summary", "comparisons", "cross_site", "answer"):
         assert found[key] == finished.found[key], key
     assert {row["images_seen"] for row in found["arms"]} == {BUDGET}
-    assert all(is_judged(folder.settings(), arm) for arm in plan_of(folder.settings(), folder))
+    assert all(is_judged(folder.settings(), arm, folder) for arm in plan_of(folder.settings(), folder))
     assert not alive_in(processes_of(folder.arm("federated", 0).path))
     assert not list(folder.path.rglob("*.part"))
     assert open_bench(folder).settings == folder.settings()

@@ -215,7 +215,7 @@ def test_what_another_hand_wrote_over_or_removed_is_judged_again(judged: Compari
     ):
         path = arm.folder / name
         before = path.read_bytes()
-        for damage in (lambda path=path: path.write_bytes(b"{}"), path.unlink):  # type: ignore[misc]
+        for damage in (lambda path=path: path.write_bytes(b"{}"), path.unlink):
             damage()
             assert not is_judged(settings, arm, folder), name
             assert is_judged(settings, arms_of(folder)["centralized"], folder)
