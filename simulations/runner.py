@@ -107,7 +107,7 @@ def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT
 def is_complete(run: RunFolder, settings: Settings) -> bool:
     """Whether the last round is done and evaluation.json is about that very round."""
     rounds = settings.federation.rounds
-    return is_trained(run, settings) and (run.read_json(run.evaluation) or {}).get("round") == rounds
+    return run.last_round() == rounds and (run.read_json(run.evaluation) or {}).get("round") == rounds
 
 
 def is_trained(run: RunFolder, settings: Settings) -> bool:

@@ -444,7 +444,7 @@ def test_a_run_without_numbers_yet_has_a_headline_all_the_same(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["a/b", "../up", "..", "  ", "Größe 3"])
 def test_a_scenario_s_name_becomes_one_folder(name: str) -> None:
-    folder = runs._folder_name(name)
+    folder = runs.folder_name(name)
     assert folder
     assert Path(folder).name == folder
     assert not folder.startswith(".")

@@ -44,7 +44,8 @@ def same_end(one: RunFolder, other: RunFolder, last: int) -> bool:
 
 def _timeless(line: dict[str, Any]) -> dict[str, Any]:
     """A line without what a clock and the evaluator said."""
-    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in line["hospitals"]]
+    spent = ("seconds", "core_seconds", "peak_memory_bytes")
+    rows = [{key: value for key, value in row.items() if key not in spent} for row in line["hospitals"]]
     return {key: value for key, value in line.items() if key not in ("wall_seconds", "samples", "fidelity")} | {"hospitals": rows}
 
 
