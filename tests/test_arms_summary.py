@@ -172,6 +172,20 @@ def test_the_answer_names_cost_and_gain_in_one_sentence():
     assert len(said.split()) <= 65
 
 
+@pytest.mark.parametrize(
+    ("value", "ci", "p_holm", "text"),
+    [
+        (-0.09, [-0.112, -0.065], 0.01, "they are 0.090 below (−0.112 to −0.065: a loss)"),
+        (0.05, [0.02, 0.08], 0.01, "they are 0.050 above (0.020 to 0.080: a gain)"),
+        (0.0001, [-0.02, 0.02], 1.0, "they are level (−0.020 to 0.020: no difference shown)"),
+    ],
+)
+def test_the_answer_does_not_pass_over_the_rival_that_needs_no_federation(value, ci, p_holm, text):
+    said = _answer(_row("centralized", -0.1, [-0.12, -0.07], 0.01), gains=[*GAINS, _row("local", value, ci, p_holm)])
+    assert said.endswith(f"; against the pooled releases of hospitals that train alone {text}.")
+    assert len(said.split()) <= 90
+
+
 NEITHER = "(−0.040 to 0.020: neither a cost nor non-inferiority is shown at the margin of 0.020)"
 
 

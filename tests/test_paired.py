@@ -318,6 +318,7 @@ def test_standard_families_ask_the_two_questions():
     ]
     families = standard_families(rows)
     rivals = ["centralized", "local", "local: a", "coalition a"]  # the last with the whole budget
-    assert families["federation"] == [(one, other) for one in ("federated", "fedadam", "finetuned") for other in rivals]
+    asked = [(one, other) for one in ("federated", "fedadam", "finetuned") for other in rivals]
+    assert families["federation"] == [*asked, ("local", "centralized")]
     assert families["against real"] == [(one, "real") for one in ("centralized", "federated", "fedadam", "local", "finetuned")]
     assert standard_families(rows[1:3]) == {"federation": [("federated", "centralized")]}

@@ -183,7 +183,8 @@ def answer(
     if alone:
         said += f", {'each ' if len(alone) > 1 else ''}with its own share of the images"
     first = f"In macro AUC (95 % intervals), classifiers trained on federated{which} synthetic images score {said}"
-    return "; ".join([first, *unknown]) + "."
+    pooled = [versus[row["name"]] for row in whole if row["arm"] == "local" and row["name"] in versus]
+    return "; ".join([first, *(_against_pool(row) for row in pooled), *unknown]) + "."
 
 
 def _against_central(row: Mapping[str, Any]) -> str:
@@ -211,12 +212,22 @@ def _against_hospitals(alone: Mapping[str, Mapping[str, Any]]) -> list[str]:
     clauses = []
     for title, place in ends or [(f"{place} alone", place) for place in order]:
         row = alone[place]
-        claim = ("a gain" if row["difference"] > 0 else "a loss") if _steady(row) else UNSTEADY
-        verdict = claim if _shown(row) else "no difference shown"
-        details = f"{place}, {_interval(row)}" if ends else _interval(row)
-        ending = "" if row.get("ci") is None else f": {verdict}"
-        clauses.append(f"{_gap(row['difference'])} {title} ({details}{ending})")
+        clauses.append(f"{_gap(row['difference'])} {title} ({f'{place}, ' if ends else ''}{_interval(row)}{_gain(row)})")
     return clauses
+
+
+def _against_pool(row: Mapping[str, Any]) -> str:
+    """Clause for the rival that needs no federation: each hospital trains alone and all release what they made."""
+    pool = "the pooled releases of hospitals that train alone"
+    return f"against {pool} they are {_gap(row['difference']).replace('level with', 'level')} ({_interval(row)}{_gain(row)})"
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    """The verdict behind an interval; nothing where there is no interval."""
+    if row.get("ci") is None:
+        return ""
+    claim = ("a gain" if row["difference"] > 0 else "a loss") if _steady(row) else UNSTEADY
+    return f": {claim if _shown(row) else 'no difference shown'}"
 
 
 def _shown(row: Mapping[str, Any]) -> bool:

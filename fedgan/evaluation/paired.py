@@ -19,6 +19,7 @@ from fedgan.evaluation.utility import number
 LEVEL = 0.05  # a difference counts as shown below this (adjusted) two-sided p-value
 DRAWS_A_PAIR = 100  # resamples for each pair of a family: Holm's smallest p-value of m pairs is then 2m / (100m + 1) < 0.02
 FEDERATED = ("federated", "finetuned")
+POOL = ("local", "centralized")  # what the hospitals release alone, against what they could not do: pool their images
 NOTE = (
     "Intervals and p-values of differences between arms speak of the real test images (patients drawn again, the same for "
     "both arms); the spread between trainings with different seeds stands beside them. Holm's correction is applied inside "
@@ -177,7 +178,8 @@ def standard_families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple
 
     "federation": each federated (or fine-tuned) arm against centralised training, against the union of what the hospitals
     release alone, against each hospital alone, which has its own share of the budget of images, and, where it was trained,
-    against each hospital alone with the whole budget (the "coalition NAME" of one member). "against real": each arm, and no
+    against each hospital alone with the whole budget (the "coalition NAME" of one member); and that union against
+    centralised training. "against real": each arm, and no
     single hospital, against training on real images. Larger coalitions serve the contribution of hospitals alone.
     """
     whole = [row for row in rows if row.get("hospital") is None]
@@ -186,8 +188,9 @@ def standard_families(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple
     rivals += [row for row in whole if row["arm"] == "coalition" and "+" not in row["name"]]
     federated = [row for row in whole if row["arm"] in FEDERATED]
     generated = [row for row in whole if row["arm"] in ("centralized", *FEDERATED, "local")]
+    pooled = [(one["name"], other["name"]) for one in whole for other in whole if (one["arm"], other["arm"]) == POOL]
     families = {
-        "federation": [(one["name"], other["name"]) for one in federated for other in rivals],
+        "federation": [(one["name"], other["name"]) for one in federated for other in rivals] + pooled,
         "against real": [(one["name"], real["name"]) for one in generated for real in whole if real["arm"] == "real"],
     }
     return {family: pairs for family, pairs in families.items() if pairs}
