@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import functools
 import json
 import os
 import shutil
@@ -770,7 +771,11 @@ def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_and_is_evaluated_
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     fedgan = [sys.executable, "-m", "fedgan.cli"]
     command = [*fedgan, "simulate", "tiny.toml", "--output", "run"]
-    stopped = subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # a job in the background of a script ignores SIGINT, and its children would too
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    stopped = subprocess.Popen(
+        command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed
+    )
     assert stopped.stderr is not None
     with watchdog(stopped):
         for line in stopped.stderr:
