@@ -137,6 +137,11 @@ class EvaluationSettings:
         choices=("full", "quick"),
     )
     classifier: str = meaning("small-cnn", "Network of the classifiers.", choices=CLASSIFIERS)
+    precision: str = meaning(
+        "fp32",
+        "Of the classifiers' training: fp32, or bf16 (1.6 times as fast on a CPU with bf16 instructions, slower without).",
+        choices=("fp32", "bf16"),
+    )
     label_map: str = meaning("", "Merges labels for the classifiers only, e.g. 'normal=normal,*=abnormal'.")
     seeds: int = meaning(2, "Classifier trainings with different seeds.", low=1)
     epochs: int = meaning(12, "Passes of a classifier over as many images as the real training split has.", low=1)

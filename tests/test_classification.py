@@ -75,6 +75,18 @@ def _scripted(monkeypatch, losses):
     return seen
 
 
+def test_bf16_training_learns_too_and_gives_float32_weights():
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    labels = np.eye(2, dtype=np.uint8)[np.arange(128) % 2]
+    images = rng.integers(0, 100, (128, 1, 16, 16), np.uint8) + (120 * labels[:, 1]).astype(np.uint8)[:, None, None, None]
+    data = ImageDataset("toy", images, labels, ("dark", "bright"))
+    plain, short = (train_classifier(data, 24, 0, precision=precision) for precision in ("fp32", "bf16"))
+    assert {tensor.dtype for tensor in short.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
+    assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), short.parameters(), strict=True))
+    assert (probabilities(short, data).argmax(1) == labels.argmax(1)).mean() > 0.9
+
+
 def test_the_network_of_the_best_check_is_kept(monkeypatch):
     data = _data(128, 0)
     seen = _scripted(monkeypatch, [5.0, 4.0, 1.0, 3.0, 2.0, float("nan"), 1.5])

@@ -115,12 +115,15 @@ def train_classifier(
     progress: Callable[[int, int], None] | None = None,
     validation: ImageDataset | None = None,
     checks: int = CHECKS,
+    precision: str = "fp32",
 ) -> Classifier:
     """Train the classifier called `name` for `steps` steps of 64 images; deterministic by `seed` for one thread count.
 
     Images are shown in random order, each as often as the others. With `validation` images the result is the network of the
     check with the lowest `validation_loss`, and training ends early after `PATIENCE` checks without a lower one
-    (`SELECTION_BY_VALIDATION`); the steps themselves are the same as without. `progress(step, steps)` is called after each step.
+    (`SELECTION_BY_VALIDATION`); the steps themselves are the same as without. `precision` "bf16": activations of the
+    training steps in bfloat16 (autocast); weights, loss, validation and use stay float32. `progress(step, steps)` is called
+    after each step.
     torch's global random state is left as it was. Raises `DataError` for a dataset without images, and for validation
     images that are none or have other labels.
     """
@@ -140,7 +143,9 @@ def train_classifier(
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * cycle(step / steps)
         images, labels = dataset.batch(index)
-        logits = classifier(to_float(augment(images, rng).to(device)))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = classifier(to_float(augment(images, rng).to(device)))
+        logits = logits.float()
         loss = classification_loss(logits, labels.to(device), weights, dataset.exclusive)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

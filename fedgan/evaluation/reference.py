@@ -92,7 +92,10 @@ class RealReference:
 
     def fit(self, dataset: ImageDataset, validation: ImageDataset | None, number: int) -> Classifier:
         """A classifier of any training images by the one recipe, with as many steps as the real ones have at most."""
-        return train_classifier(dataset, self.steps, self.seed + number, self.classifier_name, self.device, validation=validation)
+        seed, precision = self.seed + number, self.settings.precision
+        return train_classifier(
+            dataset, self.steps, seed, self.classifier_name, self.device, validation=validation, precision=precision
+        )
 
     @cached_property
     def scores(self) -> np.ndarray:
@@ -210,6 +213,7 @@ class RealReference:
             "train": _dataset_hash(self.train),
             "val": _dataset_hash(self.val),
             "classifier": self.classifier_name,
+            "precision": self.settings.precision,
             "steps": self.steps,
             "seed": self.seed,
             "threads": torch.get_num_threads(),
