@@ -87,7 +87,8 @@ def judgement_rows(results: dict[str, Any]) -> list[str]:
     return [
         f"full evaluation of an arm, {found['images']} images of 64², threads {run['threads']}: {run['arm_seconds']:.0f} s"
         f"{f' (mark {JUDGEMENT_SECONDS_MARK})' if run['threads'] == whole else ''}, and {run['real_seconds']:.0f} s once for the "
-        f"real side;  classifier training at {run['classifier_share']:.2f} of the rate of its bare steps"
+        f"real side;  classifier training at {run['classifier_share']:.2f} of the rate of its bare steps, "
+        f"{run['bf16_gain']:.2f} times as fast in bf16"
         for run in found["runs"]
     ]
 

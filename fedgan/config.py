@@ -139,7 +139,7 @@ class EvaluationSettings:
     classifier: str = meaning("small-cnn", "Network of the classifiers.", choices=CLASSIFIERS)
     precision: str = meaning(
         "fp32",
-        "Of the classifiers' training: fp32, or bf16 (1.6 times as fast on a CPU with bf16 instructions, slower without).",
+        "Of the classifiers' training: fp32, or bf16 (faster on a CPU with bf16 instructions, slower without).",
         choices=("fp32", "bf16"),
     )
     label_map: str = meaning("", "Merges labels for the classifiers only, e.g. 'normal=normal,*=abnormal'.")

@@ -53,7 +53,7 @@ class Evaluator:
     ) -> None:
         if not hospitals:
             raise DataError("the evaluator was given no hospital: check data.root and evaluation.root")
-        self.settings, self.run, self.device = settings, run, device or _device(settings.training.device)
+        self.settings, self.run, self.device = settings, run, device or evaluation_device(settings)
         train, val, test = (
             pool_places([(hospital.name, getattr(hospital, split)) for hospital in hospitals], split)
             for split in ("train", "val", "test")
@@ -115,6 +115,6 @@ class Evaluator:
         return name
 
 
-def _device(name: str) -> str:
+def evaluation_device(settings: Settings) -> str:
     """CUDA where there is one and the settings allow it: a run of a GPU machine can be evaluated on any other."""
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cuda" if settings.training.device != "cpu" and torch.cuda.is_available() else "cpu"

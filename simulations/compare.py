@@ -27,6 +27,7 @@ from fedgan.data.federation import describe_hospitals
 from fedgan.errors import ConfigError
 from fedgan.evaluation.features import check_features
 from fedgan.report.cards.collect import public
+from server.evaluator import evaluation_device
 from server.lock import locked, sweep
 from server.preparation import (
     check_evaluation,
@@ -99,13 +100,8 @@ def prepare(settings: Settings, folder: ComparisonFolder, tell: Tell) -> Setting
 
 def check_same(there: Settings, wanted: Settings, folder: ComparisonFolder) -> None:
     """Raise `ConfigError` when two scenarios differ in anything that the trained arms depend on."""
-    old, new = _trained(there), _trained(wanted)
-    if changed := [key for key in new if old.get(key) != new[key]]:
-        key = changed[0]
-        raise ConfigError(
-            f"{folder.path} holds arms that were trained with {key} = {old.get(key)!r}, not {new[key]!r}: "
-            "give another --output, or remove it"
-        )
+    if change := _change(there, wanted):
+        raise ConfigError(f"{folder.path} holds arms that were trained with {change}: give another --output, or remove it")
 
 
 def train_arms(arms: Sequence[Arm], folder: ComparisonFolder, slots: int | None, tell: Tell) -> dict[Path, str]:
@@ -119,7 +115,7 @@ def train_arms(arms: Sequence[Arm], folder: ComparisonFolder, slots: int | None,
     tasks = [_training_task(job, folder, names) for job in jobs]
     tell(_plan_event("training", tasks))
     settings = jobs[0].settings
-    run_tasks(tasks, _gpu_groups(slots) if _on_gpu(settings) else core_groups(settings.federation.threads, slots), tell)
+    run_tasks(tasks, _groups(settings, settings.federation.threads, slots), tell)
     return {job.folder: task.failure for job, task in zip(jobs, tasks, strict=True) if task.failure}
 
 
@@ -150,8 +146,7 @@ def judge_arms(
     if all(task.done for task in judged):
         return {}
     tell(_plan_event("judging", tasks))
-    groups = _gpu_groups(slots) if _on_gpu(settings) else core_groups(1, slots)
-    run_tasks(tasks, groups, tell)
+    run_tasks(tasks, _groups(settings, 1, slots), tell)
     return {arm.folder: task.failure for arm, task in zip(arms, judged, strict=True) if task.failure}
 
 
@@ -160,13 +155,10 @@ def job_is_done(job: Job) -> bool:
     return is_trained(job.run, job.settings) if job.kind == FEDERATION else is_trained_at_home(job)
 
 
-def _on_gpu(settings: Settings) -> bool:
-    return settings.training.device != "cpu" and torch.cuda.is_available()
-
-
-def _gpu_groups(slots: int | None) -> list[tuple[int, ...]]:
-    """One job at a time on the GPU, or as many side by side as `--jobs` says; each may use all cores."""
-    return core_groups(0) * (slots or 1)
+def _groups(settings: Settings, threads: int, slots: int | None) -> list[tuple[int, ...]]:
+    """The cores of each job that may run at once; on a GPU one job, or as many as `--jobs` says, each with all cores."""
+    on_gpu = evaluation_device(settings) == "cuda"
+    return core_groups(0) * (slots or 1) if on_gpu else core_groups(threads, slots)
 
 
 def _plan_event(stage: str, tasks: Sequence[Task]) -> dict[str, Any]:
@@ -216,12 +208,16 @@ def _check_trained_alike(job: Job) -> None:
     """Raise `ConfigError` when the job's folder holds a training with other settings."""
     if not job.run.config.is_file():
         return
-    old, new = _trained(job.run.settings()), _trained(with_absolute_paths(job.settings))
-    if changed := [key for key in new if old.get(key) != new[key] and key != "data.root"]:  # the data's hash was compared
-        raise ConfigError(
-            f"{job.folder} was trained with {changed[0]} = {old.get(changed[0])!r}, not {new[changed[0]]!r}: "
-            "remove that folder, or give the arm another name"
-        )
+    # where the data lie is no matter here: their hash was compared
+    if change := _change(job.run.settings(), with_absolute_paths(job.settings), but="data.root"):
+        raise ConfigError(f"{job.folder} was trained with {change}: remove that folder, or give the arm another name")
+
+
+def _change(there: Settings, wanted: Settings, but: str = "") -> str:
+    """The first key in which two trainings differ, as 'key = old, not new'; empty where they are alike. `but`: no such key."""
+    old, new = _trained(there), _trained(wanted)
+    changed = (key for key in new if old.get(key) != new[key] and key != but)
+    return next((f"{key} = {old.get(key)!r}, not {new[key]!r}" for key in changed), "")
 
 
 def _trained(settings: Settings) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _restore(job: Job, run: RunFolder, trainer: Trainer, data: ImageDataset) -> 
     state = State(0, trainer.outgoing(PARTS), {}, trainer.images_seen, 0, 0.0, None)
     state.label_names, state.exclusive = tuple(data.label_names), data.exclusive
     state.channels, state.resolution = data.channels, data.resolution
-    save_state(run, run.settings(), state, experiment)
+    save_state(run, trainer.settings, state, experiment)
     return state
 
 
@@ -136,7 +136,7 @@ def _round(job: Job, run: RunFolder, trainer: Trainer, before: State, number: in
         "mean": mean_of([row]),
         "hospitals": [row],
     }
-    save_state(run, run.settings(), after, experiment_of(run))
+    save_state(run, trainer.settings, after, experiment_of(run))
     write_line(run, after.line)
     for path in _states(run):
         if int(path.stem.removeprefix("state-")) <= number - KEEP_STATES:

@@ -36,6 +36,7 @@ from fedgan.evaluation.sampling import generate_images, synthetic_labels
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator
 from server.checkpoints import is_evaluated
+from server.evaluator import evaluation_device
 from server.preparation import evaluation_hospitals, open_prepared
 from simulations.arms import Arm, Job
 
@@ -58,7 +59,7 @@ class Bench:
 def open_bench(folder: ComparisonFolder, say: Callable[[str], None] | None = None) -> Bench:
     """The one evaluator of a comparison; what it learns of the real images is kept in `reference/`."""
     settings = folder.settings()
-    device = device_of(settings)
+    device = evaluation_device(settings)
     hospitals, guests = open_prepared(settings, folder), evaluation_hospitals(settings, folder)
     trained = pool_places([(hospital.name, hospital.train) for hospital in hospitals], "train")
     held = [pool_places([(guest.name, guest.split(split)) for guest in guests], split) for split in ("val", "test")]
@@ -118,13 +119,8 @@ def judgement_key(settings: Settings, arm: Arm, folder: ComparisonFolder) -> str
         held += [Shard.open(path).card.content_hash for path in find_shards(settings.evaluation.root)]
     features = settings.evaluation.features
     weights = "" if features == REFERENCE else hashlib.sha256(Path(features).read_bytes()).hexdigest()
-    facts = [FORMAT, hashes, tree["data"], evaluation, settings.seed, held, weights, device_of(settings)]
+    facts = [FORMAT, hashes, tree["data"], evaluation, settings.seed, held, weights, evaluation_device(settings)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def device_of(settings: Settings) -> str:
-    """Where the arms are judged: CUDA where there is one and the settings allow it."""
-    return "cuda" if settings.training.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def is_judged(settings: Settings, arm: Arm, folder: ComparisonFolder) -> bool:

@@ -156,9 +156,13 @@ def _engine(run: RunFolder, tell: OnEvent, client: str, lock: int, judged: bool)
 
 def engine_environment(ray_folder: str) -> dict[str, str]:
     """The environment of the engine, which Ray's actors inherit: no telemetry, and hospitals that may use the run's folder."""
+    return child_environment() | {"FEDGAN_RAY_DIR": ray_folder, SIMULATION: "1"}
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a process that runs the repository's modules: quiet, and with the repository on its path."""
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    own = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "FEDGAN_RAY_DIR": ray_folder, SIMULATION: "1"}
-    return dict(os.environ) | QUIET | own
+    return dict(os.environ) | QUIET | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _listen(process: subprocess.Popen[bytes], events: IO[bytes], run: RunFolder, tell: OnEvent) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgan.machine import usable_cores
-from simulations.runner import QUIET, REPOSITORY
+from simulations.runner import child_environment
 
 Tell = Callable[[dict[str, Any]], None]
 ENDING_SECONDS = 20.0
@@ -103,9 +103,7 @@ def _startable(tasks: Sequence[Task], running: Sequence[Task]) -> list[Task]:
 
 def _start(task: Task, cores: tuple[int, ...], watch: selectors.BaseSelector) -> None:
     task.cores, task.rest = cores, b""
-    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    environment = dict(os.environ) | QUIET | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment |= {"OMP_NUM_THREADS": str(len(cores)), "MKL_NUM_THREADS": str(len(cores))}
+    environment = child_environment() | {"OMP_NUM_THREADS": str(len(cores)), "MKL_NUM_THREADS": str(len(cores))}
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with open(task.log, "ab") as log:
         task.process = subprocess.Popen(
