@@ -7,6 +7,7 @@ names the kind of failure, but no path, patient or label, travels to the server.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp import ClientApp
 
 from client.site import Order, Progress, Site, find_site, log_failure, log_folder
-from fedgan.config import PARTS
+from fedgan.config import PARTS, Settings
 from fedgan.errors import HOSPITAL_REASON
 from fedgan.machine import peak_memory, usable_cores
-from fedgan.training.trainer import Trainer
+from fedgan.training.start import begin_training
 
 FAILED = 2  # Flower's code for "the ClientApp raised"
 
@@ -79,14 +80,27 @@ def introduce(visit: Visit, order: Order, site: Site) -> RecordDict:
     return RecordDict({"hospital": ConfigRecord(facts)})
 
 
+def own_settings(order: Order) -> Settings:
+    """The scenario as this hospital trains it: its own share of a step."""
+    training = dataclasses.replace(order.settings.training, batch_size=order.batch or order.settings.training.batch_size)
+    return dataclasses.replace(order.settings, training=training)
+
+
 def train_round(visit: Visit, order: Order, site: Site) -> RecordDict:
     """Load the state of the round before, take over what arrived, train, save, and give out what travels."""
-    settings = order.settings
+    settings = own_settings(order)
     threads = settings.federation.threads or usable_cores()
     torch.set_num_threads(threads)
 
     visit.doing = "preparing the training"
-    trainer = Trainer(settings, site.hospital.train, settings.training.device, stream=site.number)
+    trainer = begin_training(
+        settings,
+        site.hospital.train,
+        stream=site.number,
+        planned_images=order.planned,
+        ledgers=[site.ledger],
+        run=order.experiment,
+    )
     if order.since:
         visit.doing = f"loading its state of round {order.since}"
         trainer.load(site.state_of(order))

@@ -25,6 +25,7 @@ from fedgan import files
 from fedgan.config import Settings, from_dict
 from fedgan.data.federation import Hospital, open_hospital, open_hospitals
 from fedgan.errors import CheckpointError, ConfigError
+from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.run_folder import RunFolder
 
 SIMULATION = "FEDGAN_SIMULATION"  # "1" in the environment of simulated hospitals
@@ -34,7 +35,8 @@ PROGRESS_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Order:
-    """What the server asks for. `images`: real images of this round; `since`: the round whose state is continued (0: none)."""
+    """What the server asks for. `images`: real images of this round, `planned`: of all rounds, `batch`: of a step here;
+    `since`: the round whose state is continued (0: none)."""
 
     settings: Settings
     experiment: str
@@ -42,6 +44,8 @@ class Order:
     round: int = 0
     since: int = 0
     images: int = 0
+    planned: int = 0
+    batch: int = 0
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Order:
@@ -52,7 +56,7 @@ class Order:
                 "the server's experiment id is not made of up to 64 letters and digits: it would name a folder here"
             )
         settings = from_dict(json.loads(str(config["settings"])), source="the server's settings")
-        numbers = {key: int(config.get(key, 0)) for key in ("round", "since", "images")}
+        numbers = {key: int(config.get(key, 0)) for key in ("round", "since", "images", "planned", "batch")}
         return Order(settings, experiment, str(config["run"]), **numbers)
 
 
@@ -63,6 +67,7 @@ class Site:
     number: int
     hospital: Hospital
     folder: Path
+    ledger: Path
 
     def state(self, round_number: int) -> Path:
         """The Trainer's state after `round_number`."""
@@ -113,7 +118,9 @@ def find_site(order: Order, node: Mapping[str, Any]) -> Site:
             raise ConfigError(f"partition-id = {number}, but there are {len(everyone)} hospitals (counted from 0)")
         hospital = everyone[number]
     folder = Path(own_state) / order.experiment if own_state else RunFolder(Path(order.run)).hospital_state(hospital.name)
-    return Site(number, hospital, folder)
+    # what is known of the shard outlives every run: it lies beside the shard, or where this node keeps its state
+    place = Path(own_state) if own_state else hospital.place or folder
+    return Site(number, hospital, folder, place / LEDGER)
 
 
 def log_folder(order: Order, node: Mapping[str, Any]) -> Path | None:

@@ -61,6 +61,8 @@ class ModelSettings:
     channel_base: int = meaning(2048, "Channels at resolution r are min(channel_base / r, channel_max).", low=16)
     channel_max: int = meaning(64, "Most channels of any layer.", low=4)
     minibatch_std_group: int = meaning(4, "Group size of the discriminator's minibatch-std layer; 0: no such layer.", low=0)
+    d_channel_base: int = meaning(0, "channel_base of the discriminator; 0: channel_base.", low=0)
+    d_channel_max: int = meaning(0, "channel_max of the discriminator; 0: channel_max.", low=0)
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,30 @@ class TrainingSettings:
     """The one training loop, the same in every arm."""
 
     kimg: float = meaning(20.0, "Real images shown to discriminators, in thousands, summed over the hospitals.", low=0.001)
-    batch_size: int = meaning(16, "Images a step.", low=1)
+    batch_size: int = meaning(16, "Real images a discriminator step.", low=1)
+    generator_batch: int = meaning(0, "Images a generator step; 0: batch_size.", low=0)
+    d_steps: int = meaning(1, "Discriminator steps a generator step.", low=1)
+    d_accuracy: float = meaning(
+        0.0,
+        "The generator waits until D calls this share of its images fake, for 16 * d_steps at most; 0: no waiting.",
+        low=0.0,
+        high=1.0,
+    )
+    d_average: float = meaning(
+        0.0, "The generator learns from an average of D with this decay a step; 0: from D.", low=0.0, high=0.9999
+    )
     learning_rate: float = meaning(0.0025, "Adam's learning rate for generator and discriminator.", low=0.0)
+    sampling: str = meaning(
+        "auto",
+        "Real images of a step: shuffled passes, or a Poisson sample; auto: poisson with privacy, else shuffle.",
+        choices=("auto", "shuffle", "poisson"),
+    )
+    labels: str = meaning(
+        "data",
+        "The generator's labels: as frequent as the hospital's own (noised by privacy.label_noise), or uniform.",
+        choices=("data", "uniform"),
+    )
+    warm_start: str = meaning("", "Run folder or checkpoint to begin from, made without private images; empty: from scratch.")
     r1_gamma: float = meaning(-1.0, "Weight of R1; -1: 0.0002 * pixels / batch_size (arXiv 2006.06676).", low=-1.0)
     r1_interval: int = meaning(16, "Steps between two R1 regularisations.", low=1)
     path_length_weight: float = meaning(2.0, "Weight of path-length regularisation; 0: none.", low=0.0)
@@ -111,6 +135,11 @@ class FederationSettings:
     local_images: str = meaning(
         "proportional", "Images of a round: by the hospital's size, or the same for each.", choices=("proportional", "equal")
     )
+    batch: str = meaning(
+        "each",
+        "each: a step of every hospital is batch_size; shared: batch_size is dealt over them by size.",
+        choices=("each", "shared"),
+    )
     threads: int = meaning(
         1, "CPU threads of one hospital; as many hospitals train at once as the cores hold. 0: all cores.", low=0
     )
@@ -123,6 +152,42 @@ class FederationSettings:
     def participants(self) -> int:
         """How many hospitals train: the members that are named, or all."""
         return len(self.members) or self.hospitals
+
+
+@dataclass(frozen=True)
+class PrivacySettings:
+    """Differential privacy of the discriminator's training (DP-SGD); off unless epsilon or noise_multiplier is given."""
+
+    epsilon: float = meaning(
+        0.0, "Noise is chosen so that a hospital's whole run costs this epsilon; 0: see noise_multiplier.", low=0.0
+    )
+    noise_multiplier: float = meaning(
+        -1.0, "Noise over max_grad_norm; 0: clipping without noise, which guarantees nothing; -1: as epsilon asks.", low=-1.0
+    )
+    delta: float = meaning(
+        0.0, "Probability that the guarantee may fail; 0: 1 / (images or patients of the hospital).", low=0.0, high=0.5
+    )
+    max_grad_norm: float = meaning(1.0, "Most that one unit's gradient may measure; larger ones are scaled down.", low=1e-6)
+    unit: str = meaning("image", "Whose presence is hidden: one image's or one patient's.", choices=("image", "patient"))
+    images_per_patient: int = meaning(0, "Images of a patient that one step looks at, drawn anew each time; 0: all.", low=0)
+    max_epsilon: float = meaning(0.0, "A hospital stops before its ledger exceeds this, over all runs; 0: no limit.", low=0.0)
+    noise_split: str = meaning(
+        "by_size",
+        "by_size: each hospital's own noise, for its number of images; equal: the noise that the smallest needs.",
+        choices=("by_size", "equal"),
+    )
+    label_noise: float = meaning(0.0, "Noise on the counts of labels, released once a run; 0: none are released.", low=0.0)
+    r_t_noise: float = meaning(
+        0.0, "Noise on the sum of D's signs that moves ADA, accounted with the gradient; 0: not released.", low=0.0
+    )
+    public_start: bool = meaning(False, "Declares that training.warm_start was trained on public images alone.")
+    r1: bool = meaning(False, "R1 for each image, inside the clipped loss (4 to 6 times as slow).")
+    chunk: int = meaning(64, "Images whose single gradients are in memory at once.", low=1)
+
+    @property
+    def on(self) -> bool:
+        """Whether D is trained by DP-SGD."""
+        return self.epsilon > 0 or self.noise_multiplier >= 0
 
 
 @dataclass(frozen=True)
@@ -192,6 +257,7 @@ class Settings:
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     federation: FederationSettings = field(default_factory=FederationSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     comparison: ComparisonSettings = field(default_factory=ComparisonSettings)
 

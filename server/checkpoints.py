@@ -7,6 +7,7 @@ checkpoint: whoever stops in between finds it in the JSON again.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 
 from fedgan import files
-from fedgan.config import Settings, to_dict
+from fedgan.config import PrivacySettings, Settings, to_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import CheckpointError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors, save_tensors
 from fedgan.training.trainer import Trainer
+from fedgan.training.warm_start import warm_start
 from server.roster import Member
 from server.strategies import STATE
 
@@ -50,7 +52,9 @@ def initial_state(settings: Settings, members: Sequence[Member]) -> State:
     first = members[0]
     shape = (1, first.channels, first.resolution, first.resolution)
     nobody = ImageDataset("server", np.zeros(shape, np.uint8), np.zeros((1, len(first.label_names)), np.uint8), first.label_names)
-    arrays = Trainer(settings, nobody).outgoing(settings.federation.exchange)
+    begin = Trainer(dataclasses.replace(settings, privacy=PrivacySettings()), nobody)  # no image is seen here
+    warm_start(begin)
+    arrays = begin.outgoing(settings.federation.exchange)
     return State(0, arrays, {}, 0, 0, 0.0, None, first.label_names, first.exclusive, first.channels, first.resolution)
 
 

@@ -24,11 +24,11 @@ from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator
 from server.checkpoints import State, has_line, initial_state, is_evaluated, load_state, save_state, write_line
 from server.roster import Member, Roster, gather, introduce, require_all
-from server.rounds import deal_images, round_totals
+from server.rounds import Deal, deal
 from server.strategies import ARRAYS, make_strategy, restore_strategy, strategy_state
 
 Event = dict[str, Any]
-MEANS = ("loss_g", "loss_d", "r_t", "p", "r1", "path_length")
+MEANS = ("loss_g", "loss_d", "d_accuracy", "r_t", "p", "r1", "path_length")
 
 
 class Judge(Protocol):
@@ -73,21 +73,19 @@ class Federation:
         strategy = make_strategy(self.settings)
         restore_strategy(strategy, state.moments)
         federation = self.settings.federation
-        batch = self.settings.training.batch_size
-        totals = round_totals(self.settings.training.kimg, federation.rounds, batch)
-        dealt = deal_images([member.images for member in members], totals, batch, federation.local_images == "equal")
+        dealt = deal(self.settings, [member.images for member in members])
         self.tell(
             {
                 "event": "start",
                 "hospitals": [member.name for member in members],
                 "rounds": federation.rounds,
                 "first_round": state.round + 1,
-                "images": sum(totals),
+                "images": sum(dealt.totals),
                 "images_seen": state.images_seen,
             }
         )
         while state.round < federation.rounds:
-            state = self._round(grid, strategy, members, state, dealt[state.round])
+            state = self._round(grid, strategy, members, state, dealt)
             self._look(state)
 
     def conclude(self) -> None:
@@ -114,10 +112,10 @@ class Federation:
 
     # --- one round -------------------------------------------------------------------------------
 
-    def _round(self, grid: Grid, strategy: FedAvg, members: Sequence[Member], state: State, images: Sequence[int]) -> State:
+    def _round(self, grid: Grid, strategy: FedAvg, members: Sequence[Member], state: State, dealt: Deal) -> State:
         """Train and aggregate one round; the state after it, already on the disk."""
         number, begun = state.round + 1, time.perf_counter()
-        names = [member.name for member in members]
+        names, images = [member.name for member in members], dealt.images[state.round]
         self.tell(
             {
                 "event": "round_start",
@@ -129,7 +127,10 @@ class Federation:
         order = self._order() | {"round": number, "since": state.round}
         timeout = self.settings.federation.round_timeout
         configured = strategy.configure_train(number, to_record(state.arrays), ConfigRecord(order), cast(Grid, Roster(members)))
-        by_node = {member.node: count for member, count in zip(members, images, strict=True)}
+        by_node = {
+            member.node: {"images": images[place], "planned": dealt.planned(place), "batch": dealt.batches[place]}
+            for place, member in enumerate(members)
+        }
         # in the order of the hospitals, the largest first: with fewer cores than hospitals the long work begins at once
         places = {member.node: member.number for member in members}
         messages = sorted(configured, key=lambda message: places[message.metadata.dst_node_id])
@@ -200,11 +201,11 @@ def array_bytes(record: Mapping[str, Array]) -> int:
     return sum(int(array.numpy().nbytes) for array in record.values())
 
 
-def personal(message: Message, images: Mapping[int, int]) -> Message:
-    """The strategy's message with the hospital's own number of images in a ConfigRecord of its own."""
+def personal(message: Message, numbers: Mapping[int, Mapping[str, int]]) -> Message:
+    """The strategy's message with the hospital's own numbers of images in a ConfigRecord of its own."""
     node = message.metadata.dst_node_id
     records = dict(message.content.items())
-    config = {**message.content.config_records["config"], "images": images[node]}
+    config = {**message.content.config_records["config"], **numbers[node]}
     return Message(RecordDict(records | {"config": ConfigRecord(config)}), node, message.metadata.message_type)
 
 

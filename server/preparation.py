@@ -29,6 +29,7 @@ from fedgan.errors import DataError, FederationError
 from fedgan.evaluation.features import REFERENCE, check_features
 from fedgan.evaluation.reference import merged, pool_places
 from fedgan.machine import usable_cores
+from fedgan.privacy.validator import check_private
 from fedgan.run_folder import RunFolder
 from fedgan.training.trainer import resolve_device
 from server.strategies import check_strategy
@@ -45,6 +46,7 @@ def prepare_run(settings: Settings, run: RunFolder, tell: Tell = lambda event: N
     stays, so that what cannot be prepared now can be resumed later.
     """
     check_strategy(settings)
+    check_private(settings)
     resolve_device(settings.training.device)
     settings = with_absolute_paths(settings)
     if settings.evaluation.features != REFERENCE:
@@ -150,10 +152,11 @@ def with_absolute_paths(settings: Settings) -> Settings:
         return str(Path(path).expanduser().resolve()) if path else ""
 
     data = dataclasses.replace(settings.data, root=absolute(settings.data.root))
+    training = dataclasses.replace(settings.training, warm_start=absolute(settings.training.warm_start))
     evaluation = dataclasses.replace(settings.evaluation, root=absolute(settings.evaluation.root))
     if evaluation.features != REFERENCE:
         evaluation = dataclasses.replace(evaluation, features=absolute(evaluation.features))
-    return dataclasses.replace(settings, data=data, evaluation=evaluation)
+    return dataclasses.replace(settings, data=data, training=training, evaluation=evaluation)
 
 
 def environment(settings: Settings, run: RunFolder) -> dict[str, Any]:

@@ -9,6 +9,58 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedgan.config import Settings
+from fedgan.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Deal:
+    """`images[r][h]`: real images of hospital h in round r. `batches[h]`: its images a step."""
+
+    images: list[list[int]]
+    batches: list[int]
+
+    @property
+    def totals(self) -> list[int]:
+        """Images of each round over all hospitals."""
+        return [sum(row) for row in self.images]
+
+    def planned(self, hospital: int) -> int:
+        """Images of one hospital over the whole run."""
+        return sum(row[hospital] for row in self.images)
+
+
+def deal(settings: Settings, sizes: Sequence[int]) -> Deal:
+    """What each hospital is asked for, by its number of training images (`sizes`)."""
+    training, federation = settings.training, settings.federation
+    totals = round_totals(training.kimg, federation.rounds, training.batch_size)
+    if federation.batch == "each":
+        equal = federation.local_images == "equal"
+        return Deal(deal_images(sizes, totals, training.batch_size, equal), [training.batch_size] * len(sizes))
+    batches = share_batch(sizes, training.batch_size)
+    return Deal([[total // training.batch_size * batch for batch in batches] for total in totals], batches)
+
+
+def share_batch(sizes: Sequence[int], batch_size: int) -> list[int]:
+    """One step of the whole federation dealt by size: largest remainders, at least one image each; sums to `batch_size`.
+
+    Then every hospital looks at the same share of its images in a step, and takes as many steps. Raises `ConfigError` when
+    there are fewer images than hospitals.
+    """
+    if batch_size < len(sizes):
+        raise ConfigError(
+            f"training.batch_size = {batch_size} cannot be shared by {len(sizes)} hospitals: raise it, or set "
+            "federation.batch = 'each'"
+        )
+    exact = [batch_size * size / sum(sizes) for size in sizes]
+    shares = [max(1, math.floor(share)) for share in exact]
+    while sum(shares) < batch_size:
+        shares[max(range(len(shares)), key=lambda index: exact[index] - shares[index])] += 1
+    while sum(shares) > batch_size:
+        shares[max(range(len(shares)), key=lambda index: shares[index] - exact[index] if shares[index] > 1 else -math.inf)] -= 1
+    return shares
 
 
 def round_totals(kimg: float, rounds: int, batch_size: int) -> list[int]:

@@ -19,7 +19,7 @@ from fedgan.errors import ConfigError
 from fedgan.run_folder import RunFolder
 from server.checkpoints import is_evaluated
 from server.preparation import shards_of
-from server.rounds import deal_images, round_totals
+from server.rounds import deal, round_totals
 
 KINDS = ("centralized", "federated", "local", "finetuned", "leave-one-out", "coalitions")
 NAMED = {  # federations that have a name of their own
@@ -185,7 +185,7 @@ def _local(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int
     run = folder.arm("local", settings.seed)
     dealt = _dealt(settings, sizes)
     jobs = tuple(
-        Job(run.path / "members" / hospital, HOME, at_home(settings, (hospital,)), tuple(images))
+        Job(run.path / "members" / hospital, HOME, _alone(settings, hospital, sizes), tuple(images))
         for hospital, images in dealt.items()
     )
     shown = {hospital: sum(images) for hospital, images in dealt.items()}
@@ -210,7 +210,7 @@ def _finetuned(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str,
         Job(
             run.path / "members" / hospital,
             HOME,
-            at_home(settings, (hospital,)),
+            _alone(settings, hospital, sizes),
             tuple(images[begin:]),
             Start(source.path, begin, sum(images[:begin])),
         )
@@ -275,6 +275,12 @@ def _totals(settings: Settings) -> list[int]:
 
 def _dealt(settings: Settings, sizes: Mapping[str, int]) -> dict[str, list[int]]:
     """Images of each round for each hospital, as the federation deals them."""
-    equal = settings.federation.local_images == "equal"
-    rows = deal_images(list(sizes.values()), _totals(settings), settings.training.batch_size, equal)
+    rows = deal(settings, list(sizes.values())).images
     return {name: [row[number] for row in rows] for number, name in enumerate(sizes)}
+
+
+def _alone(settings: Settings, hospital: str, sizes: Mapping[str, int]) -> Settings:
+    """The settings of one hospital at home, with the step that it has in the federation."""
+    batch = dict(zip(sizes, deal(settings, list(sizes.values())).batches, strict=True))[hospital]
+    training = dataclasses.replace(settings.training, batch_size=batch)
+    return at_home(dataclasses.replace(settings, training=training), (hospital,))

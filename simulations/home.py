@@ -18,9 +18,12 @@ from fedgan.data.dataset import ImageDataset
 from fedgan.data.federation import Hospital
 from fedgan.evaluation.reference import pool_places
 from fedgan.machine import peak_memory, usable_cores
+from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
+from fedgan.training.start import begin_training
 from fedgan.training.trainer import Trainer
+from fedgan.training.warm_start import warm_start
 from server.checkpoints import State, has_line, load_state, save_state, write_line
 from server.federation import mean_of
 from server.lock import locked, sweep
@@ -43,8 +46,15 @@ def train_at_home(job: Job, tell: Tell) -> None:
             prepare_run(job.settings, run, tell)
         settings = run.settings()
         torch.set_num_threads(settings.federation.threads or usable_cores())
-        data = pooled(open_prepared(settings, run))
-        trainer = Trainer(settings, data, settings.training.device)
+        hospitals = open_prepared(settings, run)
+        data = pooled(hospitals)
+        trainer = begin_training(
+            settings,
+            data,
+            planned_images=sum(job.images),
+            ledgers=[(hospital.place or run.hospital_state(hospital.name)) / LEDGER for hospital in hospitals],
+            run=experiment_of(run),
+        )
         state = _restore(job, run, trainer, data)
         _tell_start(job, state, tell)
         for number in range(state.round + 1, len(job.images) + 1):
@@ -75,6 +85,7 @@ def _restore(job: Job, run: RunFolder, trainer: Trainer, data: ImageDataset) -> 
         if state.line is not None and not has_line(run, state.round):
             write_line(run, state.line)
         return state
+    warm_start(trainer)
     if job.start is not None:
         _take_over(job.start, job.members[0], trainer)
     state = State(0, trainer.outgoing(PARTS), {}, trainer.images_seen, 0, 0.0, None)

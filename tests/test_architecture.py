@@ -26,7 +26,7 @@ INSIDE = {
     "ground": set(),
     "models": {"ground"},
     "data": {"ground"},
-    "training": {"ground", "models", "data"},
+    "training": {"ground", "models", "data", "privacy"},
     "privacy": {"ground", "models", "data"},
     "evaluation": {"ground", "models", "data", "training", "privacy"},
     "report": {"ground", "models", "data", "training", "privacy", "evaluation"},

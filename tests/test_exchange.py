@@ -241,9 +241,11 @@ def test_a_shard_that_cannot_be_opened_fails_before_the_first_round(tmp_path: Pa
 
 def test_each_hospital_gets_its_own_number_of_images() -> None:
     message = question(node=7, round=3)
-    mine, other = personal(message, {7: 11, 8: 22}), personal(question(node=8, round=3), {7: 11, 8: 22})
+    numbers = {7: {"images": 11, "planned": 99, "batch": 4}, 8: {"images": 22, "planned": 99, "batch": 4}}
+    mine, other = personal(message, numbers), personal(question(node=8, round=3), numbers)
     assert mine.content.config_records["config"]["images"] == 11
     assert other.content.config_records["config"]["images"] == 22
+    assert mine.content.config_records["config"]["batch"] == 4
     assert "images" not in message.content.config_records["config"]
 
 

@@ -261,7 +261,18 @@ def test_training_changes_every_parameter_and_reports_what_it_did():
     result = trainer.train(160)
     after = trainer.outgoing(["generator", "discriminator", "ema"])
     assert [name for name in before if np.array_equal(before[name], after[name])] == []
-    assert {"loss_g", "loss_d", "r1", "path_length", "r_t", "p", "images", "seconds", "core_seconds"} == result.keys()
+    assert {
+        "loss_g",
+        "loss_d",
+        "d_accuracy",
+        "r1",
+        "path_length",
+        "r_t",
+        "p",
+        "images",
+        "seconds",
+        "core_seconds",
+    } == result.keys()
     assert result["images"] == trainer.images_seen == 160
 
 

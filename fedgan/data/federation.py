@@ -32,13 +32,17 @@ CHUNK_ROWS = 256
 
 @dataclass(frozen=True)
 class Hospital:
-    """One hospital: its three splits. `dealt`: {split: {shard: rows}} where a pool was dealt, else None."""
+    """One hospital: its three splits. `dealt`: {split: {shard: rows}} where a pool was dealt, else None.
+
+    `place`: the folder of its shard, where it is one; None for a dealt hospital, which has no place beyond its run.
+    """
 
     name: str
     train: ImageDataset
     val: ImageDataset
     test: ImageDataset
     dealt: Mapping[str, Mapping[str, np.ndarray]] | None = field(default=None, compare=False)
+    place: Path | None = field(default=None, compare=False)
 
     def split(self, name: str) -> ImageDataset:
         """The dataset 'train', 'val' or 'test'."""
@@ -291,7 +295,9 @@ def _hospital(name: str, shards: Sequence[Shard], rows: Mapping[str, np.ndarray]
             digest.update(np.ascontiguousarray(rows[split], dtype="<i8").tobytes() + b"|")
         pooled = dataclasses.replace(pooled, content_hash=digest.hexdigest())
     parts = {split: pooled.take(rows[split], name) for split in SPLITS}
-    return Hospital(name, parts["train"], parts["val"], parts["test"], record if dealt else None)
+    return Hospital(
+        name, parts["train"], parts["val"], parts["test"], record if dealt else None, None if dealt else shards[0].path
+    )
 
 
 def _check_training(hospitals: Sequence[Hospital]) -> None:

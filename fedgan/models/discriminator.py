@@ -66,12 +66,13 @@ class Discriminator(nn.Module):
         rng = rng or torch.Generator().manual_seed(1)
         self.label_dim = label_dim
         self.dtype = torch.float32  # of the convolutions' activations: float32 or bfloat16; the head's end stays float32
+        base, most = model.d_channel_base or model.channel_base, model.d_channel_max or model.channel_max
         self.resolutions = [2**power for power in range(int(math.log2(resolution)), 2, -1)]
         for number, side in enumerate(self.resolutions):
-            here = channels_at(side, model.channel_base, model.channel_max)
-            after = channels_at(side // 2, model.channel_base, model.channel_max)
+            here = channels_at(side, base, most)
+            after = channels_at(side // 2, base, most)
             self.add_module(f"b{side}", ResidualBlock(here, after, channels if number == 0 else 0, rng))
-        width = channels_at(4, model.channel_base, model.channel_max)
+        width = channels_at(4, base, most)
         self.mapping = Mapping(0, label_dim, width, CLASS_MAPPING_LAYERS, rng, track=False) if label_dim else None
         self.b4 = Head(width, width if label_dim else 1, model.minibatch_std_group, rng)
 

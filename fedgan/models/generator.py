@@ -53,7 +53,7 @@ class Mapping(nn.Module):
             self.register_buffer("w_avg", torch.zeros(w_dim))
 
     def forward(self, z: Tensor | None, c: Tensor) -> Tensor:
-        parts, dtype = [], self.get_submodule("fc0").weight.dtype
+        parts, dtype = [], next(self.parameters()).dtype
         if z is not None and self.z_dim:
             parts.append(normalize_second_moment(z.to(dtype)))
         if self.embed is not None:

@@ -33,6 +33,11 @@ class AdaController:
         self._signs = self._signs + torch.sign(logits).sum(dtype=torch.float32)
         self._images += logits.numel()
 
+    def observe_sum(self, signs: float, images: int) -> None:
+        """Add a sum of signs of about `images` logits to the window: what a private training releases, with noise."""
+        self._signs = self._signs + signs
+        self._images += images
+
     def step(self) -> None:
         """End one training step; at the end of a window set `r_t` and, in mode `ada`, move `p`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from fedgan.models.generator import Generator
 
@@ -20,7 +21,8 @@ def ema_decay(batch_size: int, half_life_kimg: float, rampup: float, images_seen
 
 
 @torch.no_grad()
-def ema_update(average: Generator, source: Generator, decay: float) -> None:
-    """average ← decay · average + (1 - decay) · source; w_avg, an average already, is copied."""
+def ema_update(average: nn.Module, source: nn.Module, decay: float) -> None:
+    """average ← decay · average + (1 - decay) · source; a mapping's w_avg, an average already, is copied."""
     torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), 1 - decay)
-    average.mapping.w_avg.copy_(source.mapping.w_avg)
+    if isinstance(average, Generator) and isinstance(source, Generator):
+        average.mapping.w_avg.copy_(source.mapping.w_avg)

@@ -1,4 +1,7 @@
-"""Which rows come next: endless, seeded, and resumable from three whole numbers."""
+"""Which rows come next: endless, seeded, and resumable from three whole numbers.
+
+For training without privacy: with it, rows are drawn by a secret that nobody else has (fedgan/privacy/step.py).
+"""
 
 from __future__ import annotations
 
@@ -36,3 +39,13 @@ class Sampler:
     def load_state(self, state: dict[str, int]) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
         self._order = self._shuffled()
+
+
+class PoissonSampler(Sampler):
+    """Each row with the probability that gives `take`'s count on average: what DP-SGD draws, for comparison without noise."""
+
+    def take(self, count: int) -> np.ndarray:
+        """Rows (int64) of one draw; their number varies round `count` and may be 0."""
+        self.epoch += 1  # counts draws here
+        rng = np.random.Generator(np.random.PCG64([self.seed, self.stream, self.epoch]))
+        return np.flatnonzero(rng.random(self.size) < count / self.size)

@@ -23,16 +23,20 @@ from fedgan.data.dataset import ImageDataset
 from fedgan.errors import CheckpointError, ConfigError, DataError, FedganError, MachineError
 from fedgan.models.discriminator import Discriminator
 from fedgan.models.generator import Generator
+from fedgan.privacy.step import LABELS, PrivateStep
 from fedgan.training import losses
 from fedgan.training.ada import AdaController
 from fedgan.training.augment import AugmentPipe
 from fedgan.training.checkpoint import load_into, load_tensors, save_tensors, with_prefix
 from fedgan.training.ema import ema_decay, ema_update
+from fedgan.training.labels import draw_labels
 from fedgan.training.optimizer import adam, load_optimizer, optimizer_tensors, pull_towards
-from fedgan.training.sampler import Sampler
+from fedgan.training.sampler import PoissonSampler, Sampler
 
 PATH_LENGTH_DECAY = 0.01
-STATE_KEYS = ("images_seen", "steps", "goal", "sampler", "ada", "device", "stream", "data")
+STATE_KEYS = ("images_seen", "steps", "g_steps", "since_g", "goal", "sampler", "ada", "labels", "device", "stream", "data")
+MOST_WAITING = 16  # how many times training.d_steps the generator waits for D at most
+SYNTHESIS_CHUNK = 256  # images that are synthesised at once in a private step, whose batch may be thousands
 PATH_LENGTH_BATCH_SHARE = 2  # path lengths are measured on half a batch (arXiv 1912.04958, appendix B)
 
 
@@ -40,10 +44,20 @@ class Trainer:
     """Trains one StyleGAN2-ADA on one dataset.
 
     Networks are initialised from `settings.seed` alone, the same in every hospital; every other draw comes
-    from (seed, `stream`), where `stream` is the hospital's number. `device` is 'cpu', 'cuda' or 'auto'.
+    from (seed, `stream`), where `stream` is the hospital's number. `device` is 'cpu', 'cuda' or 'auto'. `private`: what
+    `make_private` gave, where `settings.privacy` is on; D's step is then DP-SGD's and draws from a secret.
     """
 
-    def __init__(self, settings: Settings, dataset: ImageDataset, device: str = "cpu", stream: int = 0) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        dataset: ImageDataset,
+        device: str = "cpu",
+        stream: int = 0,
+        private: PrivateStep | None = None,
+    ) -> None:
+        if settings.privacy.on and private is None:
+            raise ConfigError("privacy is on, but this Trainer was given no ledger to enter its steps in: it would count nothing")
         if dataset.resolution != settings.data.resolution:
             raise ConfigError(
                 f"data.resolution = {settings.data.resolution}, but the images of '{dataset.name}' "
@@ -55,6 +69,7 @@ class Trainer:
         self.device = resolve_device(device)
         training, model = settings.training, settings.model
         self.batch_size = training.batch_size
+        self.generator_batch = training.generator_batch or training.batch_size
         self.dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
 
         # Networks. One generator of random numbers feeds both, in this order, whatever the device.
@@ -66,6 +81,7 @@ class Trainer:
             network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             network.dtype = self.dtype
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        self.d_average = copy.deepcopy(self.discriminator).requires_grad_(False) if training.d_average else None
 
         # Optimisers, with the correction for regularisers that run now and then.
         g_interval = training.path_length_interval if training.path_length_weight else 0
@@ -76,13 +92,21 @@ class Trainer:
         seeds = np.random.SeedSequence([settings.seed, stream]).generate_state(2, np.uint64) >> np.uint64(1)
         self.host = torch.Generator().manual_seed(int(seeds[0]))
         self.noise = torch.Generator(self.device).manual_seed(int(seeds[1]))
-        self.sampler = Sampler(len(dataset), settings.seed, stream)
+        kind = PoissonSampler if training.sampling == "poisson" else Sampler
+        self.sampler = kind(len(dataset), settings.seed, stream)
+
+        # Privacy: whose D's step is DP-SGD's. The labels' frequencies are released once, with noise, when first asked for.
+        self.private = private
+        self.label_weights: list[float] = []
 
         self.pipe = AugmentPipe(settings.augment.pipe)
         self.ada = AdaController(settings.augment)
         self.path_length_mean = torch.zeros((), device=self.device)
         self.images_seen = 0
-        self.steps = 0
+        self.steps = 0  # of D
+        self.g_steps = 0
+        self.since_g = training.d_steps  # D's steps since G's last one
+        self.exhausted = False
         self._goal = 0
         self._anchor: dict[str, list[Tensor]] = {}
 
@@ -94,9 +118,14 @@ class Trainer:
         Goals add up over calls: whole batches are shown until the sum of all goals is reached, so that a
         budget cut into rounds is the same budget. Keys: loss_g, loss_d, r1, path_length (where measured),
         r_t, p, images, seconds, core_seconds (of this process). Raises `FedganError` when a loss is no longer finite.
+
+        With privacy: what D says of real images is not measured (it would be released uncounted), `epsilon` is what the
+        ledger holds, and `exhausted` is set, with fewer images shown, when the ledger allows no further step.
         """
         start, core_start, before = time.perf_counter(), time.process_time(), self.images_seen
         self._goal += images
+        if self.private is not None:
+            self._reserve(self.private)
         measured: dict[str, list[Tensor]] = defaultdict(list)
         while self.images_seen < self._goal:
             self._step(measured)
@@ -108,36 +137,69 @@ class Trainer:
                 f"training diverged after {self.images_seen} images (a loss is not finite): "
                 "lower training.learning_rate or raise training.r1_gamma, and resume from the last round"
             )
-        result |= {"r_t": self.ada.r_t, "p": self.ada.p}
+        result |= {"r_t": self.ada.r_t, "p": self.ada.p} if self.private is None else self.private.facts(self.ada.r_t, self.ada.p)
         spent = {"seconds": time.perf_counter() - start, "core_seconds": time.process_time() - core_start}
         return result | {"images": self.images_seen - before} | spent
 
     def _step(self, measured: dict[str, list[Tensor]]) -> None:
-        training = self.settings.training
-        real, real_c = self._real_batch()
+        if self.since_g >= self.settings.training.d_steps:
+            self._generator_step(measured)
+        self.discriminator.requires_grad_(True)
+        if self.private is None:
+            self._discriminator_step(measured)
+        else:
+            self._private_discriminator_step(self.private)
+        if self.d_average is not None:
+            ema_update(self.d_average, self.discriminator, self.settings.training.d_average)
+
+        # ---- the average generator, and the strength of augmentation
+        if self.since_g == 0:
+            shown = self.batch_size * self.settings.training.d_steps
+            decay = ema_decay(shown, self.ema_half_life_kimg, self.settings.training.ema_rampup, self.images_seen)
+            ema_update(self.ema, self.generator, decay)
+        self.ada.step()
+        self.images_seen += self.batch_size
+        self.steps += 1
+        self.since_g += 1
+
+    def _generator_step(self, measured: dict[str, list[Tensor]]) -> None:
+        """One step of G, unless it waits for D (`training.d_accuracy`). It looks at no real image."""
+        training, batch = self.settings.training, self.generator_batch
+        judge = self.discriminator if self.d_average is None else self.d_average
+        judge.requires_grad_(False)
 
         # ---- generator: fool the discriminator
-        self.discriminator.requires_grad_(False)
-        fake_c = self._fake_labels(self.batch_size)
+        fake_c = self._fake_labels(batch)
         fake = self._synthesise(self._styles(fake_c, track=True))
-        loss_g = losses.generator_loss(self.discriminator(self._augment(fake), fake_c))
+        logits = judge(self._augment(fake), fake_c)
+        accuracy = (logits.detach() < 0).float().mean()
+        measured["d_accuracy"].append(accuracy)
+        if self.since_g < MOST_WAITING * training.d_steps and accuracy < training.d_accuracy:
+            return
+        loss_g = losses.generator_loss(logits)
         self._update(self.g_adam, loss_g, "generator")
         measured["loss_g"].append(loss_g.detach())
 
         # ---- generator: path length, now and then
-        if training.path_length_weight and self.steps % training.path_length_interval == 0:
-            ws = self._styles(self._fake_labels(max(1, self.batch_size // PATH_LENGTH_BATCH_SHARE)))
+        if training.path_length_weight and self.g_steps % training.path_length_interval == 0:
+            ws = self._styles(self._fake_labels(max(1, batch // PATH_LENGTH_BATCH_SHARE)))
             images = self._synthesise(ws)
             lengths = losses.path_lengths(images, ws, self._randn(images.shape))
             self.path_length_mean = self.path_length_mean.lerp(lengths.detach().mean(), PATH_LENGTH_DECAY)
             penalty = (lengths - self.path_length_mean).square().mean()
             self._update(self.g_adam, penalty * (training.path_length_weight * training.path_length_interval), "generator")
             measured["path_length"].append(lengths.detach().mean())
+        self.g_steps += 1
+        self.since_g = 0
 
-        # ---- discriminator: tell fake from real, both in one pass
-        self.discriminator.requires_grad_(True)
+    def _discriminator_step(self, measured: dict[str, list[Tensor]]) -> None:
+        """One step of D: tell fake from real, both in one pass; and R1 now and then."""
+        training = self.settings.training
+        real, real_c = self._real_batch()
+        if not len(real):
+            return  # an empty Poisson sample
         with torch.no_grad():
-            fake_c = self._fake_labels(self.batch_size)
+            fake_c = self._fake_labels(len(real))
             shown = self._augment(torch.cat([self._synthesise(self._styles(fake_c)), real]))
         fake_logits, real_logits = self.discriminator(shown, torch.cat([fake_c, real_c]), halves=2).chunk(2)
         loss_d = losses.discriminator_loss(fake_logits, real_logits)
@@ -145,19 +207,51 @@ class Trainer:
         self.ada.observe(real_logits.detach())
         measured["loss_d"].append(loss_d.detach())
 
-        # ---- discriminator: R1 on the images as it saw them, now and then
+        # ---- R1 on the images as D saw them
         if self.r1_gamma and self.steps % training.r1_interval == 0:
-            seen = shown[self.batch_size :].detach().requires_grad_(True)
+            seen = shown[len(real) :].detach().requires_grad_(True)
             penalty = losses.r1_penalty(self.discriminator(seen, real_c), seen).mean()
             self._update(self.d_adam, penalty * (self.r1_gamma / 2 * training.r1_interval), "discriminator")
             measured["r1"].append(penalty.detach())
 
-        # ---- the average generator, and the strength of augmentation
-        decay = ema_decay(self.batch_size, self.ema_half_life_kimg, training.ema_rampup, self.images_seen)
-        ema_update(self.ema, self.generator, decay)
-        self.ada.step()
-        self.images_seen += self.batch_size
-        self.steps += 1
+    def _private_discriminator_step(self, private: PrivateStep) -> None:
+        """One step of D by DP-SGD: one clipped gradient a unit, of its real and its fake image together, and one noise.
+
+        All of its draws are the secret's: even the number of random numbers that it uses would tell the size of the sample.
+        """
+        draw = private.draw(self.steps)
+        real, real_c = self._real_batch(draw.rows, draw.host)
+        with torch.no_grad():
+            fake_c = self._fake_labels(len(real), draw.host)
+            parts = [
+                self._synthesise(self._styles(c, randomness=(draw.host, draw.device)), draw.device)
+                for c in fake_c.split(SYNTHESIS_CHUNK)
+                if len(c)
+            ]
+            shown = self._augment(torch.cat([*parts, real]), draw.host) if len(real) else torch.cat([real, real])
+        signs, count = private.gradient(
+            self.discriminator,
+            losses.discriminator_loss,
+            (shown[: len(real)], fake_c),
+            (shown[len(real) :], real_c),
+            draw,
+            self.r1_gamma / 2 if self.settings.privacy.r1 else 0.0,
+        )
+        self._apply(self.d_adam, "discriminator")
+        if count:
+            self.ada.observe_sum(signs, count)
+
+    def _reserve(self, private: PrivateStep) -> None:
+        """Enter the steps up to the goal in the ledger before the first of them; shorten the goal where it allows fewer."""
+        if self.settings.training.labels == "data" and not self.label_weights:
+            if not private.reserve(1, LABELS):
+                self._goal, self.exhausted = self.images_seen, True
+                return
+            self.label_weights = private.release_labels(self.dataset).tolist()
+        wanted = max(0, -(-(self._goal - self.images_seen) // self.batch_size))
+        allowed = private.reserve(wanted) if wanted else 0
+        if allowed < wanted:
+            self._goal, self.exhausted = self.images_seen + allowed * self.batch_size, True
 
     def go_on(self, images_seen: int, p: float) -> None:
         """Count `images_seen` images that the received model was shown before, and augment with strength `p` from the start.
@@ -166,49 +260,62 @@ class Trainer:
         and do not begin anew. Adam's moments and the mean of path lengths do: they never left that training.
         """
         self.images_seen = self._goal = images_seen
-        self.steps = images_seen // self.batch_size  # else the first batch of w would replace w_avg
+        self.steps = images_seen // self.batch_size
+        self.g_steps = self.steps // self.settings.training.d_steps  # else the first batch of w would replace w_avg
         self.ada.p = p
 
     # --- the parts of a step ---------------------------------------------------------------------
 
-    def _real_batch(self) -> tuple[Tensor, Tensor]:
-        images, labels = self.dataset.batch(self.sampler.take(self.batch_size))
+    def _real_batch(self, rows: np.ndarray | None = None, host: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        rows, host = self.sampler.take(self.batch_size) if rows is None else rows, host or self.host
+        images, labels = self.dataset.batch(rows)
         real = images.to(self.device, non_blocking=True).float() / 127.5 - 1
         if self.settings.augment.mirror:
-            flip = (torch.rand(self.batch_size, 1, 1, 1, generator=self.host) < 0.5).to(self.device)
+            flip = (torch.rand(len(real), 1, 1, 1, generator=host) < 0.5).to(self.device)
             real = torch.where(flip, real.flip(3), real)
         return real, labels.to(self.device, non_blocking=True)
 
-    def _fake_labels(self, count: int) -> Tensor:
-        """Labels for the generator: drawn from the hospital's own images."""
-        rows = torch.randint(len(self.dataset), (count,), generator=self.host).numpy()
-        return torch.from_numpy(self.dataset.labels[rows].astype(np.float32)).to(self.device, non_blocking=True)
+    def _fake_labels(self, count: int, host: torch.Generator | None = None) -> Tensor:
+        """Labels (count, K) for the generator: as frequent as in the hospital's own images, or as `training.labels` asks."""
+        host = host or self.host
+        if self.private is None and self.settings.training.labels == "data":
+            rows = torch.randint(len(self.dataset), (count,), generator=host).numpy()
+            labels = torch.from_numpy(self.dataset.labels[rows].astype(np.float32))
+        else:
+            labels = draw_labels(self.label_weights, self.dataset.label_dim, self.dataset.exclusive, count, host)
+        return labels.to(self.device, non_blocking=True)
 
-    def _randn(self, shape: Iterable[int]) -> Tensor:
-        return torch.randn(tuple(shape), generator=self.noise, device=self.device)
+    def _randn(self, shape: Iterable[int], noise: torch.Generator | None = None) -> Tensor:
+        return torch.randn(tuple(shape), generator=noise or self.noise, device=self.device)
 
-    def _styles(self, c: Tensor, track: bool = False) -> Tensor:
+    def _styles(
+        self, c: Tensor, track: bool = False, randomness: tuple[torch.Generator, torch.Generator] | None = None
+    ) -> Tensor:
         """ws (B, L, w_dim) of fresh latents; from a random layer on, those of a second latent (style mixing)."""
+        host, noise = randomness or (self.host, self.noise)
         mapping, depth = self.generator.mapping, self.generator.synthesis.num_ws
-        w = mapping(self._randn((len(c), mapping.z_dim)), c)
+        w = mapping(self._randn((len(c), mapping.z_dim), noise), c)
         if track:
-            mapping.track(w, self.steps)
+            mapping.track(w, self.g_steps)
         ws = w.unsqueeze(1).expand(-1, depth, -1)
-        if torch.rand((), generator=self.host) < self.settings.training.style_mixing:
-            cut = int(torch.randint(1, depth, (), generator=self.host))
-            other = mapping(self._randn((len(c), mapping.z_dim)), c).unsqueeze(1).expand(-1, depth - cut, -1)
+        if torch.rand((), generator=host) < self.settings.training.style_mixing:
+            cut = int(torch.randint(1, depth, (), generator=host))
+            other = mapping(self._randn((len(c), mapping.z_dim), noise), c).unsqueeze(1).expand(-1, depth - cut, -1)
             ws = torch.cat([ws[:, :cut], other], dim=1)
         return ws
 
-    def _synthesise(self, ws: Tensor) -> Tensor:
-        return self.generator.synthesis(ws, "random", self.noise)
+    def _synthesise(self, ws: Tensor, noise: torch.Generator | None = None) -> Tensor:
+        return self.generator.synthesis(ws, "random", noise or self.noise)
 
-    def _augment(self, images: Tensor) -> Tensor:
-        return images if self.ada.p == 0 else self.pipe(images, self.ada.p, self.host)
+    def _augment(self, images: Tensor, host: torch.Generator | None = None) -> Tensor:
+        return images if self.ada.p == 0 else self.pipe(images, self.ada.p, host or self.host)
 
     def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, part: str) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self._apply(optimizer, part)
+
+    def _apply(self, optimizer: torch.optim.Optimizer, part: str) -> None:
         if part in self._anchor:
             pull_towards(optimizer, self._anchor[part], self.settings.training.proximal_mu)
         optimizer.step()
@@ -270,6 +377,8 @@ class Trainer:
         tensors = {
             f"{part}/{name}": tensor for part, module in self.parts.items() for name, tensor in module.state_dict().items()
         }
+        if self.d_average is not None:
+            tensors |= {f"d_average/{name}": tensor for name, tensor in self.d_average.state_dict().items()}
         tensors |= optimizer_tensors(self.g_adam, self.generator, "g_adam/")
         tensors |= optimizer_tensors(self.d_adam, self.discriminator, "d_adam/")
         for part, anchor in self._anchor.items():
@@ -282,6 +391,9 @@ class Trainer:
         plain: dict[str, object] = {
             "images_seen": self.images_seen,
             "steps": self.steps,
+            "g_steps": self.g_steps,
+            "since_g": self.since_g,
+            "labels": self.label_weights,
             "goal": self._goal,
             "sampler": self.sampler.state(),
             "ada": self.ada.state(),
@@ -312,6 +424,8 @@ class Trainer:
         for check_only in (True, False):  # nothing is changed unless all of it fits
             for part, module in self.parts.items():
                 load_into(module, with_prefix(tensors, f"{part}/"), where, check_only)
+            if self.d_average is not None:
+                load_into(self.d_average, with_prefix(tensors, "d_average/"), where, check_only)
         load_optimizer(self.g_adam, self.generator, tensors, "g_adam/")
         load_optimizer(self.d_adam, self.discriminator, tensors, "d_adam/")
         self._anchor = {}
@@ -323,7 +437,11 @@ class Trainer:
         self.path_length_mean = tensors["path_length_mean"].to(self.device).reshape(())
         self.sampler.load_state(sampler)
         self.ada.load_state(plain["ada"])  # type: ignore[arg-type]
-        self.images_seen, self.steps, self._goal = (int(plain[key]) for key in ("images_seen", "steps", "goal"))  # type: ignore[call-overload]
+        self.label_weights = [float(weight) for weight in plain["labels"]]  # type: ignore[attr-defined]
+        numbers = ("images_seen", "steps", "g_steps", "since_g", "goal")
+        self.images_seen, self.steps, self.g_steps, self.since_g, self._goal = (int(plain[key]) for key in numbers)  # type: ignore[call-overload]
+        if self.private is not None:
+            self.private.renew()  # the noise of the steps after this state must not come a second time
 
     def _fingerprint(self) -> str:
         """Hash of the shard's content and of the labels as they are used here."""

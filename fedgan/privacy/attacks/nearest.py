@@ -63,7 +63,7 @@ def _matrix(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def _nearest(queries: np.ndarray, base: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    middle = base.mean(0, dtype=np.float64)  # short vectors lose least in |x|² + |y|² - 2 x·y
+    middle = base.mean(0, dtype=np.float64).astype(base.dtype)  # short vectors lose least in |x|² + |y|² - 2 x·y
     y = (base - middle).astype(np.float32)
     y_norms = np.einsum("nf,nf->n", y, y)
     # A dot product of F terms is wrong by at most F u |x| |y| (Higham 2002, section 3.1); the rest covers sums and centring.

@@ -1,0 +1,215 @@
+"""The private half of a training step: which images are looked at, and the noisy gradient that comes of it.
+
+Only D sees real images, so only D's gradient gets noise. The generator learns from D and from its own images alone: all that
+is derived from it is post-processing (arXiv 1607.00133, section 3), and noise on it would buy nothing.
+
+The secret. Everybody knows `settings.seed`: the server sends it. Whoever can compute the noise can subtract it, and whoever
+knows which images were drawn gains nothing from the drawing. So the Poisson sample, the noise and every other draw of
+D's step come from a secret of this process (the system's entropy), which is never stored, sent or replayed: a restored
+checkpoint gets new noise. PyTorch's generators are not cryptographic; the privacy page says so.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedgan.config import Settings
+from fedgan.data.dataset import ImageDataset
+from fedgan.errors import ConfigError
+from fedgan.privacy.accounting import Mechanism, epsilon_of, joint_noise, noise_for
+from fedgan.privacy.clipping import Loss, clipped_sum
+
+STEPS, LABELS = "discriminator steps", "label counts"
+
+
+class LedgerLike(Protocol):
+    """What a Trainer needs of a ledger (fedgan/privacy/ledger.py)."""
+
+    def mechanisms(self) -> list[Mechanism]: ...
+
+    def reserve(
+        self, step: Mechanism, steps: int, *, run: str, kind: str, unit: str, delta: float, data: str, max_epsilon: float = 0.0
+    ) -> int: ...
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one step of D looks at: rows (B,), the unit of each (B,), and the generators of all its other draws."""
+
+    rows: np.ndarray
+    units: Tensor
+    host: torch.Generator
+    device: torch.Generator
+
+
+class PrivateStep:
+    """DP-SGD for one hospital's discriminator.
+
+    `planned_images`: real images that this hospital's whole run shows, from which the noise for `privacy.epsilon` follows.
+    `secret`: for tests alone, that want the same noise twice; without it the noise is nobody's to know.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        dataset: ImageDataset,
+        batch_size: int,
+        planned_images: float,
+        ledger: LedgerLike,
+        run: str,
+        device: torch.device,
+        secret: int | None = None,
+    ) -> None:
+        self.settings, self.ledger, self.run, self.device = settings.privacy, ledger, run, device
+        self.data = dataset.content_hash
+        self.batch_size = batch_size
+        self.unit_of_row, self.units = _units(dataset, self.settings.unit)
+        self.rows_of_unit = _rows_of(self.unit_of_row, self.units)
+        self.sample_rate = batch_size / len(dataset)
+        if self.sample_rate > 1:
+            raise ConfigError(
+                f"training.batch_size = {batch_size} is more than the {len(dataset)} images of '{dataset.name}': a Poisson "
+                "sample cannot be larger than what it is drawn from; lower it, or set federation.batch = 'shared'"
+            )
+        self.delta = self.settings.delta or 1 / self.units
+        self.planned_steps = max(1, -(-int(planned_images) // batch_size))
+        self._given = secret
+        self.renew()
+        self.labels = [Mechanism(self.settings.label_noise, 1.0, 1)] if self.settings.label_noise else []
+        self.noise_multiplier = self._noise_multiplier()
+        self.step = Mechanism(self.joint_multiplier, self.sample_rate, 1)
+
+    # --- what it costs -----------------------------------------------------------------------------
+
+    def _noise_multiplier(self) -> float:
+        """Of the gradient. With `privacy.epsilon`, what is left for it beside the noisy signs of `r_t_noise`."""
+        if self.settings.noise_multiplier >= 0:
+            return self.settings.noise_multiplier
+        joint = noise_for(self.settings.epsilon, self.delta, self.sample_rate, self.planned_steps, tuple(self.labels))
+        signs = self.settings.r_t_noise
+        if not signs:
+            return joint
+        if signs <= joint:
+            raise ConfigError(
+                f"privacy.r_t_noise = {signs:g} leaves nothing for the gradient, whose steps need a noise multiplier of "
+                f"{joint:.3g} together with it: raise privacy.r_t_noise or set it to 0 with augment.mode = 'fixed'"
+            )
+        return (joint**-2 - signs**-2) ** -0.5
+
+    @property
+    def joint_multiplier(self) -> float:
+        """Of gradient and signs together, which are released from the same sample."""
+        return joint_noise(self.noise_multiplier, *([self.settings.r_t_noise] if self.settings.r_t_noise else []))
+
+    def reserve(self, steps: int, kind: str = STEPS) -> int:
+        """Enter `steps` steps in the ledger before they are done; fewer than asked when `privacy.max_epsilon` ends them."""
+        what = self.step if kind == STEPS else self.labels[0]
+        return self.ledger.reserve(
+            what,
+            steps,
+            run=self.run,
+            kind=kind,
+            unit=self.settings.unit,
+            delta=self.delta,
+            data=self.data,
+            max_epsilon=self.settings.max_epsilon,
+        )
+
+    def epsilon(self) -> float:
+        """ε at `delta` of all that the ledger holds, over all runs."""
+        return epsilon_of(self.ledger.mechanisms(), self.delta)
+
+    # --- what is drawn -----------------------------------------------------------------------------
+
+    def renew(self) -> None:
+        """Draw a new secret: after a checkpoint was restored no noise may come twice."""
+        self._secret = secrets.randbits(128) if self._given is None else self._given
+
+    def draw(self, number: int) -> Draw:
+        """The Poisson sample of step `number` (each unit with probability `sample_rate`; it may be empty)."""
+        seeds = np.random.SeedSequence([self._secret, number]).generate_state(3, np.uint64)
+        rng = np.random.Generator(np.random.PCG64(int(seeds[0])))
+        chosen = np.flatnonzero(rng.random(self.units) < self.sample_rate)
+        rows = [self.rows_of_unit[unit] for unit in chosen]
+        if most := self.settings.images_per_patient:
+            rows = [rng.permutation(row)[:most] for row in rows]
+        units = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+        host = torch.Generator().manual_seed(int(seeds[1] >> np.uint64(1)))
+        device = torch.Generator(self.device).manual_seed(int(seeds[2] >> np.uint64(1)))
+        return Draw(
+            np.concatenate(rows) if rows else np.zeros(0, np.int64), torch.from_numpy(units).to(self.device), host, device
+        )
+
+    # --- what is released --------------------------------------------------------------------------
+
+    def gradient(
+        self,
+        discriminator: nn.Module,
+        loss: Loss,
+        fakes: tuple[Tensor, Tensor],
+        reals: tuple[Tensor, Tensor],
+        draw: Draw,
+        r1_weight: float = 0.0,
+    ) -> tuple[float, int]:
+        """Set the gradients of D's parameters: clip, sum, then noise, then divide by the batch size that is expected.
+
+        Returns (sum of the signs of D on real images, their number), with the noise of `privacy.r_t_noise` and the number
+        that is expected; (0, 0) where that is off.
+        """
+        clip, noise = self.settings.max_grad_norm, self.noise_multiplier
+        found = clipped_sum(discriminator, loss, fakes, reals, draw.units, clip, self.settings.chunk, r1_weight)
+        expected = self.sample_rate * self.units
+        for name, parameter in discriminator.named_parameters():
+            total = found.gradients[name]
+            draws = torch.randn(total.shape, generator=draw.device, device=total.device)
+            parameter.grad = torch.empty_like(parameter).copy_((total + draws * (noise * clip)) / expected)
+        if not self.settings.r_t_noise:
+            return 0.0, 0
+        signs = torch.zeros(int(draw.units[-1]) + 1 if len(draw.units) else 0, device=self.device)
+        signs.index_add_(0, draw.units, found.real_logits.sign().float())
+        signs = signs / torch.bincount(draw.units, minlength=len(signs)).clamp(min=1)
+        noisy = signs.sum() + torch.randn((), generator=draw.device, device=self.device) * self.settings.r_t_noise
+        return float(noisy), max(1, round(expected))
+
+    def release_labels(self, dataset: ImageDataset) -> np.ndarray:
+        """Frequencies (K,) of the labels from noisy counts: of the classes where they exclude each other, else of each label.
+
+        Enter it in the ledger first, and once: the Trainer keeps the result. A unit counts 1 in all (a patient's images share
+        it), and √K at most over labels that do not exclude each other, so the counts get `privacy.label_noise` times as much.
+        """
+        reach = 1.0 if dataset.exclusive else max(1, dataset.label_dim) ** 0.5
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._secret, 2**63]).generate_state(1)[0]))
+        size = np.bincount(self.unit_of_row, minlength=self.units)
+        counts = (dataset.labels / size[self.unit_of_row, None]).sum(axis=0)
+        noisy = np.clip(counts + rng.normal(0.0, self.settings.label_noise * reach, counts.shape), 0.0, None)
+        if not dataset.exclusive:
+            return np.clip(noisy / self.units, 0.0, 1.0)
+        return noisy / noisy.sum() if noisy.sum() > 0 else np.full(len(noisy), 1 / max(1, len(noisy)))
+
+    def facts(self, r_t: float, p: float) -> dict[str, float]:
+        """What a round may tell of a private training: nothing that was measured on real images without noise."""
+        told = {"p": p, "epsilon": self.epsilon(), "delta": self.delta, "noise_multiplier": self.noise_multiplier}
+        return told | {"sample_rate": self.sample_rate} | ({"r_t": r_t} if self.settings.r_t_noise else {})
+
+
+def _units(dataset: ImageDataset, unit: str) -> tuple[np.ndarray, int]:
+    """(unit of each row (N,), number of units)."""
+    if unit == "image":
+        return np.arange(len(dataset)), len(dataset)
+    if not len(dataset.patients):
+        raise ConfigError(
+            f"privacy.unit = 'patient', but '{dataset.name}' names no patients: import it with patients, or use 'image'"
+        )
+    names, index = np.unique(dataset.patients, return_inverse=True)
+    return index, len(names)
+
+
+def _rows_of(unit_of_row: np.ndarray, units: int) -> list[np.ndarray]:
+    order = np.argsort(unit_of_row, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(unit_of_row, minlength=units))[:-1])
