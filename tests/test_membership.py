@@ -335,17 +335,17 @@ def pictures(seed, count, side=8):
 
 @pytest.fixture(scope="module")
 def overfitted():
-    """A discriminator with minibatch-std that has seen the same 32 noise images over and over, against new noise."""
+    """A discriminator with minibatch-std that has seen the same 16 noise images over and over, against new noise."""
     model = ModelSettings(z_dim=8, w_dim=8, channel_base=128, channel_max=16)
     discriminator = Discriminator(model, 8, 1, 2)
-    members, labels = pictures(0, 32), np.eye(2)[np.arange(32) % 2]
+    members, labels = pictures(0, 16), np.eye(2)[np.arange(16) % 2]
     real, c = torch.from_numpy(members) / 127.5 - 1, torch.from_numpy(labels).float()
     rng = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-3, betas=(0.0, 0.99))
     for _ in range(150):
         fake = torch.randint(0, 256, real.shape, generator=rng) / 127.5 - 1
         logits = discriminator(torch.cat([fake, real]), torch.cat([c, c]), halves=2)
-        loss = softplus(logits[:32]).mean() + softplus(-logits[32:]).mean()
+        loss = softplus(logits[:16]).mean() + softplus(-logits[16:]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -400,7 +400,7 @@ def test_a_discriminator_without_labels_and_minibatch_std_is_scored_as_it_judges
 
 def test_discriminator_scores_refuse_what_does_not_fit(overfitted):
     discriminator, images, labels = overfitted
-    with pytest.raises(ValueError, match="do not fit 32 images and a discriminator of 2 labels"):
+    with pytest.raises(ValueError, match="do not fit 16 images and a discriminator of 2 labels"):
         discriminator_scores(discriminator, images, labels[:, :1])
     with pytest.raises(DataError, match="no group of 4"):
         discriminator_scores(discriminator, images, labels, companions=(images[:3], labels[:3]))

@@ -90,7 +90,7 @@ def project(
             start, spread = starts.of(target, labels[rows])
             ws = _descend(generator, loss, start, spread, steps, generator.synthesis.num_ws if space == "w+" else 1)
             with torch.no_grad():
-                squared = loss(_image(generator, ws).clamp(-1.0, 1.0))
+                squared = loss(_image(generator, ws))
             distances[rows] = 127.5 * squared.double().sqrt().cpu().numpy()
             found[rows] = ws.expand(-1, generator.synthesis.num_ws, -1).cpu().numpy()
             if progress is not None:
@@ -263,9 +263,13 @@ def _small(images: Tensor) -> Tensor:
 
 
 def _image(generator: Generator, ws: Tensor) -> Tensor:
-    """ws (B, 1 or num_ws, w_dim) → images (B, C, H, W) float32 in about [-1, 1], with the noise that releases have."""
+    """ws (B, 1 or num_ws, w_dim) → images (B, C, H, W) float32 as they are released: constant noise, clamped to [-1, 1].
+
+    Gradients pass the clamp as if it were not there: a pixel beyond the range is drawn back where the target is inside and
+    left alone where the target is black or white itself, as the background of a radiograph is.
+    """
     images: Tensor = generator.synthesis(ws.expand(-1, generator.synthesis.num_ws, -1), noise="const").float()
-    return images
+    return images + (images.clamp(-1.0, 1.0) - images).detach()
 
 
 def _gaps(train: np.ndarray, held_out: np.ndarray, weights: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
