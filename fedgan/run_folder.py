@@ -8,6 +8,7 @@ metrics.jsonl             one line a round
 checkpoints/round-N.*     aggregated model (.safetensors + .json)
 samples/*.png             real.png, round-N.png, final.png
 evaluation.json           the central evaluator's numbers
+audit.json                what the privacy attacks found: numbers only
 report.html               the page
 cards/                    model card and dataset card, Markdown and JSON
 look.json                 only in a second look (`fedgan evaluate --output`): the run that it looks at
@@ -72,6 +73,10 @@ class RunFolder:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    @property
+    def audit(self) -> Path:
+        return self.path / "audit.json"
 
     @property
     def report(self) -> Path:
