@@ -6,33 +6,58 @@ float32 is all rounding. So float32 only says which rows may be the nearest; tho
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 
 PAIRS = 8192  # pairs measured again at once: bounds the memory
 ENTRIES = 32_000_000  # most entries of one block of distances, 128 MB
 UNIT = 2.0**-24  # unit roundoff of float32
 
-Shape = tuple[int, int, int]
+
+@dataclass(frozen=True)
+class Moves:
+    """What a copy in pixel space may have gone through and is still looked for: a query is tried in each of these versions.
+
+    `shape` (C, H, W) of the rows, which are flattened images; `flips`: also mirrored left to right; `shifts`: also moved by
+    up to so many pixels in both directions, the edge repeated. 2 · (2 · shifts + 1)² versions, so as many times the work.
+    """
+
+    shape: tuple[int, int, int]
+    flips: bool = True
+    shifts: int = 0
+
+    def versions(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """All versions of the flattened images (N, C·H·W), the unchanged one first."""
+        if rows.shape[1] != int(np.prod(self.shape)):
+            raise ValueError(f"rows of {rows.shape[1]} values are no images of shape {self.shape}")
+        most, (_, height, width) = self.shifts, self.shape
+        padded = np.pad(rows.reshape(-1, *self.shape), ((0, 0), (0, 0), (most, most), (most, most)), mode="edge")
+        offsets = sorted(range(2 * most + 1), key=lambda offset: abs(offset - most))
+        for images in (padded, padded[..., ::-1]) if self.flips else (padded,):
+            for down in offsets:
+                for right in offsets:
+                    yield images[:, :, down : down + height, right : right + width].reshape(len(rows), -1)
 
 
 def nearest(
-    queries: np.ndarray, base: np.ndarray, block: int = 1024, *, with_flips: Shape | None = None
+    queries: np.ndarray, base: np.ndarray, block: int = 1024, *, moves: Moves | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distance (Q,) float64 of each query to its nearest row of `base`, and which row that is (Q,) int64.
 
     `queries` (Q, F) and `base` (N, F) float; N ≥ 1. Exact: the row is the one that float64 finds by differences, the
-    first among equals. `block` queries at a time bound the memory and change nothing. `with_flips`: the shape
-    (C, H, W) of rows that are flattened images; each query is then looked for as it is and mirrored left to right, and
-    the nearer of both counts. Raises `ValueError` for arrays that do not fit together or are not finite.
+    first among equals. `block` queries at a time bound the memory and change nothing. With `moves` each query counts in
+    the version that comes nearest. Raises `ValueError` for arrays that do not fit together or are not finite.
     """
     queries, base = _matrix("queries", queries), _matrix("base", base)
     if queries.shape[1] != base.shape[1] or len(base) == 0:
         raise ValueError(f"queries {queries.shape} and base {base.shape} must have equally many columns, and base a row")
-    distances, rows = _nearest(queries, base, block)
-    if with_flips is not None:
-        mirrored_distances, mirrored_rows = _nearest(mirrored(queries, with_flips), base, block)
-        closer = mirrored_distances < distances
-        distances, rows = np.where(closer, mirrored_distances, distances), np.where(closer, mirrored_rows, rows)
+    distances, rows = np.full(len(queries), np.inf), np.zeros(len(queries), np.int64)
+    for version in moves.versions(queries) if moves else (queries,):
+        others, other_rows = _nearest(version, base, block)
+        closer = others < distances
+        distances[closer], rows[closer] = others[closer], other_rows[closer]
     return distances, rows
 
 
@@ -46,13 +71,6 @@ def pixels(images: np.ndarray) -> np.ndarray:
     flat -= flat.mean(1, keepdims=True, dtype=np.float64).astype(np.float32)
     flat /= np.float32(np.sqrt(max(flat.shape[1], 1)))
     return flat
-
-
-def mirrored(rows: np.ndarray, shape: Shape) -> np.ndarray:
-    """Flattened images (N, C·H·W) mirrored left to right; `shape` is (C, H, W)."""
-    if rows.shape[1] != int(np.prod(shape)):
-        raise ValueError(f"rows of {rows.shape[1]} values are no images of shape {shape}")
-    return np.ascontiguousarray(rows.reshape(-1, *shape)[..., ::-1]).reshape(len(rows), -1)
 
 
 def _matrix(name: str, values: np.ndarray) -> np.ndarray:
