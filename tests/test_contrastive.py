@@ -24,7 +24,7 @@ def lesions() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def embedding(lesions):
-    return train_embedding(lesions[:160], seed=0, steps=60)
+    return train_embedding(lesions[:160], seed=0, steps=30)
 
 
 def test_nt_xent_is_the_papers_formula():
