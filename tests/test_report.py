@@ -469,7 +469,7 @@ def test_a_run_that_has_only_begun_says_what_is_not_there(tmp_path: Path) -> Non
         "No privacy attack",
     ):
         assert sentence in page.words
-    assert page.tags["section"] == 8
+    assert page.tags["section"] == 9
     assert "holds real images" not in page.words
 
 
@@ -482,7 +482,7 @@ def test_a_missing_or_damaged_file_takes_its_own_part_only(copied: RunFolder, na
         if damage is not None:
             path.write_bytes(damage)
     page = Page(page_of(run))
-    assert page.tags["section"] == 8
+    assert page.tags["section"] == 9
     if name != "evaluation.json":
         assert "0.971" in page.words
     if name == "samples":
@@ -604,5 +604,5 @@ def test_no_content_of_the_files_stops_the_page(data: st.DataObject) -> None:
         pictures={},
     )
     page = Page(build_page(run))
-    assert page.tags["section"] == 8
+    assert page.tags["section"] == 9
     assert len(page.values("id")) == len(set(page.values("id")))

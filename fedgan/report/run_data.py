@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class RunData:
     evaluation: Tree
     pictures: dict[str, Path]
     problems: tuple[str, ...] = ()
+    audit: Tree = field(default_factory=dict)
 
     @property
     def evaluation_labels(self) -> list[str]:
@@ -87,6 +88,9 @@ def load(run: RunFolder) -> RunData:
     problems: list[str] = []
     settings = from_dict(clean(to_dict(run.settings())), source=str(run.config))
     evaluation = tree(_json(run, run.evaluation, problems))
+    audit = _json(run, run.audit, problems)
+    if audit is not None and not isinstance(audit, dict):
+        problems.append(f"{run.audit.name} is damaged: it holds no audit.")
     return RunData(
         settings=settings,
         environment=tree(_json(run, run.environment, problems)),
@@ -94,6 +98,7 @@ def load(run: RunFolder) -> RunData:
         rounds=tuple(_rounds(run, problems)),
         evaluation=evaluation,
         pictures={path.stem: path for path in sorted(run.samples.glob("*.png"))},
+        audit=tree(audit),
         problems=tuple(problems),
     )
 

@@ -10,16 +10,11 @@ from fedgan.config import to_dict
 from fedgan.report.cards import words
 from fedgan.report.cards.collect import CardData, hospital_rows, licences, provenance, source_rows, totals
 from fedgan.report.cards.figures import FEW_IMAGES, data_limits, figures, limits, without_small
+from fedgan.report.cards.privacy import privacy_facts
 from fedgan.report.format import number, plural
 from fedgan.report.run_data import Tree, tree
 
 FEDERATED = ("federated", "finetuned", "coalition")  # arms in which something travels from hospital to server
-NOT_MEASURED = (
-    "Membership inference: no attack was run. Not measured.",
-    "Copies of training images among the synthetic ones: no search was run. Not measured.",
-    "Attribute inference and linkage with other data: not measured.",
-)
-OF_TRAVEL = "Reconstruction of images or of label counts from what travelled: no attack was run. Not measured."
 
 
 def model_facts(card: CardData) -> Tree:
@@ -39,7 +34,7 @@ def model_facts(card: CardData) -> Tree:
             "out_of_scope_use": list(words.OUT_OF_SCOPE),
             "metrics": metrics,
             "limits": [*_run_limits(card), *limits(metrics), *data_limits(hospitals)],
-            "privacy": _privacy(card),
+            "privacy": privacy_facts(card, _is_federated(card)),
             "blanks": words.blanks(open_fields),
             "problems": list(card.problems),
             "provenance": provenance(card),
@@ -144,7 +139,7 @@ def release_facts(card: CardData, release: Release) -> Tree:
                 *limits(metrics, counts=False),
                 *data_limits(rows, counts=False),
             ],
-            "privacy": _privacy(card),
+            "privacy": privacy_facts(card, _is_federated(card), counts=False),
             "blanks": words.blanks([*open_fields, *(() if release.created else (words.RELEASE_DATE,))]) + _source_blanks(sources),
             "problems": list(card.data.problems),
             "counts_withheld_below": FEW_IMAGES,
@@ -201,44 +196,6 @@ def _known(card: CardData, key: str) -> float | None:
     """A cumulative count at the model that the card describes, or else of the run."""
     held = number(card.checkpoint.get(key))
     return held if held is not None else card.data.total(key)
-
-
-def _privacy(card: CardData) -> Tree:
-    """What is known and what is not, in sentences; a `privacy` part of evaluation.json is shown as it is."""
-    settings, federated = card.data.settings, _is_federated(card)
-    if federated:
-        parts = ", ".join(settings.federation.exchange)
-        known = [
-            f"No image travelled for the training. What travelled: parameters ({parts}), counts of images, and losses.",
-            "The server saw each hospital's parameters as they are: there is no secure aggregation.",
-        ]
-        if "discriminator" in settings.federation.exchange:
-            known.append("The discriminator, which is fitted to real images, travelled as well.")
-        if card.arm == "finetuned":
-            known.append("Each hospital then trained further alone, and nothing travelled.")
-    elif card.arm == "centralized":
-        known = ["The images of all hospitals were pooled: they lay in one place for the training, and nothing was kept apart."]
-    elif card.arm in ("local", "coalition"):
-        known = ["Each hospital trained alone: nothing travelled during training."]
-    else:
-        known = []
-    if card.data.evaluation:
-        known.append("The evaluation read real images of the hospitals, or of evaluation.root, in one place.")
-    if card.phantoms:
-        known.append("The training images were drawn by a program: there is no patient to protect.")
-    section = tree(to_dict(settings).get("privacy"))
-    measured = tree(card.data.evaluation.get("privacy"))
-    apart = card.arm in ("centralized", "local", "coalition") and not federated
-    unknown = [] if measured else [*NOT_MEASURED, *(() if apart else (OF_TRAVEL,))]
-    if not federated and not apart:
-        unknown.insert(
-            0, "How the model was trained (federated, on pooled images, or by one hospital alone), and so what travelled."
-        )
-    if section:
-        known.append(f"Settings of differential privacy: {', '.join(f'{key} = {value}' for key, value in section.items())}.")
-    else:
-        unknown.insert(0, "No differential privacy: no gradient was clipped and no noise was added, so no epsilon can be stated.")
-    return {"known": known, "unknown": unknown, "measured": measured}
 
 
 def _run_limits(card: CardData) -> list[str]:

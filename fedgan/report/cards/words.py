@@ -17,7 +17,7 @@ OUT_OF_SCOPE = (
     "Diagnosis, triage, treatment or any other decision about a patient.",
     "A substitute for real images where a method is validated, certified or compared with a clinical standard.",
     "Estimates of how frequent a finding is: the label mix of synthetic images is chosen, not observed.",
-    "A claim that the images are anonymous: see what is not known under privacy.",
+    "A claim that nobody can be recognised in the images: see what is not known under privacy.",
     "Attempts to find out who was among the patients of the training images.",
 )
 ARMS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedgan.report.sections import curves, fidelity, hospitals, images, notes, provenance, summary, utility
+from fedgan.report.sections import curves, fidelity, hospitals, images, notes, privacy, provenance, summary, utility
 from fedgan.report.sections.base import Section
 
 SECTIONS: tuple[Section, ...] = (
@@ -10,6 +10,7 @@ SECTIONS: tuple[Section, ...] = (
     images.SECTION,
     utility.SECTION,
     fidelity.SECTION,
+    privacy.SECTION,
     curves.SECTION,
     hospitals.SECTION,
     notes.SECTION,

@@ -7,6 +7,7 @@ from markupsafe import Markup
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row, dot_chart, legend, stacked_bars
 from fedgan.report.format import number
+from fedgan.report.privacy.guarantee import spent
 from fedgan.report.run_data import RunData, Tree, dig, tree, trees
 from fedgan.report.sections.base import Section
 from fedgan.report.tables import Column, table
@@ -103,16 +104,20 @@ def _prevalence(hospitals: tuple[Tree, ...], labels: list[str]) -> tuple[Markup,
 
 
 def _sizes(run: RunData) -> Markup:
-    rows = []
+    rows, paid = [], {row.name: row.words for row in spent(run)}
     for hospital in run.hospitals:
         images = [text.whole(dig(hospital, "images", split)) for split in SPLITS]
         patients = [text.whole(dig(hospital, "patients", split)) for split in SPLITS]
         seen = next((row.get("images_seen") for row in reversed(_own_rounds(run, _name(hospital)))), None)
         rows.append([_name(hospital), *images, *patients, text.whole(seen)])
+        rows[-1] += [paid.get(_name(hospital), text.DASH)] if paid else []
     columns = [Column("Hospital", numeric=False)]
     columns += [Column(f"Images, {split}") for split in SPLITS] + [Column(f"Patients, {split}") for split in SPLITS]
     columns.append(Column("Images shown", title="Real images shown to this hospital's discriminator so far"))
     more = "Images shown: real images that the hospital's discriminator has seen so far, each as often as it was drawn."
+    if paid:
+        columns.append(Column("ε", title="Of differential privacy, over all runs on this hospital's images"))
+        more += " What the ε of differential privacy means, and its δ, stand under privacy."
     return table("Images and patients in each split", columns, rows, "hospitals", more=more)
 
 

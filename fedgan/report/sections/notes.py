@@ -32,7 +32,7 @@ def _render(run: RunData) -> Markup:
     done, planned = len(run.rounds), run.settings.federation.rounds
     if 0 < done < planned:
         missing.append(f"The run had {done} of {planned} rounds when this page was written.")
-    if "privacy" not in evaluation:
+    if not run.audit and "privacy" not in evaluation:
         missing.append(
             "No privacy attack and no search for copies was run: this page is no evidence that the images are safe to release."
         )
