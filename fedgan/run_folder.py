@@ -8,11 +8,12 @@ metrics.jsonl             one line a round
 checkpoints/round-N.*     aggregated model (.safetensors + .json)
 samples/*.png             real.png, round-N.png, final.png
 evaluation.json           the central evaluator's numbers
+audit.json                what `fedgan audit` found: numbers alone
 audit.json                what the privacy attacks found: numbers only
 report.html               the page
 cards/                    model card and dataset card, Markdown and JSON
 look.json                 only in a second look (`fedgan evaluate --output`): the run that it looks at
-hospitals/NAME/           what stays in the hospital: its Trainer's state for each round
+hospitals/NAME/           what stays in the hospital: its Trainer's state for each round, pictures of its audit
 """
 
 from __future__ import annotations

@@ -1,0 +1,205 @@
+"""`fedgan audit`: what the generator of a finished run gives away of each hospital's training images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedgan import files
+from fedgan.cli import console
+from fedgan.cli.runs import checkpoint_of, runner
+from fedgan.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from fedgan.config import Settings
+    from fedgan.data.federation import Hospital
+    from fedgan.evaluation.audit import HospitalAudit
+    from fedgan.evaluation.audit_subject import Audited, Say
+    from fedgan.run_folder import RunFolder
+
+Shards = Annotated[
+    Path | None,
+    typer.Option("--shards", metavar="DIR", help="The hospitals' shards, or one hospital's, where they lie elsewhere by now."),
+]
+
+
+def audit(
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that fedgan simulate wrote.")],
+    images: Annotated[int, typer.Option("--images", "-n", min=50, help="Synthetic images drawn for each hospital.")] = 2000,
+    shadows: Annotated[
+        int, typer.Option("--shadows", min=0, help="Shadow trainings for each hospital, an even number; they cost most.")
+    ] = 0,
+    shadow_kimg: Annotated[
+        float, typer.Option("--shadow-kimg", min=0.001, help="Images that one shadow is shown, in thousands.")
+    ] = 2.0,
+    hospital: Annotated[
+        list[str] | None, typer.Option("--hospital", metavar="NAME", help="Audit this hospital alone; may be repeated.")
+    ] = None,
+    shards: Shards = None,
+    projected: Annotated[
+        int, typer.Option("--projected", min=0, help="Training images, and as many held-out ones, to project; 0: none.")
+    ] = 64,
+    embedding_steps: Annotated[
+        int, typer.Option("--embedding-steps", min=1, help="Steps that the contrastive copy detector is trained for.")
+    ] = 300,
+    psi: Annotated[
+        float, typer.Option("--psi", min=0.0, max=1.0, help="Truncation of the images that are audited: that of the release.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed; the same seed gives the same numbers.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write audit.json there and leave the run as it is.")
+    ] = None,
+    as_json: console.Json = False,
+) -> None:
+    """Attack a finished run as an outsider would: copies, membership, projection.
+
+    Writes audit.json: numbers alone, each beside the same figure for held-out real images. It counts only when its controls
+    passed. Pictures of the nearest pairs stay in the hospital's own folder.
+    """
+    from fedgan.run_folder import RunFolder
+
+    run = RunFolder.at(run_path)
+    checkpoint = checkpoint_of(run.path)
+    if shadows % 2:
+        raise ConfigError(f"--shadows {shadows}: shadow models come in pairs that share the images: give an even number")
+    if output is not None:
+        console.refuse_existing(output, "the audit")
+    runner()  # has a message of its own where there is no repository
+    from fedgan.evaluation.audit import audit_hospitals, report_of
+    from fedgan.evaluation.audit_subject import AuditSettings
+    from server.lock import locked
+
+    chosen = AuditSettings(
+        seed, images, projected, embedding_steps=embedding_steps, shadows=shadows, shadow_kimg=shadow_kimg, psi=psi
+    )
+    with locked(run), console.stdout_for_results():
+        settings = run.settings()
+        hospitals = chosen_hospitals(opened_hospitals(settings, run, shards), hospital or [])
+        if shadows:
+            total = shadows * len(hospitals)
+            console.note(f"{total} shadow trainings of {shadow_kimg:g} kimg: {total * shadow_kimg:g} kimg in all")
+        audited, meta = load_audited(checkpoint, settings)
+        with told(len(hospitals)) as say:
+            found = audit_hospitals(audited, hospitals, chosen, say)
+        report = report_of(found, audited, chosen, meta.get("round"), str(meta["sha256"]))
+        place = (output.resolve() / run.audit.name) if output else run.audit
+        pictures = write_pictures(run, found)
+        files.write_json(place, report)
+        if output is None and run.report.is_file():
+            from fedgan.report.page import write_report
+
+            write_report(run)
+    _tell(report, place, pictures, as_json)
+
+
+def opened_hospitals(settings: Settings, run: RunFolder, shards: Path | None) -> list[Hospital]:
+    """The hospitals as the run opened them, or those whose shards lie in `shards`. Raises `DataError` where there are none."""
+    from fedgan.data.federation import find_shards, open_hospital
+    from server.preparation import open_prepared, shards_of
+
+    if shards is not None:
+        return [open_hospital(settings, path) for path in find_shards(shards)]
+    place = shards_of(settings, run)
+    if not place.is_dir():
+        raise DataError(
+            f"the hospitals' shards are not at {console.shown(place)} any more, and this needs their images: "
+            "give --shards DIR, or do it in each hospital with its own shard"
+        )
+    return open_prepared(settings, run)
+
+
+def chosen_hospitals(hospitals: Sequence[Hospital], names: Sequence[str]) -> list[Hospital]:
+    """Those that are named, or all. Raises `ConfigError` for an unknown name."""
+    known = [hospital.name for hospital in hospitals]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--hospital {name}: the run has no such hospital; it has {', '.join(known)}")
+    return [hospital for hospital in hospitals if not names or hospital.name in names]
+
+
+def load_audited(checkpoint: Path, settings: Settings) -> tuple[Audited, dict[str, Any]]:
+    """The generator of a checkpoint, its discriminator where that travels, and the checkpoint's meta."""
+    from fedgan.evaluation.audit_subject import Audited
+    from fedgan.models.discriminator import Discriminator
+    from fedgan.training.checkpoint import load_generator, load_into, load_tensors, with_prefix
+    from server.evaluator import evaluation_device
+
+    device = evaluation_device(settings)
+    generator, meta = load_generator(checkpoint, device)
+    discriminator = None
+    if weights := with_prefix(load_tensors(checkpoint)[0], "discriminator/"):
+        discriminator = Discriminator(settings.model, meta["resolution"], meta["channels"], len(meta["label_names"]))
+        load_into(discriminator, weights, f"checkpoint {checkpoint}")
+        discriminator = discriminator.eval().requires_grad_(False).to(device)
+    return Audited(settings, generator, discriminator, device), meta
+
+
+def write_pictures(run: RunFolder, found: Sequence[HospitalAudit]) -> list[Path]:
+    """Write each hospital's pairs of images to its own folder, and nowhere else; → the folders."""
+    from fedgan.evaluation.grids import png_bytes
+
+    folders = []
+    for one in found:
+        folder = run.hospital_state(one.numbers["name"]) / "audit"
+        for space, picture in one.pictures.items():
+            files.write_bytes(folder / f"pairs-{space}.png", png_bytes(picture))
+        if one.pictures:
+            folders.append(folder)
+    return folders
+
+
+@contextmanager
+def told(hospitals: int) -> Iterator[Say]:
+    """Says on stderr what is being done: a spinner with the time on a terminal, plain lines elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda text: console.note(f"{text} ...")
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(f"auditing {hospitals} hospitals", total=None)
+        yield lambda text: bars.update(task, description=text)
+
+
+def _tell(report: dict[str, Any], place: Path, pictures: list[Path], as_json: bool) -> None:
+    from fedgan.evaluation.audit import headline
+
+    result = {
+        "audit": str(place),
+        "valid": report["valid"],
+        "headline": headline(report),
+        "hospitals": {
+            hospital["name"]: {"valid": hospital["valid"], "signs": hospital["signs"]} for hospital in report["hospitals"]
+        },
+        "pictures": [str(folder) for folder in pictures],
+    }
+    lines = [headline_text(report), *(hospital_text(hospital) for hospital in report["hospitals"])]
+    lines += [f"pictures    {console.shown(folder)}: show patients, keep them in the hospital" for folder in pictures]
+    console.emit(result, as_json, "\n".join([*lines, f"audit       {console.shown(place)}"]))
+
+
+def headline_text(report: dict[str, Any]) -> str:
+    """The verdict, a line each."""
+    from fedgan.evaluation.audit import headline
+
+    return "\n".join(f"verdict     {line}" for line in headline(report).splitlines())
+
+
+def hospital_text(hospital: dict[str, Any]) -> str:
+    """One hospital's figures in two lines."""
+    copies = [
+        f"{space} {found['copying_share']:.1%} (held-out {found['held_out_share']:.1%})"
+        for space, found in hospital["copies"].items()
+        if found
+    ]
+    attacks = [f"{row['attack']} {row['auc']:.2f} (held-out {row['null_auc']:.2f})" for row in hospital["membership"]]
+    lines = [f"copies      {hospital['name']}: {', '.join(copies) or 'not measured'}"]
+    lines.append(f"membership  {hospital['name']}, AUC: {', '.join(attacks) or 'not measured'}")
+    return "\n".join(lines)
