@@ -85,6 +85,7 @@ class Release:
     psi: float
     meta: Tree  # of the checkpoint that drew it
     created: str | None = None
+    quarantine: Tree | None = None  # what the release filter did, where it was on
 
 
 def release_facts(card: CardData, release: Release) -> Tree:
@@ -116,6 +117,7 @@ def release_facts(card: CardData, release: Release) -> Tree:
             "resolution": meta["resolution"],
             "channels": meta["channels"],
             "created": release.created,
+            "quarantine": release.quarantine,
             "generator": {
                 "checkpoint_sha256": meta["sha256"],
                 "round": meta.get("round"),

@@ -221,6 +221,11 @@ class Comparison:
         return next((entry for entry in measured if entry.name == FEDERATED), next(iter([*measured, *found]), None))
 
     @property
+    def rungs(self) -> list[Tree]:
+        """The rungs of an ablation, its foot first; empty for any other comparison."""
+        return trees(dig(self.content, "ablation", "rungs"))
+
+    @property
     def drawn(self) -> bool:
         """Whether every image was drawn by a program, so that no figure speaks of patients."""
         provenance = tree(self.content.get("provenance"))

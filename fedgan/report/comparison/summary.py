@@ -6,6 +6,7 @@ from markupsafe import Markup
 
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row, legend
+from fedgan.report.comparison import ablation
 from fedgan.report.comparison.data import LOCAL, REAL, Comparison, Entry
 from fedgan.report.comparison.parts import auc_domain, chance, chart_figure, entry_label, mean_of
 from fedgan.report.comparison.section import Section
@@ -21,14 +22,18 @@ NO_ANSWER = "The question has no answer yet: comparison.json does not give one."
 
 def _render(comparison: Comparison) -> Markup:
     answer = comparison.content.get("answer")
+    climbs = bool(comparison.rungs)
     return render(
         "comparison_summary.html.j2",
-        question=QUESTION,
+        question=ablation.QUESTION if climbs else QUESTION,
         answer=answer if isinstance(answer, str) and answer.strip() else NO_ANSWER,
         description=str(comparison.content.get("description") or ""),
-        chart=_chart(comparison),
-        legend=legend([("mean and 95% interval", "main"), ("one generator's seed", "single main")], "dot"),
-        table=_table(comparison),
+        chart=ablation.chart(comparison) if climbs else _chart(comparison),
+        legend=ablation.marks(comparison)
+        if climbs
+        else legend([("mean and 95% interval", "main"), ("one generator's seed", "single main")], "dot"),
+        table=ablation.ladder(comparison) if climbs else _table(comparison),
+        privacy=ablation.privacy(comparison) if climbs else "",
         facts=_facts(comparison),
         drawn=DRAWN if comparison.drawn else "",
         problems=comparison.problems,
@@ -165,7 +170,9 @@ def _facts(comparison: Comparison) -> str:
     if tested := _tested(comparison):
         parts.append(tested)
     if (budget := number(content.get("images_seen_budget"))) is not None:
-        parts.append(f"{text.whole(budget)} images seen by each arm and seed")
+        seen = [n for run in comparison.arm_runs if (n := number(run.content.get("images_seen"))) is not None]
+        least = f"{text.whole(min(seen))} to " if seen and min(seen) < budget else ""
+        parts.append(f"{least}{text.whole(budget)} images seen by each arm and seed")
     return " · ".join(parts)
 
 

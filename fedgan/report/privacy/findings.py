@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fedgan.privacy.attacks.copies import difference
 from fedgan.report.format import bounds, decimal, interval, number, plural
 from fedgan.report.privacy.words import LIMIT
 from fedgan.report.run_data import Tree, dig, sentences, tree, trees
@@ -73,6 +74,10 @@ class Audit:
         """Why the audit is not valid, a sentence a reason; empty for a valid one."""
         reasons = []
         for hospital in self.hospitals:
+            if not controls(hospital):
+                why = "; ".join(sentences(hospital.get("notes"))).rstrip(".")
+                reasons.append(f"no control was run at {name_of(hospital)}{f' ({why})' if why else ''}")
+                continue
             failed = [name for name, control in controls(hospital) if not passed(name, control)]
             missing = [name for name in CONTROLS if not isinstance(dig(hospital, "controls", name), dict)]
             told = [text for name, control in controls(hospital) if name in failed for text in _reasons(control)]
@@ -145,7 +150,8 @@ def is_linking(attack: Any) -> bool:
 
 def copies(hospital: Tree) -> list[tuple[str, Tree]]:
     """(space in words, findings) for each space in which copies were looked for."""
-    return [(SPACES.get(str(space), str(space)), tree(found)) for space, found in tree(hospital.get("copies")).items()]
+    found = tree(hospital.get("copies")).items()
+    return [(SPACES.get(str(space), str(space)), part) for space, part in found if isinstance(part, dict) and part]
 
 
 def attacks(hospital: Tree, linking: bool) -> list[Tree]:
@@ -153,10 +159,17 @@ def attacks(hospital: Tree, linking: bool) -> list[Tree]:
     return [row for row in trees(hospital.get("membership")) if is_linking(row.get("attack")) is linking]
 
 
+def blind_spaces(hospital: Tree) -> list[str]:
+    """The spaces, in words, in which the planted copies were not found: what was found there proves little."""
+    parts = tree(dig(hospital, "controls", "positive", "copies"))
+    return [SPACES.get(str(space), str(space)) for space, part in parts.items() if tree(part).get("passed") is False]
+
+
 def _figures(hospital: Tree) -> Iterator[Figure]:
+    """Each figure, judged by the rules of the audit itself (fedgan/evaluation/audit.py: signs)."""
     name = name_of(hospital)
     for space, found in copies(hospital):
-        excess = bounds(found.get("excess_ci"))
+        excess, closer = bounds(found.get("excess_ci")), bounds(found.get("closer_ci"))
         yield Figure(
             "singling-out",
             name,
@@ -165,27 +178,30 @@ def _figures(hospital: Tree) -> Iterator[Figure]:
             bounds(found.get("copying_ci")),
             number(found.get("held_out_share")),
             bounds(found.get("held_out_ci")),
-            None if excess is None else excess[0] > 0,
+            # A blurred image is near to everything: it copies only where training images are nearer than held-out ones.
+            None if excess is None else excess[0] > 0 and (closer is None or closer[0] > CHANCE),
         )
     projection = tree(hospital.get("projection"))
     if number(projection.get("auc")) is not None:
-        yield _area("singling-out", name, "AUC of the projection gap", projection, "auc", None)
-    for space, found in copies(hospital):
-        if number(found.get("closer_share")) is not None:
-            closer = found | {"closer_share_ci": found.get("closer_ci")}
-            yield _area("linkability", name, f"share nearer to training images ({space})", closer, "closer_share", None)
+        gap = bounds(projection.get("gap_ci"))
+        yield _area("singling-out", name, "AUC of the projection gap", projection, gap is not None and gap[0] > 0)
     for linking, head in ((True, "linkability"), (False, "inference")):
         for row in attacks(hospital, linking):
-            yield _area(head, name, f"AUC of {row.get('attack', 'an unnamed attack')}", row, "auc", "null_auc")
+            yield _area(head, name, f"AUC of {row.get('attack', 'an unnamed attack')}", row, _is_above(row))
 
 
-def _area(head: str, name: str, measure: str, found: Tree, key: str, null: str | None) -> Figure:
-    """A figure whose chance level is 0.5: it stands out when its interval lies above chance and above the held-out figure."""
-    value, ci = number(found.get(key)), bounds(found.get(f"{key}_ci"))
-    real = number(found.get(null)) if null else CHANCE
-    real_ci = bounds(found.get(f"{null}_ci")) if null else None
-    out = None if value is None or ci is None else ci[0] > max(CHANCE, real or 0.0)
-    return Figure(head, name, measure, value, ci, real, real_ci, out)
+def _area(head: str, name: str, measure: str, found: Tree, above: bool) -> Figure:
+    """An area under the curve, whose chance level is 0.5: it stands out when it is `above` and its interval is above chance."""
+    value, ci = number(found.get("auc")), bounds(found.get("auc_ci"))
+    out = None if value is None or ci is None else ci[0] > CHANCE and above
+    return Figure(head, name, measure, value, ci, number(found.get("null_auc")), bounds(found.get("null_auc_ci")), out)
+
+
+def _is_above(row: Tree) -> bool:
+    """Whether an attack's AUC is above that of held-out images by more than both intervals allow; True without the latter."""
+    one, real = number(row.get("auc")), number(row.get("null_auc"))
+    ci, real_ci = bounds(row.get("auc_ci")), bounds(row.get("null_auc_ci"))
+    return real is None or real_ci is None or (one is not None and ci is not None and difference(one, ci, real, real_ci)[0] > 0)
 
 
 def _control_words(names: list[str]) -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedgan.config import Settings
-from fedgan.report.format import DASH, number, significant
-from fedgan.report.run_data import RunData, Tree, trees
+from fedgan.report.format import DASH, number, plural, significant
+from fedgan.report.run_data import RunData, Tree, tree, trees
 
 INFINITE = "infinite"
 FALSE_ALARMS = 0.01  # rate at which the bound on an attack is told
@@ -102,6 +102,11 @@ def unit_words(settings: Settings) -> str:
 def statement(run: RunData) -> str:
     """What is guaranteed, in plain words."""
     privacy, found = run.settings.privacy, spent(run)
+    if not privacy.on and hospital_level(run):
+        return (
+            "There is no guarantee for an image or a patient: no gradient was clipped and no noise was added in the hospitals. "
+            "Only whole hospitals were hidden, as stated below."
+        )
     if not privacy.on:
         return (
             "There is no guarantee: this run was trained without differential privacy. No gradient was clipped, no noise was "
@@ -132,6 +137,21 @@ def statement(run: RunData) -> str:
     )
 
 
+def hospital_level(run: RunData) -> str:
+    """What hides whole hospitals from one another (privacy.hospital), in words; empty where nothing does."""
+    found = tree(run.last_round.get("hospital_privacy"))
+    if not found:
+        return ""
+    epsilon, noise = number(found.get("epsilon")), number(found.get("noise_multiplier"))
+    cost = f"ε = {significant(epsilon, 3)}" if epsilon is not None else f"an {INFINITE} ε, which is no guarantee"
+    return (
+        f"Whole hospitals: in each round the mean of the hospitals' clipped updates was released with noise (Flower's "
+        f"wrappers, noise multiplier {significant(noise, 3)}), at {cost} and δ = {significant(found.get('delta'), 3)} over "
+        f"{plural(round(number(found.get('releases')) or 0), 'release')}. The unit is a whole hospital, replaced by none, "
+        "without sampling. It hides a hospital from whoever sees the model, not from the server."
+    )
+
+
 def meaning(found: list[Spent]) -> str:
     """What the largest finite ε means for the best attack there can be; empty where none is finite."""
     known = [row for row in found if row.most_found is not None]
@@ -140,8 +160,8 @@ def meaning(found: list[Spent]) -> str:
     worst = max(known, key=lambda row: row.most_found or 0.0)
     bound = worst.most_found or 0.0
     head = (
-        f"Whatever an attacker knows and tries: of all that differs by one unit, raising 1 false alarm in 100, no attack finds "
-        f"more than {share(bound)} of the members ({worst.name}, ε = {worst.words})."
+        "Whatever an attacker knows and tries: at 1 false alarm in 100, no attack finds more than "
+        f"{share(bound)} of the members ({worst.name}, ε = {worst.words})."
     )
     if bound > 0.99:
         head += " That bound excludes next to nothing: at such an ε the attacks below are the evidence, not the guarantee."
@@ -158,17 +178,17 @@ def share(value: Any) -> str:
 
 
 def terms(settings: Settings) -> list[tuple[str, str]]:
-    """(term, what holds here) for all that an ε has to be read with; empty where privacy is off."""
+    """(term, what holds here) for all that an ε has to be read with; empty where privacy is off or adds no noise."""
     privacy = settings.privacy
-    if not privacy.on:
+    if not privacy.on or privacy.noise_multiplier == 0:
         return []
     unit = privacy.unit
-    delta = f"δ = {privacy.delta:g}" if privacy.delta else f"δ = 1 / (number of {unit}s of the hospital)"
+    delta = f"δ = {significant(privacy.delta, 3)}" if privacy.delta else f"δ = 1 / (number of {unit}s of the hospital)"
     return [
         (
             "Kind",
             "(ε, δ)-differential privacy: adding or removing one unit changes the probability of any outcome by a factor of "
-            f"e^ε at most, but for a probability of δ. Here {delta}."
+            f"exp(ε) at most, but for a probability of δ. Here {delta}."
             + (" That is the largest δ that is in use: smaller ones promise more." if not privacy.delta else ""),
         ),
         ("Unit", f"{unit_words(settings)[0].upper()}{unit_words(settings)[1:]}: what may be there or not."),

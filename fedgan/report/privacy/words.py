@@ -53,7 +53,7 @@ def not_protected(run: RunData, counts: bool = True) -> list[str]:
         "to measure them: they are computed without noise.",
         "The number of images of each hospital: it sets weights, budgets, the sampling rate and δ."
         + (" The counts of images, patients and classes on this page are exact." if counts else ""),
-        "How long a hospital takes for a round: it varies with the number of images in its samples."
+        "How long a hospital takes for a round, which the server can clock: it varies with the number of images in its samples."
         if privacy.on
         else "How long a hospital takes for a round: it tells of its number of images and of its machine.",
     ]
@@ -72,7 +72,7 @@ def not_protected(run: RunData, counts: bool = True) -> list[str]:
     found.append(
         "A patient who is in two hospitals: what each hospital spends adds up for them, and no hospital knows of the other's."
         if guaranteed
-        else "A patient who is in two hospitals: each hospital is audited by itself, with its own images."
+        else "A patient who is in two hospitals: an audit looks at each hospital by itself."
     )
     found.append(
         "What images tell of a whole group of patients: a model is made to learn that, whether or not one of them is among them."

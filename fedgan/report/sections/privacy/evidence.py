@@ -9,7 +9,7 @@ from markupsafe import Markup
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row, dot_chart
 from fedgan.report.format import bounds, number
-from fedgan.report.privacy.findings import CHANCE, Audit, attacks, copies, name_of
+from fedgan.report.privacy.findings import CHANCE, SPACES, Audit, attacks, blind_spaces, copies, name_of
 from fedgan.report.privacy.guarantee import share
 from fedgan.report.run_data import Tree, tree
 from fedgan.report.tables import Column, table
@@ -42,6 +42,13 @@ def _singling_out(audit: Audit) -> tuple[list[Markup], list[Markup]]:
         )
         for i, space in enumerate(spaces)
     ]
+    gaps = [
+        (name_of(hospital), tree(hospital.get("projection")), "auc", "auc_ci", "null_auc", "null_auc_ci")
+        for hospital in audit.hospitals
+    ]
+    charts.append(
+        _pairs_chart(audit, "projection", "Projection gap", gaps, "AUC: training images are drawn more exactly", CHANCE)
+    )
     return [chart for chart in charts if chart], [
         part for part in (_copies(audit), _memorised(audit), _projection(audit)) if part
     ]
@@ -58,12 +65,13 @@ def _copies(audit: Audit) -> Markup:
             text.signed(row.get("excess")),
             text.spread(row.get("excess_ci")),
             text.significant(row.get("threshold"), 3),
+            "no" if space in blind_spaces(hospital) else "yes",
         ]
         for hospital in audit.hospitals
         for space, row in copies(hospital)
     ]
     columns = [HOSPITAL_SPACE, Column("Synthetic"), Column(CI), Column("Held-out real"), Column(CI)]
-    columns += [Column("Excess"), Column(CI), Column("Threshold")]
+    columns += [Column("Excess"), Column(CI), Column("Threshold"), Column("Sees planted copies", numeric=False)]
     more = (
         "Share of images that lie nearer to a training image than the threshold, which only the nearest twentieth of the "
         "held-out real images do. Synthetic and held-out images are looked up among the same training images."
@@ -113,18 +121,14 @@ def _projection(audit: Audit) -> Markup:
                 text.sized_interval(row.get("gap_ci")),
                 text.decimal(row.get("auc")),
                 text.interval(row.get("auc_ci")),
+                text.decimal(row.get("null_auc")),
+                text.interval(row.get("null_auc_ci")),
                 counts,
             ]
         )
-    columns = [
-        Column("Hospital", numeric=False),
-        Column("Training"),
-        Column("Held-out real"),
-        Column("Gap"),
-        Column(CI),
-        Column("AUC"),
-        Column(CI),
-    ]
+    columns = [Column("Hospital", numeric=False), Column("Training"), Column("Held-out real"), Column("Gap"), Column(CI)]
+    columns += [Column("AUC"), Column(CI), Column("AUC, held-out", title="The same between halves of the held-out images")]
+    columns.append(Column(CI))
     columns.append(Column("Images", title="Training and held-out images"))
     more = (
         "Mean distance of real images to the nearest image that the generator can draw. A gap above 0, or an AUC above 0.5: it "
@@ -148,6 +152,15 @@ def _linkability(audit: Audit) -> tuple[list[Markup], list[Markup]]:
     columns = [HOSPITAL_SPACE, Column("Nearer to training"), Column(CI), Column("Held-out real (chance)")]
     more = "Share of synthetic images whose nearest real image is a training and not a held-out one, among equally many of both."
     closer = _table(audit, "Whose images the synthetic ones lie nearer to", columns, rows, "privacy-closer", more)
+    nearer = [
+        (name_of(hospital), row, "closer_share", "closer_ci", "", "")
+        for hospital in audit.hospitals
+        for space, row in copies(hospital)
+        if space == SPACES["pixels"]
+    ]
+    chart = _pairs_chart(audit, "closer", "Nearer to training images, pixels", nearer, "share of synthetic images", CHANCE)
+    charts, tables = _membership(audit, True)
+    charts = [*([chart] if chart else []), *charts]
     charts, tables = _membership(audit, True)
     return charts, [*([closer] if closer else []), *tables]
 
@@ -179,6 +192,7 @@ def _membership(audit: Audit, linking: bool) -> tuple[list[Markup], list[Markup]
             text.interval(row.get("auc_ci")),
             text.decimal(row.get("null_auc")),
             text.interval(row.get("null_auc_ci")),
+            text.decimal(row.get("leak_auc")),
             _rate(row, "tpr_at_1"),
             _rate(row, "tpr_at_01"),
             f"{text.whole(row.get('members'))} / {text.whole(row.get('non_members'))}",
@@ -191,6 +205,7 @@ def _membership(audit: Audit, linking: bool) -> tuple[list[Markup], list[Markup]
         Column(CI),
         Column("Held-out real", title="AUC of the same attack where held-out images pose as members"),
         Column(CI),
+        Column("Planted leak", title="AUC of the same attack on members that were planted: what it would have noticed"),
         Column("Found at 1 % false alarms", title="Share of members found; chance is 1 %"),
         Column("Found at 0.1 %", title="Share of members found; chance is 0.1 %"),
         Column("Images", title="Members and non-members"),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from markupsafe import Markup
 
 from fedgan.report import format as text
 from fedgan.report.charts import Line, legend, line_chart
-from fedgan.report.facts import leaves
 from fedgan.report.format import number
-from fedgan.report.privacy.findings import Audit, controls, name_of, passed
-from fedgan.report.privacy.guarantee import Spent, meaning, share, spent, statement, terms
+from fedgan.report.privacy.findings import CONTROLS, SPACES, Audit, blind_spaces, controls, name_of, passed
+from fedgan.report.privacy.guarantee import Spent, hospital_level, meaning, share, spent, statement, terms
 from fedgan.report.privacy.words import COMMAND, HEADS, NO_AUDIT, UNREADABLE, not_protected
-from fedgan.report.run_data import RunData
+from fedgan.report.run_data import RunData, Tree, dig, tree
 from fedgan.report.sections.base import Section
-from fedgan.report.sections.privacy.evidence import evidence
+from fedgan.report.sections.privacy.evidence import CI, evidence
 from fedgan.report.tables import Column, table
 from fedgan.report.templating import render
 
@@ -33,8 +34,10 @@ def _render(run: RunData) -> Markup:
         there=audit.there,
         scope=_scope(run, audit),
         controls=_controls(audit),
+        control_parts=_control_parts(audit),
         guarantee=_guarantee(found),
         meaning=meaning(found),
+        hospital_level=hospital_level(run),
         curve=_curve(run, found),
         left_out=max(0, len(found) - MOST_LINES),
         terms=terms(run.settings),
@@ -62,7 +65,7 @@ def _guarantee(found: list[Spent]) -> Markup:
         Column("δ"),
         Column("Noise multiplier", title="Standard deviation of the noise over the norm to which gradients are clipped"),
         Column("Sampling rate", title="Probability of a unit to be in a step"),
-        Column("Most that 1 false alarm in 100 finds", title="Bound on the share of members that any attack finds"),
+        Column("Found at 1 % false alarms, at most", title="Bound on the share of members that any attack finds"),
         Column("Trained", numeric=False),
     ]
     rows = [
@@ -87,17 +90,17 @@ def _curve(run: RunData, found: list[Spent]) -> Markup:
     if not lines:
         return Markup("")
     privacy = run.settings.privacy
-    limits = [("asked for", privacy.epsilon)] if privacy.epsilon else []
-    limits += [("most allowed", privacy.max_epsilon)] if privacy.max_epsilon else []
+    limits = [("most allowed", privacy.max_epsilon)] if privacy.max_epsilon else []
+    limits = limits or ([("asked for", privacy.epsilon)] if privacy.epsilon else [])
     desc = "Epsilon of each hospital's ledger after each round: " + "; ".join(
         f"{line.name} {text.significant(line.points[-1][1], 3)} after round {line.points[-1][0]:g}" for line in lines
     )
     chart = line_chart("privacy-epsilon", "ε over the rounds", f"{desc}.", lines, "round", limits)
     marks = legend([(line.name, line.style) for line in lines], "line")
     return Markup(
-        '<div class="charts single"><figure><figcaption>ε over the rounds<small>Of the ledger, at the δ of the table: it never '
-        "falls.</small></figcaption>{}{}</figure></div>"
-    ).format(chart, marks)
+        '{}<div class="charts single"><figure><figcaption>ε over the rounds<small>Of the ledger, at the δ of the table: it '
+        "never falls.</small></figcaption>{}</figure></div>"
+    ).format(marks, chart)
 
 
 # --- whether the audit counts --------------------------------------------------------------------
@@ -123,36 +126,75 @@ def _scope(run: RunData, audit: Audit) -> str:
 
 
 def _controls(audit: Audit) -> Markup:
-    if not audit.there:
-        return Markup("")
+    """A row a hospital; empty where no control was run."""
     rows = []
     for hospital in audit.hospitals:
+        held = dict(controls(hospital))
+        verdicts = [_verdict(name, held) for name in CONTROLS]
+        areas = [number(dig(part, "auc")) for part in tree(dig(held.get("positive"), "copies")).values()]
+        best = max((area for area in areas if area is not None), default=None)
+        members = dig(held.get("positive"), "membership", "attacks", "distance", "auc")
         sizes = " / ".join(text.whole(hospital.get(key)) for key in ("members", "held_out", "synthetic"))
-        for name, control in controls(hospital):
-            told = [f"{key.replace('_', ' ')} {value}" for key, value in leaves(control) if key.split(".")[-1] != "passed"]
-            verdict = "passed" if passed(name, control) else "NOT passed"
-            rows.append([f"{name_of(hospital)}: {name}", verdict, sizes, "; ".join(_short(words) for words in told)])
+        blind = ", ".join(blind_spaces(hospital)) or text.DASH
+        rows.append([name_of(hospital), *verdicts, text.decimal(best), blind, text.decimal(members), sizes])
     columns = [
-        Column("Hospital: control", numeric=False),
-        Column("Verdict", numeric=False),
+        NAME,
+        Column("Positive control", numeric=False),
+        Column("Negative control", numeric=False),
+        Column("Planted copies, AUC", title="Of the space that finds them best"),
+        Column("Blind to them", numeric=False, title="Spaces in which planted copies are not found"),
+        Column("Planted members, AUC", title="Of the attack by distance"),
         Column("Images", title="Training, held-out and synthetic images that were compared"),
-        Column("What it measured", numeric=False),
     ]
     more = (
-        "Positive control: copies of training images are planted among the synthetic ones and have to be found. Negative "
-        "control: real images that nothing was trained on play the synthetic ones, and nothing may be found. Images: training / "
+        "Positive control: copies of training images are planted and have to be found, by one space and by the distance attack "
+        "at least. Negative control: held-out images play the synthetic ones, and nothing may be found. Images: training / "
         "held-out / synthetic."
     )
-    return table("Controls: would this audit have noticed?", columns, rows, "privacy-controls", more=more)
+    return table("Would this audit have noticed a leak?", columns, rows, "privacy-controls", more=more) if rows else Markup("")
 
 
-def _short(words: str) -> str:
-    """A name and a number with three digits, which is enough for a control."""
-    name, _, value = words.rpartition(" ")
-    try:
-        return f"{name} {text.significant(float(value), 3)}"
-    except ValueError:
-        return words
+def _verdict(name: str, held: dict[str, Tree]) -> str:
+    return "not run" if name not in held else "passed" if passed(name, held[name]) else "NOT passed"
+
+
+def _control_parts(audit: Audit) -> Markup:
+    """A row each space and attack of each control, with what it measured; empty where the file does not tell."""
+    rows = [
+        [f"{name_of(hospital)}, {name}: {part}", *measured]
+        for hospital in audit.hospitals
+        for name, control in controls(hospital)
+        for part, *measured in _parts(control)
+    ]
+    columns = [
+        Column("Hospital, control", numeric=False),
+        Column("AUC"),
+        Column(CI),
+        Column("Planted"),
+        Column("Found"),
+        Column(CI),
+    ]
+    columns += [Column("Excess", title="Mean over random halves of the held-out images"), Column("Halvings")]
+    more = (
+        "Planted and found: shares of images. Excess: what is called a copy among real images that cannot be one; it should be 0."
+    )
+    return table("Every control", columns, rows, "privacy-control-parts", more=more) if rows else Markup("")
+
+
+def _parts(control: Tree) -> Iterator[list[str]]:
+    for space, part in tree(control.get("copies")).items():
+        yield [
+            f"copies by {SPACES.get(space, space)}",
+            text.decimal(dig(part, "auc")),
+            text.DASH,
+            text.decimal(dig(part, "planted_share")),
+            text.decimal(dig(part, "found_share")),
+            text.interval(dig(part, "found_ci")),
+            text.signed(dig(part, "mean_excess")),
+            text.whole(dig(part, "splits")),
+        ]
+    for attack, part in tree(dig(control, "membership", "attacks")).items():
+        yield [f"membership by {attack}", text.decimal(dig(part, "auc")), text.interval(dig(part, "auc_ci")), *[text.DASH] * 5]
 
 
 SECTION = Section("privacy", "Privacy: guarantee and evidence", _render)

@@ -1,0 +1,162 @@
+"""Made-up runs with differential privacy and with audits, for the tests of the page and of the card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from test_report import HOSPITALS, SIZES, make_run
+
+from fedgan import files
+from fedgan.config import from_dict, to_dict
+from fedgan.privacy.attacks.copies import CopyFindings
+from fedgan.run_folder import RunFolder
+
+EPSILONS = (9.87, 6.54, 3.21)  # of the hospitals after the last round
+ATTACKS = ("discriminator", "distance", "density", "density ratio", "distance, calibrated by shadows")
+PRIVATE = ("pairs", "distances", "rows")
+
+
+def copy_figures(share: float, fitted: bool) -> dict[str, Any]:
+    """An entry of `copies`, by the fields that the attack itself has."""
+    held, closer = 0.05, 0.5 + share - 0.05
+    figures: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(CopyFindings) if field.name not in PRIVATE}
+    known: dict[str, Any] = {
+        "threshold": 3.1,
+        "copying_share": share,
+        "copying_ci": [share - 0.0137, share + 0.0161],
+        "held_out_share": held,
+        "held_out_ci": [0.0279, 0.0871],
+        "excess": share - held,
+        "excess_ci": [share - held - 0.0391, share - held + 0.0273],
+        "memorised_share": share * 0.9,
+        "memorised_ci": [share * 0.9 - 0.011, share * 0.9 + 0.012],
+        "reference_images": 500,
+        "held_out_images": 180,
+        "synthetic_images": 1000,
+        "memorised_matched": share * 0.31,
+        "memorised_matched_ci": [share * 0.31 - 0.003, share * 0.31 + 0.004],
+        "memorised_held_out": 0.0151,
+        "memorised_held_out_ci": [0.0083, 0.0274],
+        "matched_images": 180,
+        "closer_share": None if fitted else closer,
+        "closer_ci": None if fitted else [closer - 0.0291, closer + 0.0288],
+    }
+    assert known.keys() == figures.keys(), "the attack tells other figures than this file makes up"
+    return figures | known
+
+
+def membership(attack: str, auc: float) -> dict[str, Any]:
+    return {
+        "attack": attack,
+        "auc": auc,
+        "auc_ci": [auc - 0.0467, auc + 0.0452],
+        "tpr_at_1": 0.0213,
+        "tpr_at_1_ci": [0.0031, 0.0577],
+        "tpr_at_01": None,
+        "tpr_at_01_ci": None,
+        "members": 180,
+        "non_members": 170,
+        "note": "a false-positive rate of 0.1% needs 1,000 non-members, here are 170",
+        "null_auc": 0.4934,
+        "null_auc_ci": [0.4312, 0.5561],
+        "null_images": 170,
+        "leak_auc": 0.9932 if "density" not in attack else 0.8123,
+    }
+
+
+def control(passed: bool, positive: bool) -> dict[str, Any]:
+    """A control as the audit writes it; a failed one says why."""
+    if positive:
+        part = {"auc": 0.9987 if passed else 0.7123, "planted_share": 0.3, "found_share": 0.2971, "found_ci": [0.2611, 0.3342]}
+        spaces = {"pixels": part | {"passed": passed}, "features": part | {"auc": 0.6789, "passed": False}}
+    else:
+        part = {"excess": 0.01, "excess_ci": [-0.04, 0.06], "mean_excess": 0.0023, "covered": 0.97, "splits": 100}
+        spaces = {name: part | {"passed": passed} for name in ("pixels", "features")}
+    areas = {name: {"auc": 0.9932 if positive else 0.5071, "auc_ci": [0.48, 0.997]} for name in ("distance", "density")}
+    found = {"copies": spaces, "membership": {"attacks": areas, "passed": passed}, "sighted": ["pixels"], "passed": passed}
+    return found if passed else found | {"reason": "no space finds the planted copies" if positive else "halves differ"}
+
+
+def hospital_audit(
+    name: str, share: float = 0.047, auc: float = 0.5123, positive: bool = True, negative: bool = True
+) -> dict[str, Any]:
+    """One hospital's entry of audit.json."""
+    spaces = (("pixels", False), ("features", True), ("embedding", True))
+    return {
+        "name": name,
+        "members": 500,
+        "held_out": 180,
+        "synthetic": 1000,
+        "copies": {space: copy_figures(share + 0.0013 * i, fitted) for i, (space, fitted) in enumerate(spaces)},
+        "membership": [membership(attack, auc - 0.0021 * i) for i, attack in enumerate(ATTACKS)],
+        "projection": {
+            "gap": 0.0412,
+            "gap_ci": [-0.1131, 0.2017],
+            "median_gap": 0.03,
+            "median_gap_ci": [-0.1, 0.2],
+            "auc": 0.5217,
+            "auc_ci": [0.4213, 0.6189],
+            "train_mean": 12.171,
+            "held_out_mean": 12.212,
+            "images": [64, 63],
+            "null_gap": 0.01,
+            "null_gap_ci": [-0.2, 0.2],
+            "null_auc": 0.5081,
+            "null_auc_ci": [0.3917, 0.6212],
+            "steps": 100,
+        },
+        "controls": {"positive": control(positive, True), "negative": control(negative, False)},
+        "valid": positive and negative,
+        "notes": ["A sample of 500 of 900 training images was looked up."],
+        "signs": [],
+    }
+
+
+def audit(*hospitals: dict[str, Any], round_number: int = 10) -> dict[str, Any]:
+    """audit.json; of three clean hospitals where none is given."""
+    found = list(hospitals) or [hospital_audit(name) for name in HOSPITALS]
+    return {
+        "format": "fedgan-audit-1",
+        "round": round_number,
+        "checkpoint_sha256": "ab" * 32,
+        "valid": all(row["valid"] for row in found),
+        "settings": {"seed": 0, "images": 1000},
+        "hospitals": found,
+        "notes": ["These figures are evidence about the attacks that were tried."],
+    }
+
+
+def write_run(
+    path: Path, privacy: dict[str, Any] | None = None, content: dict[str, Any] | None = None, **sections: Any
+) -> RunFolder:
+    """A finished run of three hospitals without pictures: private where `privacy` has settings, audited by `content`."""
+    run = make_run(path, labels=["nevus", "melanoma"], pictures=False)
+    if privacy:
+        settings = to_dict(run.settings()) | sections
+        settings["privacy"] |= privacy
+        run.write_settings(from_dict(settings))
+        lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        for line in lines:
+            for i, row in enumerate(line["hospitals"]):
+                row |= spent(i, line["round"], privacy.get("noise_multiplier", -1.0) == 0)
+        write_lines(run, lines)
+    if content is not None:
+        files.write_json(run.audit, content)
+    return run
+
+
+def spent(hospital: int, turn: int, noiseless: bool = False) -> dict[str, Any]:
+    """What a private hospital tells of one of ten rounds."""
+    told = {"delta": 1 / SIZES[hospital], "noise_multiplier": 0.0 if noiseless else 0.913, "sample_rate": 16 / SIZES[hospital]}
+    return told | {"epsilon": None if noiseless else EPSILONS[hospital] * (0.4 + 0.06 * turn)}
+
+
+def read_lines(run: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def write_lines(run: RunFolder, lines: list[dict[str, Any]]) -> None:
+    files.write_text(run.metrics, "".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,496 @@
+"""The privacy part of page and card: controls before figures, each figure beside held-out images, no ε without what it means."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import CONTRAST, SIZES, Browser, open_browser
+from card_runs import make_run as make_card_run
+from hypothesis import given
+from hypothesis import strategies as st
+from privacy_runs import ATTACKS, audit, copy_figures, hospital_audit, read_lines, spent, write_lines, write_run
+from test_report import HOSPITALS, Page, page_of
+
+from fedgan import files
+from fedgan.evaluation.audit import signs
+from fedgan.report import format as text
+from fedgan.report.cards import write_cards
+from fedgan.report.privacy.findings import Audit
+from fedgan.report.privacy.guarantee import attack_bound, share
+from fedgan.report.run_data import clean
+from fedgan.run_folder import RunFolder
+
+PRIVATE = {"epsilon": 10.0, "label_noise": 20.0, "max_epsilon": 12.0}
+HEADS = ("Singling out", "Linkability", "Inference")
+
+
+def part_of(run: RunFolder) -> str:
+    """The privacy section as HTML."""
+    html = page_of(run)
+    start = html.index('<section id="privacy"')
+    return html[start : html.index("</section>", start) + len("</section>")]
+
+
+def words_of(run: RunFolder) -> str:
+    return Page(part_of(run)).words
+
+
+def paragraph(html: str, key: str) -> str:
+    """The part of the section under one of the heads of WP216."""
+    start = html.index(f'id="privacy-{key}"')
+    return html[start : html.index("<h3", start + 1)]
+
+
+# --- the guarantee -------------------------------------------------------------------------------
+
+
+def test_a_run_without_privacy_and_without_an_audit_says_plainly_that_it_has_neither(tmp_path: Path) -> None:
+    words = words_of(write_run(tmp_path))
+    assert "There is no guarantee: this run was trained without differential privacy." in words
+    assert "No audit was run" in words
+    assert "fedgan audit RUN" in words
+    assert "there is no guarantee at all, only the attacks that were tried" in words
+    assert words.count("Nothing was tried.") == 3
+    assert "What stands behind an ε" not in words
+
+
+def test_every_hospital_has_its_epsilon_with_delta_noise_and_sampling_rate(tmp_path: Path) -> None:
+    words = words_of(write_run(tmp_path, PRIVATE))
+    for i, name in enumerate(HOSPITALS):
+        told = spent(i, 10)
+        row = [name, *(text.significant(told[key], 3) for key in ("epsilon", "delta", "noise_multiplier", "sample_rate"))]
+        assert " ".join(row) in words
+    assert "ε from 3.21 to 9.87 for one image" in words
+
+
+def test_an_epsilon_never_stands_without_what_it_means(tmp_path: Path) -> None:
+    words = words_of(write_run(tmp_path, PRIVATE))
+    for fact in (
+        "(ε, δ)-differential privacy",
+        "Here δ = 1 / (number of images of the hospital).",
+        "differ by one unit, which was added or removed",
+        "Poisson",
+        "PRV",
+        "RDP",
+        "all runs on the same images",
+        "counts of labels, released with a noise multiplier of 20",
+        "not cryptographic",
+        "clipped to norm 1, then summed, then",
+        "NIST SP 800-226",
+        "the number of images of each hospital".capitalize(),
+        "Settings that were chosen by looking at earlier private runs",
+        "How long a hospital takes for a round",
+        "A patient who is in two hospitals",
+        "A patient with several images: ε is of one image",
+    ):
+        assert fact in words, fact
+
+
+def test_the_unit_and_what_is_composed_follow_the_settings(tmp_path: Path) -> None:
+    run = write_run(tmp_path, {"epsilon": 8.0, "unit": "patient", "images_per_patient": 3, "r_t_noise": 4.0, "delta": 1e-6})
+    words = words_of(run)
+    assert "One patient with all their images, of which a step looks at 3 at most" in words
+    assert "signs of the discriminator on real images, released with a noise multiplier of 4" in words
+    assert "No counts of labels were released." in words
+    assert "Here δ = 1e−06." in words
+    assert "A patient with several images" not in words
+
+
+def test_clipping_without_noise_is_called_no_guarantee_and_epsilon_infinite(tmp_path: Path) -> None:
+    run = write_run(tmp_path, {"noise_multiplier": 0.0})
+    html = part_of(run)
+    words = Page(html).words
+    assert "Clipping without noise: no guarantee." in words
+    for name in HOSPITALS:
+        assert f"{name} infinite" in words
+    assert "no bound" in words
+    assert "there is no guarantee at all" in words
+    assert "What stands behind an ε" not in words, "nothing stands behind it"
+    assert 'id="privacy-epsilon-title"' not in html, "a curve of nothing"
+
+
+def test_one_infinite_ledger_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path, PRIVATE)
+    lines = read_lines(run)
+    for line in lines:
+        line["hospitals"][1]["epsilon"] = None
+    write_lines(run, lines)
+    words = words_of(run)
+    assert f"There is no guarantee for {HOSPITALS[1]}" in words
+    assert f"{HOSPITALS[1]} infinite" in words
+    assert f"{HOSPITALS[0]} 9.87" in words
+
+
+def test_the_curve_has_a_line_a_hospital_and_the_limit(tmp_path: Path) -> None:
+    html, free = (part_of(write_run(tmp_path / str(i), PRIVATE | {"max_epsilon": most})) for i, most in enumerate((12.0, 0.0)))
+    chart, other = (part[part.index('aria-labelledby="privacy-epsilon-title') :].split("</svg>")[0] for part in (html, free))
+    assert chart.count("<polyline") == 3
+    assert ("most allowed" in chart, "asked for" in chart) == (True, False)
+    assert ("most allowed" in other, "asked for" in other) == (False, True)
+    assert f"{HOSPITALS[0]} 9.87 after round 10" in chart
+
+
+def test_a_hospital_that_stopped_for_its_budget_is_told_with_its_round(tmp_path: Path) -> None:
+    run = write_run(tmp_path, PRIVATE)
+    lines = read_lines(run)
+    for line in lines:
+        if line["round"] == 7:
+            line["hospitals"][2]["exhausted"] = 1.0
+        elif line["round"] > 7:
+            del line["hospitals"][2]
+    write_lines(run, lines)
+    words = words_of(run)
+    assert "to round 7: its budget allowed no further step" in words
+    assert words.count("to round 10") == 2
+
+
+def test_a_round_without_an_epsilon_states_no_guarantee(tmp_path: Path) -> None:
+    run = write_run(tmp_path, PRIVATE)
+    lines = read_lines(run)
+    for line in lines:
+        for row in line["hospitals"]:
+            del row["epsilon"]
+    write_lines(run, lines)
+    assert "nothing can be stated as a guarantee" in words_of(run)
+
+
+def test_hospital_level_noise_is_told_as_what_it_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    lines = read_lines(run)
+    lines[-1]["hospital_privacy"] = {"epsilon": 31.4, "delta": 1e-5, "noise_multiplier": 1.2, "clip": 1.0, "releases": 10}
+    write_lines(run, lines)
+    words = words_of(run)
+    assert "There is no guarantee for an image or a patient" in words
+    assert "ε = 31.4 and δ = 1e−05 over 10 releases" in words
+    assert "not from the server" in words
+
+
+def test_the_table_of_hospitals_has_epsilon_only_where_privacy_was_on(tmp_path: Path) -> None:
+    private, plain = page_of(write_run(tmp_path / "a", PRIVATE)), page_of(write_run(tmp_path / "b"))
+    sizes = [html[html.index("Images and patients in each split</caption>") :].split("</table>")[0] for html in (private, plain)]
+    for name, epsilon in zip(HOSPITALS, ("9.87", "6.54", "3.21"), strict=True):
+        row = sizes[0][sizes[0].index(f">{name}</th>") :].split("</tr>")[0]
+        assert row.strip().endswith(f'<td class="n">{epsilon}</td>')
+    assert "ε" not in sizes[1]
+
+
+# --- what an epsilon bounds ----------------------------------------------------------------------
+
+
+def test_the_bound_on_an_attack_agrees_with_the_mechanisms_that_reach_it() -> None:
+    # Randomised response with probability e^ε / (1 + e^ε) of the truth is ε-private, and its best test reaches the bound.
+    for epsilon in (0.1, 1.0, 3.0, 9.0):
+        truth = math.exp(epsilon) / (1 + math.exp(epsilon))
+        assert attack_bound(epsilon, 0.0, 1 - truth) == pytest.approx(truth)
+    assert attack_bound(0.0, 0.0, 0.01) == pytest.approx(0.01)
+    assert attack_bound(0.0, 0.3, 0.01) == pytest.approx(0.31)
+    assert attack_bound(1e9, 0.0, 0.01) == 1.0
+
+
+@given(st.floats(0, 800), st.floats(0, 800), st.floats(0, 0.5), st.floats(0, 1))
+def test_the_bound_lies_between_chance_and_certainty_and_grows_with_epsilon(
+    one: float, other: float, delta: float, rate: float
+) -> None:
+    low, high = sorted((one, other))
+    bounds = attack_bound(low, delta, rate), attack_bound(high, delta, rate)
+    assert rate - 1e-9 <= bounds[0] <= bounds[1] + 1e-12
+    assert bounds[1] <= 1.0
+
+
+def test_a_large_epsilon_is_said_to_exclude_next_to_nothing(tmp_path: Path) -> None:
+    assert "That bound excludes next to nothing" in words_of(write_run(tmp_path / "a", PRIVATE))
+    run = write_run(tmp_path / "b", PRIVATE)
+    lines = read_lines(run)
+    for line in lines:
+        for row in line["hospitals"]:
+            row["epsilon"] = 0.5
+    write_lines(run, lines)
+    words = words_of(run)
+    assert "excludes next to nothing" not in words
+    assert share(attack_bound(0.5, spent(2, 10)["delta"], 0.01)) in words
+    assert share(0.999996) == "99.999 %"
+
+
+# --- the audit -----------------------------------------------------------------------------------
+
+
+def test_every_figure_of_the_audit_is_on_the_page_beside_the_one_of_held_out_images(tmp_path: Path) -> None:
+    content = audit()
+    words = words_of(write_run(tmp_path, content=content))
+    for hospital in content["hospitals"]:
+        for found in hospital["copies"].values():
+            for key, ci in (("copying_share", "copying_ci"), ("memorised_matched", "memorised_matched_ci")):
+                assert f"{text.decimal(found[key])} {text.interval(found[ci])}" in words
+            pair = [("copying_share", "copying_ci"), ("held_out_share", "held_out_ci")]
+            assert " ".join(f"{text.decimal(found[key])} {text.interval(found[ci])}" for key, ci in pair) in words
+        for row in hospital["membership"]:
+            pair = [("auc", "auc_ci"), ("null_auc", "null_auc_ci")]
+            figures = " ".join(f"{text.decimal(row[key])} {text.interval(row[ci])}" for key, ci in pair)
+            assert f"{hospital['name']}, {row['attack']} {figures} {text.decimal(row['leak_auc'])} 2.1 % (0.3–5.8) –" in words
+        for figure in ("12.17", "12.21", "0.522", "0.508"):
+            assert figure in words
+
+
+def test_the_three_heads_hold_the_evidence_that_belongs_to_them(tmp_path: Path) -> None:
+    html = part_of(write_run(tmp_path, content=audit()))
+    parts = {key: paragraph(html, key) for key in ("singling-out", "linkability", "inference")}
+    assert [head for head in HEADS if f">{head}</h3>" in html] == list(HEADS)
+    for words in ("Copies among the synthetic images", "Training images that a copy repeats", "projections"):
+        assert words in parts["singling-out"]
+    assert "Whose images the synthetic ones lie nearer to" in parts["linkability"]
+    homes = {attack: [key for key, part in parts.items() if f"{HOSPITALS[0]}, {attack}</th>" in part] for attack in ATTACKS}
+    assert homes["distance"] == ["linkability"]
+    assert {tuple(home) for attack, home in homes.items() if attack != "distance"} == {("inference",)}
+    for part in parts.values():
+        assert part.count("stand here because") == 1
+
+
+def test_a_clean_audit_is_evidence_and_no_proof(tmp_path: Path) -> None:
+    words = words_of(write_run(tmp_path, content=audit()))
+    assert "The controls passed, and none of 27 figures of 3 hospitals stands out" in words
+    assert "no proof that another one would find nothing" in words
+    assert "Evidence of a leak" not in words
+
+
+def test_a_leak_is_the_headline_with_its_figures(tmp_path: Path) -> None:
+    leaking = hospital_audit(HOSPITALS[1], share=0.21, auc=0.61)
+    html = part_of(write_run(tmp_path, content=audit(hospital_audit(HOSPITALS[0]), leaking)))
+    words = Page(html).words
+    assert words.index("Evidence of a leak: 8 of 18 figures") < words.index("Controls")
+    assert f"share of copies (pixels) at {HOSPITALS[1]}: 0.210 (0.196–0.226), held-out real images 0.050" in words
+    assert f"Not audited: {HOSPITALS[2]}." in words
+
+
+@pytest.mark.parametrize(("share", "auc"), list(itertools.product((0.047, 0.08, 0.12, 0.3), (0.45, 0.54, 0.56, 0.6, 0.9))))
+def test_the_page_and_the_audit_call_the_same_figures_signs_of_a_leak(share: float, auc: float) -> None:
+    numbers = hospital_audit("a", share, auc)
+    out = [figure for figure in Audit(audit(numbers)).figures if figure.stands_out]
+    assert len(out) == len(signs(numbers))
+
+
+def test_an_audit_that_failed_its_controls_is_not_valid_and_its_figures_are_grey(tmp_path: Path) -> None:
+    failed = hospital_audit(HOSPITALS[1], share=0.3, auc=0.9, positive=False)
+    run = write_run(tmp_path, content=audit(hospital_audit(HOSPITALS[0]), failed))
+    html = part_of(run)
+    words = Page(html).words
+    assert words.split("Privacy: guarantee and evidence")[1].strip().startswith("This audit is not valid:")
+    assert f"at {HOSPITALS[1]} the positive control did not pass (no space finds the planted copies)" in words
+    assert "Evidence of a leak" not in words
+    assert html.count('class="invalid"') == 3
+    assert html.count("(not valid)</caption>") == 6
+    assert "not-valid.csv" in html
+    assert f"{HOSPITALS[0]} passed passed 0.999 extractor features 0.993 500 / 180 / 1,000" in words
+    assert f"{HOSPITALS[1]} NOT passed passed 0.712 pixels, extractor features 0.993" in words
+    assert 'class="invalid"' not in part_of(write_run(tmp_path / "valid", content=audit()))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"valid": False}, "does not say that it is valid"),
+        ({"valid": None}, "does not say that it is valid"),
+        ({"hospitals": []}, "no hospital was audited"),
+        ({"hospitals": [hospital_audit("a") | {"valid": False}]}, "the audit of a does not say that it is valid"),
+        ({"hospitals": [hospital_audit("a") | {"controls": None, "notes": ["too few"]}]}, "no control was run at a (too few)"),
+        ({"hospitals": [hospital_audit("a") | {"controls": {"positive": {"passed": True}}}]}, "the negative control was not run"),
+        ({"hospitals": [hospital_audit("a", negative=False)]}, "the negative control did not pass (halves differ)"),
+    ],
+)
+def test_an_audit_is_valid_only_when_everything_in_it_says_so(change: dict[str, Any], reason: str) -> None:
+    found = Audit(audit() | change)
+    assert not found.valid
+    assert reason in found.headline()
+
+
+def test_the_page_says_which_round_was_audited_and_when_the_run_went_on(tmp_path: Path) -> None:
+    run = write_run(tmp_path, content=audit(round_number=8))
+    words = words_of(run)
+    assert "Audited: the model of round 8. The run's last round is 10: the audit says nothing of that model." in words
+    files.write_json(run.audit, audit())
+    assert "says nothing of that model" not in words_of(run)
+
+
+def test_a_blind_space_is_told_as_blind(tmp_path: Path) -> None:
+    html = part_of(write_run(tmp_path, content=audit()))
+    rows = re.findall(r'<th scope="row">([^<]*)</th>(.*?)</tr>', paragraph(html, "singling-out"), re.DOTALL)
+    sees = {name.split(", ")[1]: re.findall(r"<td[^>]*>([^<]*)</td>", cells)[-1] for name, cells in rows[:3]}
+    assert sees == {"pixels": "yes", "extractor features": "no", "contrastive embedding": "yes"}
+
+
+def test_hospitals_with_too_few_images_have_a_reason_and_no_number(tmp_path: Path) -> None:
+    few = hospital_audit(HOSPITALS[2]) | {
+        "copies": dict.fromkeys(("pixels", "features", "embedding")),
+        "membership": [],
+        "projection": None,
+        "controls": None,
+        "valid": False,
+        "notes": ["20 training and 9 held-out images are too few to measure anything: 30 of each are needed."],
+    }
+    words = words_of(write_run(tmp_path, content=audit(few)))
+    assert "20 training and 9 held-out images are too few" in words
+    assert words.count("The audit has no figure of this kind.") == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"valid": tr', b"\xff\xfe\x00", b"[1, null]", b"7"])
+def test_a_damaged_audit_is_told_and_is_no_evidence(tmp_path: Path, damage: bytes) -> None:
+    run = write_run(tmp_path)
+    run.audit.write_bytes(damage)
+    page = Page(page_of(run))
+    assert "audit.json is damaged: what the audit found is not known" in page.words
+    assert "0.971" in page.words
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.data())
+def test_whatever_an_audit_holds_its_verdict_can_be_read(data: st.DataObject) -> None:
+    """Any part of a whole audit replaced by anything: no error, and never valid by mistake."""
+    content = json.loads(json.dumps(audit(hospital_audit("a"))))
+    here: Any = content
+    while True:
+        keys = list(here) if isinstance(here, dict) else list(range(len(here)))
+        key = data.draw(st.sampled_from(keys))
+        if not isinstance(here[key], dict | list) or not here[key] or data.draw(st.booleans()):
+            break
+        here = here[key]
+    here[key] = data.draw(JSON)
+    found = Audit(clean(content))
+    assert found.headline()
+    assert found.notes is not None
+    assert not found.valid or (content["valid"] is True and all(h["valid"] is True for h in content["hospitals"]))
+
+
+# --- what the page is ----------------------------------------------------------------------------
+
+
+def variants(folder: Path) -> dict[str, RunFolder]:
+    """Runs in every state that the page tells apart."""
+    return {
+        "plain": write_run(folder / "plain"),
+        "private": write_run(folder / "private", PRIVATE, audit()),
+        "noiseless": write_run(folder / "noiseless", {"noise_multiplier": 0.0}),
+        "invalid": write_run(folder / "invalid", PRIVATE, audit(hospital_audit(HOSPITALS[0], 0.3, 0.8, positive=False))),
+        "leak": write_run(folder / "leak", {"epsilon": 3.0, "unit": "patient"}, audit(hospital_audit(HOSPITALS[0], 0.3, 0.8))),
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
+    return variants(tmp_path_factory.mktemp("privacy"))
+
+
+def test_the_word_is_evidence_and_never_the_other_one(runs: dict[str, RunFolder]) -> None:
+    for run in runs.values():
+        page = page_of(run)
+        assert "anonym" not in page.lower()
+        assert "evidence" in page
+
+
+def test_the_page_stays_small_and_holds_no_path_and_no_picture_of_the_audit(runs: dict[str, RunFolder]) -> None:
+    part = part_of(runs["private"])
+    assert len(part) < 120_000
+    assert "<img" not in part
+    assert "pairs-" not in part
+    assert str(runs["private"].path) not in part
+
+
+def test_hostile_names_in_an_audit_are_text(tmp_path: Path) -> None:
+    hostile = '</section><script>alert(1)</script>{{ 7*7 }}\u202e"'
+    content = audit(hospital_audit(hostile))
+    content["hospitals"][0]["copies"][hostile] = copy_figures(0.1, False)
+    content["hospitals"][0]["membership"][0]["attack"] = hostile
+    content["hospitals"][0]["controls"]["positive"]["copies"][hostile] = {"passed": False, "found_share": 0.1}
+    run = write_run(tmp_path, content=content)
+    html = page_of(run)
+    assert "<script" not in html
+    assert "\u202e" not in html
+    assert Page(html).tags["section"] == 9
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with open_browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("name", ["private", "invalid"])
+@pytest.mark.parametrize(("scheme", "size"), [("light", "desktop"), ("dark", "phone"), ("dark", "desktop"), ("light", "phone")])
+def test_the_privacy_page_fits_its_window_and_can_be_read(
+    browser: Browser, runs: dict[str, RunFolder], name: str, scheme: str, size: str
+) -> None:
+    page_of(runs[name])
+    browser.show(runs[name].report, scheme, size)
+    browser.run("for (const part of document.querySelectorAll('details')) part.open = true")
+    assert browser.run("return document.documentElement.scrollWidth") == SIZES[size][0]
+    assert browser.run(CONTRAST)[1] == []
+    levels = browser.run("return [...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))")
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    ids = browser.run("return [...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    assert browser.logs()[0] == []
+
+
+# --- the card ------------------------------------------------------------------------------------
+
+
+def card_of(run: RunFolder) -> tuple[dict[str, Any], str]:
+    write_cards(run)
+    page = (run.cards / "model_card.md").read_text()
+    return json.loads((run.cards / "model_card.json").read_text()), re.sub(r"\\(\W|_)", r"\1", page)
+
+
+def private_card(path: Path, content: dict[str, Any] | None) -> RunFolder:
+    run = make_card_run(path, privacy=PRIVATE)
+    rows = [{"name": name, "images_seen": 500, **spent(i, 10)} for i, name in enumerate(("north", "south"))]
+    files.write_text(run.metrics, json.dumps(read_lines_or_one(run) | {"hospitals": rows}) + "\n")
+    if content is not None:
+        files.write_json(run.audit, content)
+    return run
+
+
+def read_lines_or_one(run: RunFolder) -> dict[str, Any]:
+    lines = read_lines(run)
+    return lines[-1] if lines else {"round": 1, "images_seen": 1000}
+
+
+def test_the_card_tells_epsilon_with_its_terms_and_what_an_audit_found(tmp_path: Path) -> None:
+    facts, page = card_of(private_card(tmp_path, audit(hospital_audit("north"), hospital_audit("south", 0.3, 0.8))))
+    privacy = facts["privacy"]
+    for i, row in enumerate(privacy["guarantee"]["hospitals"]):
+        told = spent(i, 10)
+        assert {key: row[key] for key in told} == told
+        assert f"| {row['name']} | {text.significant(told['epsilon'])} | {text.significant(told['delta'])} |" in page
+    for words in ("Neighbouring relation: ", "Accountant: Opacus", "not cryptographic", "Evidence of a leak", "Not protected:"):
+        assert words in page
+    worst = {row["measure"]: row for row in privacy["audit"]["figures"]}
+    assert worst["share of copies (pixels)"]["hospital"] == "south"
+    assert "| share of copies (pixels) | south | 0.300 (0.286–0.316) | 0.050 (0.028–0.087) | yes |" in page
+    assert not any("No differential privacy" in line or "no attack was run. Not" in line for line in privacy["unknown"][:-1])
+    assert "anonym" not in page.lower()
+
+
+def test_the_card_of_an_invalid_audit_has_no_figure_of_it(tmp_path: Path) -> None:
+    facts, page = card_of(private_card(tmp_path, audit(hospital_audit("north", 0.3, positive=False))))
+    assert facts["privacy"]["audit"]["figures"] == []
+    assert "This audit is not valid" in page
+    assert any("the audit that was run is not valid" in line for line in facts["privacy"]["unknown"])
+
+
+def test_the_card_without_privacy_and_audit_claims_neither(tmp_path: Path) -> None:
+    facts, page = card_of(make_card_run(tmp_path))
+    assert "No differential privacy" in facts["privacy"]["unknown"][0]
+    assert facts["privacy"]["guarantee"]["hospitals"] == []
+    assert facts["privacy"]["audit"]["headline"] in page
+    assert "Differential privacy: " not in page
