@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +14,7 @@ import typer
 
 from fedgan import files
 from fedgan.cli import console, release, wanted
+from fedgan.cli.audit import Shards
 from fedgan.cli.runs import checkpoint_of, headline, headline_text, runner
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.errors import ConfigError, FedganError
@@ -69,6 +70,13 @@ def generate(
     as_release: Annotated[
         bool, typer.Option("--release", help="A set to hand on: PNG files in folders, labels.csv, a card, hashes.")
     ] = False,
+    quarantine: Annotated[
+        bool,
+        typer.Option(
+            "--quarantine", help="With --release: drop and redraw images too near to a training image; utility is measured again."
+        ),
+    ] = False,
+    shards: Shards = None,
     created: Annotated[
         str | None, typer.Option("--created", metavar="DATE", help="Date to state in the card of --release, e.g. 2026-05-31.")
     ] = None,
@@ -82,6 +90,8 @@ def generate(
     choice = wanted.Choice(label or [], vector or [], labels_from, mix or [])
     if created is not None and not as_release:
         raise ConfigError("--created stands in the card of a release: give --release as well")
+    if (quarantine or shards) and not (as_release and quarantine):
+        raise ConfigError("--quarantine filters a release, and --shards says what it compares with: give --release --quarantine")
     if as_release:
         release.check_release(form is Format.PNG, created)
     console.refuse_existing(output, "the images")
@@ -91,15 +101,20 @@ def generate(
 
     generator, meta = load_generator(checkpoint)
     vectors = wanted.wanted_labels(meta, checkpoint, images, choice, seed)
+    kept = release.guarded(run, generator, meta, vectors, shards, psi=psi, seed=seed, batch=batch) if run and quarantine else None
+    filtered = None
     with _folder(output) as folder:
+        chunks = kept.chunks() if kept else _chunks(generator, vectors, psi, seed, batch)
         if form is Format.SHARD:
-            _write_shard(folder, generator, meta, vectors, psi=psi, seed=seed, batch=batch)
+            _write_shard(folder, chunks, meta, vectors, psi=psi, seed=seed)
         else:
-            shelf = release.SHELF if run else 0
-            _write_pngs(folder, generator, meta, vectors, psi=psi, seed=seed, batch=batch, shelf=shelf)
+            _write_pngs(folder, chunks, meta, vectors, shelf=release.SHELF if run else 0)
         if run:
             asked = choice.words(bool(meta["exclusive"]), labelled=bool(meta["label_names"]))
-            release.write_papers(folder, run, meta, vectors, asked=asked, seed=seed, psi=psi, created=created)
+            filtered = kept.facts() if kept else None
+            release.write_papers(
+                folder, run, meta, vectors, asked=asked, seed=seed, psi=psi, created=created, quarantine=filtered
+            )
     counts = {name: int(vectors[:, column].sum()) for column, name in enumerate(meta["label_names"])}
     result = {
         "output": str(output.resolve()),
@@ -111,10 +126,12 @@ def generate(
     }
     if run:
         result["card"] = str(output.resolve() / "dataset_card.md")
+    if filtered:
+        result["quarantine"] = filtered
     told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     line = f"{images} synthetic images in {console.shown(output)}{f' ({told})' if told else ''}"
     papers = f"\ncard        {console.shown(output / 'dataset_card.md')}: its blanks are yours to fill" if run else ""
-    console.emit(result, as_json, line + papers)
+    console.emit(result, as_json, line + (f"\n{release.quarantine_text(filtered)}" if filtered else "") + papers)
 
 
 def evaluate(
@@ -241,8 +258,13 @@ def _arm_of(run: RunFolder) -> str | None:
 # --- generate ------------------------------------------------------------------------------------
 
 
-def _chunks(generator: Any, vectors: np.ndarray, psi: float, seed: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Images (n, C, H, W) uint8 with the number of the first, a chunk at a time; all latents come from one seed."""
+# Number of the first image of a chunk, images (n, C, H, W) uint8, and the seed of each one's latent (n,)
+Chunks = Iterable[tuple[int, "np.ndarray", "np.ndarray"]]
+
+
+def _chunks(generator: Any, vectors: np.ndarray, psi: float, seed: int, batch: int) -> Chunks:
+    """A chunk at a time; all latents come from one seed."""
+    import numpy as np
     import torch
 
     from fedgan.evaluation.sampling import draw_latents, generate_images
@@ -251,19 +273,11 @@ def _chunks(generator: Any, vectors: np.ndarray, psi: float, seed: int, batch: i
     latents = draw_latents(len(vectors), generator.z_dim, seed)
     for start in range(0, len(vectors), CHUNK):
         rows = slice(start, start + CHUNK)
-        yield start, generate_images(generator, vectors[rows], seed, psi, batch, device, latents=latents[rows])
+        images = generate_images(generator, vectors[rows], seed, psi, batch, device, latents=latents[rows])
+        yield start, images, np.full(len(images), seed)
 
 
-def _write_pngs(
-    folder: Path,
-    generator: Any,
-    meta: dict[str, Any],
-    vectors: np.ndarray,
-    psi: float,
-    seed: int,
-    batch: int,
-    shelf: int = 0,
-) -> None:
+def _write_pngs(folder: Path, chunks: Chunks, meta: dict[str, Any], vectors: np.ndarray, shelf: int = 0) -> None:
     """One PNG an image and labels.csv: file, a column a label, seed, index. `shelf`: images in a sub-folder; 0: none."""
     from PIL import Image
 
@@ -271,7 +285,7 @@ def _write_pngs(
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["file", *meta["label_names"], "seed", "index"])
     digits, marks = max(5, len(str(len(vectors) - 1))), release.synthetic_marks()
-    for start, images in _chunks(generator, vectors, psi, seed, batch):
+    for start, images, seeds in chunks:
         for index, image in enumerate(images, start):
             picture = Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0))
             place = f"images/{index // shelf:03d}/" if shelf else ""
@@ -279,13 +293,11 @@ def _write_pngs(
             if shelf and index % shelf == 0:
                 (folder / place).mkdir(parents=True)
             picture.save(folder / name, pnginfo=marks)
-            rows.writerow([name, *vectors[index].tolist(), seed, index])
+            rows.writerow([name, *vectors[index].tolist(), int(seeds[index - start]), index])
     files.write_text(folder / "labels.csv", table.getvalue())
 
 
-def _write_shard(
-    folder: Path, generator: Any, meta: dict[str, Any], vectors: np.ndarray, psi: float, seed: int, batch: int
-) -> None:
+def _write_shard(folder: Path, chunks: Chunks, meta: dict[str, Any], vectors: np.ndarray, psi: float, seed: int) -> None:
     """A shard whose images are all in the training split; each image is its own patient, because it shows none."""
     from fedgan.data.shard import write_shard
 
@@ -293,7 +305,7 @@ def _write_shard(
     count = len(vectors)
     write_shard(
         folder,
-        (images for _, images in _chunks(generator, vectors, psi, seed, batch)),
+        (images for _, images, _ in chunks),
         vectors,
         patients=[f"synthetic-{index}" for index in range(count)],
         splits=["train"] * count,

@@ -11,18 +11,22 @@ No path, time or name of this machine stands in any file, so that the same draw 
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgan import files
 from fedgan.cli import console
-from fedgan.errors import ConfigError
+from fedgan.errors import ConfigError, DataError
 from fedgan.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import PngImagePlugin
+
+    from fedgan.evaluation.quarantine import Quarantine
 
 SHELF = 1000  # images in one folder
 SUMS = "SHA256SUMS"
@@ -89,10 +93,12 @@ def write_papers(
     seed: int,
     psi: float,
     created: str | None,
+    quarantine: dict[str, Any] | None = None,
 ) -> None:
     """Write the card and, last, the hashes beside the images and labels.csv that lie in `folder`.
 
-    `wanted` (N, K) are the label vectors of the images, `meta` the checkpoint's, `asked` the label mix in words.
+    `wanted` (N, K) are the label vectors of the images, `meta` the checkpoint's, `asked` the label mix in words, `quarantine`
+    what the filter did, where there was one.
     """
     from fedgan.report.cards.collect import collect
     from fedgan.report.cards.subjects import Release, release_facts
@@ -107,9 +113,115 @@ def write_papers(
         psi=psi,
         meta=meta,
         created=created,
+        quarantine=quarantine,
     )
     write_card(folder, "dataset_card", "card_release.md.j2", release_facts(collect(run), release))
     files.write_text(folder / SUMS, hashes(folder))
+
+
+class Guarded:
+    """A release that is drawn past the fences of the hospitals, and whose utility is measured with and without them."""
+
+    def __init__(self, quarantine: Quarantine, vectors: np.ndarray, hospitals: Sequence[Any], run: RunFolder) -> None:
+
+        from fedgan.evaluation.mixing import stratified_rows
+
+        self.quarantine, self.vectors, self.hospitals, self.run = quarantine, vectors, hospitals, run
+        self.settings = run.settings()
+        most = min(len(vectors), self.settings.evaluation.images)
+        self._measured = stratified_rows(vectors, most, self.settings.seed)  # places on which utility is measured
+        self._before: list[np.ndarray] = []
+        self._after: list[np.ndarray] = []
+
+    def chunks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(number of the first, images, seed of each) a chunk at a time, as `generate` writes them."""
+        from fedgan.evaluation.quarantine import in_chunks
+
+        for start, images, seeds, first in in_chunks(self.quarantine, self.vectors, SHELF):
+            inside = self._measured[(self._measured >= start) & (self._measured < start + len(images))] - start
+            self._before.append(first[inside])
+            self._after.append(images[inside])
+            yield start, images, seeds
+
+    def facts(self) -> dict[str, Any]:
+        """What the filter did, for the card; after `chunks` has ended. Trains classifiers."""
+        import numpy as np
+
+        from fedgan.data.dataset import ImageDataset
+        from fedgan.evaluation.quarantine import MOST_DRAWS, PERCENTILE, utility_before_and_after
+        from fedgan.evaluation.reference import RealReference, pool_places
+        from server.evaluator import evaluation_device
+
+        known, filtered = self.run.read_json(self.run.hospitals) or [], self.quarantine
+        train, val, test = (
+            pool_places([(hospital.name, getattr(hospital, split)) for hospital in self.hospitals], split)
+            for split in ("train", "val", "test")
+        )
+        settings, labels = self.settings, self.vectors[self._measured]
+        before, after = (
+            ImageDataset("synthetic", np.concatenate(part), labels, train.label_names, train.exclusive)
+            for part in (self._before, self._after)
+        )
+        reference = RealReference(train, val, test, settings.evaluation, settings.seed, evaluation_device(settings))
+        return {
+            "space": "pixels",
+            "percentile": PERCENTILE,
+            "most_draws": MOST_DRAWS,
+            "hospitals_compared": len(self.hospitals),
+            "hospitals_trained": max(len(known), len(self.hospitals)),
+            "drawn": filtered.drawn,
+            "replaced": filtered.redrawn,
+            "dropped": dict(filtered.dropped),
+            "utility": utility_before_and_after(reference, before, after, console.note),
+        }
+
+
+def guarded(
+    run: RunFolder,
+    generator: Any,
+    meta: dict[str, Any],
+    vectors: np.ndarray,
+    shards: Path | None,
+    *,
+    psi: float,
+    seed: int,
+    batch: int,
+) -> Guarded:
+    """The filter of `--quarantine`, ready to draw. Raises where the hospitals' images are not at hand, or under privacy."""
+    from fedgan.cli.audit import opened_hospitals
+    from fedgan.cli.runs import runner
+    from fedgan.evaluation.quarantine import Quarantine, check_quarantine, fences_of
+    from fedgan.evaluation.sampling import draw_latents, generate_images
+
+    runner()  # has a message of its own where there is no repository
+    from server.evaluator import evaluation_device
+
+    settings = run.settings()
+    check_quarantine(settings)
+    hospitals = opened_hospitals(settings, run, shards)
+    device = evaluation_device(settings)
+    latents = functools.lru_cache(maxsize=2)(lambda own_seed: draw_latents(len(vectors), generator.z_dim, own_seed))
+
+    def draw(labels: np.ndarray, own_seed: int, places: np.ndarray) -> np.ndarray:
+        return generate_images(generator, labels, own_seed, psi, batch, device, latents=latents(own_seed)[places])
+
+    held = hospitals[0].train
+    if (held.label_names, held.images.shape[1:]) != (tuple(meta["label_names"]), (meta["channels"], *2 * (meta["resolution"],))):
+        raise DataError(
+            f"the shard of '{held.name}' differs from the model in labels, channels or size: give the run's own shards"
+        )
+    return Guarded(Quarantine(fences_of(hospitals), draw, seed), vectors, hospitals, run)
+
+
+def quarantine_text(facts: dict[str, Any]) -> str:
+    """What the filter did, in two lines."""
+    dropped = ", ".join(f"{name} {count}" for name, count in facts["dropped"].items())
+    lines = [f"quarantine  {facts['replaced']} images drawn again; too near to a training image of: {dropped}"]
+    if utility := facts["utility"]:
+        before, after = (utility[name]["macro_auc"] for name in ("unfiltered", "quarantined"))
+        if before is not None and after is not None:
+            lines.append(f"macro AUC   {after:.3f} of classifiers trained on this set, {before:.3f} without quarantine")
+    return "\n".join(lines)
 
 
 def hashes(folder: Path) -> str:
