@@ -245,6 +245,7 @@ def test_the_three_heads_hold_the_evidence_that_belongs_to_them(tmp_path: Path) 
     for words in ("Copies among the synthetic images", "Training images that a copy repeats", "projections"):
         assert words in parts["singling-out"]
     assert "Whose images the synthetic ones lie nearer to" in parts["linkability"]
+    assert [parts[key].count('<svg class="chart"') for key in parts] == [4, 2, 4], "a chart for each figure"
     homes = {attack: [key for key, part in parts.items() if f"{HOSPITALS[0]}, {attack}</th>" in part] for attack in ATTACKS}
     assert homes["distance"] == ["linkability"]
     assert {tuple(home) for attack, home in homes.items() if attack != "distance"} == {("inference",)}

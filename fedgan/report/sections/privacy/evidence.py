@@ -161,7 +161,6 @@ def _linkability(audit: Audit) -> tuple[list[Markup], list[Markup]]:
     chart = _pairs_chart(audit, "closer", "Nearer to training images, pixels", nearer, "share of synthetic images", CHANCE)
     charts, tables = _membership(audit, True)
     charts = [*([chart] if chart else []), *charts]
-    charts, tables = _membership(audit, True)
     return charts, [*([closer] if closer else []), *tables]
 
 
