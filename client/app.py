@@ -15,6 +15,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.sent import clip_update, told
 from client.site import Order, Progress, Site, find_site, log_failure, log_folder
 from fedgan.config import PARTS, Settings
 from fedgan.errors import HOSPITAL_REASON
@@ -32,7 +33,7 @@ def hello(message: Message, context: Context) -> Message:
     return Visit(message, context).answer(introduce)
 
 
-@app.train()
+@app.train(mods=[clip_update])
 def train(message: Message, context: Context) -> Message:
     """Go on from the model that arrived, and answer with the model after this round's images."""
     return Visit(message, context).answer(train_round)
@@ -77,6 +78,8 @@ def introduce(visit: Visit, order: Order, site: Site) -> RecordDict:
         "channels": data.channels,
         "resolution": data.resolution,
     }
+    if (privacy := order.settings.privacy).on and privacy.noise_split == "equal":
+        facts["units"] = len(set(data.patients.tolist())) if privacy.unit == "patient" else len(data)
     return RecordDict({"hospital": ConfigRecord(facts)})
 
 
@@ -87,7 +90,11 @@ def own_settings(order: Order) -> Settings:
 
 
 def train_round(visit: Visit, order: Order, site: Site) -> RecordDict:
-    """Load the state of the round before, take over what arrived, train, save, and give out what travels."""
+    """Load the state of the round before, take over what arrived, train, save, and give out what travels.
+
+    Where the privacy ledger ends the training, what was trained until then is given out as ever, and `exhausted` tells the
+    server not to ask again.
+    """
     settings = own_settings(order)
     threads = settings.federation.threads or usable_cores()
     torch.set_num_threads(threads)
@@ -100,6 +107,7 @@ def train_round(visit: Visit, order: Order, site: Site) -> RecordDict:
         planned_images=order.planned,
         ledgers=[site.ledger],
         run=order.experiment,
+        least_noise=order.least_noise,
     )
     if order.since:
         visit.doing = f"loading its state of round {order.since}"
@@ -122,8 +130,9 @@ def train_round(visit: Visit, order: Order, site: Site) -> RecordDict:
     visit.doing = "giving out its model"
     parts = [part for part in PARTS if part in settings.federation.exchange]
     arrays = ArrayRecord({key: Array(array) for key, array in trainer.outgoing(parts).items()})
-    facts = {key: float(value) for key, value in means.items()} | {"peak_memory_bytes": float(peak_memory())}
-    facts |= {"images_seen": trainer.images_seen, "threads": threads}
+    facts: dict[str, float] = told(settings, means, peak_memory()) | {"images_seen": trainer.images_seen, "threads": threads}
+    if trainer.exhausted:
+        facts["exhausted"] = 1.0
     return RecordDict(
         {
             "arrays": arrays,

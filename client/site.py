@@ -36,7 +36,7 @@ PROGRESS_SECONDS = 0.5
 @dataclass(frozen=True)
 class Order:
     """What the server asks for. `images`: real images of this round, `planned`: of all rounds, `batch`: of a step here;
-    `since`: the round whose state is continued (0: none)."""
+    `since`: the round whose state is continued (0: none); `least_noise`: a noise multiplier that is gone above at the least."""
 
     settings: Settings
     experiment: str
@@ -46,6 +46,7 @@ class Order:
     images: int = 0
     planned: int = 0
     batch: int = 0
+    least_noise: float = 0.0
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Order:
@@ -57,7 +58,7 @@ class Order:
             )
         settings = from_dict(json.loads(str(config["settings"])), source="the server's settings")
         numbers = {key: int(config.get(key, 0)) for key in ("round", "since", "images", "planned", "batch")}
-        return Order(settings, experiment, str(config["run"]), **numbers)
+        return Order(settings, experiment, str(config["run"]), **numbers, least_noise=float(config.get("least_noise", 0.0)))
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,16 @@ class PrivacySettings:
     public_start: bool = meaning(False, "Declares that training.warm_start was trained on public images alone.")
     r1: bool = meaning(False, "R1 for each image, inside the clipped loss (4 to 6 times as slow).")
     chunk: int = meaning(64, "Images whose single gradients are in memory at once.", low=1)
+    hospital: str = meaning(
+        "none",
+        "Noise that hides a whole hospital's update from the others, clipped by the server or by itself; independent of epsilon.",
+        choices=("none", "server", "client"),
+    )
+    hospital_noise_multiplier: float = meaning(1.0, "Noise on the sum of the updates over hospital_clip.", low=0.0)
+    hospital_clip: float = meaning(1.0, "Most that one hospital's update of a round may measure; larger ones shrink.", low=1e-6)
+    hospital_delta: float = meaning(
+        1e-5, "Probability that the hospitals' guarantee may fail; 1 / hospitals would promise nothing.", low=1e-12, high=0.1
+    )
 
     @property
     def on(self) -> bool:
@@ -230,6 +240,17 @@ class EvaluationSettings:
 class ComparisonSettings:
     """What `fedgan compare` compares. Every arm trains with the scenario's model, augment and training sections."""
 
+    kind: str = meaning(
+        "arms",
+        "arms: ways to federate, all else equal; ablation: 'NAME < PARENT: key=value; …' may also change model, augment, "
+        "training and privacy.",
+        choices=("arms", "ablation"),
+    )
+    public: tuple[str, ...] = meaning(
+        (),
+        "Keys of the training on public phantoms that an ablation's arm with training.warm_start = 'public' begins from, "
+        "e.g. 'training.kimg=10'; empty: the scenario's, with phantoms of another seed.",
+    )
     arms: tuple[str, ...] = meaning(
         ("centralized", "federated", "local"),
         "Kinds of training: centralized, federated, local, generator-only, local-discriminators, finetuned, coalitions, or a "
@@ -341,10 +362,12 @@ def validate(settings: Settings) -> Settings:
     if not federation.exchange:
         raise ConfigError(f"federation.exchange is empty: name at least one of {', '.join(PARTS)}")
     images = settings.training.kimg * 1000 / federation.rounds
-    if images < batch * federation.participants:
+    shared = federation.batch == "shared"  # then one batch is a step of all hospitals
+    if images < batch * (1 if shared else federation.participants):
+        whose = "" if shared else f" for each of the {federation.participants} hospitals"
         raise ConfigError(
-            f"a round would show {images:.0f} images, less than a batch of {batch} for each of the {federation.participants} "
-            "hospitals: lower federation.rounds or raise training.kimg"
+            f"a round would show {images:.0f} images, less than a batch of {batch}{whose}: "
+            "lower federation.rounds or raise training.kimg"
         )
     return settings
 

@@ -32,7 +32,11 @@ KEEP_ROUNDS = 3
 
 @dataclass
 class State:
-    """The federation after `round`: arrays float32 by prefixed key, totals over the whole run."""
+    """The federation after `round`: arrays float32 by prefixed key, totals over the whole run.
+
+    `exhausted`: hospitals whose privacy ledger allows no further step, each {name, number, images (of its training split),
+    units (of privacy), round (its last)}. They take no more part in this run, also after a restart.
+    """
 
     round: int
     arrays: dict[str, np.ndarray]
@@ -45,6 +49,11 @@ class State:
     exclusive: bool = True
     channels: int = 0
     resolution: int = 0
+    exhausted: list[dict[str, Any]] = field(default_factory=list)
+
+    def is_over(self, settings: Settings) -> bool:
+        """Whether no round is left: all are done, or nobody may train any more."""
+        return self.round >= settings.federation.rounds or len(self.exhausted) >= settings.federation.participants
 
 
 def initial_state(settings: Settings, members: Sequence[Member]) -> State:
@@ -53,7 +62,7 @@ def initial_state(settings: Settings, members: Sequence[Member]) -> State:
     shape = (1, first.channels, first.resolution, first.resolution)
     nobody = ImageDataset("server", np.zeros(shape, np.uint8), np.zeros((1, len(first.label_names)), np.uint8), first.label_names)
     begin = Trainer(dataclasses.replace(settings, privacy=PrivacySettings()), nobody)  # no image is seen here
-    warm_start(begin)
+    warm_start(begin, settings)
     arrays = begin.outgoing(settings.federation.exchange)
     return State(0, arrays, {}, 0, 0, 0.0, None, first.label_names, first.exclusive, first.channels, first.resolution)
 
@@ -75,6 +84,7 @@ def save_state(run: RunFolder, settings: Settings, state: State, experiment: str
         "resolution": state.resolution,
         "experiment": experiment,
         "line": state.line,
+        "exhausted": state.exhausted,
     }
     tensors = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in (state.arrays | state.moments).items()}
     save_tensors(run.checkpoint(state.round), tensors, meta)
@@ -113,6 +123,7 @@ def load_state(run: RunFolder, experiment: str) -> State | None:
         exclusive=meta["exclusive"],
         channels=meta["channels"],
         resolution=meta["resolution"],
+        exhausted=meta.get("exhausted", []),
     )
 
 
@@ -120,6 +131,21 @@ def is_evaluated(settings: Settings, round_number: int) -> bool:
     """Whether the evaluator looks at this round (round 0 is nobody's; the last is the final evaluation's)."""
     every = settings.evaluation.every
     return round_number > 0 and (round_number == settings.federation.rounds or (every > 0 and round_number % every == 0))
+
+
+def exhausted_in(run: RunFolder) -> list[str]:
+    """Names of those whose privacy budget was spent by the newest round."""
+    newest = run.last_round()
+    meta = run.read_json(run.checkpoint(newest).with_suffix(".json")) if newest is not None else None
+    return [row["name"] for row in (meta or {}).get("exhausted", [])]
+
+
+def is_over(run: RunFolder, settings: Settings) -> bool:
+    """Whether a federation's run has no round left: all are done, or every hospital's privacy budget is spent."""
+    newest = run.last_round()
+    if newest is None:
+        return False
+    return newest >= settings.federation.rounds or len(exhausted_in(run)) >= settings.federation.participants
 
 
 def has_line(run: RunFolder, round_number: int) -> bool:

@@ -3,6 +3,9 @@
 Flower's strategies say what is sent and how answers become one model; the loop round them is our own,
 so that every wait is bounded, a missing hospital fails the round by name, and a run can go on from
 any round. Answers are sorted by the hospital's number first: the order of a sum is its value.
+
+A hospital whose privacy budget is spent says so (`exhausted`) and is asked no more; when that is true of all, the run is
+over with the rounds that it has.
 """
 
 from __future__ import annotations
@@ -14,20 +17,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import Strategy
 
 from fedgan.config import Settings, to_dict
 from fedgan.errors import FederationError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator
 from server.checkpoints import State, has_line, initial_state, is_evaluated, load_state, save_state, write_line
+from server.hospital_privacy import charge, even, remark
+from server.records import ARRAYS, METRICS, WEIGHT, array_bytes, check_reply, personal, to_record
 from server.roster import Member, Roster, gather, introduce, require_all
-from server.rounds import Deal, deal
-from server.strategies import ARRAYS, make_strategy, restore_strategy, strategy_state
+from server.rounds import Deal, deal, least_noise
+from server.strategies import expect, fewest, make_strategy, require_enough, restore_strategy, strategy_state
 
 Event = dict[str, Any]
+Arrays = dict[str, np.ndarray]
 MEANS = ("loss_g", "loss_d", "d_accuracy", "r_t", "p", "r1", "path_length")
 
 
@@ -60,9 +66,10 @@ class Federation:
     def train(self, grid: Grid) -> None:
         """All rounds that are not done yet. Raises `FederationError` when a hospital fails or is late."""
         state = load_state(self.run, self.experiment)
-        if state is not None and state.round == self.settings.federation.rounds:
+        if state is not None and state.is_over(self.settings):
             return
-        members = introduce(grid, self.settings, self._order())
+        gone = {row["number"]: (row["images"], row["units"]) for row in state.exhausted} if state else {}
+        members = introduce(grid, self.settings, self._order(), gone)
         if state is None:
             state = initial_state(self.settings, members)
             save_state(self.run, self.settings, state, self.experiment)
@@ -72,30 +79,34 @@ class Federation:
             self.judge.start()
         strategy = make_strategy(self.settings)
         restore_strategy(strategy, state.moments)
-        federation = self.settings.federation
-        dealt = deal(self.settings, [member.images for member in members])
+        # budgets stay as dealt when a hospital leaves
+        sizes = gone | {member.number: (member.images, member.units) for member in members}
+        images, units = zip(*(sizes[number] for number in sorted(sizes)), strict=True)
+        dealt = deal(self.settings, images)
+        noise = least_noise(self.settings, images, units, dealt)
         self.tell(
             {
                 "event": "start",
-                "hospitals": [member.name for member in members],
-                "rounds": federation.rounds,
+                "hospitals": [member.name for member in left(members, state)],
+                "rounds": self.settings.federation.rounds,
                 "first_round": state.round + 1,
                 "images": sum(dealt.totals),
                 "images_seen": state.images_seen,
             }
         )
-        while state.round < federation.rounds:
-            state = self._round(grid, strategy, members, state, dealt)
-            self._look(state)
+        if self.settings.privacy.hospital != "none":
+            self.tell({"event": "remark", "text": remark(self.settings, sum(array.size for array in state.arrays.values()))})
+        while not state.is_over(self.settings):
+            state = self._round(grid, strategy, left(members, state), state, dealt, noise)
+            self._look(state, anew=True)
 
     def conclude(self) -> None:
         """The final evaluation, of the last round's generator. Can be repeated."""
-        newest = self.run.last_round()
-        if newest is None or newest < self.settings.federation.rounds:
+        newest, state = self.run.last_round() or 0, load_state(self.run, self.experiment)
+        if state is None or not state.is_over(self.settings):
             raise FederationError(
-                f"round {newest or 0} of {self.settings.federation.rounds} is the last that is complete: resume the run"
+                f"round {newest} of {self.settings.federation.rounds} is the last that is complete: resume the run"
             )
-        state = cast(State, load_state(self.run, self.experiment))
         self._look(state)
         self.tell({"event": "evaluation", "round": newest, "final": True})
         facts = {
@@ -112,51 +123,37 @@ class Federation:
 
     # --- one round -------------------------------------------------------------------------------
 
-    def _round(self, grid: Grid, strategy: FedAvg, members: Sequence[Member], state: State, dealt: Deal) -> State:
+    def _round(self, grid: Grid, strategy: Strategy, members: Sequence[Member], state: State, dealt: Deal, noise: float) -> State:
         """Train and aggregate one round; the state after it, already on the disk."""
         number, begun = state.round + 1, time.perf_counter()
-        names, images = [member.name for member in members], dealt.images[state.round]
+        require_enough(self.settings, len(members), [row["name"] for row in state.exhausted])
+        images = {member.number: dealt.images[state.round][member.number] for member in members}
         self.tell(
             {
                 "event": "round_start",
                 "round": number,
                 "rounds": self.settings.federation.rounds,
-                "images": dict(zip(names, images, strict=True)),
+                "images": {member.name: images[member.number] for member in members},
             }
         )
-        order = self._order() | {"round": number, "since": state.round}
-        timeout = self.settings.federation.round_timeout
-        configured = strategy.configure_train(number, to_record(state.arrays), ConfigRecord(order), cast(Grid, Roster(members)))
-        by_node = {
-            member.node: {"images": images[place], "planned": dealt.planned(place), "batch": dealt.batches[place]}
-            for place, member in enumerate(members)
-        }
-        # in the order of the hospitals, the largest first: with fewer cores than hospitals the long work begins at once
-        places = {member.node: member.number for member in members}
-        messages = sorted(configured, key=lambda message: places[message.metadata.dst_node_id])
-        answers = gather(grid, [personal(message, by_node) for message in messages], timeout)
-        replies = require_all(members, answers, timeout, f"in round {number}")
-        for member, reply in zip(members, replies, strict=True):
-            check_reply(member, reply, state.arrays)
+        replies = self._ask(grid, strategy, members, state, dealt, noise)
         facts = [hospital_line(member, reply) for member, reply in zip(members, replies, strict=True)]
         up = sum(array_bytes(reply.content.array_records[ARRAYS]) for reply in replies)
         down = len(members) * sum(array.nbytes for array in state.arrays.values())
-
-        record, _ = strategy.aggregate_train(number, replies)
-        if record is None:
-            raise FederationError(f"the strategy made no model of the answers of round {number}: see flower.log")
-        arrays = {key: np.asarray(record[key].numpy(), dtype=np.float32) for key in sorted(state.arrays)}
+        counted = [reply for reply, row in zip(replies, facts, strict=True) if self._counts(row)]
+        arrays, spent = self._aggregate(strategy, number, counted, state)
         after = State(
             round=number,
             arrays=arrays,
             moments=strategy_state(strategy),
-            images_seen=sum(int(row["images_seen"]) for row in facts),
+            images_seen=state.images_seen + sum(row["images"] for row in facts),
             bytes_exchanged=state.bytes_exchanged + up + down,
             wall_seconds=state.wall_seconds + time.perf_counter() - begun,
             label_names=state.label_names,
             exclusive=state.exclusive,
             channels=state.channels,
             resolution=state.resolution,
+            exhausted=state.exhausted + exhausted_now(members, facts, number),
         )
         after.line = {
             "round": number,
@@ -165,16 +162,70 @@ class Federation:
             "bytes_exchanged": after.bytes_exchanged,
             "mean": mean_of(facts),
             "hospitals": facts,
+            **spent,
+            **ending(after, self.settings),
         }
         save_state(self.run, self.settings, after, self.experiment)
         return after
 
-    def _look(self, state: State) -> None:
-        """Let the evaluator look where it is due, and write the round's line, unless that is done already."""
-        if state.line is None or has_line(self.run, state.round):
+    def _ask(
+        self, grid: Grid, strategy: Strategy, members: Sequence[Member], state: State, dealt: Deal, noise: float
+    ) -> list[Message]:
+        """Send each hospital the model and its own numbers of images; their answers, checked, in the order of the hospitals."""
+        number, timeout = state.round + 1, self.settings.federation.round_timeout
+        order = ConfigRecord(self._order() | {"round": number, "since": state.round, "least_noise": noise})
+        expect(strategy, len(members))
+        configured = strategy.configure_train(number, to_record(state.arrays), order, cast(Grid, Roster(members)))
+        by_node = {
+            member.node: {
+                "images": dealt.images[state.round][member.number],
+                "planned": dealt.planned(member.number),
+                "batch": dealt.batches[member.number],
+            }
+            for member in members
+        }
+        # in the order of the hospitals, the largest first: with fewer cores than hospitals the long work begins at once
+        places = {member.node: member.number for member in members}
+        messages = sorted(configured, key=lambda message: places[message.metadata.dst_node_id])
+        answers = gather(grid, [personal(message, by_node) for message in messages], timeout)
+        replies = require_all(members, answers, timeout, f"in round {number}")
+        for member, reply in zip(members, replies, strict=True):
+            check_reply(member, reply, state.arrays)
+        return replies
+
+    def _counts(self, row: Mapping[str, Any]) -> bool:
+        """Whether an answer is aggregated: not that of a hospital that was not allowed a step.
+
+        One that only idles in this round counts with the model that it was sent, but for Flower's clipping, which cannot
+        clip an update of nothing.
+        """
+        return row["images"] > 0 or not ("exhausted" in row or self.settings.privacy.hospital != "none")
+
+    def _aggregate(
+        self, strategy: Strategy, number: int, replies: list[Message], state: State
+    ) -> tuple[Arrays, dict[str, dict[str, Any]]]:
+        """The model of these answers, and what it cost the hospitals' privacy; the model as it was where they are too few."""
+        if len(replies) < fewest(self.settings):
+            return state.arrays, {}
+        expect(strategy, len(replies))
+        spent = {}
+        if self.settings.privacy.hospital != "none":
+            replies = even(replies)
+            spent = {"hospital_privacy": charge(self.settings, self.run, self.experiment, len(replies))}
+        record, _ = strategy.aggregate_train(number, replies)
+        if record is None:
+            raise FederationError(f"the strategy made no model of the answers of round {number}: see flower.log")
+        return {key: np.asarray(record[key].numpy(), dtype=np.float32) for key in sorted(state.arrays)}, spent
+
+    def _look(self, state: State, anew: bool = False) -> None:
+        """Let the evaluator look where it is due, and write the round's line, unless that is done already.
+
+        `anew`: the round was just trained, so a line of it is an earlier try's; with privacy that one's epsilon is too low.
+        """
+        if state.line is None or (not anew and has_line(self.run, state.round)):
             return
         line = dict(state.line)
-        if is_evaluated(self.settings, state.round):
+        if is_evaluated(self.settings, state.round) or (state.round and state.is_over(self.settings)):
             self.tell({"event": "evaluation", "round": state.round, "final": False})
             generator, _ = load_generator(self.run.checkpoint(state.round))
             result = self.judge.during(generator, state.round, state.images_seen)
@@ -188,50 +239,48 @@ class Federation:
         return {"settings": json.dumps(to_dict(self.settings)), "experiment": self.experiment, "run": str(self.run.path)}
 
 
-# --- arrays and answers ----------------------------------------------------------------------------
+# --- answers ---------------------------------------------------------------------------------------
 
 
-def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
-    """One ArrayRecord of all arrays, by sorted key."""
-    return ArrayRecord({key: Array(arrays[key]) for key in sorted(arrays)})
+def left(members: Sequence[Member], state: State) -> list[Member]:
+    """The hospitals that may still train."""
+    gone = {row["number"] for row in state.exhausted}
+    return [member for member in members if member.number not in gone]
 
 
-def array_bytes(record: Mapping[str, Array]) -> int:
-    """Bytes of the numbers in a record (no headers)."""
-    return sum(int(array.numpy().nbytes) for array in record.values())
+def exhausted_now(members: Sequence[Member], facts: Sequence[Mapping[str, Any]], number: int) -> list[dict[str, Any]]:
+    """The hospitals that said in round `number` that their privacy ledger allows no more."""
+    return [
+        {"name": member.name, "number": member.number, "images": member.images, "units": member.units, "round": number}
+        for member, row in zip(members, facts, strict=True)
+        if row.get("exhausted")
+    ]
 
 
-def personal(message: Message, numbers: Mapping[int, Mapping[str, int]]) -> Message:
-    """The strategy's message with the hospital's own numbers of images in a ConfigRecord of its own."""
-    node = message.metadata.dst_node_id
-    records = dict(message.content.items())
-    config = {**message.content.config_records["config"], **numbers[node]}
-    return Message(RecordDict(records | {"config": ConfigRecord(config)}), node, message.metadata.message_type)
-
-
-def check_reply(member: Member, reply: Message, sent: Mapping[str, np.ndarray]) -> None:
-    """Raise `FederationError` when an answer does not hold the very arrays that were sent, as finite float32."""
-    record = reply.content.array_records.get(ARRAYS)
-    if record is None or set(record) != set(sent):
-        raise FederationError(f"{member} answered with other arrays than were sent: its model or federation.exchange differs")
-    for key, array in record.items():
-        value = array.numpy()
-        if value.shape != sent[key].shape or value.dtype != np.float32:
-            raise FederationError(f"{member} answered '{key}' as {value.dtype} {value.shape}, sent was float32 {sent[key].shape}")
-        if not np.isfinite(value).all():
-            raise FederationError(
-                f"{member} answered '{key}' with values that are not finite: its training diverged; lower training.learning_rate"
-            )
+def ending(state: State, settings: Settings) -> dict[str, Any]:
+    """What a round's line says of spent budgets: `exhausted`, the names until now, and `ended` where nobody is left."""
+    if not state.exhausted:
+        return {}
+    early = state.is_over(settings) and state.round < settings.federation.rounds
+    names = sorted(row["name"] for row in state.exhausted)
+    return {"exhausted": names} | ({"ended": "the privacy budget of every hospital is spent"} if early else {})
 
 
 def hospital_line(member: Member, reply: Message) -> dict[str, Any]:
     """The hospital's part of the round's line: name, num_examples, images_seen, seconds, threads and its means."""
     facts = dict(reply.content.config_records["facts"])
-    weight = reply.content.metric_records["metrics"]["num_examples"]
-    row: dict[str, Any] = {"name": member.name, "num_examples": weight}
+    row: dict[str, Any] = {"name": member.name, WEIGHT: reply.content.metric_records[METRICS][WEIGHT]}
     for key in ("images_seen", "images", "threads"):
         row[key] = int(facts.pop(key))
-    return row | {key: value for key, value in facts.items() if isinstance(value, float) and math.isfinite(value)}
+    return row | plain_numbers(facts)
+
+
+def plain_numbers(facts: Mapping[str, Any]) -> dict[str, float | None]:
+    """The finite numbers among the facts; an epsilon that is infinite (no noise) as None, because JSON knows no infinity."""
+    found: dict[str, float | None] = {
+        key: value for key, value in facts.items() if isinstance(value, float) and math.isfinite(value)
+    }
+    return found | ({"epsilon": None} if "epsilon" in facts and "epsilon" not in found else {})
 
 
 def mean_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -31,6 +31,7 @@ class Member:
     exclusive: bool
     channels: int
     resolution: int
+    units: int = 0  # what `privacy` hides one of: images or patients; 0 where nobody has to know
 
     def __str__(self) -> str:
         return f"hospital {self.number + 1} ('{self.name}')"
@@ -47,13 +48,26 @@ class Roster:
         return [member.node for member in self.members]
 
 
-def introduce(grid: Grid, settings: Settings, order: ConfigRecord) -> list[Member]:
+def introduce(grid: Grid, settings: Settings, order: ConfigRecord, gone: Collection[int] = ()) -> list[Member]:
     """Wait for the hospitals and ask each who it is; members in the order of their numbers.
 
-    Raises `FederationError` when too few or too many come, when one cannot open its shard, or when
-    their labels and image sizes do not fit together.
+    `gone`: numbers of hospitals that take no more part; they may come, but nobody waits for them. Raises `FederationError`
+    when too few or too many come, when one cannot open its shard, or when their labels and image sizes do not fit together.
     """
-    nodes = wait_for_nodes(grid, settings.federation.participants, NODE_WAIT)
+    wanted, members, asked = settings.federation.participants, list[Member](), list[int]()
+    needed = set(range(wanted)) - set(gone)
+    least = len(needed)
+    while True:
+        nodes = wait_for_nodes(grid, wanted, NODE_WAIT, least)
+        members += _ask(grid, order, [node for node in nodes if node not in asked])
+        asked = nodes
+        if len(nodes) == wanted or needed <= {member.number for member in members}:
+            return check_members(sorted(members, key=lambda member: member.number), gone)
+        least = len(nodes) + 1  # one who has left came before one who is needed
+
+
+def _ask(grid: Grid, order: ConfigRecord, nodes: Sequence[int]) -> list[Member]:
+    """Who the hospitals on these nodes are."""
     questions = [Message(RecordDict({"config": ConfigRecord(dict(order))}), node, HELLO) for node in nodes]
     answers = gather(grid, questions, HELLO_WAIT)
     members = []
@@ -72,6 +86,7 @@ def introduce(grid: Grid, settings: Settings, order: ConfigRecord) -> list[Membe
                 exclusive=bool(facts["exclusive"]),
                 channels=int(facts["channels"]),
                 resolution=int(facts["resolution"]),
+                units=int(facts.get("units", 0)),
             )
         )
     for answer in answers.values():
@@ -82,15 +97,18 @@ def introduce(grid: Grid, settings: Settings, order: ConfigRecord) -> list[Membe
             f"only {len(members)} of {len(nodes)} hospitals answered within {HELLO_WAIT:.0f} s: "
             "see flower.log and the client.log of each"
         )
-    return check_members(sorted(members, key=lambda member: member.number))
+    return members
 
 
-def check_members(members: list[Member]) -> list[Member]:
-    """Return the members, or raise `FederationError` when two have one number or their images do not fit together."""
-    if [member.number for member in members] != list(range(len(members))):
-        raise FederationError(
-            f"hospitals came with the numbers {[member.number for member in members]}: give each its own partition-id from 0"
-        )
+def check_members(members: list[Member], gone: Collection[int] = ()) -> list[Member]:
+    """Return the members, or raise `FederationError` when two have one number or their images do not fit together.
+
+    Numbers count from 0 without gaps but for those of the hospitals that are `gone`.
+    """
+    numbers = [member.number for member in members]
+    all_numbers = {*numbers, *gone}
+    if len(set(numbers)) < len(numbers) or all_numbers != set(range(len(all_numbers))):
+        raise FederationError(f"hospitals came with the numbers {numbers}: give each its own partition-id from 0")
     first = members[0]
     for other in members[1:]:
         for what in ("label_names", "exclusive", "channels", "resolution"):
@@ -99,8 +117,8 @@ def check_members(members: list[Member]) -> list[Member]:
     return members
 
 
-def wait_for_nodes(grid: Grid, wanted: int, limit: float) -> list[int]:
-    """Node ids once exactly `wanted` are online, sorted. Raises `FederationError` after `limit` seconds."""
+def wait_for_nodes(grid: Grid, wanted: int, limit: float, least: int | None = None) -> list[int]:
+    """Node ids once `wanted` are online (or `least`, where fewer will do), sorted. `FederationError` after `limit` seconds."""
     end = time.monotonic() + limit
     while True:
         nodes = sorted(grid.get_node_ids())
@@ -109,7 +127,7 @@ def wait_for_nodes(grid: Grid, wanted: int, limit: float) -> list[int]:
                 f"{len(nodes)} nodes for federation.hospitals = {wanted}: start as many, "
                 f"e.g. flwr run . --federation-config 'num-supernodes={wanted}'"
             )
-        if len(nodes) == wanted:
+        if len(nodes) >= (wanted if least is None else least):
             return nodes
         if time.monotonic() > end:
             raise FederationError(

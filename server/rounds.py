@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from fedgan.config import Settings
 from fedgan.errors import ConfigError
+from fedgan.privacy.step import noise_multiplier
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,20 @@ def deal(settings: Settings, sizes: Sequence[int]) -> Deal:
         return Deal(deal_images(sizes, totals, training.batch_size, equal), [training.batch_size] * len(sizes))
     batches = share_batch(sizes, training.batch_size)
     return Deal([[total // training.batch_size * batch for batch in batches] for total in totals], batches)
+
+
+def least_noise(settings: Settings, sizes: Sequence[int], units: Sequence[int], dealt: Deal) -> float:
+    """The noise multiplier that no hospital goes below: with `privacy.noise_split = "equal"` the largest that one needs, else 0.
+
+    `units`: the images or patients of each hospital, as `privacy.unit` says.
+    """
+    privacy = settings.privacy
+    if not privacy.on or privacy.noise_split != "equal":
+        return 0.0
+    return max(
+        noise_multiplier(privacy, size, unit, batch, dealt.planned(place))
+        for place, (size, unit, batch) in enumerate(zip(sizes, units, dealt.batches, strict=True))
+    )
 
 
 def share_batch(sizes: Sequence[int], batch_size: int) -> list[int]:

@@ -2,21 +2,22 @@
 
 fedavg (arXiv 1602.05629), fedprox (1812.06127), fedadam and fedyogi (2003.00295), fedmedian and
 fedtrimmedavg (1803.01498), krum (1703.02757). All work on one ArrayRecord with prefixed keys.
+`privacy.hospital` wraps them in Flower's differential privacy of hospitals (server/hospital_privacy.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, FedTrimmedAvg, FedYogi, Krum
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, FedTrimmedAvg, FedYogi, Krum, Strategy
 
 from fedgan.config import Settings
 from fedgan.errors import CheckpointError, ConfigError
+from server.hospital_privacy import check_hospital_privacy, wrap
+from server.records import ARRAYS, CONFIG, WEIGHT
 
-WEIGHT = "num_examples"
-ARRAYS = "arrays"
-CONFIG = "config"
 STATE = "strategy/"
 
 
@@ -36,17 +37,43 @@ def check_strategy(settings: Settings) -> None:
         )
     if federation.strategy == "fedtrimmedavg" and federation.trim >= 0.5:
         raise ConfigError(f"federation.trim = {federation.trim:g} cuts every hospital away: give less than 0.5")
-    needed = 2 * federation.malicious + 3
-    if federation.strategy == "krum" and hospitals < needed:
+    check_hospital_privacy(settings)
+    if hospitals < (needed := fewest(settings)):
         raise ConfigError(
             f"krum with federation.malicious = {federation.malicious} needs 2 f + 3 = {needed} hospitals, not {hospitals}: "
             "raise federation.hospitals, lower federation.malicious or choose fedmedian"
         )
 
 
-def make_strategy(settings: Settings) -> FedAvg:
+def fewest(settings: Settings) -> int:
+    """The fewest models that the strategy can aggregate: krum's 2 f + 3 (arXiv 1703.02757: 2 f + 2 < n), else one."""
+    return 2 * settings.federation.malicious + 3 if settings.federation.strategy == "krum" else 1
+
+
+def require_enough(settings: Settings, left: int, exhausted: Sequence[str]) -> None:
+    """Raise `ConfigError` when, with the privacy budgets of `exhausted` spent, too few hospitals are left for the strategy."""
+    if left < (needed := fewest(settings)):
+        raise ConfigError(
+            f"{settings.federation.strategy} needs {needed} hospitals, and {left} are left: the privacy budget of "
+            f"{', '.join(exhausted)} is spent. Begin a run with federation.strategy = 'fedmedian' or more privacy.max_epsilon"
+        )
+
+
+def expect(strategy: Strategy, hospitals: int) -> None:
+    """Tell a strategy how many hospitals there are now; else it waits for those that have left, or adds too little noise."""
+    inner = getattr(strategy, "strategy", strategy)
+    inner.min_train_nodes = inner.min_available_nodes = hospitals
+    if inner is not strategy:
+        strategy.num_sampled_clients = hospitals
+
+
+def make_strategy(settings: Settings) -> Strategy:
     """The Flower strategy that `settings.federation.strategy` names; every hospital takes part in every round."""
     check_strategy(settings)
+    return wrap(_plain(settings), settings)
+
+
+def _plain(settings: Settings) -> FedAvg:
     federation, hospitals = settings.federation, settings.federation.participants
     common: dict[str, Any] = {
         "min_train_nodes": hospitals,
@@ -73,13 +100,13 @@ def make_strategy(settings: Settings) -> FedAvg:
     raise ConfigError(f"federation.strategy = '{federation.strategy}' is not known")
 
 
-def strategy_state(strategy: FedAvg) -> dict[str, np.ndarray]:
+def strategy_state(strategy: Strategy) -> dict[str, np.ndarray]:
     """The moments of the server's optimiser as `strategy/m/KEY` and `strategy/v/KEY`; empty for strategies without memory."""
     moments = {"m": getattr(strategy, "m_t", None) or {}, "v": getattr(strategy, "v_t", None) or {}}
     return {f"{STATE}{moment}/{key}": np.asarray(value) for moment, arrays in moments.items() for key, value in arrays.items()}
 
 
-def restore_strategy(strategy: FedAvg, tensors: dict[str, np.ndarray]) -> None:
+def restore_strategy(strategy: Strategy, tensors: dict[str, np.ndarray]) -> None:
     """Give a fresh strategy the moments that `strategy_state` took from another.
 
     Raises `CheckpointError` when the checkpoint holds moments that this strategy has no place for.

@@ -67,6 +67,7 @@ class NoJudge:
 
 
 def _federate(run: RunFolder, client: str, tell: Any, judged: bool) -> None:
+    from server.checkpoints import is_over
     from server.evaluator import Evaluator
     from server.federation import Federation
     from server.preparation import evaluation_hospitals, experiment_of
@@ -77,7 +78,7 @@ def _federate(run: RunFolder, client: str, tell: Any, judged: bool) -> None:
         hospitals = evaluation_hospitals(settings, run)
         judge = Evaluator(settings, run, hospitals, progress=lambda text: tell({"event": "note", "text": text}))
     federation = Federation(settings, run, experiment_of(run), judge, tell)
-    if run.last_round() != settings.federation.rounds:
+    if not is_over(run, settings):
         _simulate(settings, federation, client)
     federation.conclude()
 

@@ -1,7 +1,8 @@
 """Training at home: one Trainer over the pooled images of its members, in the rounds of the federation it is compared with.
 
 No Flower here, because nothing travels; all else is the federation's own: the Trainer, the run folder, the checkpoints
-and the lines of metrics.jsonl. A stopped training goes on from its last whole round, bit for bit.
+and the lines of metrics.jsonl. A stopped training goes on from its last whole round, bit for bit. One whose privacy budget
+is spent ends with the round in which that happened.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from fedgan.training.checkpoint import load_tensors
 from fedgan.training.start import begin_training
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
-from server.checkpoints import State, has_line, load_state, save_state, write_line
-from server.federation import mean_of
+from server.checkpoints import State, exhausted_in, has_line, load_state, save_state, write_line
+from server.federation import mean_of, plain_numbers
 from server.lock import locked, sweep
 from server.preparation import experiment_of, is_prepared, open_prepared, prepare_run
 from server.strategies import STATE
@@ -57,8 +58,8 @@ def train_at_home(job: Job, tell: Tell) -> None:
         )
         state = _restore(job, run, trainer, data)
         _tell_start(job, state, tell)
-        for number in range(state.round + 1, len(job.images) + 1):
-            state = _round(job, run, trainer, state, number, tell)
+        while state.round < len(job.images) and not state.exhausted:
+            state = _round(job, run, trainer, state, state.round + 1, tell)
 
 
 def pooled(hospitals: Sequence[Hospital]) -> ImageDataset:
@@ -69,8 +70,10 @@ def pooled(hospitals: Sequence[Hospital]) -> ImageDataset:
 
 
 def is_trained_at_home(job: Job) -> bool:
-    """Whether the job's last round is done and its line is written."""
-    return job.run.last_round() == len(job.images) and has_line(job.run, len(job.images))
+    """Whether the job's last round is done, or its privacy budget spent, and the line of that round is written."""
+    newest = job.run.last_round()
+    over = newest is not None and (newest == len(job.images) or bool(exhausted_in(job.run)))
+    return over and newest is not None and has_line(job.run, newest)
 
 
 # --- rounds ----------------------------------------------------------------------------------------
@@ -100,9 +103,10 @@ def _take_over(start: Start, hospital: str, trainer: Trainer) -> None:
     run = RunFolder(start.folder)
     tensors, _ = load_tensors(run.checkpoint(start.round))
     trainer.incoming({name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith(STATE)})
-    lines = {line["round"]: line for line in files.read_json_lines(run.metrics)}
-    row = next(row for row in lines[start.round]["hospitals"] if row["name"] == hospital)
-    trainer.go_on(start.images_seen, row["p"])
+    lines = [line for line in files.read_json_lines(run.metrics) if line["round"] <= start.round]
+    rows = [row for line in lines for row in line["hospitals"] if row["name"] == hospital]
+    row = rows[-1]  # of that round; of an earlier one where this hospital's privacy budget was spent before
+    trainer.go_on(row["images_seen"], row.get("p", trainer.ada.p))
 
 
 def _round(job: Job, run: RunFolder, trainer: Trainer, before: State, number: int, tell: Tell) -> State:
@@ -126,8 +130,9 @@ def _round(job: Job, run: RunFolder, trainer: Trainer, before: State, number: in
         "images_seen": trainer.images_seen,
         "threads": torch.get_num_threads(),
         "peak_memory_bytes": float(peak_memory()),
-        **means,
+        **plain_numbers(means),
         "images": int(means["images"]),
+        **({"exhausted": 1.0} if trainer.exhausted else {}),
     }
     after = State(
         round=number,
@@ -139,6 +144,8 @@ def _round(job: Job, run: RunFolder, trainer: Trainer, before: State, number: in
         channels=before.channels,
         resolution=before.resolution,
     )
+    if trainer.exhausted:
+        after.exhausted = [{"name": name, "number": 0, "images": len(trainer.dataset), "round": number}]
     after.line = {
         "round": number,
         "images_seen": after.images_seen,
@@ -146,6 +153,7 @@ def _round(job: Job, run: RunFolder, trainer: Trainer, before: State, number: in
         "bytes_exchanged": 0,
         "mean": mean_of([row]),
         "hospitals": [row],
+        **({"exhausted": [name], "ended": "the privacy budget is spent"} if trainer.exhausted else {}),
     }
     save_state(run, trainer.settings, after, experiment_of(run))
     write_line(run, after.line)

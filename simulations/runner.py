@@ -13,6 +13,7 @@ Events, each a dict, go to `on_event` in the caller's thread:
     {"event": "evaluation", "round": n, "final": bool}                     the evaluator begins
     {"event": "note", "text": what the evaluator does}
     {"event": "evaluated", "round": n, "final": bool, "result": dict}
+    {"event": "remark", "text": what this run's settings mean, once}
     {"event": "round_end", "round": n, "rounds": n, "line": the round's line of metrics.jsonl}
     {"event": "finished"}                                                  all done, evaluation.json is written
     {"event": "complete", "message": text}                                 resume found nothing to do
@@ -39,7 +40,7 @@ from client.site import SIMULATION
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError, FedganError, MachineError
 from fedgan.run_folder import RunFolder
-from server.checkpoints import has_line
+from server.checkpoints import has_line, is_over
 from server.lock import locked, sweep
 from server.preparation import is_prepared, prepare_run
 
@@ -93,7 +94,7 @@ def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT
             tell(
                 {
                     "event": "complete",
-                    "message": f"{run.path} is complete: {settings.federation.rounds} rounds and the evaluation are done",
+                    "message": f"{run.path} is complete: {run.last_round()} rounds and the evaluation are done",
                 }
             )
             return run
@@ -105,15 +106,13 @@ def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT
 
 
 def is_complete(run: RunFolder, settings: Settings) -> bool:
-    """Whether the last round is done and evaluation.json is about that very round."""
-    rounds = settings.federation.rounds
-    return run.last_round() == rounds and (run.read_json(run.evaluation) or {}).get("round") == rounds
+    """Whether no round is left to train and evaluation.json is about the last one."""
+    return is_over(run, settings) and (run.read_json(run.evaluation) or {}).get("round") == run.last_round()
 
 
 def is_trained(run: RunFolder, settings: Settings) -> bool:
-    """Whether the last round is done and its line of metrics.jsonl is written."""
-    rounds = settings.federation.rounds
-    return run.last_round() == rounds and has_line(run, rounds)
+    """Whether no round is left to train and the line of the last one is in metrics.jsonl."""
+    return is_over(run, settings) and has_line(run, run.last_round() or 0)
 
 
 # --- the engine's process --------------------------------------------------------------------------

@@ -22,8 +22,8 @@ from fedgan.errors import CheckpointError, ConfigError, FederationError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
 from server.checkpoints import load_state, write_line
-from server.federation import array_bytes, check_reply, personal, to_record
 from server.preparation import experiment_of
+from server.records import array_bytes, check_reply, personal, to_record
 from server.roster import Member, check_members, gather, introduce, require_all, wait_for_nodes
 
 

@@ -98,6 +98,8 @@ class Progress:
         """Show one event of the runner."""
         self.state.follow(event)
         if self.screen:
+            if event.get("event") == "remark":
+                self.screen.live.console.print(event["text"], highlight=False)
             self.screen.refresh()
         elif text := self._plain(event):
             self._said = time.monotonic()
@@ -117,6 +119,8 @@ class Progress:
             )
         if kind == "round_end":
             return round_text(event["line"], state.rounds)
+        if kind == "remark":
+            return str(event["text"])
         return str(event["message"]) if kind == "complete" else ""
 
 
@@ -162,15 +166,16 @@ class Screen:
 
 
 def rounds_table(lines: list[dict[str, Any]]) -> Table:
-    """Rounds as a table: number, images seen, losses, r_t, p, and the Fréchet distance where it was measured."""
+    """Rounds as a table: number, images seen, losses, r_t, p, ε with privacy, and the Fréchet distance where measured."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2))
-    for title in ("round", "kimg", *COLUMNS, "Fréchet"):
+    private = any(privacy_text(line) for line in lines)
+    for title in ("round", "kimg", *COLUMNS, *(["ε"] if private else []), "Fréchet"):
         table.add_column(title, justify="right")
     for line in lines:
         mean = line.get("mean") or {}
-        numbers = [_number(mean.get(name)) for name in COLUMNS]
+        numbers = [_number(mean.get(name)) for name in COLUMNS] + ([privacy_text(line)] if private else [])
         distance = (line.get("fidelity") or {}).get("frechet")
         table.add_row(
             str(line["round"]), f"{line['images_seen'] / 1000:.1f}", *numbers, "" if distance is None else f"{distance:.3g}"
@@ -183,8 +188,19 @@ def round_text(line: dict[str, Any], rounds: int) -> str:
     mean = line.get("mean") or {}
     numbers = "  ".join(f"{name} {_number(mean.get(name))}" for name in COLUMNS)
     distance = (line.get("fidelity") or {}).get("frechet")
-    tail = f"  Fréchet {distance:.3g}" if distance is not None else ""
+    tail = f"  ε {spent}" if (spent := privacy_text(line)) else ""
+    tail += f"  Fréchet {distance:.3g}" if distance is not None else ""
+    stopped = [row["name"] for row in line.get("hospitals") or [] if row.get("exhausted")]
+    tail += f"  budget spent: {', '.join(stopped)}" if stopped else ""
     return f"round {line['round']:>{len(str(rounds))}}/{rounds}  {line['images_seen'] / 1000:.1f} kimg  {numbers}{tail}"
+
+
+def privacy_text(line: dict[str, Any]) -> str:
+    """The largest ε of the round's hospitals, ∞ where one adds no noise; empty without privacy."""
+    found = [row["epsilon"] for row in [*(line.get("hospitals") or []), line.get("hospital_privacy") or {}] if "epsilon" in row]
+    if not found:
+        return ""
+    return "∞" if None in found else f"{max(found):.3g}"
 
 
 def _number(value: float | None) -> str:

@@ -1,0 +1,53 @@
+"""What a hospital tells of a round beside its model, and how much its model may move.
+
+With `privacy` nothing measured on real images leaves without noise: the list below names all that may, so a figure that
+the Trainer learns to measure tomorrow stays at home until somebody thinks about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from flwr.app import Array, Context, Message
+from flwr.clientapp.mod import fixedclipping_mod
+from flwr.clientapp.typing import ClientAppCallable
+
+from fedgan.config import Settings
+
+CLIP = "clipping_norm"  # Flower's key: the server's wrapper sends it
+# Known to all before the training, or computed from noisy releases alone. loss_g, d_accuracy and path_length are G's, from
+# its own images and the noisy D; r_t is there only with the noise of privacy.r_t_noise, p is fixed or follows that r_t.
+PRIVATE = ("images", "loss_g", "d_accuracy", "path_length", "p", "r_t", "epsilon", "delta", "noise_multiplier", "sample_rate")
+# A hospital that is hidden whole tells of its training what its settings and its ledger already say.
+HIDDEN = ("images", "epsilon", "delta", "noise_multiplier", "sample_rate")
+
+
+def told(settings: Settings, means: Mapping[str, float], peak_memory_bytes: int) -> dict[str, float]:
+    """The facts of a round that travel: all, or those that privacy leaves.
+
+    Times and memory go with the number of images in each Poisson sample, which the accountant takes to be secret, so they
+    stay at home with privacy.
+    """
+    if settings.privacy.hospital != "none":
+        return {key: float(means[key]) for key in HIDDEN if key in means}
+    if settings.privacy.on:
+        return {key: float(means[key]) for key in PRIVATE if key in means}
+    return {key: float(value) for key, value in means.items()} | {"peak_memory_bytes": float(peak_memory_bytes)}
+
+
+def clip_update(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Flower's clipping of what this hospital changed, where the server's strategy asks for it, else nothing.
+
+    An answer that changed nothing stays as it is: Flower would divide by the length of the change.
+    """
+    asked = any(CLIP in config for config in message.content.config_records.values())
+    before = {key: array.numpy() for sent in message.content.array_records.values() for key, array in sent.items()}
+    answer = call_next(message, context)
+    if not asked or answer.has_error() or not _changed(before, next(iter(answer.content.array_records.values()))):
+        return answer
+    return fixedclipping_mod(message, context, lambda *_: answer)
+
+
+def _changed(before: Mapping[str, np.ndarray], after: Mapping[str, Array]) -> bool:
+    return any(not np.array_equal(before.get(key, np.nan), array.numpy()) for key, array in after.items())
