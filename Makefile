@@ -1,5 +1,6 @@
 # make demo   sets up, runs the main job, says where the page is
 # make compare  sets up, compares pooled, federated and local training, says where the page is
+# make ablation sets up, trains what differential privacy imposes rung by rung (about 20 minutes), says where the page is
 # make test   sets up, runs every test            (make test PYTEST_ARGS="-k config")
 # make check  lint, types, import arrows, fast tests
 # make bench  speed and memory of this machine
@@ -12,7 +13,7 @@ STAMP   := $(VENV)/.installed
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test check lint bench clean
+.PHONY: help setup demo compare ablation test check lint bench clean
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
@@ -33,6 +34,9 @@ demo: setup
 
 compare: setup
 	@$(VENV)/bin/fedgan compare simulations/three_hospitals_compare.toml
+
+ablation: setup
+	@$(VENV)/bin/fedgan compare simulations/dp_ablation.toml
 
 test: setup
 	$(PYTHON) -m pytest $(PYTEST_ARGS)

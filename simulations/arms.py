@@ -3,23 +3,41 @@
 An *arm* is a way to train (centralized, federated, local, …) with one seed. It is made of *jobs*: one training each, in
 a run folder of its own, that one process does. All jobs use the scenario's model, augment and training sections as they
 are; only `federation.*` (and fedprox's `training.proximal_mu`) may differ between arms, or the comparison would be of
-something else. Every arm shows discriminators the same number of images, summed over its hospitals.
+something else; in an ablation (ablation.py) more. Every arm shows discriminators the same number of images, summed over its
+hospitals, and dealt in whole batches.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedgan.comparison_folder import ComparisonFolder
-from fedgan.config import Settings, from_dict, to_dict
+from fedgan.config import Settings
 from fedgan.errors import ConfigError
-from fedgan.run_folder import RunFolder
+from fedgan.privacy.validator import check_private
 from server.checkpoints import is_evaluated
 from server.preparation import shards_of
-from server.rounds import deal, round_totals
+from simulations.ablation import KIND, ladder
+from simulations.trainings import (
+    EVERYBODY,
+    FEDERATION,
+    HOME,
+    Arm,
+    Job,
+    Start,
+    alone,
+    at_home,
+    centralized,
+    check_samples,
+    dealt,
+    federated,
+    named,
+    totals,
+)
+
+__all__ = ["EVERYBODY", "FEDERATION", "HOME", "Arm", "Job", "Start", "plan", "plan_of"]
 
 KINDS = ("centralized", "federated", "local", "finetuned", "leave-one-out", "coalitions")
 NAMED = {  # federations that have a name of their own
@@ -28,76 +46,24 @@ NAMED = {  # federations that have a name of their own
 }
 OVERRIDABLE = ("federation.", "training.proximal_mu")  # what one federation may have that another has not
 NOT_OVERRIDABLE = ("federation.members", "federation.hospitals", "federation.threads")
-FEDERATION, HOME = "federation", "home"
-EVERYBODY = "everybody"
 MOST_PLAYERS = 4  # of a Shapley value: 2^n - 2 federations are trained
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a training at home begins: at the model of a federation's round, which is another job."""
-
-    folder: Path
-    round: int
-    images_seen: int  # what this hospital had seen in the federation by then
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training. `kind`: a federation of the members, or one Trainer at home over the members' pooled images.
-
-    `images`: real images of each round at home (a federation deals for itself). `settings.seed` is the arm's seed.
-    """
-
-    folder: Path
-    kind: str
-    settings: Settings
-    images: tuple[int, ...] = ()
-    start: Start | None = None
-
-    @property
-    def run(self) -> RunFolder:
-        return RunFolder(self.folder)
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        return self.settings.federation.members
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One arm with one seed. The generator of `jobs[0]` is the arm's, or each job's is one hospital's (`by_hospital`)."""
-
-    kind: str
-    name: str
-    seed: int
-    folder: Path
-    jobs: tuple[Job, ...]
-    hospital_images: Mapping[str, int]
-    overrides: tuple[str, ...] = ()
-    by_hospital: bool = False
-    members: tuple[str, ...] = field(default=())
-
-    @property
-    def run(self) -> RunFolder:
-        return RunFolder(self.folder)
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}, seed {self.seed}"
 
 
 def plan_of(settings: Settings, folder: ComparisonFolder) -> list[Arm]:
     """All arms of a comparison that was prepared in `folder`."""
     sizes = {row["name"]: row["images"]["train"] for row in folder.read_json(folder.hospitals)}
-    return plan(settings, folder, sizes, shards_of(settings, folder))
+    arms = plan(settings, folder, sizes, shards_of(settings, folder))
+    for arm in arms:
+        check_samples(arm, sizes)
+    return arms
 
 
 def plan(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int], root: Path) -> list[Arm]:
     """All arms of a comparison, seed by seed.
 
     `sizes`: training images of each hospital, in the order of the federation; `root`: the shards.
-    Raises `ConfigError` for an arm that is unknown, occurs twice, or cannot be had with these settings.
+    Raises `ConfigError` for an arm that is unknown, occurs twice, cannot be had with these settings, or would void the
+    guarantee of its privacy.
     """
     base = _fixed_data(settings, root)
     if "finetuned" in settings.comparison.arms and "federated" not in settings.comparison.arms:
@@ -106,9 +72,14 @@ def plan(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int],
     for number in range(settings.comparison.seeds):
         seed = settings.seed + number
         seeded = dataclasses.replace(base, seed=seed)
-        for spec in settings.comparison.arms:
-            arms += _arms_of(spec, seeded, folder, sizes)
+        if settings.comparison.kind == KIND:
+            arms += ladder(seeded, folder, sizes, not settings.data.root, _arms_of, _check_name)
+        else:
+            arms += [arm for spec in settings.comparison.arms for arm in _arms_of(spec, seeded, folder, sizes)]
     for arm in arms:
+        for job in arm.jobs:
+            with named(arm.name):
+                check_private(job.settings)
         if sum(other.folder == arm.folder for other in arms) > 1:
             raise ConfigError(f"comparison.arms has '{arm.name}' twice: give each arm its own name, e.g. 'wide: …'")
     return arms
@@ -118,16 +89,15 @@ def _arms_of(spec: str, settings: Settings, folder: ComparisonFolder, sizes: Map
     """The arms that one entry of `comparison.arms` stands for, with the seed of `settings`."""
     name, colon, keys = (part.strip() for part in spec.partition(":"))
     if name in NAMED and not colon:
-        return [_federated(name, settings, folder, sizes, NAMED[name])]
+        return [federated(name, settings, folder, sizes, NAMED[name])]
     if colon:
-        if name in ("", "real", EVERYBODY, *KINDS, *NAMED) or name.startswith("coalition"):
-            raise ConfigError(f"comparison.arms: '{spec}' needs a name of its own, not '{name}': write e.g. 'fedadam: …'")
-        return [_federated(name, settings, folder, sizes, _overrides(spec, keys))]
+        _check_name(name, spec)
+        return [federated(name, settings, folder, sizes, _overrides(spec, keys))]
     match name:
         case "centralized":
-            return [_centralized(settings, folder, sizes)]
+            return [centralized("centralized", settings, folder, sizes)]
         case "federated":
-            return [_federated(name, settings, folder, sizes, ())]
+            return [federated(name, settings, folder, sizes)]
         case "local":
             return [_local(settings, folder, sizes)]
         case "finetuned":
@@ -140,6 +110,11 @@ def _arms_of(spec: str, settings: Settings, folder: ComparisonFolder, sizes: Map
     )
 
 
+def _check_name(name: str, spec: str) -> None:
+    if name in ("", "real", EVERYBODY, *KINDS, *NAMED) or name.startswith("coalition"):
+        raise ConfigError(f"comparison.arms: '{spec}' needs a name of its own, not '{name}': write e.g. 'fedadam: …'")
+
+
 def _overrides(spec: str, keys: str) -> tuple[str, ...]:
     """The `key=value` texts behind an arm's name, separated by semicolons."""
     found = tuple(text.strip() for text in keys.split(";") if text.strip())
@@ -147,7 +122,8 @@ def _overrides(spec: str, keys: str) -> tuple[str, ...]:
         if not text.startswith(OVERRIDABLE) or text.startswith(NOT_OVERRIDABLE):
             raise ConfigError(
                 f"comparison.arms: '{spec}' would change {text.partition('=')[0]}: arms may differ in how they federate alone "
-                "(federation.* without members, hospitals and threads), or they would not be compared but confused"
+                "(federation.* without members, hospitals and threads), or they would not be compared but confused; an ablation "
+                "(comparison.kind = 'ablation') asks for more"
             )
     if not found:
         raise ConfigError(f"comparison.arms: '{spec}' names no key: write e.g. 'fedadam: federation.strategy=fedadam'")
@@ -157,38 +133,15 @@ def _overrides(spec: str, keys: str) -> tuple[str, ...]:
 # --- one kind each ---------------------------------------------------------------------------------
 
 
-def _centralized(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int]) -> Arm:
-    run = folder.arm("centralized", settings.seed)
-    totals = tuple(_totals(settings))
-    job = Job(run.path, HOME, at_home(settings, tuple(sizes)), totals)
-    shown = {EVERYBODY: sum(totals)}
-    return Arm("centralized", "centralized", settings.seed, run.path, (job,), shown, members=tuple(sizes))
-
-
-def _federated(
-    name: str,
-    settings: Settings,
-    folder: ComparisonFolder,
-    sizes: Mapping[str, int],
-    overrides: Sequence[str],
-    kind: str = "federated",
-) -> Arm:
-    run = folder.arm(name, settings.seed)
-    own = with_members(from_dict(to_dict(settings), overrides, source=f"arm '{name}'"), tuple(sizes))
-    job = Job(run.path, FEDERATION, own)
-    shown = {hospital: sum(images) for hospital, images in _dealt(own, sizes).items()}
-    return Arm(kind, name, settings.seed, run.path, (job,), shown, tuple(overrides), members=tuple(sizes))
-
-
 def _local(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int]) -> Arm:
     """Each hospital alone, with as many images of the budget as it sees in the federation."""
     run = folder.arm("local", settings.seed)
-    dealt = _dealt(settings, sizes)
+    images_of = dealt(settings, sizes)
     jobs = tuple(
-        Job(run.path / "members" / hospital, HOME, _alone(settings, hospital, sizes), tuple(images))
-        for hospital, images in dealt.items()
+        Job(run.path / "members" / hospital, HOME, alone(settings, hospital, sizes), tuple(images))
+        for hospital, images in images_of.items()
     )
-    shown = {hospital: sum(images) for hospital, images in dealt.items()}
+    shown = {hospital: sum(images) for hospital, images in images_of.items()}
     return Arm("local", "local", settings.seed, run.path, jobs, shown, by_hospital=True, members=tuple(sizes))
 
 
@@ -205,18 +158,18 @@ def _finetuned(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str,
         raise ConfigError("the arm 'finetuned' goes on with the federation's discriminator: add it to federation.exchange")
     begin = min(kept, key=lambda number: abs(number - (1 - share) * rounds))
     run, source = folder.arm("finetuned", settings.seed), folder.arm("federated", settings.seed)
-    dealt = _dealt(settings, sizes)
+    images_of = dealt(settings, sizes)
     jobs = tuple(
         Job(
             run.path / "members" / hospital,
             HOME,
-            _alone(settings, hospital, sizes),
+            alone(settings, hospital, sizes),
             tuple(images[begin:]),
             Start(source.path, begin, sum(images[:begin])),
         )
-        for hospital, images in dealt.items()
+        for hospital, images in images_of.items()
     )
-    shown = {hospital: sum(images) for hospital, images in dealt.items()}
+    shown = {hospital: sum(images) for hospital, images in images_of.items()}
     return Arm("finetuned", "finetuned", settings.seed, run.path, jobs, shown, by_hospital=True, members=tuple(sizes))
 
 
@@ -242,45 +195,13 @@ def _coalition(settings: Settings, folder: ComparisonFolder, members: Mapping[st
     """The federation of some hospitals; a single one trains at home, which is the same training without the wire."""
     name = f"coalition {'+'.join(members)}"
     if len(members) > 1:
-        return _federated(name, settings, folder, members, (), kind="coalition")
-    run, totals = folder.arm(name, settings.seed), tuple(_totals(settings))
-    job = Job(run.path, HOME, at_home(settings, tuple(members)), totals)
-    return Arm("coalition", name, settings.seed, run.path, (job,), {next(iter(members)): sum(totals)}, members=tuple(members))
-
-
-# --- settings of a job -----------------------------------------------------------------------------
-
-
-def with_members(settings: Settings, members: tuple[str, ...]) -> Settings:
-    """The settings for some of the hospitals; training.kimg stays the budget of the whole arm."""
-    return dataclasses.replace(settings, federation=dataclasses.replace(settings.federation, members=members))
-
-
-def at_home(settings: Settings, members: tuple[str, ...]) -> Settings:
-    """The settings for a training without a server: no strategy, so no proximal term and no condition that one sets."""
-    training = dataclasses.replace(settings.training, proximal_mu=0.0)
-    federation = dataclasses.replace(settings.federation, strategy="fedavg", members=members)
-    return dataclasses.replace(settings, training=training, federation=federation)
+        return federated(name, settings, folder, members, kind="coalition")
+    run, images = folder.arm(name, settings.seed), tuple(totals(settings))
+    job = Job(run.path, HOME, at_home(settings, tuple(members)), images)
+    return Arm("coalition", name, settings.seed, run.path, (job,), {next(iter(members)): sum(images)}, members=tuple(members))
 
 
 def _fixed_data(settings: Settings, root: Path) -> Settings:
     """Settings whose data do not depend on the arm's seed: the same shards, the same dealing."""
     data = dataclasses.replace(settings.data, root=str(root), seed=settings.data_seed)
     return dataclasses.replace(settings, data=data)
-
-
-def _totals(settings: Settings) -> list[int]:
-    return round_totals(settings.training.kimg, settings.federation.rounds, settings.training.batch_size)
-
-
-def _dealt(settings: Settings, sizes: Mapping[str, int]) -> dict[str, list[int]]:
-    """Images of each round for each hospital, as the federation deals them."""
-    rows = deal(settings, list(sizes.values())).images
-    return {name: [row[number] for row in rows] for number, name in enumerate(sizes)}
-
-
-def _alone(settings: Settings, hospital: str, sizes: Mapping[str, int]) -> Settings:
-    """The settings of one hospital at home, with the step that it has in the federation."""
-    batch = dict(zip(sizes, deal(settings, list(sizes.values())).batches, strict=True))[hospital]
-    training = dataclasses.replace(settings.training, batch_size=batch)
-    return at_home(dataclasses.replace(settings, training=training), (hospital,))

@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import fedgan
 from fedgan import files
-from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, to_dict
 from fedgan.errors import ConfigError
+from fedgan.evaluation import ablation
 from fedgan.evaluation import arms as rows
 from fedgan.evaluation.contribution import contribution
-from fedgan.evaluation.paired import NOTE, bootstrap_auc, compare_arms, standard_families
+from fedgan.evaluation.paired import bootstrap_auc, compare_arms, standard_families
 from fedgan.run_folder import RunFolder
-from simulations.arms import Arm, Job
+from simulations.ablation import keys_of
 from simulations.judging import Bench, read_scores
+from simulations.remarks import fairness, not_measured, notes, provenance
+from simulations.spent import spent
+from simulations.trainings import Arm, Job, Outcome
+
+__all__ = ["Outcome", "assemble"]
 
 FORMAT = 1
 KEPT_ELSEWHERE = ("arm", "name", "round")
 LOSSES = ("loss_g", "loss_d", "r_t", "p")
 PLAIN_FEDERATED = "federated"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """An arm and what became of it; `failure` is a sentence, or empty for an arm that was trained and judged."""
-
-    arm: Arm
-    failure: str = ""
-
-    @property
-    def done(self) -> bool:
-        return not self.failure
 
 
 def assemble(bench: Bench, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -75,9 +64,9 @@ def assemble(bench: Bench, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "classifier": reference.classifier_name,
         "suite": settings.evaluation.suite,
         "frechet_threshold": threshold,
-        "not_measured": _not_measured(settings, outcomes, entries),
-        "notes": [*_fairness(outcomes), *_notes(entries)],
-        "provenance": _provenance(settings, folder),
+        "not_measured": not_measured(settings, outcomes, entries),
+        "notes": [*fairness(outcomes, entries), *notes(entries)],
+        "provenance": provenance(settings, folder),
     }
 
 
@@ -98,7 +87,12 @@ def _entry(bench: Bench, outcome: Outcome) -> dict[str, Any]:
         "images_seen": sum(job[-1]["images_seen"] for job in lines) if all(lines) else None,
         "hospital_images": dict(arm.hospital_images),
         "members_names": list(arm.members),
-        "overrides": dict(text.split("=", 1) for text in arm.overrides),
+        "overrides": keys_of(arm.overrides),
+        "parent": arm.parent or None,
+        "changes": keys_of(arm.changes),
+        "public": _public(arm),
+        "privacy": spent(arm, bench.hospitals) if outcome.done else None,
+        "stopped": _stopped(lines),
         "cost": _cost(arm, lines),
         "curve": [],
         "losses": _losses(lines),
@@ -113,6 +107,22 @@ def _entry(bench: Bench, outcome: Outcome) -> dict[str, Any]:
         if arm.by_hospital:
             entry["members"] = [_member(bench, job) for job in arm.jobs]
     return entry
+
+
+def _public(arm: Arm) -> dict[str, Any] | None:
+    """What the training on public phantoms showed and took that an arm begins from; none of it is in the arm's own figures."""
+    if arm.public is None:
+        return None
+    lines = files.read_json_lines(arm.public.run.metrics)
+    if not lines:
+        return None
+    return {key: lines[-1].get(kept) for key, kept in (("images", "images_seen"), ("wall_seconds", "wall_seconds"))}
+
+
+def _stopped(lines: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Hospitals whose privacy budget ended before their images."""
+    rows = [row for job in lines for line in job for row in line["hospitals"]]
+    return list(dict.fromkeys(row["name"] for row in rows if row.get("exhausted")))
 
 
 def _member(bench: Bench, job: Job) -> dict[str, Any]:
@@ -169,10 +179,14 @@ def _alike(settings: Settings, arm: Arm, entry: Mapping[str, Any]) -> dict[str, 
     """What `check_comparable` compares: read from the folders, not from the plan."""
     job = arm.jobs[0]
     trained = to_dict(job.run.settings())
+    if arm.by_hospital and job.settings.federation.batch == "shared":  # each trained with its part of one step
+        trained["training"]["batch_size"] = sum(job.settings.training.batch_size for job in arm.jobs)
     return {
         "name": arm.name,
         "seed": arm.seed,
         "images_seen": entry["images_seen"],
+        "declared": entry["overrides"] if arm.parent else {},
+        "stopped": entry["stopped"],
         "settings": trained | {"evaluation": to_dict(settings)["evaluation"]},
         "resolution": trained["data"]["resolution"],
         "label_names": entry["evaluation"]["label_names"],
@@ -198,7 +212,7 @@ def _statistics(bench: Bench, outcomes: Sequence[Outcome], entries: Mapping[Path
     reference, settings = bench.reference, bench.settings
     if not reference.has_classes or len(reference.test) < 2:
         sentence = "What federation costs and gains is unknown: the images have no classes that a classifier could tell apart."
-        return {"answer": sentence, "summary": [], "comparisons": [], "cross_site": None, "contribution": None}
+        return {"answer": sentence, "summary": [], "comparisons": [], "cross_site": None, "contribution": None, "ablation": None}
     test = rows.RealTest(
         reference.test.labels,
         reference.test.label_names,
@@ -218,7 +232,7 @@ def _statistics(bench: Bench, outcomes: Sequence[Outcome], entries: Mapping[Path
             seeds[name] = [run.seed for run in runs for _ in range(len(run.scores))]
     comparisons = compare_arms(
         scores,
-        standard_families(summary),
+        standard_families(summary) | ablation.families(list(entries.values())),
         test.labels,
         test.exclusive,
         test.groups,
@@ -229,8 +243,11 @@ def _statistics(bench: Bench, outcomes: Sequence[Outcome], entries: Mapping[Path
     )
     names = [hospital.name for hospital in bench.hospitals]
     shown = [row for row in summary if row["arm"] != "coalition"]
+    ladder = ablation.ladder(list(entries.values()), summary, comparisons)
+    said = ablation.answer(ladder) if ladder else rows.answer(summary, comparisons, names, _first_federated(summary))
     return {
-        "answer": rows.answer(summary, comparisons, names, _first_federated(summary)),
+        "answer": said,
+        "ablation": ladder,
         "summary": summary,
         "comparisons": comparisons,
         "cross_site": rows.cross_site(shown, sorted({str(place) for place in test.institutions}, key=_order(names))),
@@ -290,72 +307,3 @@ def _contribution(
 
 def _order(names: Sequence[str]) -> Any:
     return lambda place: (names.index(place) if place in names else len(names), place)
-
-
-# --- words -----------------------------------------------------------------------------------------
-
-
-def _not_measured(settings: Settings, outcomes: Sequence[Outcome], entries: Mapping[Path, Mapping[str, Any]]) -> list[str]:
-    """Sentences for what a reader might look for and does not find."""
-    said = [f"{outcome.arm.label} failed and has no figures: {outcome.failure}." for outcome in outcomes if not outcome.done]
-    kinds = {outcome.arm.kind for outcome in outcomes}
-    if "coalition" not in kinds:
-        said.append("What each hospital contributes (leave-one-out, Shapley values): the arm 'coalitions' was not asked for.")
-    for kind in ("centralized", "federated", "local"):
-        if kind not in kinds:
-            said.append(f"The arm '{kind}' was not asked for.")
-    if settings.evaluation.suite == "quick":
-        said.append(
-            "Mixed training sets, training on real and testing on synthetic images, label fidelity, figures by class and by "
-            "hospital, MS-SSIM and path length: evaluation.suite is 'quick'."
-        )
-    if settings.comparison.seeds < 3:
-        count = settings.comparison.seeds
-        said.append(f"The spread over trainings is known from {count} {'seed' if count == 1 else 'seeds'} of each arm alone.")
-    said.append("Privacy: no attack was run on these generators and none was trained with differential privacy.")
-    return said
-
-
-def _fairness(outcomes: Sequence[Outcome]) -> list[str]:
-    """Sentences on what arms do not share, where they do not."""
-    said = []
-    raw = [outcome.arm.name for outcome in outcomes if "ema" not in outcome.arm.jobs[0].settings.federation.exchange]
-    if raw and len(raw) < len(outcomes):
-        names = ", ".join(dict.fromkeys(raw))
-        said.append(f"The average of the generator's weights does not travel in {names}: judged there is the generator itself.")
-    if any(outcome.arm.kind == "local" for outcome in outcomes):
-        arm = next(outcome.arm for outcome in outcomes if outcome.arm.kind == "local")
-        dealt = ", ".join(f"{name} {images:,}" for name, images in arm.hospital_images.items())
-        said.append(
-            f"Each hospital alone saw its own share of the budget, as many images as it shows in the federation ({dealt}); "
-            "the arm 'coalitions' gives each hospital alone the whole budget."
-        )
-    return said
-
-
-def _notes(entries: Mapping[Path, Mapping[str, Any]]) -> list[str]:
-    """Sentences of the evaluations, each once, with the arms that they are about where that is not all of them."""
-    about: dict[str, list[str]] = {}
-    judged = [entry for entry in entries.values() if entry["evaluation"]]
-    for entry in judged:
-        for note in entry["evaluation"].get("notes", []):
-            about.setdefault(note, []).append(f"{entry['name']}, seed {entry['seed']}")
-    said = [note if len(who) == len(judged) else f"{note} ({'; '.join(who)})" for note, who in about.items()]
-    return [NOTE, *said]
-
-
-def _provenance(settings: Settings, folder: ComparisonFolder) -> dict[str, Any]:
-    environment = dict(folder.read_json(folder.environment) or {})
-    sources = environment.pop("sources", [])
-    tree = to_dict(settings)
-    tree["data"] = {**tree["data"], "root": Path(settings.data.root).name if settings.data.root else ""}
-    tree["evaluation"] = {**tree["evaluation"], "root": Path(settings.evaluation.root).name if settings.evaluation.root else ""}
-    if "/" in tree["evaluation"]["features"]:
-        tree["evaluation"]["features"] = Path(tree["evaluation"]["features"]).name
-    return {
-        "environment": environment,
-        "settings": tree,
-        "sources": sources,
-        "settings_hash": hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest(),
-        "code_version": fedgan.__version__,
-    }

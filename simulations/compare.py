@@ -106,7 +106,8 @@ def check_same(there: Settings, wanted: Settings, folder: ComparisonFolder) -> N
 
 def train_arms(arms: Sequence[Arm], folder: ComparisonFolder, slots: int | None, tell: Tell) -> dict[Path, str]:
     """Train every job that is not trained yet, side by side; the reasons of those that failed, by folder."""
-    jobs = [job for arm in arms for job in arm.jobs]
+    public = {arm.public.folder: arm.public for arm in arms if arm.public}  # shared by the rungs that begin from it
+    jobs = [*public.values(), *(job for arm in arms for job in arm.jobs)]
     for job in jobs:
         if job.kind == FEDERATION:
             check_strategy(job.settings)
@@ -200,7 +201,8 @@ def _training_task(job: Job, folder: ComparisonFolder, names: dict[Path, str]) -
     if not done:
         write_job(job, order)
     images = sum(job.images) if job.images else job.settings.training.kimg * 1000
-    after = (names[job.start.folder],) if job.start is not None else ()
+    before = [job.start.folder] if job.start else []
+    after = tuple(names[folder] for folder in (*before, *([job.after] if job.after else [])))
     return Task(name, "simulations.job", (str(order),), order.with_suffix(".log"), images, after, done=done)
 
 
@@ -228,4 +230,5 @@ def _trained(settings: Settings) -> dict[str, Any]:
             continue
         flat |= {f"{section}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {section: value}
     flat["evaluation.every"] = settings.evaluation.every  # says which checkpoints were kept
+    flat["training.warm_start"] = Path(settings.training.warm_start).name  # where it lies is no matter: a folder may move
     return flat

@@ -28,6 +28,7 @@ def write_job(job: Job, path: Path) -> None:
             "settings": to_dict(job.settings),
             "images": list(job.images),
             "start": start,
+            "after": None if job.after is None else str(job.after),
         },
     )
 
@@ -42,6 +43,7 @@ def read_job(path: Path) -> Job:
         from_dict(found["settings"], source=str(path)),
         tuple(found["images"]),
         start or None,
+        Path(found["after"]) if found.get("after") else None,
     )
 
 

@@ -16,7 +16,7 @@ from fedgan.evaluation.bootstrap import interval
 from fedgan.evaluation.paired import LEVEL, bootstrap_auc, macro_auc
 from fedgan.evaluation.utility import number, utility
 
-COMPARED_SECTIONS = ("data", "model", "augment", "training", "evaluation")
+COMPARED_SECTIONS = ("data", "model", "augment", "training", "privacy", "evaluation")
 # Where the shards lie, fedprox's own term and how often a curve is measured; federation.* is not looked at.
 MAY_DIFFER = frozenset({"data.root", "training.proximal_mu", "evaluation.every"})
 EVALUATOR_KEYS = ("extractor", "classifier", "suite", "test_hash")
@@ -67,7 +67,7 @@ def summary_row(arm: str, name: str, runs: Sequence[Run], test: RealTest, hospit
     }
     ones = np.ones((1, len(test.labels)))
     row["macro_auc_seeds"] = [number(macro_auc(run.scores, test.labels, ones)[0]) for run in runs]
-    for key in ("frechet", "recall", "coverage"):
+    for key in ("frechet", "precision", "recall", "coverage"):
         values = [run.fidelity.get(key) for run in runs]
         known = [value for value in values if value is not None]
         row[key] = float(np.mean(known)) if known else None
@@ -189,20 +189,20 @@ def answer(
 
 def _against_central(row: Mapping[str, Any]) -> str:
     """Clause and verdict. Non-inferior: the whole interval lies above −margin; a cost or a gain: shown after Holm."""
-    value, margin = row["difference"], f"the margin of {_decimal(row['margin'])}"
-    shown = _shown(row) and _steady(row)
+    value, margin = row["difference"], f"the margin of {decimal(row['margin'])}"
+    clear = shown(row) and steady(row)
     if row.get("ci") is None:
         verdict = ""
-    elif shown and value > 0:
+    elif clear and value > 0:
         verdict = ": a gain"
-    elif shown and row["ci"][1] < -row["margin"]:
+    elif clear and row["ci"][1] < -row["margin"]:
         verdict = f": a cost beyond {margin}"
-    elif shown:
+    elif clear:
         verdict = f": a cost{' within' if row['non_inferior'] else ', not shown to be within'} {margin}"
     else:
         found = "non-inferior" if row["non_inferior"] else "neither a cost nor non-inferiority is shown"
-        verdict = f": {UNSTEADY}" if _shown(row) and not row["non_inferior"] else f": {found} at {margin}"
-    return f"{_gap(value)} those of centralised training ({_interval(row)}{verdict})"
+        verdict = f": {UNSTEADY}" if shown(row) and not row["non_inferior"] else f": {found} at {margin}"
+    return f"{gap(value)} those of centralised training ({span_of(row)}{verdict})"
 
 
 def _against_hospitals(alone: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -212,46 +212,46 @@ def _against_hospitals(alone: Mapping[str, Mapping[str, Any]]) -> list[str]:
     clauses = []
     for title, place in ends or [(f"{place} alone", place) for place in order]:
         row = alone[place]
-        clauses.append(f"{_gap(row['difference'])} {title} ({f'{place}, ' if ends else ''}{_interval(row)}{_gain(row)})")
+        clauses.append(f"{gap(row['difference'])} {title} ({f'{place}, ' if ends else ''}{span_of(row)}{verdict(row)})")
     return clauses
 
 
 def _against_pool(row: Mapping[str, Any]) -> str:
     """Clause for the rival that needs no federation: each hospital trains alone and all release what they made."""
     pool = "the pooled releases of hospitals that train alone"
-    return f"against {pool} they are {_gap(row['difference']).replace('level with', 'level')} ({_interval(row)}{_gain(row)})"
+    return f"against {pool} they are {gap(row['difference']).replace('level with', 'level')} ({span_of(row)}{verdict(row)})"
 
 
-def _gain(row: Mapping[str, Any]) -> str:
+def verdict(row: Mapping[str, Any]) -> str:
     """The verdict behind an interval; nothing where there is no interval."""
     if row.get("ci") is None:
         return ""
-    claim = ("a gain" if row["difference"] > 0 else "a loss") if _steady(row) else UNSTEADY
-    return f": {claim if _shown(row) else 'no difference shown'}"
+    claim = ("a gain" if row["difference"] > 0 else "a loss") if steady(row) else UNSTEADY
+    return f": {claim if shown(row) else 'no difference shown'}"
 
 
-def _shown(row: Mapping[str, Any]) -> bool:
+def shown(row: Mapping[str, Any]) -> bool:
     """Whether other test images would be expected to show a difference too."""
     return row.get("p_holm") is not None and row["p_holm"] < LEVEL
 
 
-def _steady(row: Mapping[str, Any]) -> bool:
+def steady(row: Mapping[str, Any]) -> bool:
     """Whether the difference has one sign in every generator seed; one seed alone, or none known, cannot speak against it."""
     each = [one["difference"] for one in row.get("seed_differences") or []]
     return len(each) < 2 or all(value is not None and value * row["difference"] > 0 for value in each)
 
 
-def _gap(value: float) -> str:
-    size = _decimal(abs(value))
+def gap(value: float) -> str:
+    size = decimal(abs(value))
     return "level with" if float(size) == 0 else f"{size} {'above' if value > 0 else 'below'}"
 
 
-def _interval(row: Mapping[str, Any]) -> str:
+def span_of(row: Mapping[str, Any]) -> str:
     ci = row.get("ci")
-    return "no interval" if ci is None else f"{_decimal(ci[0])} to {_decimal(ci[1])}"
+    return "no interval" if ci is None else f"{decimal(ci[0])} to {decimal(ci[1])}"
 
 
-def _decimal(value: float) -> str:
+def decimal(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
 
 
@@ -263,19 +263,35 @@ def check_comparable(arms: Sequence[Mapping[str, Any]]) -> None:
 
     An arm is {name, seed, images_seen, settings (the resolved nested dict), resolution, label_names, evaluator: {extractor,
     classifier, suite, test_hash, …}}. Compared: images seen, label names, resolution, every key of `evaluator`, and the
-    sections data, model, augment, training and evaluation of the settings but for `MAY_DIFFER`. Seeds, names and the
-    federation may differ.
+    sections data, model, augment, training, privacy and evaluation of the settings but for `MAY_DIFFER`. Seeds, names and the
+    federation may differ, and the keys that an arm of an ablation has in `declared`: those say what is compared.
+
+    Images seen are whole batches. Arms with batches of another size have shown the budget rounded up to their own, and no
+    other number. An arm with hospitals in `stopped` (their privacy budgets were used up) may have shown fewer.
     """
     if not arms:
         return
     facts = [_facts(arm) for arm in arms]
-    for arm, found in zip(arms[1:], facts[1:], strict=True):
-        for key in dict.fromkeys([*facts[0], *found]):
-            if found.get(key) != facts[0].get(key):
-                _refuse(key, (arm, found.get(key)), (arms[0], facts[0].get(key)))
-    fewest, most = (choose(arms, key=lambda arm: arm["images_seen"]) for choose in (min, max))
-    if most["images_seen"] != fewest["images_seen"]:
-        _refuse("images_seen", (most, most["images_seen"]), (fewest, fewest["images_seen"]))
+    for key in dict.fromkeys(key for found in facts for key in found):
+        bound = [(arm, found.get(key)) for arm, found in zip(arms, facts, strict=True) if key not in arm.get("declared", ())]
+        for arm, value in bound[1:]:
+            if value != bound[0][1]:
+                _refuse(key, (arm, value), bound[0])
+    if any("training.batch_size" in arm.get("declared", ()) for arm in arms):
+        budgets = [whole_batches(arm["settings"]["training"]) for arm in arms]
+    else:
+        budgets = [max(arm["images_seen"] for arm in arms)] * len(arms)
+    whole = [arm for arm, budget in zip(arms, budgets, strict=True) if arm["images_seen"] == budget]
+    most = max(whole, key=lambda arm: arm["images_seen"], default={"name": "the budget", "images_seen": max(budgets)})
+    for arm, budget in sorted(zip(arms, budgets, strict=True), key=lambda pair: pair[0]["images_seen"]):
+        if arm["images_seen"] > budget or (arm["images_seen"] < budget and not arm.get("stopped")):
+            _refuse("images_seen", (most, most["images_seen"]), (arm, arm["images_seen"]))
+
+
+def whole_batches(training: Mapping[str, Any]) -> int:
+    """The budget of images of a `training` section, rounded up to its batches."""
+    batch = int(training["batch_size"])
+    return -(-round(training["kimg"] * 1000) // batch) * batch
 
 
 def _refuse(key: str, one: tuple[Mapping[str, Any], Any], other: tuple[Mapping[str, Any], Any]) -> None:
