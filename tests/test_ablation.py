@@ -252,7 +252,14 @@ def test_one_command_trains_judges_and_tells_the_ladder(tmp_path: Path, monkeypa
     settings = study(
         data,
         *(f"comparison.{word}" for word in words),
-        *("federation.batch=shared", "training.batch_size=12", "federation.rounds=2", "evaluation.seeds=1", "evaluation.every=0"),
+        *(
+            "federation.batch=shared",
+            "training.batch_size=12",
+            "federation.rounds=2",
+            "evaluation.seeds=1",
+            "evaluation.every=0",
+            "evaluation.epochs=1",
+        ),
         arms=json.dumps(list(LADDER)),
     )
     folder = ComparisonFolder.at(tmp_path / "study")

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import vmap
+
+from fedgan.privacy.per_pair import PerPair
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,44 +44,62 @@ def clipped_sum(
     order. The pairs of a unit are averaged before the clip, so that a whole patient moves the sum by `max_norm` at most.
     `chunk`: pairs whose gradients are in memory at once; the pairs of one unit are always there together.
     """
-    weights = {name: value.detach() for name, value in discriminator.named_parameters()}
-
-    def judge(at: dict[str, Tensor], images: Tensor, c: Tensor) -> Tensor:
-        return functional_call(discriminator, at, (images, c))
-
-    def pair_loss(at: dict[str, Tensor], fake: Tensor, fake_c: Tensor, real: Tensor, real_c: Tensor) -> tuple[Tensor, Tensor]:
-        logits = judge(at, torch.stack([fake, real]), torch.stack([fake_c, real_c]))
-        value = loss(logits[:1], logits[1:])
-        if r1_weight:
-            slope = grad(lambda image: judge(at, image.unsqueeze(0), real_c.unsqueeze(0))[0])(real)
-            value = value + r1_weight * slope.square().sum()
-        return value, logits[1]
-
-    gradients_of = vmap(grad(pair_loss, has_aux=True), in_dims=(None, 0, 0, 0, 0))
-    total = {name: torch.zeros_like(value) for name, value in weights.items()}
+    parameters = dict(discriminator.named_parameters())
+    totals = [torch.zeros_like(_rows(value.detach().unsqueeze(0))[0]) for value in parameters.values()]
     norms, logits = [torch.zeros(0, device=units.device)], [torch.zeros(0, device=units.device)]
     for start, end in _chunks(units, chunk):
         part = slice(start, end)
-        gradients, real_logits = gradients_of(weights, fakes[0][part], fakes[1][part], reals[0][part], reals[1][part])
-        gradients = _unit_means(gradients, units[part] - units[start])
-        norm = torch.stack([value.flatten(1).float().square().sum(dim=1) for value in gradients.values()]).sum(dim=0).sqrt()
-        factor = max_norm / norm.clamp(min=max_norm)
-        for name, value in gradients.items():
-            total[name] += torch.tensordot(factor, value, dims=1)
+        pairs = (fakes[0][part], fakes[1][part], reals[0][part], reals[1][part])
+        gradients, real_logits = pair_gradients(discriminator, loss, *pairs, r1_weight)
+        mean = _means(units[part] - units[start])
+        rows = [_rows(value) if mean is None else mean @ _rows(value) for value in gradients.values()]
+        norm = torch.stack([torch.linalg.vector_norm(row.float(), dim=1) for row in rows]).norm(dim=0)
+        if not bool(norm.isfinite().all()):  # infinity times nothing is no number: what has no length counts as nothing
+            rows = [torch.where(norm.isfinite()[:, None], row, 0.0) for row in rows]
+        factor = max_norm / norm.nan_to_num(nan=max_norm).clamp(min=max_norm)
+        for total, row in zip(totals, rows, strict=True):
+            total += factor @ row
         norms.append(norm)
         logits.append(real_logits)
-    return ClippedSum(total, torch.cat(norms), torch.cat(logits))
+    shaped = {
+        name: _unrow(total, value.shape).to(value.dtype) for (name, value), total in zip(parameters.items(), totals, strict=True)
+    }
+    return ClippedSum(shaped, torch.cat(norms), torch.cat(logits))
 
 
-def _unit_means(gradients: dict[str, Tensor], units: Tensor) -> dict[str, Tensor]:
-    """Gradients of pairs → of units: means over the pairs of each."""
+def pair_gradients(
+    discriminator: nn.Module, loss: Loss, fake: Tensor, fake_c: Tensor, real: Tensor, real_c: Tensor, r1_weight: float = 0.0
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(gradients (B, ...) by parameter name, D on the real images (B,)): of each pair by itself, not clipped, not noisy."""
+    parameters = dict(discriminator.named_parameters())
+    with torch.enable_grad(), PerPair(len(real)) as each:
+        fake_logits, real_logits = discriminator(torch.cat([fake, real]), torch.cat([fake_c, real_c])).chunk(2)
+        value = vmap(loss)(fake_logits.unsqueeze(1), real_logits.unsqueeze(1)).sum()
+        if r1_weight:
+            at = real.detach().clone().requires_grad_(True)
+            (slope,) = torch.autograd.grad(discriminator(at, real_c).sum(), at, create_graph=True)
+            value = value + r1_weight * slope.square().sum()
+    return dict(zip(parameters, each.gradients(value, list(parameters.values())), strict=True)), real_logits.detach()
+
+
+def _rows(value: Tensor) -> Tensor:
+    """(U, ...) → (U, n), without a copy where a convolution's weights lie in memory as `channels_last`."""
+    return value.movedim(2, -1).flatten(1) if value.ndim == 5 else value.flatten(1)
+
+
+def _unrow(row: Tensor, shape: torch.Size) -> Tensor:
+    """One row of `_rows` in the shape of its parameter."""
+    return row.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if len(shape) == 4 else row.view(shape)
+
+
+def _means(units: Tensor) -> Tensor | None:
+    """(U, B) such that it times values of pairs is their mean over the pairs of each unit; None where each has one pair."""
     count = int(units[-1]) + 1
     if count == len(units):
-        return gradients
+        return None
     mean = torch.zeros(count, len(units), device=units.device)
     mean[units, torch.arange(len(units), device=units.device)] = 1
-    mean /= mean.sum(dim=1, keepdim=True)
-    return {name: torch.tensordot(mean, value, dims=1) for name, value in gradients.items()}
+    return mean / mean.sum(dim=1, keepdim=True)
 
 
 def _chunks(units: Tensor, chunk: int) -> Iterator[tuple[int, int]]:

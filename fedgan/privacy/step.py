@@ -6,7 +6,11 @@ is derived from it is post-processing (arXiv 1607.00133, section 3), and noise o
 The secret. Everybody knows `settings.seed`: the server sends it. Whoever can compute the noise can subtract it, and whoever
 knows which images were drawn gains nothing from the drawing. So the Poisson sample, the noise and every other draw of
 D's step come from a secret of this process (the system's entropy), which is never stored, sent or replayed: a restored
-checkpoint gets new noise. PyTorch's generators are not cryptographic; the privacy page says so.
+checkpoint gets new noise. The generators are not cryptographic (the privacy page says so), but the noise has all of the
+secret's 128 bits: PyTorch's own CPU generator keeps 32 bits of a seed, so few that trying each would find the noise.
+
+What is not covered: how long a step takes (it grows with the sample), and the rounding of floating-point sums, by which a
+unit may move a sum a little further than the clip (arXiv 2207.10635); the noise is larger by many orders.
 """
 
 from __future__ import annotations
@@ -19,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedgan.config import Settings
+from fedgan.config import PrivacySettings, Settings
 from fedgan.data.dataset import ImageDataset
-from fedgan.errors import ConfigError
+from fedgan.errors import ConfigError, FedganError
 from fedgan.privacy.accounting import Mechanism, epsilon_of, joint_noise, noise_for
 from fedgan.privacy.clipping import Loss, clipped_sum
 
@@ -40,19 +44,31 @@ class LedgerLike(Protocol):
 
 @dataclass(frozen=True)
 class Draw:
-    """What one step of D looks at: rows (B,), the unit of each (B,), and the generators of all its other draws."""
+    """What one step of D looks at: rows (B,), the unit of each (B,), and the generators of all its other draws.
+
+    `noise` is for what hides the sample, and for nothing else.
+    """
 
     rows: np.ndarray
     units: Tensor
     host: torch.Generator
     device: torch.Generator
+    noise: np.random.Generator
+
+    def normal(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Noise of standard deviation 1, float32."""
+        if device.type == "cpu":
+            return torch.from_numpy(self.noise.standard_normal(shape or (1,), dtype=np.float32)).reshape(shape)
+        seeded = torch.Generator(device).manual_seed(int(self.noise.integers(2**63)))  # CUDA's generator keeps all of it
+        return torch.randn(shape, generator=seeded, device=device)
 
 
 class PrivateStep:
     """DP-SGD for one hospital's discriminator.
 
     `planned_images`: real images that this hospital's whole run shows, from which the noise for `privacy.epsilon` follows.
-    `secret`: for tests alone, that want the same noise twice; without it the noise is nobody's to know.
+    `least_noise`: a noise multiplier that is raised to (`privacy.noise_split = "equal"`: what the hospital that needs most
+    needs). `secret`: for tests alone, that want the same noise twice; without it the noise is nobody's to know.
     """
 
     def __init__(
@@ -65,6 +81,7 @@ class PrivateStep:
         run: str,
         device: torch.device,
         secret: int | None = None,
+        least_noise: float = 0.0,
     ) -> None:
         self.settings, self.ledger, self.run, self.device = settings.privacy, ledger, run, device
         self.data = dataset.content_hash
@@ -78,29 +95,15 @@ class PrivateStep:
                 "sample cannot be larger than what it is drawn from; lower it, or set federation.batch = 'shared'"
             )
         self.delta = self.settings.delta or 1 / self.units
-        self.planned_steps = max(1, -(-int(planned_images) // batch_size))
         self._given = secret
         self.renew()
-        self.labels = [Mechanism(self.settings.label_noise, 1.0, 1)] if self.settings.label_noise else []
-        self.noise_multiplier = self._noise_multiplier()
+        self._paid = 0
+        self.labels = _label_release(self.settings)
+        own = noise_multiplier(self.settings, len(dataset), self.units, batch_size, planned_images)
+        self.noise_multiplier = max(own, least_noise)
         self.step = Mechanism(self.joint_multiplier, self.sample_rate, 1)
 
     # --- what it costs -----------------------------------------------------------------------------
-
-    def _noise_multiplier(self) -> float:
-        """Of the gradient. With `privacy.epsilon`, what is left for it beside the noisy signs of `r_t_noise`."""
-        if self.settings.noise_multiplier >= 0:
-            return self.settings.noise_multiplier
-        joint = noise_for(self.settings.epsilon, self.delta, self.sample_rate, self.planned_steps, tuple(self.labels))
-        signs = self.settings.r_t_noise
-        if not signs:
-            return joint
-        if signs <= joint:
-            raise ConfigError(
-                f"privacy.r_t_noise = {signs:g} leaves nothing for the gradient, whose steps need a noise multiplier of "
-                f"{joint:.3g} together with it: raise privacy.r_t_noise or set it to 0 with augment.mode = 'fixed'"
-            )
-        return (joint**-2 - signs**-2) ** -0.5
 
     @property
     def joint_multiplier(self) -> float:
@@ -110,7 +113,7 @@ class PrivateStep:
     def reserve(self, steps: int, kind: str = STEPS) -> int:
         """Enter `steps` steps in the ledger before they are done; fewer than asked when `privacy.max_epsilon` ends them."""
         what = self.step if kind == STEPS else self.labels[0]
-        return self.ledger.reserve(
+        allowed = self.ledger.reserve(
             what,
             steps,
             run=self.run,
@@ -120,6 +123,8 @@ class PrivateStep:
             data=self.data,
             max_epsilon=self.settings.max_epsilon,
         )
+        self._paid += allowed if kind == STEPS else 0
+        return allowed
 
     def epsilon(self) -> float:
         """ε at `delta` of all that the ledger holds, over all runs."""
@@ -130,21 +135,26 @@ class PrivateStep:
     def renew(self) -> None:
         """Draw a new secret: after a checkpoint was restored no noise may come twice."""
         self._secret = secrets.randbits(128) if self._given is None else self._given
+        self._newest = -1
 
     def draw(self, number: int) -> Draw:
         """The Poisson sample of step `number` (each unit with probability `sample_rate`; it may be empty)."""
-        seeds = np.random.SeedSequence([self._secret, number]).generate_state(3, np.uint64)
-        rng = np.random.Generator(np.random.PCG64(int(seeds[0])))
+        if number <= self._newest:
+            self.renew()
+        self._newest = number
+        sample, noise, torch_seeds = np.random.SeedSequence([self._secret, number]).spawn(3)
+        rng = np.random.Generator(np.random.PCG64(sample))
         chosen = np.flatnonzero(rng.random(self.units) < self.sample_rate)
         rows = [self.rows_of_unit[unit] for unit in chosen]
         if most := self.settings.images_per_patient:
             rows = [rng.permutation(row)[:most] for row in rows]
         units = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-        host = torch.Generator().manual_seed(int(seeds[1] >> np.uint64(1)))
-        device = torch.Generator(self.device).manual_seed(int(seeds[2] >> np.uint64(1)))
-        return Draw(
-            np.concatenate(rows) if rows else np.zeros(0, np.int64), torch.from_numpy(units).to(self.device), host, device
-        )
+        seeds = torch_seeds.generate_state(2, np.uint64) >> np.uint64(1)
+        host = torch.Generator().manual_seed(int(seeds[0]))
+        device = torch.Generator(self.device).manual_seed(int(seeds[1]))
+        index = np.concatenate(rows) if rows else np.zeros(0, np.int64)
+        noises = np.random.Generator(np.random.PCG64(noise))
+        return Draw(index, torch.from_numpy(units).to(self.device), host, device, noises)
 
     # --- what is released --------------------------------------------------------------------------
 
@@ -160,21 +170,24 @@ class PrivateStep:
         """Set the gradients of D's parameters: clip, sum, then noise, then divide by the batch size that is expected.
 
         Returns (sum of the signs of D on real images, their number), with the noise of `privacy.r_t_noise` and the number
-        that is expected; (0, 0) where that is off.
+        that is expected; (0, 0) where that is off. Raises `FedganError` for a step that no `reserve` has paid for.
         """
+        if self._paid < 1:
+            raise FedganError("a step of D on private images that the ledger knows nothing of: reserve it first")
+        self._paid -= 1
         clip, noise = self.settings.max_grad_norm, self.noise_multiplier
         found = clipped_sum(discriminator, loss, fakes, reals, draw.units, clip, self.settings.chunk, r1_weight)
         expected = self.sample_rate * self.units
         for name, parameter in discriminator.named_parameters():
             total = found.gradients[name]
-            draws = torch.randn(total.shape, generator=draw.device, device=total.device)
+            draws = draw.normal(tuple(total.shape), total.device)
             parameter.grad = torch.empty_like(parameter).copy_((total + draws * (noise * clip)) / expected)
         if not self.settings.r_t_noise:
             return 0.0, 0
         signs = torch.zeros(int(draw.units[-1]) + 1 if len(draw.units) else 0, device=self.device)
-        signs.index_add_(0, draw.units, found.real_logits.sign().float())
+        signs.index_add_(0, draw.units, found.real_logits.float().sign().nan_to_num())
         signs = signs / torch.bincount(draw.units, minlength=len(signs)).clamp(min=1)
-        noisy = signs.sum() + torch.randn((), generator=draw.device, device=self.device) * self.settings.r_t_noise
+        noisy = signs.sum() + draw.normal((), self.device) * self.settings.r_t_noise
         return float(noisy), max(1, round(expected))
 
     def release_labels(self, dataset: ImageDataset) -> np.ndarray:
@@ -184,7 +197,7 @@ class PrivateStep:
         it), and √K at most over labels that do not exclude each other, so the counts get `privacy.label_noise` times as much.
         """
         reach = 1.0 if dataset.exclusive else max(1, dataset.label_dim) ** 0.5
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._secret, 2**63]).generate_state(1)[0]))
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._secret, 2**63])))
         size = np.bincount(self.unit_of_row, minlength=self.units)
         counts = (dataset.labels / size[self.unit_of_row, None]).sum(axis=0)
         noisy = np.clip(counts + rng.normal(0.0, self.settings.label_noise * reach, counts.shape), 0.0, None)
@@ -196,6 +209,34 @@ class PrivateStep:
         """What a round may tell of a private training: nothing that was measured on real images without noise."""
         told = {"p": p, "epsilon": self.epsilon(), "delta": self.delta, "noise_multiplier": self.noise_multiplier}
         return told | {"sample_rate": self.sample_rate} | ({"r_t": r_t} if self.settings.r_t_noise else {})
+
+
+def noise_multiplier(privacy: PrivacySettings, images: int, units: int, batch_size: int, planned_images: float) -> float:
+    """The gradient's noise multiplier of a hospital with `images` images of `units` images or patients.
+
+    With `privacy.epsilon`, what is left for the gradient beside the released labels and the noisy signs of `r_t_noise`, so
+    that `planned_images` images shown in batches of `batch_size` cost that much. `privacy.noise_split = "equal"`: a
+    federation gives each hospital the largest of these. Raises `ConfigError` where no noise is enough.
+    """
+    if privacy.noise_multiplier >= 0:
+        return privacy.noise_multiplier
+    delta = privacy.delta or 1 / units
+    steps = max(1, -(-int(planned_images) // batch_size))
+    joint = noise_for(privacy.epsilon, delta, batch_size / images, steps, tuple(_label_release(privacy)))
+    signs = privacy.r_t_noise
+    if not signs:
+        return joint
+    if signs <= joint:
+        raise ConfigError(
+            f"privacy.r_t_noise = {signs:g} leaves nothing for the gradient, whose steps need a noise multiplier of "
+            f"{joint:.3g} together with it: raise privacy.r_t_noise or set it to 0 with augment.mode = 'fixed'"
+        )
+    return (joint**-2 - signs**-2) ** -0.5
+
+
+def _label_release(privacy: PrivacySettings) -> list[Mechanism]:
+    """What the release of the labels' counts is to the accountant; nothing where none are released."""
+    return [Mechanism(privacy.label_noise, 1.0, 1)] if privacy.label_noise else []
 
 
 def _units(dataset: ImageDataset, unit: str) -> tuple[np.ndarray, int]:

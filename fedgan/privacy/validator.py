@@ -2,19 +2,27 @@
 
 A guarantee holds for a mechanism, not for a number that an accountant prints. Each rule here names a part of a GAN's
 training that reads private images past the clipped and noisy gradient, or that makes the accountant's assumptions false.
+
+Two more parts void it where they exist, and here they do not, so that there is nothing to refuse. No checkpoint is chosen by
+a figure: a run's result is its last round, and `fedgan generate` takes that or the file that a person names. (A person who
+compares rounds on private images and releases the best has released a choice that nobody counted.) And no loss of the
+generator uses a classifier: those that judge are trained after the run, on what it released.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from fedgan.config import Settings
+from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError
 
-BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+PROBES = 4  # images of a batch by which D is asked whether it keeps them apart
 
 
 def check_private(settings: Settings) -> None:
@@ -55,23 +63,49 @@ def refusals(settings: Settings) -> Iterator[str]:
         )
 
 
-def check_modules(discriminator: nn.Module) -> None:
-    """Raise `ConfigError` when a layer of D computes statistics over the batch, which ties images to one another."""
+def check_modules(discriminator: nn.Module, dataset: ImageDataset) -> None:
+    """Raise `ConfigError` when a layer of D ties images to one another: their gradients are then not one image's.
+
+    Layers with statistics over a batch, or running ones, are found by their kind; whatever else mixes images by the
+    derivative of one image's logit at the others, on images of noise of the dataset's shape.
+    """
     for name, module in discriminator.named_modules():
-        if isinstance(module, BATCH_STATISTICS):
+        instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        if isinstance(module, nn.modules.batchnorm._NormBase) and (not instance or module.track_running_stats):
             raise ConfigError(
                 f"privacy is on, but D's layer {name} ({type(module).__name__}) takes statistics over other images: their "
                 "gradients are not one image's; use a layer without them, e.g. GroupNorm"
             )
+    device, own = next(discriminator.parameters()).device, torch.Generator().manual_seed(0)
+    images = torch.randn(PROBES, dataset.channels, dataset.resolution, dataset.resolution, generator=own).to(device)
+    labels = torch.rand(PROBES, dataset.label_dim, generator=own).to(device)
+    with torch.enable_grad():
+        logits = discriminator(images.requires_grad_(True), labels)
+        slopes = torch.stack([torch.autograd.grad(logit, images, retain_graph=True)[0] for logit in logits])
+    if bool(slopes.flatten(2).abs().amax(dim=2).fill_diagonal_(0.0).any()):
+        raise ConfigError(
+            "privacy is on, but D's logit of an image depends on the other images of the batch (minibatch-std does that): "
+            "clipping each gradient bounds nothing; set model.minibatch_std_group = 0, or use layers that keep images apart"
+        )
 
 
-def check_start(settings: Settings, path: Path, trained_on: str) -> None:
+def check_start(settings: Settings, path: Path, origin: Mapping[str, Any] | None) -> None:
     """Raise `ConfigError` for a warm start whose checkpoint was trained on images that are not known to be public.
 
-    `trained_on`: the `data.root` of the checkpoint's run; empty for drawn phantoms.
+    `origin`: the settings of the run that the checkpoint says it is from; None where it says nothing. A `data.root` may be
+    private, and so may what that run began from; drawn phantoms are not.
     """
-    if settings.privacy.on and trained_on and not settings.privacy.public_start:
-        raise ConfigError(
-            f"training.warm_start = {path.name} was trained on images of a data.root: if they are private, what they give "
-            "away is counted nowhere; start from phantoms, or declare them public by privacy.public_start = true"
-        )
+    if not settings.privacy.on or settings.privacy.public_start:
+        return
+    if not origin:
+        what = "does not say what it was trained on"
+    elif origin.get("data", {}).get("root"):
+        what = "was trained on images of a data.root"
+    elif origin.get("training", {}).get("warm_start"):
+        what = "itself began from another model"
+    else:
+        return
+    raise ConfigError(
+        f"training.warm_start = {path.name} {what}: if its images are private, what they give away is counted nowhere; "
+        "start from phantoms, or declare them public by privacy.public_start = true"
+    )

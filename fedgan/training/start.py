@@ -22,11 +22,13 @@ def begin_training(
     ledgers: Sequence[Path],
     run: str,
     secret: int | None = None,
+    least_noise: float = 0.0,
 ) -> Trainer:
     """A Trainer for `dataset`, private where `settings.privacy` is on.
 
     `planned_images`: real images that this Trainer will be shown in the whole run; the noise follows from it. `ledgers`: the
-    ledger file of each shard that the dataset's images come from. `run`: the run's id, for the ledger's lines. Raises
+    ledger file of each shard that the dataset's images come from. `run`: the run's id, for the ledger's lines.
+    `least_noise`: a noise multiplier that the hospital's own is raised to (`privacy.noise_split = "equal"`). Raises
     `ConfigError` for settings that void the guarantee.
     """
     check_private(settings)
@@ -35,8 +37,8 @@ def begin_training(
     if settings.privacy.on:
         ledger = JointLedger([Ledger(path) for path in ledgers])
         batch = settings.training.batch_size
-        private = PrivateStep(settings, dataset, batch, planned_images, ledger, run, resolve_device(device), secret)
+        private = PrivateStep(settings, dataset, batch, planned_images, ledger, run, resolve_device(device), secret, least_noise)
     trainer = Trainer(settings, dataset, device, stream, private)
     if private is not None:
-        check_modules(trainer.discriminator)
+        check_modules(trainer.discriminator, dataset)
     return trainer

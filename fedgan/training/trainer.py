@@ -223,11 +223,9 @@ class Trainer:
         real, real_c = self._real_batch(draw.rows, draw.host)
         with torch.no_grad():
             fake_c = self._fake_labels(len(real), draw.host)
-            parts = [
-                self._synthesise(self._styles(c, randomness=(draw.host, draw.device)), draw.device)
-                for c in fake_c.split(SYNTHESIS_CHUNK)
-                if len(c)
-            ]
+            # One draw of styles for the whole step: what fakes share must not depend on where the sample's chunks end.
+            ws = self._styles(fake_c, randomness=(draw.host, draw.device))
+            parts = [self._synthesise(some, draw.device) for some in ws.split(SYNTHESIS_CHUNK) if len(some)]
             shown = self._augment(torch.cat([*parts, real]), draw.host) if len(real) else torch.cat([real, real])
         signs, count = private.gradient(
             self.discriminator,
@@ -243,7 +241,7 @@ class Trainer:
 
     def _reserve(self, private: PrivateStep) -> None:
         """Enter the steps up to the goal in the ledger before the first of them; shorten the goal where it allows fewer."""
-        if self.settings.training.labels == "data" and not self.label_weights:
+        if self.settings.training.labels == "data" and self.dataset.label_dim and not self.label_weights:
             if not private.reserve(1, LABELS):
                 self._goal, self.exhausted = self.images_seen, True
                 return

@@ -18,19 +18,20 @@ from fedgan.training.trainer import Trainer
 LABEL_LAYER = "mapping.embed.weight"  # (w_dim, label_dim): the one tensor whose shape follows the labels
 
 
-def warm_start(trainer: Trainer) -> None:
+def warm_start(trainer: Trainer, settings: Settings | None = None) -> None:
     """Take over the weights of `training.warm_start` (a run folder or a checkpoint); nothing where it is empty.
 
     Labels of the same name keep their embedding, others begin as the seed gives them; sizes of the networks must agree.
     Optimisers, ADA and averages begin anew. Raises `CheckpointError` when the file is missing or made for other networks,
-    `ConfigError` when privacy is on and its images are not known to be public.
+    `ConfigError` when privacy is on and its images are not known to be public. `settings`: of the run, where the Trainer's
+    own are not (a server's has no privacy, because it sees no image).
     """
-    settings = trainer.settings
+    settings = settings or trainer.settings
     if not settings.training.warm_start:
         return
     path = checkpoint_of(settings)
     tensors, meta = load_tensors(path)
-    check_start(settings, path, meta.get("settings", {}).get("data", {}).get("root", ""))
+    check_start(settings, path, meta.get("settings"))
     theirs = [str(name) for name in meta.get("label_names", [])]
     for part, module in trainer.parts.items():
         # a hospital that keeps its D sends none: the start has then none either

@@ -1,0 +1,144 @@
+"""An attack on the private step itself: what a canary image gives away, measured against what the ledger claims.
+
+Who knows everything but whether the canary is among the images, and sees what one step releases, tells the two worlds apart
+with some false positives and false negatives. (ε, δ)-privacy bounds these from below, so that their Clopper-Pearson bounds
+give a lower bound on ε (arXiv 2101.04535, section 4; arXiv 2006.07709). It must lie under the claim, and far above it as soon
+as a part of the mechanism is silently off.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import beta
+
+from fedgan.config import from_dict
+from fedgan.data.dataset import ImageDataset
+from fedgan.models.discriminator import Discriminator
+from fedgan.privacy import clipping
+from fedgan.privacy import step as step_module
+from fedgan.privacy.accounting import epsilon_of
+from fedgan.privacy.clipping import clipped_sum
+from fedgan.privacy.ledger import Ledger
+from fedgan.privacy.step import Draw, PrivateStep
+from fedgan.training.losses import discriminator_loss
+
+OTHERS, TRIALS, DELTA, NOISE, CLIP = 5, 600, 1e-2, 2.0, 1.0
+RATE = 0.5
+CONFIDENCE = 0.999
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def network() -> Discriminator:
+    model = from_dict({}, ["model.channel_base=32", "model.channel_max=4", "model.minibatch_std_group=0"]).model
+    return Discriminator(model, 16, 1, 0, torch.Generator().manual_seed(2)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def world(canary: bool) -> ImageDataset:
+    """Flat images of one grey, and the canary, which is like none of them."""
+    images = np.full((OTHERS + 1, 1, 16, 16), 140, np.uint8)
+    if canary:
+        images[-1] = 255 * (np.indices((16, 16)).sum(axis=0) // 2 % 2)
+    return ImageDataset("clinic", images if canary else images[:-1], np.zeros((OTHERS + canary, 0), np.uint8), ())
+
+
+def shown(data: ImageDataset, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = data.batch(rows)
+    return images.float() / 127.5 - 1, labels
+
+
+def mechanism(tmp_path: Path, data: ImageDataset) -> PrivateStep:
+    """The same rate in both worlds, which a hospital's own number of images would change a little."""
+    keys = [f"privacy.noise_multiplier={NOISE}", f"privacy.max_grad_norm={CLIP}", f"privacy.delta={DELTA}", "data.resolution=16"]
+    made = PrivateStep(from_dict({}, keys), data, 1, TRIALS, Ledger(tmp_path / f"{len(data)}.jsonl"), "attack", CPU)
+    made.sample_rate = RATE
+    return made
+
+
+def guesses(tmp_path: Path, network: Discriminator, canary: bool) -> np.ndarray:
+    """(TRIALS,): how far each release points to where the canary alone would move it."""
+    data, both = world(canary), world(True)
+    step = mechanism(tmp_path, data)
+    step._paid = TRIALS  # each trial is a world's only step; what it costs is asked of the accountant below
+    blank = torch.zeros(1, 1, 16, 16)
+    none = torch.zeros(1, 0)
+
+    def direction(row: int) -> torch.Tensor:
+        single = clipped_sum(network, discriminator_loss, (blank, none), shown(both, np.array([row])), torch.tensor([0]), CLIP, 1)
+        return torch.cat([single.gradients[name].flatten() for name, _ in network.named_parameters()])
+
+    aim, other = direction(OTHERS), direction(0)
+    aim = aim - other * (aim @ other) / (other @ other)
+    aim = aim / aim.norm()
+    found = []
+    for number in range(TRIALS):
+        draw = step.draw(number)
+        fakes = (blank.expand(len(draw.rows), 1, 16, 16), none.expand(len(draw.rows), 0))
+        step.gradient(network, discriminator_loss, fakes, shown(data, draw.rows), draw)
+        told = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]) * (RATE * step.units)
+        found.append(float(told @ aim))
+    return np.array(found)
+
+
+def lower_bound(without: np.ndarray, with_canary: np.ndarray) -> float:
+    """ε that is certain (`CONFIDENCE`) of the two worlds; the threshold is chosen on the first half, judged on the second."""
+    half = len(without) // 2
+
+    def bound(threshold: float, out: np.ndarray, inside: np.ndarray) -> float:
+        false_positive = at_most(int((out > threshold).sum()), len(out))
+        false_negative = at_most(int((inside <= threshold).sum()), len(inside))
+        odds = max((1 - DELTA - false_negative) / false_positive, (1 - DELTA - false_positive) / false_negative)
+        return float(np.log(max(odds, 1.0)))
+
+    tried = np.unique(np.concatenate([without[:half], with_canary[:half]]))
+    best = max(tried, key=lambda threshold: bound(float(threshold), without[:half], with_canary[:half]))
+    return bound(float(best), without[half:], with_canary[half:])
+
+
+def at_most(errors: int, trials: int) -> float:
+    """Upper Clopper-Pearson bound of a rate; half of the doubt for each of two rates."""
+    return 1.0 if errors == trials else float(beta.ppf(1 - (1 - CONFIDENCE) / 2, errors + 1, trials - errors))
+
+
+def attack(tmp_path: Path, network: Discriminator) -> tuple[float, float]:
+    """(lower bound of what one step gives away, what the accountant claims that it costs)."""
+    bound = lower_bound(guesses(tmp_path, network, False), guesses(tmp_path, network, True))
+    made = mechanism(tmp_path, world(True))
+    claimed = epsilon_of([type(made.step)(made.step.noise_multiplier, RATE, 1)], DELTA)
+    return bound, claimed
+
+
+def test_what_a_canary_gives_away_stays_below_the_claim(tmp_path, network):
+    bound, claimed = attack(tmp_path, network)
+    assert 0.1 < claimed < 1.2
+    assert bound < claimed
+
+
+def test_the_same_attack_finds_noise_that_is_silently_off(tmp_path, network, monkeypatch):
+    monkeypatch.setattr(Draw, "normal", lambda self, shape, device: torch.zeros(shape))
+    bound, claimed = attack(tmp_path, network)
+    assert bound > 3 * claimed
+
+
+def test_the_same_attack_finds_a_clip_that_is_silently_off(tmp_path, network, monkeypatch):
+    def unclipped(network, loss, fakes, reals, units, clip, chunk, r1):
+        return clipping.clipped_sum(network, loss, fakes, reals, units, 1e9, chunk, r1)
+
+    loud = torch.nn.Parameter(network.b4.out.weight.detach() * 30)  # whose gradients are far longer than the clip
+    monkeypatch.setattr(network.b4.out, "weight", loud)
+    assert attack(tmp_path, network)[0] < attack(tmp_path, network)[1]
+    monkeypatch.setattr(step_module, "clipped_sum", unclipped)
+    bound, claimed = attack(tmp_path, network)
+    assert bound > 3 * claimed
+
+
+def test_the_bound_is_sound_and_sharp_on_a_mechanism_whose_epsilon_is_known():
+    """Randomised response with ε = 1 (no δ): the bound comes near to it from below."""
+    rng, count = np.random.default_rng(0), 40_000
+    truth = np.exp(1) / (1 + np.exp(1))
+    inside, out = (rng.random(count) < truth).astype(float), (rng.random(count) < 1 - truth).astype(float)
+    assert 0.8 < lower_bound(out, inside) < 1.0

@@ -1,0 +1,478 @@
+"""One private step of D: single gradients, their clip, the noise, the Poisson sample, and what a step leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import nn
+
+from fedgan.config import Settings, from_dict
+from fedgan.data.dataset import ImageDataset
+from fedgan.errors import ConfigError, FedganError
+from fedgan.models.discriminator import Discriminator
+from fedgan.privacy import ledger as ledger_module
+from fedgan.privacy import step as step_module
+from fedgan.privacy.accounting import Mechanism, epsilon_rdp
+from fedgan.privacy.clipping import clipped_sum, pair_gradients
+from fedgan.privacy.ledger import Ledger
+from fedgan.privacy.per_pair import PerPair
+from fedgan.privacy.step import PrivateStep, noise_multiplier
+from fedgan.training.losses import discriminator_loss, r1_penalty
+from fedgan.training.start import begin_training
+
+CPU = torch.device("cpu")
+CLIP = 0.7
+TREE = {
+    "seed": 3,
+    "data": {"resolution": 16},
+    "model": {"z_dim": 4, "w_dim": 8, "channel_base": 64, "channel_max": 8, "mapping_layers": 1, "minibatch_std_group": 0},
+    "augment": {"mode": "fixed", "p": 0.3},
+    "training": {"batch_size": 6, "device": "cpu", "r1_gamma": 0.0, "labels": "uniform"},
+    "privacy": {"noise_multiplier": 1.5, "max_grad_norm": CLIP, "delta": 1e-3},
+}
+
+
+@pytest.fixture(autouse=True)
+def quick_accountant(monkeypatch):
+    """How ε follows from the ledger has tests of its own; here only what enters it."""
+    for module in (ledger_module, step_module):
+        monkeypatch.setattr(module, "epsilon_of", epsilon_rdp, raising=False)
+
+
+def settings_of(*overrides: str) -> Settings:
+    return from_dict(TREE, overrides)
+
+
+def images_of(count: int, patients: int = 0, seed: int = 0) -> ImageDataset:
+    rng = np.random.default_rng(seed)
+    labels = np.eye(2, dtype=np.uint8)[np.arange(count) % 2]
+    pictures = rng.integers(0, 256, (count, 1, 16, 16), dtype=np.uint8)
+    names = np.array([f"p{row % patients}" for row in range(count)]) if patients else np.zeros(0, dtype="<U1")
+    return ImageDataset("clinic", pictures, labels, ("dark", "bright"), patients=names)
+
+
+def judge(bf16: bool = False, resolution: int = 16) -> Discriminator:
+    network = Discriminator(settings_of().model, resolution, 1, 2, torch.Generator().manual_seed(5))
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.dtype = torch.bfloat16 if bf16 else torch.float32
+    return network
+
+
+def pairs_of(count: int, seed: int = 0, resolution: int = 16) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    rng = torch.Generator().manual_seed(seed)
+    shape = (count, 1, resolution, resolution)
+    labels = torch.eye(2)[torch.arange(count) % 2]
+    return (torch.randn(shape, generator=rng), labels), (torch.randn(shape, generator=rng), labels.flip(1))
+
+
+def single_gradients(network: nn.Module, fakes, reals, r1_weight: float = 0.0) -> list[dict[str, torch.Tensor]]:
+    """The truth: plain autograd on one pair after the other."""
+    found = []
+    for row in range(len(fakes[0])):
+        network.zero_grad(set_to_none=True)
+        fake, fake_c, real, real_c = (t[row : row + 1] for t in (*fakes, *reals))
+        value = discriminator_loss(network(fake, fake_c), network(real, real_c))
+        if r1_weight:
+            at = real.clone().requires_grad_(True)
+            value = value + r1_weight * r1_penalty(network(at, real_c), at).sum()
+        value.backward()
+        found.append({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in network.named_parameters()})
+    network.zero_grad(set_to_none=True)
+    return found
+
+
+def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([gradients[name].flatten().double() for name in sorted(gradients)])
+
+
+def sum_of(network: nn.Module, fakes, reals, units: list[int], clip: float = CLIP, chunk: int = 64, r1: float = 0.0):
+    return clipped_sum(network, discriminator_loss, fakes, reals, torch.tensor(units, dtype=torch.int64), clip, chunk, r1)
+
+
+def private_step(tmp_path: Path, *overrides: str, data: ImageDataset | None = None, **others) -> PrivateStep:
+    data = data or images_of(60)
+    chosen = settings_of(*overrides)
+    return PrivateStep(chosen, data, chosen.training.batch_size, 60, Ledger(tmp_path / "ledger.jsonl"), "run", CPU, **others)
+
+
+def release(step: PrivateStep, network: nn.Module, pairs, number: int = 0) -> torch.Tensor:
+    """What one step of these pairs (each a unit) gives away, with the expected size of the sample multiplied back."""
+    draw = step.draw(number)
+    draw = type(draw)(np.arange(len(pairs[0][0])), torch.arange(len(pairs[0][0])), draw.host, draw.device, draw.noise)
+    step.reserve(1)
+    step.gradient(network, discriminator_loss, *pairs, draw)
+    return flat({name: p.grad for name, p in network.named_parameters()}) * (step.sample_rate * step.units)
+
+
+# --- single gradients ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resolution", [16, 32])
+@pytest.mark.parametrize("r1", [0.0, 0.8])
+def test_single_gradients_are_those_of_a_loop_over_single_pairs(r1, resolution):
+    network, (fakes, reals) = judge(resolution=resolution), pairs_of(5, resolution=resolution)
+    truth = single_gradients(network, fakes, reals, r1)
+    found, logits = pair_gradients(network, discriminator_loss, *fakes, *reals, r1)
+    for row, one in enumerate(truth):
+        for name, value in one.items():
+            torch.testing.assert_close(found[name][row], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(logits, network(*reals).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_in_bf16_single_gradients_are_those_of_a_loop_up_to_its_rounding():
+    network, (fakes, reals) = judge(bf16=True), pairs_of(4)
+    truth = single_gradients(network, fakes, reals)
+    found, _ = pair_gradients(network, discriminator_loss, *fakes, *reals)
+    for row, one in enumerate(truth):
+        mine = flat({name: value[row] for name, value in found.items()})
+        assert float((mine - flat(one)).norm() / flat(one).norm()) < 0.05
+    within = sum_of(network, fakes, reals, [0, 1, 2, 3], clip=0.01)
+    assert all(value.dtype == torch.float32 for value in within.gradients.values())
+    assert float(flat(within.gradients).norm()) <= 4 * 0.01 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("r1", [0.0, 0.5])
+@pytest.mark.parametrize("units", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 2, 2]])
+def test_the_clipped_sum_is_the_sum_of_clipped_means_for_every_chunk_size(units, r1):
+    network, (fakes, reals) = judge(), pairs_of(6)
+    single = torch.stack([flat(one) for one in single_gradients(network, fakes, reals, r1)])
+    means = [single[[row for row, unit in enumerate(units) if unit == one]].mean(dim=0) for one in range(max(units) + 1)]
+    clip = float(torch.stack([mean.norm() for mean in means]).median())  # some are clipped, some are not
+    expected = sum(mean * min(1.0, clip / float(mean.norm())) for mean in means)
+    for chunk in (1, 2, 4, 64):
+        found = sum_of(network, fakes, reals, units, clip, chunk, r1)
+        torch.testing.assert_close(flat(found.gradients), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.norms.double(), torch.stack([m.norm() for m in means]), rtol=1e-4, atol=1e-6)
+
+
+def test_a_parameter_that_no_convolution_or_linear_layer_uses_is_an_error():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(3, 1), nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.layer(x) * self.scale)[:, 0]
+
+    network = Scaled()
+    with PerPair(4) as each:
+        value = network(torch.randn(4, 3)).sum()
+    with pytest.raises(FedganError, match="neither a convolution"):
+        each.gradients(value, list(network.parameters()))
+    with PerPair(4), pytest.raises(FedganError, match="groups"):
+        torch.nn.functional.conv2d(torch.randn(4, 2, 3, 3), nn.Parameter(torch.randn(2, 1, 1, 1)), groups=2)
+
+
+# --- sensitivity -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    sizes=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    place=st.integers(0, 3),
+    scale=st.sampled_from([0.01, 1.0, 300.0]),
+    clip=st.sampled_from([1e-3, 0.5, 50.0]),
+)
+def test_a_unit_moves_the_clipped_sum_by_the_clip_at_most_and_a_replaced_one_by_twice_that(seed, sizes, place, scale, clip):
+    network, place = judge(), place % len(sizes)
+    units = [unit for unit, size in enumerate(sizes) for _ in range(size)]
+    (fakes, fake_c), (reals, real_c) = pairs_of(len(units), seed)
+    mine = torch.tensor([unit == place for unit in units])
+    reals = torch.where(mine[:, None, None, None], reals * scale, reals)
+    full = flat(sum_of(network, (fakes, fake_c), (reals, real_c), units, clip).gradients)
+    rest = [unit - (unit > place) for unit in units if unit != place]
+    without = sum_of(network, (fakes[~mine], fake_c[~mine]), (reals[~mine], real_c[~mine]), rest, clip)
+    assert float((full - flat(without.gradients)).norm()) <= clip * (1 + 1e-3) + 1e-5
+    other = torch.where(mine[:, None, None, None], -reals, reals)
+    replaced = flat(sum_of(network, (fakes, fake_c), (other, real_c), units, clip).gradients)
+    assert float((full - replaced).norm()) <= 2 * clip * (1 + 1e-3) + 1e-5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_an_image_whose_gradient_is_no_number_counts_as_nothing_and_spoils_nobody_elses(bad):
+    network, (fakes, reals) = judge(), pairs_of(3)
+    spoiled = reals[0].clone()
+    spoiled[1] = bad
+    found = sum_of(network, fakes, (spoiled, reals[1]), [0, 1, 2], CLIP)
+    keep = torch.tensor([0, 2])
+    without = sum_of(network, (fakes[0][keep], fakes[1][keep]), (reals[0][keep], reals[1][keep]), [0, 1], CLIP)
+    moved = float((flat(found.gradients) - flat(without.gradients)).norm())
+    assert moved <= CLIP * (1 + 1e-3)
+
+
+def test_images_that_a_patient_has_too_many_of_count_as_one_unit():
+    step_units = [0] * 8 + [1]
+    network, (fakes, reals) = judge(), pairs_of(9)
+    full = flat(sum_of(network, fakes, reals, step_units, 1e-3, chunk=2).gradients)
+    last = flat(sum_of(network, tuple(t[8:] for t in fakes), tuple(t[8:] for t in reals), [0], 1e-3).gradients)
+    assert float((full - last).norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+# --- noise -----------------------------------------------------------------------------------------
+
+
+def test_without_noise_a_step_gives_the_clipped_sum_over_the_expected_size(tmp_path):
+    network, pairs = judge(), pairs_of(5)
+    found = release(private_step(tmp_path, "privacy.noise_multiplier=0"), network, pairs)
+    torch.testing.assert_close(found, flat(sum_of(network, *pairs, [0, 1, 2, 3, 4]).gradients), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_noise_comes_after_the_clip_with_the_deviation_that_was_asked_for(tmp_path, scale):
+    network, ((fakes, fake_c), (reals, real_c)) = judge(), pairs_of(5)
+    pairs = ((fakes * scale, fake_c), (reals * scale, real_c))
+    clean = flat(sum_of(network, *pairs, [0, 1, 2, 3, 4]).gradients)
+    step = private_step(tmp_path)
+    noise = torch.cat([release(step, network, pairs, number) - clean for number in range(12)]).numpy() / (1.5 * CLIP)
+    low, high = stats.chi2.ppf([1e-5, 1 - 1e-5], len(noise)) / len(noise)
+    assert low < np.mean(noise**2) < high
+    assert abs(np.mean(noise)) < 5 / np.sqrt(len(noise))
+    assert stats.kstest(noise[:5000], "norm").pvalue > 1e-6
+
+
+def test_noise_is_new_in_each_step_and_each_process_and_never_follows_from_the_public_seed(tmp_path):
+    network, nothing = judge(), pairs_of(0)
+    first, again = private_step(tmp_path), private_step(tmp_path)
+    drawn = [release(first, network, nothing, 0), release(first, network, nothing, 1), release(again, network, nothing, 0)]
+    drawn.append(release(first, network, nothing, 0))  # the same step once more: an older checkpoint was restored
+    correlations = np.corrcoef(torch.stack(drawn).numpy())[~np.eye(4, dtype=bool)]
+    assert np.abs(correlations).max() < 6 / np.sqrt(len(drawn[0]))
+
+
+def test_noise_has_all_bits_of_the_secret(tmp_path):
+    low, high = private_step(tmp_path, secret=7), private_step(tmp_path, secret=7 + 2**100)
+    network, nothing = judge(), pairs_of(0)
+    assert not torch.equal(release(low, network, nothing), release(high, network, nothing))
+    assert torch.equal(release(low, network, nothing, 3), release(private_step(tmp_path, secret=7), network, nothing, 3))
+
+
+def test_an_empty_sample_costs_a_step_and_gets_its_noise(tmp_path):
+    step = private_step(tmp_path)
+    found = release(step, judge(), pairs_of(0))
+    assert float(found.square().mean().sqrt()) == pytest.approx(1.5 * CLIP, rel=0.1)
+    assert step.ledger.mechanisms() == [Mechanism(1.5, 0.1, 1)]
+
+
+def test_a_step_that_the_ledger_does_not_know_of_is_refused(tmp_path):
+    step, network, pairs = private_step(tmp_path), judge(), pairs_of(2)
+    release(step, network, pairs)
+    with pytest.raises(FedganError, match="reserve"):
+        step.gradient(network, discriminator_loss, *pairs, step.draw(1))
+
+
+def test_released_signs_are_noisy_and_their_cost_is_counted(tmp_path):
+    step = private_step(tmp_path, "privacy.r_t_noise=3", "augment.mode=ada")
+    network, pairs = judge(), pairs_of(6)
+    truth = float(network(*pairs[1]).detach().sign().sum())
+    step.reserve(60)
+    found = []
+    for number in range(60):
+        draw = step.draw(number)
+        draw = type(draw)(np.arange(6), torch.arange(6), draw.host, draw.device, draw.noise)
+        found.append(step.gradient(network, discriminator_loss, *pairs, draw))
+    errors = np.array([signs for signs, _ in found]) - truth
+    low, high = stats.chi2.ppf([1e-4, 1 - 1e-4], 60) / 60
+    assert low < np.mean((errors / 3) ** 2) < high
+    assert {count for _, count in found} == {6}  # the number that is expected, not the sample's
+    assert step.step.noise_multiplier == pytest.approx((1.5**-2 + 3**-2) ** -0.5)
+
+
+def test_the_noise_of_the_hospital_that_needs_most_can_be_imposed_but_never_less_than_its_own(tmp_path, monkeypatch):
+    def quick_noise(epsilon: float, delta: float, sample_rate: float, steps: int, others: tuple[Mechanism, ...]) -> float:
+        return sample_rate * steps**0.5 * 10 / epsilon + delta + len(others)
+
+    monkeypatch.setattr(step_module, "noise_for", quick_noise)
+    asked = ("privacy.noise_multiplier=-1", "privacy.epsilon=5")
+    own = private_step(tmp_path, *asked).noise_multiplier
+    assert own == noise_multiplier(settings_of(*asked).privacy, 60, 60, 6, 60) == pytest.approx(0.1 * 10**0.5 * 2 + 1e-3)
+    assert private_step(tmp_path, *asked, least_noise=own * 2).noise_multiplier == own * 2
+    assert private_step(tmp_path, *asked, least_noise=own / 2).noise_multiplier == own
+    # the smaller hospital of two needs more noise at the same batch, and with released labels more is needed everywhere
+    assert noise_multiplier(settings_of(*asked).privacy, 30, 30, 6, 60) > own
+    assert noise_multiplier(settings_of(*asked, "privacy.label_noise=9").privacy, 60, 60, 6, 60) == own + 1
+    with_signs = noise_multiplier(settings_of(*asked, "privacy.r_t_noise=3").privacy, 60, 60, 6, 60)
+    assert (with_signs**-2 + 3**-2) ** -0.5 == pytest.approx(own)
+    with pytest.raises(ConfigError, match="r_t_noise"):
+        noise_multiplier(settings_of(*asked, "privacy.r_t_noise=0.1").privacy, 60, 60, 6, 60)
+
+
+# --- samples ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("unit", "patients"), [("image", 0), ("patient", 20)])
+def test_each_unit_is_sampled_by_itself_at_the_rate_that_is_accounted_for(tmp_path, unit, patients):
+    draws = 3000
+    step = private_step(tmp_path, f"privacy.unit={unit}", data=images_of(60, patients))
+    rows = np.zeros((draws, 60))
+    for number in range(draws):
+        draw = step.draw(number)
+        rows[number, draw.rows] = 1
+        assert len(np.unique(draw.rows)) == len(draw.rows) == len(draw.units)
+    chosen = rows[:, :20] if patients else rows  # patient p has rows p, p + 20, p + 40
+    if patients:
+        assert (rows[:, :20] == rows[:, 20:40]).all()
+        assert (rows[:, :20] == rows[:, 40:]).all()
+    q, units = 0.1, chosen.shape[1]
+    counts = chosen.sum(axis=0)
+    assert (np.abs(counts - draws * q) < 5 * np.sqrt(draws * q * (1 - q))).all()
+    sizes = chosen.sum(axis=1)
+    assert abs(sizes.mean() - units * q) < 5 * np.sqrt(units * q * (1 - q) / draws)
+    assert abs(sizes.var() / (units * q * (1 - q)) - 1) < 5 * np.sqrt(2 / draws)
+    between = np.corrcoef(chosen.T)[~np.eye(units, dtype=bool)]
+    assert np.abs(between).max() < 6 / np.sqrt(draws)
+    in_time = np.corrcoef(sizes[:-1], sizes[1:])[0, 1]
+    assert abs(in_time) < 5 / np.sqrt(draws)
+
+
+def test_of_a_patient_no_more_images_are_looked_at_than_were_asked_for(tmp_path):
+    step = private_step(tmp_path, "privacy.unit=patient", "privacy.images_per_patient=1", data=images_of(60, 20))
+    seen = [step.draw(number) for number in range(200)]
+    assert all((np.bincount(draw.units.numpy()) == 1).all() for draw in seen if len(draw.units))
+    assert set(np.concatenate([draw.rows for draw in seen])) == set(range(60))
+
+
+def test_a_sample_that_would_be_larger_than_the_data_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="Poisson"):
+        private_step(tmp_path, data=images_of(5))
+
+
+# --- labels ----------------------------------------------------------------------------------------
+
+
+def test_released_labels_are_counts_with_the_noise_that_is_accounted_for(tmp_path):
+    data = images_of(60)
+    released = [private_step(tmp_path, "privacy.label_noise=2").release_labels(data) for _ in range(400)]
+    assert np.allclose([weights.sum() for weights in released], 1)
+    odds = np.array([weights[0] / weights[1] for weights in released])
+    # counts 30 ± 2 each: the log of their ratio deviates by √2 · 2 / 30
+    assert np.std(np.log(odds)) == pytest.approx(np.sqrt(2) * 2 / 30, rel=0.2)
+
+
+def test_labels_are_released_once_also_after_a_restart(tmp_path):
+    ledger = tmp_path / "ledger.jsonl"
+    words = ("training.labels=data", "privacy.label_noise=4")
+    begin = {"planned_images": 60, "ledgers": [ledger], "run": "run"}
+    first = begin_training(settings_of(*words), images_of(60), **begin)
+    first.train(12)
+    first.train(12)
+    second = begin_training(settings_of(*words), images_of(60), **begin)
+    second.load_state_dict(first.state_dict())
+    second.train(12)
+    assert second.label_weights == first.label_weights
+    assert [entry.kind for entry in Ledger(ledger).entries()].count("label counts") == 1
+
+
+# --- inside the Trainer ----------------------------------------------------------------------------
+
+
+def trainer_of(tmp_path: Path, *overrides: str, secret: int | None = None, data: ImageDataset | None = None):
+    place = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+    return begin_training(
+        settings_of(*overrides), data or images_of(60), planned_images=60, ledgers=[place], run="run", secret=secret
+    )
+
+
+def test_the_ledger_holds_the_steps_before_the_first_of_them(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path)
+    known: list[int] = []
+    gradient = PrivateStep.gradient
+
+    def watched(self: PrivateStep, *rest, **more):
+        known.append(sum(part.steps for part in self.ledger.mechanisms()))
+        return gradient(self, *rest, **more)
+
+    monkeypatch.setattr(PrivateStep, "gradient", watched)
+    trainer.train(18)
+    trainer.train(6)
+    assert known == [3, 3, 3, 4]
+
+
+def test_with_the_secret_a_restored_training_goes_on_bit_for_bit_and_without_it_with_new_noise(tmp_path):
+    def continued(secret: int | None) -> tuple[dict, dict]:
+        trainer = trainer_of(tmp_path, "training.d_average=0.9", "training.d_steps=2", secret=secret)
+        trainer.train(12)
+        state = trainer.state_dict()
+        trainer.train(12)
+        other = trainer_of(tmp_path, "training.d_average=0.9", "training.d_steps=2", secret=secret)
+        other.load_state_dict(state)
+        other.train(12)
+        return trainer.state_dict()[0], other.state_dict()[0]
+
+    undisturbed, resumed = continued(11)
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+    undisturbed, resumed = continued(None)
+    assert any(not torch.equal(undisturbed[name], resumed[name]) for name in undisturbed if name.startswith("discriminator/"))
+
+
+def test_the_generators_draws_do_not_tell_the_size_of_the_sample(tmp_path):
+    """Two hospitals' secrets give samples of other sizes; the streams that the generator's step draws from stand alike."""
+    trainers = [trainer_of(tmp_path, secret=secret) for secret in (1, 2)]
+    sizes = [[len(trainer.private.draw(number).rows) for number in range(2)] for trainer in trainers]
+    assert sizes[0] != sizes[1]
+    for trainer in trainers:
+        trainer.train(12)
+    first, second = trainers
+    assert torch.equal(first.host.get_state(), second.host.get_state())
+    assert torch.equal(first.noise.get_state(), second.noise.get_state())
+
+
+def test_what_fakes_share_does_not_depend_on_where_chunks_end(tmp_path, monkeypatch):
+    """Else one more image in the sample would move the fakes of others, which the clip does not bound."""
+    seen = []
+    for size in (1, 256):
+        monkeypatch.setattr("fedgan.training.trainer.SYNTHESIS_CHUNK", size)
+        trainer = trainer_of(tmp_path, "training.style_mixing=0.5", "privacy.noise_multiplier=0", secret=5)
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.private, "gradient", lambda d, loss, fakes, *rest: (seen.append(fakes), (0.0, 0))[1])
+            trainer._private_discriminator_step(trainer.private)
+    torch.testing.assert_close(seen[0][1], seen[1][1])
+    torch.testing.assert_close(seen[0][0], seen[1][0], rtol=1e-3, atol=1e-3)
+
+
+def test_the_generator_learns_from_the_average_of_d(tmp_path):
+    trainer = trainer_of(tmp_path, "training.d_average=0.5")
+    expected = {name: value.clone() for name, value in trainer.d_average.state_dict().items()}
+
+    def follow(trainer) -> None:
+        for name, value in trainer.discriminator.state_dict().items():
+            expected[name].lerp_(value, 0.5)
+
+    trainer.train(18, follow)
+    for name, value in trainer.d_average.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_generator_waits_for_d_by_what_d_says_of_fakes_alone(tmp_path):
+    asked = trainer_of(tmp_path, "training.d_accuracy=1.0", "privacy.noise_multiplier=50")
+    told = asked.train(60)
+    assert asked.steps == 10
+    assert asked.g_steps < 10  # a D of noise calls no whole batch fake, step after step
+    assert "d_accuracy" in told
+    free = trainer_of(tmp_path)
+    free.train(60)
+    assert free.g_steps == 10
+
+
+def test_a_round_tells_nothing_that_was_measured_on_real_images(tmp_path):
+    told = trainer_of(tmp_path).train(12)
+    assert set(told) == {
+        *("loss_g", "d_accuracy", "path_length", "p", "epsilon", "delta", "noise_multiplier", "sample_rate"),
+        *("images", "seconds", "core_seconds"),
+    }
+    assert told["images"] == 12  # what is expected, not what the samples held
+
+
+def test_without_labels_nothing_is_released_of_them(tmp_path):
+    data = images_of(60)
+    bare = ImageDataset("clinic", data.images, np.zeros((60, 0), np.uint8), ())
+    trainer = trainer_of(tmp_path, "training.labels=data", "privacy.label_noise=4", data=bare)
+    trainer.train(12)
+    trainer.train(12)
+    assert len(trainer.private.ledger.mechanisms()) == 2

@@ -1,0 +1,214 @@
+"""What would void the guarantee without a word is refused, each with its reason and what to use instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedgan.config import from_dict, to_dict
+from fedgan.data.dataset import ImageDataset
+from fedgan.errors import ConfigError
+from fedgan.models.discriminator import Discriminator
+from fedgan.privacy.validator import check_modules, check_private, check_start, refusals
+from fedgan.training.checkpoint import save_tensors
+from fedgan.training.start import begin_training
+from fedgan.training.trainer import Trainer
+from fedgan.training.warm_start import warm_start
+from server.checkpoints import initial_state
+from server.roster import Member
+
+TREE = {
+    "data": {"resolution": 16},
+    "model": {"z_dim": 4, "w_dim": 8, "channel_base": 64, "channel_max": 8, "mapping_layers": 1, "minibatch_std_group": 0},
+    "augment": {"mode": "none"},
+    "training": {"batch_size": 4, "device": "cpu", "r1_gamma": 0.0, "labels": "uniform"},
+    "privacy": {"noise_multiplier": 1.0},
+}
+
+
+def settings_of(*overrides: str):
+    return from_dict(TREE, overrides)
+
+
+def images_of(channels: int = 1) -> ImageDataset:
+    return ImageDataset("clinic", np.zeros((20, channels, 16, 16), np.uint8), np.eye(2, dtype=np.uint8)[[0, 1] * 10], ("a", "b"))
+
+
+REFUSED = [
+    ("model.minibatch_std_group=4", "minibatch_std_group = 4", "other images", "set it to 0"),
+    ("augment.mode=ada", "augment.mode = 'ada'", "signs on real images", "privacy.r_t_noise"),
+    ("training.r1_gamma=0.5", "training.r1_gamma = 0.5", "outside the clipped loss", "privacy.r1 = true"),
+    ("training.r1_gamma=-1", "training.r1_gamma = -1", "outside the clipped loss", "privacy.r1 = true"),
+    ("training.sampling=shuffle", "training.sampling = 'shuffle'", "Poisson", "use 'auto'"),
+    ("training.labels=data", "training.labels = 'data'", "counts of real labels", "privacy.label_noise"),
+    ("privacy.epsilon=3", "privacy.epsilon and privacy.noise_multiplier", "how much noise", "one of them"),
+]
+
+
+@pytest.mark.parametrize(("override", "what", "why", "instead"), REFUSED)
+def test_each_hole_is_named_with_its_reason_and_a_way_out(override, what, why, instead):
+    assert list(refusals(settings_of())) == []
+    with pytest.raises(ConfigError) as found:
+        check_private(settings_of(override))
+    assert all(part in str(found.value) for part in (what, why, instead))
+
+
+@pytest.mark.parametrize(("override", "what", "why", "instead"), REFUSED[:-1])
+def test_without_privacy_nothing_of_it_is_refused(override, what, why, instead):
+    check_private(settings_of(override, "privacy.noise_multiplier=-1"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("augment.mode=ada", "privacy.r_t_noise=5"),
+        ("augment.mode=fixed", "augment.p=0.4"),
+        ("training.r1_gamma=0.5", "privacy.r1=true"),
+        ("training.labels=data", "privacy.label_noise=5"),
+        ("training.sampling=poisson",),
+    ],
+)
+def test_what_is_used_instead_is_accepted(overrides):
+    check_private(settings_of(*overrides))
+
+
+def test_all_holes_are_told_at_once():
+    with pytest.raises(ConfigError) as found:
+        check_private(settings_of(*(override for override, *_ in REFUSED[:3])))
+    assert all(what in str(found.value) for _, what, *_ in REFUSED[:3])
+
+
+def test_a_private_trainer_cannot_begin_with_a_hole_or_without_a_ledger(tmp_path):
+    begin = {"planned_images": 40, "ledgers": [tmp_path / "ledger.jsonl"], "run": "run"}
+    with pytest.raises(ConfigError, match="Poisson"):
+        begin_training(settings_of("training.sampling=shuffle"), images_of(), **begin)
+    with pytest.raises(ConfigError, match="no ledger"):
+        Trainer(settings_of(), images_of())
+    assert begin_training(settings_of(), images_of(), **begin).private is not None
+
+
+# --- layers of D -----------------------------------------------------------------------------------
+
+
+class Judge(nn.Module):
+    """A discriminator with any layer between its two."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.first, self.between, self.last = nn.Conv2d(1, 4, 3), between, nn.Linear(4 * 14 * 14, 1)
+
+    def forward(self, images: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return self.last(self.between(self.first(images)).flatten(1))[:, 0]
+
+
+class Mixing(nn.Module):
+    """Ties images together, and is of no kind that anybody could list."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.01 * x.roll(1, dims=0)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(4), nn.BatchNorm2d(4).eval(), nn.SyncBatchNorm(4), nn.InstanceNorm2d(4, track_running_stats=True)]
+)
+def test_layers_with_statistics_over_a_batch_are_refused_by_name(layer):
+    with pytest.raises(ConfigError, match=rf"between \({type(layer).__name__}\).*GroupNorm"):
+        check_modules(Judge(layer), images_of())
+
+
+def test_whatever_else_ties_images_to_one_another_is_found_by_trying():
+    with pytest.raises(ConfigError, match="other images"):
+        check_modules(Judge(Mixing()), images_of())
+    model = settings_of("model.minibatch_std_group=4", "privacy.noise_multiplier=-1").model
+    with pytest.raises(ConfigError, match="minibatch_std_group = 0"):
+        check_modules(Discriminator(model, 16, 1, 2), images_of())
+
+
+@pytest.mark.parametrize("layer", [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), nn.LeakyReLU()])
+def test_layers_that_keep_images_apart_are_accepted(layer):
+    check_modules(Judge(layer), images_of())
+
+
+@pytest.mark.parametrize("labels", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_own_discriminator_keeps_images_apart(labels, dtype):
+    network = Discriminator(settings_of().model, 16, 3, labels)
+    network.dtype = dtype
+    shown = images_of(3)
+    data = ImageDataset("clinic", shown.images, shown.labels[:, :labels], ("a", "b")[:labels])
+    check_modules(network, data)
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+# --- where it begins -------------------------------------------------------------------------------
+
+
+def origin(**of: object) -> dict:
+    """Settings as the checkpoint of a run on phantoms tells them, changed."""
+    tree = to_dict(from_dict({}, []))
+    for key, value in of.items():
+        section, name = key.split("__")
+        tree[section][name] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        (origin(data__root="/somewhere/shards"), "data.root"),
+        (origin(training__warm_start="/somewhere/run"), "itself began"),
+        (None, "does not say"),
+        ({}, "does not say"),
+    ],
+)
+def test_a_warm_start_that_may_know_private_images_is_refused_unless_it_is_declared_public(told, why):
+    with pytest.raises(ConfigError, match=why) as found:
+        check_start(settings_of(), Path("/elsewhere/round.safetensors"), told)
+    assert "/elsewhere" not in str(found.value)
+    assert "/somewhere" not in str(found.value)
+    check_start(settings_of("privacy.public_start=true"), Path("round.safetensors"), told)
+    check_start(settings_of("privacy.noise_multiplier=-1"), Path("round.safetensors"), told)
+
+
+def test_a_warm_start_from_phantoms_is_accepted():
+    check_start(settings_of(), Path("round.safetensors"), origin())
+
+
+@pytest.mark.parametrize("root", ["", "/somewhere/shards"])
+def test_pooled_and_federated_training_ask_alike_where_a_start_comes_from(tmp_path, root):
+    """The server makes the first weights and sees no image, so that its own Trainer has no privacy; the run has."""
+    open_settings = settings_of("privacy.noise_multiplier=-1")
+    donor = Trainer(open_settings, images_of())
+    path = tmp_path / "round-00001.safetensors"
+    save_tensors(
+        path, donor.state_dict()[0], {"settings": to_dict(open_settings) | {"data": {"root": root}}, "label_names": ["a"]}
+    )
+    settings = settings_of(f"training.warm_start={path}", "federation.hospitals=1")
+    begin = {"planned_images": 40, "ledgers": [tmp_path / "ledger.jsonl"], "run": "run"}
+    members = [Member(**{name: value for name, value in MEMBER.items() if name in Member.__dataclass_fields__})]
+    pooled = begin_training(settings, images_of(), **begin)
+    if root:
+        with pytest.raises(ConfigError, match="public_start"):
+            warm_start(pooled)
+        with pytest.raises(ConfigError, match="public_start"):
+            initial_state(settings, members)
+    else:
+        warm_start(pooled)
+        initial_state(settings, members)
+
+
+MEMBER = {
+    "node": 1,
+    "number": 0,
+    "name": "clinic",
+    "images": 20,
+    "units": 20,
+    "label_names": ("a", "b"),
+    "exclusive": True,
+    "channels": 1,
+    "resolution": 16,
+}
