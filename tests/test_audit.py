@@ -26,6 +26,7 @@ from fedgan.evaluation.audit_membership import _negative, attacks_of, rows_of
 from fedgan.evaluation.audit_subject import Audited, AuditSettings, pixel_space, roles_of
 from fedgan.models.discriminator import Discriminator
 from fedgan.models.generator import Generator
+from fedgan.report.privacy.findings import Audit
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import save_tensors
 
@@ -132,6 +133,15 @@ def test_only_numbers_leave(leaky: HospitalAudit, hospital: Hospital, settings: 
     assert not {"pairs", "path"} & report["hospitals"][0].keys()
     assert (report["round"], report["checkpoint_sha256"], report["valid"]) == (3, "ab12", True)
     assert report["settings"]["images"] == 150
+
+
+def test_the_page_reads_what_the_audit_writes(clean: HospitalAudit, leaky: HospitalAudit, settings: Settings) -> None:
+    for found in (clean, leaky):
+        content = json.loads(json.dumps(report_of([found], Audited(settings, None), QUICK, 3, "ab12")))
+        page = Audit(content)
+        assert page.valid, page.why_not
+        assert len([figure for figure in page.figures if figure.stands_out]) == len(found.numbers["signs"])
+        assert not [figure for figure in page.figures if None in (figure.value, figure.ci, figure.real, figure.real_ci)]
 
 
 def test_the_pictures_show_each_space(leaky: HospitalAudit) -> None:

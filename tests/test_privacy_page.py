@@ -276,6 +276,15 @@ def test_the_page_and_the_audit_call_the_same_figures_signs_of_a_leak(share: flo
     assert len(out) == len(signs(numbers))
 
 
+def test_images_that_are_near_to_everybody_are_no_sign_of_copies_on_the_page_either() -> None:
+    blurred, copying = (hospital_audit("a") for _ in range(2))
+    blurred["copies"] = {"pixels": copy_figures(0.3, False, near_held_out=0.28)}
+    copying["copies"] = {"pixels": copy_figures(0.3, False)}
+    told = [[figure.measure for figure in Audit(audit(part)).figures if figure.stands_out] for part in (blurred, copying)]
+    assert told == [[], ["share of copies (pixels)"]]
+    assert [len(signs(part)) for part in (blurred, copying)] == [0, 1]
+
+
 def test_an_audit_that_failed_its_controls_is_not_valid_and_its_figures_are_grey(tmp_path: Path) -> None:
     failed = hospital_audit(HOSPITALS[1], share=0.3, auc=0.9, positive=False)
     run = write_run(tmp_path, content=audit(hospital_audit(HOSPITALS[0]), failed))

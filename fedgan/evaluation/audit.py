@@ -20,6 +20,7 @@ from PIL import Image
 
 from fedgan.evaluation.audit_copies import CopySearch, pairs_picture, plant, search_copies
 from fedgan.evaluation.audit_membership import CONTROLLED, Membership, measure_membership, measure_projection
+from fedgan.evaluation.audit_rules import Measured, attack_stands_out, copies_stand_out, projection_stands_out
 from fedgan.evaluation.audit_subject import (
     Audited,
     AuditSettings,
@@ -34,7 +35,6 @@ from fedgan.evaluation.audit_subject import (
     too_few,
 )
 from fedgan.models.generator import Generator
-from fedgan.privacy.attacks.copies import difference
 
 FORMAT = "fedgan-audit-1"
 EVIDENCE = "These figures are evidence about the attacks that were tried, not proof that no other attack would find more."
@@ -142,30 +142,21 @@ def signs(numbers: dict[str, Any]) -> list[str]:
     """Figures of one hospital that lie above the same figure for held-out images by more than both intervals allow."""
     found = []
     for space, copies in numbers["copies"].items():
-        if not copies:
-            continue
-        if copies["excess_ci"][0] > 0 and _favours_training(copies):
+        near = [_measured(copies or {}, f"near_{side}_share", f"near_{side}_ci") for side in ("training", "held_out")]
+        if copies and copies_stand_out(copies["excess_ci"], *near):
             share, real = copies["copying_share"], copies["held_out_share"]
             found.append(f"{share:.1%} of the synthetic images copy training images by {space}, of held-out images {real:.1%}")
     for row in numbers["membership"]:
-        excess = difference(row["auc"], row["auc_ci"], row["null_auc"], row["null_auc_ci"])
-        if row["auc_ci"][0] > 0.5 and excess[0] > 0:
+        if attack_stands_out((row["auc"], row["auc_ci"]), _measured(row, "null_auc", "null_auc_ci")):
             found.append(f"membership by {row['attack']} has an AUC of {row['auc']:.2f}, held-out images {row['null_auc']:.2f}")
     projection = numbers["projection"]
-    if projection and projection["gap_ci"][0] > 0 and projection["auc_ci"][0] > 0.5:
+    if projection and projection_stands_out(projection["gap_ci"], projection["auc_ci"]):
         found.append(f"training images are projected with an error smaller by {projection['gap']:.2f} grey levels")
     return found
 
 
-def _favours_training(copies: dict[str, Any]) -> bool:
-    """Whether more synthetic images are near to training than to held-out images; True where that was not measured.
-
-    Images that are blurred or typical are nearer to every real image than real images are, and copy none.
-    """
-    if "near_training_share" not in copies:
-        return True
-    near, far = copies["near_training_share"], copies["near_held_out_share"]
-    return difference(near, copies["near_training_ci"], far, copies["near_held_out_ci"])[0] > 0
+def _measured(row: dict[str, Any], key: str, ci: str) -> Measured | None:
+    return (row[key], row[ci]) if key in row else None
 
 
 # --- parts -------------------------------------------------------------------------------------------

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fedgan.privacy.attacks.copies import difference
+from fedgan.evaluation.audit_rules import Measured, attack_stands_out, copies_stand_out, projection_stands_out
 from fedgan.report.format import bounds, decimal, interval, number, plural
 from fedgan.report.privacy.words import LIMIT
 from fedgan.report.run_data import Tree, dig, sentences, tree, trees
 
 SPACES = {"pixels": "pixels", "features": "extractor features", "embedding": "contrastive embedding"}
-CHANCE = 0.5
 CONTROLS = ("positive", "negative")  # without both green an audit says nothing
 Interval = tuple[float, float] | None
 
@@ -166,10 +165,11 @@ def blind_spaces(hospital: Tree) -> list[str]:
 
 
 def _figures(hospital: Tree) -> Iterator[Figure]:
-    """Each figure, judged by the rules of the audit itself (fedgan/evaluation/audit.py: signs)."""
+    """Each figure, judged by the rules of the audit itself (fedgan/evaluation/audit_rules.py)."""
     name = name_of(hospital)
     for space, found in copies(hospital):
-        excess, closer = bounds(found.get("excess_ci")), bounds(found.get("closer_ci"))
+        excess = bounds(found.get("excess_ci"))
+        near = [_measured(found, f"near_{side}_share", f"near_{side}_ci") for side in ("training", "held_out")]
         yield Figure(
             "singling-out",
             name,
@@ -178,30 +178,30 @@ def _figures(hospital: Tree) -> Iterator[Figure]:
             bounds(found.get("copying_ci")),
             number(found.get("held_out_share")),
             bounds(found.get("held_out_ci")),
-            # A blurred image is near to everything: it copies only where training images are nearer than held-out ones.
-            None if excess is None else excess[0] > 0 and (closer is None or closer[0] > CHANCE),
+            None if excess is None else copies_stand_out(excess, *near),
         )
     projection = tree(hospital.get("projection"))
     if number(projection.get("auc")) is not None:
-        gap = bounds(projection.get("gap_ci"))
-        yield _area("singling-out", name, "AUC of the projection gap", projection, gap is not None and gap[0] > 0)
+        gap, area = bounds(projection.get("gap_ci")), bounds(projection.get("auc_ci"))
+        out = None if gap is None or area is None else projection_stands_out(gap, area)
+        yield _area("singling-out", name, "AUC of the projection gap", projection, out)
     for linking, head in ((True, "linkability"), (False, "inference")):
         for row in attacks(hospital, linking):
-            yield _area(head, name, f"AUC of {row.get('attack', 'an unnamed attack')}", row, _is_above(row))
+            auc = _measured(row, "auc", "auc_ci")
+            out = None if auc is None else attack_stands_out(auc, _measured(row, "null_auc", "null_auc_ci"))
+            yield _area(head, name, f"AUC of {row.get('attack', 'an unnamed attack')}", row, out)
 
 
-def _area(head: str, name: str, measure: str, found: Tree, above: bool) -> Figure:
-    """An area under the curve, whose chance level is 0.5: it stands out when it is `above` and its interval is above chance."""
+def _area(head: str, name: str, measure: str, found: Tree, out: bool | None) -> Figure:
+    """An area under the curve beside that of held-out images."""
     value, ci = number(found.get("auc")), bounds(found.get("auc_ci"))
-    out = None if value is None or ci is None else ci[0] > CHANCE and above
     return Figure(head, name, measure, value, ci, number(found.get("null_auc")), bounds(found.get("null_auc_ci")), out)
 
 
-def _is_above(row: Tree) -> bool:
-    """Whether an attack's AUC is above that of held-out images by more than both intervals allow; True without the latter."""
-    one, real = number(row.get("auc")), number(row.get("null_auc"))
-    ci, real_ci = bounds(row.get("auc_ci")), bounds(row.get("null_auc_ci"))
-    return real is None or real_ci is None or (one is not None and ci is not None and difference(one, ci, real, real_ci)[0] > 0)
+def _measured(found: Tree, key: str, ci: str) -> Measured | None:
+    """A figure with its interval, None where either is missing."""
+    value, ends = number(found.get(key)), bounds(found.get(ci))
+    return None if value is None or ends is None else (value, ends)
 
 
 def _control_words(names: list[str]) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from fedgan.evaluation.audit_rules import CHANCE
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row, dot_chart
 from fedgan.report.format import bounds, number
-from fedgan.report.privacy.findings import CHANCE, SPACES, Audit, attacks, blind_spaces, copies, name_of
+from fedgan.report.privacy.findings import SPACES, Audit, attacks, blind_spaces, copies, name_of
 from fedgan.report.privacy.guarantee import share
 from fedgan.report.run_data import Tree, tree
 from fedgan.report.tables import Column, table
