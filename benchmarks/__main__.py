@@ -1,6 +1,6 @@
 """`make bench`: every measurement in a process of its own, one after the other, and one table.
 
-python -m benchmarks [--only step|federation|metrics|judgement|demo] [--json]
+python -m benchmarks [--only step|private|federation|metrics|judgement|demo] [--json]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fedgan.machine import usable_cores
 # precision, resolution: the share that a careful prototype reached, and what we aim at
 MARKS = {("fp32", 32): (0.43, 0.50), ("fp32", 64): (0.36, 0.42), ("bf16", 32): (0.29, 0.40), ("bf16", 64): (0.22, 0.30)}
 METRICS_SECONDS_MARK, METRICS_MEMORY_MARK, JUDGEMENT_SECONDS_MARK = 20, 1500, 480
+PRIVATE_STEP_MARK = 1.6  # times a step of D without privacy, at most
 MEMORY_MARK, EFFICIENCY_MARK, DEMO_SECONDS_MARK, DEMO_AUC_MARK = 600, 0.80, 240, 0.85
 
 
@@ -52,6 +53,19 @@ def step_rows(results: dict[str, Any]) -> list[str]:
                 f"peak memory of that step: {found['memory_of_step_mb']:.0f} MB (mark {MEMORY_MARK}) on top of the "
                 f"{found['memory_of_imports_mb']:.0f} MB that the process had after importing PyTorch"
             )
+    return rows
+
+
+def private_rows(results: dict[str, Any]) -> list[str]:
+    rows = []
+    for resolution in (32, 64):
+        found = results[f"private-step-{resolution}"] = call("private_step", str(resolution))
+        rows.append(
+            f"private step of D {found['precision']} {resolution}², threads 1: {found['ratio']:.2f} times a step without privacy "
+            f"[{found['ratio_low']:.2f}, {found['ratio_high']:.2f}]  (mark {PRIVATE_STEP_MARK});  "
+            f"{1000 * found['private_seconds']:.0f} ms over {1000 * found['plain_seconds']:.0f} ms, batch {found['batch']};  "
+            f"D's gradient alone {found['gradient_ratio']:.2f} times"
+        )
     return rows
 
 
@@ -114,6 +128,7 @@ def processor() -> str:
 
 PARTS = {
     "step": step_rows,
+    "private": private_rows,
     "federation": federation_rows,
     "metrics": metrics_rows,
     "judgement": judgement_rows,
