@@ -72,6 +72,7 @@ def membership(attack: str, auc: float) -> dict[str, Any]:
         "null_auc_ci": [0.4312, 0.5561],
         "null_images": 170,
         "leak_auc": 0.9932 if "density" not in attack else 0.8123,
+        "sees_leak": "density" not in attack,
     }
 
 
@@ -79,12 +80,14 @@ def control(passed: bool, positive: bool) -> dict[str, Any]:
     """A control as the audit writes it; a failed one says why."""
     if positive:
         part = {"auc": 0.9987 if passed else 0.7123, "planted_share": 0.3, "found_share": 0.2971, "found_ci": [0.2611, 0.3342]}
+        part["auc_ci"] = [part["auc"] - 0.0031, part["auc"] + 0.0011]
         spaces = {"pixels": part | {"passed": passed}, "features": part | {"auc": 0.6789, "passed": False}}
     else:
         part = {"excess": 0.01, "excess_ci": [-0.04, 0.06], "mean_excess": 0.0023, "covered": 0.97, "splits": 100}
         spaces = {name: part | {"passed": passed} for name in ("pixels", "features")}
     areas = {name: {"auc": 0.9932 if positive else 0.5071, "auc_ci": [0.48, 0.997]} for name in ("distance", "density")}
-    found = {"copies": spaces, "membership": {"attacks": areas, "passed": passed}, "sighted": ["pixels"], "passed": passed}
+    attacked = {"attacks": areas, "passed": passed} | ({} if positive else {"level": 0.9944})
+    found = {"copies": spaces, "membership": attacked, "sighted": ["pixels"], "passed": passed}
     return found if passed else found | {"reason": "no space finds the planted copies" if positive else "halves differ"}
 
 
@@ -97,6 +100,7 @@ def hospital_audit(
         "name": name,
         "members": 500,
         "held_out": 180,
+        "held_out_patients": 97,
         "synthetic": 1000,
         "copies": {space: copy_figures(share + 0.0013 * i, fitted) for i, (space, fitted) in enumerate(spaces)},
         "membership": [membership(attack, auc - 0.0021 * i) for i, attack in enumerate(ATTACKS)],

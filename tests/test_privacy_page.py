@@ -253,6 +253,30 @@ def test_the_three_heads_hold_the_evidence_that_belongs_to_them(tmp_path: Path) 
         assert part.count("stand here because") == 1
 
 
+def test_a_clean_headline_says_how_much_of_it_is_blind_and_where_patients_are_few(tmp_path: Path) -> None:
+    few = hospital_audit(HOSPITALS[2]) | {"held_out_patients": 17}
+    words = words_of(write_run(tmp_path, content=audit(hospital_audit(HOSPITALS[0]), few)))
+    # of each hospital's nine: the features, the density and its ratio
+    assert "none of 18 figures of 2 hospitals" in words
+    assert "6 of them come from a search or an attack that did not see the planted leak either." in words
+    assert f"Held-out patients are few at {HOSPITALS[2]} (17): only a gross leak would show there." in words
+
+
+def test_notes_that_several_hospitals_and_attacks_share_are_told_once(tmp_path: Path) -> None:
+    words = words_of(write_run(tmp_path, content=audit()))
+    text_of_rate = "a false-positive rate of 0.1% needs 1,000 non-members, here are 170"
+    assert words.count(text_of_rate) == 1
+    assert f"{', '.join(HOSPITALS)}: {', '.join(ATTACKS)}: {text_of_rate}" in words
+
+
+def test_whether_an_excess_counts_can_be_read_and_intervals_say_their_level(tmp_path: Path) -> None:
+    words = words_of(write_run(tmp_path, content=audit()))
+    near = copy_figures(0.047, False)
+    pair = [("near_training_share", "near_training_ci"), ("near_held_out_share", "near_held_out_ci")]
+    assert " ".join(f"{text.decimal(near[key])} {text.interval(near[ci])}" for key, ci in pair) in words
+    assert "Intervals are of 95 %, of membership in the negative control of 99.4 %" in words
+
+
 def test_a_clean_audit_is_evidence_and_no_proof(tmp_path: Path) -> None:
     words = words_of(write_run(tmp_path, content=audit()))
     assert "The controls passed, and none of 27 figures of 3 hospitals stands out" in words
@@ -294,10 +318,10 @@ def test_an_audit_that_failed_its_controls_is_not_valid_and_its_figures_are_grey
     assert f"at {HOSPITALS[1]} the positive control did not pass (no space finds the planted copies)" in words
     assert "Evidence of a leak" not in words
     assert html.count('class="invalid"') == 3
-    assert html.count("(not valid)</caption>") == 6
+    assert html.count("(not valid)</caption>") == 7
     assert "not-valid.csv" in html
-    assert f"{HOSPITALS[0]} passed passed 0.999 extractor features 0.993 500 / 180 / 1,000" in words
-    assert f"{HOSPITALS[1]} NOT passed passed 0.712 pixels, extractor features 0.993" in words
+    assert f"{HOSPITALS[0]} passed passed 0.999 0.297 / 0.300 extractor features 0.993 500 / 180 / 1,000 97" in words
+    assert f"{HOSPITALS[1]} NOT passed passed 0.712 0.297 / 0.300 pixels, extractor features 0.993" in words
     assert 'class="invalid"' not in part_of(write_run(tmp_path / "valid", content=audit()))
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fedgan.evaluation.audit_copies import CopySearch, pairs_picture, plant, search_copies
 from fedgan.evaluation.audit_membership import CONTROLLED, Membership, measure_membership, measure_projection
-from fedgan.evaluation.audit_rules import Measured, attack_stands_out, copies_stand_out, projection_stands_out
+from fedgan.evaluation.audit_rules import FEW_PATIENTS, Measured, attack_stands_out, copies_stand_out, projection_stands_out
 from fedgan.evaluation.audit_subject import (
     Audited,
     AuditSettings,
@@ -38,6 +38,7 @@ from fedgan.models.generator import Generator
 
 FORMAT = "fedgan-audit-1"
 EVIDENCE = "These figures are evidence about the attacks that were tried, not proof that no other attack would find more."
+NO_SHADOWS = "No shadow models were trained (--shadows 0): the strongest membership attacks that are known were not tried."
 NOT_COVERED = (
     "The audit reads private images without noise: its figures are not covered by the epsilon of the training. "
     "Whoever passes them on releases them in addition."
@@ -78,6 +79,13 @@ def audit_hospital(
     spaces, notes = Spaces(hospital, roles, audited.settings, audit, audited.device), []
     if roles.whole_training > len(roles.train):
         notes.append(f"A sample of {len(roles.train)} of {roles.whole_training} training images was looked up.")
+    patients = int(roles.held_patients.max()) + 1
+    if patients < FEW_PATIENTS:
+        each = len(np.unique(roles.held_patients[roles.tested]))
+        notes.append(
+            f"Few patients: {patients} are held out, and an attack is judged on {each} of them. Intervals from so few can be "
+            "too narrow, and only a gross leak would show."
+        )
     searches = _copies(spaces, roles, synthetic, audit, notes, say)
     say(f"{name}: attacking membership")
     membership = measure_membership(audited, roles, spaces.pixels, synthetic, planted, audit, judged, say)
@@ -88,6 +96,7 @@ def audit_hospital(
         "name": name,
         "members": len(roles.train),
         "held_out": len(roles.held),
+        "held_out_patients": patients,
         "synthetic": len(synthetic),
         "copies": {space: search.figures if search else None for space, search in searches.items()},
         "membership": membership.rows,
@@ -105,7 +114,7 @@ def report_of(
 ) -> dict[str, Any]:
     """The content of audit.json: numbers alone; no path, no patient, no image. The same audit gives the same content."""
     hospitals = [found.numbers for found in audits]
-    notes = [EVIDENCE, *([NOT_COVERED] if audited.settings.privacy.on else [])]
+    notes = [EVIDENCE, *([] if audit.shadows else [NO_SHADOWS]), *([NOT_COVERED] if audited.settings.privacy.on else [])]
     return {
         "format": FORMAT,
         "round": round_number,
@@ -234,6 +243,7 @@ def _unmeasured(hospital: HospitalData, note: str) -> dict[str, Any]:
         "name": hospital.name,
         "members": len(hospital.train),
         "held_out": held_out_count(hospital),
+        "held_out_patients": None,
         "synthetic": 0,
         "copies": dict.fromkeys(("pixels", "features", "embedding")),
         "membership": [],

@@ -12,8 +12,9 @@ from PIL import Image
 from fedgan.data.dataset import ImageDataset
 from fedgan.evaluation.audit_subject import Roles, Space
 from fedgan.evaluation.grids import draw_grid
-from fedgan.privacy.attacks.copies import CopyFindings, find_copies, wilson
+from fedgan.privacy.attacks.copies import CopyFindings, Interval, find_copies, wilson
 from fedgan.privacy.attacks.copy_controls import LEAST_AUC, Recovery, negative_control, plant_copies, recovered
+from fedgan.privacy.attacks.membership import score_attack
 from fedgan.privacy.attacks.nearest import nearest
 
 PLANTED_SHARE = 0.3
@@ -61,9 +62,9 @@ def search_copies(space: Space, roles: Roles, synthetic: np.ndarray, seed: int, 
     }
     made = space.rows(synthetic)
     found = find_copies(made, training, held, held_out_groups=roles.held_patients, **options)
-    recovery = _recovery(space, roles, training, held, options)
+    recovery, auc_ci = _recovery(space, roles, training, held, options)
     negative = negative_control(training, held, seed=seed, moves=space.moves, held_out_groups=roles.held_patients)
-    positive = dataclasses.asdict(recovery)
+    positive = dataclasses.asdict(recovery) | {"auc_ci": auc_ci}
     if not recovery.passed:
         positive["reason"] = (
             f"planted copies are found with an AUC of {recovery.auc:.3f} ({LEAST_AUC} is needed) and as a share of "
@@ -79,8 +80,10 @@ def search_copies(space: Space, roles: Roles, synthetic: np.ndarray, seed: int, 
     return CopySearch(figures, positive, refused, found)
 
 
-def _recovery(space: Space, roles: Roles, training: np.ndarray, held: np.ndarray, options: dict[str, Any]) -> Recovery:
-    """Are copies found that are planted in one half of the held-out images, while the other half is held out?
+def _recovery(
+    space: Space, roles: Roles, training: np.ndarray, held: np.ndarray, options: dict[str, Any]
+) -> tuple[Recovery, Interval]:
+    """Are copies found that are planted in one half of the held-out images, while the other is held out? And the AUC's interval.
 
     Not in the audited generator's images: those may hold copies already, and the control would fail for the very leak that
     it is there to vouch for.
@@ -90,7 +93,16 @@ def _recovery(space: Space, roles: Roles, training: np.ndarray, held: np.ndarray
     rest = {"held_out": held[roles.judging], "held_out_groups": roles.held_patients[roles.judging], **options}
     clean = find_copies(held[roles.playing], training, **rest)
     leaking = find_copies(space.rows(planted.images), training, **rest)
-    return recovered(leaking, planted.flags, clean, planted.rows)
+    area = score_attack(
+        "planted copies",
+        -leaking.distances[planted.flags],
+        -leaking.distances[~planted.flags],
+        seed=options["seed"],
+        bootstrap=options["bootstrap"],
+        match=False,
+        non_member_groups=roles.held_patients[roles.playing][~planted.flags],
+    )
+    return recovered(leaking, planted.flags, clean, planted.rows), area.auc_ci
 
 
 def _both_ways(

@@ -98,8 +98,8 @@ def measure_membership(
     for name in CONTROLLED:
         row = _row(name, scores[name], roles, audit)
         leak = positive["attacks"][name]["auc"]
-        row["leak_auc"] = leak
-        if leak < LEAK_AUC:
+        row |= {"leak_auc": leak, "sees_leak": leak >= LEAK_AUC}
+        if not row["sees_leak"]:
             blind = f"it finds planted members with an AUC of {leak:.2f} only, so that chance here proves little"
             row["note"] = "; ".join(part for part in (row["note"], blind) if part)
         found.append(row)

@@ -1,5 +1,7 @@
 """When a figure of an audit stands out from the same figure for held-out images: one rule for command, page and cards.
 
+numpy and scipy only: a page is written without torch.
+
 A figure is a pair of its value and its interval. What was not measured is None, and then it excuses nothing.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 from fedgan.privacy.attacks.copies import Interval, difference
 
 CHANCE = 0.5  # of an area under the curve
+FEW_PATIENTS = 60  # held-out ones: with fewer than about twenty on a side the bootstrap's intervals are too narrow
 Measured = tuple[float, Interval]
 
 

@@ -10,7 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fedgan.evaluation.audit_rules import Measured, attack_stands_out, copies_stand_out, projection_stands_out
+from fedgan.evaluation.audit_rules import (
+    FEW_PATIENTS,
+    Measured,
+    attack_stands_out,
+    copies_stand_out,
+    projection_stands_out,
+)
 from fedgan.report.format import bounds, decimal, interval, number, plural
 from fedgan.report.privacy.words import LIMIT
 from fedgan.report.run_data import Tree, dig, sentences, tree, trees
@@ -25,6 +31,7 @@ class Figure:
     """One figure of one hospital, higher for a worse leak, and the same figure for held-out real images.
 
     `stands_out`: whether it lies above the held-out figure by more than its intervals allow; None where that is not known.
+    `blind`: whether a planted leak was not seen by it: it can tell of a leak, but not that there is none.
     """
 
     head: str
@@ -35,6 +42,7 @@ class Figure:
     real: float | None
     real_ci: Interval
     stands_out: bool | None
+    blind: bool = False
 
     @property
     def words(self) -> str:
@@ -99,14 +107,10 @@ class Audit:
 
     @property
     def notes(self) -> list[str]:
-        """All notes of the audit, those of a hospital with its name, each once."""
+        """All notes of the audit, each once: those of hospitals with their names, those of attacks with theirs."""
         found = sentences(self.content.get("notes"))
-        for hospital in self.hospitals:
-            own = sentences(hospital.get("notes"))
-            for row in trees(hospital.get("membership")):
-                own += [f"{row.get('attack', 'unnamed attack')}: {text}" for text in sentences(row.get("note"))]
-            found += [f"{name_of(hospital)}: {text}" for text in own]
-        return list(dict.fromkeys(found))
+        own = [(name_of(hospital), text) for hospital in self.hospitals for text in _notes(hospital)]
+        return list(dict.fromkeys([*found, *(f"{names}: {text}" for names, text in _gathered(own))]))
 
     def headline(self) -> str:
         """The verdict in a sentence or three."""
@@ -118,13 +122,47 @@ class Audit:
             return "The controls passed, but no figure could be measured: this audit is no evidence."
         scope = f"{plural(len(judged), 'figure')} of {plural(len(self.hospitals), 'hospital')}"
         if not out:
-            return f"The controls passed, and none of {scope} stands out from the same figure for held-out real images. {LIMIT}"
+            return (
+                f"The controls passed, and none of {scope} stands out from the same figure for held-out real images."
+                f"{_blind_words(judged)}{self._few_words()} {LIMIT}"
+            )
         listed = "; ".join(figure.words for figure in out[:3]) + (f"; and {len(out) - 3} more" if len(out) > 3 else "")
         verb = "stands" if len(out) == 1 else "stand"
         return (
             f"Evidence of a leak: {len(out)} of {scope} {verb} out from the same figure for held-out real images. {listed}. "
             f"By chance alone about {max(len(judged) * 0.025, 0.1):.1g} would."
         )
+
+    def _few_words(self) -> str:
+        """Which hospitals have too few patients for more than a gross leak to show; empty where none has."""
+        counts = {name_of(hospital): number(hospital.get("held_out_patients")) for hospital in self.hospitals}
+        few = [f"{name} ({count:,.0f})" for name, count in counts.items() if count is not None and count < FEW_PATIENTS]
+        return f" Held-out patients are few at {', '.join(few)}: only a gross leak would show there." if few else ""
+
+
+def _blind_words(judged: list[Figure]) -> str:
+    blind = sum(figure.blind for figure in judged)
+    verb = "comes" if blind == 1 else "come"
+    return f" {blind} of them {verb} from a search or an attack that did not see the planted leak either." if blind else ""
+
+
+def _notes(hospital: Tree) -> list[str]:
+    """A hospital's notes; of attacks that say the same, one with all their names."""
+    told = [
+        (str(row.get("attack", "unnamed attack")), part)
+        for row in trees(hospital.get("membership"))
+        for text in sentences(row.get("note"))
+        for part in text.split("; ")
+    ]
+    return [*sentences(hospital.get("notes")), *(f"{names}: {text}" for names, text in _gathered(told))]
+
+
+def _gathered(told: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(names, text) for each text, from (name, text)."""
+    names: dict[str, list[str]] = {}
+    for name, text in told:
+        names.setdefault(text, []).append(name)
+    return [(", ".join(dict.fromkeys(said)), text) for text, said in names.items()]
 
 
 def name_of(hospital: Tree) -> str:
@@ -179,6 +217,7 @@ def _figures(hospital: Tree) -> Iterator[Figure]:
             number(found.get("held_out_share")),
             bounds(found.get("held_out_ci")),
             None if excess is None else copies_stand_out(excess, *near),
+            space in blind_spaces(hospital),
         )
     projection = tree(hospital.get("projection"))
     if number(projection.get("auc")) is not None:
@@ -195,7 +234,8 @@ def _figures(hospital: Tree) -> Iterator[Figure]:
 def _area(head: str, name: str, measure: str, found: Tree, out: bool | None) -> Figure:
     """An area under the curve beside that of held-out images."""
     value, ci = number(found.get("auc")), bounds(found.get("auc_ci"))
-    return Figure(head, name, measure, value, ci, number(found.get("null_auc")), bounds(found.get("null_auc_ci")), out)
+    blind = found.get("sees_leak") is False
+    return Figure(head, name, measure, value, ci, number(found.get("null_auc")), bounds(found.get("null_auc_ci")), out, blind)
 
 
 def _measured(found: Tree, key: str, ci: str) -> Measured | None:

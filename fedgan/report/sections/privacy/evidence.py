@@ -51,7 +51,7 @@ def _singling_out(audit: Audit) -> tuple[list[Markup], list[Markup]]:
         _pairs_chart(audit, "projection", "Projection gap", gaps, "AUC: training images are drawn more exactly", CHANCE)
     )
     return [chart for chart in charts if chart], [
-        part for part in (_copies(audit), _memorised(audit), _projection(audit)) if part
+        part for part in (_copies(audit), _near(audit), _memorised(audit), _projection(audit)) if part
     ]
 
 
@@ -75,9 +75,34 @@ def _copies(audit: Audit) -> Markup:
     columns += [Column("Excess"), Column(CI), Column("Threshold"), Column("Sees planted copies", numeric=False)]
     more = (
         "Share of images that lie nearer to a training image than the threshold, which only the nearest twentieth of the "
-        "held-out real images do. Synthetic and held-out images are looked up among the same training images."
+        "held-out real images do. Synthetic and held-out images are looked up among the same training images. A share below that "
+        "of the held-out images: the synthetic ones look less like this hospital's images than its own others do."
     )
     return _table(audit, "Copies among the synthetic images", columns, rows, "privacy-copies", more)
+
+
+def _near(audit: Audit) -> Markup:
+    """What decides whether an excess of copies counts: only measured where the space was not fitted to the training images."""
+    rows = [
+        [
+            f"{name_of(hospital)}, {space}",
+            text.decimal(row.get("near_training_share")),
+            text.interval(row.get("near_training_ci")),
+            text.decimal(row.get("near_held_out_share")),
+            text.interval(row.get("near_held_out_ci")),
+            text.whole(row.get("near_images")),
+        ]
+        for hospital in audit.hospitals
+        for space, row in copies(hospital)
+        if number(row.get("near_training_share")) is not None
+    ]
+    columns = [HOSPITAL_SPACE, Column("Near to training"), Column(CI), Column("Near to held-out real"), Column(CI)]
+    columns.append(Column("Images", title="Training images, and as many held-out ones, that were looked up"))
+    more = (
+        "Share of synthetic images within the threshold of a training image, and of a held-out one, among as many of each. A "
+        "blurred or typical image is near to both: an excess of copies counts only where the first share is the larger."
+    )
+    return _table(audit, "Near to training images, or to everybody's", columns, rows, "privacy-near", more)
 
 
 def _memorised(audit: Audit) -> Markup:
@@ -212,7 +237,8 @@ def _membership(audit: Audit, linking: bool) -> tuple[list[Markup], list[Markup]
     ]
     more = (
         "AUC: how often a training image looks more like a member than an image that was held out; chance is 0.5. Beside it, the "
-        "same attack where held-out images pose as members. Images: members / non-members. A dash: too few images for that rate."
+        "same attack where held-out images pose as members. Images: members / non-members. A dash: too few images for that rate, "
+        "or an attack that no planted leak can test."
     )
     title = "Membership by distance" if linking else "Membership by other attacks"
     part = _table(audit, title, columns, rows, f"privacy-membership-{key}", more)

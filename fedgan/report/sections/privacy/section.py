@@ -131,20 +131,24 @@ def _controls(audit: Audit) -> Markup:
     for hospital in audit.hospitals:
         held = dict(controls(hospital))
         verdicts = [_verdict(name, held) for name in CONTROLS]
-        areas = [number(dig(part, "auc")) for part in tree(dig(held.get("positive"), "copies")).values()]
-        best = max((area for area in areas if area is not None), default=None)
+        searches = [tree(part) for part in tree(dig(held.get("positive"), "copies")).values()]
+        best: Tree = max(searches, key=lambda part: number(part.get("auc")) or 0.0, default={})
         members = dig(held.get("positive"), "membership", "attacks", "distance", "auc")
         sizes = " / ".join(text.whole(hospital.get(key)) for key in ("members", "held_out", "synthetic"))
         blind = ", ".join(blind_spaces(hospital)) or text.DASH
-        rows.append([name_of(hospital), *verdicts, text.decimal(best), blind, text.decimal(members), sizes])
+        shares = " / ".join(text.decimal(best.get(key)) for key in ("found_share", "planted_share"))
+        areas = (text.decimal(best.get("auc")), shares, blind, text.decimal(members))
+        rows.append([name_of(hospital), *verdicts, *areas, sizes, text.whole(hospital.get("held_out_patients"))])
     columns = [
         NAME,
         Column("Positive control", numeric=False),
         Column("Negative control", numeric=False),
         Column("Planted copies, AUC", title="Of the space that finds them best"),
+        Column("Found / planted", title="Share of images that were found to be copies, and that were planted, in that space"),
         Column("Blind to them", numeric=False, title="Spaces in which planted copies are not found"),
         Column("Planted members, AUC", title="Of the attack by distance"),
         Column("Images", title="Training, held-out and synthetic images that were compared"),
+        Column("Held-out patients"),
     ]
     more = (
         "Positive control: copies of training images are planted and have to be found, by one space and by the distance attack "
@@ -169,14 +173,20 @@ def _control_parts(audit: Audit) -> Markup:
     columns = [
         Column("Hospital, control", numeric=False),
         Column("AUC"),
-        Column(CI),
+        Column("Interval"),
         Column("Planted"),
         Column("Found"),
         Column(CI),
     ]
     columns += [Column("Excess", title="Mean over random halves of the held-out images"), Column("Halvings")]
+    levels = {number(dig(tree(hospital.get("controls")), "negative", "membership", "level")) for hospital in audit.hospitals}
+    wider = [share(level) for level in sorted(level for level in levels if level is not None)]
+    judged = (
+        f", of membership in the negative control of {' and '.join(wider)}, as all of those are judged together" if wider else ""
+    )
     more = (
-        "Planted and found: shares of images. Excess: what is called a copy among real images that cannot be one; it should be 0."
+        "Planted and found: shares of images. Excess: what is called a copy among real images that cannot be one: 0 is right. "
+        f"Intervals are of 95 %{judged}."
     )
     return table("Every control", columns, rows, "privacy-control-parts", more=more) if rows else Markup("")
 
@@ -186,7 +196,7 @@ def _parts(control: Tree) -> Iterator[list[str]]:
         yield [
             f"copies by {SPACES.get(space, space)}",
             text.decimal(dig(part, "auc")),
-            text.DASH,
+            text.interval(dig(part, "auc_ci")),
             text.decimal(dig(part, "planted_share")),
             text.decimal(dig(part, "found_share")),
             text.interval(dig(part, "found_ci")),
