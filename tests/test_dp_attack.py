@@ -8,7 +8,9 @@ as a part of the mechanism is silently off.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from fedgan.models.discriminator import Discriminator
 from fedgan.privacy import clipping
 from fedgan.privacy import step as step_module
 from fedgan.privacy.accounting import epsilon_of
-from fedgan.privacy.clipping import clipped_sum
+from fedgan.privacy.clipping import ClippedSum, clipped_sum
 from fedgan.privacy.ledger import Ledger
 from fedgan.privacy.step import Draw, PrivateStep
 from fedgan.training.losses import discriminator_loss
@@ -59,6 +61,19 @@ def mechanism(tmp_path: Path, data: ImageDataset) -> PrivateStep:
     return made
 
 
+def remembered(work: Callable[..., ClippedSum]) -> Callable[..., ClippedSum]:
+    """`work`, which is a function of its tensors alone, once for each sample of these few images instead of each trial."""
+    known: dict[Any, ClippedSum] = {}
+
+    def look(network, loss, fakes, reals, units, *others) -> ClippedSum:
+        key = (*(tensor.numpy().tobytes() for tensor in (*fakes, *reals, units)), others)
+        if key not in known:
+            known[key] = work(network, loss, fakes, reals, units, *others)
+        return known[key]
+
+    return look
+
+
 def guesses(tmp_path: Path, network: Discriminator, canary: bool) -> np.ndarray:
     """(TRIALS,): how far each release points to where the canary alone would move it."""
     data, both = world(canary), world(True)
@@ -75,12 +90,14 @@ def guesses(tmp_path: Path, network: Discriminator, canary: bool) -> np.ndarray:
     aim = aim - other * (aim @ other) / (other @ other)
     aim = aim / aim.norm()
     found = []
-    for number in range(TRIALS):
-        draw = step.draw(number)
-        fakes = (blank.expand(len(draw.rows), 1, 16, 16), none.expand(len(draw.rows), 0))
-        step.gradient(network, discriminator_loss, fakes, shown(data, draw.rows), draw)
-        told = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]) * (RATE * step.units)
-        found.append(float(told @ aim))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_module, "clipped_sum", remembered(step_module.clipped_sum))
+        for number in range(TRIALS):
+            draw = step.draw(number)
+            fakes = (blank.expand(len(draw.rows), 1, 16, 16), none.expand(len(draw.rows), 0))
+            step.gradient(network, discriminator_loss, fakes, shown(data, draw.rows), draw)
+            told = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]) * (RATE * step.units)
+            found.append(float(told @ aim))
     return np.array(found)
 
 
@@ -130,10 +147,10 @@ def test_the_same_attack_finds_a_clip_that_is_silently_off(tmp_path, network, mo
 
     loud = torch.nn.Parameter(network.b4.out.weight.detach() * 30)  # whose gradients are far longer than the clip
     monkeypatch.setattr(network.b4.out, "weight", loud)
-    assert attack(tmp_path, network)[0] < attack(tmp_path, network)[1]
-    monkeypatch.setattr(step_module, "clipped_sum", unclipped)
     bound, claimed = attack(tmp_path, network)
-    assert bound > 3 * claimed
+    assert bound < claimed
+    monkeypatch.setattr(step_module, "clipped_sum", unclipped)
+    assert lower_bound(guesses(tmp_path, network, False), guesses(tmp_path, network, True)) > 3 * claimed
 
 
 def test_the_bound_is_sound_and_sharp_on_a_mechanism_whose_epsilon_is_known():
