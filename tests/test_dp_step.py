@@ -207,6 +207,19 @@ def test_an_image_whose_gradient_is_no_number_counts_as_nothing_and_spoils_nobod
     assert moved <= CLIP * (1 + 1e-3)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_patient_whose_gradient_is_no_number_spoils_no_other_patients_in_the_same_chunk(bad):
+    """Else whoever makes the weights could let one image erase all others from the sum, which shows in any noise."""
+    network, (fakes, reals) = judge(), pairs_of(6)
+    spoiled = reals[0].clone()
+    spoiled[2] = bad
+    found = sum_of(network, fakes, (spoiled, reals[1]), [0, 0, 1, 1, 2, 2], CLIP)
+    keep = torch.tensor([0, 1, 4, 5])
+    without = sum_of(network, (fakes[0][keep], fakes[1][keep]), (reals[0][keep], reals[1][keep]), [0, 0, 1, 1], CLIP)
+    assert float(flat(without.gradients).norm()) > CLIP
+    assert float((flat(found.gradients) - flat(without.gradients)).norm()) <= CLIP * (1 + 1e-3)
+
+
 def test_images_that_a_patient_has_too_many_of_count_as_one_unit():
     step_units = [0] * 8 + [1]
     network, (fakes, reals) = judge(), pairs_of(9)

@@ -51,8 +51,8 @@ def clipped_sum(
         part = slice(start, end)
         pairs = (fakes[0][part], fakes[1][part], reals[0][part], reals[1][part])
         gradients, real_logits = pair_gradients(discriminator, loss, *pairs, r1_weight)
-        mean = _means(units[part] - units[start])
-        rows = [_rows(value) if mean is None else mean @ _rows(value) for value in gradients.values()]
+        within = units[part] - units[start]
+        rows = [_means(_rows(value), within) for value in gradients.values()]
         norm = torch.stack([torch.linalg.vector_norm(row.float(), dim=1) for row in rows]).norm(dim=0)
         if not bool(norm.isfinite().all()):  # infinity times nothing is no number: what has no length counts as nothing
             rows = [torch.where(norm.isfinite()[:, None], row, 0.0) for row in rows]
@@ -92,14 +92,17 @@ def _unrow(row: Tensor, shape: torch.Size) -> Tensor:
     return row.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if len(shape) == 4 else row.view(shape)
 
 
-def _means(units: Tensor) -> Tensor | None:
-    """(U, B) such that it times values of pairs is their mean over the pairs of each unit; None where each has one pair."""
+def _means(rows: Tensor, units: Tensor) -> Tensor:
+    """Rows of pairs (B, n) → their means over the pairs of each unit (U, n).
+
+    Each unit's rows are added by themselves: in a product with a matrix of shares, one row that is no number would be
+    multiplied by zero for all other units and make theirs none either, so that one patient moved the sum by all of them.
+    """
     count = int(units[-1]) + 1
     if count == len(units):
-        return None
-    mean = torch.zeros(count, len(units), device=units.device)
-    mean[units, torch.arange(len(units), device=units.device)] = 1
-    return mean / mean.sum(dim=1, keepdim=True)
+        return rows
+    sums = torch.zeros(count, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(0, units, rows)
+    return sums / torch.bincount(units, minlength=count)[:, None]
 
 
 def _chunks(units: Tensor, chunk: int) -> Iterator[tuple[int, int]]:
