@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fedgan.config import PrivacySettings, Settings
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError, FedganError
-from fedgan.privacy.accounting import Mechanism, epsilon_of, joint_noise, noise_for
+from fedgan.privacy.accounting import Mechanism, joint_noise, noise_for
 from fedgan.privacy.clipping import Loss, clipped_sum
 
 STEPS, LABELS = "discriminator steps", "label counts"
@@ -36,6 +36,8 @@ class LedgerLike(Protocol):
     """What a Trainer needs of a ledger (fedgan/privacy/ledger.py)."""
 
     def mechanisms(self) -> list[Mechanism]: ...
+
+    def epsilon(self, delta: float) -> float: ...
 
     def reserve(
         self, step: Mechanism, steps: int, *, run: str, kind: str, unit: str, delta: float, data: str, max_epsilon: float = 0.0
@@ -128,7 +130,7 @@ class PrivateStep:
 
     def epsilon(self) -> float:
         """ε at `delta` of all that the ledger holds, over all runs."""
-        return epsilon_of(self.ledger.mechanisms(), self.delta)
+        return self.ledger.epsilon(self.delta)
 
     # --- what is drawn -----------------------------------------------------------------------------
 

@@ -1,0 +1,320 @@
+"""The ledger: what it survives, what it refuses, and that no budget is ever exceeded."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from fedgan import files
+from fedgan.errors import DataError, StorageError
+from fedgan.privacy import accounting
+from fedgan.privacy import ledger as ledger_module
+from fedgan.privacy.accounting import Mechanism, epsilon_rdp
+from fedgan.privacy.ledger import NAME, JointLedger, Ledger
+
+STEP = Mechanism(1.0, 0.01)
+FACTS = {"run": "a", "kind": "discriminator steps", "unit": "image", "delta": 1e-3, "data": "1" * 64}
+GENERATE_ONLY = (Phase.explicit, Phase.generate)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rényi's accountant alone, which takes milliseconds: the bookkeeping is the same."""
+    monkeypatch.setattr(ledger_module, "epsilon_of", epsilon_rdp)
+    monkeypatch.setattr(accounting, "_best", accounting.accountants.rdp)
+    monkeypatch.setattr(accounting, "_likely", accounting._quick)
+
+
+def filled(folder: Path, entries: int = 3, **facts: object) -> Ledger:
+    ledger = Ledger(folder / NAME)
+    for steps in range(1, entries + 1):
+        assert ledger.reserve(STEP, 10 * steps, **{**FACTS, **facts}) == 10 * steps  # type: ignore[arg-type]
+    return ledger
+
+
+# --- what it survives ------------------------------------------------------------------------------
+
+
+def test_a_ledger_that_was_never_written_is_empty_and_makes_no_file(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "shard" / NAME)
+    assert ledger.entries() == []
+    assert ledger.epsilon(1e-5) == 0.0
+    assert not (tmp_path / "shard").exists()
+
+
+def test_entries_come_back_as_they_were_written_and_epsilon_is_that_of_all(tmp_path: Path) -> None:
+    entries = filled(tmp_path).entries()
+    assert [entry.steps for entry in entries] == [10, 20, 30]
+    assert [entry.epsilon for entry in entries] == sorted(entry.epsilon for entry in entries)  # type: ignore[type-var]
+    assert entries[-1].epsilon == epsilon_rdp([Mechanism(1.0, 0.01, 60)], 1e-3)
+
+
+@pytest.mark.parametrize("kept", [1, 40, -1])
+def test_a_torn_last_line_is_no_entry_and_the_next_one_takes_its_place(tmp_path: Path, kept: int) -> None:
+    ledger = filled(tmp_path)
+    whole = ledger.path.read_bytes()
+    line = whole.splitlines()[-1]
+    ledger.path.write_bytes(whole + line[:kept])
+    assert len(ledger.entries()) == 3
+    assert ledger.reserve(STEP, 5, **FACTS) == 5  # type: ignore[arg-type]
+    assert ledger.path.read_bytes().startswith(whole)
+    assert [entry.steps for entry in ledger.entries()] == [10, 20, 30, 5]
+
+
+def test_a_crash_between_the_entry_and_its_head_locks_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = filled(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "_write_head", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ledger.reserve(STEP, 7, **FACTS)  # type: ignore[arg-type]
+    assert [entry.steps for entry in ledger.entries()] == [10, 20, 7], "what may have been released is counted"
+    ledger.reserve(STEP, 8, **FACTS)  # type: ignore[arg-type]
+    assert [entry.steps for entry in ledger.entries()] == [10, 20, 7, 8]
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from fedgan.privacy import ledger as module
+from fedgan.privacy.accounting import Mechanism
+module.epsilon_of = lambda mechanisms, delta: float(sum(part.steps for part in mechanisms))  # only the writing matters here
+ledger = module.Ledger(Path(sys.argv[1]))
+print("go", flush=True)
+while True:
+    ledger.reserve(Mechanism(1.0, 0.01), 1, run="r" * 3000, kind="k", unit="image", delta=1e-3, data="d")
+    print("paid", flush=True)
+"""
+
+
+def test_a_ledger_whose_writer_was_killed_reads_goes_on_and_holds_all_that_was_paid(tmp_path: Path) -> None:
+    """kill -9 at random points: each time the entries of before are a prefix, and no step was paid for that is not in it."""
+    ledger, before, rng = Ledger(tmp_path / NAME), [], random.Random(1)
+    for _ in range(4):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(ledger.path)], stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "go\n"
+        time.sleep(rng.uniform(0.02, 0.3))
+        os.kill(child.pid, signal.SIGKILL)
+        paid = child.communicate(timeout=30)[0].count("paid")
+        after = ledger.entries()
+        assert after[: len(before)] == before
+        assert paid <= len(after) - len(before) <= paid + 1
+        before = after
+    assert before, "no child came to write"
+    ledger.reserve(STEP, 3, **FACTS)  # type: ignore[arg-type]
+    assert ledger.entries()[:-1] == before
+
+
+def _append(path: Path, times: int) -> None:
+    ledger_module.epsilon_of = epsilon_rdp
+    for _ in range(times):
+        Ledger(path).reserve(STEP, 1, **FACTS)  # type: ignore[arg-type]
+
+
+def test_two_processes_on_one_shard_wait_for_each_other(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_append, args=(tmp_path / NAME, 8)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert len(Ledger(tmp_path / NAME).entries()) == 16
+
+
+# --- what it refuses -------------------------------------------------------------------------------
+
+
+def test_a_changed_line_is_refused(tmp_path: Path) -> None:
+    ledger = filled(tmp_path)
+    lines = ledger.path.read_text().splitlines(keepends=True)
+    for number in range(3):
+        changed = [*lines]
+        changed[number] = changed[number].replace('"noise_multiplier": 1.0', '"noise_multiplier": 9.0')
+        ledger.path.write_text("".join(changed))
+        with pytest.raises(DataError, match="put back the newest copy"):
+            ledger.entries()
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_a_missing_line_is_refused_the_last_ones_too(tmp_path: Path, missing: int) -> None:
+    ledger = filled(tmp_path)
+    lines = ledger.path.read_text().splitlines(keepends=True)
+    ledger.path.write_text("".join(lines[:missing] + lines[missing + 1 :]))
+    with pytest.raises(DataError, match="put back the newest copy"):
+        ledger.entries()
+    with pytest.raises(DataError):
+        ledger.reserve(STEP, 1, **FACTS)  # type: ignore[arg-type]
+
+
+def test_an_older_ledger_put_back_or_a_deleted_one_is_refused(tmp_path: Path) -> None:
+    ledger = filled(tmp_path, 1)
+    old = ledger.path.read_bytes()
+    filled(tmp_path, 2)
+    ledger.path.write_bytes(old)
+    with pytest.raises(DataError, match="ends after 1 entries, but has had 3"):
+        ledger.entries()
+    ledger.path.unlink()
+    with pytest.raises(DataError, match="ends after 0 entries"):
+        ledger.entries()
+
+
+def test_another_end_of_the_same_length_is_refused(tmp_path: Path) -> None:
+    """A chain that holds, but is not the one that was written: an old ledger that went on without its head."""
+    ledger = filled(tmp_path / "a", 1)
+    other = Ledger(tmp_path / "b" / NAME)
+    other.path.parent.mkdir()
+    other.path.write_bytes(ledger.path.read_bytes())
+    other.reserve(STEP, 1, **FACTS)  # type: ignore[arg-type]
+    ledger.reserve(STEP, 500, **FACTS)  # type: ignore[arg-type]
+    ledger.path.write_bytes(other.path.read_bytes())
+    with pytest.raises(DataError, match="not the entry that was written there"):
+        ledger.entries()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{}", "[]", "null", "not json", '{"steps": -1}', '{"time": 1}'],
+)
+def test_a_line_that_is_no_entry_is_refused_with_its_number(tmp_path: Path, line: str) -> None:
+    (tmp_path / NAME).write_text(line + "\n")
+    with pytest.raises(DataError, match="line 1: not an entry"):
+        Ledger(tmp_path / NAME).entries()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("steps", -5), ("steps", 1.5), ("noise_multiplier", float("nan")), ("sample_rate", 1.5), ("delta", 0), ("run", None)],
+)
+def test_an_entry_that_would_lower_the_account_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    row = vars(filled(tmp_path / "a", 1).entries()[0]) | {key: value}
+    (tmp_path / NAME).write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="line 1: not an entry"):
+        Ledger(tmp_path / NAME).entries()
+
+
+def test_a_damaged_head_is_refused(tmp_path: Path) -> None:
+    ledger = filled(tmp_path)
+    files.write_text(ledger._head_path, '{"entries": ')
+    with pytest.raises(DataError, match="head.json is damaged"):
+        ledger.entries()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_cannot_be_written_is_an_error_with_the_way_out(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="state-dir"):
+        filled(tmp_path)
+    tmp_path.chmod(0o700)
+
+
+def test_a_read_only_disk_is_an_error_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StorageError, match=r"no private step is done: .*state-dir"):
+        Ledger(tmp_path / "shard" / NAME).reserve(STEP, 1, **FACTS)  # type: ignore[arg-type]
+
+
+def test_without_file_locks_a_ledger_is_read_but_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = filled(tmp_path)
+    monkeypatch.setattr(ledger_module, "fcntl", None)
+    assert len(ledger.entries()) == 3
+    with pytest.raises(StorageError, match="file locks"):
+        ledger.reserve(STEP, 1, **FACTS)  # type: ignore[arg-type]
+
+
+# --- budgets ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, phases=GENERATE_ONLY)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0.0, 0.8, 1.5]),
+            st.sampled_from([0.01, 0.1, 1.0]),
+            st.integers(0, 300),
+            st.sampled_from([1e-5, 1e-3]),
+        ),
+        max_size=6,
+    ),
+    st.floats(0.2, 8.0),
+)
+def test_no_budget_is_ever_exceeded_and_epsilon_never_falls(
+    tmp_path_factory: pytest.TempPathFactory, asked: list[tuple[float, float, int, float]], budget: float
+) -> None:
+    ledger, spent = Ledger(tmp_path_factory.mktemp("shard") / NAME), dict.fromkeys((1e-5, 1e-3), 0.0)
+    for noise, rate, steps, delta in asked:
+        allowed = ledger.reserve(Mechanism(noise, rate), steps, **{**FACTS, "delta": delta}, max_epsilon=budget)  # type: ignore[arg-type]
+        assert 0 <= allowed <= steps
+        for at, before in spent.items():
+            spent[at] = ledger.epsilon(at)
+            assert spent[at] >= before
+        assert not allowed or spent[delta] <= budget
+    for entry in ledger.entries():
+        assert entry.epsilon is not None
+        assert entry.epsilon <= budget
+        assert entry.epsilon >= max(
+            (old.epsilon or 0 for old in ledger.entries()[: ledger.entries().index(entry)] if old.delta >= entry.delta), default=0
+        )
+
+
+def test_what_is_released_without_noise_is_infinite_for_ever_and_no_budget_allows_it(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / NAME)
+    assert ledger.reserve(Mechanism(0.0, 0.1), 5, **FACTS, max_epsilon=100.0) == 0  # type: ignore[arg-type]
+    assert ledger.reserve(Mechanism(0.0, 0.1), 5, **FACTS) == 5  # type: ignore[arg-type]
+    assert ledger.entries()[0].epsilon is None
+    assert ledger.epsilon(1e-5) == float("inf")
+    assert ledger.reserve(STEP, 5, **FACTS, max_epsilon=100.0) == 0  # type: ignore[arg-type]
+
+
+def test_other_images_and_another_run_use_the_same_account(tmp_path: Path) -> None:
+    ledger = filled(tmp_path, 1)
+    ledger.reserve(STEP, 10, **{**FACTS, "run": "b", "data": "2" * 64})  # type: ignore[arg-type]
+    assert ledger.epsilon(1e-3) == epsilon_rdp([Mechanism(1.0, 0.01, 20)], 1e-3)
+
+
+def test_a_wobble_of_the_accountant_neither_lowers_epsilon_nor_lends_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = filled(tmp_path, 2)
+    said = ledger.epsilon(1e-3)
+    monkeypatch.setattr(ledger_module, "epsilon_of", lambda mechanisms, delta: 0.9 * epsilon_rdp(mechanisms, delta))
+    assert ledger.epsilon(1e-3) == said
+    assert ledger.epsilon(1e-4) > said > ledger.epsilon(0.1)
+    assert ledger.reserve(STEP, 1, **FACTS, max_epsilon=said * 0.99) == 0  # type: ignore[arg-type]
+
+
+# --- several shards as one pool --------------------------------------------------------------------
+
+
+def test_a_pool_is_charged_equally_by_what_the_poorest_shard_allows(tmp_path: Path) -> None:
+    rich, poor = Ledger(tmp_path / "rich" / NAME), filled(tmp_path / "poor", 3)
+    budget = poor.epsilon(1e-3) * 1.02
+    allowed = JointLedger([rich, poor]).reserve(STEP, 500, **FACTS, max_epsilon=budget)  # type: ignore[arg-type]
+    assert 0 < allowed < 500
+    assert rich.entries()[-1].steps == poor.entries()[-1].steps == allowed, "the first was charged no more than was done"
+    assert poor.epsilon(1e-3) <= budget
+
+
+def test_the_epsilon_of_a_pool_is_that_of_the_shard_that_spent_most(tmp_path: Path) -> None:
+    many, much = filled(tmp_path / "many", 3), Ledger(tmp_path / "much" / NAME)
+    much.reserve(Mechanism(0.5, 0.1), 100, **FACTS)  # type: ignore[arg-type]
+    assert many.epsilon(1e-3) < much.epsilon(1e-3) == JointLedger([many, much]).epsilon(1e-3)
+
+
+def test_a_shard_that_is_named_twice_is_charged_once(tmp_path: Path) -> None:
+    twice = JointLedger([Ledger(tmp_path / NAME), Ledger(tmp_path / "." / NAME)])
+    assert twice.reserve(STEP, 4, **FACTS) == 4  # type: ignore[arg-type]
+    assert len(Ledger(tmp_path / NAME).entries()) == 1
