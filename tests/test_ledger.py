@@ -12,11 +12,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from fedgan import files
+from fedgan.data.shard import Shard, write_shard
 from fedgan.errors import DataError, StorageError
 from fedgan.privacy import accounting
 from fedgan.privacy import ledger as ledger_module
@@ -206,7 +208,7 @@ def test_an_entry_that_would_lower_the_account_is_refused(tmp_path: Path, key: s
 def test_a_damaged_head_is_refused(tmp_path: Path) -> None:
     ledger = filled(tmp_path)
     files.write_text(ledger._head_path, '{"entries": ')
-    with pytest.raises(DataError, match="head.json is damaged"):
+    with pytest.raises(DataError, match=r"head\.json is damaged"):
         ledger.entries()
 
 
@@ -219,7 +221,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_the_way_out(tmp_path: 
 
 
 def test_a_read_only_disk_is_an_error_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
@@ -318,3 +320,24 @@ def test_a_shard_that_is_named_twice_is_charged_once(tmp_path: Path) -> None:
     twice = JointLedger([Ledger(tmp_path / NAME), Ledger(tmp_path / "." / NAME)])
     assert twice.reserve(STEP, 4, **FACTS) == 4  # type: ignore[arg-type]
     assert len(Ledger(tmp_path / NAME).entries()) == 1
+
+
+# --- beside a shard --------------------------------------------------------------------------------
+
+
+def test_a_shard_with_a_ledger_verifies_and_a_new_import_keeps_the_ledger(tmp_path: Path) -> None:
+    def write(seed: int) -> None:
+        images = np.random.default_rng(seed).integers(0, 256, (6, 1, 16, 16), dtype=np.uint8)
+        columns = {"patients": [f"p{row}" for row in range(6)], "splits": ["train"] * 4 + ["val", "test"]}
+        write_shard(tmp_path / "north", images, np.zeros((6, 0), np.uint8), **columns, label_names=(), overwrite=True)
+
+    write(0)
+    ledger = filled(tmp_path / "north")
+    before = ledger.entries()
+    Shard.open(tmp_path / "north", verify=True)
+    write(1)
+    Shard.open(tmp_path / "north", verify=True)
+    assert ledger.entries() == before
+    ledger.path.unlink()
+    with pytest.raises(DataError, match="ends after 0"):
+        ledger.entries()

@@ -223,12 +223,20 @@ class ShardWriter:
     def _move_in_place(self) -> None:
         files.publish(self.folder)
         if self.overwrite and self.path.exists():
+            _keep_others(self.path, self.folder)
             old = self.folder.with_suffix(".old")
             os.rename(self.path, old)
             os.rename(self.folder, self.path)
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(self.folder, self.path)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Copy the files of `old` that are none of the shard's four: the hospital's, such as the ledger of its images."""
+    for file in old.iterdir():
+        if file.is_file() and not (new / file.name).exists():
+            shutil.copy2(file, new / file.name)
 
 
 def write_shard(

@@ -89,6 +89,10 @@ def noise_for(epsilon: float, delta: float, sample_rate: float, steps: int, othe
     def parts(noise: float) -> list[Mechanism]:
         return [*others, Mechanism(noise, sample_rate, steps)]
 
+    def by_quick(target: float, start: float = 1.0) -> float:
+        """The noise at which the quickest accountant gives `target`."""
+        return _falling(lambda noise: _guarded(parts(noise), delta, _quick), target, start)
+
     if not _within(epsilon, parts(MOST_NOISE), delta):
         raise ConfigError(
             f"no noise keeps {steps} steps at sampling rate {sample_rate:.3g} within epsilon = {epsilon:g} at "
@@ -96,11 +100,11 @@ def noise_for(epsilon: float, delta: float, sample_rate: float, steps: int, othe
         )
     if _guarded(parts(MOST_NOISE), delta, _quick) < epsilon:
         # All accountants fall alike with noise: their ratio where the quickest meets epsilon tells nearly where the next does.
-        noise = _falling(lambda noise: _guarded(parts(noise), delta, _quick), epsilon)
+        noise = by_quick(epsilon)
         for _ in range(3):
             ratio = _guarded(parts(noise), delta, _quick) / _guarded(parts(noise), delta, _likely)
             target = max(epsilon, epsilon * ratio)
-            before, noise = noise, _falling(lambda noise, t=target: _guarded(parts(noise), delta, _quick), target, noise)
+            before, noise = noise, by_quick(target, noise)
             if abs(noise / before - 1) < 0.002:
                 break
     else:  # only the tightest accountant knows a way

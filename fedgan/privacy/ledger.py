@@ -126,8 +126,8 @@ class Ledger:
 
         They are on the disk when this returns. Raises `DataError` for a damaged ledger, `StorageError` where none can be written.
         """
-        facts = {"run": run, "kind": kind, "unit": unit, "delta": delta, "data": data}
-        return JointLedger([self]).reserve(step, steps, **facts, max_epsilon=max_epsilon)
+        pool = JointLedger([self])
+        return pool.reserve(step, steps, run=run, kind=kind, unit=unit, delta=delta, data=data, max_epsilon=max_epsilon)
 
     def _allowed(self, step: Mechanism, steps: int, delta: float, max_epsilon: float) -> int:
         if not max_epsilon:
@@ -137,19 +137,12 @@ class Ledger:
             return 0
         return steps_within(max_epsilon, delta, [entry.mechanism for entry in entries], step, steps)
 
-    def _enter(self, mechanism: Mechanism, delta: float, facts: dict[str, str]) -> None:
-        """Append one entry. For who holds the lock."""
+    def _enter(self, new: Entry) -> None:
+        """Append `new`, whose place in the chain and `epsilon` follow from what is there. For who holds the lock."""
         entries = self.entries()
-        entry = Entry(
-            time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            **facts,
-            **vars(mechanism),
-            delta=delta,
-            epsilon=None,
-            previous=entries[-1].hash if entries else "",
-        )
-        epsilon = _epsilon([*entries, dataclasses.replace(entry, epsilon=0.0)], delta)
-        entry = dataclasses.replace(entry, epsilon=epsilon if math.isfinite(epsilon) else None)
+        new = dataclasses.replace(new, epsilon=0.0, previous=entries[-1].hash if entries else "")
+        epsilon = _epsilon([*entries, new], new.delta)
+        entry = dataclasses.replace(new, epsilon=epsilon if math.isfinite(epsilon) else None)
         try:
             self._append(entry)
         except OSError as error:
@@ -250,9 +243,10 @@ class JointLedger:
             for ledger in self.ledgers:
                 steps = ledger._allowed(step, steps, delta, max_epsilon)
             if steps > 0:
-                mechanism = Mechanism(step.noise_multiplier, step.sample_rate, steps)
+                now, noise, rate = time.strftime("%Y-%m-%dT%H:%M:%S%z"), step.noise_multiplier, step.sample_rate
+                entry = Entry(now, run, kind, unit, noise, rate, steps, delta, epsilon=None, data=data, previous="")
                 for ledger in self.ledgers:
-                    ledger._enter(mechanism, delta, {"run": run, "kind": kind, "unit": unit, "data": data})
+                    ledger._enter(entry)
         return max(0, steps)
 
 
