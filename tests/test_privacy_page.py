@@ -258,7 +258,7 @@ def test_a_clean_headline_says_how_much_of_it_is_blind_and_where_patients_are_fe
     words = words_of(write_run(tmp_path, content=audit(hospital_audit(HOSPITALS[0]), few)))
     # of each hospital's nine: the features, the density and its ratio
     assert "none of 18 figures of 2 hospitals" in words
-    assert "6 of them come from a search or an attack that did not see the planted leak either." in words
+    assert "6 of these figures come from a search or an attack that did not see the planted leak either." in words
     assert f"Held-out patients are few at {HOSPITALS[2]} (17): only a gross leak would show there." in words
 
 
@@ -274,6 +274,7 @@ def test_whether_an_excess_counts_can_be_read_and_intervals_say_their_level(tmp_
     near = copy_figures(0.047, False)
     pair = [("near_training_share", "near_training_ci"), ("near_held_out_share", "near_held_out_ci")]
     assert " ".join(f"{text.decimal(near[key])} {text.interval(near[ci])}" for key, ci in pair) in words
+    assert f"{HOSPITALS[0]}, negative: copies by pixels – – – – – +0.002 97% of 100" in words
     assert "Intervals are of 95 %, of membership in the negative control of 99.4 %" in words
 
 
@@ -320,7 +321,7 @@ def test_an_audit_that_failed_its_controls_is_not_valid_and_its_figures_are_grey
     assert html.count('class="invalid"') == 3
     assert html.count("(not valid)</caption>") == 7
     assert "not-valid.csv" in html
-    assert f"{HOSPITALS[0]} passed passed 0.999 0.297 / 0.300 extractor features 0.993 500 / 180 / 1,000 97" in words
+    assert f"{HOSPITALS[0]} passed passed 0.999 0.297 / 0.300 extractor features 0.993 500 / 180 97" in words
     assert f"{HOSPITALS[1]} NOT passed passed 0.712 0.297 / 0.300 pixels, extractor features 0.993" in words
     assert 'class="invalid"' not in part_of(write_run(tmp_path / "valid", content=audit()))
 
@@ -346,7 +347,8 @@ def test_an_audit_is_valid_only_when_everything_in_it_says_so(change: dict[str, 
 def test_the_page_says_which_round_was_audited_and_when_the_run_went_on(tmp_path: Path) -> None:
     run = write_run(tmp_path, content=audit(round_number=8))
     words = words_of(run)
-    assert "Audited: the model of round 8. The run's last round is 10: the audit says nothing of that model." in words
+    assert "Audited: the model of round 8, by 1,000 synthetic images a hospital." in words
+    assert "The run's last round is 10: the audit says nothing of that model." in words
     files.write_json(run.audit, audit())
     assert "says nothing of that model" not in words_of(run)
 

@@ -143,7 +143,9 @@ class Audit:
 def _blind_words(judged: list[Figure]) -> str:
     blind = sum(figure.blind for figure in judged)
     verb = "comes" if blind == 1 else "come"
-    return f" {blind} of them {verb} from a search or an attack that did not see the planted leak either." if blind else ""
+    return (
+        f" {blind} of these figures {verb} from a search or an attack that did not see the planted leak either." if blind else ""
+    )
 
 
 def _notes(hospital: Tree) -> list[str]:

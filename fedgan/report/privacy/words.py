@@ -35,7 +35,7 @@ HEADS = {
 COMMAND = "fedgan audit RUN"
 NO_AUDIT = "No audit was run: no search for copies, no membership attack, no projection."
 UNREADABLE = "audit.json is damaged: what the audit found is not known, and without it nothing is evidence."
-LIMIT = "It is evidence about the attacks that were tried, and no proof that another one would find nothing."
+LIMIT = "This is evidence about the attacks that were tried, and no proof that another one would find nothing."
 
 
 def not_protected(run: RunData, counts: bool = True) -> list[str]:

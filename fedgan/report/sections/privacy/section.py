@@ -112,7 +112,10 @@ def _scope(run: RunData, audit: Audit) -> str:
         return ""
     parts = []
     if audit.round is not None:
-        parts.append(f"Audited: the model of round {audit.round:,}.")
+        drawn = max((number(hospital.get("synthetic")) or 0 for hospital in audit.hospitals), default=0)
+        parts.append(
+            f"Audited: the model of round {audit.round:,}{f', by {drawn:,.0f} synthetic images a hospital' if drawn else ''}."
+        )
         last = number(run.last_round.get("round"))
         if last is not None and last != audit.round:
             parts.append(f"The run's last round is {last:,.0f}: the audit says nothing of that model.")
@@ -134,26 +137,26 @@ def _controls(audit: Audit) -> Markup:
         searches = [tree(part) for part in tree(dig(held.get("positive"), "copies")).values()]
         best: Tree = max(searches, key=lambda part: number(part.get("auc")) or 0.0, default={})
         members = dig(held.get("positive"), "membership", "attacks", "distance", "auc")
-        sizes = " / ".join(text.whole(hospital.get(key)) for key in ("members", "held_out", "synthetic"))
+        sizes = " / ".join(text.whole(hospital.get(key)) for key in ("members", "held_out"))
         blind = ", ".join(blind_spaces(hospital)) or text.DASH
         shares = " / ".join(text.decimal(best.get(key)) for key in ("found_share", "planted_share"))
         areas = (text.decimal(best.get("auc")), shares, blind, text.decimal(members))
         rows.append([name_of(hospital), *verdicts, *areas, sizes, text.whole(hospital.get("held_out_patients"))])
     columns = [
         NAME,
-        Column("Positive control", numeric=False),
-        Column("Negative control", numeric=False),
+        Column("Positive", numeric=False, title="Positive control: a planted leak has to be found"),
+        Column("Negative", numeric=False, title="Negative control: nothing may be found among held-out images"),
         Column("Planted copies, AUC", title="Of the space that finds them best"),
         Column("Found / planted", title="Share of images that were found to be copies, and that were planted, in that space"),
         Column("Blind to them", numeric=False, title="Spaces in which planted copies are not found"),
         Column("Planted members, AUC", title="Of the attack by distance"),
-        Column("Images", title="Training, held-out and synthetic images that were compared"),
-        Column("Held-out patients"),
+        Column("Images", title="Training and held-out images"),
+        Column("Patients", title="Held-out patients"),
     ]
     more = (
         "Positive control: copies of training images are planted and have to be found, by one space and by the distance attack "
         "at least. Negative control: held-out images play the synthetic ones, and nothing may be found. Images: training / "
-        "held-out / synthetic."
+        "held-out. Patients: held-out ones."
     )
     return table("Would this audit have noticed a leak?", columns, rows, "privacy-controls", more=more) if rows else Markup("")
 
@@ -178,7 +181,10 @@ def _control_parts(audit: Audit) -> Markup:
         Column("Found"),
         Column(CI),
     ]
-    columns += [Column("Excess", title="Mean over random halves of the held-out images"), Column("Halvings")]
+    columns += [
+        Column("Excess", title="Mean over random halves of the held-out images"),
+        Column("Intervals with 0", title="Share of the random halvings whose interval of the excess holds 0"),
+    ]
     levels = {number(dig(tree(hospital.get("controls")), "negative", "membership", "level")) for hospital in audit.hospitals}
     wider = [share(level) for level in sorted(level for level in levels if level is not None)]
     judged = (
@@ -191,6 +197,12 @@ def _control_parts(audit: Audit) -> Markup:
     return table("Every control", columns, rows, "privacy-control-parts", more=more) if rows else Markup("")
 
 
+def _holding(part: Tree) -> str:
+    """In what share of how many halvings the excess may be 0: what the negative control of copies is judged by."""
+    covered = number(dig(part, "covered"))
+    return text.DASH if covered is None else f"{covered:.0%} of {text.whole(dig(part, 'splits'))}"
+
+
 def _parts(control: Tree) -> Iterator[list[str]]:
     for space, part in tree(control.get("copies")).items():
         yield [
@@ -201,7 +213,7 @@ def _parts(control: Tree) -> Iterator[list[str]]:
             text.decimal(dig(part, "found_share")),
             text.interval(dig(part, "found_ci")),
             text.signed(dig(part, "mean_excess")),
-            text.whole(dig(part, "splits")),
+            _holding(part),
         ]
     for attack, part in tree(dig(control, "membership", "attacks")).items():
         yield [f"membership by {attack}", text.decimal(dig(part, "auc")), text.interval(dig(part, "auc_ci")), *[text.DASH] * 5]
