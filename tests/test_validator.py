@@ -76,6 +76,14 @@ def test_what_is_used_instead_is_accepted(overrides):
     check_private(settings_of(*overrides))
 
 
+def test_pictures_of_private_training_images_are_refused_and_those_of_drawn_or_other_images_are_not():
+    with pytest.raises(ConfigError, match="show_real = 'all'.*use 'none'"):
+        check_private(settings_of("evaluation.show_real=all", "data.root=/clinic"))
+    check_private(settings_of("evaluation.show_real=all"))
+    check_private(settings_of("evaluation.show_real=none", "data.root=/clinic"))
+    check_private(settings_of("evaluation.show_real=all", "data.root=/clinic", "evaluation.root=/elsewhere"))
+
+
 def test_all_holes_are_told_at_once():
     with pytest.raises(ConfigError) as found:
         check_private(settings_of(*(override for override, *_ in REFUSED[:3])))

@@ -61,6 +61,11 @@ def refusals(settings: Settings) -> Iterator[str]:
             "training.labels = 'data': the generator's labels follow the counts of real labels; use 'uniform', or release "
             "the counts with noise: privacy.label_noise"
         )
+    if settings.evaluation.show_real == "all" and settings.data.root and not settings.evaluation.root:
+        yield (
+            "evaluation.show_real = 'all': pictures of the training images themselves would stand on the page; use 'none', or "
+            "'phantoms'"
+        )
 
 
 def check_modules(discriminator: nn.Module, dataset: ImageDataset) -> None:
