@@ -77,7 +77,7 @@ def test_what_is_used_instead_is_accepted(overrides):
 
 
 def test_pictures_of_private_training_images_are_refused_and_those_of_drawn_or_other_images_are_not():
-    with pytest.raises(ConfigError, match="show_real = 'all'.*use 'none'"):
+    with pytest.raises(ConfigError, match=r"show_real = 'all'.*use 'none'"):
         check_private(settings_of("evaluation.show_real=all", "data.root=/clinic"))
     check_private(settings_of("evaluation.show_real=all"))
     check_private(settings_of("evaluation.show_real=none", "data.root=/clinic"))
