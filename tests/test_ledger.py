@@ -18,12 +18,15 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from fedgan import files
+from fedgan.cli import main
+from fedgan.config import from_dict
 from fedgan.data.shard import Shard, write_shard
 from fedgan.errors import DataError, StorageError
 from fedgan.privacy import accounting
 from fedgan.privacy import ledger as ledger_module
 from fedgan.privacy.accounting import Mechanism, epsilon_rdp
 from fedgan.privacy.ledger import NAME, JointLedger, Ledger
+from fedgan.run_folder import RunFolder
 
 STEP = Mechanism(1.0, 0.01)
 FACTS = {"run": "a", "kind": "discriminator steps", "unit": "image", "delta": 1e-3, "data": "1" * 64}
@@ -341,3 +344,73 @@ def test_a_shard_with_a_ledger_verifies_and_a_new_import_keeps_the_ledger(tmp_pa
     ledger.path.unlink()
     with pytest.raises(DataError, match="ends after 0"):
         ledger.entries()
+
+
+# --- fedgan ledger ---------------------------------------------------------------------------------
+
+
+def test_the_command_shows_each_run_and_what_all_of_them_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = filled(tmp_path / "north", 2)
+    ledger.reserve(Mechanism(2.0, 0.02), 7, **{**FACTS, "run": "b"})  # type: ignore[arg-type]
+    assert main(["ledger", str(tmp_path / "north"), "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["ledgers"]
+    assert [(row["run"], row["steps"], row["noise_multiplier"]) for row in told["releases"]] == [("a", 30, 1.0), ("b", 7, 2.0)]
+    assert told["epsilon"] == ledger.epsilon(1e-3)
+    assert main(["ledger", str(tmp_path / "north" / NAME), "--delta", "1e-5", "--max-epsilon", "3"]) == 0
+    text = capsys.readouterr().out
+    assert f"epsilon {ledger.epsilon(1e-5):.4g} at delta 1e-05, over 3 entries of 2 runs" in text
+    assert "more steps with noise 2 and rate 0.02 fit into epsilon 3" in text
+
+
+def test_the_steps_that_the_command_promises_are_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = filled(tmp_path)
+    assert main(["ledger", str(tmp_path), "--max-epsilon", "2", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["ledgers"]
+    allowed = ledger.reserve(STEP, 10**8, **FACTS, max_epsilon=2.0)  # type: ignore[arg-type]
+    assert told["steps_left"] == allowed > 0
+
+
+def test_an_infinite_epsilon_is_told_in_words_and_as_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Ledger(tmp_path / NAME).reserve(Mechanism(0.0, 0.1), 1, **FACTS)  # type: ignore[arg-type]
+    assert main(["ledger", str(tmp_path)]) == 0
+    assert "in all: epsilon infinite" in capsys.readouterr().out
+    assert main(["ledger", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ledgers"][0]["epsilon"] is None
+
+
+def test_a_run_folder_tells_of_each_hospital_wherever_its_shard_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    filled(data / "north")
+    filled(run / "hospitals" / "south")
+    (data / "east").mkdir()
+    run_folder = RunFolder.at(run)
+    run_folder.write_settings(from_dict({"data": {"root": str(data)}}, source="test"))
+    assert main(["ledger", str(run), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["ledgers"]
+    assert sorted(Path(row["path"]).parent.name for row in told) == ["north", "south"]
+    assert main(["ledger", str(data), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["ledgers"]) == 1
+
+
+def test_the_command_ends_with_one_line_where_the_ledger_is_damaged_or_absent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = filled(tmp_path / "north")
+    ledger.path.write_bytes(ledger.path.read_bytes().replace(b'"steps": 20', b'"steps": 2'))
+    assert main(["ledger", str(tmp_path / "north")]) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "put back the newest copy" in err
+    ledger.path.unlink()
+    assert main(["ledger", str(tmp_path / "north")]) == 3, "the head tells that there was one"
+    assert "has had 3" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    for arguments, code, words in (
+        (["ledger", str(tmp_path / "empty")], 3, "no privacy ledger"),
+        (["ledger", str(tmp_path / "absent")], 3, "no privacy ledger"),
+        (["ledger", str(tmp_path), "--delta", "2"], 2, "0 < delta < 1"),
+        (["ledger", str(tmp_path), "--max-epsilon", "0"], 2, "above 0"),
+    ):
+        assert main(arguments) == code
+        assert words in capsys.readouterr().err

@@ -89,6 +89,10 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def exists(self) -> bool:
+        """Whether an entry was ever written: the head alone is what a deleted ledger leaves."""
+        return self.path.is_file() or self._head_path.is_file()
+
     # --- what it says ------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:

@@ -1,0 +1,158 @@
+"""`fedgan ledger`: what was released of a hospital's images until now, and what that costs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedgan.cli import console
+from fedgan.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from fedgan.privacy.ledger import Entry, Ledger
+
+HEADS = ("run", "released", "noise", "rate", "steps", "unit", "epsilon", "delta")
+
+
+def ledger(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="A shard, a hospital's state-dir, a folder of shards, a run, or a ledger file."),
+    ],
+    delta: Annotated[
+        float | None, typer.Option("--delta", metavar="DELTA", help="Tell epsilon at this delta; else at that of the last entry.")
+    ] = None,
+    max_epsilon: Annotated[
+        float | None,
+        typer.Option("--max-epsilon", metavar="EPSILON", help="Tell how many more steps like the last ones fit in."),
+    ] = None,
+    as_json: console.Json = False,
+) -> None:
+    """Show what each run released of a hospital's images and what all of it costs; check that no entry changed or is missing."""
+    if delta is not None and not 0 < delta < 1:
+        raise ConfigError(f"--delta {delta:g}: epsilon has a meaning for 0 < delta < 1 only, e.g. one over the number of images")
+    if max_epsilon is not None and not max_epsilon > 0:
+        raise ConfigError(f"--max-epsilon {max_epsilon:g}: give a budget above 0")
+    found = [_account(ledger, delta, max_epsilon) for ledger in find_ledgers(path)]
+    console.emit({"ledgers": found}, as_json, "\n\n".join(map(_text, found)))
+
+
+def find_ledgers(path: Path) -> list[Ledger]:
+    """The ledgers at `path`, sorted. Raises `DataError` where there is none."""
+    from fedgan.privacy.ledger import NAME, Ledger
+
+    if path.is_file():
+        return [Ledger(path)]
+    places = [path, *_below(path)]
+    if (path / "config.toml").is_file():
+        places += [*_below(path / "hospitals"), *_below(path / "shards"), *_of_the_scenario(path)]
+    ledgers = [Ledger(place / NAME) for place in dict.fromkeys(place.resolve() for place in places)]
+    # a run's own, of its hospitals as units (server/hospital_privacy.py)
+    ledgers = [Ledger(file) for file in sorted(path.glob("hospital-ledger.jsonl"))] + [each for each in ledgers if each.exists()]
+    if not ledgers:
+        raise DataError(
+            f"no privacy ledger at {console.shown(path)}: give a shard that was trained on with privacy, the state-dir of a "
+            "deployed hospital, or a run folder"
+        )
+    return ledgers
+
+
+def _below(folder: Path) -> list[Path]:
+    return sorted(place for place in folder.iterdir() if place.is_dir()) if folder.is_dir() else []
+
+
+def _of_the_scenario(path: Path) -> list[Path]:
+    """The shards that the run in `path` read."""
+    from fedgan.run_folder import RunFolder
+
+    root = RunFolder.at(path).settings().data.root
+    return [Path(root), *_below(Path(root))] if root else []
+
+
+def _account(ledger: Ledger, delta: float | None, max_epsilon: float | None) -> dict[str, Any]:
+    """What one ledger says, as JSON: an infinite ε is null."""
+    entries = ledger.entries()
+    at = delta if delta is not None else entries[-1].delta if entries else None
+    total = ledger.epsilon(at) if at is not None else 0.0
+    account: dict[str, Any] = {
+        "path": console.shown(ledger.path),
+        "entries": len(entries),
+        "runs": len({entry.run for entry in entries}),
+        "contents": len({entry.data for entry in entries}),
+        "releases": _releases(entries),
+        "epsilon": _finite(total),
+        "delta": at,
+    }
+    if max_epsilon is not None and entries and at is not None:
+        last = entries[-1].mechanism
+        account |= {"max_epsilon": max_epsilon, "steps_left": 0 if total > max_epsilon else _left(entries, at, max_epsilon)}
+        account |= {"steps_like": {"noise_multiplier": last.noise_multiplier, "sample_rate": last.sample_rate}}
+    return account
+
+
+def _left(entries: list[Entry], delta: float, max_epsilon: float) -> int:
+    from fedgan.privacy.accounting import steps_within
+
+    return steps_within(max_epsilon, delta, [entry.mechanism for entry in entries], entries[-1].mechanism, 10**8)
+
+
+def _releases(entries: list[Entry]) -> list[dict[str, Any]]:
+    """One row for entries in succession that differ in nothing but their steps; `epsilon` is that after the last of them."""
+
+    def alike(entry: Entry) -> tuple[Any, ...]:
+        return entry.run, entry.kind, entry.noise_multiplier, entry.sample_rate, entry.unit, entry.delta, entry.data
+
+    rows = []
+    for _, group in itertools.groupby(entries, alike):
+        members = list(group)
+        last = members[-1]
+        rows.append(
+            {
+                "run": last.run,
+                "kind": last.kind,
+                "noise_multiplier": last.noise_multiplier,
+                "sample_rate": last.sample_rate,
+                "steps": sum(member.steps for member in members),
+                "unit": last.unit,
+                "epsilon": last.epsilon,
+                "delta": last.delta,
+                "begun": members[0].time,
+                "ended": last.time,
+            }
+        )
+    return rows
+
+
+def _text(account: dict[str, Any]) -> str:
+    lines = [account["path"]]
+    if not account["entries"]:
+        return f"{lines[0]}\n  nothing was released yet"
+    table = [HEADS]
+    for row in account["releases"]:
+        numbers = (f"{row['noise_multiplier']:.4g}", f"{row['sample_rate']:.4g}", f"{row['steps']:,}")
+        table.append((row["run"], row["kind"], *numbers, row["unit"], _number(row["epsilon"]), f"{row['delta']:.3g}"))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    runs, entries = account["runs"], account["entries"]
+    over = f"{entries} {'entry' if entries == 1 else 'entries'} of {runs} {'run' if runs == 1 else 'runs'}"
+    total = f"epsilon {_number(account['epsilon'])} at delta {account['delta']:.3g}"
+    lines.append(f"  in all: {total}, over {over}; no entry is missing or changed")
+    if account["contents"] > 1:
+        lines.append(f"  the shard's content changed: {account['contents']} versions of it share this account")
+    if "steps_left" in account:
+        like = account["steps_like"]
+        step = f"noise {like['noise_multiplier']:.4g} and rate {like['sample_rate']:.4g}"
+        lines.append(f"  {account['steps_left']:,} more steps with {step} fit into epsilon {account['max_epsilon']:g}")
+    return "\n".join(lines)
+
+
+def _number(epsilon: float | None) -> str:
+    return "infinite" if epsilon is None else f"{epsilon:.4g}"
+
+
+def _finite(epsilon: float) -> float | None:
+    return epsilon if math.isfinite(epsilon) else None
