@@ -155,7 +155,8 @@ def _row(name: str, scores: tuple[np.ndarray, ...], roles: Roles, audit: AuditSe
             (posing, roles.held_patients[roles.posing]),
         )
     )
-    return {**dataclasses.asdict(own), "null_auc": null.auc, "null_auc_ci": null.auc_ci, "null_images": null.members}
+    beside = {key: getattr(null, key) for key in ("auc", "auc_ci", "tpr_at_1", "tpr_at_1_ci", "tpr_at_01", "tpr_at_01_ci")}
+    return {**dataclasses.asdict(own), **{f"null_{key}": value for key, value in beside.items()}, "null_images": null.members}
 
 
 def _by_discriminator(audited: Audited, roles: Roles) -> tuple[np.ndarray, ...]:

@@ -219,6 +219,7 @@ def _membership(audit: Audit, linking: bool) -> tuple[list[Markup], list[Markup]
             text.interval(row.get("null_auc_ci")),
             text.decimal(row.get("leak_auc")),
             _rate(row, "tpr_at_1"),
+            _rate(row, "null_tpr_at_1"),
             _rate(row, "tpr_at_01"),
             f"{text.whole(row.get('members'))} / {text.whole(row.get('non_members'))}",
         ]
@@ -231,14 +232,15 @@ def _membership(audit: Audit, linking: bool) -> tuple[list[Markup], list[Markup]
         Column("Held-out real", title="AUC of the same attack where held-out images pose as members"),
         Column(CI),
         Column("Planted leak", title="AUC of the same attack on members that were planted: what it would have noticed"),
-        Column("Found at 1 % false alarms", title="Share of members found; chance is 1 %"),
-        Column("Found at 0.1 %", title="Share of members found; chance is 0.1 %"),
+        Column("Found at 1 %", title="Share of members found at 1 % false alarms; chance is 1 %"),
+        Column("Held-out real", title="Share of held-out images in their place that are found at 1 % false alarms"),
+        Column("Found at 0.1 %", title="Share of members found at 0.1 % false alarms; chance is 0.1 %"),
         Column("Images", title="Members and non-members"),
     ]
     more = (
         "AUC: how often a training image looks more like a member than an image that was held out; chance is 0.5. Beside it, the "
-        "same attack where held-out images pose as members. Images: members / non-members. A dash: too few images for that rate, "
-        "or an attack that no planted leak can test."
+        "same attack where held-out images pose as members. Found at 1 %: share of members at 1 % false alarms, which is chance. "
+        "Images: members / non-members. A dash: too few images for that rate, or an attack that no planted leak can test."
     )
     title = "Membership by distance" if linking else "Membership by other attacks"
     part = _table(audit, title, columns, rows, f"privacy-membership-{key}", more)
