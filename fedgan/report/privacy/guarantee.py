@@ -164,7 +164,7 @@ def meaning(found: list[Spent]) -> str:
         f"{share(bound)} of the members ({worst.name}, ε = {worst.words})."
     )
     if bound > 0.99:
-        head += " That bound excludes next to nothing: at such an ε the attacks below are the evidence, not the guarantee."
+        head += " That bound excludes next to nothing: at such an ε what attacks find is the evidence, not the guarantee."
     return head
 
 
