@@ -104,7 +104,7 @@ def prv(merged: Merged, delta: float, tolerance: float = TOLERANCE) -> float:
             pmf, offset, drift = _composed(merged, width, half)
             if not (abs(drift) < error / 10 and abs(pmf.sum() - 1) < delta_error):
                 raise ArithmeticError("PRV: the composed distribution is not the sum of its parts")
-            upper = _read(np.maximum(pmf[half:], 0.0), offset, width, delta, delta_error)
+            upper = _read(np.maximum(pmf[half - 1 :], 0.0), offset, width, delta, delta_error)
     except (RuntimeError, ValueError, IndexError, MemoryError) as problem:
         raise ArithmeticError(f"PRV: {problem}") from None
     if not math.isfinite(upper):
@@ -198,12 +198,15 @@ def _mean(part: Mechanism, reach: float) -> float:
 
 
 def _read(pmf: np.ndarray, offset: float, width: float, delta: float, delta_error: float) -> float:
-    """The largest ε ≥ 0 of the loss `offset` + k·`width` with P = pmf[k], k ≥ 0, that δ - `delta_error` allows."""
+    """The least ε ≥ 0 that δ - `delta_error` allows, of the loss `offset` + (k - 1)·`width` with P = pmf[k], k ≥ 0.
+
+    Losses below do not count for an ε ≥ 0, and the first of these is negative.
+    """
     from opacus.accountants.analysis.prv import DiscretePRV, Domain
 
     pmf = pmf[: len(pmf) // 2 * 2]  # Opacus wants an even number
-    losses = offset + width * np.arange(len(pmf))
-    if float(pmf @ -np.expm1(-losses)) <= delta - delta_error:
-        return max(0.0, offset)
+    losses = offset + width * np.arange(-1, len(pmf) - 1)
+    if float(pmf @ np.maximum(-np.expm1(-losses), 0.0)) <= delta - delta_error:
+        return 0.0  # ε = 0 is enough
     found: Any = DiscretePRV(pmf, Domain(float(losses[0]), float(losses[-1]), len(pmf)))
     return float(found.compute_epsilon(delta, delta_error, 0.0)[2])
