@@ -233,12 +233,19 @@ def test_every_figure_of_the_audit_is_on_the_page_beside_the_one_of_held_out_ima
         for row in hospital["membership"]:
             pair = [("auc", "auc_ci"), ("null_auc", "null_auc_ci")]
             figures = " ".join(f"{text.decimal(row[key])} {text.interval(row[ci])}" for key, ci in pair)
-            assert (
-                f"{hospital['name']}, {row['attack']} {figures} {text.decimal(row['leak_auc'])} 2.1 % (0.3–5.8) 1.3 % (0.1–4.3) –"
-                in words
-            )
+            figures += f" {text.decimal(row['leak_auc'])} 2.1 % (0.3–5.8) 1.3 % (0.1–4.3) 180 / 170"
+            assert f"{hospital['name']}, {row['attack']} {figures}" in words
         for figure in ("12.17", "12.21", "0.522", "0.508"):
             assert figure in words
+
+
+def test_a_rate_that_nobody_has_the_images_for_takes_no_column(tmp_path: Path) -> None:
+    content = audit()
+    assert "Found at 0.1 %" not in words_of(write_run(tmp_path / "few", content=content))
+    content["hospitals"][0]["membership"][0] |= {"tpr_at_01": 0.0042, "tpr_at_01_ci": [0.001, 0.009]}
+    words = words_of(write_run(tmp_path / "many", content=content))
+    assert words.count("Found at 0.1 %") == 1, "under inference alone, where the discriminator stands"
+    assert "0.4 % (0.1–0.9)" in words
 
 
 def test_the_three_heads_hold_the_evidence_that_belongs_to_them(tmp_path: Path) -> None:
