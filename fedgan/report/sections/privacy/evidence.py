@@ -18,6 +18,11 @@ from fedgan.report.tables import Column, table
 MOST_ROWS = 12  # hospitals in one chart
 CI = "95% interval"
 HOSPITAL_SPACE = Column("Hospital, space", numeric=False)
+MEMBERSHIP = (
+    "AUC: how often a training image looks more like a member than an image that was held out; chance is 0.5. Beside it, the "
+    "same attack where held-out images pose as members. Found at 1 %: share of members at 1 % false alarms; chance is 1 %. "
+    "Images: members / non-members. A dash: too few images for that rate, or an attack that no planted leak can test."
+)
 
 
 def evidence(head: str, audit: Audit) -> tuple[list[Markup], list[Markup]]:
@@ -238,13 +243,8 @@ def _membership(audit: Audit, linking: bool) -> tuple[list[Markup], list[Markup]
         *([Column("Found at 0.1 %", title="Share of members found at 0.1 % false alarms; chance is 0.1 %")] if rare else []),
         Column("Images", title="Members and non-members"),
     ]
-    more = (
-        "AUC: how often a training image looks more like a member than an image that was held out; chance is 0.5. Beside it, the "
-        "same attack where held-out images pose as members. Found at 1 %: share of members at 1 % false alarms, which is chance. "
-        "Images: members / non-members. A dash: too few images for that rate, or an attack that no planted leak can test."
-    )
     title = "Membership by distance" if linking else "Membership by other attacks"
-    part = _table(audit, title, columns, rows, f"privacy-membership-{key}", more)
+    part = _table(audit, title, columns, rows, f"privacy-membership-{key}", MEMBERSHIP)
     return [chart for chart in charts if chart], [part] if part else []
 
 
