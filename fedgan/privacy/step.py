@@ -97,6 +97,11 @@ class PrivateStep:
                 "sample cannot be larger than what it is drawn from; lower it, or set federation.batch = 'shared'"
             )
         self.delta = self.settings.delta or 1 / self.units
+        if self.delta > 1 / self.units:
+            raise ConfigError(
+                f"privacy.delta = {self.delta:g} is more than 1/n of the n {self.settings.unit}s here: giving one away whole "
+                "would keep that promise; lower it, or set 0 for 1/n"
+            )
         self._given = secret
         self.renew()
         self._paid = 0
