@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp import ClientApp
 
 from client.sent import clip_update, told
-from client.site import Order, Progress, Site, find_site, log_failure, log_folder
+from client.site import Order, Progress, Site, bound, find_site, log_failure, log_folder
 from fedgan.config import PARTS, Settings
 from fedgan.errors import HOSPITAL_REASON
 from fedgan.machine import peak_memory, usable_cores
@@ -53,8 +53,10 @@ class Visit:
         try:
             order = Order.read(self.message.content.config_records["config"])
             self.round = order.round
-            self.doing = "opening its shard"
             self.folder = log_folder(order, self.node)
+            self.doing = "holding the order against its own max-epsilon"
+            order = bound(order, self.node)
+            self.doing = "opening its shard"
             site = find_site(order, self.node)
             self.folder, self.doing, self.known = site.folder, "beginning its work", True
             return Message(work(self, order, site), reply_to=self.message)

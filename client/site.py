@@ -2,15 +2,18 @@
 
 In a simulation the place is a folder of the run (`hospitals/NAME`) and the shard is the one with the
 hospital's number. In a deployment both come from the SuperNode's own node-config (`data-root`,
-`state-dir`), and no path that a server sends is read or written. A simulation is a process that
-`fedgan simulate` (by `SIMULATION` in its environment) or Flower's own engine (Ray's actors) has started.
+`state-dir`), and no path that a server sends is read or written; its `max-epsilon` binds whatever the
+server asks. A simulation is a process that `fedgan simulate` (by `SIMULATION` in its environment) or
+Flower's own engine (Ray's actors) has started.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -122,6 +125,30 @@ def find_site(order: Order, node: Mapping[str, Any]) -> Site:
     # what is known of the shard outlives every run: it lies beside the shard, or where this node keeps its state
     place = Path(own_state) if own_state else hospital.place or folder
     return Site(number, hospital, folder, place / LEDGER)
+
+
+def bound(order: Order, node: Mapping[str, Any]) -> Order:
+    """The order under this node's own `max-epsilon`: the smaller of it and the server's `privacy.max_epsilon` counts.
+
+    Raises `ConfigError` where it is no number above 0, and for a run without privacy, which no epsilon bounds.
+    """
+    if "max-epsilon" not in node:
+        return order
+    try:
+        limit = float(node["max-epsilon"])
+    except ValueError:
+        limit = math.nan
+    if not (math.isfinite(limit) and limit > 0):
+        raise ConfigError(f"max-epsilon = {node['max-epsilon']} in this node's config: give a number above 0")
+    privacy = order.settings.privacy
+    if not privacy.on:
+        raise ConfigError(
+            f"this node's config says max-epsilon = {limit:g}, and the run has no privacy: it is refused here; ask for "
+            "privacy.epsilon, or take max-epsilon out"
+        )
+    smaller = min(limit, privacy.max_epsilon or limit)
+    settings = dataclasses.replace(order.settings, privacy=dataclasses.replace(privacy, max_epsilon=smaller))
+    return dataclasses.replace(order, settings=settings)
 
 
 def log_folder(order: Order, node: Mapping[str, Any]) -> Path | None:

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_federation import LocalGrid, NoJudge, write_shards
 from test_dp_step import images_of, settings_of
+from test_private_federation import private
 
-from fedgan.errors import ConfigError
+from client import site as site_module
+from client.app import app
+from client.site import Order, bound
+from fedgan.config import Settings
+from fedgan.errors import ConfigError, FederationError
+from fedgan.privacy import ledger as ledger_module
+from fedgan.privacy import step as step_module
+from fedgan.privacy.accounting import epsilon_rdp
 from fedgan.privacy.ledger import Ledger
 from fedgan.privacy.step import PrivateStep
+from fedgan.run_folder import RunFolder
+from server.federation import Federation
+from server.preparation import experiment_of, prepare_run
 
 # --- what promises nothing ---------------------------------------------------------------------------
 
@@ -22,3 +34,61 @@ def test_a_delta_above_one_in_n_is_refused(tmp_path):
         begin(0.11)
     assert "\n" not in str(found.value)
     assert begin(0.1).delta == begin(0).delta == 0.1
+
+
+# --- a hospital's own bound --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("servers", "own", "counts"), [(0.0, "3", 3.0), (8.0, 3, 3.0), (2.0, 3.0, 2.0)])
+def test_the_smaller_of_a_hospitals_bound_and_the_servers_counts(servers, own, counts):
+    order = Order(settings_of(f"privacy.max_epsilon={servers}"), "e", "run")
+    assert bound(order, {"max-epsilon": own}).settings.privacy.max_epsilon == counts
+    assert bound(order, {}) == order
+
+
+@pytest.mark.parametrize("own", ["0", -1, "nan", "inf", "much"])
+def test_a_bound_that_is_no_number_above_zero_is_refused(own):
+    with pytest.raises(ConfigError, match="give a number above 0"):
+        bound(Order(settings_of(), "e", "run"), {"max-epsilon": own})
+
+
+@pytest.fixture
+def bounded_nodes(monkeypatch):
+    """Simulated hospitals whose node-config says max-epsilon = 0.3."""
+    for module in (ledger_module, step_module):  # the exact accountant has tests of its own
+        monkeypatch.setattr(module, "epsilon_of", epsilon_rdp, raising=False)
+    push = LocalGrid._answer
+
+    def answer(self, message, key):
+        def bind(message, context):
+            context.node_config["max-epsilon"] = 0.3
+            return app(message, context)
+
+        self.app = bind
+        push(self, message, key)
+
+    monkeypatch.setattr(LocalGrid, "_answer", answer)
+    site_module._open_all.cache_clear()
+
+
+def train(settings: Settings, run: RunFolder) -> Federation:
+    prepare_run(settings, run)
+    federation = Federation(run.settings(), run, experiment_of(run), NoJudge())
+    federation.train(LocalGrid(settings.federation.hospitals, app))  # type: ignore[arg-type]
+    return federation
+
+
+def test_a_hospital_with_a_bound_refuses_a_run_without_privacy(tmp_path, bounded_nodes):
+    run = RunFolder(tmp_path / "run")
+    settings = private(write_shards(tmp_path / "data", (48,)), "privacy.noise_multiplier=-1", hospitals=1)
+    with pytest.raises(FederationError, match="ConfigError while holding the order against its own max-epsilon"):
+        train(settings, run)
+    (log,) = run.path.glob("hospitals/*/client.log")
+    assert "max-epsilon = 0.3, and the run has no privacy" in log.read_text()
+
+
+def test_a_hospital_stops_at_its_own_bound_though_the_server_asks_for_more(tmp_path, bounded_nodes):
+    run, data = RunFolder(tmp_path / "run"), write_shards(tmp_path / "data", (48,))
+    train(private(data, "privacy.noise_multiplier=3", rounds=1, hospitals=1), run)
+    assert [row["name"] for row in run.read_json(run.checkpoint(run.last_round()).with_suffix(".json"))["exhausted"]] == ["alpha"]
+    assert 0 < Ledger(data / "alpha" / "privacy-ledger.jsonl").epsilon(1e-3) <= 0.3
