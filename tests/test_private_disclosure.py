@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from small_federation import LocalGrid, NoJudge, write_shards
@@ -11,7 +12,8 @@ from test_private_federation import private
 from client import site as site_module
 from client.app import app
 from client.site import Order, bound
-from fedgan.config import Settings
+from fedgan.cli import wanted
+from fedgan.config import Settings, to_dict
 from fedgan.errors import ConfigError, FederationError
 from fedgan.privacy import ledger as ledger_module
 from fedgan.privacy import step as step_module
@@ -92,3 +94,27 @@ def test_a_hospital_stops_at_its_own_bound_though_the_server_asks_for_more(tmp_p
     train(private(data, "privacy.noise_multiplier=3", rounds=1, hospitals=1), run)
     assert [row["name"] for row in run.read_json(run.checkpoint(run.last_round()).with_suffix(".json"))["exhausted"]] == ["alpha"]
     assert 0 < Ledger(data / "alpha" / "privacy-ledger.jsonl").epsilon(1e-3) <= 0.3
+
+
+# --- labels of what is generated -----------------------------------------------------------------------
+
+
+def told(exclusive: bool, *overrides: str) -> dict:
+    return {"label_names": ["a", "b"], "exclusive": exclusive, "settings": to_dict(settings_of(*overrides))}
+
+
+def test_a_private_run_draws_labels_that_tell_nothing_of_the_real_ones(tmp_path):
+    found = wanted.wanted_labels(told(exclusive=False), tmp_path, 9, wanted.Choice(), seed=0)
+    assert {tuple(row): int(n) for row, n in zip(*np.unique(found, axis=0, return_counts=True), strict=True)} == {
+        (0, 0): 3,
+        (0, 1): 3,
+        (1, 0): 3,
+    }
+    assert wanted.Choice().words(False, private=True) == "every label alone, and none, equally often"
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+@pytest.mark.parametrize("source", ["mix", "shards/alpha"])
+def test_the_real_mix_of_a_private_run_is_refused_with_what_to_use_instead(tmp_path, exclusive, source):
+    with pytest.raises(ConfigError, match=r"does not cover real labels.*--mix, --label or --vector"):
+        wanted.wanted_labels(told(exclusive), tmp_path, 9, wanted.Choice(labels_from=source), seed=0)

@@ -85,7 +85,8 @@ def generate(
     """Draw synthetic images, by class or by label vector.
 
     Without --label, --vector, --mix or --labels-from each class is drawn equally often; a model whose labels may
-    occur together (chest findings) follows the run's training images.
+    occur together (chest findings) follows the run's training images, or, where the run was private, draws each
+    label alone, and none, equally often.
     """
     choice = wanted.Choice(label or [], vector or [], labels_from, mix or [])
     if created is not None and not as_release:
@@ -110,7 +111,7 @@ def generate(
         else:
             _write_pngs(folder, chunks, meta, vectors, shelf=release.SHELF if run else 0)
         if run:
-            asked = choice.words(bool(meta["exclusive"]), labelled=bool(meta["label_names"]))
+            asked = choice.words(bool(meta["exclusive"]), labelled=bool(meta["label_names"]), private=wanted.is_private(meta))
             filtered = kept.facts() if kept else None
             release.write_papers(
                 folder, run, meta, vectors, asked=asked, seed=seed, psi=psi, created=created, quarantine=filtered

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedgan.cli import console, labels
 from fedgan.cli.runs import runner
+from fedgan.config import from_dict
 from fedgan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Choice:
         if sum(given) > 1:
             raise ConfigError("--label, --vector, --labels-from and --mix exclude each other: give one of them")
 
-    def words(self, exclusive: bool, labelled: bool = True) -> str:
+    def words(self, exclusive: bool, labelled: bool = True, private: bool = False) -> str:
         """The choice in words, for a card; the path of a shard is not told. `labelled`: whether the model has labels."""
         if not labelled:
             return "none: the model has no labels"
@@ -47,11 +48,18 @@ class Choice:
             return ", ".join(self.mix)
         if self.labels_from is None and exclusive:
             return "every class equally often"
+        if self.labels_from is None and private:
+            return "every label alone, and none, equally often"
         return "as in the run's training images" if self.labels_from in (None, "mix") else "as in the images of a shard"
 
 
 def wanted_labels(meta: dict[str, Any], checkpoint: Path, images: int, choice: Choice, seed: int) -> np.ndarray:
-    """Label vectors (images, K) uint8. Raises `ConfigError` or `DataError` for labels that the model cannot draw."""
+    """Label vectors (images, K) uint8. Raises `ConfigError` or `DataError` for labels that the model cannot draw.
+
+    A private run's real labels are never asked: labels.csv would hold their mix without noise, rare combinations included,
+    and the run's epsilon pays for the images that the generator learned from, not for that. What stands in their place are
+    the labels of `training.labels = "uniform"`.
+    """
     import numpy as np
 
     names, exclusive = tuple(meta["label_names"]), bool(meta["exclusive"])
@@ -66,11 +74,23 @@ def wanted_labels(meta: dict[str, Any], checkpoint: Path, images: int, choice: C
         return np.zeros((images, 0), np.uint8)
     if choice.labels_from is None and exclusive:
         return labels.spread_evenly(np.eye(len(names), dtype=np.uint8), images)
+    if is_private(meta):
+        if choice.labels_from is not None:
+            raise ConfigError(
+                f"--labels-from {choice.labels_from}: the run is private, and its epsilon does not cover real labels, whose mix "
+                "would stand in the set without noise; use --mix, --label or --vector, or none of them for equal shares"
+            )
+        return labels.spread_evenly(np.eye(len(names) + 1, len(names), dtype=np.uint8), images)
     from fedgan.evaluation.sampling import synthetic_labels
 
     mix = choice.labels_from in (None, "mix")
     real = _training_labels(checkpoint, names, exclusive) if mix else _shard_labels(str(choice.labels_from), names)
     return synthetic_labels(real, images, seed)
+
+
+def is_private(meta: dict[str, Any]) -> bool:
+    """Whether a checkpoint's meta says that it was trained with differential privacy."""
+    return from_dict(meta["settings"]).privacy.on
 
 
 def parsed_mix(texts: Sequence[str], label_names: Sequence[str]) -> dict[str, Fraction]:

@@ -19,6 +19,9 @@ def synthetic_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     Stratified over whole label vectors, so that combinations of findings keep their frequency: each vector that
     occurs gets its share by largest remainder and at least one image. Where there are more distinct vectors than
     images asked for, vectors are drawn with replacement instead.
+
+    The counts go in without noise, and no epsilon of a private run covers them: this is for judging a generator inside the
+    run, on the samples that are compared with real images, and not for a set that is handed on.
     """
     rng = np.random.default_rng(seed)
     labels = np.asarray(labels, np.uint8)
