@@ -79,6 +79,7 @@ def introduce(visit: Visit, order: Order, site: Site) -> RecordDict:
         "exclusive": data.exclusive,
         "channels": data.channels,
         "resolution": data.resolution,
+        "drawn": site.hospital.drawn,
     }
     if (privacy := order.settings.privacy).on and privacy.noise_split == "equal":
         facts["units"] = len(set(data.patients.tolist())) if privacy.unit == "patient" else len(data)

@@ -36,6 +36,7 @@ class State:
 
     `exhausted`: hospitals whose privacy ledger allows no further step, each {name, number, images (of its training split),
     units (of privacy), round (its last)}. They take no more part in this run, also after a restart.
+    `drawn`: every hospital said that all its images are drawn phantoms, so that nobody can be private in them.
     """
 
     round: int
@@ -50,6 +51,7 @@ class State:
     channels: int = 0
     resolution: int = 0
     exhausted: list[dict[str, Any]] = field(default_factory=list)
+    drawn: bool = False
 
     def is_over(self, settings: Settings) -> bool:
         """Whether no round is left: all are done, or nobody may train any more."""
@@ -64,7 +66,9 @@ def initial_state(settings: Settings, members: Sequence[Member]) -> State:
     begin = Trainer(dataclasses.replace(settings, privacy=PrivacySettings()), nobody)  # no image is seen here
     warm_start(begin, settings)
     arrays = begin.outgoing(settings.federation.exchange)
-    return State(0, arrays, {}, 0, 0, 0.0, None, first.label_names, first.exclusive, first.channels, first.resolution)
+    drawn = all(member.drawn for member in members)
+    shape_of = (first.label_names, first.exclusive, first.channels, first.resolution)
+    return State(0, arrays, {}, 0, 0, 0.0, None, *shape_of, drawn=drawn)
 
 
 def save_state(run: RunFolder, settings: Settings, state: State, experiment: str) -> None:
@@ -85,6 +89,7 @@ def save_state(run: RunFolder, settings: Settings, state: State, experiment: str
         "experiment": experiment,
         "line": state.line,
         "exhausted": state.exhausted,
+        "drawn": state.drawn,
     }
     tensors = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in (state.arrays | state.moments).items()}
     save_tensors(run.checkpoint(state.round), tensors, meta)
@@ -124,6 +129,7 @@ def load_state(run: RunFolder, experiment: str) -> State | None:
         channels=meta["channels"],
         resolution=meta["resolution"],
         exhausted=meta.get("exhausted", []),
+        drawn=meta.get("drawn") is True,
     )
 
 

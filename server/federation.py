@@ -73,7 +73,9 @@ class Federation:
         if state is None:
             state = initial_state(self.settings, members)
             save_state(self.run, self.settings, state, self.experiment)
-        elif state.line is not None:
+        else:
+            state.drawn = state.drawn and all(member.drawn for member in members)
+        if state.line is not None:
             self._look(state)  # in case the run was stopped between the checkpoint and its line
         if not (self.run.samples / "real.png").is_file():
             self.judge.start()
@@ -154,6 +156,7 @@ class Federation:
             channels=state.channels,
             resolution=state.resolution,
             exhausted=state.exhausted + exhausted_now(members, facts, number),
+            drawn=state.drawn,
         )
         after.line = {
             "round": number,

@@ -31,6 +31,7 @@ class Member:
     exclusive: bool
     channels: int
     resolution: int
+    drawn: bool = False  # it says that all its images are drawn phantoms
     units: int = 0  # what `privacy` hides one of: images or patients; 0 where nobody has to know
 
     def __str__(self) -> str:
@@ -86,6 +87,7 @@ def _ask(grid: Grid, order: ConfigRecord, nodes: Sequence[int]) -> list[Member]:
                 exclusive=bool(facts["exclusive"]),
                 channels=int(facts["channels"]),
                 resolution=int(facts["resolution"]),
+                drawn=facts.get("drawn") is True,
                 units=int(facts.get("units", 0)),
             )
         )

@@ -56,7 +56,7 @@ def train_at_home(job: Job, tell: Tell) -> None:
             ledgers=[(hospital.place or run.hospital_state(hospital.name)) / LEDGER for hospital in hospitals],
             run=experiment_of(run),
         )
-        state = _restore(job, run, trainer, data)
+        state = _restore(job, run, trainer, data, drawn=all(hospital.drawn for hospital in hospitals))
         _tell_start(job, state, tell)
         while state.round < len(job.images) and not state.exhausted:
             state = _round(job, run, trainer, state, state.round + 1, tell)
@@ -79,7 +79,7 @@ def is_trained_at_home(job: Job) -> bool:
 # --- rounds ----------------------------------------------------------------------------------------
 
 
-def _restore(job: Job, run: RunFolder, trainer: Trainer, data: ImageDataset) -> State:
+def _restore(job: Job, run: RunFolder, trainer: Trainer, data: ImageDataset, drawn: bool) -> State:
     """The Trainer and the totals as they were after the last whole round, or at the job's beginning."""
     experiment = experiment_of(run)
     state = load_state(run, experiment)
@@ -90,23 +90,27 @@ def _restore(job: Job, run: RunFolder, trainer: Trainer, data: ImageDataset) -> 
         return state
     warm_start(trainer)
     if job.start is not None:
-        _take_over(job.start, job.members[0], trainer)
-    state = State(0, trainer.outgoing(PARTS), {}, trainer.images_seen, 0, 0.0, None)
+        drawn = _take_over(job.start, job.members[0], trainer) and drawn
+    state = State(0, trainer.outgoing(PARTS), {}, trainer.images_seen, 0, 0.0, None, drawn=drawn)
     state.label_names, state.exclusive = tuple(data.label_names), data.exclusive
     state.channels, state.resolution = data.channels, data.resolution
     save_state(run, trainer.settings, state, experiment)
     return state
 
 
-def _take_over(start: Start, hospital: str, trainer: Trainer) -> None:
-    """Begin with a federation's model of a round, its image count and the strength of augmentation at this hospital."""
+def _take_over(start: Start, hospital: str, trainer: Trainer) -> bool:
+    """Begin with a federation's model of a round, its image count and the strength of augmentation at this hospital.
+
+    → whether that model has seen nothing but drawn phantoms.
+    """
     run = RunFolder(start.folder)
-    tensors, _ = load_tensors(run.checkpoint(start.round))
+    tensors, meta = load_tensors(run.checkpoint(start.round))
     trainer.incoming({name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith(STATE)})
     lines = [line for line in files.read_json_lines(run.metrics) if line["round"] <= start.round]
     rows = [row for line in lines for row in line["hospitals"] if row["name"] == hospital]
     row = rows[-1]  # of that round; of an earlier one where this hospital's privacy budget was spent before
     trainer.go_on(row["images_seen"], row.get("p", trainer.ada.p))
+    return meta.get("drawn") is True
 
 
 def _round(job: Job, run: RunFolder, trainer: Trainer, before: State, number: int, tell: Tell) -> State:
@@ -143,6 +147,7 @@ def _round(job: Job, run: RunFolder, trainer: Trainer, before: State, number: in
         exclusive=before.exclusive,
         channels=before.channels,
         resolution=before.resolution,
+        drawn=before.drawn,
     )
     if trainer.exhausted:
         after.exhausted = [{"name": name, "number": 0, "images": len(trainer.dataset), "round": number}]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from test_private_federation import private
 from client import site as site_module
 from client.app import app
 from client.site import Order, bound
+from fedgan import files
 from fedgan.cli import wanted
 from fedgan.config import Settings, to_dict
 from fedgan.errors import ConfigError, FederationError
@@ -118,3 +122,22 @@ def test_a_private_run_draws_labels_that_tell_nothing_of_the_real_ones(tmp_path)
 def test_the_real_mix_of_a_private_run_is_refused_with_what_to_use_instead(tmp_path, exclusive, source):
     with pytest.raises(ConfigError, match=r"does not cover real labels.*--mix, --label or --vector"):
         wanted.wanted_labels(told(exclusive), tmp_path, 9, wanted.Choice(labels_from=source), seed=0)
+
+
+# --- what a checkpoint says of its images ---------------------------------------------------------------
+
+
+def phantoms(root: Path) -> Path:
+    """The shard of `write_shards` with the card of a drawn one."""
+    shard = write_shards(root, (48,)) / "alpha"
+    card = json.loads((shard / "card.json").read_text())
+    files.write_json(shard / "card.json", card | {"source": "procedural lesions phantoms, seed 0, hospital 1 of 1"})
+    return root
+
+
+@pytest.mark.parametrize(("write", "drawn"), [(phantoms, True), (lambda root: write_shards(root, (48,)), False)])
+def test_a_checkpoint_says_whether_all_hospitals_hold_drawn_phantoms(tmp_path, write, drawn):
+    settings = private(write(tmp_path / "data"), "privacy.noise_multiplier=-1", rounds=1, hospitals=1)
+    run = RunFolder(tmp_path / "run")
+    train(settings, run)
+    assert [run.read_json(run.checkpoint(n).with_suffix(".json"))["drawn"] for n in (0, 1)] == [drawn, drawn]

@@ -156,20 +156,21 @@ def test_our_own_discriminator_keeps_images_apart(labels, dtype):
 
 
 def origin(**of: object) -> dict:
-    """Settings as the checkpoint of a run on phantoms tells them, changed."""
+    """What the checkpoint of a run on phantoms says of itself, with settings changed."""
     tree = to_dict(from_dict({}, []))
     for key, value in of.items():
         section, name = key.split("__")
         tree[section][name] = value
-    return tree
+    return {"settings": tree, "drawn": True}
 
 
 @pytest.mark.parametrize(
     ("told", "why"),
     [
-        (origin(data__root="/somewhere/shards"), "data.root"),
+        (origin(data__root="/somewhere/shards") | {"drawn": False}, "data.root"),
+        (origin() | {"drawn": False}, "does not say that all its images were drawn"),
+        ({"settings": origin()["settings"]}, "does not say that all its images were drawn"),
         (origin(training__warm_start="/somewhere/run"), "itself began"),
-        (None, "does not say"),
         ({}, "does not say"),
     ],
 )
@@ -186,20 +187,18 @@ def test_a_warm_start_from_phantoms_is_accepted():
     check_start(settings_of(), Path("round.safetensors"), origin())
 
 
-@pytest.mark.parametrize("root", ["", "/somewhere/shards"])
-def test_pooled_and_federated_training_ask_alike_where_a_start_comes_from(tmp_path, root):
+@pytest.mark.parametrize("drawn", [True, False])
+def test_pooled_and_federated_training_ask_alike_where_a_start_comes_from(tmp_path, drawn):
     """The server makes the first weights and sees no image, so that its own Trainer has no privacy; the run has."""
     open_settings = settings_of("privacy.noise_multiplier=-1")
     donor = Trainer(open_settings, images_of())
     path = tmp_path / "round-00001.safetensors"
-    save_tensors(
-        path, donor.state_dict()[0], {"settings": to_dict(open_settings) | {"data": {"root": root}}, "label_names": ["a"]}
-    )
+    save_tensors(path, donor.state_dict()[0], {"settings": to_dict(open_settings), "drawn": drawn, "label_names": ["a"]})
     settings = settings_of(f"training.warm_start={path}", "federation.hospitals=1")
     begin = {"planned_images": 40, "ledgers": [tmp_path / "ledger.jsonl"], "run": "run"}
     members = [Member(**{name: value for name, value in MEMBER.items() if name in Member.__dataclass_fields__})]
     pooled = begin_training(settings, images_of(), **begin)
-    if root:
+    if not drawn:
         with pytest.raises(ConfigError, match="public_start"):
             warm_start(pooled)
         with pytest.raises(ConfigError, match="public_start"):

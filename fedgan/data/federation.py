@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from fedgan.data import partitions
 from fedgan.data.dataset import ImageArray, ImageDataset, pool
 from fedgan.data.labels import LabelMap
 from fedgan.data.shard import Shard, folder_name
+from fedgan.data.shard_files import is_drawn
 from fedgan.data.splits import SPLITS
 from fedgan.errors import ConfigError, DataError
 
@@ -35,6 +37,7 @@ class Hospital:
     """One hospital: its three splits. `dealt`: {split: {shard: rows}} where a pool was dealt, else None.
 
     `place`: the folder of its shard, where it is one; None for a dealt hospital, which has no place beyond its run.
+    `drawn`: by the cards of its shards all its images are drawn phantoms.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Hospital:
     test: ImageDataset
     dealt: Mapping[str, Mapping[str, np.ndarray]] | None = field(default=None, compare=False)
     place: Path | None = field(default=None, compare=False)
+    drawn: bool = field(default=False, compare=False)
 
     def split(self, name: str) -> ImageDataset:
         """The dataset 'train', 'val' or 'test'."""
@@ -184,8 +188,13 @@ def find_shards(root: str | Path) -> list[Path]:
 # --- what is written about them ------------------------------------------------------------------
 
 
-def describe_hospitals(hospitals: Sequence[Hospital]) -> list[dict[str, Any]]:
-    """The content of hospitals.json: name, images for each split and label, images, patients, content hash. No patient id."""
+def describe_hospitals(hospitals: Sequence[Hospital], key: str = "") -> list[dict[str, Any]]:
+    """The content of hospitals.json: name, images for each split and label, images, patients, content hash. No patient id.
+
+    `key`: of a private run. Of images that are not drawn phantoms its counts of labels and its hash are null: both are exact
+    functions of the images, and no epsilon covers them (who knows all images but one could try candidates for that one by
+    the hash). `content_check`, a hash with the key, which is published nowhere, still tells whether the data have changed.
+    """
     rows = []
     for hospital in hospitals:
         splits = {split: hospital.split(split) for split in SPLITS}
@@ -193,16 +202,23 @@ def describe_hospitals(hospitals: Sequence[Hospital]) -> list[dict[str, Any]]:
             split: {label: int(n) for label, n in zip(data.label_names, data.labels.sum(axis=0, dtype=np.int64), strict=True)}
             for split, data in splits.items()
         }
+        content = hospital.train.content_hash
+        hidden = bool(key) and not hospital.drawn
         rows.append(
             {
                 "name": hospital.name,
-                "counts": counts,
+                "counts": {split: dict.fromkeys(labels) for split, labels in counts.items()} if hidden else counts,
                 "images": {split: len(data) for split, data in splits.items()},
                 "patients": {split: len(np.unique(data.patients)) for split, data in splits.items()},
-                "content_hash": hospital.train.content_hash,
+                "content_hash": None if hidden else content,
+                **({"content_check": _keyed(key, content + repr(counts))} if hidden else {}),
             }
         )
     return rows
+
+
+def _keyed(key: str, text: str) -> str:
+    return hmac.new(key.encode(), text.encode(), "sha256").hexdigest()
 
 
 def partition_record(hospitals: Sequence[Hospital]) -> list[dict[str, Any]]:
@@ -296,7 +312,13 @@ def _hospital(name: str, shards: Sequence[Shard], rows: Mapping[str, np.ndarray]
         pooled = dataclasses.replace(pooled, content_hash=digest.hexdigest())
     parts = {split: pooled.take(rows[split], name) for split in SPLITS}
     return Hospital(
-        name, parts["train"], parts["val"], parts["test"], record if dealt else None, None if dealt else shards[0].path
+        name,
+        parts["train"],
+        parts["val"],
+        parts["test"],
+        record if dealt else None,
+        None if dealt else shards[0].path,
+        drawn=all(is_drawn(shard.card.source) for shard in shards),
     )
 
 

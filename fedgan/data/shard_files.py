@@ -19,6 +19,7 @@ from fedgan.errors import DataError
 
 FORMAT = "fedgan-shard-1"
 COLUMNS = ("row", "patient", "institution", "split", "source")
+PHANTOMS = re.compile(r"procedural \w+ phantoms\b")  # how the source of drawn images begins (phantoms/writer.py)
 HEADER_BYTES = 128
 CHUNK_ROWS = 256
 
@@ -140,6 +141,11 @@ def check_labels(labels: np.ndarray, count: int, label_names: Sequence[str], exc
         wrong = int((labels.sum(axis=1) != 1).sum())
         if wrong:
             raise DataError(f"{where}: {wrong} images have not exactly one label, but the card calls labels exclusive")
+
+
+def is_drawn(source: Any) -> bool:
+    """Whether a card's source says that a program drew the images."""
+    return bool(PHANTOMS.match(str(source)))
 
 
 def read_samples(file: Path, count: int) -> Samples:

@@ -94,18 +94,21 @@ def check_modules(discriminator: nn.Module, dataset: ImageDataset) -> None:
         )
 
 
-def check_start(settings: Settings, path: Path, origin: Mapping[str, Any] | None) -> None:
+def check_start(settings: Settings, path: Path, meta: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for a warm start whose checkpoint was trained on images that are not known to be public.
 
-    `origin`: the settings of the run that the checkpoint says it is from; None where it says nothing. A `data.root` may be
-    private, and so may what that run began from; drawn phantoms are not.
+    `meta`: what the checkpoint says of itself. By its `drawn` all hospitals said that their images are drawn phantoms; the
+    settings alone cannot tell, because a deployed hospital has its own data under an empty `data.root`. What that run began
+    from may be private too.
     """
     if not settings.privacy.on or settings.privacy.public_start:
         return
+    origin = meta.get("settings")
     if not origin:
         what = "does not say what it was trained on"
-    elif origin.get("data", {}).get("root"):
-        what = "was trained on images of a data.root"
+    elif meta.get("drawn") is not True:
+        root = origin.get("data", {}).get("root")
+        what = "was trained on images of a data.root" if root else "does not say that all its images were drawn phantoms"
     elif origin.get("training", {}).get("warm_start"):
         what = "itself began from another model"
     else:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from fedgan.data.shard_files import is_drawn
 from fedgan.report.format import DASH
 
 DRAWN = "All images were drawn by a program: these figures say nothing of patients."
-PHANTOMS = re.compile(r"procedural \w+ phantoms\b")
+WITHHELD = "withheld: privacy"  # what hospitals.json or environment.json of a private run leaves out
 UNTOLD = "named by a file: not shown"
 _FILE_NAME = re.compile(r"\.[A-Za-z]\w{1,5}(\s|$)|[/\\]")
 
@@ -55,7 +56,18 @@ def source_text(value: Any) -> str:
     return source_title(value) or (UNTOLD if str(value or "").strip() else DASH)
 
 
+def content_hash(row: Mapping[str, Any]) -> str | None:
+    """The content hash of a hospital's or a source's row, or that it is withheld; None where the row has none."""
+    return WITHHELD if row.get("content_hash", "") is None else str(row.get("content_hash", "")) or None
+
+
+def counts_withheld(row: Mapping[str, Any]) -> bool:
+    """Whether a hospital's row names its labels without their counts, as a private run's does."""
+    counts = row.get("counts")
+    return isinstance(counts, Mapping) and any(isinstance(of, Mapping) and None in of.values() for of in counts.values())
+
+
 def all_drawn(sources: Iterable[Any]) -> bool:
     """Whether all images were drawn by a program, by the names of their sources; False where no source is known."""
     found = list(sources)
-    return bool(found) and all(PHANTOMS.match(str(source)) for source in found)
+    return bool(found) and all(is_drawn(source) for source in found)

@@ -31,7 +31,7 @@ def warm_start(trainer: Trainer, settings: Settings | None = None) -> None:
         return
     path = checkpoint_of(settings)
     tensors, meta = load_tensors(path)
-    check_start(settings, path, meta.get("settings"))
+    check_start(settings, path, meta)
     theirs = [str(name) for name in meta.get("label_names", [])]
     for part, module in trainer.parts.items():
         # a hospital that keeps its D sends none: the start has then none either
