@@ -2,7 +2,9 @@
 
 config.toml               the resolved scenario
 environment.json          versions, machine, experiment id, licences
-hospitals.json            name, counts for each split and class, content hash, of each hospital
+hospitals.json            name, counts for each split and class, content hash, of each hospital; of a private run's real images
+                          neither class counts nor hash, but one that is keyed by data.key
+data.key                  the key of that hash, which is published nowhere
 partition.json            rows for each hospital, when one pool was dealt
 metrics.jsonl             one line a round
 checkpoints/round-N.*     aggregated model (.safetensors + .json)
@@ -54,6 +56,10 @@ class RunFolder:
     @property
     def hospitals(self) -> Path:
         return self.path / "hospitals.json"
+
+    @property
+    def data_key(self) -> Path:
+        return self.path / "data.key"
 
     @property
     def partition(self) -> Path:

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import secrets
 import shutil
 import time
 import uuid
@@ -24,6 +25,7 @@ from fedgan.config import Settings
 from fedgan.data.federation import Hospital, describe_hospitals, find_shards, open_hospital, open_hospitals, partition_record
 from fedgan.data.phantoms import write_phantoms
 from fedgan.data.shard import Shard
+from fedgan.data.shard_files import is_drawn
 from fedgan.data.splits import check_patients_apart
 from fedgan.errors import DataError, FederationError
 from fedgan.evaluation.features import REFERENCE, check_features
@@ -65,16 +67,30 @@ def prepare_run(settings: Settings, run: RunFolder, tell: Tell = lambda event: N
             draw_phantoms(settings, run)
             hospitals = open_hospitals(settings, shards_of(settings, run))
             check_evaluation(settings, hospitals, guests)
-        files.write_json(run.hospitals, describe_hospitals(hospitals))
+        key = write_key(run) if settings.privacy.on else ""
+        files.write_json(run.hospitals, describe_hospitals(hospitals, key))
         if record := partition_record(hospitals):
             files.write_json(run.partition, record)
         files.write_json(run.environment, environment(settings, run))
     except BaseException:
-        for path in (run.hospitals, run.partition, run.environment, *([] if begun else [run.config])):
+        for path in (run.hospitals, run.data_key, run.partition, run.environment, *([] if begun else [run.config])):
             path.unlink(missing_ok=True)
         shutil.rmtree(run.path / "shards", ignore_errors=True)
         raise
     return hospitals
+
+
+def write_key(run: RunFolder) -> str:
+    """Draw the key of a private run's hashes; only its owner may read it."""
+    run.data_key.unlink(missing_ok=True)
+    with open(run.data_key, "w", encoding="ascii", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+        stream.write(secrets.token_hex(32))
+    return data_key(run)
+
+
+def data_key(run: RunFolder) -> str:
+    """What a private run's hashes of real images are keyed by; empty where the run is not private."""
+    return run.data_key.read_text(encoding="ascii") if run.data_key.is_file() else ""
 
 
 def open_prepared(settings: Settings, run: RunFolder) -> list[Hospital]:
@@ -177,7 +193,12 @@ def environment(settings: Settings, run: RunFolder) -> dict[str, Any]:
         },
         "threads_per_hospital": settings.federation.threads or usable_cores(),
         "sources": [
-            {"hospital": card.name, "source": card.source, "licence": card.licence, "content_hash": card.content_hash}
+            {
+                "hospital": card.name,
+                "source": card.source,
+                "licence": card.licence,
+                "content_hash": None if settings.privacy.on and not is_drawn(card.source) else card.content_hash,
+            }
             for card in (Shard.open(path).card for path in find_shards(shards_of(settings, run)))
         ],
     }

@@ -31,6 +31,7 @@ from server.evaluator import evaluation_device
 from server.lock import locked, sweep
 from server.preparation import (
     check_evaluation,
+    data_key,
     evaluation_guests,
     is_prepared,
     open_prepared,
@@ -90,7 +91,7 @@ def prepare(settings: Settings, folder: ComparisonFolder, tell: Tell) -> Setting
         check_features(settings.evaluation.features)
         hospitals = open_prepared(settings, folder)
         check_evaluation(settings, hospitals, evaluation_guests(settings))
-        if describe_hospitals(hospitals) != folder.read_json(folder.hospitals):
+        if describe_hospitals(hospitals, data_key(folder)) != folder.read_json(folder.hospitals):
             raise ConfigError(f"{folder.path} was prepared with other images than its shards hold now: give another --output")
     else:
         prepare_run(settings, folder, tell)

@@ -114,7 +114,7 @@ def judgement_key(settings: Settings, arm: Arm, folder: ComparisonFolder) -> str
         hashes.append((job.run.read_json(job.run.checkpoint(newest).with_suffix(".json")) or {}).get("sha256"))
     tree = to_dict(settings)
     evaluation = {name: value for name, value in tree["evaluation"].items() if name != "show_real"}  # changes no figure
-    held = [row["content_hash"] for row in folder.read_json(folder.hospitals) or []]
+    held = [row["content_hash"] or row["content_check"] for row in folder.read_json(folder.hospitals) or []]
     if settings.evaluation.root:
         held += [Shard.open(path).card.content_hash for path in find_shards(settings.evaluation.root)]
     features = settings.evaluation.features

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +20,25 @@ from client.site import Order, bound
 from fedgan import files
 from fedgan.cli import wanted
 from fedgan.config import Settings, to_dict
+from fedgan.data.federation import describe_hospitals
+from fedgan.data.shard import Shard
 from fedgan.errors import ConfigError, FederationError
 from fedgan.privacy import ledger as ledger_module
 from fedgan.privacy import step as step_module
 from fedgan.privacy.accounting import epsilon_rdp
 from fedgan.privacy.ledger import Ledger
 from fedgan.privacy.step import PrivateStep
+from fedgan.report.cards.collect import hospital_rows, source_rows, totals
+from fedgan.report.cards.figures import data_limits
+from fedgan.report.comparison import classes
+from fedgan.report.comparison import hospitals as comparison_hospitals
+from fedgan.report.comparison.data import Comparison
+from fedgan.report.run_data import load
+from fedgan.report.sections import hospitals as hospitals_section
+from fedgan.report.sections import provenance
 from fedgan.run_folder import RunFolder
 from server.federation import Federation
-from server.preparation import experiment_of, prepare_run
+from server.preparation import data_key, experiment_of, open_prepared, prepare_run
 
 # --- what promises nothing ---------------------------------------------------------------------------
 
@@ -141,3 +153,70 @@ def test_a_checkpoint_says_whether_all_hospitals_hold_drawn_phantoms(tmp_path, w
     run = RunFolder(tmp_path / "run")
     train(settings, run)
     assert [run.read_json(run.checkpoint(n).with_suffix(".json"))["drawn"] for n in (0, 1)] == [drawn, drawn]
+
+
+# --- hashes and counts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """(run folder, shards) of a private run that was prepared and not begun."""
+    place = tmp_path_factory.mktemp("prepared")
+    run, data = RunFolder(place / "run"), write_shards(place / "data", (48, 32))
+    prepare_run(private(data, hospitals=2), run)
+    return run, data
+
+
+def test_a_private_run_publishes_no_hash_and_no_label_count_of_its_images(prepared):
+    run, data = prepared
+    for row in run.read_json(run.hospitals):
+        assert row["content_hash"] is None
+        assert row["counts"] == {split: {"dark": None, "bright": None} for split in ("train", "val", "test")}
+        assert row["images"]["train"] in (24, 16)
+    hashes = [Shard.open(data / name).card.content_hash for name in ("alpha", "beta")]
+    for path in [path for path in run.path.rglob("*") if path.is_file()]:
+        assert not any(found.encode() in path.read_bytes() for found in hashes), path.name
+    assert stat.S_IMODE(run.data_key.stat().st_mode) == 0o600
+
+
+def test_the_keyed_hash_tells_changed_images_and_needs_the_runs_own_key(prepared):
+    run, _ = prepared
+    rows, key = run.read_json(run.hospitals), data_key(run)
+    assert describe_hospitals(open_prepared(run.settings(), run), key) == rows
+    assert describe_hospitals(open_prepared(run.settings(), run), "0" * 64) != rows
+    hospitals = open_prepared(run.settings(), run)
+    other = dataclasses.replace(hospitals[0].train, content_hash="0" * 64)
+    changed = [dataclasses.replace(hospitals[0], train=other), hospitals[1]]
+    assert describe_hospitals(changed, key) != rows
+
+
+def test_a_run_without_privacy_and_drawn_phantoms_keep_their_counts_and_hashes(tmp_path):
+    open_run, drawn_run = RunFolder(tmp_path / "open"), RunFolder(tmp_path / "drawn")
+    prepare_run(private(write_shards(tmp_path / "a", (48,)), "privacy.noise_multiplier=-1", hospitals=1), open_run)
+    prepare_run(private(phantoms(tmp_path / "b"), hospitals=1), drawn_run)
+    for run in (open_run, drawn_run):
+        (row,), sources = run.read_json(run.hospitals), run.read_json(run.environment)["sources"]
+        assert row["content_hash"] == sources[0]["content_hash"] is not None
+        assert row["counts"]["train"] == {"dark": 12, "bright": 12}
+
+
+def test_page_and_cards_say_what_is_withheld(prepared):
+    run, _ = prepared
+    data = load(run)
+    words = provenance.SECTION.render(data)
+    assert words.count("withheld: privacy") == 4  # a hash of each hospital and of each source
+    assert "class counts of the hospitals: withheld: privacy" in hospitals_section.SECTION.render(data)
+    rows = hospital_rows(data)
+    assert {row["content_hash"] for row in [*rows, *source_rows(data)]} == {"withheld: privacy"}
+    assert totals(rows)["train_classes"] == {"dark": None, "bright": None}
+    assert data_limits(rows) == []
+
+
+def test_a_comparison_says_no_class_is_missing_where_the_counts_are_withheld(prepared):
+    run, _ = prepared
+    content = {"label_names": ["dark", "bright"], "hospitals": run.read_json(run.hospitals)}
+    found = Comparison(content)
+    words = comparison_hospitals.SECTION.render(found) + classes.SECTION.render(found)
+    assert "no training image of" not in words
+    assert "Counts of each class: withheld: privacy" in words
+    assert "Training images of this class: withheld: privacy" in words

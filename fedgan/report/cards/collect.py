@@ -13,7 +13,7 @@ from fedgan import __version__
 from fedgan.config import Settings, to_dict
 from fedgan.data.splits import SPLITS
 from fedgan.errors import FedganError
-from fedgan.report.facts import all_drawn, source_title
+from fedgan.report.facts import all_drawn, content_hash, source_title
 from fedgan.report.format import number
 from fedgan.report.run_data import RunData, Tree, clean, load, tree, trees
 from fedgan.run_folder import RunFolder
@@ -147,7 +147,7 @@ def hospital_rows(data: RunData) -> list[Tree]:
             "images": {split: _count(tree(row.get("images")).get(split)) for split in SPLITS},
             "patients": {split: _count(tree(row.get("patients")).get(split)) for split in SPLITS},
             "train_classes": {label: _count(n) for label, n in tree(tree(row.get("counts")).get("train")).items()},
-            "content_hash": row.get("content_hash"),
+            "content_hash": content_hash(row),
         }
         for row in data.hospitals
     ]
@@ -176,7 +176,7 @@ def source_rows(data: RunData) -> list[Tree]:
             "hospital": str(row.get("hospital", "unnamed")),
             "source": source_title(row.get("source")),
             "licence": str(row["licence"]) if row.get("licence") else None,
-            "content_hash": row.get("content_hash"),
+            "content_hash": content_hash(row),
         }
         for row in trees(data.environment.get("sources"))
     ]

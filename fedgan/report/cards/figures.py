@@ -165,6 +165,8 @@ def data_limits(rows: list[Tree], counts: bool = True) -> list[str]:
         )
     labels = dict.fromkeys(label for row in rows for label in row["train_classes"])
     for label in labels if len(rows) > 1 else ():
+        if any(row["train_classes"].get(label, 0) is None for row in rows):
+            continue  # withheld: who holds it is not known
         holders = [row["name"] for row in rows if row["train_classes"].get(label)]
         if len(holders) == 1:
             found.append(

@@ -20,6 +20,7 @@ from fedgan.report.comparison.parts import (
 )
 from fedgan.report.comparison.section import Section
 from fedgan.report.comparison.utility import positives
+from fedgan.report.facts import WITHHELD, counts_withheld
 from fedgan.report.format import number
 from fedgan.report.run_data import dig, tree
 from fedgan.report.tables import Column, table
@@ -56,7 +57,10 @@ def _counts(comparison: Comparison, label: str) -> str:
         if (n := number(dig(hospital, "counts", "train", label))) is not None
     ]
     tested = [n for hospital in comparison.hospitals if (n := number(dig(hospital, "counts", "test", label))) is not None]
-    words = f"Training images: {', '.join(held)}." if held else "Who has training images of this class is not known."
+    if any(map(counts_withheld, comparison.hospitals)):
+        words = f"Training images of this class: {WITHHELD}."
+    else:
+        words = f"Training images: {', '.join(held)}." if held else "Who has training images of this class is not known."
     known = positives(comparison, label)
     total = text.whole(sum(tested)) if tested else text.DASH
     count = total if known == text.DASH else known

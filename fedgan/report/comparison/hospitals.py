@@ -22,6 +22,7 @@ from fedgan.report.comparison.parts import (
     range_of,
 )
 from fedgan.report.comparison.section import Section
+from fedgan.report.facts import WITHHELD, counts_withheld
 from fedgan.report.format import bounds, number
 from fedgan.report.run_data import Tree, dig, tree
 from fedgan.report.tables import Column, table
@@ -104,7 +105,7 @@ def _with_interval(result: Tree) -> str:
 def _lacking(comparison: Comparison, name: str, hospital: Tree) -> str:
     """The classes of which it has no training image, and what becomes of them alone and in the federation."""
     counts = tree(dig(hospital, "counts", "train"))
-    if not counts:
+    if not counts or counts_withheld(hospital):
         return ""
     missing = [label for label in comparison.data_labels if not number(counts.get(label))]
     if not missing:
@@ -132,7 +133,8 @@ def _data(comparison: Comparison, name: str, hospital: Tree) -> Markup:
     rows.append(["all images", *(text.whole(dig(hospital, "images", split)) for split in SPLITS)])
     rows.append(["patients", *(text.whole(dig(hospital, "patients", split)) for split in SPLITS)])
     columns = [Column("Class", numeric=False), Column("Training"), Column("Validation"), Column("Test")]
-    return table(f"Images of {name}", columns, rows, f"images-{name}")
+    more = f"Counts of each class: {WITHHELD}." if counts_withheld(hospital) else ""
+    return table(f"Images of {name}", columns, rows, f"images-{name}", more=more)
 
 
 def _shown(comparison: Comparison, name: str) -> list[Entry]:

@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from fedgan.report.comparison.data import Comparison
 from fedgan.report.comparison.section import Section
-from fedgan.report.facts import leaves, source_text, word
+from fedgan.report.facts import content_hash, leaves, source_text, word
 from fedgan.report.run_data import Tree, tree, trees
 from fedgan.report.tables import Column, table
 from fedgan.report.templating import absent, render
@@ -61,13 +61,12 @@ def _sources(comparison: Comparison, provenance: Tree) -> Markup:
     sources = trees(provenance.get("sources"))
     if not sources:
         sources = [
-            {"hospital": row.get("name"), "content_hash": row["content_hash"]}
-            for row in comparison.hospitals
-            if row.get("content_hash")
+            {"hospital": row.get("name"), "content_hash": told} for row in comparison.hospitals if (told := content_hash(row))
         ]
     keys = list(dict.fromkeys(key for source in sources for key in source))
     if not keys:
         return absent("The sources, licences and content hashes of the data are not known.")
+    sources = [source | ({"content_hash": content_hash(source)} if "content_hash" in source else {}) for source in sources]
     rows = [[(source_text if key == "source" else word)(source.get(key)) for key in keys] for source in sources]
     columns = [Column(key.replace("_", " ").capitalize(), numeric=False) for key in keys]
     return table("Sources, licences and content hashes of the data", columns, rows, "sources")

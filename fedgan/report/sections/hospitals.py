@@ -6,6 +6,7 @@ from markupsafe import Markup
 
 from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row, dot_chart, legend, stacked_bars
+from fedgan.report.facts import WITHHELD, counts_withheld
 from fedgan.report.format import number
 from fedgan.report.privacy.guarantee import spent
 from fedgan.report.run_data import RunData, Tree, dig, tree, trees
@@ -23,7 +24,7 @@ def _render(run: RunData) -> Markup:
         return absent("hospitals.json is not there yet: it is written when the hospitals have opened their shards.")
     labels = run.data_labels
     exclusive = all(_is_exclusive(hospital, labels) for hospital in run.hospitals)
-    if not labels:
+    if not labels or any(map(counts_withheld, run.hospitals)):
         figure, marks = Markup(""), Markup("")
     elif exclusive:
         figure, marks = _mix(run.hospitals, labels)
@@ -129,6 +130,8 @@ def _classes(run: RunData, labels: list[str]) -> Markup:
     """A row a class, a column a hospital: training images."""
     if not labels or not any(tree(hospital.get("counts")) for hospital in run.hospitals):
         return absent("The class counts of the hospitals are not known.")
+    if any(map(counts_withheld, run.hospitals)):
+        return absent(f"The class counts of the hospitals: {WITHHELD}. They are exact, and no epsilon covers them.")
     rows = []
     for label in labels:
         train = [dig(hospital, "counts", "train", label) for hospital in run.hospitals]

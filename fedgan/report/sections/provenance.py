@@ -5,7 +5,7 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from fedgan.config import describe, to_dict
-from fedgan.report.facts import leaves, source_text, word
+from fedgan.report.facts import content_hash, leaves, source_text, word
 from fedgan.report.run_data import RunData, trees
 from fedgan.report.sections.base import Section
 from fedgan.report.tables import Column, table
@@ -21,7 +21,7 @@ def _render(run: RunData) -> Markup:
     rows = [[key, values.get(key, ""), meaning] for key, meaning, _ in describe()]
     defaults = {key: word(default) for key, _, default in describe()}
     changed = [row for row in rows if row[1] != defaults[row[0]] and row[0] not in ("name", "description")]
-    hashes = [[str(h.get("name", "unnamed")), str(h["content_hash"])] for h in run.hospitals if h.get("content_hash")]
+    hashes = [[str(h.get("name", "unnamed")), told] for h in run.hospitals if (told := content_hash(h))]
     return render(
         "provenance.html.j2",
         changed=table("Settings that differ from their defaults", SETTINGS_COLUMNS, changed) if changed else Markup(""),
@@ -50,6 +50,7 @@ def _sources(run: RunData) -> Markup:
     keys = list(dict.fromkeys(key for source in sources for key in source))
     if not keys:
         return absent("The sources and licences of the data are unknown: environment.json does not name them.")
+    sources = [source | ({"content_hash": content_hash(source)} if "content_hash" in source else {}) for source in sources]
     rows = [[(source_text if key == "source" else word)(source.get(key)) for key in keys] for source in sources]
     columns = [Column(key.replace("_", " ").capitalize(), numeric=False) for key in keys]
     return table("Sources and licences of the data", columns, rows, "sources")
