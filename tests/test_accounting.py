@@ -120,18 +120,12 @@ def test_prv_is_within_a_percent_of_the_other_library_and_never_below_the_truth(
     assert ours == pytest.approx(pld_epsilon(parts, delta, 1e-3, pessimistic=True), rel=0.01)
 
 
-@pytest.mark.parametrize(("multiplier", "expected"), [(0.667, 4.4233), (1.0, 1.7046)])
-def test_prv_carries_millions_of_steps(multiplier: float, expected: float) -> None:
-    """`expected`: dp-accounting's PLD (connect the dots, width 1e-5), which needs a minute; the slow test below asks it."""
-    ours = epsilon_prv([Mechanism(multiplier, 1 / N, 2_400_000)], 1 / N)
-    assert expected <= ours <= 1.01 * expected
-
-
 @pytest.mark.slow
-def test_the_other_library_says_the_same_of_millions_of_steps() -> None:
-    other = pld_epsilon([LONG], 1 / N, 1e-5, pessimistic=True)
-    assert other == pytest.approx(4.4233, abs=1e-3)
-    assert other <= epsilon_prv([LONG], 1 / N) <= 1.01 * other
+@pytest.mark.parametrize("multiplier", [0.667, 1.0])
+def test_the_other_library_says_the_same_of_millions_of_steps(multiplier: float) -> None:
+    """Its own rounding is of the order of half a percent here: a finer width may give a larger upper bound."""
+    part = Mechanism(multiplier, 1 / N, 2_400_000)
+    assert epsilon_prv([part], 1 / N) == pytest.approx(pld_epsilon([part], 1 / N, 2e-5, pessimistic=True), rel=0.01)
 
 
 @QUICK
@@ -143,6 +137,67 @@ def test_prv_is_never_below_a_lower_bound_of_the_truth(noise: float, q: float, s
     except ArithmeticError:
         ours = epsilon_of([part], delta)
     assert ours >= pld_epsilon([part], delta, 2e-3, pessimistic=False)
+
+
+# --- against an integral ---------------------------------------------------------------------------
+
+
+def integral_epsilon(parts: list[Mechanism], delta: float, removed: bool) -> float:
+    """ε of many steps from δ(ε) = 1/2πi ∫ exp(Σ T K(z) - zε) / (z (z+1)) dz along Re z = c > 0: exact but for the sums.
+
+    K(z) = ln E[exp(z loss)], of a unit that is removed or added. The factor behind is the transform of (1 - exp(ε - s))+ over ε.
+    The integrand falls like a normal density, so that a sum over it is exact; no mesh, no transform, no library.
+    """
+
+    def exponent(z: np.ndarray) -> np.ndarray:
+        total = np.zeros(z.shape, complex)
+        for part in parts:
+            noise, q = part.noise_multiplier, part.sample_rate
+            x = np.arange(-10 * noise, 14 * noise + 2, noise / 12)
+            zero, one = (np.exp(-((x - mean) ** 2) / (2 * noise**2)) for mean in (0.0, 1.0))
+            weights = (1 - q) * zero + q * one if removed else zero
+            slope = (2 * x - 1) / (2 * noise**2)
+            loss = np.log1p(q * np.expm1(slope)) if q < 1 else slope
+            change = np.expm1(z[:, None] * (loss if removed else -loss)) @ (weights / weights.sum())
+            total += part.steps * np.log1p(change)
+        return total
+
+    along = np.geomspace(0.02, 30, 120)
+    real = exponent(along.astype(complex)).real
+
+    def delta_of(epsilon: float) -> float:
+        c = along[np.argmin(real - along * epsilon - np.log(along * (along + 1)))]  # the saddle
+        far = 1.0
+        while exponent(np.array([c + 1j * far]))[0].real > exponent(np.array([c + 0j]))[0].real - 45:
+            far *= 1.3
+        u = np.linspace(0, far, 1500)
+        z = c + 1j * u
+        terms = (np.exp(exponent(z) - z * epsilon) / (z * (z + 1))).real
+        return float((terms.sum() - terms[0] / 2) * u[1] / np.pi)
+
+    return float(brentq(lambda epsilon: math.log(max(delta_of(epsilon), 1e-300) / delta), 0.05, 30, xtol=1e-6))
+
+
+MANY = [
+    ([Mechanism(0.667, 1 / N, 2_400_000)], 1 / N),
+    ([Mechanism(1.0, 1 / N, 2_400_000)], 1 / N),
+    ([Mechanism(1.46, 0.1, 1000)], 1e-3),
+    ([Mechanism(2.0, 0.25, 300), Mechanism(1.2, 0.05, 500), Mechanism(20.0, 1.0, 4)], 1e-5),
+]
+
+
+@pytest.mark.parametrize(("parts", "delta"), MANY)
+def test_prv_is_at_most_a_percent_above_the_exact_epsilon_of_many_steps_and_never_below(
+    parts: list[Mechanism], delta: float
+) -> None:
+    truth = max(integral_epsilon(parts, delta, removed) for removed in (True, False))
+    assert truth <= epsilon_prv(parts, delta) <= 1.01 * truth
+
+
+def test_the_integral_is_right_where_there_is_a_closed_form() -> None:
+    parts = [Mechanism(9.0, 1.0, 30)]
+    for removed in (True, False):
+        assert integral_epsilon(parts, 1e-4, removed) == pytest.approx(epsilon_of(parts, 1e-4), rel=1e-5)
 
 
 # --- against closed forms --------------------------------------------------------------------------
