@@ -91,7 +91,7 @@ def charge(settings: Settings, run: RunFolder, experiment: str, hospitals: int) 
     step = Mechanism(privacy.hospital_noise_multiplier, 1.0, 1)
     ledger.reserve(step, 1, run=experiment, kind=KIND, unit=UNIT, delta=privacy.hospital_delta, data=experiment)
     spent = ledger.mechanisms()
-    epsilon = epsilon_of(spent, privacy.hospital_delta)
+    epsilon = ledger.epsilon(privacy.hospital_delta)
     return {
         "epsilon": epsilon if math.isfinite(epsilon) else None,
         "delta": privacy.hospital_delta,

@@ -36,7 +36,8 @@ def _of_hospital(job: Job, hospital: Hospital) -> dict[str, Any]:
     row: dict[str, Any] = {"name": hospital.name, "unknown": True}
     row |= dict.fromkeys(("epsilon", "delta", "noise_multiplier", "sample_rate", "steps", "ledger_epsilon"))
     try:
-        entries = Ledger((hospital.place or job.run.hospital_state(hospital.name)) / LEDGER).entries()
+        ledger = Ledger((hospital.place or job.run.hospital_state(hospital.name)) / LEDGER)
+        entries = ledger.entries()
         experiment = experiment_of(job.run)
     except (DataError, FederationError):
         return row
@@ -51,7 +52,7 @@ def _of_hospital(job: Job, hospital: Hospital) -> dict[str, Any]:
         "noise_multiplier": last.noise_multiplier,
         "sample_rate": last.sample_rate,
         "steps": sum(entry.steps for entry in own if entry.kind == last.kind),
-        "ledger_epsilon": _finite(epsilon_of([entry.mechanism for entry in entries], delta)),
+        "ledger_epsilon": _finite(ledger.epsilon(delta)),
     }
 
 

@@ -398,7 +398,7 @@ def test_the_ledger_holds_the_steps_before_the_first_of_them(tmp_path, monkeypat
     gradient = PrivateStep.gradient
 
     def watched(self: PrivateStep, *rest, **more):
-        known.append(sum(part.steps for part in self.ledger.mechanisms()))
+        known.append(sum(part.steps for part in self.ledger.ledgers[0].mechanisms()))
         return gradient(self, *rest, **more)
 
     monkeypatch.setattr(PrivateStep, "gradient", watched)
@@ -488,4 +488,4 @@ def test_without_labels_nothing_is_released_of_them(tmp_path):
     trainer = trainer_of(tmp_path, "training.labels=data", "privacy.label_noise=4", data=bare)
     trainer.train(12)
     trainer.train(12)
-    assert len(trainer.private.ledger.mechanisms()) == 2
+    assert len(trainer.private.ledger.ledgers[0].mechanisms()) == 2

@@ -21,7 +21,7 @@ from fedgan import files
 from fedgan.cli import main
 from fedgan.config import from_dict
 from fedgan.data.shard import Shard, write_shard
-from fedgan.errors import DataError, StorageError
+from fedgan.errors import ConfigError, DataError, StorageError
 from fedgan.privacy import accounting
 from fedgan.privacy import ledger as ledger_module
 from fedgan.privacy.accounting import Mechanism, epsilon_rdp
@@ -302,6 +302,15 @@ def test_a_wobble_of_the_accountant_neither_lowers_epsilon_nor_lends_steps(
 
 
 # --- several shards as one pool --------------------------------------------------------------------
+
+
+def test_images_and_patients_are_never_added_up(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / NAME)
+    step = Mechanism(1.0, 0.01)
+    ledger.reserve(step, 3, run="a", kind="k", unit="image", delta=1e-3, data="d")
+    with pytest.raises(ConfigError, match=r"privacy\.unit = 'image'"):
+        ledger.reserve(step, 3, run="b", kind="k", unit="patient", delta=1e-3, data="d")
+    assert [entry.steps for entry in ledger.entries()] == [3]
 
 
 def test_a_pool_is_charged_equally_by_what_the_poorest_shard_allows(tmp_path: Path) -> None:

@@ -141,6 +141,7 @@ def _text(account: dict[str, Any]) -> str:
     over = f"{entries} {'entry' if entries == 1 else 'entries'} of {runs} {'run' if runs == 1 else 'runs'}"
     total = f"epsilon {_number(account['epsilon'])} at delta {account['delta']:.3g}"
     lines.append(f"  in all: {total}, over {over}; no entry is missing or changed")
+    lines.append("  runs without privacy are not entered: nothing bounds what they gave away")
     if account["contents"] > 1:
         lines.append(f"  the shard's content changed: {account['contents']} versions of it share this account")
     if "steps_left" in account:

@@ -4,7 +4,8 @@ One JSON line an entry, which holds the hash of the line before. An entry is on 
 begin, so that a crash may cost privacy that was not used, but never uses what was not counted. A line that a killed
 process left unfinished was never paid with, and is cut off by the next entry. A restored checkpoint of a training does
 not touch the ledger; neither does a new import of the shard (fedgan/data/shard.py keeps it). Images that were
-added or removed (another `data` hash) do not begin a new account: most patients are the same.
+added or removed (another `data` hash) do not begin a new account: most patients are the same. Runs without privacy
+are not entered: nothing bounds what they gave away, whatever stands here.
 
 Beside it a second file, the head, says how many entries there are at least, and the hash of the last of these. It is written
 after each entry, so that a crash between both leaves it one entry behind, which is harmless; a ledger that ends before
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedgan import files
-from fedgan.errors import DataError, StorageError
+from fedgan.errors import ConfigError, DataError, StorageError
 from fedgan.privacy.accounting import Mechanism, epsilon_of, steps_within
 
 try:
@@ -128,10 +129,19 @@ class Ledger:
     ) -> int:
         """Enter `steps` steps like `step`, or as many as `max_epsilon` (0: no limit) allows, and return how many.
 
-        They are on the disk when this returns. Raises `DataError` for a damaged ledger, `StorageError` where none can be written.
+        They are on the disk when this returns. Raises `DataError` for a damaged ledger, `StorageError` where none can be written,
+        `ConfigError` where earlier entries count another unit.
         """
         pool = JointLedger([self])
         return pool.reserve(step, steps, run=run, kind=kind, unit=unit, delta=delta, data=data, max_epsilon=max_epsilon)
+
+    def _check_unit(self, unit: str) -> None:
+        """Raise `ConfigError` where entries count another unit: what hides an image does not hide a patient with many of them."""
+        if others := sorted({entry.unit for entry in self.entries()} - {unit}):
+            raise ConfigError(
+                f"{self.path.name} counts what was released for each {others[0]}, and this run would count it for each "
+                f"{unit}: the two have no common epsilon; set privacy.unit = '{others[0]}', as in the shard's earlier runs"
+            )
 
     def _allowed(self, step: Mechanism, steps: int, delta: float, max_epsilon: float) -> int:
         if not max_epsilon:
@@ -229,10 +239,6 @@ class JointLedger:
     def __init__(self, ledgers: Sequence[Ledger]) -> None:
         self.ledgers = list({ledger.path.resolve(): ledger for ledger in ledgers}.values())  # a lock taken twice waits for ever
 
-    def mechanisms(self) -> list[Mechanism]:
-        """Those of the ledger with most entries. For ε ask `epsilon`: which shard has spent most depends on δ."""
-        return max((ledger.mechanisms() for ledger in self.ledgers), key=len, default=[])
-
     def epsilon(self, delta: float) -> float:
         """The largest ε at `delta` of any of the shards."""
         return max((ledger.epsilon(delta) for ledger in self.ledgers), default=0.0)
@@ -245,6 +251,7 @@ class JointLedger:
             for ledger in sorted(self.ledgers, key=lambda ledger: str(ledger.path.resolve())):  # always in the same order
                 locks.enter_context(ledger.locked())
             for ledger in self.ledgers:
+                ledger._check_unit(unit)
                 steps = ledger._allowed(step, steps, delta, max_epsilon)
             if steps > 0:
                 now, noise, rate = time.strftime("%Y-%m-%dT%H:%M:%S%z"), step.noise_multiplier, step.sample_rate

@@ -35,8 +35,6 @@ STEPS, LABELS = "discriminator steps", "label counts"
 class LedgerLike(Protocol):
     """What a Trainer needs of a ledger (fedgan/privacy/ledger.py)."""
 
-    def mechanisms(self) -> list[Mechanism]: ...
-
     def epsilon(self, delta: float) -> float: ...
 
     def reserve(
