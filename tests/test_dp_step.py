@@ -462,6 +462,22 @@ def test_the_generator_learns_from_the_average_of_d(tmp_path):
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
+def test_the_average_of_d_follows_a_d_that_arrives(tmp_path):
+    trainer = trainer_of(tmp_path, "training.d_average=0.999")
+    theirs = {name: array + 1 for name, array in trainer.outgoing(["discriminator"]).items()}
+    trainer.incoming(theirs)  # before the first step it is all that there is an average of
+    for name, value in trainer.d_average.state_dict().items():
+        torch.testing.assert_close(value, trainer.discriminator.state_dict()[name], rtol=0, atol=0)
+    trainer.train(18)
+    before = {name: value.clone() for name, value in trainer.d_average.state_dict().items()}
+    trainer.incoming(trainer.outgoing(["discriminator"]))  # its own D: nothing moves
+    assert all(torch.equal(value, before[name]) for name, value in trainer.d_average.state_dict().items())
+    trainer.incoming({name: array + 1 for name, array in trainer.outgoing(["discriminator"]).items()})
+    moved = {name for name, _ in trainer.discriminator.named_parameters()}
+    for name, value in trainer.d_average.state_dict().items():
+        torch.testing.assert_close(value, before[name] + (name in moved), rtol=1e-5, atol=1e-5)
+
+
 def test_the_generator_waits_for_d_by_what_d_says_of_fakes_alone(tmp_path):
     asked = trainer_of(tmp_path, "training.d_accuracy=1.0", "privacy.noise_multiplier=50")
     told = asked.train(60)

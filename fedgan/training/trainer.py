@@ -364,9 +364,20 @@ class Trainer:
                 load_into(self.parts[part], weights, f"the {part} that arrived", check_only=True)
         for part, weights in given.items():
             if weights:
+                before = copy.deepcopy(self.parts[part]) if part == "discriminator" and self.d_average is not None else None
                 load_into(self.parts[part], weights, f"the {part} that arrived")
+                if before is not None:
+                    self._move_average(before)
                 if self.settings.training.proximal_mu and part != "ema":
                     self._anchor[part] = [parameter.detach().clone() for parameter in self.parts[part].parameters()]
+
+    def _move_average(self, before: nn.Module) -> None:
+        """Let the average of D follow a D that arrived; `before`: D until then. An average of nothing yet is that D."""
+        assert self.d_average is not None
+        with torch.no_grad():
+            parts = (self.d_average.parameters(), before.parameters(), self.discriminator.parameters())
+            for average, old, new in zip(*parts, strict=True):
+                average.copy_(new if not self.steps else average + (new - old))
 
     # --- the whole state -------------------------------------------------------------------------
 
