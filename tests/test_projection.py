@@ -65,15 +65,6 @@ def test_it_finds_the_latents_of_the_generators_own_images(generator):
     assert (ws == ws[:, :1]).all()
 
 
-def test_one_latent_a_layer_comes_nearer_to_foreign_images(generator):
-    images = np.random.default_rng(0).integers(0, 256, (6, 1, SIDE, SIDE), np.uint8)
-    labels = np.eye(2)[[0, 1, 0, 1, 0, 1]]
-    near, _ = project(generator, images, labels, steps=40)
-    nearer, ws = project(generator, images, labels, steps=40, space="w+")
-    assert nearer.mean() < near.mean()
-    assert (ws != ws[:, :1]).any()
-
-
 def test_images_of_a_batch_are_projected_as_if_alone(generator):
     images, labels = own_images(make_generator(4), 7, 51)
     together, ws = project(generator, images, labels, steps=25, batch=7)
@@ -137,38 +128,13 @@ def test_it_starts_from_the_images_own_labels(generator):
 def test_an_unconditional_generator_is_projected_on_too():
     generator = make_generator(5, label_dim=0)
     images, labels = own_images(generator, 3, 1)
-    told = []
     start, _ = project(generator, images, labels, steps=0)
-    distances, _ = project(generator, images, labels, steps=30, batch=2, progress=lambda done, count: told.append((done, count)))
+    distances, _ = project(generator, images, labels, steps=30, batch=2)
     assert (distances < start).all()
-    assert told == [(2, 3), (3, 3)]
-
-
-def test_features_add_their_distance(generator):
-    images, labels = own_images(make_generator(4), 4, 51)
-    seen = []
-
-    def rows(pictures):
-        seen.append(float(pictures.detach().max()))
-        return pictures.mean(dim=(1, 2))
-
-    pixels, ws = project(generator, images, labels, steps=0)
-    both, same = project(generator, images, labels, steps=0, features=rows, feature_weight=0.5)
-    assert np.array_equal(ws, same)
-    with torch.no_grad():
-        made = generator.synthesis(torch.from_numpy(ws), noise="const").clamp(-1, 1) * 127.5 + 127.5
-        wanted, got = rows(torch.from_numpy(images).float()), rows(made)
-    share = ((got - wanted).square().sum(1) / wanted.square().sum(1)).numpy()
-    assert both == pytest.approx(np.sqrt(pixels**2 + 0.5 * 127.5**2 * share), rel=1e-4)
-    assert max(seen) > 2  # grey levels, not [-1, 1]
-    near, _ = project(generator, images, labels, steps=20, features=rows, feature_weight=0.5)
-    assert (near < both).all()
 
 
 def test_what_cannot_be_projected_is_refused(generator):
     images, labels = own_images(generator, 2, 52)
-    with pytest.raises(ValueError, match="not w or w"):
-        project(generator, images, labels, space="z")
     with pytest.raises(ValueError, match="label vector"):
         project(generator, images, labels[:, :1])
     with pytest.raises(FedganError, match=r"do not fit a generator of 1 × 8²"):

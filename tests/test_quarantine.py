@@ -145,7 +145,7 @@ def test_a_quarantined_release_says_what_was_dropped_and_what_it_is_worth(
     rows = space.rows(pictures(Path("plain")).transpose(0, 3, 1, 2).astype(np.uint8))
     distances = quarantine.nearest(rows, space.rows(hospital.train.images), moves=space.moves)[0]
     fence = float(np.quantile(distances, 0.2))
-    monkeypatch.setattr(quarantine, "closest", lambda *_: fence)
+    monkeypatch.setattr(quarantine, "quarantine_threshold", lambda *_, **__: fence)
     monkeypatch.setattr(quarantine, "MOST_DRAWS", 500)  # images of one class of an untrained generator are much alike
     code, out, err = fedgan(*words, "--quarantine", "--output", "kept")
     assert code == 0, err

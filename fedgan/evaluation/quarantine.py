@@ -25,7 +25,7 @@ from fedgan.evaluation.audit_subject import HospitalData, Space, held_out_count,
 from fedgan.evaluation.classification import split_for_validation
 from fedgan.evaluation.evaluate import FEWEST_TEST_IMAGES, FEWEST_TO_SPLIT
 from fedgan.evaluation.reference import RealReference, merged
-from fedgan.privacy.attacks.copies import closest
+from fedgan.privacy.attacks.copies import quarantine_threshold
 from fedgan.privacy.attacks.nearest import nearest
 
 PERCENTILE = 1.0  # of the held-out images' distances
@@ -62,7 +62,7 @@ def fences_of(hospitals: Sequence[HospitalData], percentile: float = PERCENTILE)
         space = pixel_space(hospital.train.images.shape[1:])
         training = space.rows(hospital.train.images)
         held = np.concatenate([space.rows(part.images) for part in (hospital.val, hospital.test) if len(part)])
-        threshold = closest(nearest(held, training, moves=space.moves)[0], percentile)
+        threshold = quarantine_threshold(training, held, percentile, moves=space.moves)
         fences.append(Fence(hospital.name, space, training, threshold))
     return fences
 

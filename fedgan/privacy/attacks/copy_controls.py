@@ -56,7 +56,6 @@ class Recovery:
     planted_share: float
     found_share: float  # estimated from what was flagged, less what is flagged without a leak
     found_ci: Interval
-    flagged_planted: float  # share of the planted images that were flagged
     right_row: float | None  # share of the planted images whose nearest training image is their source
     passed: bool
 
@@ -88,7 +87,6 @@ def recovered(
         planted_share=planted_share,
         found_share=max(0.0, (share - base) / rest),
         found_ci=found_ci,
-        flagged_planted=float(flags[planted].mean()),
         right_row=None if rows is None else float((findings.rows[planted] == np.asarray(rows)[planted]).mean()),
         passed=auc >= LEAST_AUC and found_ci[0] <= planted_share <= found_ci[1],
     )

@@ -2,21 +2,18 @@
 
 An attack gives every image a score, higher for a suspected member; `score_attack` says what the scores are worth on images
 whose membership is known. Members and non-members come from one hospital, split by patient, so that nothing but the
-training tells them apart. Whether that is so is itself tested: `null_findings` (held-out images posing as members) and
-`blind_scores` (an attack that sees no model) must be at chance, and `judge_controls` asks of every attack that it find
-a planted leak and nothing in fresh data.
+training tells them apart. The controls of an audit test whether that is so (fedgan/evaluation/audit_membership.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from fedgan.errors import DataError, FedganError
 from fedgan.privacy.attacks.density import density_ratio_scores, density_scores
 from fedgan.privacy.attacks.logan import discriminator_scores
-from fedgan.privacy.attacks.nearest import nearest
 from fedgan.privacy.attacks.roc import (
     LEVEL,
     Interval,
@@ -29,18 +26,13 @@ from fedgan.privacy.attacks.roc import (
 from fedgan.privacy.attacks.shadow import calibrated_scores, deal_shadows, likelihood_ratio_scores
 
 __all__ = [
-    "ControlFindings",
     "MembershipFindings",
-    "blind_scores",
     "calibrated_scores",
     "deal_shadows",
     "density_ratio_scores",
     "density_scores",
     "discriminator_scores",
-    "distance_scores",
-    "judge_controls",
     "likelihood_ratio_scores",
-    "null_findings",
     "score_attack",
 ]
 
@@ -67,16 +59,6 @@ class MembershipFindings:
     members: int
     non_members: int
     note: str = ""
-
-
-@dataclass(frozen=True)
-class ControlFindings:
-    """Whether an attack's figures count: `leaked` members must be found, `fresh` images must not. `reason` when not `passed`."""
-
-    leaked: MembershipFindings
-    fresh: MembershipFindings
-    passed: bool
-    reason: str = ""
 
 
 def score_attack(
@@ -123,86 +105,6 @@ def score_attack(
         non_members=len(others),
         note="; ".join(note for note in (at_1[2], at_01[2]) if note),
     )
-
-
-def null_findings(
-    attack: str,
-    non_member_scores: np.ndarray,
-    *,
-    seed: int,
-    bootstrap: int = 1000,
-    level: float = LEVEL,
-    groups: np.ndarray | None = None,
-) -> MembershipFindings:
-    """The same attack where nobody is a member: held-out images (N,), half of them drawn to pose as members.
-
-    Halves are drawn by `groups` (N,) (patients) where given. Its interval must hold 0.5. For an attack's figure at the
-    very same size, give `score_attack` as many members as there are here.
-    """
-    scores = _side(attack, non_member_scores)
-    numbers = group_numbers(groups, len(scores))
-    total = int(numbers.max()) + 1
-    if total < 2:
-        raise DataError(f"{attack}: all held-out images are of one patient, so they cannot be halved: hold out more patients")
-    poses = np.zeros(total, bool)
-    poses[np.random.default_rng((seed, 2)).permutation(total)[: total // 2]] = True
-    member = poses[numbers]
-    found = score_attack(
-        attack,
-        scores[member],
-        scores[~member],
-        seed=seed,
-        bootstrap=bootstrap,
-        level=level,
-        member_groups=numbers[member],
-        non_member_groups=numbers[~member],
-    )
-    return replace(found, note="; ".join(part for part in ("held-out images pose as members", found.note) if part))
-
-
-def judge_controls(
-    attack: str,
-    leaked_scores: np.ndarray,
-    fresh_scores: np.ndarray,
-    non_member_scores: np.ndarray,
-    *,
-    seed: int,
-    bootstrap: int = 1000,
-    attacks: int = 1,
-) -> ControlFindings:
-    """Does the attack see a planted leak (AUC ≥ 0.9), and nothing in fresh data (the interval holds 0.5)?
-
-    `leaked_scores` (L,): members that a generator leaks on purpose, `fresh_scores` (F,): images of the same distribution
-    that it never saw, `non_member_scores` (N,); all scored against that generator. `attacks`: negative controls that are judged
-    together; each then has an interval of level 1 - 0.05 / attacks, or one in twenty would fail where nothing is wrong.
-    """
-    leaked = score_attack(attack, leaked_scores, non_member_scores, seed=seed, bootstrap=bootstrap, match=False)
-    level = 1 - (1 - LEVEL) / max(attacks, 1)
-    fresh = score_attack(attack, fresh_scores, non_member_scores, seed=seed, bootstrap=bootstrap, level=level, match=False)
-    reasons = []
-    if leaked.auc < LEAK_AUC:
-        reasons.append(f"{attack} finds planted members with an AUC of {leaked.auc:.3f}, below {LEAK_AUC}")
-    if not fresh.auc_ci[0] <= 0.5 <= fresh.auc_ci[1]:
-        reasons.append(f"{attack} tells fresh images from held-out ones (AUC {fresh.auc:.3f}): the two sets are not alike")
-    return ControlFindings(leaked, fresh, not reasons, "; ".join(reasons))
-
-
-def distance_scores(features: np.ndarray, synthetic_features: np.ndarray) -> np.ndarray:
-    """Minus the distance (N,) to the nearest synthetic image (GAN-Leaks, arXiv 1909.03935, full black-box attack).
-
-    `features` (N, F), `synthetic_features` (S, F). Also scores of a shadow's or a reference generator's images, for
-    `calibrated_scores`.
-    """
-    return -nearest(features, synthetic_features)[0]
-
-
-def blind_scores(features: np.ndarray, reference_features: np.ndarray) -> np.ndarray:
-    """An attack that looks at no model: minus the distance (N,) to the nearest reference image, real and never trained on.
-
-    Above or below chance it says that members and non-members were not drawn alike (another year, another scanner), and that
-    no other attack's figure on them is evidence of a leak (arXiv 2406.16201).
-    """
-    return -nearest(features, reference_features)[0]
 
 
 def _side(attack: str, scores: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ their projections. Here whole batches are projected at once, each image with a l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,9 +28,6 @@ CANDIDATE_SIDE = 64  # they are compared with images at this resolution at most
 REMEMBERED = 32  # label vectors whose candidates stay in memory
 LEARNING_RATE = 0.1  # of Adam, in units of the spread of w
 RAMP_UP, RAMP_DOWN = 0.05, 0.25  # shares of the steps (arXiv 1912.04958, appendix D)
-SPACES = ("w", "w+")
-
-Features = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,40 +58,30 @@ def project(
     batch: int = 64,
     device: str = "cpu",
     seed: int = 0,
-    space: str = "w",
-    features: Features | None = None,
-    feature_weight: float = 1.0,
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distances (N,) float64 of images (N, C, H, W) uint8 to their projections, and the latents ws (N, num_ws, w_dim) float32.
 
     Minimises ‖G(ws) - x‖² over ws by `steps` steps of Adam from the nearest of 128 random w of the image's labels (N, K) or
-    their mean; the best ws met on the way is kept. `space` "w": one w for all layers, what the generator makes by
-    itself; "w+": one a layer, which fits nearly anything and so tells training images apart less well.
+    their mean; the best ws met on the way is kept. It is one w for all layers, what the generator makes by itself: one a layer
+    fits nearly anything and so tells training images apart less well.
     The distance is a root mean square in grey levels (0 to 255) of the image as it would be released (clamped, constant noise).
-    `features` takes float images (B, C, H, W) in [0, 255] and gives (B, D); then `feature_weight` times the squared distance of
-    features, in shares of the target's squared norm, is added to the squared distance in [-1, 1] before the root.
     Images do not influence each other: `batch` changes rounding only. The generator's parameters are never touched, and torch's
-    global random state is left alone. `progress(images done, images)` after each batch.
-    Raises `FedganError` when the generator gives no finite images or another size.
+    global random state is left alone. Raises `FedganError` when the generator gives no finite images or another size.
     """
     labels, count = np.asarray(labels), images.shape[0]
-    _check(generator, images, labels, steps, batch, space)
+    _check(generator, images, labels, steps, batch)
     distances, found = np.empty(count), np.empty((count, generator.synthesis.num_ws, generator.w_dim), np.float32)
     with _frozen(generator.to(device)):
         starts = _Starts(generator, seed, device)
         for first in range(0, count, batch):
             rows = np.arange(first, min(first + batch, count))
             target = torch.from_numpy(np.ascontiguousarray(images[rows])).to(device).float() / 127.5 - 1.0
-            loss = _Loss(target, features, feature_weight)
             start, spread = starts.of(target, labels[rows])
-            ws = _descend(generator, loss, start, spread, steps, generator.synthesis.num_ws if space == "w+" else 1)
+            ws = _descend(generator, target, start, spread, steps)
             with torch.no_grad():
-                squared = loss(_image(generator, ws))
+                squared = _squared(_image(generator, ws), target)
             distances[rows] = 127.5 * squared.double().sqrt().cpu().numpy()
             found[rows] = ws.expand(-1, generator.synthesis.num_ws, -1).cpu().numpy()
-            if progress is not None:
-                progress(int(rows[-1]) + 1, count)
     if not np.isfinite(distances).all():
         raise FedganError(
             "the generator gives images that are not finite numbers: training has diverged; audit an earlier checkpoint"
@@ -165,30 +152,18 @@ def null_projection_gap(
     )
 
 
-def _check(generator: Generator, images: ImageArray, labels: np.ndarray, steps: int, batch: int, space: str) -> None:
-    if space not in SPACES or steps < 0 or batch < 1 or labels.shape != (images.shape[0], generator.label_dim):
-        raise ValueError(f"not w or w+, steps ≥ 0, batch ≥ 1, a label vector an image: {space}, {steps}, {batch}, {labels.shape}")
+def _check(generator: Generator, images: ImageArray, labels: np.ndarray, steps: int, batch: int) -> None:
+    if steps < 0 or batch < 1 or labels.shape != (images.shape[0], generator.label_dim):
+        raise ValueError(f"not steps ≥ 0, batch ≥ 1, a label vector an image: {steps}, {batch}, {labels.shape}")
     if tuple(images.shape[1:]) != (generator.channels, generator.resolution, generator.resolution):
         raise FedganError(
             f"images of {tuple(images.shape[1:])} do not fit a generator of {generator.channels} × {generator.resolution}²"
         )
 
 
-class _Loss:
-    """Squared distance (B,) of images (B, C, H, W) in [-1, 1] to their targets: mean over pixels, and features if wanted."""
-
-    def __init__(self, target: Tensor, features: Features | None, feature_weight: float) -> None:
-        self.target, self.features, self.weight = target, features, feature_weight
-        if features is not None:
-            with torch.no_grad():
-                self.wanted = features(target * 127.5 + 127.5)
-            self.scale = self.wanted.square().sum(1).clamp(min=1e-12)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        squared = (images - self.target).square().mean(dim=(1, 2, 3))
-        if self.features is None:
-            return squared
-        return squared + self.weight * (self.features(images * 127.5 + 127.5) - self.wanted).square().sum(1) / self.scale
+def _squared(images: Tensor, target: Tensor) -> Tensor:
+    """Mean squared distance (B,) over the pixels of images (B, C, H, W) in [-1, 1] to their targets."""
+    return (images - target).square().mean(dim=(1, 2, 3))
 
 
 class _Starts:
@@ -224,20 +199,19 @@ class _Starts:
         return self.known[key]
 
 
-def _descend(generator: Generator, loss: _Loss, start: Tensor, spread: Tensor, steps: int, layers: int) -> Tensor:
-    """The best ws (B, `layers`, w_dim) met in `steps` steps from `start` (B, 1, w_dim).
+def _descend(generator: Generator, target: Tensor, start: Tensor, spread: Tensor, steps: int) -> Tensor:
+    """The best w (B, 1, w_dim) for images (B, C, H, W) met in `steps` steps from `start` (B, 1, w_dim).
 
     What Adam moves is the offset in units of `spread` (B, 1, 1), so that the learning rate fits any generator. Adam works by
     element and the sum of losses has no terms that two images share, so each image goes its own way.
     """
-    start = start.expand(-1, layers, -1)
     offset = torch.zeros_like(start).requires_grad_()
     optimizer = torch.optim.Adam([offset], lr=LEARNING_RATE, betas=(0.9, 0.999))
     best, lowest = start.clone(), torch.full((len(start),), torch.inf, device=start.device)
     for step in range(steps + 1):
         with torch.set_grad_enabled(step < steps):
             ws = start + offset * spread
-            losses = loss(_image(generator, ws))
+            losses = _squared(_image(generator, ws), target)
         with torch.no_grad():
             better = losses < lowest
             lowest = torch.where(better, losses, lowest)
