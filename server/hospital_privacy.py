@@ -31,6 +31,7 @@ from flwr.serverapp.strategy import (
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError
 from fedgan.privacy.accounting import Mechanism, epsilon_of
+from fedgan.privacy.hospitals import worth
 from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
 from server.records import ARRAYS, METRICS, WEIGHT, to_record
@@ -107,10 +108,7 @@ def remark(settings: Settings, numbers: int) -> str:
     privacy, hospitals, rounds = settings.privacy, settings.federation.participants, settings.federation.rounds
     noise = privacy.hospital_noise_multiplier
     epsilon = epsilon_of([Mechanism(noise, 1.0, rounds)], privacy.hospital_delta)
-    times = noise * math.sqrt(numbers)
     return (
         f"privacy.hospital = '{privacy.hospital}': {rounds} rounds cost every hospital epsilon = {epsilon:.3g} at delta = "
-        f"{privacy.hospital_delta:g}. To hide one of {hospitals} hospitals is to drown 1/{hospitals} of each round: over "
-        f"{numbers:,} numbers the noise is {times:,.0f} times as long as the largest share of one hospital in the mean. "
-        f"delta = 1/{hospitals} would allow one hospital to be given away whole. For patients use privacy.epsilon."
+        f"{privacy.hospital_delta:g}. {worth(hospitals, noise, numbers)} For patients use privacy.epsilon."
     )

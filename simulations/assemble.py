@@ -64,7 +64,7 @@ def assemble(bench: Bench, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "classifier": reference.classifier_name,
         "suite": settings.evaluation.suite,
         "frechet_threshold": threshold,
-        "not_measured": not_measured(settings, outcomes, entries),
+        "not_measured": not_measured(settings, outcomes),
         "notes": [*fairness(outcomes, entries), *notes(entries)],
         "provenance": provenance(settings, folder),
     }

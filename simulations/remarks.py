@@ -16,7 +16,7 @@ from simulations.ablation import KIND
 from simulations.trainings import Outcome
 
 
-def not_measured(settings: Settings, outcomes: Sequence[Outcome], entries: Mapping[Path, Mapping[str, Any]]) -> list[str]:
+def not_measured(settings: Settings, outcomes: Sequence[Outcome]) -> list[str]:
     """Sentences for what a reader might look for and does not find."""
     said = [f"{outcome.arm.label} failed and has no figures: {outcome.failure}." for outcome in outcomes if not outcome.done]
     kinds = {outcome.arm.kind for outcome in outcomes}
@@ -34,8 +34,12 @@ def not_measured(settings: Settings, outcomes: Sequence[Outcome], entries: Mappi
     if settings.comparison.seeds < 3:
         count = settings.comparison.seeds
         said.append(f"The spread over trainings is known from {count} {'seed' if count == 1 else 'seeds'} of each arm alone.")
-    private = any(outcome.arm.jobs[0].settings.privacy.on for outcome in outcomes)
-    trained = "what they cost in ε stands beside them" if private else "none was trained with differential privacy"
+    privacies = [(outcome.arm.kind, outcome.arm.jobs[0].settings.privacy) for outcome in outcomes]
+    trained = "none was trained with differential privacy"
+    if any(privacy.on for _, privacy in privacies):
+        trained = "what they cost in ε stands beside them"
+    elif any(privacy.hospital != "none" and kind not in ("centralized", "local") for kind, privacy in privacies):
+        trained = "none hides an image or a patient by differential privacy, only whole hospitals, in what was federated"
     said.append(f"Privacy: no attack was run on these generators and {trained}.")
     return said
 

@@ -19,6 +19,7 @@ from privacy_runs import ATTACKS, audit, copy_figures, hospital_audit, read_line
 from test_report import HOSPITALS, Page, page_of
 
 from fedgan import files
+from fedgan.config import Settings, to_dict
 from fedgan.evaluation.audit import signs
 from fedgan.report import format as text
 from fedgan.report.cards import write_cards
@@ -79,7 +80,10 @@ def test_an_epsilon_never_stands_without_what_it_means(tmp_path: Path) -> None:
         "Poisson",
         "PRV",
         "RDP",
-        "all runs on the same images",
+        "all private runs on the same images",
+        "counted over all private runs on that hospital's images",
+        "Whatever was trained on these images without privacy: no ledger knows of it.",
+        "roughly two and a half times the ε at the same δ",
         "counts of labels, released with a noise multiplier of 20",
         "not cryptographic",
         "clipped to norm 1, then summed, then",
@@ -165,11 +169,41 @@ def test_hospital_level_noise_is_told_as_what_it_is(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     lines = read_lines(run)
     lines[-1]["hospital_privacy"] = {"epsilon": 31.4, "delta": 1e-5, "noise_multiplier": 1.2, "clip": 1.0, "releases": 10}
+    lines[-1]["hospital_privacy"] |= {"hospitals": 3}
     write_lines(run, lines)
     words = words_of(run)
     assert "There is no guarantee for an image or a patient" in words
     assert "ε = 31.4 and δ = 1e−05 over 10 releases" in words
     assert "not from the server" in words
+    assert "over a million 1,200 times. delta = 1/3 would allow one hospital to be given away whole." in words
+    assert "no guarantee at all" not in words
+    assert "hidden only as part of their hospital" in words
+    lines[-1]["hospital_privacy"] |= {"epsilon": None, "noise_multiplier": 0.0}
+    write_lines(run, lines)
+    words = words_of(run)
+    assert "at an infinite ε, which is no guarantee" in words
+    assert "there is no guarantee at all" in words
+
+
+def test_hospitals_that_are_to_be_hidden_are_told_of_before_the_first_round(tmp_path: Path) -> None:
+    run = write_run(tmp_path, {"hospital": "server"})
+    assert "are to be hidden" not in words_of(run), "rounds were done, and none of them hid a hospital"
+    write_lines(run, [])
+    words = words_of(run)
+    assert "Whole hospitals are to be hidden, but no round has finished" in words
+    assert "trained without differential privacy" not in words
+
+
+def test_an_epsilon_of_dealt_hospitals_is_of_this_run_alone(tmp_path: Path) -> None:
+    data = {"partition": "iid", "root": "/nowhere"}
+    run = write_run(tmp_path, PRIVATE, data=to_dict(Settings())["data"] | data)
+    html = page_of(run)
+    assert "all private runs" not in html
+    words = words_of(run)
+    assert "counted over this run alone: dealt hospitals exist in this run only, and other runs on the same images" in words
+    assert "All steps of the discriminator in this run alone" in words
+    assert "earlier private runs included" not in words
+    assert "Nor does one of other runs" in words
 
 
 def test_the_table_of_hospitals_has_epsilon_only_where_privacy_was_on(tmp_path: Path) -> None:
@@ -540,3 +574,26 @@ def test_the_card_without_privacy_and_audit_claims_neither(tmp_path: Path) -> No
     assert facts["privacy"]["guarantee"]["hospitals"] == []
     assert facts["privacy"]["audit"]["headline"] in page
     assert "Differential privacy: " not in page
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_the_card_of_hidden_hospitals_tells_what_hid_them_and_what_travelled(private: bool, tmp_path: Path) -> None:
+    run = make_card_run(tmp_path, privacy={"hospital": "server", **(PRIVATE if private else {})})
+    spent_by_hospitals = {"epsilon": 31.4, "delta": 1e-5, "noise_multiplier": 2.0, "clip": 1.0, "releases": 10, "hospitals": 2}
+    files.write_text(run.metrics, json.dumps(read_lines_or_one(run) | {"hospital_privacy": spent_by_hospitals}) + "\n")
+    facts, page = card_of(run)
+    privacy = facts["privacy"]
+    held = privacy["guarantee"]["hospital_level"]
+    assert {key: held[key] for key in spent_by_hospitals} == spent_by_hospitals
+    assert held["statement"] in page
+    assert "delta = 1/2 would allow one hospital to be given away whole" in page
+    assert "losses" not in privacy["known"][0]
+    assert ("epsilon" in privacy["known"][0]) is private
+    assert not any("No differential privacy:" in line for line in privacy["unknown"])
+    assert any("of an image or a patient" in line for line in privacy["unknown"]) is not private
+
+
+def test_the_card_of_a_private_run_tells_that_losses_of_the_generator_travelled(tmp_path: Path) -> None:
+    facts, _ = card_of(private_card(tmp_path, None))
+    assert "losses of the generator, and epsilon with its delta" in facts["privacy"]["known"][0]
+    assert facts["privacy"]["guarantee"]["hospital_level"] == {"statement": ""}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedgan.config import Settings
 from fedgan.report.cards.collect import CardData
 from fedgan.report.privacy.findings import Audit, Figure
-from fedgan.report.privacy.guarantee import meaning, spent, statement, terms
+from fedgan.report.privacy.guarantee import hospital_level, hospitals_spent, meaning, spent, statement, terms
 from fedgan.report.privacy.words import COMMAND, not_protected
 from fedgan.report.run_data import Tree, tree
 
@@ -17,6 +18,7 @@ ATTACKS_NOT_RUN = (
 OTHER_ATTACKS = "Attribute inference and linkage with other data: not measured."
 OF_TRAVEL = "Reconstruction of images or of label counts from what travelled: no attack was run. Not measured."
 NO_PRIVACY = "No differential privacy: no gradient was clipped and no noise was added, so no epsilon can be stated."
+ONLY_HOSPITALS = "No differential privacy of an image or a patient: in the hospitals no gradient was clipped, no noise added."
 NO_NOISE = "No guarantee: gradients were clipped, but no noise was added, so epsilon is infinite."
 
 
@@ -35,7 +37,7 @@ def privacy_facts(card: CardData, federated: bool, counts: bool = True) -> Tree:
         )
     privacy = data.settings.privacy
     if not privacy.on:
-        unknown.insert(0, NO_PRIVACY)
+        unknown.insert(0, ONLY_HOSPITALS if hospital_level(data) else NO_PRIVACY)
     elif privacy.noise_multiplier == 0:
         unknown.insert(0, NO_NOISE)
     return {
@@ -53,9 +55,8 @@ def _known(card: CardData, federated: bool) -> list[str]:
     settings = card.data.settings
     if federated:
         parts = ", ".join(settings.federation.exchange)
-        losses = "epsilon" if settings.privacy.on else "losses"
         known = [
-            f"No image travelled for the training. What travelled: parameters ({parts}), counts of images, and {losses}.",
+            f"No image travelled for the training. What travelled: parameters ({parts}), counts of images{_told(settings)}.",
             "The server saw each hospital's parameters as they are: there is no secure aggregation.",
         ]
         if "discriminator" in settings.federation.exchange:
@@ -75,6 +76,14 @@ def _known(card: CardData, federated: bool) -> list[str]:
     return known
 
 
+def _told(settings: Settings) -> str:
+    """What a hospital tells of its training beside parameters and counts of images (client/sent.py), in words."""
+    ledger = ", and epsilon with its delta, noise and sampling rate" if settings.privacy.on else ""
+    if settings.privacy.hospital != "none":
+        return ledger
+    return f", losses of the generator{ledger}" if settings.privacy.on else ", and losses"
+
+
 def _not_attacked(audit: Audit) -> list[str]:
     """What is not known as long as no valid audit was run."""
     if not audit.there:
@@ -89,6 +98,7 @@ def _guarantee(card: CardData) -> Tree:
     found = spent(card.data)
     return {
         "on": card.data.settings.privacy.on,
+        "hospital_level": {"statement": hospital_level(card.data), **hospitals_spent(card.data)},
         "statement": statement(card.data),
         "meaning": meaning(found),
         "hospitals": [

@@ -101,7 +101,10 @@ def privacy(comparison: Comparison) -> Markup:
         Column("Noise multiplier"),
         Column("Sampling rate"),
         Column("Steps"),
-        Column("ε of the whole ledger", title="Of all trainings on this hospital's images until the comparison was written"),
+        Column(
+            "ε of the whole ledger",
+            title="Of all private trainings in the hospital's ledger when this was written",
+        ),
     ]
     found = table("ε of each hospital, the largest over seeds", columns, rows, "ablation-privacy") if rows else Markup("")
     return render("comparison_ablation.html.j2", table=found)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedgan.config import Settings
+from fedgan.privacy.hospitals import worth
 from fedgan.report.format import DASH, number, plural, significant
 from fedgan.report.run_data import RunData, Tree, tree, trees
 
@@ -133,22 +134,51 @@ def statement(run: RunData) -> str:
     untold = [row.name for row in found if row.epsilon is None]
     return (
         f"Each hospital's training is differentially private with {reach} for {unit_words(run.settings)}, at the δ of the table, "
-        "counted over all runs on that hospital's images." + (f" No ε is known of {', '.join(untold)}." if untold else "")
+        f"counted over {counted_over(run.settings)}." + (f" No ε is known of {', '.join(untold)}." if untold else "")
     )
+
+
+def is_dealt(settings: Settings) -> bool:
+    """Whether the images were dealt anew to hospitals of the run's own making, so that their ledgers lie in its folder."""
+    return settings.data.partition != "institution"
+
+
+def counted_over(settings: Settings) -> str:
+    """What an ε of a ledger counts, in words that follow "counted over"."""
+    if is_dealt(settings):
+        return (
+            "this run alone: dealt hospitals exist in this run only, and other runs on the same images are not counted "
+            f"(data.partition = '{settings.data.partition}')"
+        )
+    return "all private runs on that hospital's images"
+
+
+def hospitals_spent(run: RunData) -> Tree:
+    """What hiding whole hospitals cost after the last round (of metrics.jsonl); empty where nothing was hidden."""
+    return tree(run.last_round.get("hospital_privacy"))
+
+
+def hides_hospitals(run: RunData) -> bool:
+    """Whether an ε of whole hospitals holds, and is finite."""
+    return number(hospitals_spent(run).get("epsilon")) is not None
 
 
 def hospital_level(run: RunData) -> str:
     """What hides whole hospitals from one another (privacy.hospital), in words; empty where nothing does."""
-    found = tree(run.last_round.get("hospital_privacy"))
+    found = hospitals_spent(run)
+    if not found and run.settings.privacy.hospital != "none" and not run.rounds:
+        return "Whole hospitals are to be hidden, but no round has finished: nothing was released that this page knows of."
     if not found:
         return ""
     epsilon, noise = number(found.get("epsilon")), number(found.get("noise_multiplier"))
+    hospitals = round(number(found.get("hospitals")) or 0)
     cost = f"ε = {significant(epsilon, 3)}" if epsilon is not None else f"an {INFINITE} ε, which is no guarantee"
     return (
         f"Whole hospitals: in each round the mean of the hospitals' clipped updates was released with noise (Flower's "
         f"wrappers, noise multiplier {significant(noise, 3)}), at {cost} and δ = {significant(found.get('delta'), 3)} over "
         f"{plural(round(number(found.get('releases')) or 0), 'release')}. The unit is a whole hospital, replaced by none, "
         "without sampling. It hides a hospital from whoever sees the model, not from the server."
+        + (f" {worth(hospitals, noise)}" if hospitals and noise else "")
     )
 
 
@@ -194,7 +224,9 @@ def terms(settings: Settings) -> list[tuple[str, str]]:
         ("Unit", f"{unit_words(settings)[0].upper()}{unit_words(settings)[1:]}: what may be there or not."),
         (
             "Neighbouring relation",
-            "Two data sets that differ by one unit, which was added or removed. Replacing one unit by another is two changes.",
+            "Two data sets that differ by one unit, which was added or removed. Replacing one unit by another is two changes: "
+            "roughly two and a half times the ε at the same δ. The bound for two changes that follows from ε and δ alone, 2ε at "
+            "(1 + exp(ε)) δ, promises nothing at ε = 10 where δ is above 1/22,000.",
         ),
         (
             "Mechanism",
@@ -228,10 +260,15 @@ def terms(settings: Settings) -> list[tuple[str, str]]:
 
 def _composed(settings: Settings) -> str:
     privacy = settings.privacy
-    parts = ["all steps of the discriminator in all runs on the same images"]
+    where = "in this run alone" if is_dealt(settings) else "in all private runs on the same images"
+    parts = [f"all steps of the discriminator {where}"]
     if privacy.label_noise:
         parts.append(f"the counts of labels, released with a noise multiplier of {privacy.label_noise:g}")
     if privacy.r_t_noise:
         parts.append(f"the signs of the discriminator on real images, released with a noise multiplier of {privacy.r_t_noise:g}")
     words = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-    return f"{words[0].upper()}{words[1:]}." + ("" if privacy.label_noise else " No counts of labels were released.")
+    dealt = (
+        " Dealt hospitals exist in this run only: other runs on the same images are not counted." if is_dealt(settings) else ""
+    )
+    labels = "" if privacy.label_noise else " No counts of labels were released."
+    return f"{words[0].upper()}{words[1:]}.{dealt}{labels}"

@@ -7,6 +7,7 @@ Data Protection Board.
 from __future__ import annotations
 
 from fedgan.report.format import number
+from fedgan.report.privacy.guarantee import hides_hospitals, is_dealt
 from fedgan.report.run_data import RunData, dig
 
 HEADS = {
@@ -42,8 +43,14 @@ def not_protected(run: RunData, counts: bool = True) -> list[str]:
     """What neither the guarantee nor the audit covers, the gravest first; `counts`: whether counts stand on the same page."""
     settings = run.settings
     privacy, found = settings.privacy, []
+    counted = "neither those runs nor " if is_dealt(settings) else "those runs, but not "
     guaranteed = privacy.on and privacy.noise_multiplier != 0
-    if not guaranteed:
+    if not guaranteed and hides_hospitals(run):
+        found.append(
+            "An image or a patient, from the server: it sees each hospital's update without noise, and no gradient was clipped "
+            "in the hospital. From others they are hidden only as part of their hospital, at the ε of whole hospitals."
+        )
+    elif not guaranteed:
         found.append(
             "The generator, the discriminator and every image drawn from them: there is no guarantee at all, only the attacks "
             "that were tried, with the figures that they gave."
@@ -59,8 +66,12 @@ def not_protected(run: RunData, counts: bool = True) -> list[str]:
     ]
     if guaranteed:
         found.append(
-            "Settings that were chosen by looking at earlier private runs: the ledger counts those runs, but not what their "
-            "figures on real images told whoever chose."
+            "Whatever was trained on these images without privacy: no ledger knows of it."
+            + (" Nor does one of other runs: these hospitals were dealt for this run." if is_dealt(settings) else "")
+        )
+        found.append(
+            f"Settings that were chosen by looking at earlier private runs: the ledger counts {counted}what their figures on "
+            "real images told whoever chose."
         )
         if privacy.unit == "image":
             found.append(

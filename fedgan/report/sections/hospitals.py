@@ -8,7 +8,7 @@ from fedgan.report import format as text
 from fedgan.report.charts import Dot, Row, dot_chart, legend, stacked_bars
 from fedgan.report.facts import WITHHELD, counts_withheld
 from fedgan.report.format import number
-from fedgan.report.privacy.guarantee import spent
+from fedgan.report.privacy.guarantee import counted_over, spent
 from fedgan.report.run_data import RunData, Tree, dig, tree, trees
 from fedgan.report.sections.base import Section
 from fedgan.report.tables import Column, table
@@ -117,7 +117,7 @@ def _sizes(run: RunData) -> Markup:
     columns.append(Column("Images shown", title="Real images shown to this hospital's discriminator so far"))
     more = "Images shown: real images that the hospital's discriminator has seen so far, each as often as it was drawn."
     if paid:
-        columns.append(Column("ε", title="Of differential privacy, over all runs on this hospital's images"))
+        columns.append(Column("ε", title=f"Of differential privacy, over {counted_over(run.settings)}"))
         more += " What the ε of differential privacy means, and its δ, stand under privacy."
     return table("Images and patients in each split", columns, rows, "hospitals", more=more)
 

@@ -10,7 +10,7 @@ from fedgan.report import format as text
 from fedgan.report.charts import Line, legend, line_chart
 from fedgan.report.format import number
 from fedgan.report.privacy.findings import CONTROLS, SPACES, Audit, blind_spaces, controls, name_of, passed
-from fedgan.report.privacy.guarantee import Spent, hospital_level, meaning, share, spent, statement, terms
+from fedgan.report.privacy.guarantee import Spent, counted_over, hospital_level, is_dealt, meaning, share, spent, statement, terms
 from fedgan.report.privacy.words import COMMAND, HEADS, NO_AUDIT, UNREADABLE, not_protected
 from fedgan.report.run_data import RunData, Tree, dig, tree
 from fedgan.report.sections.base import Section
@@ -35,7 +35,7 @@ def _render(run: RunData) -> Markup:
         scope=_scope(run, audit),
         controls=_controls(audit),
         control_parts=_control_parts(audit),
-        guarantee=_guarantee(found),
+        guarantee=_guarantee(run, found),
         meaning=meaning(found),
         hospital_level=hospital_level(run),
         curve=_curve(run, found),
@@ -56,12 +56,12 @@ def _is_damaged(run: RunData) -> bool:
 # --- what is guaranteed --------------------------------------------------------------------------
 
 
-def _guarantee(found: list[Spent]) -> Markup:
+def _guarantee(run: RunData, found: list[Spent]) -> Markup:
     if not found:
         return Markup("")
     columns = [
         NAME,
-        Column("ε", title="Over all runs on this hospital's images"),
+        Column("ε", title=f"Over {counted_over(run.settings)}"),
         Column("δ"),
         Column("Noise multiplier", title="Standard deviation of the noise over the norm to which gradients are clipped"),
         Column("Sampling rate", title="Probability of a unit to be in a step"),
@@ -80,7 +80,8 @@ def _guarantee(found: list[Spent]) -> Markup:
         ]
         for row in found
     ]
-    more = "ε of everything in the hospital's ledger, earlier runs included; noise multiplier and sampling rate of this run."
+    earlier = "" if is_dealt(run.settings) else ", earlier private runs included"
+    more = f"ε of everything in the hospital's ledger{earlier}; noise multiplier and sampling rate of this run."
     return table("What each hospital has spent", columns, rows, "privacy-epsilon", more=more)
 
 
