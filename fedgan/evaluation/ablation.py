@@ -17,13 +17,19 @@ from fedgan.evaluation.arms import decimal, gap, shown, span_of, steady, verdict
 STEP, FOOT = "rung against the one before", "rung against the foot"  # families of the paired comparisons
 FIDELITY = ("frechet", "precision", "recall", "coverage")
 COSTS = ("wall_seconds", "core_seconds")
+MODERATE = 10.0  # ε beyond which a guarantee bounds attacks by next to nothing
 
 Tree = Mapping[str, Any]
 
 
 def families(arms: Sequence[Tree]) -> dict[str, list[tuple[str, str]]]:
-    """The pairs (a, b) of an ablation's paired comparisons, from entries of `arms` (`name`, `parent`)."""
+    """The pairs (a, b) of an ablation's paired comparisons, from entries of `arms` (`name`, `parent`).
+
+    None where no arm has a parent.
+    """
     parents = {arm["name"]: arm["parent"] for arm in arms if arm.get("parent")}
+    if not parents:
+        return {}
     foot = _foot(parents)
     found = {
         STEP: list(parents.items()),
@@ -67,7 +73,10 @@ def ladder(arms: Sequence[Tree], summary: Sequence[Tree], comparisons: Sequence[
 
 
 def answer(found: Tree) -> str:
-    """Which rung costs most, whether that is noise, and the best arm that has a guarantee: sentences from `ladder`."""
+    """Which rung costs most, whether that is noise, and the best arm that has a guarantee: sentences from `ladder`.
+
+    Where that arm's ε is above 10, the best one at ε ≤ 10 is named, too.
+    """
     rungs, foot = found["rungs"], found["foot"]
     steps = [rung for rung in rungs if _difference(rung["step"]) is not None]
     if not steps:
@@ -77,14 +86,25 @@ def answer(found: Tree) -> str:
     said += _of_noise(rungs, foot, worst)
     guarded = [rung for rung in rungs if rung["epsilon"] is not None and rung["macro_auc"] is not None]
     if guarded:
-        best = max(guarded, key=lambda rung: float(rung["macro_auc"]))
-        below = _difference(best["from_foot"])
-        behind = "" if below is None else f", {gap(below)} '{foot}' ({span_of(best['from_foot'])})"
-        bound = f"ε ≤ {best['epsilon']:.3g}"
-        said.append(f"The best arm with a guarantee is '{best['name']}', {bound}: {decimal(best['macro_auc'])}{behind}.")
+        best = _best(guarded)
+        said.append(f"The best arm with a guarantee is {_of_guarded(best, foot)}.")
+        if best["epsilon"] > MODERATE:
+            moderate = [rung for rung in guarded if rung["epsilon"] <= MODERATE]
+            one = _of_guarded(_best(moderate), foot) if moderate else "none that was measured"
+            said.append(f"The best one at ε ≤ {MODERATE:g} is {one}.")
     elif any(rung["private"] for rung in rungs):
         said.append("No arm with a guarantee was measured.")
     return " ".join(said)
+
+
+def _best(rungs: Sequence[Tree]) -> Tree:
+    return max(rungs, key=lambda rung: float(rung["macro_auc"]))
+
+
+def _of_guarded(rung: Tree, foot: str) -> str:
+    below = _difference(rung["from_foot"])
+    behind = "" if below is None else f", {gap(below)} '{foot}' ({span_of(rung['from_foot'])})"
+    return f"'{rung['name']}', ε ≤ {rung['epsilon']:.3g}: {decimal(rung['macro_auc'])}{behind}"
 
 
 def _of_worst(worst: Tree) -> str:
