@@ -52,7 +52,13 @@ def audit(
     ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed; the same seed gives the same numbers.")] = 0,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write audit.json there and leave the run as it is.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Write audit.json there; pictures of pairs still go to RUN/hospitals/NAME/audit.",
+        ),
     ] = None,
     as_json: console.Json = False,
 ) -> None:
