@@ -25,7 +25,7 @@ from fedgan.training.checkpoint import load_tensors, save_tensors
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
 from server.roster import Member
-from server.strategies import STATE
+from server.strategies import STATE, too_few
 
 KEEP_ROUNDS = 3
 
@@ -54,8 +54,12 @@ class State:
     drawn: bool = False
 
     def is_over(self, settings: Settings) -> bool:
-        """Whether no round is left: all are done, or nobody may train any more."""
-        return self.round >= settings.federation.rounds or len(self.exhausted) >= settings.federation.participants
+        """Whether no round is left: all are done, or fewer hospitals may train than the strategy needs."""
+        return self.round >= settings.federation.rounds or bool(self.ended_early(settings))
+
+    def ended_early(self, settings: Settings) -> str:
+        """The sentence that says which spent budgets end the run (server/strategies.py:too_few); empty where none do."""
+        return too_few(settings, sorted(row["name"] for row in self.exhausted))
 
 
 def initial_state(settings: Settings, members: Sequence[Member]) -> State:
@@ -147,11 +151,11 @@ def exhausted_in(run: RunFolder) -> list[str]:
 
 
 def is_over(run: RunFolder, settings: Settings) -> bool:
-    """Whether a federation's run has no round left: all are done, or every hospital's privacy budget is spent."""
+    """Whether a federation's run has no round left: all are done, or spent privacy budgets leave the strategy too few."""
     newest = run.last_round()
     if newest is None:
         return False
-    return newest >= settings.federation.rounds or len(exhausted_in(run)) >= settings.federation.participants
+    return newest >= settings.federation.rounds or bool(too_few(settings, exhausted_in(run)))
 
 
 def has_line(run: RunFolder, round_number: int) -> bool:

@@ -4,8 +4,8 @@ Flower's strategies say what is sent and how answers become one model; the loop 
 so that every wait is bounded, a missing hospital fails the round by name, and a run can go on from
 any round. Answers are sorted by the hospital's number first: the order of a sum is its value.
 
-A hospital whose privacy budget is spent says so (`exhausted`) and is asked no more; when that is true of all, the run is
-over with the rounds that it has.
+A hospital whose privacy budget is spent says so (`exhausted`) and is asked no more; when fewer are left than the strategy
+needs, the run is over with the rounds that it has.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from server.hospital_privacy import charge, even, remark
 from server.records import ARRAYS, METRICS, WEIGHT, array_bytes, check_reply, personal, to_record
 from server.roster import Member, Roster, gather, introduce, require_all
 from server.rounds import Deal, deal, least_noise
-from server.strategies import expect, fewest, make_strategy, require_enough, restore_strategy, strategy_state
+from server.strategies import expect, fewest, make_strategy, restore_strategy, strategy_state
 
 Event = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -85,7 +85,7 @@ class Federation:
         sizes = gone | {member.number: (member.images, member.units) for member in members}
         images, units = zip(*(sizes[number] for number in sorted(sizes)), strict=True)
         dealt = deal(self.settings, images)
-        noise = least_noise(self.settings, images, units, dealt)
+        noise = least_noise(self.settings, images, units, dealt, len(state.label_names))
         self.tell(
             {
                 "event": "start",
@@ -128,7 +128,6 @@ class Federation:
     def _round(self, grid: Grid, strategy: Strategy, members: Sequence[Member], state: State, dealt: Deal, noise: float) -> State:
         """Train and aggregate one round; the state after it, already on the disk."""
         number, begun = state.round + 1, time.perf_counter()
-        require_enough(self.settings, len(members), [row["name"] for row in state.exhausted])
         images = {member.number: dealt.images[state.round][member.number] for member in members}
         self.tell(
             {
@@ -261,12 +260,12 @@ def exhausted_now(members: Sequence[Member], facts: Sequence[Mapping[str, Any]],
 
 
 def ending(state: State, settings: Settings) -> dict[str, Any]:
-    """What a round's line says of spent budgets: `exhausted`, the names until now, and `ended` where nobody is left."""
+    """What a round's line says of spent budgets: `exhausted`, the names until now, and `ended` where too few are left."""
     if not state.exhausted:
         return {}
-    early = state.is_over(settings) and state.round < settings.federation.rounds
+    why = state.ended_early(settings) if state.round < settings.federation.rounds else ""
     names = sorted(row["name"] for row in state.exhausted)
-    return {"exhausted": names} | ({"ended": "the privacy budget of every hospital is spent"} if early else {})
+    return {"exhausted": names} | ({"ended": why} if why else {})
 
 
 def hospital_line(member: Member, reply: Message) -> dict[str, Any]:

@@ -31,9 +31,13 @@ from fedgan.errors import DataError, FederationError
 from fedgan.evaluation.features import REFERENCE, check_features
 from fedgan.evaluation.reference import merged, pool_places
 from fedgan.machine import usable_cores
+from fedgan.privacy.dry_run import check_can_begin
+from fedgan.privacy.ledger import NAME as LEDGER
+from fedgan.privacy.ledger import Ledger
 from fedgan.privacy.validator import check_private
 from fedgan.run_folder import RunFolder
 from fedgan.training.trainer import resolve_device
+from server.rounds import deal
 from server.strategies import check_strategy
 
 PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetensors")
@@ -41,9 +45,11 @@ PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "scipy", "scikit-lea
 Tell = Callable[[dict[str, Any]], None]
 
 
-def prepare_run(settings: Settings, run: RunFolder, tell: Tell = lambda event: None) -> list[Hospital]:
+def prepare_run(settings: Settings, run: RunFolder, tell: Tell = lambda event: None, simulated: bool = False) -> list[Hospital]:
     """Check the scenario, draw phantoms where no data is named, and write config, hospitals, partition and environment.
 
+    `simulated`: a federation of the very hospitals that are opened here follows, so that what a private one would refuse
+    can be told in its own words.
     Raises `ConfigError`, `DataError` or `MachineError` and leaves the folder as it was: a config.toml that was there
     stays, so that what cannot be prepared now can be resumed later.
     """
@@ -67,6 +73,8 @@ def prepare_run(settings: Settings, run: RunFolder, tell: Tell = lambda event: N
             draw_phantoms(settings, run)
             hospitals = open_hospitals(settings, shards_of(settings, run))
             check_evaluation(settings, hospitals, guests)
+        if simulated:
+            check_private_hospitals(settings, hospitals, run)
         key = write_key(run) if settings.privacy.on else ""
         files.write_json(run.hospitals, describe_hospitals(hospitals, key))
         if record := partition_record(hospitals):
@@ -78,6 +86,21 @@ def prepare_run(settings: Settings, run: RunFolder, tell: Tell = lambda event: N
         shutil.rmtree(run.path / "shards", ignore_errors=True)
         raise
     return hospitals
+
+
+def check_private_hospitals(settings: Settings, hospitals: Sequence[Hospital], run: RunFolder) -> None:
+    """Raise the `ConfigError` that would end the private training of one of these hospitals in its first round."""
+    if not settings.privacy.on:
+        return
+    dealt = deal(settings, [len(hospital.train) for hospital in hospitals])
+    for number, hospital in enumerate(hospitals):
+        ledgers = [ledger_of(hospital, run)]
+        check_can_begin(settings, hospital.train, dealt.batches[number], dealt.planned(number), ledgers)
+
+
+def ledger_of(hospital: Hospital, run: RunFolder) -> Ledger:
+    """The ledger of a simulated hospital: beside its shard; in the run where it was dealt for this run."""
+    return Ledger((hospital.place or run.hospital_state(hospital.name)) / LEDGER)
 
 
 def write_key(run: RunFolder) -> str:

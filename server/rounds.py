@@ -44,16 +44,16 @@ def deal(settings: Settings, sizes: Sequence[int]) -> Deal:
     return Deal([[total // training.batch_size * batch for batch in batches] for total in totals], batches)
 
 
-def least_noise(settings: Settings, sizes: Sequence[int], units: Sequence[int], dealt: Deal) -> float:
+def least_noise(settings: Settings, sizes: Sequence[int], units: Sequence[int], dealt: Deal, label_dim: int) -> float:
     """The noise multiplier that no hospital goes below: with `privacy.noise_split = "equal"` the largest that one needs, else 0.
 
-    `units`: the images or patients of each hospital, as `privacy.unit` says.
+    `units`: the images or patients of each hospital, as `privacy.unit` says. `label_dim`: the number of labels.
     """
     privacy = settings.privacy
     if not privacy.on or privacy.noise_split != "equal":
         return 0.0
     return max(
-        noise_multiplier(privacy, size, unit, batch, dealt.planned(place))
+        noise_multiplier(settings, label_dim, size, unit, batch, dealt.planned(place))
         for place, (size, unit, batch) in enumerate(zip(sizes, units, dealt.batches, strict=True))
     )
 

@@ -50,13 +50,18 @@ def fewest(settings: Settings) -> int:
     return 2 * settings.federation.malicious + 3 if settings.federation.strategy == "krum" else 1
 
 
-def require_enough(settings: Settings, left: int, exhausted: Sequence[str]) -> None:
-    """Raise `ConfigError` when, with the privacy budgets of `exhausted` spent, too few hospitals are left for the strategy."""
-    if left < (needed := fewest(settings)):
-        raise ConfigError(
-            f"{settings.federation.strategy} needs {needed} hospitals, and {left} are left: the privacy budget of "
-            f"{', '.join(exhausted)} is spent. Begin a run with federation.strategy = 'fedmedian' or more privacy.max_epsilon"
-        )
+def too_few(settings: Settings, exhausted: Sequence[str]) -> str:
+    """Why no round can follow once the privacy budgets of `exhausted` are spent, in a sentence; empty where one can."""
+    left, needed = settings.federation.participants - len(exhausted), fewest(settings)
+    if left <= 0:
+        return "the privacy budget of every hospital is spent"
+    if left >= needed:
+        return ""
+    verb = "is" if left == 1 else "are"
+    return (
+        f"{settings.federation.strategy} needs {needed} hospitals, and {left} {verb} left: the privacy budget of "
+        f"{', '.join(exhausted)} is spent"
+    )
 
 
 def expect(strategy: Strategy, hospitals: int) -> None:

@@ -29,6 +29,7 @@ NOT_OVERRIDABLE = {
     "federation.hospitals": "all arms have the same hospitals",
     "federation.threads": "all arms are timed alike",
     "privacy.max_epsilon": "the arms share their shards' ledgers, so one arm's steps would end the next",
+    "privacy.unit": "the arms share their shards' ledgers, which count one unit",
 }
 PUBLIC_KEYS = ("data.phantoms", "data.phantom_images", "data.seed", "augment.", "training.", "federation.rounds")
 APART = 1000  # added to the seed of the data: public phantoms are others than the hospitals'

@@ -30,7 +30,6 @@ from simulations.trainings import (
     alone,
     at_home,
     centralized,
-    check_samples,
     dealt,
     federated,
     named,
@@ -52,10 +51,7 @@ MOST_PLAYERS = 4  # of a Shapley value: 2^n - 2 federations are trained
 def plan_of(settings: Settings, folder: ComparisonFolder) -> list[Arm]:
     """All arms of a comparison that was prepared in `folder`."""
     sizes = {row["name"]: row["images"]["train"] for row in folder.read_json(folder.hospitals)}
-    arms = plan(settings, folder, sizes, shards_of(settings, folder))
-    for arm in arms:
-        check_samples(arm, sizes)
-    return arms
+    return plan(settings, folder, sizes, shards_of(settings, folder))
 
 
 def plan(settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int], root: Path) -> list[Arm]:

@@ -46,6 +46,7 @@ from simulations.job import read_job, write_job
 from simulations.judging import is_judged, open_bench, write_real_grid
 from simulations.runner import REPOSITORY, is_trained
 from simulations.schedule import Task, core_groups, run_tasks
+from simulations.trainings import check_arm
 
 Tell = Callable[[dict[str, Any]], None]
 FREE_SECTIONS = ("evaluation", "comparison")  # may change between two calls: nothing has to be trained again
@@ -65,7 +66,9 @@ def compare(
     with locked(folder):
         sweep(folder)
         settings = prepare(settings, folder, tell)
-        arms = plan_of(settings, folder)
+        arms, hospitals = plan_of(settings, folder), open_prepared(settings, folder)
+        for arm in arms:
+            check_arm(arm, hospitals)
         write_real_grid(open_bench(folder))  # data that cannot be judged fail before the training, not after it
         failures = train_arms(arms, folder, jobs, tell)
         trained = [arm for arm in arms if not any(job.folder in failures for job in arm.jobs)]

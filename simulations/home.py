@@ -8,7 +8,7 @@ is spent ends with the round in which that happened.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,7 @@ import torch
 
 from fedgan import files
 from fedgan.data.dataset import ImageDataset
-from fedgan.data.federation import Hospital
-from fedgan.evaluation.reference import pool_places
 from fedgan.machine import peak_memory, usable_cores
-from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
 from fedgan.training.start import begin_training
@@ -28,9 +25,10 @@ from fedgan.training.warm_start import warm_start
 from server.checkpoints import State, exhausted_in, has_line, load_state, save_state, write_line
 from server.federation import mean_of, plain_numbers
 from server.lock import locked, sweep
-from server.preparation import experiment_of, is_prepared, open_prepared, prepare_run
+from server.preparation import experiment_of, is_prepared, ledger_of, open_prepared, prepare_run
 from server.strategies import STATE
 from simulations.arms import EVERYBODY, Job, Start
+from simulations.trainings import pooled
 
 Tell = Callable[[dict[str, Any]], None]
 PARTS = ("generator", "ema")
@@ -53,20 +51,13 @@ def train_at_home(job: Job, tell: Tell) -> None:
             settings,
             data,
             planned_images=sum(job.images),
-            ledgers=[(hospital.place or run.hospital_state(hospital.name)) / LEDGER for hospital in hospitals],
+            ledgers=[ledger_of(hospital, run).path for hospital in hospitals],
             run=experiment_of(run),
         )
         state = _restore(job, run, trainer, data, drawn=all(hospital.drawn for hospital in hospitals))
         _tell_start(job, state, tell)
         while state.round < len(job.images) and not state.exhausted:
             state = _round(job, run, trainer, state, state.round + 1, tell)
-
-
-def pooled(hospitals: Sequence[Hospital]) -> ImageDataset:
-    """The training images of all hospitals as one dataset; those of a single hospital as they are."""
-    if len(hospitals) == 1:
-        return hospitals[0].train
-    return pool_places([(hospital.name, hospital.train) for hospital in hospitals], EVERYBODY)
 
 
 def is_trained_at_home(job: Job) -> bool:

@@ -76,7 +76,7 @@ def simulate(
             f"{run.path} already holds a run: continue it with `fedgan resume {run.path}`, or give another --output"
         )
     with locked(run) as lock:
-        prepare_run(settings, run, tell)
+        prepare_run(settings, run, tell, simulated=True)
         _engine(run, tell, client, lock, judged)
     return run
 
@@ -100,7 +100,7 @@ def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT
             return run
         sweep(run)
         if not is_prepared(run):
-            prepare_run(settings, run, tell)
+            prepare_run(settings, run, tell, simulated=True)
         _engine(run, tell, client, lock, judged)
     return run
 

@@ -10,8 +10,13 @@ from pathlib import Path
 
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, from_dict, to_dict
+from fedgan.data.dataset import ImageDataset
+from fedgan.data.federation import Hospital
 from fedgan.errors import ConfigError
+from fedgan.evaluation.reference import pool_places
+from fedgan.privacy.dry_run import check_can_begin
 from fedgan.run_folder import RunFolder
+from server.preparation import check_private_hospitals, is_prepared, ledger_of
 from server.rounds import deal, round_totals
 
 FEDERATION, HOME = "federation", "home"
@@ -132,23 +137,28 @@ def named(arm: str) -> Iterator[None]:
         raise ConfigError(f"arm '{arm}': {error}") from None
 
 
-def check_samples(arm: Arm, sizes: Mapping[str, int]) -> None:
-    """Raise `ConfigError` where a private arm would sample more images a step than a hospital has."""
+def check_arm(arm: Arm, hospitals: Sequence[Hospital]) -> None:
+    """Raise the `ConfigError` with which a private training of the arm would not begin. Those that have begun are not asked.
+
+    `hospitals`: all of the comparison, as they were opened.
+    """
     for job in arm.jobs:
-        if not job.settings.privacy.on:
+        if not job.settings.privacy.on or is_prepared(job.run):
             continue
-        members = {name: size for name, size in sizes.items() if name in job.members}
-        if job.kind == HOME:
-            steps = {"the pool": (job.settings.training.batch_size, sum(members.values()))}
-        else:
-            batches = deal(job.settings, list(members.values())).batches
-            steps = {name: (batch, members[name]) for name, batch in zip(members, batches, strict=True)}
-        for who, (batch, size) in steps.items():
-            if batch > size:
-                raise ConfigError(
-                    f"arm '{arm.name}': a step of {batch} images cannot be a Poisson sample of the {size} of {who}: lower "
-                    "training.batch_size, or set federation.batch = 'shared'"
-                )
+        members = [hospital for hospital in hospitals if hospital.name in job.members]
+        with named(arm.name):
+            if job.kind == HOME:
+                ledgers = [ledger_of(hospital, job.run) for hospital in members]
+                check_can_begin(job.settings, pooled(members), job.settings.training.batch_size, sum(job.images), ledgers)
+            else:
+                check_private_hospitals(job.settings, members, job.run)
+
+
+def pooled(hospitals: Sequence[Hospital]) -> ImageDataset:
+    """The training images of all hospitals as one dataset; those of a single hospital as they are."""
+    if len(hospitals) == 1:
+        return hospitals[0].train
+    return pool_places([(hospital.name, hospital.train) for hospital in hospitals], EVERYBODY)
 
 
 # --- settings of a job -----------------------------------------------------------------------------

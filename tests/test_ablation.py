@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,14 +22,19 @@ from test_report import Page
 
 from fedgan import files
 from fedgan.comparison_folder import ComparisonFolder
-from fedgan.config import Settings, from_dict, to_dict
+from fedgan.config import PrivacySettings, Settings, from_dict, to_dict
 from fedgan.errors import ConfigError
 from fedgan.evaluation import ablation
 from fedgan.evaluation.arms import check_comparable
 from fedgan.privacy.accounting import Mechanism, epsilon_of
+from fedgan.privacy.ledger import NAME as LEDGER
+from fedgan.privacy.ledger import Ledger
 from fedgan.report.comparison import write_comparison
+from server.preparation import open_prepared
 from simulations.arms import Arm, plan, plan_of
 from simulations.compare import compare, prepare
+from simulations.remarks import not_measured
+from simulations.trainings import check_arm
 
 FOLDER = ComparisonFolder(Path("/nowhere/study"))
 SIZES = {"alpha": 32, "beta": 20, "gamma": 12}
@@ -119,6 +125,7 @@ def test_rungs_that_begin_from_phantoms_share_their_training_and_wait_for_it() -
         (("federated", "a: evaluation.seeds=1"), {}, "data and judgement are the same for all"),
         (("federated", "a: training.kimg=3"), {}, "the budget that all arms share"),
         (("federated", "a: privacy.max_epsilon=3"), {}, "share their shards' ledgers"),
+        (("federated", "a: privacy.unit=patient"), {}, "share their shards' ledgers, which count one unit"),
         (("federated", "a: training.batch_size=no"), {}, "arm 'a': training.batch_size = 'no' must be a whole number"),
         (("federated", "a: privacy.noise_multiplier=1"), {}, "arm 'a': privacy is on, but .*model.minibatch_std_group = 4"),
         (("federated", OPEN, OPEN), {}, "'plain' twice"),
@@ -143,8 +150,22 @@ def test_a_private_step_larger_than_a_hospital_is_refused_before_anything_is_tra
     settings = study(data, "comparison.kind=ablation", arms=rungs)
     folder = ComparisonFolder.at(tmp_path / "study")
     settings = prepare(settings, folder, lambda event: None)
-    with pytest.raises(ConfigError, match=r"arm 'big': a step of 6 images cannot be a Poisson sample of the \d+ of"):
-        plan_of(settings, folder)
+    hospitals = open_prepared(settings, folder)
+    arms = {arm.name: arm for arm in plan_of(settings, folder)}
+    check_arm(arms["clipped"], hospitals)
+    with pytest.raises(ConfigError, match=r"arm 'big': training.batch_size = 6 is more than the \d+ images of '\w+': a Poisson"):
+        check_arm(arms["big"], hospitals)
+
+
+def test_an_arm_is_not_begun_where_a_shards_ledger_counts_another_unit(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", (32, 16, 8))
+    facts = {"run": "earlier", "kind": "discriminator steps", "unit": "patient", "delta": 1e-3, "data": "x"}
+    Ledger(data / "beta" / LEDGER).reserve(Mechanism(1.0, 0.1, 1), 1, **facts)
+    settings = study(data, "comparison.kind=ablation", arms=json.dumps(["federated", OPEN, CLIPPED]))
+    folder = ComparisonFolder.at(tmp_path / "study")
+    with pytest.raises(ConfigError, match=r"arm 'clipped': .*for each patient, and this run would count it for each image"):
+        compare(settings, folder)
+    assert not list(folder.arms.glob("*/config.toml"))
 
 
 # --- the guard -------------------------------------------------------------------------------------
@@ -222,6 +243,43 @@ def test_the_answer_says_which_rung_costs_most_and_whether_that_is_the_noise() -
     assert "costs most is 'clipped'" in words
     _, words = told(-0.02, -0.2, clear=False)
     assert "Whether noise costs most is not shown" in words
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "one"), [(9.5, "'tight', ε ≤ 9.5: 0.700, 0.200 below 'federated'"), (11.0, "none that was measured")]
+)
+def test_beside_a_best_arm_of_a_huge_epsilon_stands_the_best_one_that_bounds_something(epsilon: float, one: str) -> None:
+    arms = [entry("federated", None), entry("loose", "federated", 80.0, True), entry("tight", "loose", epsilon, True)]
+    summary = [{"name": arm["name"], "macro_auc": value} for arm, value in zip(arms, (0.9, 0.8, 0.7), strict=True)]
+    pairs = [pair("loose", "federated", -0.1), pair("tight", "loose", -0.1), pair("tight", "federated", -0.2)]
+    found = ablation.ladder(arms, summary, pairs)
+    assert found is not None
+    words = ablation.answer(found)
+    assert "The best arm with a guarantee is 'loose', ε ≤ 80: 0.800" in words
+    assert f"The best one at ε ≤ 10 is {one}" in words
+    assert "The best one at" not in told(-0.02, -0.2)[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "privacy", "said"),
+    [
+        ("federated", {}, "none was trained with differential privacy"),
+        ("federated", {"hospital": "server"}, "none hides an image or a patient by differential privacy, only whole hospitals"),
+        ("local", {"hospital": "server"}, "none was trained with differential privacy"),
+        ("federated", {"hospital": "server", "epsilon": 8.0}, "what they cost in ε stands beside them"),
+    ],
+)
+def test_a_comparison_says_what_kind_of_privacy_its_arms_had(kind: str, privacy: dict[str, Any], said: str) -> None:
+    settings = Settings(privacy=PrivacySettings(**privacy))
+    arm: Any = SimpleNamespace(kind=kind, jobs=[SimpleNamespace(settings=settings)])
+    outcome: Any = SimpleNamespace(arm=arm, done=True)
+    assert not_measured(settings, [outcome])[-1] == f"Privacy: no attack was run on these generators and {said}" + (
+        ", in what was federated." if "whole" in said else "."
+    )
+
+
+def test_an_ablation_without_rungs_has_no_pairs() -> None:
+    assert ablation.families([entry("federated", None)]) == {}
 
 
 def test_a_ledger_that_cannot_be_read_is_neither_infinite_nor_a_guarantee() -> None:

@@ -22,7 +22,7 @@ from fedgan.privacy.accounting import Mechanism, epsilon_rdp
 from fedgan.privacy.clipping import clipped_sum, pair_gradients
 from fedgan.privacy.ledger import Ledger
 from fedgan.privacy.per_pair import PerPair
-from fedgan.privacy.step import PrivateStep, noise_multiplier
+from fedgan.privacy.step import PrivateStep, noise_multiplier, releases_labels
 from fedgan.training.losses import discriminator_loss, r1_penalty
 from fedgan.training.start import begin_training
 
@@ -304,16 +304,22 @@ def test_the_noise_of_the_hospital_that_needs_most_can_be_imposed_but_never_less
     monkeypatch.setattr(step_module, "noise_for", quick_noise)
     asked = ("privacy.noise_multiplier=-1", "privacy.epsilon=5")
     own = private_step(tmp_path, *asked).noise_multiplier
-    assert own == noise_multiplier(settings_of(*asked).privacy, 60, 60, 6, 60) == pytest.approx(0.1 * 10**0.5 * 2 + 1e-3)
+    assert own == noise_multiplier(settings_of(*asked), 2, 60, 60, 6, 60) == pytest.approx(0.1 * 10**0.5 * 2 + 1e-3)
     assert private_step(tmp_path, *asked, least_noise=own * 2).noise_multiplier == own * 2
     assert private_step(tmp_path, *asked, least_noise=own / 2).noise_multiplier == own
     # the smaller hospital of two needs more noise at the same batch, and with released labels more is needed everywhere
-    assert noise_multiplier(settings_of(*asked).privacy, 30, 30, 6, 60) > own
-    assert noise_multiplier(settings_of(*asked, "privacy.label_noise=9").privacy, 60, 60, 6, 60) == own + 1
-    with_signs = noise_multiplier(settings_of(*asked, "privacy.r_t_noise=3").privacy, 60, 60, 6, 60)
+    assert noise_multiplier(settings_of(*asked), 2, 30, 30, 6, 60) > own
+    released = settings_of(*asked, "training.labels=data", "privacy.label_noise=9")
+    assert noise_multiplier(released, 2, 60, 60, 6, 60) == own + 1
+    # what is not released costs nothing: no labels are asked for, or there are none
+    for silent, labels in ((settings_of(*asked, "privacy.label_noise=9"), 2), (released, 0)):
+        assert noise_multiplier(silent, labels, 60, 60, 6, 60) == own
+        assert not releases_labels(silent, labels)
+    assert releases_labels(released, 2)
+    with_signs = noise_multiplier(settings_of(*asked, "privacy.r_t_noise=3"), 2, 60, 60, 6, 60)
     assert (with_signs**-2 + 3**-2) ** -0.5 == pytest.approx(own)
     with pytest.raises(ConfigError, match="r_t_noise"):
-        noise_multiplier(settings_of(*asked, "privacy.r_t_noise=0.1").privacy, 60, 60, 6, 60)
+        noise_multiplier(settings_of(*asked, "privacy.r_t_noise=0.1"), 2, 60, 60, 6, 60)
 
 
 # --- samples ---------------------------------------------------------------------------------------

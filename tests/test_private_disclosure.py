@@ -25,7 +25,7 @@ from fedgan.data.shard import Shard
 from fedgan.errors import ConfigError, FederationError
 from fedgan.privacy import ledger as ledger_module
 from fedgan.privacy import step as step_module
-from fedgan.privacy.accounting import epsilon_rdp
+from fedgan.privacy.accounting import Mechanism, epsilon_rdp
 from fedgan.privacy.ledger import Ledger
 from fedgan.privacy.step import PrivateStep
 from fedgan.report.cards.collect import hospital_rows, source_rows, totals
@@ -70,11 +70,19 @@ def test_a_bound_that_is_no_number_above_zero_is_refused(own):
         bound(Order(settings_of(), "e", "run"), {"max-epsilon": own})
 
 
+def steps_by_rdp(epsilon: float, delta: float, spent: list[Mechanism], step: Mechanism, most: int) -> int:
+    def costs(steps: int) -> float:
+        return epsilon_rdp([*spent, dataclasses.replace(step, steps=steps)], delta) if spent or steps else 0.0
+
+    return max((steps for steps in range(most + 1) if costs(steps) <= epsilon), default=0)
+
+
 @pytest.fixture
 def bounded_nodes(monkeypatch):
     """Simulated hospitals whose node-config says max-epsilon = 0.3."""
     for module in (ledger_module, step_module):  # the exact accountant has tests of its own
         monkeypatch.setattr(module, "epsilon_of", epsilon_rdp, raising=False)
+    monkeypatch.setattr(ledger_module, "steps_within", steps_by_rdp)
     push = LocalGrid._answer
 
     def answer(self, message, key):

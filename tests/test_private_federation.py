@@ -25,9 +25,10 @@ from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
 from server.federation import Federation, plain_numbers
-from server.preparation import experiment_of
+from server.preparation import experiment_of, prepare_run
 from server.roster import Member, check_members
 from server.rounds import deal
+from server.strategies import too_few
 from simulations import runner
 
 SIZES = (48, 32, 16)  # half of each is the training split: 24, 16, 8
@@ -230,20 +231,94 @@ def _resumed(run: RunFolder) -> list[dict[str, Any]]:
     return told
 
 
-def test_krum_says_when_too_few_are_left_and_costs_nobody_a_second_round(tmp_path: Path) -> None:
+def test_a_run_ends_with_an_evaluation_when_too_few_are_left_for_krum_and_costs_nobody_a_second_round(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", (16, 16, 16))
     spend(data, "beta", 400)
     settings = private(data, "federation.strategy=krum", f"privacy.max_epsilon={budget(40)}")
     run = RunFolder.at(tmp_path / "run")
-    message = "krum needs 3 hospitals, and 2 are left: the privacy budget of beta is spent"
-    with pytest.raises(ConfigError, match=message):
-        federate(settings, run, app)
+    federation = federate(settings, run, app)
+    (line,) = lines_of(run)
+    assert line["exhausted"] == ["beta"]
+    assert line["ended"] == "krum needs 3 hospitals, and 2 are left: the privacy budget of beta is spent"
     begin, kept = (load_tensors(run.checkpoint(number))[0] for number in (0, 1))
     assert all(begin[key].equal(kept[key]) for key in begin)
     before = Ledger(data / "alpha" / LEDGER).entries()
-    with pytest.raises(ConfigError, match=message):
-        federate(settings, run, app)
+    judge: Any = federation.judge
+    assert judge.looked == [1]
+    told: list[dict[str, Any]] = []
+    federation.tell = told.append
+    federation.conclude()
+    assert told[-1]["result"]["round"] == 1
+    assert runner.is_trained(run, run.settings())
+    grid = LocalGrid(3, app)
+    go_on(run, grid)  # a resumed run asks nobody any more
+    assert grid.sent == []
     assert Ledger(data / "alpha" / LEDGER).entries() == before
+
+
+def test_the_sentence_of_an_early_end_counts_who_is_left() -> None:
+    settings = tiny(Path("x"), "federation.strategy=krum", hospitals=4)
+    assert too_few(settings, []) == too_few(settings, ["a"]) == ""
+    assert too_few(settings, ["a", "b"]) == "krum needs 3 hospitals, and 2 are left: the privacy budget of a, b is spent"
+    assert "and 1 is left" in too_few(settings, ["a", "b", "c"])
+    plain = tiny(Path("x"), hospitals=4)
+    assert too_few(plain, ["a", "b", "c"]) == ""
+    for each in (settings, plain):
+        assert too_few(each, ["a", "b", "c", "d"]) == "the privacy budget of every hospital is spent"
+
+
+# --- what a simulation can tell beforehand ----------------------------------------------------------
+
+LABELS = ("training.labels=data", "privacy.label_noise=1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ("federation.batch=each", "training.batch_size=18", "federation.rounds=1"),
+            "batch_size = 18 is more than the 16 images of 'beta'",
+        ),
+        (("privacy.delta=0.05",), r"privacy\.delta = 0\.05 is more than 1/n of the n images of 'alpha'"),
+        (
+            ("privacy.noise_multiplier=-1", "privacy.epsilon=1", *LABELS),
+            "no noise keeps 12 steps .* release labels with more noise",
+        ),
+        (
+            ("privacy.noise_multiplier=-1", "privacy.epsilon=2", "augment.mode=ada", "privacy.r_t_noise=0.2"),
+            "privacy.r_t_noise = 0.2 leaves nothing for the gradient",
+        ),
+    ],
+    ids=["batch", "delta", "no noise", "signs"],
+)
+def test_what_a_private_hospital_would_refuse_a_simulation_says_in_its_own_words_before_it_starts(
+    overrides: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    data = write_shards(tmp_path / "data", (48, 32, 32))
+    run = RunFolder.at(tmp_path / "run")
+    with pytest.raises(ConfigError, match=words) as found:
+        runner.simulate(private(data, *overrides), run)
+    assert "\n" not in str(found.value)
+    assert not run.config.exists()
+    prepare_run(private(data, *overrides), run)  # a deployed server's own shards say nothing of the hospitals' ones
+
+
+def test_a_ledger_in_another_unit_is_refused_before_the_simulation_starts(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", SIZES)
+    spend(data, "gamma", 1)
+    with pytest.raises(ConfigError, match=r"counts what was released for each image.*set privacy\.unit = 'image'"):
+        runner.simulate(private(data, "privacy.unit=patient"), RunFolder.at(tmp_path / "run"))
+    assert len(Ledger(data / "gamma" / LEDGER).entries()) == 1
+
+
+def test_what_can_be_trained_passes_the_check_and_enters_nothing(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", SIZES)
+    spend(data, "gamma", 1)
+    words = ("privacy.noise_multiplier=-1", "privacy.epsilon=8", "training.labels=data", "privacy.label_noise=20")
+    hospitals = prepare_run(private(data, *words), RunFolder.at(tmp_path / "run"), simulated=True)
+    assert [hospital.name for hospital in hospitals] == [*NAMES[:3]]
+    assert not (data / "alpha" / LEDGER).exists()
+    assert len(Ledger(data / "gamma" / LEDGER).entries()) == 1
 
 
 def test_equal_noise_is_what_the_hospital_needs_that_needs_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +389,9 @@ def test_nothing_that_was_measured_on_real_images_leaves_a_private_hospital(
 
     federate(settings, run, listening)  # type: ignore[arg-type]
     hello, trained = (reply.content for reply in replies)
-    assert set(hello["hospital"]) == {"number", "name", "images", "label_names", "exclusive", "channels", "resolution"}
+    shape = {"label_names", "exclusive", "channels", "resolution"}
+    assert set(hello["hospital"]) == {"number", "name", "images", "drawn"} | shape  # `drawn`: what the shard's card says
+    assert hello["hospital"]["drawn"] is False
     assert set(trained) == {"arrays", "metrics", "facts"}
     assert set(trained["metrics"]) == {"num_examples"}
     assert set(trained["facts"]) == facts

@@ -135,7 +135,7 @@ class Ledger:
         pool = JointLedger([self])
         return pool.reserve(step, steps, run=run, kind=kind, unit=unit, delta=delta, data=data, max_epsilon=max_epsilon)
 
-    def _check_unit(self, unit: str) -> None:
+    def check_unit(self, unit: str) -> None:
         """Raise `ConfigError` where entries count another unit: what hides an image does not hide a patient with many of them."""
         if others := sorted({entry.unit for entry in self.entries()} - {unit}):
             raise ConfigError(
@@ -251,7 +251,7 @@ class JointLedger:
             for ledger in sorted(self.ledgers, key=lambda ledger: str(ledger.path.resolve())):  # always in the same order
                 locks.enter_context(ledger.locked())
             for ledger in self.ledgers:
-                ledger._check_unit(unit)
+                ledger.check_unit(unit)
                 steps = ledger._allowed(step, steps, delta, max_epsilon)
             if steps > 0:
                 now, noise, rate = time.strftime("%Y-%m-%dT%H:%M:%S%z"), step.noise_multiplier, step.sample_rate

@@ -86,25 +86,14 @@ class PrivateStep:
         self.settings, self.ledger, self.run, self.device = settings.privacy, ledger, run, device
         self.data = dataset.content_hash
         self.batch_size = batch_size
-        self.unit_of_row, self.units = _units(dataset, self.settings.unit)
+        self.unit_of_row, self.units = units_of(dataset, self.settings.unit)
         self.rows_of_unit = _rows_of(self.unit_of_row, self.units)
-        self.sample_rate = batch_size / len(dataset)
-        if self.sample_rate > 1:
-            raise ConfigError(
-                f"training.batch_size = {batch_size} is more than the {len(dataset)} images of '{dataset.name}': a Poisson "
-                "sample cannot be larger than what it is drawn from; lower it, or set federation.batch = 'shared'"
-            )
-        self.delta = self.settings.delta or 1 / self.units
-        if self.delta > 1 / self.units:
-            raise ConfigError(
-                f"privacy.delta = {self.delta:g} is more than 1/n of the n {self.settings.unit}s here: giving one away whole "
-                "would keep that promise; lower it, or set 0 for 1/n"
-            )
+        self.sample_rate, self.delta = rate_and_delta(self.settings, dataset, self.units, batch_size)
         self._given = secret
         self.renew()
         self._paid = 0
-        self.labels = _label_release(self.settings)
-        own = noise_multiplier(self.settings, len(dataset), self.units, batch_size, planned_images)
+        self.labels = label_release(settings, dataset.label_dim)
+        own = noise_multiplier(settings, dataset.label_dim, len(dataset), self.units, batch_size, planned_images)
         self.noise_multiplier = max(own, least_noise)
         self.step = Mechanism(self.joint_multiplier, self.sample_rate, 1)
 
@@ -216,18 +205,28 @@ class PrivateStep:
         return told | {"sample_rate": self.sample_rate} | ({"r_t": r_t} if self.settings.r_t_noise else {})
 
 
-def noise_multiplier(privacy: PrivacySettings, images: int, units: int, batch_size: int, planned_images: float) -> float:
-    """The gradient's noise multiplier of a hospital with `images` images of `units` images or patients.
+def releases_labels(settings: Settings, label_dim: int = 1) -> bool:
+    """Whether a private run releases the counts of its labels: they are asked for, there are some, and they get noise.
+
+    `label_dim`: the number of labels; 1 stands for any number, where it is not known yet.
+    """
+    return settings.training.labels == "data" and settings.privacy.label_noise > 0 and label_dim > 0
+
+
+def noise_multiplier(
+    settings: Settings, label_dim: int, images: int, units: int, batch_size: int, planned_images: float
+) -> float:
+    """The gradient's noise multiplier of a hospital with `images` images of `units` images or patients, and `label_dim` labels.
 
     With `privacy.epsilon`, what is left for the gradient beside the released labels and the noisy signs of `r_t_noise`, so
     that `planned_images` images shown in batches of `batch_size` cost that much. `privacy.noise_split = "equal"`: a
     federation gives each hospital the largest of these. Raises `ConfigError` where no noise is enough.
     """
+    privacy = settings.privacy
     if privacy.noise_multiplier >= 0:
         return privacy.noise_multiplier
-    delta = privacy.delta or 1 / units
-    steps = max(1, -(-int(planned_images) // batch_size))
-    joint = noise_for(privacy.epsilon, delta, batch_size / images, steps, tuple(_label_release(privacy)))
+    delta, steps = privacy.delta or 1 / units, steps_of(planned_images, batch_size)
+    joint = noise_for(privacy.epsilon, delta, batch_size / images, steps, tuple(label_release(settings, label_dim)))
     signs = privacy.r_t_noise
     if not signs:
         return joint
@@ -239,12 +238,33 @@ def noise_multiplier(privacy: PrivacySettings, images: int, units: int, batch_si
     return (joint**-2 - signs**-2) ** -0.5
 
 
-def _label_release(privacy: PrivacySettings) -> list[Mechanism]:
+def steps_of(planned_images: float, batch_size: int) -> int:
+    """The steps in which `planned_images` images are shown."""
+    return max(1, -(-int(planned_images) // batch_size))
+
+
+def rate_and_delta(privacy: PrivacySettings, dataset: ImageDataset, units: int, batch_size: int) -> tuple[float, float]:
+    """(sampling rate, δ). Raises `ConfigError` for a rate above 1, and for a δ above 1 / `units`."""
+    if batch_size > len(dataset):
+        raise ConfigError(
+            f"training.batch_size = {batch_size} is more than the {len(dataset)} images of '{dataset.name}': a Poisson "
+            "sample cannot be larger than what it is drawn from; lower it, or set federation.batch = 'shared'"
+        )
+    delta = privacy.delta or 1 / units
+    if delta > 1 / units:
+        raise ConfigError(
+            f"privacy.delta = {delta:g} is more than 1/n of the n {privacy.unit}s of '{dataset.name}': giving one away whole "
+            "would keep that promise; lower it, or set 0 for 1/n"
+        )
+    return batch_size / len(dataset), delta
+
+
+def label_release(settings: Settings, label_dim: int) -> list[Mechanism]:
     """What the release of the labels' counts is to the accountant; nothing where none are released."""
-    return [Mechanism(privacy.label_noise, 1.0, 1)] if privacy.label_noise else []
+    return [Mechanism(settings.privacy.label_noise, 1.0, 1)] if releases_labels(settings, label_dim) else []
 
 
-def _units(dataset: ImageDataset, unit: str) -> tuple[np.ndarray, int]:
+def units_of(dataset: ImageDataset, unit: str) -> tuple[np.ndarray, int]:
     """(unit of each row (N,), number of units)."""
     if unit == "image":
         return np.arange(len(dataset)), len(dataset)

@@ -21,6 +21,7 @@ from torch import nn
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError
+from fedgan.privacy.step import releases_labels
 
 PROBES = 4  # images of a batch by which D is asked whether it keeps them apart
 
@@ -56,7 +57,7 @@ def refusals(settings: Settings) -> Iterator[str]:
             "training.sampling = 'shuffle': the accountant counts on Poisson samples, of which nobody knows who is in them; "
             "use 'auto'"
         )
-    if training.labels == "data" and not privacy.label_noise:
+    if training.labels == "data" and not releases_labels(settings):
         yield (
             "training.labels = 'data': the generator's labels follow the counts of real labels; use 'uniform', or release "
             "the counts with noise: privacy.label_noise"

@@ -23,7 +23,7 @@ from fedgan.data.dataset import ImageDataset
 from fedgan.errors import CheckpointError, ConfigError, DataError, FedganError, MachineError
 from fedgan.models.discriminator import Discriminator
 from fedgan.models.generator import Generator
-from fedgan.privacy.step import LABELS, PrivateStep
+from fedgan.privacy.step import LABELS, PrivateStep, releases_labels
 from fedgan.training import losses
 from fedgan.training.ada import AdaController
 from fedgan.training.augment import AugmentPipe
@@ -241,7 +241,7 @@ class Trainer:
 
     def _reserve(self, private: PrivateStep) -> None:
         """Enter the steps up to the goal in the ledger before the first of them; shorten the goal where it allows fewer."""
-        if self.settings.training.labels == "data" and self.dataset.label_dim and not self.label_weights:
+        if releases_labels(self.settings, self.dataset.label_dim) and not self.label_weights:
             if not private.reserve(1, LABELS):
                 self._goal, self.exhausted = self.images_seen, True
                 return
