@@ -107,6 +107,18 @@ def test_the_unit_and_what_is_composed_follow_the_settings(tmp_path: Path) -> No
     assert "A patient with several images" not in words
 
 
+@pytest.mark.parametrize(("asked", "labels"), [("uniform", ("a", "b")), ("data", ())], ids=["uniform", "no labels"])
+def test_noise_for_label_counts_that_nothing_asks_for_releases_none(asked: str, labels: tuple[str, ...], tmp_path: Path) -> None:
+    run = write_run(tmp_path, PRIVATE, training={"labels": asked})
+    rows = run.read_json(run.hospitals)
+    for row in rows:
+        row["counts"] = {split: dict.fromkeys(labels, 1) for split in row["counts"]}
+    files.write_json(run.hospitals, rows)
+    words = words_of(run)
+    assert "No counts of labels were released." in words
+    assert "the counts of labels, released with" not in words
+
+
 def test_clipping_without_noise_is_called_no_guarantee_and_epsilon_infinite(tmp_path: Path) -> None:
     run = write_run(tmp_path, {"noise_multiplier": 0.0})
     html = part_of(run)

@@ -113,7 +113,7 @@ def _guarantee(card: CardData) -> Tree:
             }
             for row in found
         ],
-        "terms": [{"term": term, "words": words} for term, words in terms(card.data.settings)],
+        "terms": [{"term": term, "words": words} for term, words in terms(card.data)],
     }
 
 

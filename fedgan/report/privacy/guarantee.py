@@ -12,6 +12,7 @@ from typing import Any
 
 from fedgan.config import Settings
 from fedgan.privacy.hospitals import worth
+from fedgan.privacy.step import releases_labels
 from fedgan.report.format import DASH, number, plural, significant
 from fedgan.report.run_data import RunData, Tree, tree, trees
 
@@ -207,9 +208,9 @@ def share(value: Any) -> str:
     return f"{percent:.1f} %" if percent < 99.9 or percent == 100 else f"{math.floor(percent * 1000) / 1000:g} %"
 
 
-def terms(settings: Settings) -> list[tuple[str, str]]:
+def terms(run: RunData) -> list[tuple[str, str]]:
     """(term, what holds here) for all that an ε has to be read with; empty where privacy is off or adds no noise."""
-    privacy = settings.privacy
+    settings, privacy = run.settings, run.settings.privacy
     if not privacy.on or privacy.noise_multiplier == 0:
         return []
     unit = privacy.unit
@@ -244,7 +245,7 @@ def terms(settings: Settings) -> list[tuple[str, str]]:
             "Opacus, PRV (numerical composition, arXiv 2106.02848), with RDP (arXiv 1908.10530) as its check: both are upper "
             "bounds, and where PRV fails or is the larger one, RDP's is stated.",
         ),
-        ("What is composed", f"{_composed(settings)} Entries stand in the hospital's ledger before the steps are done."),
+        ("What is composed", f"{_composed(run)} Entries stand in the hospital's ledger before the steps are done."),
         (
             "Trust",
             "Noise is added in the hospital before anything leaves: the guarantee holds against the server, the other hospitals "
@@ -258,11 +259,12 @@ def terms(settings: Settings) -> list[tuple[str, str]]:
     ]
 
 
-def _composed(settings: Settings) -> str:
-    privacy = settings.privacy
+def _composed(run: RunData) -> str:
+    settings, privacy = run.settings, run.settings.privacy
+    released = releases_labels(settings, len(run.data_labels) if run.hospitals else 1)
     where = "in this run alone" if is_dealt(settings) else "in all private runs on the same images"
     parts = [f"all steps of the discriminator {where}"]
-    if privacy.label_noise:
+    if released:
         parts.append(f"the counts of labels, released with a noise multiplier of {privacy.label_noise:g}")
     if privacy.r_t_noise:
         parts.append(f"the signs of the discriminator on real images, released with a noise multiplier of {privacy.r_t_noise:g}")
@@ -270,5 +272,5 @@ def _composed(settings: Settings) -> str:
     dealt = (
         " Dealt hospitals exist in this run only: other runs on the same images are not counted." if is_dealt(settings) else ""
     )
-    labels = "" if privacy.label_noise else " No counts of labels were released."
+    labels = "" if released else " No counts of labels were released."
     return f"{words[0].upper()}{words[1:]}.{dealt}{labels}"

@@ -40,7 +40,7 @@ def _render(run: RunData) -> Markup:
         hospital_level=hospital_level(run),
         curve=_curve(run, found),
         left_out=max(0, len(found) - MOST_LINES),
-        terms=terms(run.settings),
+        terms=terms(run),
         private=run.settings.privacy.on,
         heads=[(key, *HEADS[key], *evidence(key, audit)) for key in HEADS],
         legend=legend(MARKS, "dot"),
