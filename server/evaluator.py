@@ -8,13 +8,13 @@ chosen by its curve was not chosen by the test split.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from fedgan import files
 from fedgan.config import Settings
-from fedgan.data.dataset import ImageDataset
+from fedgan.data.dataset import HospitalData, ImageDataset
 from fedgan.errors import DataError
 from fedgan.evaluation.evaluate import evaluate_synthetic
 from fedgan.evaluation.features import REFERENCE
@@ -22,22 +22,6 @@ from fedgan.evaluation.grids import png_bytes, real_grid, sample_grid
 from fedgan.evaluation.reference import Progress, RealReference, pool_places
 from fedgan.evaluation.sampling import synthetic_dataset
 from fedgan.run_folder import RunFolder
-
-
-class HospitalData(Protocol):
-    """What the evaluator needs of a hospital."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def train(self) -> ImageDataset: ...
-
-    @property
-    def val(self) -> ImageDataset: ...
-
-    @property
-    def test(self) -> ImageDataset: ...
 
 
 class Evaluator:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+from fedgan.cli import main
 
 # How long an example takes says how loaded the machine is, not whether the code is right.
 settings.register_profile("fedgan", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -35,3 +38,18 @@ def reference_vectors(pytestconfig: pytest.Config) -> dict[str, np.ndarray]:
         pytest.skip(f"no {VECTORS} in the folder of --reference")
     with np.load(path, allow_pickle=False) as arrays:
         return {key: arrays[key] for key in arrays.files}
+
+
+@pytest.fixture
+def fedgan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """`fedgan(*arguments)` → (exit code, stdout, stderr), run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return (code, *capsys.readouterr())
+
+    return run

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fedgan import files
-from fedgan.cli import main
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.data.federation import Hospital, open_hospitals
@@ -307,18 +306,6 @@ def small_run(path: Path, **sections: Any) -> RunFolder:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return small_run(tmp_path_factory.mktemp("finished") / "run")
-
-
-@pytest.fixture
-def fedgan(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 WORDS = ("--images", "60", "--projected", "4", "--embedding-steps", "2")

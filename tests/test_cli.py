@@ -25,7 +25,7 @@ from PIL import Image
 from watchdog import watchdog
 
 from fedgan import __version__, files
-from fedgan.cli import app, console, doctor, help, labels, main, outputs, probe, progress, runs
+from fedgan.cli import app, console, doctor, help, labels, outputs, probe, progress, runs
 from fedgan.config import DataSettings, ModelSettings, Settings, describe, to_dict
 from fedgan.errors import CheckpointError, ConfigError, DataError, FederationError, FedganError, MachineError, StorageError
 from fedgan.run_folder import RunFolder
@@ -33,19 +33,6 @@ from fedgan.run_folder import RunFolder
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = ("nevus", "melanoma", "keratosis")
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fedgan(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`fedgan(*arguments)` → (exit code, stdout, stderr), run in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from test_audit import pixels_of, small_run
 
-from fedgan.cli import main
 from fedgan.config import from_dict
 from fedgan.data.federation import Hospital, open_hospitals
 from fedgan.data.phantoms import write_phantoms
@@ -107,18 +106,6 @@ def test_a_filter_by_private_images_is_refused_under_privacy() -> None:
 
 
 # --- the command -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fedgan(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -21,23 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedgan import files
-from fedgan.cli import main, release, wanted
+from fedgan.cli import release, wanted
 from fedgan.errors import ConfigError
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def fedgan(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`fedgan(*arguments)` → (exit code, stdout, stderr), run in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 def contents(folder: Path) -> dict[str, bytes]:

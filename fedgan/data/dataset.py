@@ -139,3 +139,19 @@ def pool(datasets: Sequence[ImageDataset], name: str = "pooled") -> ImageDataset
         institutions=np.concatenate([dataset.institutions for dataset in datasets]),
         content_hash="+".join(dataset.content_hash for dataset in datasets),
     )
+
+
+class HospitalData(Protocol):
+    """A hospital as evaluator and audit see it: its name and its splits."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def train(self) -> ImageDataset: ...
+
+    @property
+    def val(self) -> ImageDataset: ...
+
+    @property
+    def test(self) -> ImageDataset: ...

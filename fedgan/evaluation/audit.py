@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fedgan.data.dataset import HospitalData
 from fedgan.evaluation.audit_copies import CopySearch, pairs_picture, plant, search_copies
 from fedgan.evaluation.audit_membership import CONTROLLED, Membership, measure_membership, measure_projection
 from fedgan.evaluation.audit_rules import FEW_PATIENTS, Measured, attack_stands_out, copies_stand_out, projection_stands_out
 from fedgan.evaluation.audit_subject import (
     Audited,
     AuditSettings,
-    HospitalData,
     Roles,
     Say,
     Space,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from fedgan.config import Settings
-from fedgan.data.dataset import ImageArray, ImageDataset, pool
+from fedgan.data.dataset import HospitalData, ImageArray, ImageDataset, pool
 from fedgan.data.federation import Reduced
 from fedgan.data.splits import check_patients_apart
 from fedgan.errors import FedganError
@@ -28,22 +28,6 @@ FEWEST_PATIENTS = 12  # held-out ones, who are divided into three parts
 PIXEL_SIDE = 32  # larger images are averaged down to this side before their pixels are compared
 MOST_TRAINING = 20_000  # training images of one hospital that are looked up; a seeded sample of more
 BLOCK = 1024  # images in memory at once while their pixels are read
-
-
-class HospitalData(Protocol):
-    """What an audit needs of a hospital."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def train(self) -> ImageDataset: ...
-
-    @property
-    def val(self) -> ImageDataset: ...
-
-    @property
-    def test(self) -> ImageDataset: ...
 
 
 @dataclass(frozen=True)

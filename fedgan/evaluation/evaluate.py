@@ -82,7 +82,7 @@ def _utility(
     if len(test) < FEWEST_TEST_IMAGES:
         notes.append("The real test split has fewer than two images: utility cannot be measured.")
         return None, None, None
-    scores, aside = _synthetic_only(reference, synthetic)
+    scores, aside = synthetic_only(reference, synthetic)
     reference.say("testing on real images")
     majority = majority_scores(reference.train.labels, len(test), test.exclusive)
     result: dict[str, Any] = {
@@ -110,7 +110,7 @@ def _utility(
     return result, scores, reading
 
 
-def _synthetic_only(reference: RealReference, synthetic: ImageDataset) -> tuple[np.ndarray, int]:
+def synthetic_only(reference: RealReference, synthetic: ImageDataset) -> tuple[np.ndarray, int]:
     """Scores (S, N, K) of the test images by classifiers that saw synthetic images alone, and how many chose among them."""
     train, validation = synthetic, None
     if len(synthetic) >= FEWEST_TO_SPLIT:

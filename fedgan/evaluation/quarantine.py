@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 
 from fedgan.config import Settings
-from fedgan.data.dataset import ImageDataset
+from fedgan.data.dataset import HospitalData, ImageDataset
 from fedgan.errors import ConfigError, DataError, FedganError
-from fedgan.evaluation.audit_subject import HospitalData, Space, held_out_count, pixel_space
-from fedgan.evaluation.classification import split_for_validation
-from fedgan.evaluation.evaluate import FEWEST_TEST_IMAGES, FEWEST_TO_SPLIT
+from fedgan.evaluation.audit_subject import Space, held_out_count, pixel_space
+from fedgan.evaluation.evaluate import FEWEST_TEST_IMAGES, synthetic_only
 from fedgan.evaluation.reference import RealReference, merged
 from fedgan.privacy.attacks.copies import quarantine_threshold
 from fedgan.privacy.attacks.nearest import nearest
@@ -153,19 +152,10 @@ def utility_before_and_after(
     }
     for name, made in (("unfiltered", before), ("quarantined", after)):
         say(f"training classifiers on the {name} images")
-        figures = reference.utility(_scores(reference, merged(made, reference.settings.label_map)), institutions=False)
+        scores, _ = synthetic_only(reference, merged(made, reference.settings.label_map))
+        figures = reference.utility(scores, institutions=False)
         found[name] = {key: figures[key] for key in ("macro_auc", "macro_auc_ci")}
     return found
-
-
-def _scores(reference: RealReference, synthetic: ImageDataset) -> np.ndarray:
-    """Scores (S, N, K) of the real test images by classifiers of `synthetic` alone, trained as the evaluation does it."""
-    train, validation = synthetic, None
-    if len(synthetic) >= FEWEST_TO_SPLIT:
-        train, validation = split_for_validation(synthetic, seed=reference.seed)
-    return reference.score(
-        [reference.fit(train, validation, number) for number in range(reference.settings.seeds)], reference.test
-    )
 
 
 def in_chunks(quarantine: Quarantine, labels: np.ndarray, chunk: int) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
