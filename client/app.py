@@ -16,7 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, 
 from flwr.clientapp import ClientApp
 
 from client.sent import clip_update, told
-from client.site import Order, Progress, Site, bound, find_site, log_failure, log_folder
+from client.site import Order, Progress, Site, bound, find_site, log, log_failure, log_folder
 from fedgan.config import PARTS, Settings
 from fedgan.errors import HOSPITAL_REASON
 from fedgan.machine import peak_memory, usable_cores
@@ -59,6 +59,8 @@ class Visit:
             self.doing = "opening its shard"
             site = find_site(order, self.node)
             self.folder, self.doing, self.known = site.folder, "beginning its work", True
+            if order.note:
+                log(self.folder, f"the server says: {order.note}")
             return Message(work(self, order, site), reply_to=self.message)
         except Exception as error:  # every failure becomes a reply: an exception would carry its traceback to the server
             log_failure(self.folder, self.round, self.doing)
@@ -128,12 +130,13 @@ def train_round(visit: Visit, order: Order, site: Site) -> RecordDict:
 
     visit.doing = f"saving its state of round {order.round}"
     trainer.save(site.state(order.round))
-    site.forget_before(order.round)
+    site.keep_states(order)
 
     visit.doing = "giving out its model"
     parts = [part for part in PARTS if part in settings.federation.exchange]
     arrays = ArrayRecord({key: Array(array) for key, array in trainer.outgoing(parts).items()})
     facts: dict[str, float] = told(settings, means, peak_memory()) | {"images_seen": trainer.images_seen, "threads": threads}
+    facts["round"] = order.round
     if trainer.exhausted:
         facts["exhausted"] = 1.0
     return RecordDict(

@@ -39,7 +39,8 @@ PROGRESS_SECONDS = 0.5
 @dataclass(frozen=True)
 class Order:
     """What the server asks for. `images`: real images of this round, `planned`: of all rounds, `batch`: of a step here;
-    `since`: the round whose state is continued (0: none); `least_noise`: a noise multiplier that is gone above at the least."""
+    `since`: the round whose state is continued (0: none); `least_noise`: a noise multiplier that is gone above at the least;
+    `note`: what became of this hospital's last answer, where it did not count."""
 
     settings: Settings
     experiment: str
@@ -50,6 +51,7 @@ class Order:
     planned: int = 0
     batch: int = 0
     least_noise: float = 0.0
+    note: str = ""
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> Order:
@@ -61,7 +63,14 @@ class Order:
             )
         settings = from_dict(json.loads(str(config["settings"])), source="the server's settings")
         numbers = {key: int(config.get(key, 0)) for key in ("round", "since", "images", "planned", "batch")}
-        return Order(settings, experiment, str(config["run"]), **numbers, least_noise=float(config.get("least_noise", 0.0)))
+        return Order(
+            settings,
+            experiment,
+            str(config["run"]),
+            **numbers,
+            least_noise=float(config.get("least_noise", 0.0)),
+            note=str(config.get("note", "")),
+        )
 
 
 @dataclass(frozen=True)
@@ -94,10 +103,15 @@ class Site:
             old.unlink()
         files.write_json(label, {"experiment": order.experiment, "hospital": self.hospital.name})
 
-    def forget_before(self, newest: int) -> None:
-        """Remove states older than the last few."""
-        for path in self.folder.glob("state-*"):
-            if int(path.stem.removeprefix("state-")) <= newest - KEEP_STATES:
+    def keep_states(self, order: Order) -> None:
+        """Keep the state of this round, the one that it went on from, and the last few before that; remove the others.
+
+        States between the two are of answers that did not count.
+        """
+        rounds = {path: int(path.stem.removeprefix("state-")) for path in self.folder.glob("state-*")}
+        counted = sorted({number for number in rounds.values() if number <= order.since}, reverse=True)[: KEEP_STATES - 1]
+        for path, number in rounds.items():
+            if number not in counted and number != order.round:
                 path.unlink(missing_ok=True)
 
 
@@ -191,11 +205,14 @@ class Progress:
 
 def log_failure(folder: Path | None, round_number: int, doing: str) -> None:
     """Append the current exception with its traceback to this hospital's own `client.log`."""
+    log(folder, f"round {round_number}, while {doing}\n{traceback.format_exc()}")
+
+
+def log(folder: Path | None, text: str) -> None:
+    """Append a text with the time to this hospital's own `client.log`. Never raises."""
     if folder is None:
         return
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "client.log", "a", encoding="utf-8") as log:
-            log.write(
-                f"--- round {round_number}, {time.strftime('%Y-%m-%d %H:%M:%S')}, while {doing}\n{traceback.format_exc()}\n"
-            )
+        with open(folder / "client.log", "a", encoding="utf-8") as stream:
+            stream.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}, {text}\n")

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from fedgan.errors import ConfigError
 
-STRATEGIES = ("fedavg", "fedprox", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum")
+STRATEGIES = ("fedavg", "fedprox", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum", "multikrum")
 PARTS = ("generator", "discriminator", "ema")
 CLASSIFIERS = ("small-cnn", "resnet18", "densenet121", "efficientnet-b2")
 T = TypeVar("T")
@@ -143,10 +143,20 @@ class FederationSettings:
     threads: int = meaning(
         1, "CPU threads of one hospital; as many hospitals train at once as the cores hold. 0: all cores.", low=0
     )
-    round_timeout: float = meaning(86400.0, "Seconds after which one round without every answer fails.", low=1.0)
+    min_hospitals: int = meaning(
+        0, "A round goes on with the answers of so many hospitals; 0: it needs those of all that may train.", low=0
+    )
+    join_timeout: float = meaning(60.0, "Seconds to wait for hospitals to come online.", low=1.0)
+    round_timeout: float = meaning(
+        86400.0, "Seconds after which a round goes on without late hospitals, or fails where too few have answered.", low=1.0
+    )
+    max_update_norm: float = meaning(
+        10.0, "An update is rejected that is so many times as long as the round's median, for its images; 0: none is.", low=0.0
+    )
+    max_num_examples: int = meaning(1_000_000, "A hospital that claims more training images is refused.", low=1)
     server_learning_rate: float = meaning(0.01, "Step of the server's optimiser (fedadam, fedyogi).", low=0.0)
     trim: float = meaning(0.2, "Share cut from both ends (fedtrimmedavg).", low=0.0, high=0.5)
-    malicious: int = meaning(0, "Number of hospitals that krum guards against.", low=0)
+    malicious: int = meaning(0, "Number of hospitals that krum and multikrum guard against.", low=0)
 
     @property
     def participants(self) -> int:
@@ -359,6 +369,10 @@ def validate(settings: Settings) -> Settings:
     for key in ("r1_gamma", "ema_half_life_kimg"):
         if -1 < getattr(settings.training, key) < 0:
             raise ConfigError(f"training.{key} = {getattr(settings.training, key):g} is negative: give -1 (automatic), 0 or more")
+    if federation.min_hospitals > federation.participants:
+        raise ConfigError(
+            f"federation.min_hospitals = {federation.min_hospitals}, but {federation.participants} take part: lower it"
+        )
     if not federation.exchange:
         raise ConfigError(f"federation.exchange is empty: name at least one of {', '.join(PARTS)}")
     images = settings.training.kimg * 1000 / federation.rounds

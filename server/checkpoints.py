@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from fedgan.training.checkpoint import load_tensors, save_tensors
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
 from server.roster import Member
+from server.rounds import Share
 from server.strategies import STATE, too_few
 
 KEEP_ROUNDS = 3
@@ -36,6 +37,8 @@ class State:
 
     `exhausted`: hospitals whose privacy ledger allows no further step, each {name, number, images (of its training split),
     units (of privacy), round (its last)}. They take no more part in this run, also after a restart.
+    `shares`: every hospital that has ever joined. `since`: by hospital number, the round whose state it goes on from, that of its
+    last answer that counted.
     `drawn`: every hospital said that all its images are drawn phantoms, so that nobody can be private in them.
     """
 
@@ -52,6 +55,8 @@ class State:
     resolution: int = 0
     exhausted: list[dict[str, Any]] = field(default_factory=list)
     drawn: bool = False
+    shares: list[Share] = field(default_factory=list)
+    since: dict[int, int] = field(default_factory=dict)
 
     def is_over(self, settings: Settings) -> bool:
         """Whether no round is left: all are done, or fewer hospitals may train than the strategy needs."""
@@ -72,7 +77,7 @@ def initial_state(settings: Settings, members: Sequence[Member]) -> State:
     arrays = begin.outgoing(settings.federation.exchange)
     drawn = all(member.drawn for member in members)
     shape_of = (first.label_names, first.exclusive, first.channels, first.resolution)
-    return State(0, arrays, {}, 0, 0, 0.0, None, *shape_of, drawn=drawn)
+    return State(0, arrays, {}, 0, 0, 0.0, None, *shape_of, drawn=drawn, shares=[member.share(0) for member in members])
 
 
 def save_state(run: RunFolder, settings: Settings, state: State, experiment: str) -> None:
@@ -94,6 +99,8 @@ def save_state(run: RunFolder, settings: Settings, state: State, experiment: str
         "line": state.line,
         "exhausted": state.exhausted,
         "drawn": state.drawn,
+        "shares": [dataclasses.asdict(share) for share in state.shares],
+        "since": {str(number): done for number, done in sorted(state.since.items())},
     }
     tensors = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in (state.arrays | state.moments).items()}
     save_tensors(run.checkpoint(state.round), tensors, meta)
@@ -103,25 +110,34 @@ def save_state(run: RunFolder, settings: Settings, state: State, experiment: str
             path.unlink(missing_ok=True)
 
 
-def load_state(run: RunFolder, experiment: str) -> State | None:
+def load_state(run: RunFolder, experiment: str, tell: Callable[[dict[str, Any]], None] = lambda event: None) -> State | None:
     """The federation after the newest whole round, or None where no round is complete.
 
-    Raises `CheckpointError` when that checkpoint is damaged or belongs to another experiment.
+    A damaged checkpoint is put aside (`.damaged`) and the one before serves, which is told. Raises `CheckpointError` when none is
+    left of those that were there, or when the checkpoint belongs to another experiment.
     """
-    newest = run.last_round()
-    if newest is None:
-        return None
-    try:
-        tensors, meta = load_tensors(run.checkpoint(newest))
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; remove it to go on from the round before") from None
-    if meta.get("experiment") != experiment:
-        raise CheckpointError(
-            f"{run.checkpoint(newest)} belongs to another experiment than {run.environment}: was it copied here?"
-        )
+    while (newest := run.last_round()) is not None:
+        path = run.checkpoint(newest)
+        try:
+            tensors, meta = load_tensors(path)
+        except CheckpointError as error:
+            aside = path.with_name(path.name + ".damaged")
+            path.replace(aside)
+            if run.last_round() is None:
+                raise CheckpointError(f"{error}: there is none before it; begin the run anew") from None
+            text = f"{path.name} is damaged and now {aside.name}: going on from round {run.last_round()}"
+            tell({"event": "remark", "text": text})
+            continue
+        if meta.get("experiment") != experiment:
+            raise CheckpointError(f"{path} belongs to another experiment than {run.environment}: was it copied here?")
+        return _state(newest, tensors, meta)
+    return None
+
+
+def _state(round_number: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> State:
     arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
     return State(
-        round=newest,
+        round=round_number,
         arrays={key: array for key, array in arrays.items() if not key.startswith(STATE)},
         moments={key: array for key, array in arrays.items() if key.startswith(STATE)},
         images_seen=meta["images_seen"],
@@ -134,6 +150,8 @@ def load_state(run: RunFolder, experiment: str) -> State | None:
         resolution=meta["resolution"],
         exhausted=meta.get("exhausted", []),
         drawn=meta.get("drawn") is True,
+        shares=[Share(**share) for share in meta.get("shares", [])],
+        since={int(number): done for number, done in meta.get("since", {}).items()},
     )
 
 

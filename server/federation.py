@@ -1,9 +1,11 @@
 """The federation's loop: send the model, collect the hospitals' models, aggregate, write down, look at it.
 
 Flower's strategies say what is sent and how answers become one model; the loop round them is our own,
-so that every wait is bounded, a missing hospital fails the round by name, and a run can go on from
+so that every wait is bounded, a hospital that is missing or whose answer is rejected is named, and a run can go on from
 any round. Answers are sorted by the hospital's number first: the order of a sum is its value.
 
+A round counts with the answers of `federation.min_hospitals`, or fails. Who missed it gets the current model in the next one,
+and goes on from its own state of its last answer that counted: what it trained for an answer that came too late is forgotten.
 A hospital whose privacy budget is spent says so (`exhausted`) and is asked no more; when fewer are left than the strategy
 needs, the run is over with the rounds that it has.
 """
@@ -21,15 +23,18 @@ from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from fedgan import files
 from fedgan.config import Settings, to_dict
 from fedgan.errors import FederationError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator
+from server.answers import AWAY, LATE, UNASKED, Answers, ask
 from server.checkpoints import State, has_line, initial_state, is_evaluated, load_state, save_state, write_line
+from server.defence import FACTS, check_answer, length_for_images, too_long
 from server.hospital_privacy import charge, even, remark
-from server.records import ARRAYS, METRICS, WEIGHT, array_bytes, check_reply, personal, to_record
-from server.roster import Member, Roster, gather, introduce, require_all
-from server.rounds import Deal, deal, least_noise
+from server.records import ARRAYS, METRICS, WEIGHT, array_bytes, personal, to_record
+from server.roster import RETURN_WAIT, Member, Roster, ask_hello, called, introduce, online
+from server.rounds import Plan, Share
 from server.strategies import expect, fewest, make_strategy, restore_strategy, strategy_state
 
 Event = dict[str, Any]
@@ -51,7 +56,11 @@ class Judge(Protocol):
 
 
 class Federation:
-    """One run: settings, folder, evaluator, and the experiment that the hospitals' states are keyed by."""
+    """One run: settings, folder, evaluator, and the experiment that the hospitals' states are keyed by.
+
+    `patient`: hospitals are machines that come back. One whose connection fails is asked again, and one that was absent may
+    join between two rounds; in a simulation it never comes back.
+    """
 
     def __init__(
         self,
@@ -60,47 +69,50 @@ class Federation:
         experiment: str,
         judge: Judge,
         tell: Callable[[Event], None] = lambda event: None,
+        patient: bool = False,
     ) -> None:
         self.settings, self.run, self.experiment, self.judge, self.tell = settings, run, experiment, judge, tell
+        self.patient = patient
+        self.members: dict[int, Member] = {}  # by number: who is introduced
+        self.notes: dict[int, str] = {}  # by number: what its next order tells a hospital about its last answer
 
     def train(self, grid: Grid) -> None:
-        """All rounds that are not done yet. Raises `FederationError` when a hospital fails or is late."""
-        state = load_state(self.run, self.experiment)
+        """All rounds that are not done yet. Raises `FederationError` when too few hospitals answer."""
+        state = load_state(self.run, self.experiment, self.tell)
         if state is not None and state.is_over(self.settings):
             return
-        gone = {row["number"]: (row["images"], row["units"]) for row in state.exhausted} if state else {}
-        members = introduce(grid, self.settings, self._order(), gone)
-        if state is None:
-            state = initial_state(self.settings, members)
+        gone = {row["number"] for row in state.exhausted} if state else set()
+        members, absent = introduce(grid, self.settings, self._order(), gone, self.patient)
+        self.members = {member.number: member for member in members}
+        for why in absent:
+            self.tell({"event": "remark", "text": f"a hospital did not join: {why}"})
+        state = initial_state(self.settings, members) if state is None else self._rejoin(state)
+        if not self.run.checkpoint(state.round).is_file():
             save_state(self.run, self.settings, state, self.experiment)
-        else:
-            state.drawn = state.drawn and all(member.drawn for member in members)
+        self._describe(state)
         if state.line is not None:
             self._look(state)  # in case the run was stopped between the checkpoint and its line
         if not (self.run.samples / "real.png").is_file():
             self.judge.start()
         strategy = make_strategy(self.settings)
         restore_strategy(strategy, state.moments)
-        # budgets stay as dealt when a hospital leaves
-        sizes = gone | {member.number: (member.images, member.units) for member in members}
-        images, units = zip(*(sizes[number] for number in sorted(sizes)), strict=True)
-        dealt = deal(self.settings, images)
-        noise = least_noise(self.settings, images, units, dealt, len(state.label_names))
         self.tell(
             {
                 "event": "start",
-                "hospitals": [member.name for member in left(members, state)],
+                "hospitals": [member.name for member in self._left(state)],
                 "rounds": self.settings.federation.rounds,
                 "first_round": state.round + 1,
-                "images": sum(dealt.totals),
+                "images": Plan(self.settings, state.shares).total,
                 "images_seen": state.images_seen,
             }
         )
         if self.settings.privacy.hospital != "none":
             self.tell({"event": "remark", "text": remark(self.settings, sum(array.size for array in state.arrays.values()))})
         while not state.is_over(self.settings):
-            state = self._round(grid, strategy, left(members, state), state, dealt, noise)
+            state = self._round(grid, strategy, state)
             self._look(state, anew=True)
+            if self.patient and not state.is_over(self.settings):
+                self._welcome(grid, state)
 
     def conclude(self) -> None:
         """The final evaluation, of the last round's generator. Can be repeated."""
@@ -123,12 +135,70 @@ class Federation:
         result = self.judge.final(load_generator(self.run.checkpoint(newest))[0], facts)
         self.tell({"event": "evaluated", "round": newest, "final": True, "result": result})
 
+    # --- who takes part ----------------------------------------------------------------------------
+
+    def _rejoin(self, state: State) -> State:
+        """The state of a run that goes on, with those among its hospitals who have come for the first time."""
+        if not state.shares:  # written before shares were kept: all had joined
+            rows = [Share(row["number"], row["name"], row["images"], row["units"]) for row in state.exhausted]
+            state.shares = rows + [
+                member.share(0) for number, member in self.members.items() if number not in {r.number for r in rows}
+            ]
+            state.since = {share.number: state.round for share in state.shares if state.round}
+        for member in list(self.members.values()):
+            if why := self._admit(member, state):
+                raise FederationError(why)
+        return state
+
+    def _admit(self, member: Member, state: State) -> str:
+        """Enter a hospital that has come; why it cannot be the one that joined before, or nothing."""
+        known = next((share for share in state.shares if share.number == member.number), None)
+        if known is None:
+            state.shares.append(member.share(state.round))
+        elif (known.name, known.images) != (member.name, member.images):
+            return (
+                f"{member} came with {member.images} training images, and hospital {known.number + 1} joined this run as "
+                f"'{known.name}' with {known.images}: give it the shard that it began with, or begin a new run"
+            )
+        state.drawn = state.drawn and member.drawn
+        self.members[member.number] = member
+        return ""
+
+    def _welcome(self, grid: Grid, state: State) -> None:
+        """Introduce who has come online since the last look."""
+        known = {member.node for member in self.members.values()}
+        new = [node for node in online(grid, self.settings.federation.participants) if node not in known]
+        members, problems = ask_hello(grid, self.settings, self._order(), new, RETURN_WAIT) if new else ([], [])
+        pattern = next(iter(self.members.values()))
+        for member in members:
+            shapes = [(m.label_names, m.exclusive, m.channels, m.resolution) for m in (member, pattern)]
+            why = self._admit(member, state) if shapes[0] == shapes[1] else f"{member} and {pattern} were prepared differently"
+            problems += [why] if why else []
+            if not why:
+                self.tell({"event": "remark", "text": f"{member} has joined after round {state.round}"})
+        for why in problems:
+            self.tell({"event": "remark", "text": f"a hospital did not join: {why}"})
+        if members:
+            self._describe(state)
+
+    def _left(self, state: State) -> list[Member]:
+        """The hospitals that are introduced and may still train, in the order of their numbers."""
+        gone = {row["number"] for row in state.exhausted}
+        return [self.members[number] for number in sorted(self.members) if number not in gone]
+
+    def _describe(self, state: State) -> None:
+        """Write hospitals.json where nobody else can: a deployed server opens no hospital's shard."""
+        if self.patient:
+            rows = [{"name": share.name, "counts": None, "images": {"train": share.images}} for share in state.shares]
+            files.write_json(self.run.hospitals, sorted(rows, key=lambda row: str(row["name"])))
+
     # --- one round -------------------------------------------------------------------------------
 
-    def _round(self, grid: Grid, strategy: Strategy, members: Sequence[Member], state: State, dealt: Deal, noise: float) -> State:
+    def _round(self, grid: Grid, strategy: Strategy, state: State) -> State:
         """Train and aggregate one round; the state after it, already on the disk."""
-        number, begun = state.round + 1, time.perf_counter()
-        images = {member.number: dealt.images[state.round][member.number] for member in members}
+        number, begun, members = state.round + 1, time.perf_counter(), self._left(state)
+        plan = Plan(self.settings, state.shares)
+        images = {member.number: plan.images(state.round, member.number) for member in members}
         self.tell(
             {
                 "event": "round_start",
@@ -137,11 +207,14 @@ class Federation:
                 "images": {member.name: images[member.number] for member in members},
             }
         )
-        replies = self._ask(grid, strategy, members, state, dealt, noise)
-        facts = [hospital_line(member, reply) for member, reply in zip(members, replies, strict=True)]
-        up = sum(array_bytes(reply.content.array_records[ARRAYS]) for reply in replies)
-        down = len(members) * sum(array.nbytes for array in state.arrays.values())
-        counted = [reply for reply, row in zip(replies, facts, strict=True) if self._counts(row)]
+        answers = self._ask(grid, strategy, members, state, plan)
+        replies, absences = self._vet(members, answers, state, images)
+        self._require(replies, absences, state, number)
+        members = [member for member in members if member.number in replies]
+        facts = [hospital_line(member, replies[member.number]) for member in members]
+        up = sum(array_bytes(reply.content.array_records[ARRAYS]) for reply in answers.replies.values())
+        down = len(images) * sum(array.nbytes for array in state.arrays.values())
+        counted = [replies[member.number] for member, row in zip(members, facts, strict=True) if self._counts(row)]
         arrays, spent = self._aggregate(strategy, number, counted, state)
         after = State(
             round=number,
@@ -156,6 +229,8 @@ class Federation:
             resolution=state.resolution,
             exhausted=state.exhausted + exhausted_now(members, facts, number),
             drawn=state.drawn,
+            shares=state.shares,
+            since=state.since | dict.fromkeys(replies, number),
         )
         after.line = {
             "round": number,
@@ -164,36 +239,89 @@ class Federation:
             "bytes_exchanged": after.bytes_exchanged,
             "mean": mean_of(facts),
             "hospitals": facts,
+            **({"absent": absences} if absences else {}),
             **spent,
             **ending(after, self.settings),
         }
         save_state(self.run, self.settings, after, self.experiment)
         return after
 
-    def _ask(
-        self, grid: Grid, strategy: Strategy, members: Sequence[Member], state: State, dealt: Deal, noise: float
-    ) -> list[Message]:
-        """Send each hospital the model and its own numbers of images; their answers, checked, in the order of the hospitals."""
-        number, timeout = state.round + 1, self.settings.federation.round_timeout
-        order = ConfigRecord(self._order() | {"round": number, "since": state.round, "least_noise": noise})
+    def _ask(self, grid: Grid, strategy: Strategy, members: Sequence[Member], state: State, plan: Plan) -> Answers:
+        """Send each hospital the model and its own order, and wait until enough have answered or no more can."""
+        number = state.round + 1
+        noise = plan.least_noise(self.settings, len(state.label_names))
+        order = ConfigRecord(self._order() | {"round": number, "least_noise": noise})
         expect(strategy, len(members))
         configured = strategy.configure_train(number, to_record(state.arrays), order, cast(Grid, Roster(members)))
-        by_node = {
+        messages = {message.metadata.dst_node_id: message for message in configured}
+        own: dict[int, dict[str, int | str]] = {
             member.node: {
-                "images": dealt.images[state.round][member.number],
-                "planned": dealt.planned(member.number),
-                "batch": dealt.batches[member.number],
+                "images": plan.images(state.round, member.number),
+                "planned": plan.planned(member.number),
+                "batch": plan.batches[member.number],
+                "since": state.since.get(member.number, 0),
+                "note": self.notes.pop(member.number, ""),
             }
             for member in members
         }
         # in the order of the hospitals, the largest first: with fewer cores than hospitals the long work begins at once
-        places = {member.node: member.number for member in members}
-        messages = sorted(configured, key=lambda message: places[message.metadata.dst_node_id])
-        answers = gather(grid, [personal(message, by_node) for message in messages], timeout)
-        replies = require_all(members, answers, timeout, f"in round {number}")
-        for member, reply in zip(members, replies, strict=True):
-            check_reply(member, reply, state.arrays)
-        return replies
+        return ask(
+            grid,
+            [member.node for member in members],
+            lambda node, seconds: personal(messages[node], own[node], seconds),
+            self.settings.federation.round_timeout,
+            self._enough(state),
+            self.patient,
+        )
+
+    def _enough(self, state: State) -> int:
+        """How many answers a round needs: `federation.min_hospitals`, or those of all that may still train."""
+        left = self.settings.federation.participants - len(state.exhausted)
+        return min(self.settings.federation.min_hospitals or left, left)
+
+    def _vet(
+        self, members: Sequence[Member], answers: Answers, state: State, images: Mapping[int, int]
+    ) -> tuple[dict[int, Message], list[dict[str, Any]]]:
+        """By number the answers that count, and of each other hospital its name, what happened (missing, rejected) and why."""
+        absences, good, number = list[dict[str, Any]](), dict[int, Message](), state.round + 1
+
+        def leave_out(share: Member | Share, what: str, why: str) -> None:
+            absences.append({"name": share.name, "number": share.number, "what": what, "why": why})
+            self.notes[share.number] = f"the answer of round {number} did not count ({what}: {why})"
+
+        for member in members:
+            if (reply := answers.replies.get(member.node)) is None:
+                leave_out(member, "missing", answers.failures[member.node])
+                continue
+            try:
+                check_answer(member, reply, state.arrays, number, images[member.number])
+                good[member.number] = reply
+            except FederationError as error:
+                leave_out(member, "rejected", str(error))
+        lengths = [length_for_images(reply, state.arrays, images[place]) for place, reply in good.items()]
+        for place, long in zip(list(good), too_long(self.settings, lengths), strict=True):
+            if long:
+                del good[place]
+                limit = self.settings.federation.max_update_norm
+                leave_out(
+                    self.members[place],
+                    "rejected",
+                    f"{self.members[place]} answered with an update more than {limit:g} times as long as the round's median: "
+                    "see federation.max_update_norm",
+                )
+        gone = {row["number"] for row in state.exhausted}
+        for share in state.shares:  # who joined before a restart and has not come back
+            if share.number not in self.members and share.number not in gone:
+                leave_out(share, "missing", AWAY)
+        return good, absences
+
+    def _require(self, replies: Mapping[int, Message], absences: Sequence[Mapping[str, Any]], state: State, number: int) -> None:
+        """Say who is left out of this round; raise `FederationError` where the answers that count are too few."""
+        told = [told_of(row, number, self.settings) for row in absences if row["why"] != UNASKED]
+        if len(replies) < self._enough(state):
+            raise FederationError("; ".join(told) or f"round {number}: too few hospitals have joined")
+        for text in told:
+            self.tell({"event": "remark", "text": f"{text}; the round goes on without it"})
 
     def _counts(self, row: Mapping[str, Any]) -> bool:
         """Whether an answer is aggregated: not that of a hospital that was not allowed a step.
@@ -244,10 +372,15 @@ class Federation:
 # --- answers ---------------------------------------------------------------------------------------
 
 
-def left(members: Sequence[Member], state: State) -> list[Member]:
-    """The hospitals that may still train."""
-    gone = {row["number"] for row in state.exhausted}
-    return [member for member in members if member.number not in gone]
+def told_of(absence: Mapping[str, Any], number: int, settings: Settings) -> str:
+    """Who is left out of round `number` and why, in one line."""
+    who, why = called(absence["number"], absence["name"]), absence["why"]
+    if absence["what"] == "rejected":
+        return f"in round {number} {why}"  # which names the hospital
+    if why == LATE:
+        limit = f"federation.round_timeout = {settings.federation.round_timeout:g} s"
+        return f"{who} did not answer in round {number} within {limit}: see its log, or raise the timeout"
+    return f"{who} failed in round {number}: {why}"
 
 
 def exhausted_now(members: Sequence[Member], facts: Sequence[Mapping[str, Any]], number: int) -> list[dict[str, Any]]:
@@ -270,10 +403,11 @@ def ending(state: State, settings: Settings) -> dict[str, Any]:
 
 def hospital_line(member: Member, reply: Message) -> dict[str, Any]:
     """The hospital's part of the round's line: name, num_examples, images_seen, seconds, threads and its means."""
-    facts = dict(reply.content.config_records["facts"])
+    facts = dict(reply.content.config_records[FACTS])
     row: dict[str, Any] = {"name": member.name, WEIGHT: reply.content.metric_records[METRICS][WEIGHT]}
     for key in ("images_seen", "images", "threads"):
         row[key] = int(facts.pop(key))
+    del facts["round"]
     return row | plain_numbers(facts)
 
 

@@ -37,7 +37,7 @@ from fedgan.privacy.ledger import Ledger
 from fedgan.privacy.validator import check_private
 from fedgan.run_folder import RunFolder
 from fedgan.training.trainer import resolve_device
-from server.rounds import deal
+from server.rounds import Plan, Share
 from server.strategies import check_strategy
 
 PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetensors")
@@ -92,10 +92,10 @@ def check_private_hospitals(settings: Settings, hospitals: Sequence[Hospital], r
     """Raise the `ConfigError` that would end the private training of one of these hospitals in its first round."""
     if not settings.privacy.on:
         return
-    dealt = deal(settings, [len(hospital.train) for hospital in hospitals])
+    plan = Plan(settings, [Share(number, hospital.name, len(hospital.train)) for number, hospital in enumerate(hospitals)])
     for number, hospital in enumerate(hospitals):
         ledgers = [ledger_of(hospital, run)]
-        check_can_begin(settings, hospital.train, dealt.batches[number], dealt.planned(number), ledgers)
+        check_can_begin(settings, hospital.train, plan.batches[number], plan.planned(number), ledgers)
 
 
 def ledger_of(hospital: Hospital, run: RunFolder) -> Ledger:

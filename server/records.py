@@ -26,12 +26,12 @@ def array_bytes(record: Mapping[str, Array]) -> int:
     return sum(int(array.numpy().nbytes) for array in record.values())
 
 
-def personal(message: Message, numbers: Mapping[int, Mapping[str, int]]) -> Message:
-    """The strategy's message with the hospital's own numbers of images in a ConfigRecord of its own."""
+def personal(message: Message, own: Mapping[str, int | str], seconds: float) -> Message:
+    """A fresh copy of the strategy's message with this hospital's own order; not delivered any more after `seconds`."""
     node = message.metadata.dst_node_id
     records = dict(message.content.items())
-    config = {**message.content.config_records[CONFIG], **numbers[node]}
-    return Message(RecordDict(records | {CONFIG: ConfigRecord(config)}), node, message.metadata.message_type)
+    config = {**message.content.config_records[CONFIG], **own}
+    return Message(RecordDict(records | {CONFIG: ConfigRecord(config)}), node, message.metadata.message_type, ttl=seconds)
 
 
 def check_reply(member: Member, reply: Message, sent: Mapping[str, np.ndarray]) -> None:

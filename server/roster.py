@@ -1,22 +1,26 @@
-"""Who takes part: a bounded wait for nodes, an introduction, and answers with the hospital's name on them."""
+"""Who takes part: a bounded wait for nodes, an introduction, and what is known of each hospital."""
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedgan.config import Settings
-from fedgan.errors import HOSPITAL_REASON, ConfigError, FederationError
+from fedgan.errors import ConfigError, FederationError
+from server.answers import ask
+from server.rounds import Share
 
 HELLO = "query.hello"
-NODE_WAIT = 60.0
 HELLO_WAIT = 300.0  # opening a shard, and in a simulation the start of Ray
-POLL = 0.05
-CRASHED = 8  # Flower's code for "the ClientApp process crashed"
+RETURN_WAIT = 60.0  # the same between two rounds, while the others wait
+NAME = r"[^\x00-\x1f\x7f/\\]{1,64}"  # of hospitals and labels: one line, and no way out of a folder
+MOST_LABELS = 10_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,16 @@ class Member:
     units: int = 0  # what `privacy` hides one of: images or patients; 0 where nobody has to know
 
     def __str__(self) -> str:
-        return f"hospital {self.number + 1} ('{self.name}')"
+        return called(self.number, self.name)
+
+    def share(self, joined: int) -> Share:
+        """What is kept of it once it has joined after `joined` rounds."""
+        return Share(self.number, self.name, self.images, self.units, joined)
+
+
+def called(number: int, name: str) -> str:
+    """How a hospital is named in errors and lines: hospital 1 ('north')."""
+    return f"hospital {number + 1} ('{name}')"
 
 
 class Roster:
@@ -49,67 +62,98 @@ class Roster:
         return [member.node for member in self.members]
 
 
-def introduce(grid: Grid, settings: Settings, order: ConfigRecord, gone: Collection[int] = ()) -> list[Member]:
-    """Wait for the hospitals and ask each who it is; members in the order of their numbers.
+def introduce(
+    grid: Grid, settings: Settings, order: Mapping[str, Any], gone: Collection[int] = (), patient: bool = False
+) -> tuple[list[Member], list[str]]:
+    """Wait for the hospitals and ask each who it is: members in the order of their numbers, and why others could not join.
 
-    `gone`: numbers of hospitals that take no more part; they may come, but nobody waits for them. Raises `FederationError`
-    when too few or too many come, when one cannot open its shard, or when their labels and image sizes do not fit together.
+    `gone`: numbers of hospitals that take no more part; they may come, but nobody waits for them. `patient`: as in `ask`.
+    Raises `FederationError` when fewer than `federation.min_hospitals` (all, where it is 0) come within
+    `federation.join_timeout` seconds, or when their labels and image sizes do not fit together; `ConfigError` for too many.
     """
-    wanted, members, asked = settings.federation.participants, list[Member](), list[int]()
+    wanted = settings.federation.participants
     needed = set(range(wanted)) - set(gone)
-    least = len(needed)
+    least = min(settings.federation.min_hospitals or wanted, len(needed))
+    members, problems, asked = list[Member](), list[str](), set[int]()
+    end = time.monotonic() + settings.federation.join_timeout
     while True:
-        nodes = wait_for_nodes(grid, wanted, NODE_WAIT, least)
-        members += _ask(grid, order, [node for node in nodes if node not in asked])
-        asked = nodes
-        if len(nodes) == wanted or needed <= {member.number for member in members}:
-            return check_members(sorted(members, key=lambda member: member.number), gone)
-        least = len(nodes) + 1  # one who has left came before one who is needed
-
-
-def _ask(grid: Grid, order: ConfigRecord, nodes: Sequence[int]) -> list[Member]:
-    """Who the hospitals on these nodes are."""
-    questions = [Message(RecordDict({"config": ConfigRecord(dict(order))}), node, HELLO) for node in nodes]
-    answers = gather(grid, questions, HELLO_WAIT)
-    members = []
-    for node in nodes:
-        answer = answers.get(node)
-        if answer is None or answer.has_error():
-            continue
-        facts = answer.content.config_records["hospital"]
-        members.append(
-            Member(
-                node=node,
-                number=int(facts["number"]),
-                name=str(facts["name"]),
-                images=int(facts["images"]),
-                label_names=tuple(facts["label_names"]),
-                exclusive=bool(facts["exclusive"]),
-                channels=int(facts["channels"]),
-                resolution=int(facts["resolution"]),
-                drawn=facts.get("drawn") is True,
-                units=int(facts.get("units", 0)),
-            )
-        )
-    for answer in answers.values():
-        if answer.has_error():
-            raise FederationError(f"a hospital could not join: {reason_of(answer)}")
-    if len(members) < len(nodes):
+        nodes = online(grid, wanted)
+        # all at once where all are there; else the first ones wait for the others, who may come within the limit
+        late = time.monotonic() > end
+        if new := [node for node in nodes if node not in asked] if late or len(nodes) >= len(needed) else []:
+            asked.update(new)
+            more, why = ask_hello(grid, settings, order, new, HELLO_WAIT, patient)
+            members, problems = members + more, problems + why
+            if why and least == len(needed):
+                raise FederationError(f"a hospital could not join: {why[0]}")
+        if len(nodes) == len(asked) == wanted or needed <= {member.number for member in members} or late:
+            break
+        time.sleep(0.2)
+    present = {member.number for member in members} - set(gone)
+    if len(present) < least and not problems:
         raise FederationError(
-            f"only {len(members)} of {len(nodes)} hospitals answered within {HELLO_WAIT:.0f} s: "
-            "see flower.log and the client.log of each"
+            f"{len(asked)} of {wanted} hospitals came online within {settings.federation.join_timeout:.0f} s: "
+            f"start the others (flwr run: --federation-config 'num-supernodes={wanted}'), or lower federation.hospitals or "
+            "federation.min_hospitals"
         )
-    return members
+    if len(present) < least:
+        raise FederationError(f"{len(present)} of {wanted} hospitals joined: {'; '.join(problems)}")
+    return check_members(sorted(members, key=lambda member: member.number), wanted), problems
 
 
-def check_members(members: list[Member], gone: Collection[int] = ()) -> list[Member]:
-    """Return the members, or raise `FederationError` when two have one number or their images do not fit together.
+def ask_hello(
+    grid: Grid, settings: Settings, order: Mapping[str, Any], nodes: Sequence[int], wait: float, patient: bool = False
+) -> tuple[list[Member], list[str]]:
+    """Who the hospitals on these nodes are, and why others could not say so."""
 
-    Numbers count from 0 without gaps but for those of the hospitals that are `gone`.
-    """
+    def question(node: int, left: float) -> Message:
+        return Message(RecordDict({"config": ConfigRecord(dict(order))}), node, HELLO, ttl=left)
+
+    answers = ask(grid, nodes, question, wait, patient=patient)
+    members, problems = [], [why for _, why in sorted(answers.failures.items())]
+    for node in nodes:
+        if node in answers.replies:
+            try:
+                members.append(read_member(node, answers.replies[node], settings))
+            except FederationError as error:
+                problems.append(str(error))
+    return members, problems
+
+
+def read_member(node: int, answer: Message, settings: Settings) -> Member:
+    """The introduction of a node. Raises `FederationError` for one that no right hospital would give."""
+    facts = answer.content.config_records.get("hospital") or {}
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "number": lambda value: _whole(value) and 0 <= value < settings.federation.participants,
+        "name": _name,
+        "images": lambda value: _whole(value) and 0 < value <= settings.federation.max_num_examples,
+        "label_names": lambda value: isinstance(value, list) and len(value) <= MOST_LABELS and all(map(_name, value)),
+        "exclusive": lambda value: isinstance(value, bool),
+        "channels": lambda value: _whole(value) and 0 < value <= 4,
+        "resolution": lambda value: value == settings.data.resolution,
+        "drawn": lambda value: isinstance(value, bool),
+        "units": lambda value: _whole(value) and 0 <= value <= settings.federation.max_num_examples,
+    }
+    given = {"drawn": False, "units": 0} | dict(facts)
+    if wrong := [key for key, right in kinds.items() if key not in given or not right(given[key])]:
+        number = f" (partition-id {facts['number']})" if _whole(facts.get("number")) else ""
+        raise FederationError(f"a hospital{number} introduces itself with an impossible {wrong[0]}: see docs/deployment.md")
+    known: dict[str, Any] = {key: given[key] for key in kinds} | {"label_names": tuple(given["label_names"])}
+    return Member(node=node, **known)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _name(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(NAME, value) is not None and value.strip(". ") != ""
+
+
+def check_members(members: list[Member], wanted: int) -> list[Member]:
+    """Return the members, or raise `FederationError` when two have one number or their images do not fit together."""
     numbers = [member.number for member in members]
-    all_numbers = {*numbers, *gone}
-    if len(set(numbers)) < len(numbers) or all_numbers != set(range(len(all_numbers))):
+    if len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(wanted)):
         raise FederationError(f"hospitals came with the numbers {numbers}: give each its own partition-id from 0")
     first = members[0]
     for other in members[1:]:
@@ -119,65 +163,12 @@ def check_members(members: list[Member], gone: Collection[int] = ()) -> list[Mem
     return members
 
 
-def wait_for_nodes(grid: Grid, wanted: int, limit: float, least: int | None = None) -> list[int]:
-    """Node ids once `wanted` are online (or `least`, where fewer will do), sorted. `FederationError` after `limit` seconds."""
-    end = time.monotonic() + limit
-    while True:
-        nodes = sorted(grid.get_node_ids())
-        if len(nodes) > wanted:
-            raise ConfigError(
-                f"{len(nodes)} nodes for federation.hospitals = {wanted}: start as many, "
-                f"e.g. flwr run . --federation-config 'num-supernodes={wanted}'"
-            )
-        if len(nodes) >= (wanted if least is None else least):
-            return nodes
-        if time.monotonic() > end:
-            raise FederationError(
-                f"{len(nodes)} of {wanted} hospitals came online within {limit:.0f} s: "
-                f"start the others (flwr run: --federation-config 'num-supernodes={wanted}') or lower federation.hospitals"
-            )
-        time.sleep(0.2)
-
-
-def gather(grid: Grid, messages: Iterable[Message], timeout: float, until_error: bool = True) -> dict[int, Message]:
-    """Send each message and collect the answers by node id; who is not in the result has not answered.
-
-    Returns when all have answered, after `timeout` seconds, or (`until_error`) as soon as one answer is an
-    error: a round that has failed need not wait for the hospitals that still train.
-    """
-    messages = list(messages)
-    nodes = [message.metadata.dst_node_id for message in messages]
-    waiting = dict(zip(grid.push_messages(messages), nodes, strict=True))
-    answers: dict[int, Message] = {}
-    end = time.monotonic() + timeout
-    while waiting and time.monotonic() < end:
-        for answer in grid.pull_messages(list(waiting)):
-            # an error about an absent node carries the server's own id: the question tells whose answer it is
-            answers[waiting.pop(answer.metadata.reply_to_message_id)] = answer
-        if until_error and any(answer.has_error() for answer in answers.values()):
-            break
-        if waiting:
-            time.sleep(POLL)
-    return answers
-
-
-def require_all(members: Sequence[Member], answers: dict[int, Message], timeout: float, doing: str) -> list[Message]:
-    """The answers in the order of the hospitals, or a `FederationError` that names the hospital that failed or is late."""
-    failed = [(member, answers[member.node]) for member in members if member.node in answers and answers[member.node].has_error()]
-    for member, answer in failed:
-        raise FederationError(f"{member} failed {doing}: {reason_of(answer)}")
-    late = [str(member) for member in members if member.node not in answers]
-    if late:
-        raise FederationError(
-            f"{' and '.join(late)} did not answer {doing} within federation.round_timeout = {timeout:g} s: "
-            "see its log, or raise the timeout"
+def online(grid: Grid, wanted: int) -> list[int]:
+    """Node ids that are online, sorted. Raises `ConfigError` where they are more than `wanted`."""
+    nodes = sorted(grid.get_node_ids())
+    if len(nodes) > wanted:
+        raise ConfigError(
+            f"{len(nodes)} nodes for federation.hospitals = {wanted}: start as many, "
+            f"e.g. flwr run . --federation-config 'num-supernodes={wanted}'"
         )
-    return [answers[member.node] for member in members]
-
-
-def reason_of(answer: Message) -> str:
-    """One line about an error reply, without what a framework may have put into it."""
-    reason = str(answer.error.reason or "") if answer.has_error() else ""
-    if any(word in reason for word in ("ActorDied", "WorkerCrashed", "OutOfMemory")) or answer.error.code == CRASHED:
-        return "its process died (killed, or out of memory)"
-    return reason.removeprefix(HOSPITAL_REASON) if reason.startswith(HOSPITAL_REASON) else "an error that its own log explains"
+    return nodes

@@ -28,10 +28,6 @@ class Deal:
         """Images of each round over all hospitals."""
         return [sum(row) for row in self.images]
 
-    def planned(self, hospital: int) -> int:
-        """Images of one hospital over the whole run."""
-        return sum(row[hospital] for row in self.images)
-
 
 def deal(settings: Settings, sizes: Sequence[int]) -> Deal:
     """What each hospital is asked for, by its number of training images (`sizes`)."""
@@ -44,18 +40,66 @@ def deal(settings: Settings, sizes: Sequence[int]) -> Deal:
     return Deal([[total // training.batch_size * batch for batch in batches] for total in totals], batches)
 
 
-def least_noise(settings: Settings, sizes: Sequence[int], units: Sequence[int], dealt: Deal, label_dim: int) -> float:
-    """The noise multiplier that no hospital goes below: with `privacy.noise_split = "equal"` the largest that one needs, else 0.
+@dataclass(frozen=True)
+class Share:
+    """What the server keeps of a hospital that has joined: its number, name, training images and units of privacy.
 
-    `units`: the images or patients of each hospital, as `privacy.unit` says. `label_dim`: the number of labels.
+    `joined`: rounds that were done when it came; 0 for those that began together.
     """
-    privacy = settings.privacy
-    if not privacy.on or privacy.noise_split != "equal":
-        return 0.0
-    return max(
-        noise_multiplier(settings, label_dim, size, unit, batch, dealt.planned(place))
-        for place, (size, unit, batch) in enumerate(zip(sizes, units, dealt.batches, strict=True))
-    )
+
+    number: int
+    name: str
+    images: int
+    units: int = 0
+    joined: int = 0
+
+
+class Plan:
+    """Images of each round for each hospital by its number, once and for all.
+
+    A hospital's share is that of the federation as it was when it joined. It never changes after that, whoever comes or goes:
+    what a hospital was told to plan for is what its noise was chosen for.
+    """
+
+    def __init__(self, settings: Settings, shares: Sequence[Share]) -> None:
+        self.shares = sorted(shares, key=lambda share: share.number)
+        self._images: dict[int, list[int]] = {}
+        self.batches: dict[int, int] = {}
+        for joined in {share.joined for share in shares}:
+            known = [share for share in self.shares if share.joined <= joined]
+            dealt = deal(settings, [share.images for share in known])
+            for place, share in enumerate(known):
+                if share.joined == joined:
+                    self._images[share.number] = [0] * joined + [row[place] for row in dealt.images[joined:]]
+                    self.batches[share.number] = dealt.batches[place]
+
+    def images(self, done: int, number: int) -> int:
+        """Images of hospital `number` in the round that follows `done` rounds."""
+        return self._images[number][done]
+
+    def planned(self, number: int) -> int:
+        """Images of hospital `number` over the whole run."""
+        return sum(self._images[number])
+
+    @property
+    def total(self) -> int:
+        """Images of all hospitals over the whole run."""
+        return sum(map(sum, self._images.values()))
+
+    def least_noise(self, settings: Settings, label_dim: int) -> float:
+        """The noise multiplier that no hospital goes below: with `privacy.noise_split = "equal"` the largest one's, else 0.
+
+        `label_dim`: the number of labels.
+        """
+        privacy = settings.privacy
+        if not privacy.on or privacy.noise_split != "equal":
+            return 0.0
+        return max(
+            noise_multiplier(
+                settings, label_dim, share.images, share.units, self.batches[share.number], self.planned(share.number)
+            )
+            for share in self.shares
+        )
 
 
 def share_batch(sizes: Sequence[int], batch_size: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Flower's own strategy classes, chosen by name, and what of them must survive a restart.
 
 fedavg (arXiv 1602.05629), fedprox (1812.06127), fedadam and fedyogi (2003.00295), fedmedian and
-fedtrimmedavg (1803.01498), krum (1703.02757). All work on one ArrayRecord with prefixed keys.
+fedtrimmedavg (1803.01498), krum and multikrum (1703.02757). All work on one ArrayRecord with prefixed keys.
 `privacy.hospital` wraps them in Flower's differential privacy of hospitals (server/hospital_privacy.py).
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, FedTrimmedAvg, FedYogi, Krum, Strategy
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, FedTrimmedAvg, FedYogi, Krum, MultiKrum, Strategy
 
 from fedgan.config import Settings
 from fedgan.errors import CheckpointError, ConfigError
@@ -40,14 +40,19 @@ def check_strategy(settings: Settings) -> None:
     check_hospital_privacy(settings)
     if hospitals < (needed := fewest(settings)):
         raise ConfigError(
-            f"krum with federation.malicious = {federation.malicious} needs 2 f + 3 = {needed} hospitals, not {hospitals}: "
-            "raise federation.hospitals, lower federation.malicious or choose fedmedian"
+            f"{federation.strategy} with federation.malicious = {federation.malicious} needs 2 f + 3 = {needed} hospitals, not "
+            f"{hospitals}: raise federation.hospitals, lower federation.malicious or choose fedmedian"
+        )
+    if 0 < federation.min_hospitals < needed:
+        raise ConfigError(
+            f"federation.min_hospitals = {federation.min_hospitals}, but {federation.strategy} makes no model of fewer than "
+            f"{needed} answers: raise it, or choose fedmedian"
         )
 
 
 def fewest(settings: Settings) -> int:
     """The fewest models that the strategy can aggregate: krum's 2 f + 3 (arXiv 1703.02757: 2 f + 2 < n), else one."""
-    return 2 * settings.federation.malicious + 3 if settings.federation.strategy == "krum" else 1
+    return 2 * settings.federation.malicious + 3 if settings.federation.strategy in ("krum", "multikrum") else 1
 
 
 def too_few(settings: Settings, exhausted: Sequence[str]) -> str:
@@ -102,6 +107,10 @@ def _plain(settings: Settings) -> FedAvg:
             return FedTrimmedAvg(**common, beta=federation.trim)
         case "krum":
             return Krum(**common, num_malicious_nodes=federation.malicious)
+        case "multikrum":  # section 4 of the paper: the mean of the models that could all be honest
+            return MultiKrum(
+                **common, num_malicious_nodes=federation.malicious, num_nodes_to_select=hospitals - federation.malicious
+            )
     raise ConfigError(f"federation.strategy = '{federation.strategy}' is not known")
 
 

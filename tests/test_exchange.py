@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,10 +24,11 @@ from fedgan.config import to_dict
 from fedgan.errors import CheckpointError, ConfigError, FederationError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
+from server.answers import AWAY, LATE, TRIES, UNASKED, ask
 from server.checkpoints import load_state, write_line
 from server.preparation import experiment_of
 from server.records import array_bytes, check_reply, personal, to_record
-from server.roster import Member, check_members, gather, introduce, require_all, wait_for_nodes
+from server.roster import Member, check_members, introduce, read_member
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +58,13 @@ def question(node: int = 100, **config: object) -> Message:
     return message
 
 
-def answer(arrays: dict[str, np.ndarray]) -> Message:
+def answer(arrays: dict[str, np.ndarray], to: Message | None = None) -> Message:
     content = {"arrays": ArrayRecord({k: Array(v) for k, v in arrays.items()}), "metrics": MetricRecord({"num_examples": 5})}
-    return Message(RecordDict(content), reply_to=question())
+    return Message(RecordDict(content), reply_to=to or question())
+
+
+def grid(hospitals: int, fault: Callable[[int, Message], Message | None] | None = None) -> Any:
+    return LocalGrid(hospitals, app, fault)
 
 
 # --- a whole run without Ray -----------------------------------------------------------------------
@@ -241,11 +249,10 @@ def test_a_shard_that_cannot_be_opened_fails_before_the_first_round(tmp_path: Pa
 
 def test_each_hospital_gets_its_own_number_of_images() -> None:
     message = question(node=7, round=3)
-    numbers = {7: {"images": 11, "planned": 99, "batch": 4}, 8: {"images": 22, "planned": 99, "batch": 4}}
-    mine, other = personal(message, numbers), personal(question(node=8, round=3), numbers)
+    mine = personal(message, {"images": 11, "planned": 99, "batch": 4}, 30.0)
     assert mine.content.config_records["config"]["images"] == 11
-    assert other.content.config_records["config"]["images"] == 22
     assert mine.content.config_records["config"]["batch"] == 4
+    assert mine.metadata.ttl == 30.0
     assert "images" not in message.content.config_records["config"]
 
 
@@ -279,56 +286,143 @@ def test_an_answer_as_it_should_be_passes() -> None:
     ],
 )
 def test_reasons_are_shown_only_where_they_are_safe(reason: str, code: int, shown: str) -> None:
-    answers = {100: answer({}), 101: error_reply(question(), reason, code)}
-    with pytest.raises(FederationError) as caught:
-        require_all([member(0), member(1)], answers, 5, "in round 4")
-    assert str(caught.value) == f"hospital 2 ('clinic-1') failed in round 4: {shown}"
+    def fault(number: int, message: Message) -> Message | None:
+        return error_reply(message, reason, code) if number == 1 else answer({}, message)
+
+    found = ask(grid(2, fault), [1000, 999], lambda node, left: question(node), timeout=60)
+    assert found.failures == {999: shown}
+    assert list(found.replies) in ([], [1000])  # nobody waits for the others once one has failed
 
 
 def test_who_does_not_answer_in_time_is_named() -> None:
-    with pytest.raises(
-        FederationError, match=r"hospital 2 \('clinic-1'\) and hospital 3 \('clinic-2'\) did not answer in round 1 within"
-    ):
-        require_all([member(0), member(1), member(2)], {100: answer({})}, 5, "in round 1")
+    def fault(number: int, message: Message) -> Message | None:
+        if number:
+            raise LookupError
+        return answer({}, message)
+
+    found = ask(grid(3, fault), [1000, 999, 998], lambda node, left: question(node), timeout=0.3)
+    assert (list(found.replies), found.failures) == ([1000], {999: LATE, 998: LATE})
 
 
-def test_gathering_ends_at_the_timeout_or_at_the_first_error() -> None:
+def test_a_wait_ends_as_soon_as_enough_cannot_answer_any_more() -> None:
     def fault(number: int, message: Message) -> Message | None:
         if number == 2:
             return error_reply(message, "broken")
         raise LookupError
 
-    grid = LocalGrid(3, app, fault)
-    assert gather(grid, [question(1000), question(999)], timeout=0.2) == {}  # type: ignore[arg-type]
-    answers = gather(grid, [question(1000), question(998)], timeout=60)  # type: ignore[arg-type]
-    assert list(answers) == [998]
+    found = ask(grid(3, fault), [1000, 999, 998], lambda node, left: question(node), timeout=60)
+    assert found.failures[998] == "an error that its own log explains"
+    assert found.failures[1000] == found.failures[999] == UNASKED
+
+
+def test_with_a_quorum_one_failure_ends_no_wait() -> None:
+    def fault(number: int, message: Message) -> Message | None:
+        return error_reply(message, "broken") if number == 2 else answer({}, message)
+
+    found = ask(grid(3, fault), [1000, 999, 998], lambda node, left: question(node), timeout=60, enough=2)
+    assert sorted(found.replies) == [999, 1000]
+
+
+def test_who_comes_back_is_asked_again_while_time_is_left() -> None:
+    tries: list[int] = []
+
+    def fault(number: int, message: Message) -> Message | None:
+        tries.append(number)
+        return error_reply(message, "Node Unavailable", 5) if tries.count(1) == 1 and number == 1 else answer({}, message)
+
+    found = ask(grid(2, fault), [1000, 999], lambda node, left: question(node), timeout=60, patient=True)
+    assert sorted(found.replies) == [999, 1000]
+    assert sorted(tries) == [0, 1, 1]
+
+
+def test_a_hospital_s_own_word_is_its_last_and_a_process_that_always_dies_is_given_up() -> None:
+    for reason, code, often in (
+        ("hospital: DataError while opening its shard", 2, 1),
+        ("ClientApp stopped responding.", 8, TRIES),
+    ):
+        tries: list[int] = []
+
+        def fault(number: int, message: Message) -> Message:
+            tries.append(number)  # noqa: B023
+            return error_reply(message, reason, code)  # noqa: B023
+
+        with mock.patch("server.answers.ONLINE_POLL", 0.0):
+            ask(grid(1, fault), [1000], lambda node, left: question(node), timeout=60, patient=True)
+        assert len(tries) == often
+
+
+def test_nobody_is_asked_who_is_away() -> None:
+    nobody = grid(1)
+    nobody.nodes = {}
+    found = ask(nobody, [1000], lambda node, left: question(node), timeout=0.3, patient=True)
+    assert found.failures == {1000: AWAY}
+    assert nobody.sent == []
 
 
 # --- who takes part --------------------------------------------------------------------------------
 
 
-def test_the_wait_for_hospitals_is_bounded() -> None:
-    with pytest.raises(FederationError, match="2 of 3 hospitals came online"):
-        wait_for_nodes(LocalGrid(2, app), 3, limit=0.3)  # type: ignore[arg-type]
+def test_the_wait_for_hospitals_is_bounded(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (16, 40, 24)), "federation.join_timeout=1")
+    order = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
+    with pytest.raises(FederationError, match="2 of 3 hospitals came online within 1 s"):
+        introduce(grid(2), settings, order)
     with pytest.raises(ConfigError, match="4 nodes for"):
-        wait_for_nodes(LocalGrid(4, app), 3, limit=0.3)  # type: ignore[arg-type]
+        introduce(grid(4), settings, order)
+
+
+def test_a_quorum_begins_without_a_hospital_that_does_not_come(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (16, 40, 24)), "federation.join_timeout=1", "federation.min_hospitals=2")
+    order = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
+    members, problems = introduce(grid(2), settings, order)
+    assert ([member.number for member in members], problems) == ([0, 1], [])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("number", 3),
+        ("number", -1),
+        ("name", "../../etc"),
+        ("name", "a\nb"),
+        ("name", ".."),
+        ("name", "x" * 65),
+        ("images", 0),
+        ("images", 10**7),
+        ("label_names", ["dark", "../x"]),
+        ("label_names", "dark"),
+        ("resolution", 64),
+        ("channels", 1000),
+        ("exclusive", 1),
+    ],
+)
+def test_an_impossible_introduction_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    settings = tiny(tmp_path)
+    facts = {"number": 0, "name": "a", "images": 5, "label_names": ["dark"], "exclusive": True, "channels": 1, "resolution": 16}
+    right = Message(RecordDict({"hospital": ConfigRecord(facts)}), reply_to=question())
+    assert read_member(7, right, settings).name == "a"
+    wrong = Message(RecordDict({"hospital": ConfigRecord(facts | {key: value})}), reply_to=question())
+    with pytest.raises(FederationError, match=f"impossible {key}"):
+        read_member(7, wrong, settings)
 
 
 def test_hospitals_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 40, 24)))
-    order = ConfigRecord({"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)})
-    members = introduce(LocalGrid(3, app), settings, order)  # type: ignore[arg-type]
+    order = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
+    members, _ = introduce(grid(3), settings, order)
     assert [(one.number, one.name, one.images) for one in members] == [(0, "beta", 20), (1, "gamma", 12), (2, "alpha", 8)]
     assert members[0].label_names == ("dark", "bright")
 
 
 def test_hospitals_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(FederationError, match=r"\('clinic-0'\) and hospital 2 \('clinic-1'\) differ"):
-        check_members([member(0), member(1, resolution=32)])
+        check_members([member(0), member(1, resolution=32)], 2)
     with pytest.raises(FederationError, match="differ in exclusive"):
-        check_members([member(0), member(1, exclusive=False)])
+        check_members([member(0), member(1, exclusive=False)], 2)
     with pytest.raises(FederationError, match="partition-id"):
-        check_members([member(0), member(0)])
+        check_members([member(0), member(0)], 2)
+    with pytest.raises(FederationError, match="partition-id"):
+        check_members([member(0), member(2)], 2)
 
 
 # --- lines -----------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
 from server.federation import Federation, plain_numbers
 from server.preparation import experiment_of, prepare_run
-from server.roster import Member, check_members
 from server.rounds import deal
 from server.strategies import too_few
 from simulations import runner
@@ -349,17 +348,9 @@ def test_a_round_that_is_done_again_gets_a_new_line(tmp_path: Path) -> None:
     assert again[1]["epsilon"] == pytest.approx(epsilon_of(Ledger(data / "alpha" / LEDGER).mechanisms(), DELTA))
 
 
-def test_numbers_have_no_gap_but_for_those_who_left() -> None:
-    members = [Member(7, number, "x", 5, ("a",), True, 1, 16) for number in (0, 2)]
-    assert check_members(members, gone={1}) == members
-    for gone in ((), {3}):
-        with pytest.raises(FederationError, match="partition-id"):
-            check_members(members, gone=gone)
-
-
 # --- what is told ----------------------------------------------------------------------------------
 
-ALWAYS = {"images", "images_seen", "threads"}
+ALWAYS = {"round", "images", "images_seen", "threads"}
 COST = {"epsilon", "delta", "noise_multiplier", "sample_rate"}
 OWN = {"loss_g", "d_accuracy", "p"}  # of the generator's own images, and of settings
 OPEN = {"loss_d", "r1", "r_t", "seconds", "core_seconds", "peak_memory_bytes"}
@@ -397,7 +388,7 @@ def test_nothing_that_was_measured_on_real_images_leaves_a_private_hospital(
     assert set(trained["facts"]) == facts
     assert {key.split("/")[0] for key in trained["arrays"]} == {"generator", "discriminator", "ema"}
     (row,) = lines_of(run)[0]["hospitals"]
-    assert set(row) == facts | {"name", "num_examples"}
+    assert set(row) == facts - {"round"} | {"name", "num_examples"}
 
 
 def test_an_infinite_epsilon_is_null(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fedgan.errors import CheckpointError, ConfigError, FederationError, Storage
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
 from server import lock
+from server.checkpoints import load_state
 from server.federation import Federation
 from server.preparation import experiment_of, prepare_run
 from simulations import runner
@@ -84,15 +85,25 @@ def test_a_server_that_lost_its_last_rounds_goes_back(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_says_so_and_the_round_before_serves(tmp_path: Path) -> None:
     settings = small(tmp_path, rounds=2)
-    run = RunFolder.at(tmp_path / "run")
+    whole, run = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "run")
+    federate(settings, whole, app)
     federate(settings, run, app)
     path = run.checkpoint(2)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=r"round-00002.safetensors is damaged.*remove it to go on from the round before"):
-        federate(settings, run, app)
-    path.unlink()
+    said: list[str] = []
+    load_state(run, experiment_of(run), lambda event: said.append(event["text"]))
+    assert said == ["round-00002.safetensors is damaged and now round-00002.safetensors.damaged: going on from round 1"]
     federate(settings, run, app)
-    assert run.last_round() == 2
+    assert same_end(whole, run, 2)
+
+
+def test_a_run_without_a_sound_checkpoint_is_an_error(tmp_path: Path) -> None:
+    run = RunFolder.at(tmp_path / "run")
+    federate(small(tmp_path, rounds=1), run, app)
+    for number in (0, 1):
+        run.checkpoint(number).write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="there is none before it; begin the run anew"):
+        load_state(run, experiment_of(run))
 
 
 def test_a_round_whose_line_was_lost_gets_it_with_its_evaluation(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ CLASSES = {
     "fedmedian": flower.FedMedian,
     "fedtrimmedavg": flower.FedTrimmedAvg,
     "krum": flower.Krum,
+    "multikrum": flower.MultiKrum,
 }
 PARTS = ("generator/", "discriminator/", "ema/")
 
@@ -75,6 +76,8 @@ def test_a_round_aggregates_as_the_strategy_says(name: str, tmp_path: Path) -> N
                 expected = np.median(stack, axis=0)
             case "fedtrimmedavg":  # one of three is cut from each end
                 expected = np.sort(stack, axis=0)[1]
+            case "multikrum":  # nobody is malicious: the mean of all
+                expected = mean
             case "krum":
                 expected = next(model for model in stack if np.allclose(model, array, atol=1e-6))
             case "fedadam" | "fedyogi":
@@ -139,6 +142,7 @@ def test_moments_have_no_place_in_a_strategy_without_memory(tmp_path: Path) -> N
         (["federation.strategy=fedadam", "training.proximal_mu=0.01"], "proximal_mu = 0.01 pulls"),
         (["federation.strategy=fedtrimmedavg", "federation.trim=0.5"], "less than 0.5"),
         (["federation.strategy=krum", "federation.malicious=1"], "5 hospitals"),
+        (["federation.strategy=multikrum", "federation.min_hospitals=2"], "no model of fewer than 3 answers"),
         (['federation.exchange=["discriminator"]'], "neither generator nor ema"),
     ],
 )
