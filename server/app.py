@@ -3,6 +3,9 @@
     flwr run . --federation-config 'num-supernodes=3 client-resources-num-cpus=1'
                -c 'scenario="simulations/three_hospitals.toml" overrides="training.kimg=10" output="/abs/runs/x"'
 
+With `deployed=true` the hospitals are machines of their own (docs/deployment.md): the server opens none of their shards,
+waits for those that fail or are absent, and evaluates on `evaluation.root`.
+
 The code runs from a copy, in the working directory of Flower's daemon: give absolute paths. A scenario
 that is not found there is looked for in the copy. An `output` that holds a run is gone on with.
 """
@@ -19,16 +22,16 @@ from flwr.serverapp import Grid, ServerApp
 
 import fedgan.report
 from fedgan.config import Settings, load_scenario
-from fedgan.errors import FedganError
+from fedgan.errors import ConfigError, FedganError
 from fedgan.report.page import write_report
 from fedgan.run_folder import RunFolder
 from server.evaluator import Evaluator
 from server.federation import Federation
 from server.lock import locked, sweep
-from server.preparation import evaluation_hospitals, experiment_of, is_prepared, prepare_run
+from server.preparation import evaluation_hospitals, experiment_of, is_deployed, is_prepared, prepare_deployed, prepare_run
 
 TEMPLATES = Path(str(fedgan.report.__file__)).parent / "templates"
-DEFAULTS = {"scenario": "simulations/three_hospitals.toml", "overrides": "", "output": ""}
+DEFAULTS = {"scenario": "simulations/three_hospitals.toml", "overrides": "", "output": "", "deployed": "False"}
 
 app = ServerApp()
 
@@ -37,13 +40,19 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Prepare or find the run folder, train all rounds, evaluate, and write the page."""
     settings, run = find_run(context.run_config)
+    deployed = str(context.run_config.get("deployed", False)).lower() == "true"
     with locked(run):
         sweep(run)
-        if not is_prepared(run):
+        if not is_prepared(run) and deployed:
+            prepare_deployed(settings, run)
+        elif not is_prepared(run):
             prepare_run(settings, run, tell)
+        elif deployed != is_deployed(run):
+            begun = "as a deployment" if is_deployed(run) else "where the server has the data"
+            raise ConfigError(f"{run.path} was begun {begun}: go on with it in the same way")
         settings = run.settings()
         judge = Evaluator(settings, run, evaluation_hospitals(settings, run))
-        federation = Federation(settings, run, experiment_of(run), judge, tell)
+        federation = Federation(settings, run, experiment_of(run), judge, tell, patient=deployed)
         federation.train(grid)
         federation.conclude()
     if TEMPLATES.is_dir():

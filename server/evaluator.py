@@ -45,6 +45,17 @@ class Evaluator:
         self.train = train  # with the generator's own labels; the reference may merge them for its classifiers
         self.reference = RealReference(train, val, test, settings.evaluation, settings.seed, self.device, progress)
 
+    def check(self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int) -> None:
+        """Raise `DataError` where the hospitals' labels or the shape of their images differ from those of `evaluation.root`."""
+        names = ("labels", "exclusive labels", "channels", "resolution")
+        own = (self.train.label_names, self.train.exclusive, self.train.channels, self.train.resolution)
+        for what, mine, theirs in zip(names, own, (label_names, exclusive, channels, resolution), strict=True):
+            if mine != theirs:
+                raise DataError(
+                    f"the evaluator's real images have {what} {mine}, the hospitals' {theirs}: import evaluation.root as the "
+                    "hospitals imported theirs"
+                )
+
     def start(self) -> None:
         """Write samples/real.png, where `evaluation.show_real` allows it.
 

@@ -45,6 +45,9 @@ MEANS = ("loss_g", "loss_d", "d_accuracy", "r_t", "p", "r1", "path_length")
 class Judge(Protocol):
     """What the loop needs of the central evaluator (server/evaluator.py)."""
 
+    def check(self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int) -> None:
+        """Raise `DataError` where the hospitals' images do not fit the evaluator's own."""
+
     def start(self) -> None:
         """Draw the pictures of real images."""
 
@@ -84,6 +87,7 @@ class Federation:
         gone = {row["number"] for row in state.exhausted} if state else set()
         members, absent = introduce(grid, self.settings, self._order(), gone, self.patient)
         self.members = {member.number: member for member in members}
+        self.judge.check(members[0].label_names, members[0].exclusive, members[0].channels, members[0].resolution)
         for why in absent:
             self.tell({"event": "remark", "text": f"a hospital did not join: {why}"})
         state = initial_state(self.settings, members) if state is None else self._rejoin(state)
@@ -189,7 +193,7 @@ class Federation:
     def _describe(self, state: State) -> None:
         """Write hospitals.json where nobody else can: a deployed server opens no hospital's shard."""
         if self.patient:
-            rows = [{"name": share.name, "counts": None, "images": {"train": share.images}} for share in state.shares]
+            rows = [{"name": share.name, "counts": {}, "images": {"train": share.images}} for share in state.shares]
             files.write_json(self.run.hospitals, sorted(rows, key=lambda row: str(row["name"])))
 
     # --- one round -------------------------------------------------------------------------------

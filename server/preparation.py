@@ -27,7 +27,7 @@ from fedgan.data.phantoms import write_phantoms
 from fedgan.data.shard import Shard
 from fedgan.data.shard_files import is_drawn
 from fedgan.data.splits import check_patients_apart
-from fedgan.errors import DataError, FederationError
+from fedgan.errors import ConfigError, DataError, FederationError
 from fedgan.evaluation.features import REFERENCE, check_features
 from fedgan.evaluation.reference import merged, pool_places
 from fedgan.machine import usable_cores
@@ -43,6 +43,38 @@ from server.strategies import check_strategy
 PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetensors")
 
 Tell = Callable[[dict[str, Any]], None]
+
+
+def prepare_deployed(settings: Settings, run: RunFolder) -> None:
+    """Check the scenario and write config and environment of a federation whose hospitals are elsewhere: none is opened here.
+
+    The hospitals hold their own shards, so `data.root` is theirs to name and is left out; `evaluation.root` names the real images
+    of the evaluator. hospitals.json follows when they have introduced themselves. Raises as `prepare_run` does.
+    """
+    if settings.data.partition != "institution":
+        raise ConfigError(
+            f"data.partition = '{settings.data.partition}' deals one pool anew, and no server can deal what hospitals hold: "
+            "set it to 'institution'"
+        )
+    if not settings.evaluation.root:
+        raise ConfigError(
+            "evaluation.root is empty: in a deployment the server opens no hospital's shard, so name the real images that "
+            "the evaluator tests on, e.g. --set evaluation.root=/reference"
+        )
+    check_strategy(settings)
+    check_private(settings)
+    resolve_device(settings.training.device)
+    settings = with_absolute_paths(dataclasses.replace(settings, data=dataclasses.replace(settings.data, root="")))
+    if settings.evaluation.features != REFERENCE:
+        check_features(settings.evaluation.features)
+    merged(evaluation_guests(settings)[0].train, settings.evaluation.label_map)
+    run.write_settings(settings)
+    files.write_json(run.environment, environment(settings, []) | {"deployed": True})
+
+
+def is_deployed(run: RunFolder) -> bool:
+    """Whether the hospitals of a prepared run are elsewhere."""
+    return (run.read_json(run.environment) or {}).get("deployed") is True
 
 
 def prepare_run(settings: Settings, run: RunFolder, tell: Tell = lambda event: None, simulated: bool = False) -> list[Hospital]:
@@ -79,7 +111,7 @@ def prepare_run(settings: Settings, run: RunFolder, tell: Tell = lambda event: N
         files.write_json(run.hospitals, describe_hospitals(hospitals, key))
         if record := partition_record(hospitals):
             files.write_json(run.partition, record)
-        files.write_json(run.environment, environment(settings, run))
+        files.write_json(run.environment, environment(settings, find_shards(shards_of(settings, run))))
     except BaseException:
         for path in (run.hospitals, run.data_key, run.partition, run.environment, *([] if begun else [run.config])):
             path.unlink(missing_ok=True)
@@ -198,8 +230,8 @@ def with_absolute_paths(settings: Settings) -> Settings:
     return dataclasses.replace(settings, data=data, training=training, evaluation=evaluation)
 
 
-def environment(settings: Settings, run: RunFolder) -> dict[str, Any]:
-    """The content of environment.json: experiment id, versions, machine, threads, and where the data comes from."""
+def environment(settings: Settings, shards: Sequence[Path]) -> dict[str, Any]:
+    """The content of environment.json: experiment id, versions, machine, threads, and where the data of `shards` comes from."""
     return {
         "experiment": uuid.uuid4().hex[:16],
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -222,7 +254,7 @@ def environment(settings: Settings, run: RunFolder) -> dict[str, Any]:
                 "licence": card.licence,
                 "content_hash": None if settings.privacy.on and not is_drawn(card.source) else card.content_hash,
             }
-            for card in (Shard.open(path).card for path in find_shards(shards_of(settings, run)))
+            for card in (Shard.open(path).card for path in shards)
         ],
     }
 

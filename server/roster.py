@@ -138,7 +138,8 @@ def read_member(node: int, answer: Message, settings: Settings) -> Member:
     if wrong := [key for key, right in kinds.items() if key not in given or not right(given[key])]:
         number = f" (partition-id {facts['number']})" if _whole(facts.get("number")) else ""
         raise FederationError(f"a hospital{number} introduces itself with an impossible {wrong[0]}: see docs/deployment.md")
-    known: dict[str, Any] = {key: given[key] for key in kinds} | {"label_names": tuple(given["label_names"])}
+    known = dict[str, Any]({key: given[key] for key in kinds})
+    known["label_names"] = tuple(known["label_names"])
     return Member(node=node, **known)
 
 

@@ -54,6 +54,9 @@ def main() -> None:
 class NoJudge:
     """Looks at nothing: a comparison judges its arms itself, all with one evaluator."""
 
+    def check(self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int) -> None:
+        """Compare nothing."""
+
     def start(self) -> None:
         """Draw nothing."""
 

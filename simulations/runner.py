@@ -42,7 +42,7 @@ from fedgan.errors import ConfigError, FederationError, FedganError, MachineErro
 from fedgan.run_folder import RunFolder
 from server.checkpoints import has_line, is_over
 from server.lock import locked, sweep
-from server.preparation import is_prepared, prepare_run
+from server.preparation import is_deployed, is_prepared, prepare_run
 
 OnEvent = Callable[[dict[str, Any]], None]
 CLIENT = "client.app:app"
@@ -89,6 +89,8 @@ def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT
     tell = on_event or (lambda event: None)
     run.refuse_look()
     settings = run.settings()
+    if is_deployed(run):
+        raise ConfigError(f"{run.path} was trained by hospitals elsewhere: go on with it by fedgan deploy resume")
     with locked(run) as lock:
         if is_complete(run, settings) if judged else is_trained(run, settings):
             tell(

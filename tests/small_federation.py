@@ -26,7 +26,7 @@ NAMES = ("alpha", "beta", "gamma", "delta", "epsilon")
 LABELS = ("dark", "bright")
 
 
-def write_shards(root: Path, sizes: Sequence[int], resolution: int = 16) -> Path:
+def write_shards(root: Path, sizes: Sequence[int], resolution: int = 16, names: Sequence[str] = NAMES) -> Path:
     """A shard for each size: images of two classes, darker and brighter noise, every second image of each class held out."""
     for number, size in enumerate(sizes):
         rng = np.random.default_rng(number)
@@ -34,13 +34,13 @@ def write_shards(root: Path, sizes: Sequence[int], resolution: int = 16) -> Path
         images = rng.integers(0, 128, (size, 1, resolution, resolution)) + 100 * labels[:, 1, None, None, None]
         splits = np.array(["train", "train", "test", "test", "train", "train", "val", "val"])[np.arange(size) % 8]
         write_shard(
-            root / NAMES[number],
+            root / names[number],
             images.astype(np.uint8),
             labels,
-            patients=[f"{NAMES[number]}-{row}" for row in range(size)],
+            patients=[f"{names[number]}-{row}" for row in range(size)],
             splits=splits,
             label_names=LABELS,
-            name=NAMES[number],
+            name=names[number],
         )
     return root
 
@@ -65,6 +65,9 @@ class NoJudge:
     def __init__(self) -> None:
         self.looked: list[int] = []
 
+    def check(self, *shape: Any) -> None:
+        pass
+
     def start(self) -> None:
         pass
 
@@ -79,12 +82,20 @@ class NoJudge:
 class LocalGrid:
     """Flower's Grid in one process: each message is answered by the ClientApp at once.
 
+    `own(number)` is a deployed hospital's node-config; without it hospitals are simulated on the server's machine.
     `fault(number, message)` may return a reply in the place of the hospital's, or raise `LookupError` for no answer.
     Replies come in the reverse order of the hospitals.
     """
 
-    def __init__(self, hospitals: int, app: ClientApp, fault: Callable[[int, Message], Message | None] | None = None) -> None:
+    def __init__(
+        self,
+        hospitals: int,
+        app: ClientApp,
+        fault: Callable[[int, Message], Message | None] | None = None,
+        own: Callable[[int], dict[str, str]] | None = None,
+    ) -> None:
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+        self.own = own
         self.nodes = {1000 - number: number for number in range(hospitals)}
         self.app, self.fault = app, fault
         self.replies: dict[str, Message] = {}
@@ -107,13 +118,13 @@ class LocalGrid:
 
     def _answer(self, message: Message, key: str) -> None:
         number = self.nodes[message.metadata.dst_node_id]
-        node: Any = {"partition-id": number, "num-partitions": len(self.nodes)}
+        node: Any = {"partition-id": number, "num-partitions": len(self.nodes)} | (self.own(number) if self.own else {})
         context = Context(run_id=1, node_id=message.metadata.dst_node_id, node_config=node, state=RecordDict(), run_config={})
         try:
             reply = self.fault(number, message) if self.fault else None
         except LookupError:
             return
-        with mock.patch.dict(os.environ, {SIMULATION: "1"}):
+        with mock.patch.dict(os.environ, {SIMULATION: "0" if self.own else "1"}):
             self.replies[key] = reply or self.app(message, context)
 
 

@@ -169,6 +169,10 @@ def _training_labels(checkpoint: Path, names: tuple[str, ...], exclusive: bool) 
         hospitals = run.read_json(run.hospitals)
         if not hospitals:
             raise DataError(f"{console.shown(run.path)} has no hospitals.json to take the mix from: use --label or --vector")
+        if not all(hospital["counts"] for hospital in hospitals):
+            raise DataError(
+                f"{console.shown(run.path)} does not know how many images of each class its hospitals hold: use --label"
+            )
         counts = [sum(hospital["counts"]["train"].get(name, 0) for hospital in hospitals) for name in names]
         return np.repeat(np.eye(len(names), dtype=np.uint8), counts, axis=0)
     if not run.config.is_file():

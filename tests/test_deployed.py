@@ -1,0 +1,97 @@
+"""A federation whose server opens no hospital's shard: the same model as simulated, and what it asks of the scenario."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, RecordDict
+from small_federation import NAMES, LocalGrid, federate, tiny, write_shards
+
+from client.app import app as client_app
+from fedgan.config import Settings
+from fedgan.errors import ConfigError, DataError
+from fedgan.run_folder import RunFolder
+from server.app import main
+from server.evaluator import Evaluator
+from server.federation import Federation
+from server.preparation import evaluation_hospitals, experiment_of, is_deployed, prepare_deployed
+from simulations import runner
+
+SIZES = (48, 32, 24)
+
+
+def deployed(tmp_path: Path, *overrides: str) -> Settings:
+    """Settings of a deployment; the evaluator's real images are other patients' than the hospitals'."""
+    write_shards(tmp_path / "reference", (40,), names=("delta",))
+    return tiny(tmp_path / "nowhere", f"evaluation.root={tmp_path / 'reference'}", *overrides, rounds=2, kimg=0.072)
+
+
+def own_place(tmp_path: Path) -> Any:
+    """The node-config of each hospital."""
+    folders = {"data-root": "data", "state-dir": "state"}
+    return lambda number: {key: str(tmp_path / folder / NAMES[number]) for key, folder in folders.items()}
+
+
+def test_a_deployment_trains_the_very_model_of_the_simulation(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", SIZES)
+    simulated, run = RunFolder.at(tmp_path / "simulated"), RunFolder.at(tmp_path / "deployed")
+    federate(tiny(data, rounds=2, kimg=0.072), simulated, client_app)
+    prepare_deployed(deployed(tmp_path), run)
+    settings = run.settings()
+    judge = Evaluator(settings, run, evaluation_hospitals(settings, run))
+    federation = Federation(settings, run, experiment_of(run), judge, patient=True)
+    federation.train(LocalGrid(3, client_app, own=own_place(tmp_path)))  # type: ignore[arg-type]
+    assert run.checkpoint(2).read_bytes() == simulated.checkpoint(2).read_bytes()
+    assert not (run.path / "hospitals").exists()
+    assert [(row["name"], row["images"]) for row in json.loads(run.hospitals.read_text())] == [
+        ("alpha", {"train": 24}),
+        ("beta", {"train": 16}),
+        ("gamma", {"train": 12}),
+    ]
+    assert str(tmp_path / "data") not in (run.config.read_text() + run.environment.read_text() + run.metrics.read_text())
+
+
+def test_flower_s_server_federates_a_deployment_to_its_evaluation(tmp_path: Path) -> None:
+    write_shards(tmp_path / "data", SIZES)
+    settings, run = deployed(tmp_path, "evaluation.suite=quick"), RunFolder.at(tmp_path / "run")
+    scenario = RunFolder.at(tmp_path / "scenario")
+    scenario.write_settings(settings)
+    words: Any = {"scenario": str(scenario.config), "output": str(run.path), "deployed": True}
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=words)
+    main_function: Any = main
+    main_function(LocalGrid(3, client_app, own=own_place(tmp_path)), context)
+    assert json.loads(run.evaluation.read_text())["round"] == 2
+    assert is_deployed(run)
+    page = run.report.read_text()
+    assert "gamma" in page
+    with pytest.raises(ConfigError, match="trained by hospitals elsewhere"):
+        runner.resume(run)
+    context.run_config["deployed"] = False
+    with pytest.raises(ConfigError, match="was begun as a deployment"):
+        main_function(None, context)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["evaluation.root="], "evaluation.root is empty: in a deployment"),
+        (["data.partition=iid"], "no server can deal what hospitals hold"),
+        (["federation.strategy=krum", "federation.malicious=1"], "5 hospitals"),
+    ],
+)
+def test_what_a_deployment_cannot_serve_is_refused(overrides: list[str], words: str, tmp_path: Path) -> None:
+    run = RunFolder.at(tmp_path / "run")
+    with pytest.raises(ConfigError, match=words):
+        prepare_deployed(deployed(tmp_path, *overrides), run)
+    assert not run.path.exists()
+
+
+def test_the_evaluator_s_images_must_be_the_hospitals_kind(tmp_path: Path) -> None:
+    prepare_deployed(deployed(tmp_path), run := RunFolder.at(tmp_path / "run"))
+    judge = Evaluator(run.settings(), run, evaluation_hospitals(run.settings(), run))
+    judge.check(("dark", "bright"), True, 1, 16)
+    with pytest.raises(DataError, match=r"have labels .*'dark'.*hospitals' .*'benign'"):
+        judge.check(("benign", "malignant"), True, 1, 16)
