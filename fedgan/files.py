@@ -28,9 +28,10 @@ UMASK = _read_umask()  # read once, before there are threads: to read it is to s
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed onto `path`.
 
+    A `private` file has mode 0600 from its first byte on, others get the mode that the umask gives.
     On any exception the temporary file is removed and `path` is as it was. Raises `StorageError`
     when the operating system refuses (full disk, read-only folder).
     """
@@ -46,7 +47,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
-        publish(temporary)
+        if not private:
+            publish(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -70,9 +72,9 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path` atomically."""
-    with atomic_path(path) as temporary:
+def write_bytes(path: str | Path, data: bytes, private: bool = False) -> None:
+    """Write `data` to `path` atomically, with mode 0600 where it is `private`."""
+    with atomic_path(path, private) as temporary:
         temporary.write_bytes(data)
 
 

@@ -26,6 +26,7 @@ INSIDE = {
     "ground": set(),
     "models": {"ground"},
     "data": {"ground"},
+    "deployment": {"ground"},
     "training": {"ground", "models", "data", "privacy"},
     "privacy": {"ground", "models", "data"},
     "evaluation": {"ground", "models", "data", "training", "privacy"},

@@ -84,7 +84,7 @@ def test_each_verb_explains_itself_its_arguments_and_gives_an_example(words: tup
 
 
 def test_the_promised_verbs_are_there() -> None:
-    promised = {"demo", "simulate", "compare", "resume", "generate", "evaluate", "report", "cards", "doctor", "data"}
+    promised = {"demo", "simulate", "compare", "resume", "generate", "evaluate", "report", "cards", "doctor", "data", "keys"}
     assert promised <= {words[0] for words in VERBS}
     assert ("data", "import", "npz") in VERBS
 

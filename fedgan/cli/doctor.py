@@ -35,6 +35,7 @@ PACKAGES = {
     "tomli-w": "tomli_w",
     "typer": "typer",
     "rich": "rich",
+    "cryptography": "cryptography",
 }
 GIB = 2**30
 LEAST_DISK = GIB
@@ -57,11 +58,15 @@ def doctor(
         Path | None, typer.Argument(metavar="[SCENARIO.toml]", help="Default: simulations/three_hospitals.toml.")
     ] = None,
     overrides: Overrides = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option("--keys", metavar="DIR", help="A folder of fedgan keys, or a hospital's part. [default: keys, if there]"),
+    ] = None,
     as_json: console.Json = False,
 ) -> None:
     """Check this machine, and tell how long a scenario takes on it.
 
-    Python, packages, processor, memory, GPU, disk, ports, and five seconds of training.
+    Python, packages, processor, memory, GPU, disk, ports, keys and certificates, and five seconds of training.
     Exit code 7 when something is missing.
     """
     path = scenario or shipped_scenario("three_hospitals")
@@ -74,6 +79,7 @@ def doctor(
         gpu_check(settings),
         disk_check(Path.cwd()),
         *port_checks(),
+        *key_checks(keys),
     ]
     result: dict[str, Any] = {"scenario": settings.name}
     if not any(check.status == "failed" for check in checks):
@@ -175,6 +181,25 @@ def port_checks() -> list[Check]:
         mend = "`flwr run .` would talk to that program: stop it, or set FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"
         checks.append(Check(f"port {FLOWER_PORT}", "warning", "taken", mend))
     return checks
+
+
+def key_checks(folder: Path | None) -> list[Check]:
+    """Certificates' days and what is wrong with a folder of keys; nothing where none is named and ./keys is none."""
+    from fedgan.deployment import certificates, key_inspection
+
+    if folder is None and not key_inspection.is_there(Path("keys")):
+        return []
+    try:
+        inspection = key_inspection.inspect(folder or Path("keys"), certificates.now())
+    except FedganError as error:
+        return [Check("keys", "failed", str(error))]
+    problems = [
+        Check("keys", "failed" if problem.grave else "warning", problem.found, problem.mend) for problem in inspection.problems
+    ]
+    return [
+        *([] if any(problem.grave for problem in inspection.problems) else [Check("keys", "ok", inspection.found)]),
+        *problems,
+    ]
 
 
 def training_check(settings: Settings) -> tuple[Check, dict[str, Any] | None]:

@@ -1,0 +1,1 @@
+"""What a federation of separate machines needs beside the training: keys and certificates."""
