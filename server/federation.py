@@ -31,6 +31,7 @@ from server.records import ARRAYS, METRICS, WEIGHT, array_bytes, check_reply, pe
 from server.roster import Member, Roster, gather, introduce, require_all
 from server.rounds import Deal, deal, least_noise
 from server.strategies import expect, fewest, make_strategy, restore_strategy, strategy_state
+from server.wire import inward, outward, outward_bytes
 
 Event = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -140,9 +141,9 @@ class Federation:
         replies = self._ask(grid, strategy, members, state, dealt, noise)
         facts = [hospital_line(member, reply) for member, reply in zip(members, replies, strict=True)]
         up = sum(array_bytes(reply.content.array_records[ARRAYS]) for reply in replies)
-        down = len(members) * sum(array.nbytes for array in state.arrays.values())
+        down = len(members) * outward_bytes(self.settings, state.arrays)
         counted = [reply for reply, row in zip(replies, facts, strict=True) if self._counts(row)]
-        arrays, spent = self._aggregate(strategy, number, counted, state)
+        arrays, spent = self._aggregate(strategy, number, inward(self.settings, counted, state.arrays), state)
         after = State(
             round=number,
             arrays=arrays,
@@ -188,11 +189,12 @@ class Federation:
         }
         # in the order of the hospitals, the largest first: with fewer cores than hospitals the long work begins at once
         places = {member.node: member.number for member in members}
-        messages = sorted(configured, key=lambda message: places[message.metadata.dst_node_id])
+        travelling = outward(self.settings, configured, state.arrays)
+        messages = sorted(travelling, key=lambda message: places[message.metadata.dst_node_id])
         answers = gather(grid, [personal(message, by_node) for message in messages], timeout)
         replies = require_all(members, answers, timeout, f"in round {number}")
         for member, reply in zip(members, replies, strict=True):
-            check_reply(member, reply, state.arrays)
+            check_reply(member, reply, state.arrays, self.settings.federation.wire)
         return replies
 
     def _counts(self, row: Mapping[str, Any]) -> bool:

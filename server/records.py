@@ -8,6 +8,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedgan.errors import FederationError
+from fedgan.training.wire import DTYPES, widen
 from server.roster import Member
 
 WEIGHT = "num_examples"
@@ -34,16 +35,18 @@ def personal(message: Message, numbers: Mapping[int, Mapping[str, int]]) -> Mess
     return Message(RecordDict(records | {CONFIG: ConfigRecord(config)}), node, message.metadata.message_type)
 
 
-def check_reply(member: Member, reply: Message, sent: Mapping[str, np.ndarray]) -> None:
-    """Raise `FederationError` when an answer does not hold the very arrays that were sent, as finite float32."""
+def check_reply(member: Member, reply: Message, sent: Mapping[str, np.ndarray], wire: str = "fp32") -> None:
+    """Raise `FederationError` when an answer does not hold the very arrays that were sent, as finite numbers of the wire."""
     record = reply.content.array_records.get(ARRAYS)
     if record is None or set(record) != set(sent):
         raise FederationError(f"{member} answered with other arrays than were sent: its model or federation.exchange differs")
     for key, array in record.items():
         value = array.numpy()
-        if value.shape != sent[key].shape or value.dtype != np.float32:
-            raise FederationError(f"{member} answered '{key}' as {value.dtype} {value.shape}, sent was float32 {sent[key].shape}")
-        if not np.isfinite(value).all():
+        if value.shape != sent[key].shape or value.dtype != DTYPES[wire]:
+            raise FederationError(
+                f"{member} answered '{key}' as {value.dtype} {value.shape}, sent was {DTYPES[wire]} {sent[key].shape}"
+            )
+        if not np.isfinite(widen(value, wire)).all():
             raise FederationError(
                 f"{member} answered '{key}' with values that are not finite: its training diverged; lower training.learning_rate"
             )
