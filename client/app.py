@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.sent import clip_update, told
 from client.site import Order, Progress, Site, bound, find_site, log, log_failure, log_folder
+from client.wire import outgoing, received
 from fedgan.config import PARTS, Settings
-from fedgan.errors import HOSPITAL_REASON
+from fedgan.errors import HOSPITAL_REASON, FederationError
 from fedgan.machine import peak_memory, usable_cores
 from fedgan.training.start import begin_training
 
@@ -122,7 +123,8 @@ def train_round(visit: Visit, order: Order, site: Site) -> RecordDict:
         site.begin(order)
 
     visit.doing = "taking over the server's model"
-    trainer.incoming({key: array.numpy() for key, array in visit.message.content.array_records["arrays"].items()})
+    before_round = received(visit.message, settings)
+    trainer.incoming(before_round)
 
     visit.doing = f"training round {order.round}"
     before, progress = trainer.images_seen, Progress(site.folder, order.round, order.images)
@@ -134,7 +136,11 @@ def train_round(visit: Visit, order: Order, site: Site) -> RecordDict:
 
     visit.doing = "giving out its model"
     parts = [part for part in PARTS if part in settings.federation.exchange]
-    arrays = ArrayRecord({key: Array(array) for key, array in trainer.outgoing(parts).items()})
+    try:
+        arrays = outgoing(trainer.outgoing(parts), before_round, settings)
+    except FederationError as error:  # it names an array and a setting, which the server may know
+        visit.doing += f": {error}"
+        raise
     facts: dict[str, float] = told(settings, means, peak_memory()) | {"images_seen": trainer.images_seen, "threads": threads}
     facts["round"] = order.round
     if trainer.exhausted:

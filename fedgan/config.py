@@ -132,6 +132,12 @@ class FederationSettings:
     rounds: int = meaning(10, "Rounds; each shows training.kimg / rounds thousand images, summed over hospitals.", low=1)
     strategy: str = meaning("fedavg", "Aggregation, by the name of Flower's strategy.", choices=STRATEGIES)
     exchange: tuple[str, ...] = meaning(PARTS, "What travels; the rest stays in the hospital.", choices=PARTS)
+    wire: str = meaning(
+        "fp32",
+        "Numbers that travel: fp32, or in half the bytes fp16 or bf16 (wider, coarser), which lose small steps without delta.",
+        choices=("fp32", "fp16", "bf16"),
+    )
+    delta: bool = meaning(False, "A hospital answers with what its round changed instead of its model.")
     local_images: str = meaning(
         "proportional", "Images of a round: by the hospital's size, or the same for each.", choices=("proportional", "equal")
     )

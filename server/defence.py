@@ -25,9 +25,11 @@ FACTS = "facts"
 COUNTS = ("round", "images", "images_seen", "threads")  # whole numbers that every answer must tell
 
 
-def check_answer(member: Member, reply: Message, sent: Mapping[str, np.ndarray], round_number: int, images: int) -> None:
+def check_answer(
+    member: Member, reply: Message, sent: Mapping[str, np.ndarray], round_number: int, images: int, wire: str = "fp32"
+) -> None:
     """Raise `FederationError` for an answer that must not count. `images`: what the hospital was asked to show in this round."""
-    check_reply(member, reply, sent)
+    check_reply(member, reply, sent, wire)
     facts = reply.content.config_records.get(FACTS)
     claimed = (reply.content.metric_records.get(METRICS) or {}).get(WEIGHT)
     if facts is None or any(not _count(facts.get(key)) for key in COUNTS):

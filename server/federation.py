@@ -32,10 +32,11 @@ from server.answers import AWAY, LATE, UNASKED, Answers, ask
 from server.checkpoints import State, has_line, initial_state, is_evaluated, load_state, save_state, write_line
 from server.defence import FACTS, check_answer, length_for_images, too_long
 from server.hospital_privacy import charge, even, remark
-from server.records import ARRAYS, METRICS, WEIGHT, array_bytes, personal, to_record
+from server.records import METRICS, WEIGHT, array_bytes, personal, to_record
 from server.roster import RETURN_WAIT, Member, Roster, ask_hello, called, introduce, online
 from server.rounds import Plan, Share
 from server.strategies import expect, fewest, make_strategy, restore_strategy, strategy_state
+from server.wire import inward, outward, outward_bytes
 
 Event = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -212,12 +213,12 @@ class Federation:
             }
         )
         answers = self._ask(grid, strategy, members, state, plan)
+        up = sum(array_bytes(reply) for reply in answers.replies.values())
+        down = len(members) * outward_bytes(self.settings, state.arrays)
         replies, absences = self._vet(members, answers, state, images)
         self._require(replies, absences, state, number)
         members = [member for member in members if member.number in replies]
         facts = [hospital_line(member, replies[member.number]) for member in members]
-        up = sum(array_bytes(reply.content.array_records[ARRAYS]) for reply in answers.replies.values())
-        down = len(images) * sum(array.nbytes for array in state.arrays.values())
         counted = [replies[member.number] for member, row in zip(members, facts, strict=True) if self._counts(row)]
         arrays, spent = self._aggregate(strategy, number, counted, state)
         after = State(
@@ -257,7 +258,7 @@ class Federation:
         order = ConfigRecord(self._order() | {"round": number, "least_noise": noise})
         expect(strategy, len(members))
         configured = strategy.configure_train(number, to_record(state.arrays), order, cast(Grid, Roster(members)))
-        messages = {message.metadata.dst_node_id: message for message in configured}
+        messages = {message.metadata.dst_node_id: message for message in outward(self.settings, configured, state.arrays)}
         own: dict[int, dict[str, int | str]] = {
             member.node: {
                 "images": plan.images(state.round, member.number),
@@ -298,8 +299,8 @@ class Federation:
                 leave_out(member, "missing", answers.failures[member.node])
                 continue
             try:
-                check_answer(member, reply, state.arrays, number, images[member.number])
-                good[member.number] = reply
+                check_answer(member, reply, state.arrays, number, images[member.number], self.settings.federation.wire)
+                (good[member.number],) = inward(self.settings, [reply], state.arrays)
             except FederationError as error:
                 leave_out(member, "rejected", str(error))
         lengths = [length_for_images(reply, state.arrays, images[place]) for place, reply in good.items()]

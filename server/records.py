@@ -8,6 +8,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedgan.errors import FederationError
+from fedgan.training.wire import DTYPES, widen
 from server.roster import Member
 
 WEIGHT = "num_examples"
@@ -21,9 +22,18 @@ def to_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
     return ArrayRecord({key: Array(arrays[key]) for key in sorted(arrays)})
 
 
-def array_bytes(record: Mapping[str, Array]) -> int:
-    """Bytes of the numbers in a record (no headers)."""
-    return sum(int(array.numpy().nbytes) for array in record.values())
+def array_bytes(message: Message) -> int:
+    """Bytes of the numbers in a message's arrays: no headers, but for arrays that cannot be read."""
+    arrays = [array for record in message.content.array_records.values() for array in record.values()]
+    return sum(len(array.data) if (value := readable(array)) is None else int(value.nbytes) for array in arrays)
+
+
+def readable(array: Array) -> np.ndarray | None:
+    """The numbers of an array that somebody else has packed; None where its bytes are no array."""
+    try:
+        return np.asarray(array.numpy())
+    except Exception:  # whatever the bytes make numpy say
+        return None
 
 
 def personal(message: Message, own: Mapping[str, int | str], seconds: float) -> Message:
@@ -34,16 +44,20 @@ def personal(message: Message, own: Mapping[str, int | str], seconds: float) -> 
     return Message(RecordDict(records | {CONFIG: ConfigRecord(config)}), node, message.metadata.message_type, ttl=seconds)
 
 
-def check_reply(member: Member, reply: Message, sent: Mapping[str, np.ndarray]) -> None:
-    """Raise `FederationError` when an answer does not hold the very arrays that were sent, as finite float32."""
+def check_reply(member: Member, reply: Message, sent: Mapping[str, np.ndarray], wire: str = "fp32") -> None:
+    """Raise `FederationError` when an answer does not hold the very arrays that were sent, as finite numbers of the wire."""
     record = reply.content.array_records.get(ARRAYS)
     if record is None or set(record) != set(sent):
         raise FederationError(f"{member} answered with other arrays than were sent: its model or federation.exchange differs")
     for key, array in record.items():
-        value = array.numpy()
-        if value.shape != sent[key].shape or value.dtype != np.float32:
-            raise FederationError(f"{member} answered '{key}' as {value.dtype} {value.shape}, sent was float32 {sent[key].shape}")
-        if not np.isfinite(value).all():
+        value = readable(array)
+        if value is None:
+            raise FederationError(f"{member} answered '{key}' with bytes that are no array: its fedgan is of another version")
+        if value.shape != sent[key].shape or value.dtype != DTYPES[wire]:
+            raise FederationError(
+                f"{member} answered '{key}' as {value.dtype} {value.shape}, sent was {DTYPES[wire]} {sent[key].shape}"
+            )
+        if not np.isfinite(widen(value, wire)).all():
             raise FederationError(
                 f"{member} answered '{key}' with values that are not finite: its training diverged; lower training.learning_rate"
             )

@@ -17,6 +17,7 @@ from fedgan.config import Settings
 from fedgan.errors import CheckpointError, ConfigError
 from server.hospital_privacy import check_hospital_privacy, wrap
 from server.records import ARRAYS, CONFIG, WEIGHT
+from server.wire import check_wire
 
 STATE = "strategy/"
 
@@ -38,6 +39,7 @@ def check_strategy(settings: Settings) -> None:
     if federation.strategy == "fedtrimmedavg" and federation.trim >= 0.5:
         raise ConfigError(f"federation.trim = {federation.trim:g} cuts every hospital away: give less than 0.5")
     check_hospital_privacy(settings)
+    check_wire(settings)
     if hospitals < (needed := fewest(settings)):
         raise ConfigError(
             f"{federation.strategy} with federation.malicious = {federation.malicious} needs 2 f + 3 = {needed} hospitals, not "

@@ -64,9 +64,14 @@ def changed(answer: Message, change: Callable[[str, np.ndarray], np.ndarray] | N
     metrics = dict(answer.content.metric_records["metrics"])
     for key, value in numbers.items():
         (metrics if key in metrics else facts)[key] = value
-    answer.content["arrays"] = ArrayRecord({key: Array(array) for key, array in arrays.items()})
+    answer.content["arrays"] = ArrayRecord({key: packed(array) for key, array in arrays.items()})
     answer.content["facts"], answer.content["metrics"] = ConfigRecord(facts), MetricRecord(metrics)
     return answer
+
+
+def packed(value: np.ndarray | bytes) -> Array:
+    """An array as it travels; of bytes, one that says it is an array."""
+    return Array("float32", (1,), "numpy.ndarray", value) if isinstance(value, bytes) else Array(value)
 
 
 def lines_of(run: RunFolder) -> list[dict[str, Any]]:
@@ -158,12 +163,13 @@ def test_with_too_few_answers_the_round_fails_and_can_be_resumed(tmp_path: Path)
         (lambda key, array: np.full_like(array, 3e38), {}, "more than 10 times as long"),
         (lambda key, array: np.zeros((2000, 2000), np.float32), {}, "sent was float32"),
         (lambda key, array: array.astype(np.float64), {}, "as float64"),
+        (lambda key, array: b"\x93NUMPY\x01\x00 and no more", {}, "bytes that are no array"),
         (None, {"num_examples": 10**6}, "claims num_examples = 1000000, and was introduced with"),
         (None, {"round": 1}, "answers for round 1, and round 2 was asked for"),
         (None, {"images": 10**6}, "claims 1000000 images in this round"),
         (None, {"threads": -1}, "does not tell"),
     ],
-    ids=["nan", "scaled", "overflow", "huge", "double", "weight", "replayed", "images", "threads"],
+    ids=["nan", "scaled", "overflow", "huge", "double", "bytes", "weight", "replayed", "images", "threads"],
 )
 def test_an_answer_that_must_not_count_is_named_and_changes_nothing(
     change: Any, numbers: dict[str, float], words: str, tmp_path: Path

@@ -43,7 +43,7 @@ app.command(
     "Example: fedgan generate --release runs/demo --images 7000 --mix nv=0.5,mel=0.3,bcc=0.2 --output release",
 )(outputs.generate)
 app.command(epilog="Example: fedgan evaluate runs/demo")(outputs.evaluate)
-app.command(epilog="Example: fedgan report runs/demo")(outputs.report)
+app.command(epilog="Example: fedgan report runs/demo --tensorboard events")(outputs.report)
 app.command(epilog="Example: fedgan cards runs/demo")(outputs.cards)
 app.command(
     epilog="Example: fedgan audit runs/demo\n\nExample: fedgan audit runs/demo --hospital hospital-1 --shadows 4 --shadow-kimg 5",

@@ -183,19 +183,39 @@ def evaluate(
     console.emit(numbers, as_json, headline_text(numbers))
 
 
-def report(run_path: RunOrComparison, as_json: console.Json = False) -> None:
+def report(
+    run_path: RunOrComparison,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(
+            "--tensorboard",
+            metavar="DIR",
+            help="Also write the rounds of a run as TensorBoard scalars, into a new or empty folder.",
+        ),
+    ] = None,
+    as_json: console.Json = False,
+) -> None:
     """Rewrite the page from the files of a run or of a comparison.
 
-    Trains and measures nothing.
+    Trains and measures nothing. --tensorboard needs the extra fedgan[tracking].
     """
     from fedgan.comparison_folder import ComparisonFolder
     from fedgan.report.comparison.page import write_comparison
     from fedgan.report.page import write_report
+    from fedgan.report.tensorboard import write_tensorboard
 
     run = ComparisonFolder.at(run_path)
     run.settings()
+    if tensorboard is not None:
+        run.refuse_comparison()
+        console.refuse_existing(tensorboard, "the event files")
+        write_tensorboard(run, tensorboard)
     page = write_comparison(run.path) if _is_comparison(run) else write_report(run)
-    console.emit({"run": str(run.path), "report": str(page)}, as_json, f"report      {console.shown(page)}")
+    result, text = {"run": str(run.path), "report": str(page)}, f"report      {console.shown(page)}"
+    if tensorboard is not None:
+        result["tensorboard"] = str(tensorboard.resolve())
+        text += f"\ntensorboard {console.shown(tensorboard)}"
+    console.emit(result, as_json, text)
 
 
 def cards(
