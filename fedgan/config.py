@@ -132,6 +132,9 @@ class FederationSettings:
     rounds: int = meaning(10, "Rounds; each shows training.kimg / rounds thousand images, summed over hospitals.", low=1)
     strategy: str = meaning("fedavg", "Aggregation, by the name of Flower's strategy.", choices=STRATEGIES)
     exchange: tuple[str, ...] = meaning(PARTS, "What travels; the rest stays in the hospital.", choices=PARTS)
+    share_label_counts: bool = meaning(
+        False, "Hospitals tell the server how many training images of each label they have; refused with privacy."
+    )
     local_images: str = meaning(
         "proportional", "Images of a round: by the hospital's size, or the same for each.", choices=("proportional", "equal")
     )

@@ -33,6 +33,7 @@ class Member:
     resolution: int
     drawn: bool = False  # it says that all its images are drawn phantoms
     units: int = 0  # what `privacy` hides one of: images or patients; 0 where nobody has to know
+    label_counts: tuple[int, ...] = ()  # training images of each label; empty unless federation.share_label_counts
 
     def __str__(self) -> str:
         return f"hospital {self.number + 1} ('{self.name}')"
@@ -89,6 +90,7 @@ def _ask(grid: Grid, order: ConfigRecord, nodes: Sequence[int]) -> list[Member]:
                 resolution=int(facts["resolution"]),
                 drawn=facts.get("drawn") is True,
                 units=int(facts.get("units", 0)),
+                label_counts=tuple(int(count) for count in facts.get("label_counts", ())),
             )
         )
     for answer in answers.values():
