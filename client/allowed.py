@@ -216,10 +216,14 @@ def rows() -> list[tuple[str, str, str, str, str]]:
     kinds = {int: "whole number", float: "number"}
     table += [(TRAIN, f"facts/{name}", kinds[kind], "always", meaning) for name, (kind, meaning) in NUMBERS.items()]
     for name in OPEN:
-        if name in HIDDEN:
+        if name == "r_t":
+            when = "not with `privacy.hospital`; with `privacy` only by `privacy.r_t_noise`"
+        elif name in HIDDEN:
             when = "always" if name == "images" else "with `privacy`"
         else:
             when = "not with `privacy.hospital`" if name in PRIVATE else "not with `privacy`, nor `privacy.hospital`"
         table.append((TRAIN, f"facts/{name}", "number", when, MEANINGS[name]))
-    table.append(("any", "error", f"{FAILED} and one line", "instead of an answer", "kind of the error, and what was being done"))
+    table.append(
+        ("any", "error", f"code {FAILED}, one line", "instead of an answer", "kind of the error, and what was being done")
+    )
     return table

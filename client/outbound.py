@@ -107,7 +107,8 @@ class Door:
         return log_folder(self.order, self.node) if self.order else None
 
     def _log(self, doing: str) -> None:
-        log_failure(self._folder(), self.order.round if self.order else 0, doing)
+        with contextlib.suppress(Exception):  # a node that names no number has no place either
+            log_failure(self._folder(), self.order.round if self.order else 0, doing)
 
 
 def failure(message: Message, words: str) -> Message:

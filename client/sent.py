@@ -34,7 +34,9 @@ def may_be_told(settings: Settings) -> tuple[str, ...]:
     """
     if settings.privacy.hospital != "none":
         return HIDDEN
-    return PRIVATE if settings.privacy.on else OPEN
+    if not settings.privacy.on:
+        return OPEN
+    return tuple(name for name in PRIVATE if name != "r_t" or settings.privacy.r_t_noise)
 
 
 def told(settings: Settings, means: Mapping[str, float], peak_memory_bytes: int) -> dict[str, float]:
