@@ -104,11 +104,10 @@ class Door:
             return self.site.folder
         if own := str(self.node.get("state-dir", "")):
             return Path(own)
-        return log_folder(self.order, self.node) if self.order else None
+        return log_folder(self.order, self.node) if self.order and "partition-id" in self.node else None
 
     def _log(self, doing: str) -> None:
-        with contextlib.suppress(Exception):  # a node that names no number has no place either
-            log_failure(self._folder(), self.order.round if self.order else 0, doing)
+        log_failure(self._folder(), self.order.round if self.order else 0, doing)
 
 
 def failure(message: Message, words: str) -> Message:

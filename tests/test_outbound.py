@@ -449,7 +449,7 @@ def question(order: ConfigRecord, kind: str = "query.hello") -> Message:
 
 def test_a_node_without_a_number_answers_in_listed_words(place: Place) -> None:
     reply = send(app, place.question("query.hello"), {})
-    assert reply.error.reason == "hospital: KeyError while opening its shard"
+    assert reply.error.reason == "hospital: KeyError while reading the server's order"
 
 
 def test_a_simulation_of_shards_that_nobody_may_write_to_logs_in_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,6 +469,20 @@ def test_a_line_that_was_never_finished_is_no_message_and_spoils_no_other(tmp_pa
     assert (log.read().entries, log.read().unfinished) == (entries[:1], 1)
     log.append(entries[1])
     assert (log.read().entries, log.read().unfinished, log.read().changed) == (entries, 1, [])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{", b"[]", b"7", b"\xff\xfe", b'{"time": 3}', b'{"records": [{}]}', b'"records"'],
+)
+def test_a_line_that_is_no_entry_is_counted_and_read_past(tmp_path: Path, line: bytes) -> None:
+    log = OutboundLog(tmp_path / NAME)
+    entry = Entry.of("e", 1, "train", [values_record("facts", "values", {"p": 0.5})])
+    log.append(entry)
+    whole = log.path.read_bytes()
+    for bad in (line, whole.replace(b'"bytes":', b'"bytes":"x","was":').strip(), whole.replace(b'"kind"', b'"sort"').strip()):
+        log.path.write_bytes(whole + bad + b"\n" + whole)
+        assert (log.read().entries, log.read().unfinished) == ([entry, entry], 1)
 
 
 def test_a_line_that_was_changed_is_named(tmp_path: Path) -> None:
@@ -520,7 +534,7 @@ def test_the_verb_names_changed_lines_and_errors(tmp_path: Path, fedgan: Any) ->
     assert "2 messages, 1 of them errors" in out
     assert "hospital: OSError while x" in out
     assert "changed after they were written: lines 2" in out
-    assert "never finished: 1 lines" in out
+    assert "no entries: 1 lines" in out
 
 
 def test_the_verb_says_where_a_log_would_lie(tmp_path: Path, fedgan: Any) -> None:

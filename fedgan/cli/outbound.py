@@ -106,7 +106,7 @@ def _text(account: dict[str, Any]) -> str:
     if account["changed_lines"]:
         lines.append(f"  changed after they were written: lines {', '.join(map(str, account['changed_lines']))}")
     if account["unfinished_lines"]:
-        lines.append(f"  never finished: {account['unfinished_lines']} lines, whose messages were not sent")
+        lines.append(f"  no entries: {account['unfinished_lines']} lines (what was never finished was not sent)")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 One JSON line a message: when, of which experiment and round, which kind of message, and what each of its records held:
 numbers and words with their values, because these are what left; of an array its name, type, shape, bytes and SHA-256 (of
 the .npy file that travels), because its values are the model's. `sha256` of a line is the hash of its records, by which a
-reader sees that a line was changed. A line that a killed process left unfinished belongs to a message that was never sent.
+reader sees that they were changed. A line that a killed process left unfinished belongs to a message that was never sent.
 """
 
 from __future__ import annotations
@@ -74,23 +74,28 @@ class Entry:
         total = sum(record["bytes"] for record in records)
         return Entry(now, experiment, round_number, message, total, _hash(records), records)
 
-    @staticmethod
-    def parse(line: bytes) -> Entry:
-        """One line of the file. Raises `ValueError` or `TypeError` when it is none."""
-        entry = Entry(**json.loads(line))
-        texts = (entry.time, entry.experiment, entry.message, entry.sha256)
-        if not all(isinstance(text, str) for text in texts) or not isinstance(entry.records, list):
-            raise ValueError("a field has the wrong type")
-        if type(entry.round) is not int or type(entry.bytes) is not int:
-            raise ValueError("a number has the wrong type")
-        if not all(isinstance(record, dict) and {"name", "kind", "bytes"} <= set(record) for record in entry.records):
-            raise ValueError("a record lacks its name, kind or bytes")
-        return entry
-
     @property
     def intact(self) -> bool:
         """Whether the records are those that the line was written with."""
         return self.sha256 == _hash(self.records) and self.bytes == sum(record["bytes"] for record in self.records)
+
+
+def _parse(line: bytes) -> Entry:
+    """One line of the file. Raises `ValueError`, `KeyError` or `TypeError` when it is none."""
+    entry = Entry(**json.loads(line))
+    texts = (entry.time, entry.experiment, entry.message, entry.sha256)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(entry.records, list):
+        raise ValueError("a field has the wrong type")
+    if type(entry.round) is not int or type(entry.bytes) is not int:
+        raise ValueError("a number has the wrong type")
+    for record in entry.records:
+        held = record["arrays" if record["kind"] == "arrays" else "values"]
+        rows = held if record["kind"] == "arrays" else []
+        if type(record["bytes"]) is not int or not isinstance(held, list if record["kind"] == "arrays" else dict):
+            raise ValueError("a record holds something else than it says")
+        if not isinstance(record["name"], str) or not all(isinstance(row, list) and len(row) == 5 for row in rows):
+            raise ValueError("a record lacks its name, or a row is none of an array")
+    return entry
 
 
 def _json(value: Any) -> bytes:
@@ -106,7 +111,7 @@ def _hash(records: list[Record]) -> str:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a log says: its entries, the numbers of lines that were changed, and how many were never finished."""
+    """What a log says: its entries, the numbers of lines whose records were changed, and how many are no entry."""
 
     entries: list[Entry] = field(default_factory=list)
     changed: list[int] = field(default_factory=list)
@@ -154,8 +159,8 @@ class OutboundLog:
             if not line:
                 continue
             try:
-                entry = Entry.parse(line)
-            except (ValueError, TypeError):
+                entry = _parse(line)
+            except (ValueError, KeyError, TypeError):
                 unfinished += 1
                 continue
             entries.append(entry)
