@@ -2,7 +2,8 @@
 
 Two messages: `query.hello` (who are you) and `train` (advance by so many images from this model).
 What goes wrong here stays here: the traceback goes to the hospital's own log, and one line that
-names the kind of failure, but no path, patient or label, travels to the server.
+names the kind of failure, but no path, patient or label, travels to the server. All that leaves goes through the
+gate of client/outbound.py.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 
+from client.allowed import introduction
+from client.outbound import Gate, failure
+from client.reasons import reason
 from client.sent import clip_update, told
 from client.site import Order, Progress, Site, bound, find_site, log, log_failure, log_folder
 from client.wire import outgoing, received
 from fedgan.config import PARTS, Settings
-from fedgan.errors import HOSPITAL_REASON, FederationError
 from fedgan.machine import peak_memory, usable_cores
+from fedgan.privacy.validator import check_private
 from fedgan.training.start import begin_training
 
-FAILED = 2  # Flower's code for "the ClientApp raised"
-
-app = ClientApp()
+app = Gate()
 
 
 @app.query("hello")
@@ -65,28 +66,19 @@ class Visit:
             return Message(work(self, order, site), reply_to=self.message)
         except Exception as error:  # every failure becomes a reply: an exception would carry its traceback to the server
             log_failure(self.folder, self.round, self.doing)
-            who = "" if self.known else f" (partition-id {self.node.get('partition-id')})"
-            return Message(
-                Error(FAILED, f"{HOSPITAL_REASON}{type(error).__name__} while {self.doing}{who}"), reply_to=self.message
-            )
+            who = None if self.known else self.node.get("partition-id")
+            return failure(self.message, reason(error, self.doing, who))
 
 
 def introduce(visit: Visit, order: Order, site: Site) -> RecordDict:
-    """What the server has to know of this hospital: the number of its images and their shape."""
-    data = site.hospital.train
-    facts: dict[str, object] = {
-        "number": site.number,
-        "name": site.hospital.name,
-        "images": len(data),
-        "label_names": list(data.label_names),
-        "exclusive": data.exclusive,
-        "channels": data.channels,
-        "resolution": data.resolution,
-        "drawn": site.hospital.drawn,
-    }
-    if (privacy := order.settings.privacy).on and privacy.noise_split == "equal":
-        facts["units"] = len(set(data.patients.tolist())) if privacy.unit == "patient" else len(data)
-    return RecordDict({"hospital": ConfigRecord(facts)})
+    """What the server has to know of this hospital: the number of its images and their shape.
+
+    Raises `ConfigError` where real counts of labels are asked for with privacy on.
+    """
+    visit.doing = "introducing itself"
+    if order.settings.federation.share_label_counts:
+        check_private(order.settings)
+    return RecordDict({"hospital": ConfigRecord(introduction(order, site))})
 
 
 def own_settings(order: Order) -> Settings:
@@ -134,13 +126,9 @@ def train_round(visit: Visit, order: Order, site: Site) -> RecordDict:
     trainer.save(site.state(order.round))
     site.keep_states(order)
 
-    visit.doing = "giving out its model"
+    visit.doing = "giving out its model in the numbers of federation.wire"
     parts = [part for part in PARTS if part in settings.federation.exchange]
-    try:
-        arrays = outgoing(trainer.outgoing(parts), before_round, settings)
-    except FederationError as error:  # it names an array and a setting, which the server may know
-        visit.doing += f": {error}"
-        raise
+    arrays = outgoing(trainer.outgoing(parts), before_round, settings)
     facts: dict[str, float] = told(settings, means, peak_memory()) | {"images_seen": trainer.images_seen, "threads": threads}
     facts["round"] = order.round
     if trainer.exhausted:

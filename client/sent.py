@@ -1,7 +1,7 @@
 """What a hospital tells of a round beside its model, and how much its model may move.
 
-With `privacy` nothing measured on real images leaves without noise: the list below names all that may, so a figure that
-the Trainer learns to measure tomorrow stays at home until somebody thinks about it.
+The lists below name all numbers of a training that may leave, so a figure that the Trainer learns to measure tomorrow stays
+at home until somebody thinks about it. With `privacy` nothing measured on real images leaves without noise.
 """
 
 from __future__ import annotations
@@ -22,18 +22,27 @@ PRIVATE = ("images", "loss_g", "d_accuracy", "path_length", "p", "r_t", "epsilon
 # A hospital that is hidden whole tells of its training what its settings and its ledger already say.
 HIDDEN = ("images", "epsilon", "delta", "noise_multiplier", "sample_rate")
 
+# Measured on real images, or on this machine.
+OPEN = (*PRIVATE, "loss_d", "r1", "seconds", "core_seconds", "peak_memory_bytes")
 
-def told(settings: Settings, means: Mapping[str, float], peak_memory_bytes: int) -> dict[str, float]:
-    """The facts of a round that travel: all, or those that privacy leaves.
+
+def may_be_told(settings: Settings) -> tuple[str, ...]:
+    """The names of a round's means that may leave under these settings.
 
     Times and memory go with the number of images in each Poisson sample, which the accountant takes to be secret, so they
     stay at home with privacy.
     """
     if settings.privacy.hospital != "none":
-        return {key: float(means[key]) for key in HIDDEN if key in means}
-    if settings.privacy.on:
-        return {key: float(means[key]) for key in PRIVATE if key in means}
-    return {key: float(value) for key, value in means.items()} | {"peak_memory_bytes": float(peak_memory_bytes)}
+        return HIDDEN
+    if not settings.privacy.on:
+        return OPEN
+    return tuple(name for name in PRIVATE if name != "r_t" or settings.privacy.r_t_noise)
+
+
+def told(settings: Settings, means: Mapping[str, float], peak_memory_bytes: int) -> dict[str, float]:
+    """The facts of a round that travel: those of its means that may be told."""
+    measured = {**means, "peak_memory_bytes": peak_memory_bytes}
+    return {key: float(measured[key]) for key in may_be_told(settings) if key in measured}
 
 
 def clip_update(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

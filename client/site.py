@@ -29,6 +29,7 @@ from fedgan.config import Settings, from_dict
 from fedgan.data.federation import Hospital, open_hospital, open_hospitals
 from fedgan.errors import CheckpointError, ConfigError
 from fedgan.privacy.ledger import NAME as LEDGER
+from fedgan.privacy.outbound import NAME as OUTBOUND
 from fedgan.run_folder import RunFolder
 
 SIMULATION = "FEDGAN_SIMULATION"  # "1" in the environment of simulated hospitals
@@ -81,6 +82,7 @@ class Site:
     hospital: Hospital
     folder: Path
     ledger: Path
+    outbound: Path
 
     def state(self, round_number: int) -> Path:
         """The Trainer's state after `round_number`."""
@@ -138,7 +140,9 @@ def find_site(order: Order, node: Mapping[str, Any]) -> Site:
     folder = Path(own_state) / order.experiment if own_state else RunFolder(Path(order.run)).hospital_state(hospital.name)
     # what is known of the shard outlives every run: it lies beside the shard, or where this node keeps its state
     place = Path(own_state) if own_state else hospital.place or folder
-    return Site(number, hospital, folder, place / LEDGER)
+    # a simulation may read shards that nobody may write to
+    sent = place if own_state or os.access(place, os.W_OK) else folder
+    return Site(number, hospital, folder, place / LEDGER, sent / OUTBOUND)
 
 
 def bound(order: Order, node: Mapping[str, Any]) -> Order:

@@ -138,6 +138,9 @@ class FederationSettings:
         choices=("fp32", "fp16", "bf16"),
     )
     delta: bool = meaning(False, "A hospital answers with what its round changed instead of its model.")
+    share_label_counts: bool = meaning(
+        False, "Hospitals tell the server how many training images of each label they have; refused with privacy."
+    )
     local_images: str = meaning(
         "proportional", "Images of a round: by the hospital's size, or the same for each.", choices=("proportional", "equal")
     )

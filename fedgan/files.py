@@ -50,7 +50,7 @@ def atomic_path(path: str | Path, private: bool = False) -> Iterator[Path]:
         if not private:
             publish(temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise storage_error(path, error) from error
     finally:
@@ -62,7 +62,7 @@ def publish(temporary: Path) -> None:
     os.chmod(temporary, (0o777 if temporary.is_dir() else 0o666) & ~UMASK)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Flush a folder, so that a rename in it outlives a power cut; some network disks cannot, and their files are good."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

@@ -194,8 +194,16 @@ class Federation:
     def _describe(self, state: State) -> None:
         """Write hospitals.json where nobody else can: a deployed server opens no hospital's shard."""
         if self.patient:
-            rows = [{"name": share.name, "counts": {}, "images": {"train": share.images}} for share in state.shares]
-            files.write_json(self.run.hospitals, sorted(rows, key=lambda row: str(row["name"])))
+            counts = {
+                member.number: {"train": dict(zip(member.label_names, member.label_counts, strict=True))}
+                for member in self.members.values()
+                if member.label_counts
+            }
+            rows = [
+                {"name": share.name, "counts": counts.get(share.number, {}), "images": {"train": share.images}}
+                for share in sorted(state.shares, key=lambda share: share.number)
+            ]
+            files.write_json(self.run.hospitals, rows)
 
     # --- one round -------------------------------------------------------------------------------
 

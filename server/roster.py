@@ -37,6 +37,7 @@ class Member:
     resolution: int
     drawn: bool = False  # it says that all its images are drawn phantoms
     units: int = 0  # what `privacy` hides one of: images or patients; 0 where nobody has to know
+    label_counts: tuple[int, ...] = ()  # training images of each label; empty unless federation.share_label_counts
 
     def __str__(self) -> str:
         return called(self.number, self.name)
@@ -82,7 +83,7 @@ def introduce(
         late = time.monotonic() > end
         if new := [node for node in nodes if node not in asked] if late or len(nodes) >= len(needed) else []:
             asked.update(new)
-            more, why = ask_hello(grid, settings, order, new, HELLO_WAIT, patient)
+            more, why = ask_hello(grid, settings, order, new, HELLO_WAIT, least == len(needed), patient)
             members, problems = members + more, problems + why
             if why and least == len(needed):
                 raise FederationError(f"a hospital could not join: {why[0]}")
@@ -102,14 +103,20 @@ def introduce(
 
 
 def ask_hello(
-    grid: Grid, settings: Settings, order: Mapping[str, Any], nodes: Sequence[int], wait: float, patient: bool = False
+    grid: Grid,
+    settings: Settings,
+    order: Mapping[str, Any],
+    nodes: Sequence[int],
+    wait: float,
+    all_needed: bool = False,
+    patient: bool = False,
 ) -> tuple[list[Member], list[str]]:
-    """Who the hospitals on these nodes are, and why others could not say so."""
+    """Who the hospitals on these nodes are, and why others could not say so. `all_needed`: the first failure ends the wait."""
 
     def question(node: int, left: float) -> Message:
         return Message(RecordDict({"config": ConfigRecord(dict(order))}), node, HELLO, ttl=left)
 
-    answers = ask(grid, nodes, question, wait, patient=patient)
+    answers = ask(grid, nodes, question, wait, None if all_needed else 0, patient)
     members, problems = [], [why for _, why in sorted(answers.failures.items())]
     for node in nodes:
         if node in answers.replies:
@@ -133,13 +140,16 @@ def read_member(node: int, answer: Message, settings: Settings) -> Member:
         "resolution": lambda value: value == settings.data.resolution,
         "drawn": lambda value: isinstance(value, bool),
         "units": lambda value: _whole(value) and 0 <= value <= settings.federation.max_num_examples,
+        "label_counts": lambda value: isinstance(value, list) and len(value) in (0, labels) and all(map(_whole, value)),
     }
-    given = {"drawn": False, "units": 0} | dict(facts)
+    given: dict[str, Any] = {"drawn": False, "units": 0, "label_counts": []} | dict(facts)
+    labels = len(given["label_names"]) if isinstance(given.get("label_names"), list) else 0
     if wrong := [key for key, right in kinds.items() if key not in given or not right(given[key])]:
         number = f" (partition-id {facts['number']})" if _whole(facts.get("number")) else ""
         raise FederationError(f"a hospital{number} introduces itself with an impossible {wrong[0]}: see docs/deployment.md")
     known = dict[str, Any]({key: given[key] for key in kinds})
-    known["label_names"] = tuple(known["label_names"])
+    for key in ("label_names", "label_counts"):
+        known[key] = tuple(known[key])
     return Member(node=node, **known)
 
 

@@ -10,12 +10,13 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.app import Visit, introduce, train_round
+from client.outbound import Gate
 from client.site import Order, Site
 
 
 def with_fault(fault: Callable[[Visit], None], round_number: int, hospital: int | None) -> ClientApp:
     """The real ClientApp, but `fault` happens in one round at one hospital (None: at each)."""
-    app = ClientApp()
+    app = Gate()
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
@@ -34,7 +35,7 @@ def with_fault(fault: Callable[[Visit], None], round_number: int, hospital: int 
 
 
 def _raise(visit: Visit) -> None:
-    visit.doing = "reading an image"
+    visit.doing = "training round 2"
     raise ValueError("/data/secret/patient-0017.png")
 
 

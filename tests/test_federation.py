@@ -265,7 +265,7 @@ def test_three_hospitals_from_shards_to_evaluation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("raises", "hospital 2 ('beta') failed in round 2: ValueError while reading an image"),
+        ("raises", "hospital 2 ('beta') failed in round 2: ValueError while training round 2"),
         ("dies", "hospital 3 ('gamma') failed in round 2: its process died (killed, or out of memory)"),
     ],
 )

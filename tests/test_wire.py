@@ -298,9 +298,10 @@ def test_a_model_that_outgrows_fp16_ends_the_run_by_name_and_it_can_go_on(
         with pytest.raises(FederationError) as caught:
             federate(settings, run, app)
     assert str(caught.value) == (
-        "hospital 2 ('beta') failed in round 2: FederationError while giving out its model: 'generator/mapping.w_avg' holds a "
-        "number beyond what fp16 can: set federation.wire = 'bf16' or 'fp32'"
+        "hospital 2 ('beta') failed in round 2: FederationError while giving out its model in the numbers of federation.wire"
     )
+    told_at_home = (run.hospital_state("beta") / "client.log").read_text()
+    assert "'generator/mapping.w_avg' holds a number beyond what fp16 can: set federation.wire = 'bf16' or 'fp32'" in told_at_home
     assert run.last_round() == 1
     assert [line["round"] for line in files.read_json_lines(run.metrics)] == [1]
     run.write_settings(tiny(tmp_path / "data", "federation.wire=bf16", hospitals=2, rounds=2, kimg=0.016))

@@ -12,7 +12,7 @@ import click
 import typer
 
 import fedgan
-from fedgan.cli import audit, compare, console, data, doctor, help, keys, ledger, outputs, runs
+from fedgan.cli import audit, compare, console, data, doctor, help, keys, ledger, outbound, outputs, runs
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 unexpected failure; 2 scenario, key or usage; 3 data; 4 checkpoint; 5 federation; "
@@ -51,6 +51,7 @@ app.command(
 app.command(
     epilog="Example: fedgan ledger data/north\n\nExample: fedgan ledger data/north --delta 1e-4 --max-epsilon 10",
 )(ledger.ledger)
+app.command(epilog="Example: fedgan outbound data/north\n\nExample: fedgan outbound runs/demo --json")(outbound.outbound)
 app.add_typer(data.app, name="data")
 app.add_typer(keys.app, name="keys")
 app.command(

@@ -47,10 +47,7 @@ def find_ledgers(path: Path) -> list[Ledger]:
 
     if path.is_file():
         return [Ledger(path)]
-    places = [path, *_below(path)]
-    if (path / "config.toml").is_file():
-        places += [*_below(path / "hospitals"), *_below(path / "shards"), *_of_the_scenario(path)]
-    ledgers = [Ledger(place / NAME) for place in dict.fromkeys(place.resolve() for place in places)]
+    ledgers = [Ledger(place / NAME) for place in places_of(path)]
     # a run's own, of its hospitals as units (server/hospital_privacy.py)
     ledgers = [Ledger(file) for file in sorted(path.glob("hospital-ledger.jsonl"))] + [each for each in ledgers if each.exists()]
     if not ledgers:
@@ -59,6 +56,14 @@ def find_ledgers(path: Path) -> list[Ledger]:
             "deployed hospital, or a run folder"
         )
     return ledgers
+
+
+def places_of(path: Path) -> list[Path]:
+    """Folders at `path` where a hospital may keep what it knows of its shard, sorted."""
+    places = [path, *_below(path)]
+    if (path / "config.toml").is_file():
+        places += [*_below(path / "hospitals"), *_below(path / "shards"), *_of_the_scenario(path)]
+    return list(dict.fromkeys(place.resolve() for place in places))
 
 
 def _below(folder: Path) -> list[Path]:

@@ -62,6 +62,11 @@ def refusals(settings: Settings) -> Iterator[str]:
             "training.labels = 'data': the generator's labels follow the counts of real labels; use 'uniform', or release "
             "the counts with noise: privacy.label_noise"
         )
+    if settings.federation.share_label_counts:
+        yield (
+            "federation.share_label_counts = true: the server would learn the real counts of labels, without noise; set it to "
+            "false"
+        )
     if settings.evaluation.show_real == "all" and settings.data.root and not settings.evaluation.root:
         yield (
             "evaluation.show_real = 'all': pictures of the training images themselves would stand on the page; use 'none', or "

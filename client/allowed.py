@@ -1,0 +1,232 @@
+"""All that may leave a hospital, and the check of an answer against it.
+
+Two kinds of messages have an answer: an introduction (`query.hello`) and a round (`train`). Each may hold the records below
+and no other; each record the names below and no other; every value has one type. Arrays are those that the server sent,
+`federation.exchange` names and this hospital's own model has, in its own shapes. An introduction holds this hospital's own
+values and nothing else. An error is one line in words that stand here. docs/deployment.md shows `rows()` as a table.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from client.reasons import ARRAY, FAILED, FOREIGN, MESSAGE, RECORD, SHAPE, TYPE, VALUE, Refused
+from client.sent import HIDDEN, OPEN, PRIVATE, may_be_told
+from client.site import Order, Site
+from fedgan.config import ModelSettings, Settings
+from fedgan.models.discriminator import Discriminator
+from fedgan.models.generator import Generator
+from fedgan.training.wire import DTYPES
+
+HELLO, TRAIN = "query.hello", "train"
+
+
+# --- the introduction --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One value of the introduction. `own`: what this hospital says; `asked`: whether the settings ask for it."""
+
+    kind: str
+    meaning: str
+    own: Callable[[Order, Site], object]
+    asked: Callable[[Settings], bool] = lambda settings: True
+    when: str = "always"
+
+
+def _units(order: Order, site: Site) -> int:
+    data = site.hospital.train
+    return len(set(data.patients.tolist())) if order.settings.privacy.unit == "patient" else len(data)
+
+
+INTRODUCTION: dict[str, Fact] = {
+    "number": Fact("whole number", "its partition-id", lambda order, site: site.number),
+    "name": Fact("text", "its name", lambda order, site: site.hospital.name),
+    "images": Fact("whole number", "training images", lambda order, site: len(site.hospital.train)),
+    "label_names": Fact("texts", "the labels' names", lambda order, site: list(site.hospital.train.label_names)),
+    "exclusive": Fact("yes or no", "whether labels exclude each other", lambda order, site: site.hospital.train.exclusive),
+    "channels": Fact("whole number", "channels of an image", lambda order, site: site.hospital.train.channels),
+    "resolution": Fact("whole number", "side of an image in pixels", lambda order, site: site.hospital.train.resolution),
+    "drawn": Fact("yes or no", "whether all images are drawn phantoms", lambda order, site: site.hospital.drawn),
+    "units": Fact(
+        "whole number",
+        "training images, or patients of them: what `privacy.unit` says",
+        _units,
+        lambda settings: settings.privacy.on and settings.privacy.noise_split == "equal",
+        "with `privacy` and `privacy.noise_split = equal`",
+    ),
+    "label_counts": Fact(
+        "whole numbers",
+        "training images of each label",
+        lambda order, site: [int(count) for count in site.hospital.train.labels.sum(axis=0, dtype=int)],
+        lambda settings: settings.federation.share_label_counts and not settings.privacy.on,
+        "with `federation.share_label_counts`, never with `privacy`",
+    ),
+}
+
+
+def introduction(order: Order, site: Site) -> dict[str, Any]:
+    """What this hospital says of itself."""
+    return {name: fact.own(order, site) for name, fact in INTRODUCTION.items() if fact.asked(order.settings)}
+
+
+# --- a round -----------------------------------------------------------------------------------------
+
+NUMBERS: dict[str, tuple[type, str]] = {  # told of every round, beside its means
+    "round": (int, "the round that it answers"),
+    "images_seen": (int, "images shown since the first round"),
+    "threads": (int, "CPU threads"),
+    "exhausted": (float, "1 where the privacy budget is spent"),
+}
+MEANINGS = {  # of the means (client/sent.py)
+    "images": "images shown in this round",
+    "loss_g": "loss of the generator",
+    "loss_d": "loss of the discriminator",
+    "d_accuracy": "share of generated images that the discriminator finds out",
+    "path_length": "mean path length of the generator",
+    "p": "strength of augmentation",
+    "r_t": "mean sign of the discriminator on real images",
+    "r1": "gradient penalty at real images",
+    "epsilon": "what the privacy ledger holds",
+    "delta": "of epsilon",
+    "noise_multiplier": "of a private step",
+    "sample_rate": "of a private step",
+    "seconds": "time of the training",
+    "core_seconds": "CPU time of the training",
+    "peak_memory_bytes": "memory of the process",
+}
+WEIGHT = "num_examples"
+
+
+def travelling(
+    settings: Settings, sent: Mapping[str, Any], channels: int, label_dim: int
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The arrays that may leave in a round: name → (dtype, shape). `sent`: what arrived, by name."""
+    own = model_arrays(settings.model, settings.data.resolution, channels, label_dim)
+    parts = tuple(f"{part}/" for part in settings.federation.exchange)
+    dtype = str(DTYPES[settings.federation.wire])
+    return {name: (dtype, shape) for name, shape in own.items() if name in sent and name.startswith(parts)}
+
+
+@functools.lru_cache(maxsize=2)
+def model_arrays(model: ModelSettings, resolution: int, channels: int, label_dim: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all arrays of a model that these settings make; a number alone has the shape (1,)."""
+    rng = torch.Generator()  # its own: what is drawn here must not move anybody's training
+    generator = Generator(model, resolution, channels, label_dim, rng)
+    parts = {"generator": generator, "ema": generator}
+    parts |= {"discriminator": Discriminator(model, resolution, channels, label_dim, rng)}  # type: ignore[dict-item]
+    return {
+        f"{part}/{name}": tuple(tensor.shape) or (1,)
+        for part, network in parts.items()
+        for name, tensor in network.state_dict().items()
+    }
+
+
+# --- the check ---------------------------------------------------------------------------------------
+
+
+def checked(message: Message, reply: Message, order: Order, site: Site) -> RecordDict:
+    """The content of `reply` to `message`, record by record made anew, so that nothing hides in it.
+
+    Raises `Refused` for the first thing in it that may not leave.
+    """
+    match message.metadata.message_type:
+        case "query.hello":
+            return RecordDict(dict(_checked_introduction(reply.content, order, site)))
+        case "train":
+            return RecordDict(dict(_checked_round(message, reply.content, order.settings, site)))
+    raise Refused(MESSAGE, f"an answer to '{message.metadata.message_type}'")
+
+
+def _checked_introduction(content: RecordDict, order: Order, site: Site) -> Iterator[tuple[str, ConfigRecord]]:
+    own = introduction(order, site)
+    for name, record in content.items():
+        if name != "hospital" or not isinstance(record, ConfigRecord):
+            raise Refused(RECORD, f"'{name}' in an introduction")
+        for key, value in record.items():
+            if key not in own:
+                raise Refused(VALUE, f"'{key}' in an introduction")
+            if type(value) is not type(own[key]) or value != own[key]:
+                raise Refused(FOREIGN, f"'{key}' = {value!r} in an introduction")
+        yield name, ConfigRecord({key: own[key] for key in record})
+
+
+def _checked_round(
+    message: Message, content: RecordDict, settings: Settings, site: Site
+) -> Iterator[tuple[str, ArrayRecord | MetricRecord | ConfigRecord]]:
+    numbers = {name: kind for name, (kind, _) in NUMBERS.items()} | dict.fromkeys(may_be_told(settings), float)
+    for name, record in content.items():
+        match name, record:
+            case "arrays", ArrayRecord():
+                sent = message.content.array_records.get("arrays") or {}
+                data = site.hospital.train
+                yield name, _checked_arrays(record, travelling(settings, sent, data.channels, data.label_dim))
+            case "metrics", MetricRecord():
+                yield name, MetricRecord(_checked_numbers(name, record, {WEIGHT: int}))
+            case "facts", ConfigRecord():
+                yield name, ConfigRecord(_checked_numbers(name, record, numbers))
+            case _:
+                raise Refused(RECORD, f"'{name}' ({type(record).__name__}) in a round")
+
+
+def _checked_arrays(record: ArrayRecord, allowed: Mapping[str, tuple[str, tuple[int, ...]]]) -> ArrayRecord:
+    found = {}
+    for name, array in record.items():
+        if name not in allowed:
+            raise Refused(ARRAY, f"'{name}'")
+        try:
+            values = array.numpy()
+        except (TypeError, ValueError) as error:
+            raise Refused(SHAPE, f"'{name}' is no array of numpy") from error
+        if (str(values.dtype), values.shape) != allowed[name]:
+            raise Refused(SHAPE, f"'{name}' as {values.dtype} {values.shape}, may be {allowed[name]}")
+        found[name] = Array(values)  # anew: the bytes that arrived here may hold more than the numbers
+    return ArrayRecord(found)
+
+
+def _checked_numbers(where: str, record: Mapping[str, Any], allowed: Mapping[str, type]) -> dict[str, Any]:
+    for key, value in record.items():
+        if key not in allowed:
+            raise Refused(VALUE, f"'{key}' in {where}")
+        if type(value) is not allowed[key]:
+            raise Refused(TYPE, f"'{key}' in {where} as {type(value).__name__}, may be {allowed[key].__name__}")
+    return dict(record)
+
+
+# --- for people --------------------------------------------------------------------------------------
+
+
+def rows() -> list[tuple[str, str, str, str, str]]:
+    """The table of docs/deployment.md: (message, record/name, type, when, meaning)."""
+    table = [(HELLO, f"hospital/{name}", fact.kind, fact.when, fact.meaning) for name, fact in INTRODUCTION.items()]
+    table.append(
+        (
+            TRAIN,
+            "arrays/NAME",
+            "array, float32 or 16 bits by `federation.wire`",
+            "parts in `federation.exchange`",
+            "weights that the server sent and this model has; with `federation.delta` what the round changed of them",
+        )
+    )
+    table.append((TRAIN, f"metrics/{WEIGHT}", "whole number", "always", "training images: the weight of the answer"))
+    kinds = {int: "whole number", float: "number"}
+    table += [(TRAIN, f"facts/{name}", kinds[kind], "always", meaning) for name, (kind, meaning) in NUMBERS.items()]
+    for name in OPEN:
+        if name == "r_t":
+            when = "not with `privacy.hospital`; with `privacy` only by `privacy.r_t_noise`"
+        elif name in HIDDEN:
+            when = "always" if name == "images" else "with `privacy`"
+        else:
+            when = "not with `privacy.hospital`" if name in PRIVATE else "not with `privacy`, nor `privacy.hospital`"
+        table.append((TRAIN, f"facts/{name}", "number", when, MEANINGS[name]))
+    table.append(
+        ("any", "error", f"code {FAILED}, one line", "instead of an answer", "kind of the error, and what was being done")
+    )
+    return table

@@ -1,0 +1,128 @@
+"""The one door of a hospital: every answer is checked, written into the outbound log, and only then given out.
+
+`Gate` stands round the whole ClientApp, handlers and mods alike, so that nothing that any of them answers leaves unchecked.
+What may leave is listed in client/allowed.py; an answer that holds anything else becomes an error that names the kind of thing,
+and this hospital's client.log says which it was. An answer leaves when its line is on the disk: a log that cannot be written
+is an error, too. Only an error may leave without a line, in listed words, where the log cannot be written or the node has
+no place for one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.allowed import checked
+from client.reasons import ERROR, FAILED, REASON, Refused, reason
+from client.site import Order, Site, bound, find_site, log_failure, log_folder
+from fedgan.errors import HOSPITAL_REASON, ConfigError
+from fedgan.privacy.outbound import NAME, Entry, OutboundLog, Record, array_row, arrays_record, values_record
+
+
+class Gate(ClientApp):
+    """A ClientApp whose answers leave by the door of this module."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer `message`; no exception leaves, because its text would go to the server."""
+        door = Door(message, context)
+        try:
+            reply = super().__call__(message, context)
+        except Exception as error:
+            reply = door.failed(error, "answering")
+        return door.give_out(reply)
+
+
+class Door:
+    """The way out for the answer to one message. It finds out by itself whose answer it is, and trusts no handler."""
+
+    def __init__(self, message: Message, context: Context) -> None:
+        self.message, self.node = message, context.node_config
+        self.order: Order | None = None
+        self.site: Site | None = None
+
+    def give_out(self, reply: Message) -> Message:
+        """The reply as it leaves, in the log; or an error in its place."""
+        try:
+            self._find()
+            reply = self._checked(reply)
+        except Refused as refusal:
+            self._log("checking what leaves")
+            reply = failure(self.message, f"{HOSPITAL_REASON}refused to send {refusal.what}")
+        except Exception as error:
+            reply = self.failed(error, "checking what leaves")
+        try:
+            self._note(reply)
+        except Exception as error:
+            reply = self.failed(error, "writing its outbound log")
+        return reply
+
+    def failed(self, error: Exception, doing: str) -> Message:
+        """The error reply for an exception that is being handled; its traceback goes to this hospital's log."""
+        self._log(doing)
+        return failure(self.message, reason(error, doing))
+
+    def _find(self) -> None:
+        """Whose answer it is, as far as that can be known: a hospital that cannot open its shard answers with an error."""
+        with contextlib.suppress(Exception):
+            self.order = Order.read(self.message.content.config_records["config"])
+            self.order = bound(self.order, self.node)
+            self.site = find_site(self.order, self.node)
+
+    def _checked(self, reply: Message) -> Message:
+        if reply.has_error():
+            words = str(reply.error.reason)
+            if reply.error.code != FAILED or not REASON.fullmatch(words):
+                raise Refused(ERROR, f"code {reply.error.code}, '{words}'")
+            return failure(self.message, words)
+        if self.order is None or self.site is None:
+            raise ConfigError("an answer of a hospital that does not know itself")
+        return Message(checked(self.message, reply, self.order, self.site), reply_to=self.message)
+
+    def _note(self, reply: Message) -> None:
+        place = self._place()
+        if place is None:
+            if not reply.has_error():
+                raise ConfigError("this hospital has no place for its outbound log")
+            return
+        experiment, number = (self.order.experiment, self.order.round) if self.order else ("", 0)
+        entry = Entry.of(experiment, number, self.message.metadata.message_type, list(records_of(reply)))
+        OutboundLog(place).append(entry)
+
+    def _place(self) -> Path | None:
+        if self.site is not None:
+            return self.site.outbound
+        folder = self._folder()
+        return folder / NAME if folder else None
+
+    def _folder(self) -> Path | None:
+        """Where this hospital's own log lies."""
+        if self.site is not None:
+            return self.site.folder
+        if own := str(self.node.get("state-dir", "")):
+            return Path(own)
+        return log_folder(self.order, self.node) if self.order and "partition-id" in self.node else None
+
+    def _log(self, doing: str) -> None:
+        log_failure(self._folder(), self.order.round if self.order else 0, doing)
+
+
+def failure(message: Message, words: str) -> Message:
+    """An error reply."""
+    return Message(Error(FAILED, words), reply_to=message)
+
+
+def records_of(reply: Message) -> Iterator[Record]:
+    """The records of a reply as the outbound log holds them."""
+    if reply.has_error():
+        yield values_record("error", "error", {"code": reply.error.code, "reason": reply.error.reason})
+        return
+    content: RecordDict = reply.content
+    for name, record in content.items():
+        if isinstance(record, ArrayRecord):
+            yield arrays_record(name, [array_row(key, each.dtype, each.shape, each.data) for key, each in record.items()])
+        else:
+            yield values_record(name, "values", record)

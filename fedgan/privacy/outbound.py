@@ -1,0 +1,169 @@
+"""The outbound log of a hospital: every message that left it, written down before it left. Append-only.
+
+One JSON line a message: when, of which experiment and round, which kind of message, and what each of its records held:
+numbers and words with their values, because these are what left; of an array its name, type, shape, bytes and SHA-256 (of
+the .npy file that travels), because its values are the model's. `sha256` of a line is the hash of its records, by which a
+reader sees that they were changed. A line that a killed process left unfinished belongs to a message that was never sent.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedgan import files
+from fedgan.errors import DataError, StorageError
+
+NAME = "outbound.jsonl"
+Record = dict[str, Any]
+
+
+# --- what a record held ------------------------------------------------------------------------------
+
+
+def array_row(name: str, dtype: str, shape: Sequence[int], data: bytes) -> list[Any]:
+    """One array of a record: name, type, shape, bytes, hash. `data`: what travels, the numbers with their .npy header."""
+    return [name, dtype, list(shape), len(data), hashlib.sha256(data).hexdigest()]
+
+
+def arrays_record(name: str, rows: Iterable[list[Any]]) -> Record:
+    """A record of arrays, by their rows."""
+    rows = list(rows)
+    return {"name": name, "kind": "arrays", "bytes": sum(row[3] for row in rows), "arrays": rows}
+
+
+def values_record(name: str, kind: str, values: Mapping[str, Any]) -> Record:
+    """A record of numbers and words with their values. Numbers that JSON cannot hold stand there as words ('inf', 'nan')."""
+    plain = {key: _plain(value) for key, value in values.items()}
+    return {"name": name, "kind": kind, "bytes": len(_json(plain)), "values": plain}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# --- one message -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line. `bytes`: of arrays as they travel, and of numbers and words as JSON; without the headers of the connection."""
+
+    time: str
+    experiment: str
+    round: int
+    message: str
+    bytes: int
+    sha256: str
+    records: list[Record]
+
+    @staticmethod
+    def of(experiment: str, round_number: int, message: str, records: list[Record]) -> Entry:
+        """The line of a message that is to leave now."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        total = sum(record["bytes"] for record in records)
+        return Entry(now, experiment, round_number, message, total, _hash(records), records)
+
+    @property
+    def intact(self) -> bool:
+        """Whether the records are those that the line was written with."""
+        return self.sha256 == _hash(self.records) and self.bytes == sum(record["bytes"] for record in self.records)
+
+
+def _parse(line: bytes) -> Entry:
+    """One line of the file. Raises `ValueError`, `KeyError` or `TypeError` when it is none."""
+    entry = Entry(**json.loads(line))
+    texts = (entry.time, entry.experiment, entry.message, entry.sha256)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(entry.records, list):
+        raise ValueError("a field has the wrong type")
+    if type(entry.round) is not int or type(entry.bytes) is not int:
+        raise ValueError("a number has the wrong type")
+    for record in entry.records:
+        held = record["arrays" if record["kind"] == "arrays" else "values"]
+        rows = held if record["kind"] == "arrays" else []
+        if type(record["bytes"]) is not int or not isinstance(held, list if record["kind"] == "arrays" else dict):
+            raise ValueError("a record holds something else than it says")
+        if not isinstance(record["name"], str) or not all(isinstance(row, list) and len(row) == 5 for row in rows):
+            raise ValueError("a record lacks its name, or a row is none of an array")
+    return entry
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _hash(records: list[Record]) -> str:
+    return hashlib.sha256(json.dumps(records, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+# --- the file ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a log says: its entries, the numbers of lines whose records were changed, and how many are no entry."""
+
+    entries: list[Entry] = field(default_factory=list)
+    changed: list[int] = field(default_factory=list)
+    unfinished: int = 0
+
+
+class OutboundLog:
+    """The log at `path`. Makes no file before the first entry."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, entry: Entry) -> None:
+        """Add a line; it is on the disk when this returns. Raises `StorageError` where it cannot be written."""
+        line = _json(asdict(entry)) + b"\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = not self.path.exists()
+            # One write at the end of the file: arms of a comparison may write beside one shard at the same time.
+            with open(self.path, "a+b", buffering=0) as stream:
+                if end := stream.seek(0, os.SEEK_END):
+                    stream.seek(end - 1)
+                    line = line if stream.read(1) == b"\n" else b"\n" + line  # after a line that was never finished
+                if stream.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(stream.fileno())
+            if new:
+                files.sync_folder(self.path.parent)
+        except OSError as error:
+            raise StorageError(
+                f"the outbound log {self.path} cannot be written ({error.strerror or error}), so nothing is sent: "
+                "make its folder writable, or free some space"
+            ) from error
+
+    def read(self) -> Reading:
+        """All that the log says. Raises `DataError` where there is none, `StorageError` where it cannot be read."""
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            raise DataError(f"no outbound log at {self.path}") from None
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        entries, changed, unfinished = [], [], int(bool(lines[-1]))  # what has no line end was never finished
+        for number, line in enumerate(lines[:-1], 1):
+            if not line:
+                continue
+            try:
+                entry = _parse(line)
+            except (ValueError, KeyError, TypeError):
+                unfinished += 1
+                continue
+            entries.append(entry)
+            if not entry.intact:
+                changed.append(number)
+        return Reading(entries, changed, unfinished)
