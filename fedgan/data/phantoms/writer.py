@@ -28,29 +28,37 @@ _SECOND, _THIRD = 0.30, 0.08  # probability that a film with a finding has a sec
 
 
 def write_phantoms(
-    root: Path, kind: str, images: int, resolution: int, hospitals: int = 3, seed: int = 0, overwrite: bool = False
+    root: Path,
+    kind: str,
+    images: int,
+    resolution: int,
+    hospitals: int = 3,
+    seed: int = 0,
+    overwrite: bool = False,
+    prefix: str = "",
 ) -> list[Path]:
     """Draw `images` phantoms and write a shard for each hospital under `root`; returns the shards' folders, largest first.
 
     `kind`: 'lesions' (RGB, one of 7 classes) or 'chest' (grey, any of 5 findings). Three hospitals hold
     exactly 50, 30 and 20 % (rounded to whole images), other numbers decreasing shares. About 70, 10 and
     20 % of the patients are in train, val and test, every class in each split of the union. What is
-    true of each picture stands beside the shard in `truth.jsonl`, one object a row. The same arguments
-    give the same bytes; another resolution gives the same pictures. Raises `ConfigError` for a
-    resolution that is no power of two from 16 to 1024 and for too few images, `DataError` for an
-    unknown kind or an existing shard (unless `overwrite`), `StorageError` when the disk is full.
+    true of each picture stands beside the shard in `truth.jsonl`, one object a row. `prefix` begins the names of hospitals
+    and so of patients: phantoms of two seeds are then known to be of other patients. The same arguments give the same
+    bytes; another resolution gives the same pictures. Raises `ConfigError` for a resolution that is no power of two from
+    16 to 1024 and for too few images, `DataError` for an unknown kind or an existing shard (unless `overwrite`),
+    `StorageError` when the disk is full.
     """
     check_kind(kind)
     check_resolution(resolution)
     sizes = hospital_sizes(images, hospitals)
     deals = deal(kind, sizes, seed)
     label_names = LESION_LABELS if kind == "lesions" else CHEST_LABELS
-    for place in (Path(root) / scanners.hospital_name(index) for index in range(hospitals)):
+    for place in (Path(root) / f"{prefix}{scanners.hospital_name(index)}" for index in range(hospitals)):
         if place.exists() and not overwrite:
             raise DataError(f"{place} exists already: choose another --output or remove it first")
     shards = []
     for index, patients in enumerate(deals):
-        name = scanners.hospital_name(index)
+        name = prefix + scanners.hospital_name(index)
         rows = [(number, patient) for number, patient in enumerate(patients) for _ in range(patient["images"])]
         labels = np.array([[label in patient["labels"] for label in label_names] for _, patient in rows], np.uint8)
         truths: list[dict[str, Any]] = []

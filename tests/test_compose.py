@@ -1,0 +1,254 @@
+"""The compose files and Dockerfiles as text: who is on which network, who sees data and keys, and that nobody is root.
+
+No container engine is needed. What the words of the files come to is asserted, not how they are written.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+WHOLE, ALONE = ROOT / "docker-compose.yml", ROOT / "client" / "compose.yml"
+DOCKERFILES = (ROOT / "server" / "Dockerfile", ROOT / "client" / "Dockerfile")
+LASTING = {"superlink", "filter", "serverapp"} | {f"{kind}-{n}" for kind in ("supernode", "clientapp") for n in (1, 2, 3)}
+ONCE = {"register", "shards", "run"}
+
+
+def load(path: Path) -> dict[str, Any]:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(content, dict)
+    return content
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    return load(WHOLE)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return load(ALONE)
+
+
+def mounts(service: dict[str, Any]) -> dict[str, tuple[str, bool]]:
+    """target → (source, read-only)."""
+    found = {}
+    for volume in service.get("volumes", []):
+        source, target, mode = re.fullmatch(r"(.+?):(/[^:]*)(?::([a-z,]+))?", volume).groups()
+        found[target] = (source, "ro" in (mode or "").split(","))
+    return found
+
+
+def networks(service: dict[str, Any]) -> set[str]:
+    return set(service.get("networks", ()))
+
+
+def words(service: dict[str, Any]) -> str:
+    return " ".join(map(str, service["command"]))
+
+
+def test_a_federation_has_a_server_helpers_and_two_services_a_hospital(whole: dict[str, Any]) -> None:
+    assert set(whole["services"]) == LASTING | ONCE
+
+
+def test_hospitals_and_control_api_share_no_network(whole: dict[str, Any]) -> None:
+    services = whole["services"]
+    wanted = {name: {"central"} for name in ("superlink", "serverapp", "register", "run")}
+    wanted |= {"filter": {"central", "fleet"}, "shards": set()}
+    for n in (1, 2, 3):
+        wanted |= {f"supernode-{n}": {"fleet", f"hospital{n}"}, f"clientapp-{n}": {f"hospital{n}"}}
+    assert {name: networks(service) for name, service in services.items()} == wanted
+    assert services["shards"]["network_mode"] == "none"
+
+
+def test_only_the_fleet_network_leads_out_of_the_machine(whole: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert {name for name, network in whole["networks"].items() if not network.get("internal")} == {"fleet"}
+    assert {name for name, network in alone["networks"].items() if not network.get("internal")} == {"outside"}
+    assert networks(alone["services"]["supernode"]) == {"outside", "hospital"}
+    assert networks(alone["services"]["clientapp"]) == {"hospital"}
+
+
+def test_no_port_but_the_filters_is_published_and_that_one_on_this_machine_alone(
+    whole: dict[str, Any], alone: dict[str, Any]
+) -> None:
+    published = {name: service["ports"] for name, service in whole["services"].items() if "ports" in service}
+    assert published == {"filter": ["${FEDGAN_LISTEN:-127.0.0.1:8443}:8443"]}
+    assert not any("ports" in service for service in alone["services"].values())
+
+
+def test_only_its_own_executor_sees_a_hospitals_data_and_cannot_write_it(whole: dict[str, Any]) -> None:
+    services = whole["services"]
+    for n in (1, 2, 3):
+        data = f"${{HOSPITAL{n}_DATA:-hospital{n}-data}}"
+        seen = mounts(services[f"clientapp-{n}"])
+        assert seen == {"/data": (data, True), "/state": (f"hospital{n}-state", False)}
+        for name, service in services.items():
+            sources = " ".join(source for source, _ in mounts(service).values())
+            if name != f"clientapp-{n}":
+                assert f"HOSPITAL{n}_DATA" not in sources, name
+                assert f"hospital{n}-state" not in sources, name
+            if name not in (f"clientapp-{n}", "shards"):
+                assert f"hospital{n}-data" not in sources, name
+
+
+def test_private_keys_are_mounted_where_they_are_used(whole: dict[str, Any]) -> None:
+    keys = "${FEDGAN_KEYS:-./keys}"
+    found = {name: mounts(service).get("/keys") for name, service in whole["services"].items()}
+    wanted: dict[str, tuple[str, bool] | None] = dict.fromkeys(whole["services"])
+    wanted |= dict.fromkeys(("superlink", "filter"), (f"{keys}/server", True))
+    wanted |= {"register": (keys, True)}
+    wanted |= {f"supernode-{n}": (f"{keys}/hospitals/${{HOSPITAL{n}:-hospital{n}}}", True) for n in (1, 2, 3)}
+    assert found == wanted
+    for name in ("serverapp", "run"):
+        assert mounts(whole["services"][name])["/keys/ca.crt"] == (f"{keys}/ca.crt", True)
+
+
+def test_the_superlink_knows_hospitals_only_by_their_keys_over_tls(whole: dict[str, Any]) -> None:
+    command = words(whole["services"]["superlink"])
+    for option in (
+        "--enable-supernode-auth",
+        "--isolation=process",
+        "--disable-runtime-dependency-installation",
+        "--database=/state/",
+        "--ssl-keyfile=/keys/server.key",
+    ):
+        assert option in command
+    assert "--insecure" not in command
+
+
+@pytest.mark.parametrize("path", [WHOLE, ALONE], ids=["whole", "alone"])
+def test_a_supernode_speaks_tls_outside_and_listens_on_its_hospitals_network_alone(path: Path) -> None:
+    services = load(path)["services"]
+    for name, service in services.items():
+        if not name.startswith("supernode"):
+            continue
+        command = words(service)
+        assert "--insecure" not in command
+        assert "--root-certificates=/keys/ca.crt" in command
+        own = {network: options["aliases"] for network, options in service["networks"].items() if options}
+        assert "--host=runtime" in command
+        assert list(own.values()) == [["runtime"]]
+        assert not {"outside", "fleet"} & set(own)
+        executor = services[name.replace("supernode", "clientapp")]
+        assert "--runtime-api-address=runtime:9094" in executor["command"]
+
+
+@pytest.mark.parametrize("path", [WHOLE, ALONE], ids=["whole", "alone"])
+def test_node_configs_name_the_keys_that_a_hospital_reads(path: Path) -> None:
+    source = (ROOT / "client" / "site.py").read_text(encoding="utf-8")
+    read = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    numbers = []
+    for name, service in load(path)["services"].items():
+        if name.startswith("supernode"):
+            config = re.sub(r"\s*\$\{\w*CONFIG:-\}", "", service["command"][-1])
+            pairs = dict(pair.split("=", 1) for pair in config.split())
+            assert set(pairs) == {"partition-id", "data-root", "state-dir"}
+            assert set(pairs) <= read
+            assert (pairs["data-root"], pairs["state-dir"]) == ('"/data"', '"/state"')
+            numbers.append(pairs["partition-id"])
+    assert numbers == (["0", "1", "2"] if path == WHOLE else ["${HOSPITAL_NUMBER:-0}"])
+
+
+@pytest.mark.parametrize("path", [WHOLE, ALONE], ids=["whole", "alone"])
+def test_containers_hold_no_rights_that_they_do_not_need(path: Path) -> None:
+    for name, service in load(path)["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert not {"privileged", "pid", "ipc", "devices", "user", "cap_add"} & set(service), name
+        assert service.get("network_mode", "none") == "none", name
+
+
+@pytest.mark.parametrize("path", [WHOLE, ALONE], ids=["whole", "alone"])
+def test_what_lasts_is_started_again_and_nothing_waits_for_a_condition(path: Path) -> None:
+    for name, service in load(path)["services"].items():
+        assert service["restart"] == ("no" if name in ONCE else "unless-stopped"), name
+        assert "depends_on" not in service, (
+            f"{name}: podman-compose starts a service that has ended because another depends on it"
+        )
+
+
+def test_a_hospital_alone_must_be_told_three_things(alone: dict[str, Any]) -> None:
+    text = ALONE.read_text(encoding="utf-8")
+    assert set(re.findall(r"\$\{(\w+):\?", text)) == {"FEDGAN_SERVER", "FEDGAN_CA", "FEDGAN_KEY"}
+    assert mounts(alone["services"]["clientapp"])["/data"] == ("${HOSPITAL_DATA:-./data}", True)
+    assert not {"/data", "/state"} & set(mounts(alone["services"]["supernode"]))
+
+
+@pytest.mark.parametrize(("over", "under"), [("compose.gpu.yml", WHOLE), ("client/compose.gpu.yml", ALONE)])
+def test_gpus_are_laid_over_the_services_that_compute(over: str, under: Path) -> None:
+    services, below = load(ROOT / over)["services"], load(under)["services"]
+    assert set(services) == {name for name in below if name.startswith(("clientapp", "serverapp"))}
+    for service in services.values():
+        assert service["build"]["args"] == {"TORCH_INDEX": ""}
+        assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+        assert service["image"].endswith("-cuda")  # the images for CPUs stay as they are
+
+
+def base_stage(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    return text[text.index("ARG BASE") : text.rindex("\nFROM ")]
+
+
+def test_both_images_are_built_on_one_base() -> None:
+    server, client = map(base_stage, DOCKERFILES)
+    assert server == client
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=["server", "client"])
+def test_images_are_for_cpus_and_end_as_an_ordinary_user(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    last = text[text.rindex("\nFROM ") :]
+    assert re.findall(r"^USER (.+)$", text, re.M) == ["${UID}:${GID}"]
+    assert "ARG UID=1000" in last
+    assert 'test "$UID" -gt 0' in last
+    assert last.index("USER") > last.rindex("RUN")
+    assert "ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu" in text
+
+
+def test_volumes_that_are_written_belong_to_the_user_of_the_image(whole: dict[str, Any]) -> None:
+    prepared = {"server": DOCKERFILES[0].read_text(encoding="utf-8"), "client": DOCKERFILES[1].read_text(encoding="utf-8")}
+    for name, service in whole["services"].items():
+        text = prepared[service["build"]["dockerfile"].split("/")[0]]
+        for target, (source, read_only) in mounts(service).items():
+            if source in whole["volumes"] and not read_only:
+                place = "$(seq -f /hospitals/%g 9)" if target.startswith("/hospitals/") else f" {target}"
+                assert place in text, f"{name}: {target} is not made in its image"
+
+
+def test_images_take_source_and_nothing_else() -> None:
+    lines = [line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert lines[0] == "*"
+    assert {line[1:] for line in lines if line.startswith("!")} == {
+        *("pyproject.toml", "README.md", "LICENSE"),
+        *("fedgan", "client", "server", "simulations"),
+    }
+
+
+def with_shard(folder: Path) -> subprocess.CompletedProcess[str]:
+    script = (ROOT / "client" / "with-shard.sh").read_text(encoding="utf-8").replace("seq 300", "seq 1")
+    return subprocess.run(
+        ["sh", "-c", script, "with-shard.sh", str(folder), "echo", "started"], capture_output=True, text=True, timeout=30
+    )
+
+
+def test_an_executor_starts_when_its_shard_is_there(tmp_path: Path) -> None:
+    (tmp_path / "north").mkdir()
+    (tmp_path / "north" / "card.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "north"):
+        done = with_shard(folder)
+        assert (done.returncode, done.stdout) == (0, "started\n")
+
+
+def test_an_executor_without_a_shard_says_what_is_missing(tmp_path: Path) -> None:
+    done = with_shard(tmp_path)
+    assert done.returncode == 3
+    assert "started" not in done.stdout
+    assert f"no shard in {tmp_path}" in done.stderr

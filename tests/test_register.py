@@ -1,0 +1,96 @@
+"""The SuperLink is made to agree with the registration list: by what it answers, not by what was done before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+from fedgan.deployment.certificates import now
+from fedgan.deployment.key_folder import KeyFolder
+from fedgan.errors import ConfigError
+from server import register
+
+
+@dataclass
+class SuperLink:
+    """The control API of a SuperLink as far as it is used here; like Flower it takes no key twice, not even one let go."""
+
+    nodes: list[SimpleNamespace] = field(default_factory=list)
+
+    def ListNodes(self, request: Any) -> SimpleNamespace:
+        return SimpleNamespace(nodes_info=self.nodes)
+
+    def RegisterNode(self, request: Any) -> None:
+        assert request.public_key not in [node.public_key for node in self.nodes], "Public key already in use"
+        number = len(self.nodes) + 1
+        self.nodes.append(SimpleNamespace(public_key=request.public_key, node_id=number, name=request.name, status="registered"))
+
+    def UnregisterNode(self, request: Any) -> None:
+        (node,) = (node for node in self.nodes if node.node_id == request.node_id and node.status != "unregistered")
+        node.status = "unregistered"
+
+    @property
+    def admitted(self) -> list[str]:
+        return [node.name for node in self.nodes if node.status != "unregistered"]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> KeyFolder:
+    return KeyFolder.create(tmp_path / "keys", ["north", "south"], [], 365, now())
+
+
+def test_every_key_is_registered_under_its_hospitals_name_and_only_once(keys: KeyFolder) -> None:
+    superlink = SuperLink()
+    assert register.agree(keys, superlink) == ["registered north", "registered south"]
+    assert superlink.admitted == ["north", "south"]
+    assert load_pem_public_key(superlink.nodes[0].public_key).curve.name == "secp384r1"
+    assert register.agree(keys, superlink) == []
+
+
+def test_a_revoked_key_is_let_go_and_a_rotated_one_replaced(keys: KeyFolder) -> None:
+    superlink = SuperLink()
+    register.agree(keys, superlink)
+    keys.revoke("south", now())
+    assert register.agree(keys, superlink) == ["unregistered south: its key is revoked"]
+    keys.rotate_hospital("north", now())
+    assert register.agree(keys, superlink) == ["unregistered north: its key is revoked", "registered north"]
+    assert superlink.admitted == ["north"]
+    assert register.agree(keys, superlink) == []
+
+
+def test_a_key_that_was_revoked_before_it_was_ever_registered_is_not(keys: KeyFolder) -> None:
+    superlink = SuperLink()
+    keys.revoke("north", now())
+    assert register.agree(keys, superlink) == ["registered south"]
+
+
+def test_a_key_on_no_list_is_left_alone(keys: KeyFolder) -> None:
+    superlink = SuperLink([SimpleNamespace(public_key=b"by hand", node_id=7, name="guest", status="online")])
+    register.agree(keys, superlink)
+    assert superlink.admitted == ["guest", "north", "south"]
+
+
+def test_a_damaged_public_key_is_named_before_anything_is_changed(keys: KeyFolder) -> None:
+    superlink = SuperLink()
+    (keys.hospital("south") / "node.pub").write_text("nothing")
+    with pytest.raises(ConfigError, match="fedgan keys rotate south"):
+        register.agree(keys, superlink)
+    assert superlink.nodes == []
+
+
+def test_a_superlink_that_does_not_come_up_is_waited_for_no_longer_than_asked(
+    keys: KeyFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = register.main(["--keys", str(keys.path), "--superlink", "127.0.0.1:9", "--wait", "0.1"])
+    assert code == 5
+    assert capsys.readouterr().err.splitlines() == ["register: no SuperLink answered at 127.0.0.1:9 within 0 s: see its log"]
+
+
+def test_a_folder_without_keys_is_told_how_to_get_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert register.main(["--keys", str(tmp_path)]) == 2
+    assert "fedgan keys NAME" in capsys.readouterr().err
