@@ -22,7 +22,8 @@ from cryptography.hazmat.primitives import serialization
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 from flwr.supercore.control import ControlHttpClient
 
-from fedgan.deployment.key_folder import KeyFolder, Registration
+from fedgan.deployment.key_folder import KeyFolder
+from fedgan.deployment.registrations import Registration
 from fedgan.errors import ConfigError, FederationError, FedganError
 
 WAIT = 120.0  # seconds for a SuperLink that was started at the same time
