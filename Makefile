@@ -1,6 +1,6 @@
 # make demo   sets up, runs the main job, says where the page is
 # make compare  sets up, compares pooled, federated and local training, says where the page is
-# make ablation sets up, trains what differential privacy imposes rung by rung (30 trainings), says where the page is
+# make ablation sets up, trains what differential privacy imposes rung by rung (36 trainings, hours), says where the page is
 # make test   sets up, runs every test            (make test PYTEST_ARGS="-k config")
 # make check  lint, types, import arrows, fast tests
 # make bench  speed and memory of this machine
