@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -23,6 +25,9 @@ DIED = ("ActorDied", "WorkerCrashed", "OutOfMemory")  # what Ray says instead
 LATE = "did not answer in time"
 UNASKED = "was not waited for"  # because enough could no longer answer
 AWAY = "is not online"
+BUSY_SECONDS = 120.0  # of a SuperLink that answers with nothing but its own failure
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -40,12 +45,14 @@ def ask(
     timeout: float,
     enough: int | None = None,
     patient: bool = False,
+    heard: Callable[[int], None] = lambda node: None,
 ) -> Answers:
     """Ask each node and wait for its answer, for `timeout` seconds at most.
 
     `question(node, seconds left)` makes a fresh message. `enough`: how many answers the caller cannot do without (all where it
     is None); as soon as they can no longer come, the wait is over. `patient`: nodes that are away or whose process died are
-    asked again when they are online, while the others still work or fewer than enough have answered.
+    asked again when they are online, while the others still work or fewer than enough have answered. `heard(node)` is called
+    for each answer as it comes.
     """
     begun, seen_online = time.monotonic(), -ONLINE_POLL
     least = len(nodes) if enough is None else enough
@@ -54,7 +61,7 @@ def ask(
     while (left := timeout - (time.monotonic() - begun)) > 0:
         # --- ask whom we have not asked, and again who has failed and is back
         if away and time.monotonic() - seen_online >= ONLINE_POLL:
-            online, seen_online = set(grid.get_node_ids()) if patient else set(away), time.monotonic()
+            online, seen_online = set(steadily(grid.get_node_ids)) if patient else set(away), time.monotonic()
             called = [node for node in nodes if node in away and node in online]
             keys = grid.push_messages([question(node, left) for node in called]) if called else []
             for key, node in zip(keys, called, strict=True):
@@ -62,11 +69,12 @@ def ask(
                 tries[node] += 1
                 del away[node]
         # --- take what has come
-        for answer in grid.pull_messages(list(waiting)) if waiting else ():
+        for answer in steadily(lambda: grid.pull_messages(list(waiting))) if waiting else ():
             # an error about an absent node carries the server's own id: the question tells whose answer it is
             node = waiting.pop(answer.metadata.reply_to_message_id)
             if not answer.has_error():
                 found.replies[node] = answer
+                heard(node)
             elif patient and not is_own_word(answer) and tries[node] < TRIES:
                 away[node] = reason_of(answer)
             else:
@@ -80,6 +88,21 @@ def ask(
     silent = dict.fromkeys(waiting.values(), UNASKED if hopeless else LATE) | away
     found.failures |= {node: silent[node] for node in nodes if node in silent}
     return found
+
+
+def steadily(look: Callable[[], T]) -> T:
+    """What the SuperLink answers; asked again where it failed (5xx): on a busy machine its database is locked at times.
+
+    For what may be asked twice. Flower itself asks again for 502 to 504 alone, and a run would end with the first 500.
+    """
+    end = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return look()
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code < 500 or time.monotonic() > end:
+                raise
+        time.sleep(ONLINE_POLL)
 
 
 def is_own_word(answer: Message) -> bool:

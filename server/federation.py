@@ -277,6 +277,13 @@ class Federation:
             }
             for member in members
         }
+        by_node = {member.node: member for member in members}
+
+        def heard(node: int) -> None:  # a simulation tells more: how far each hospital is
+            if self.patient:
+                name, images = by_node[node].name, int(own[node]["images"])
+                self.tell({"event": "progress", "round": number, "hospital": name, "images": images, "of": images})
+
         # in the order of the hospitals, the largest first: with fewer cores than hospitals the long work begins at once
         return ask(
             grid,
@@ -285,6 +292,7 @@ class Federation:
             self.settings.federation.round_timeout,
             self._enough(state),
             self.patient,
+            heard,
         )
 
     def _enough(self, state: State) -> int:

@@ -42,6 +42,8 @@ from server.strategies import check_strategy
 
 PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetensors")
 
+REFERENCE_ROOT = "FEDGAN_REFERENCE"  # environment: a deployment's evaluation.root, where the scenario names none
+
 Tell = Callable[[dict[str, Any]], None]
 
 
@@ -51,25 +53,39 @@ def prepare_deployed(settings: Settings, run: RunFolder) -> None:
     The hospitals hold their own shards, so `data.root` is theirs to name and is left out; `evaluation.root` names the real images
     of the evaluator. hospitals.json follows when they have introduced themselves. Raises as `prepare_run` does.
     """
-    if settings.data.partition != "institution":
-        raise ConfigError(
-            f"data.partition = '{settings.data.partition}' deals one pool anew, and no server can deal what hospitals hold: "
-            "set it to 'institution'"
-        )
+    check_deployable(settings)
+    settings = as_deployed(settings)
     if not settings.evaluation.root:
         raise ConfigError(
             "evaluation.root is empty: in a deployment the server opens no hospital's shard, so name the real images that "
-            "the evaluator tests on, e.g. --set evaluation.root=/reference"
+            f"the evaluator tests on, e.g. --set evaluation.root=/reference, or {REFERENCE_ROOT} in the ServerApp's environment"
         )
-    check_strategy(settings)
-    check_private(settings)
     resolve_device(settings.training.device)
-    settings = with_absolute_paths(dataclasses.replace(settings, data=dataclasses.replace(settings.data, root="")))
     if settings.evaluation.features != REFERENCE:
         check_features(settings.evaluation.features)
     merged(evaluation_guests(settings)[0].train, settings.evaluation.label_map)
     run.write_settings(settings)
     files.write_json(run.environment, environment(settings, []) | {"deployed": True})
+
+
+def check_deployable(settings: Settings) -> None:
+    """Raise the `ConfigError` of a scenario that no deployment can serve; nothing but the settings is looked at."""
+    if settings.data.partition != "institution":
+        raise ConfigError(
+            f"data.partition = '{settings.data.partition}' deals one pool anew, and no server can deal what hospitals hold: "
+            "set it to 'institution'"
+        )
+    check_strategy(settings)
+    check_private(settings)
+
+
+def as_deployed(settings: Settings) -> Settings:
+    """The settings that a deployed run keeps: hospitals name their own data, and paths are this machine's."""
+    evaluation = settings.evaluation
+    if not evaluation.root:
+        evaluation = dataclasses.replace(evaluation, root=os.environ.get(REFERENCE_ROOT, ""))
+    data = dataclasses.replace(settings.data, root="")
+    return with_absolute_paths(dataclasses.replace(settings, data=data, evaluation=evaluation))
 
 
 def is_deployed(run: RunFolder) -> bool:

@@ -9,9 +9,7 @@ and `revoke`. It speaks to the control API as `flwr supernode register` does, wh
 from __future__ import annotations
 
 import argparse
-import ssl
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +23,9 @@ from flwr.supercore.control import ControlHttpClient
 from fedgan.deployment.key_folder import KeyFolder
 from fedgan.deployment.registrations import Registration
 from fedgan.errors import ConfigError, FederationError, FedganError
+from server.superlink import UNREGISTERED, reach
 
 WAIT = 120.0  # seconds for a SuperLink that was started at the same time
-POLL = 1.0
-UNREGISTERED = "unregistered"  # Flower's status of a node that was let go
 
 
 @dataclass(frozen=True)
@@ -82,30 +79,19 @@ def agree(keys: KeyFolder, control: ControlHttpClient) -> list[str]:
     return lines
 
 
-def wait_for(address: str, authority: Path, seconds: float) -> None:
-    """Return when the SuperLink is healthy. Raises `FederationError` after so many seconds, at once for a wrong certificate."""
-    end = time.monotonic() + seconds
-    context = _trusting(authority)
-    while True:
-        try:
-            httpx.get(f"https://{address}/health", verify=context, timeout=5.0, trust_env=False).raise_for_status()
-            return
-        except httpx.HTTPError as error:
-            if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise FederationError(
-                    f"the SuperLink at {address} shows a certificate that {authority} has not signed for it, or that has "
-                    "expired: see fedgan doctor --keys, renew it with fedgan keys rotate server"
-                ) from error
-            if time.monotonic() > end:
-                raise FederationError(f"no SuperLink answered at {address} within {seconds:.0f} s: see its log") from error
-        time.sleep(POLL)
+def register(keys: KeyFolder, superlink: str, seconds: float) -> list[str]:
+    """Wait so many seconds for a SuperLink and make it agree with the list; a line for each change.
 
-
-def _trusting(authority: Path) -> ssl.SSLContext:
+    Raises `FederationError` where it cannot be reached, is not to be trusted, or refuses.
+    """
+    reach(superlink, keys.authority, seconds)
+    control = ControlHttpClient.from_server_address(superlink, False, keys.authority.read_bytes(), [])
     try:
-        return ssl.create_default_context(cafile=str(authority))
-    except OSError as error:  # SSLError too
-        raise ConfigError(f"cannot read the certificate {authority}: make keys with fedgan keys NAME …") from error
+        return agree(keys, control)
+    except httpx.HTTPError as error:
+        raise FederationError(f"the SuperLink at {superlink} refused: {error}") from error
+    finally:
+        control.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,15 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--wait", type=float, default=WAIT, metavar="SECONDS", help="how long it may take to come up")
     options = parser.parse_args(arguments)
     try:
-        keys = KeyFolder.open(options.keys)
-        wait_for(options.superlink, keys.authority, options.wait)
-        control = ControlHttpClient.from_server_address(options.superlink, False, str(keys.authority), [])
-        try:
-            lines = agree(keys, control)
-        except httpx.HTTPError as error:
-            raise FederationError(f"the SuperLink at {options.superlink} refused: {error}") from error
-        finally:
-            control.close()
+        lines = register(KeyFolder.open(options.keys), options.superlink, options.wait)
     except FedganError as error:
         print(f"register: {error}", file=sys.stderr)
         return error.exit_code

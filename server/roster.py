@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError
-from server.answers import ask
+from server.answers import ask, steadily
 from server.rounds import Share
 
 HELLO = "query.hello"
@@ -176,7 +176,7 @@ def check_members(members: list[Member], wanted: int) -> list[Member]:
 
 def online(grid: Grid, wanted: int) -> list[int]:
     """Node ids that are online, sorted. Raises `ConfigError` where they are more than `wanted`."""
-    nodes = sorted(grid.get_node_ids())
+    nodes = sorted(steadily(grid.get_node_ids))
     if len(nodes) > wanted:
         raise ConfigError(
             f"{len(nodes)} nodes for federation.hospitals = {wanted}: start as many, "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -20,6 +21,7 @@ from fedgan import files
 from fedgan.config import Settings
 from fedgan.errors import FederationError
 from fedgan.run_folder import RunFolder
+from server import answers
 from server.checkpoints import load_state
 from server.defence import too_long
 from server.federation import Federation
@@ -287,3 +289,25 @@ def test_shares_never_change_whoever_comes_later() -> None:
         assert before.planned(share.number) == after.planned(share.number)
     assert [after.images(done, 1) for done in range(2)] == [0, 0]
     assert sum(after.images(done, 1) for done in range(4)) == after.planned(1) > 0
+
+
+def test_a_superlink_that_is_too_busy_to_answer_is_asked_again_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = httpx.Request("POST", "https://superlink:8000/v1/runtime/pull-messages")
+
+    def failing(*codes: int) -> Callable[[], str]:
+        left = list(codes)
+
+        def look() -> str:
+            if left:
+                raise httpx.HTTPStatusError("no", request=request, response=httpx.Response(left.pop(0), request=request))
+            return "answer"
+
+        return look
+
+    monkeypatch.setattr(answers, "ONLINE_POLL", 0.01)
+    assert answers.steadily(failing(500, 500)) == "answer"
+    with pytest.raises(httpx.HTTPStatusError):
+        answers.steadily(failing(403))
+    monkeypatch.setattr(answers, "BUSY_SECONDS", 0.05)
+    with pytest.raises(httpx.HTTPStatusError):
+        answers.steadily(failing(*[500] * 50))

@@ -88,7 +88,7 @@ def test_a_superlink_that_does_not_come_up_is_waited_for_no_longer_than_asked(
 ) -> None:
     code = register.main(["--keys", str(keys.path), "--superlink", "127.0.0.1:9", "--wait", "0.1"])
     assert code == 5
-    assert capsys.readouterr().err.splitlines() == ["register: no SuperLink answered at 127.0.0.1:9 within 0 s: see its log"]
+    assert capsys.readouterr().err.startswith("register: no SuperLink answers at 127.0.0.1:9 (waited 0 s: ")
 
 
 def test_a_folder_without_keys_is_told_how_to_get_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

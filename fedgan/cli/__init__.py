@@ -12,7 +12,7 @@ import click
 import typer
 
 import fedgan
-from fedgan.cli import audit, compare, console, data, doctor, help, keys, ledger, outbound, outputs, runs
+from fedgan.cli import audit, compare, console, data, deploy, doctor, help, keys, ledger, outbound, outputs, runs
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 unexpected failure; 2 scenario, key or usage; 3 data; 4 checkpoint; 5 federation; "
@@ -54,6 +54,7 @@ app.command(
 app.command(epilog="Example: fedgan outbound data/north\n\nExample: fedgan outbound runs/demo --json")(outbound.outbound)
 app.add_typer(data.app, name="data")
 app.add_typer(keys.app, name="keys")
+app.add_typer(deploy.app, name="deploy")
 app.command(
     epilog="Example: fedgan doctor simulations/chest_three_hospitals.toml\n\nExample: fedgan doctor --keys keys",
 )(doctor.doctor)

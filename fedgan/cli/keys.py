@@ -194,7 +194,7 @@ def _server_line(folder: KeyFolder) -> str:
 
 def _to_apply(folder: KeyFolder, admitted: Sequence[Registration], refused: Sequence[Registration]) -> list[str]:
     """What a federation that runs has to be told, by fedgan or by hand."""
-    lines = ["a running federation learns of it with the next `fedgan deploy`; at once and by hand:"]
+    lines = ["a running federation learns of it by `fedgan deploy register`, or by hand:"]
     lines += ["  flwr supernode unregister NODE_ID SUPERLINK   (the number that its registration printed)" for _ in refused]
     for row in admitted:
         lines.append(f"  flwr supernode register {console.shown(folder.path / row.public_key)} SUPERLINK --name {row.name}")

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar a hospital and a table of rounds on a terminal, plain lines elsewhere.
+"""Progress of a run: a bar a hospital and a table of rounds on a terminal, plain lines elsewhere, or JSON (FEDGAN_LOG=json).
 
 `simulations/runner.py` says which events there are. `RunState` follows them and knows nothing of screens.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fedgan import events
 from fedgan.cli import console
 
 if TYPE_CHECKING:
@@ -77,11 +78,15 @@ class RunState:
 
 
 class Progress:
-    """Shows the events of a run on stderr. Use as a context and give `on_event` to the runner."""
+    """Shows the events of a run on stderr. Use as a context and give `on_event` to the runner.
 
-    def __init__(self) -> None:
+    `quietly`: shows nothing by itself, for a caller that asks for each event `in_words`.
+    """
+
+    def __init__(self, quietly: bool = False) -> None:
         self.state = RunState()
-        self.screen = Screen(self.state) if sys.stderr.isatty() else None
+        self.as_json = events.wants_json()
+        self.screen = Screen(self.state) if sys.stderr.isatty() and not (quietly or self.as_json) else None
         self._said = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -96,14 +101,23 @@ class Progress:
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Show one event of the runner."""
-        self.state.follow(event)
+        if self.as_json:
+            console.note(events.as_line(event))
+            return
+        text = self.in_words(event)
         if self.screen:
             if event.get("event") == "remark":
                 self.screen.live.console.print(event["text"], highlight=False)
             self.screen.refresh()
-        elif text := self._plain(event):
-            self._said = time.monotonic()
+        elif text:
             console.note(text)
+
+    def in_words(self, event: dict[str, Any]) -> str:
+        """An event as a plain line; most are worth none."""
+        self.state.follow(event)
+        if text := self._plain(event):
+            self._said = time.monotonic()
+        return text
 
     def _plain(self, event: dict[str, Any]) -> str:
         """The line that an event is worth where there is no terminal; most are worth none."""
