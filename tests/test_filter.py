@@ -223,7 +223,7 @@ class Upstream:
         path = scope["raw_path"].decode()
         if path != "/health":
             self.seen.append((path, {key.decode(): value.decode() for key, value in scope["headers"]}, len(body)))
-        status = {"/v1/fleet/unknown": 401, "/health": 200 if self.healthy else 500}.get(path, 200)
+        status = {"/v1/fleet/unknown": 401, "/v1/fleet/locked": 500, "/health": 200 if self.healthy else 500}.get(path, 200)
         await send({"type": "http.response.start", "status": status, "headers": [(b"x-own", b"1"), (b"keep-alive", b"9")]})
         if path == "/v1/fleet/halves":
             await send({"type": "http.response.body", "body": b"first", "more_body": True})
@@ -389,6 +389,12 @@ def test_a_request_passes_once_and_one_that_the_superlink_refused_uses_up_nothin
     assert ask(running, "POST", "/v1/fleet/push-messages", b"update", headers)[0] == 403
     assert len(upstream.seen) == 2
     assert "replayed" in last_refusals(running)[-1]["reason"]
+
+
+def test_a_superlink_that_is_too_busy_is_asked_again(running: Any, upstream: Upstream) -> None:
+    """A SuperNode asks again after a 503 and throws its update away after a 500."""
+    assert ask(running, "POST", "/v1/fleet/locked", b"update", fresh())[0] == 503
+    assert last_refusals(running)[-1]["status"] == 500
 
 
 @pytest.mark.parametrize(
