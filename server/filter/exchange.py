@@ -66,8 +66,8 @@ class Exchange:
     async def relay(self, response: httpx.Response) -> None:
         """Give the SuperLink's answer back, piece by piece, as it came (compressed, if it is).
 
-        A 500 becomes a 503. A busy SuperLink answers so when its database was locked for 5 s, and has then done nothing; a SuperNode
-        asks again after a 503 and throws its message away after a 500.
+        A 500 becomes a 503. A busy SuperLink answers so when its database was locked for 5 s, and has then done nothing; a
+        SuperNode asks again after a 503 and throws its message away after a 500.
         """
         status = 503 if response.status_code == 500 else response.status_code
         start = {"type": "http.response.start", "status": status, "headers": backward(response.headers.raw)}
