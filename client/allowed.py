@@ -1,6 +1,7 @@
 """All that may leave a hospital, and the check of an answer against it.
 
-Two kinds of messages have an answer: an introduction (`query.hello`) and a round (`train`). Each may hold the records below
+Two kinds of messages have an answer: an introduction (`query.hello`) and a round (`train`); with `federation.secure` a round is
+four messages, and what the three that train nothing may hold stands in client/allowed_keys.py. Each may hold the records below
 and no other; each record the names below and no other; every value has one type. Arrays are those that the server sent,
 `federation.exchange` names and this hospital's own model has, in its own shapes. An introduction holds this hospital's own
 values and nothing else. An error is one line in words that stand here. docs/deployment.md shows `rows()` as a table.
@@ -15,16 +16,21 @@ from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 
+from client import allowed_keys
+from client.allowed_keys import KEYS, checked_keys
 from client.reasons import ARRAY, FAILED, FOREIGN, MESSAGE, RECORD, SHAPE, TYPE, VALUE, Refused
 from client.sent import HIDDEN, OPEN, PRIVATE, may_be_told
 from client.site import Order, Site
 from fedgan.config import ModelSettings, Settings
 from fedgan.models.discriminator import Discriminator
 from fedgan.models.generator import Generator
+from fedgan.privacy.masking import CLIPPED, FACTOR
 from fedgan.training.wire import DTYPES
 
 HELLO, TRAIN = "query.hello", "train"
+MASKED = "masked"  # the record of a masked change
 
 
 # --- the introduction --------------------------------------------------------------------------------
@@ -111,8 +117,10 @@ def travelling(
     """The arrays that may leave in a round: name → (dtype, shape). `sent`: what arrived, by name."""
     own = model_arrays(settings.model, settings.data.resolution, channels, label_dim)
     parts = tuple(f"{part}/" for part in settings.federation.exchange)
-    dtype = str(DTYPES[settings.federation.wire])
-    return {name: (dtype, shape) for name, shape in own.items() if name in sent and name.startswith(parts)}
+    dtype, more = str(DTYPES[settings.federation.wire]), dict[str, tuple[str, tuple[int, ...]]]()
+    if settings.federation.secure:
+        dtype, more = "uint32", dict.fromkeys((FACTOR, CLIPPED), ("uint32", (1,)))
+    return more | {name: (dtype, shape) for name, shape in own.items() if name in sent and name.startswith(parts)}
 
 
 @functools.lru_cache(maxsize=2)
@@ -141,6 +149,8 @@ def checked(message: Message, reply: Message, order: Order, site: Site) -> Recor
         case "query.hello":
             return RecordDict(dict(_checked_introduction(reply.content, order, site)))
         case "train":
+            if order.settings.federation.secure and (stage := stage_of(message)) != Stage.COLLECT_MASKED_VECTORS:
+                return RecordDict(dict(_checked_agreement(stage, message, reply.content)))
             return RecordDict(dict(_checked_round(message, reply.content, order.settings, site)))
     raise Refused(MESSAGE, f"an answer to '{message.metadata.message_type}'")
 
@@ -158,13 +168,30 @@ def _checked_introduction(content: RecordDict, order: Order, site: Site) -> Iter
         yield name, ConfigRecord({key: own[key] for key in record})
 
 
+def stage_of(message: Message) -> str:
+    """Which of the four messages of a secure round it is. Raises `Refused` where it is none."""
+    stage = str((message.content.config_records.get(RECORD_KEY_CONFIGS) or {}).get(Key.STAGE))
+    if stage not in Stage.all():
+        raise Refused(MESSAGE, f"an answer to a round that does not say which message of secure aggregation it is ('{stage}')")
+    return stage
+
+
+def _checked_agreement(stage: str, message: Message, content: RecordDict) -> Iterator[tuple[str, ConfigRecord]]:
+    asked = message.content.config_records[RECORD_KEY_CONFIGS]
+    for name, record in content.items():
+        if name != KEYS or not isinstance(record, ConfigRecord):
+            raise Refused(RECORD, f"'{name}' in {stage}")
+        yield name, ConfigRecord(checked_keys(stage, asked, record, message.metadata.dst_node_id))
+
+
 def _checked_round(
     message: Message, content: RecordDict, settings: Settings, site: Site
 ) -> Iterator[tuple[str, ArrayRecord | MetricRecord | ConfigRecord]]:
+    arrays = MASKED if settings.federation.secure else "arrays"  # never one in the place of the other
     numbers = {name: kind for name, (kind, _) in NUMBERS.items()} | dict.fromkeys(may_be_told(settings), float)
     for name, record in content.items():
         match name, record:
-            case "arrays", ArrayRecord():
+            case _, ArrayRecord() if name == arrays:
                 sent = message.content.array_records.get("arrays") or {}
                 data = site.hospital.train
                 yield name, _checked_arrays(record, travelling(settings, sent, data.channels, data.label_dim))
@@ -211,10 +238,20 @@ def rows() -> list[tuple[str, str, str, str, str]]:
             TRAIN,
             "arrays/NAME",
             "array, float32 or 16 bits by `federation.wire`",
-            "parts in `federation.exchange`",
+            "parts in `federation.exchange`; not with `federation.secure`",
             "weights that the server sent and this model has; with `federation.delta` what the round changed of them",
         )
     )
+    with_secure = "with `federation.secure`"
+    kind = "array, uint32"
+    table.append((TRAIN, f"{MASKED}/NAME", kind, f"{with_secure}, instead of `arrays`", "what the round changed, under a mask"))
+    table.append((TRAIN, f"{MASKED}/{FACTOR}", kind, with_secure, "training images over the largest hospital's, under a mask"))
+    table.append((TRAIN, f"{MASKED}/{CLIPPED}", kind, with_secure, "share of numbers cut off, under a mask"))
+    for stage, names in allowed_keys.ALLOWED.items():
+        table += [
+            (TRAIN, f"{KEYS}/{name}", kind, f"{with_secure}, in its message `{stage}`", meaning)
+            for name, (kind, meaning, _) in names.items()
+        ]
     table.append((TRAIN, f"metrics/{WEIGHT}", "whole number", "always", "training images: the weight of the answer"))
     kinds = {int: "whole number", float: "number"}
     table += [(TRAIN, f"facts/{name}", kinds[kind], "always", meaning) for name, (kind, meaning) in NUMBERS.items()]

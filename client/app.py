@@ -1,6 +1,7 @@
 """The Flower ClientApp of one hospital: thin glue round the Trainer.
 
-Two messages: `query.hello` (who are you) and `train` (advance by so many images from this model).
+Two messages: `query.hello` (who are you) and `train` (advance by so many images from this model; four of it make a round
+with `federation.secure`, see client/secure.py).
 What goes wrong here stays here: the traceback goes to the hospital's own log, and one line that
 names the kind of failure, but no path, patient or label, travels to the server. All that leaves goes through the
 gate of client/outbound.py.
@@ -18,6 +19,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from client.allowed import introduction
 from client.outbound import Gate, failure
 from client.reasons import reason
+from client.secure import mask_update
 from client.sent import clip_update, told
 from client.site import Order, Progress, Site, bound, find_site, log, log_failure, log_folder
 from client.wire import outgoing, received
@@ -35,7 +37,7 @@ def hello(message: Message, context: Context) -> Message:
     return Visit(message, context).answer(introduce)
 
 
-@app.train(mods=[clip_update])
+@app.train(mods=[mask_update, clip_update])
 def train(message: Message, context: Context) -> Message:
     """Go on from the model that arrived, and answer with the model after this round's images."""
     return Visit(message, context).answer(train_round)

@@ -23,4 +23,5 @@ def outgoing(after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray], 
     Raises `FederationError`, whose text names an array and settings and nothing else, when 16 bits cannot hold it.
     """
     federation = settings.federation
-    return ArrayRecord({key: Array(value) for key, value in answer(after, before, federation.wire, federation.delta).items()})
+    delta = federation.delta or federation.secure  # what is masked are changes: weights of 100 would leave any range
+    return ArrayRecord({key: Array(value) for key, value in answer(after, before, federation.wire, delta).items()})

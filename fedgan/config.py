@@ -138,6 +138,13 @@ class FederationSettings:
         choices=("fp32", "fp16", "bf16"),
     )
     delta: bool = meaning(False, "A hospital answers with what its round changed instead of its model.")
+    secure: bool = meaning(
+        False,
+        "The server sees the sum of what hospitals changed (SecAgg+), if it keeps to the protocol: no check of single updates.",
+    )
+    secure_range: float = meaning(
+        4.0, "Under secure, most that a number may change in a round, over the largest of its array; more is cut off.", low=1e-3
+    )
     share_label_counts: bool = meaning(
         False, "Hospitals tell the server how many training images of each label they have; refused with privacy."
     )

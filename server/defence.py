@@ -30,6 +30,11 @@ def check_answer(
 ) -> None:
     """Raise `FederationError` for an answer that must not count. `images`: what the hospital was asked to show in this round."""
     check_reply(member, reply, sent, wire)
+    check_facts(member, reply, round_number, images)
+
+
+def check_facts(member: Member, reply: Message, round_number: int, images: int) -> None:
+    """The part of `check_answer` that is about the numbers beside the model."""
     facts = reply.content.config_records.get(FACTS)
     claimed = (reply.content.metric_records.get(METRICS) or {}).get(WEIGHT)
     if facts is None or any(not _count(facts.get(key)) for key in COUNTS):

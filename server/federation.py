@@ -30,11 +30,13 @@ from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator
 from server.answers import AWAY, LATE, UNASKED, Answers, ask
 from server.checkpoints import State, has_line, initial_state, is_evaluated, load_state, save_state, write_line
-from server.defence import FACTS, check_answer, length_for_images, too_long
+from server.defence import FACTS, check_answer, check_facts, length_for_images, too_long
 from server.hospital_privacy import charge, even, remark
 from server.records import METRICS, WEIGHT, array_bytes, personal, to_record
 from server.roster import RETURN_WAIT, Member, Roster, ask_hello, called, introduce, online
 from server.rounds import Plan, Share
+from server.secure import Masked, Round, ask_masked, check_masked
+from server.secure import remark as secure_remark
 from server.strategies import expect, fewest, make_strategy, restore_strategy, strategy_state
 from server.wire import inward, outward, outward_bytes
 
@@ -113,6 +115,8 @@ class Federation:
         )
         if self.settings.privacy.hospital != "none":
             self.tell({"event": "remark", "text": remark(self.settings, sum(array.size for array in state.arrays.values()))})
+        if self.settings.federation.secure:
+            self.tell({"event": "remark", "text": secure_remark(self.settings)})
         while not state.is_over(self.settings):
             state = self._round(grid, strategy, state)
             self._look(state, anew=True)
@@ -228,7 +232,7 @@ class Federation:
         members = [member for member in members if member.number in replies]
         facts = [hospital_line(member, replies[member.number]) for member in members]
         counted = [replies[member.number] for member, row in zip(members, facts, strict=True) if self._counts(row)]
-        arrays, spent = self._aggregate(strategy, number, counted, state)
+        arrays, spent = self._aggregate(strategy, number, counted, state, answers)
         after = State(
             round=number,
             arrays=arrays,
@@ -279,21 +283,38 @@ class Federation:
         }
         by_node = {member.node: member for member in members}
 
+        def question(node: int, seconds: float) -> Message:
+            return personal(messages[node], own[node], seconds)
+
         def heard(node: int) -> None:  # a simulation tells more: how far each hospital is
             if self.patient:
                 name, images = by_node[node].name, int(own[node]["images"])
                 self.tell({"event": "progress", "round": number, "hospital": name, "images": images, "of": images})
 
+        if self.settings.federation.secure:
+            return ask_masked(grid, self._masked_round(members, state, plan, question, heard))
         # in the order of the hospitals, the largest first: with fewer cores than hospitals the long work begins at once
-        return ask(
-            grid,
-            [member.node for member in members],
-            lambda node, seconds: personal(messages[node], own[node], seconds),
-            self.settings.federation.round_timeout,
-            self._enough(state),
-            self.patient,
-            heard,
-        )
+        nodes, limit = [member.node for member in members], self.settings.federation.round_timeout
+        return ask(grid, nodes, question, limit, self._enough(state), self.patient, heard)
+
+    def _masked_round(
+        self,
+        members: Sequence[Member],
+        state: State,
+        plan: Plan,
+        question: Callable[[int, float], Message],
+        heard: Callable[[int], None],
+    ) -> Round:
+        """What secure aggregation needs to know of a round."""
+
+        def check(member: Member, reply: Message) -> None:
+            self._check(member, reply, state, plan.images(state.round, member.number))
+
+        def counts(member: Member, reply: Message) -> bool:
+            return self._counts(hospital_line(member, reply))
+
+        enough = self._enough(state)
+        return Round(self.settings, members, state.arrays, enough, self.patient, question, check, counts, heard)
 
     def _enough(self, state: State) -> int:
         """How many answers a round needs: `federation.min_hospitals`, or those of all that may still train."""
@@ -305,6 +326,7 @@ class Federation:
     ) -> tuple[dict[int, Message], list[dict[str, Any]]]:
         """By number the answers that count, and of each other hospital its name, what happened (missing, rejected) and why."""
         absences, good, number = list[dict[str, Any]](), dict[int, Message](), state.round + 1
+        secure = self.settings.federation.secure
 
         def leave_out(share: Member | Share, what: str, why: str) -> None:
             absences.append({"name": share.name, "number": share.number, "what": what, "why": why})
@@ -315,11 +337,12 @@ class Federation:
                 leave_out(member, "missing", answers.failures[member.node])
                 continue
             try:
-                check_answer(member, reply, state.arrays, number, images[member.number], self.settings.federation.wire)
-                (good[member.number],) = inward(self.settings, [reply], state.arrays)
+                self._check(member, reply, state, images[member.number])
+                (good[member.number],) = [reply] if secure else inward(self.settings, [reply], state.arrays)
             except FederationError as error:
                 leave_out(member, "rejected", str(error))
-        lengths = [length_for_images(reply, state.arrays, images[place]) for place, reply in good.items()]
+        # no length can be seen under a mask
+        lengths = [0.0 if secure else length_for_images(reply, state.arrays, images[place]) for place, reply in good.items()]
         for place, long in zip(list(good), too_long(self.settings, lengths), strict=True):
             if long:
                 del good[place]
@@ -335,6 +358,15 @@ class Federation:
             if share.number not in self.members and share.number not in gone:
                 leave_out(share, "missing", AWAY)
         return good, absences
+
+    def _check(self, member: Member, reply: Message, state: State, images: int) -> None:
+        """Raise `FederationError` for an answer that must not count."""
+        number = state.round + 1
+        if self.settings.federation.secure:
+            check_masked(member, reply, state.arrays)
+            check_facts(member, reply, number, images)
+        else:
+            check_answer(member, reply, state.arrays, number, images, self.settings.federation.wire)
 
     def _require(self, replies: Mapping[int, Message], absences: Sequence[Mapping[str, Any]], state: State, number: int) -> None:
         """Say who is left out of this round; raise `FederationError` where the answers that count are too few."""
@@ -352,10 +384,26 @@ class Federation:
         """
         return row["images"] > 0 or not ("exhausted" in row or self.settings.privacy.hospital != "none")
 
+    def _unmask(self, answers: Masked, number: int) -> Arrays:
+        """The model that masked answers make together."""
+        if answers.model is None:
+            raise FederationError(f"secure aggregation made no model of the answers of round {number}: see flower.log")
+        if answers.clipped > 0.5:
+            self.tell(
+                {
+                    "event": "remark",
+                    "text": f"in round {number} about {answers.clipped:.0f} numbers of a hospital's change were cut off, on "
+                    "average: raise federation.secure_range",
+                }
+            )
+        return answers.model
+
     def _aggregate(
-        self, strategy: Strategy, number: int, replies: list[Message], state: State
+        self, strategy: Strategy, number: int, replies: list[Message], state: State, answers: Answers
     ) -> tuple[Arrays, dict[str, dict[str, Any]]]:
         """The model of these answers, and what it cost the hospitals' privacy; the model as it was where they are too few."""
+        if isinstance(answers, Masked):
+            return self._unmask(answers, number), {}
         if len(replies) < fewest(self.settings):
             return state.arrays, {}
         expect(strategy, len(replies))

@@ -15,8 +15,10 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, FedTrim
 
 from fedgan.config import Settings
 from fedgan.errors import CheckpointError, ConfigError
+from fedgan.privacy.masking import FEWEST
 from server.hospital_privacy import check_hospital_privacy, wrap
 from server.records import ARRAYS, CONFIG, WEIGHT
+from server.secure import check_secure
 from server.wire import check_wire
 
 STATE = "strategy/"
@@ -40,6 +42,7 @@ def check_strategy(settings: Settings) -> None:
         raise ConfigError(f"federation.trim = {federation.trim:g} cuts every hospital away: give less than 0.5")
     check_hospital_privacy(settings)
     check_wire(settings)
+    check_secure(settings)
     if hospitals < (needed := fewest(settings)):
         raise ConfigError(
             f"{federation.strategy} with federation.malicious = {federation.malicious} needs 2 f + 3 = {needed} hospitals, not "
@@ -59,16 +62,14 @@ def fewest(settings: Settings) -> int:
 
 def too_few(settings: Settings, exhausted: Sequence[str]) -> str:
     """Why no round can follow once the privacy budgets of `exhausted` are spent, in a sentence; empty where one can."""
-    left, needed = settings.federation.participants - len(exhausted), fewest(settings)
+    left = settings.federation.participants - len(exhausted)
+    needed = FEWEST if settings.federation.secure else fewest(settings)
     if left <= 0:
         return "the privacy budget of every hospital is spent"
     if left >= needed:
         return ""
-    verb = "is" if left == 1 else "are"
-    return (
-        f"{settings.federation.strategy} needs {needed} hospitals, and {left} {verb} left: the privacy budget of "
-        f"{', '.join(exhausted)} is spent"
-    )
+    verb, who = "is" if left == 1 else "are", "federation.secure" if settings.federation.secure else settings.federation.strategy
+    return f"{who} needs {needed} hospitals, and {left} {verb} left: the privacy budget of {', '.join(exhausted)} is spent"
 
 
 def expect(strategy: Strategy, hospitals: int) -> None:

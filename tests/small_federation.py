@@ -100,6 +100,7 @@ class LocalGrid:
         self.app, self.fault = app, fault
         self.replies: dict[str, Message] = {}
         self.sent: list[Message] = []
+        self.states = {node: RecordDict() for node in self.nodes}  # what a SuperNode keeps between two messages
 
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)
@@ -119,7 +120,8 @@ class LocalGrid:
     def _answer(self, message: Message, key: str) -> None:
         number = self.nodes[message.metadata.dst_node_id]
         node: Any = {"partition-id": number, "num-partitions": len(self.nodes)} | (self.own(number) if self.own else {})
-        context = Context(run_id=1, node_id=message.metadata.dst_node_id, node_config=node, state=RecordDict(), run_config={})
+        state = self.states[message.metadata.dst_node_id]
+        context = Context(run_id=1, node_id=message.metadata.dst_node_id, node_config=node, state=state, run_config={})
         try:
             reply = self.fault(number, message) if self.fault else None
         except LookupError:

@@ -41,15 +41,29 @@ def arrays_record(name: str, rows: Iterable[list[Any]]) -> Record:
 
 
 def values_record(name: str, kind: str, values: Mapping[str, Any]) -> Record:
-    """A record of numbers and words with their values. Numbers that JSON cannot hold stand there as words ('inf', 'nan')."""
+    """A record of numbers and words with their values. Numbers that JSON cannot hold stand there as words ('inf', 'nan').
+
+    Of bytes there stand the length and the SHA-256: they are keys and shares of keys (`federation.secure`), and who read
+    the logs of several hospitals could put shares together.
+    """
     plain = {key: _plain(value) for key, value in values.items()}
-    return {"name": name, "kind": kind, "bytes": len(_json(plain)), "values": plain}
+    size = sum(_extra(value) for value in values.values())
+    return {"name": name, "kind": kind, "bytes": len(_json(plain)) + size, "values": plain}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes, SHA-256 {hashlib.sha256(value).hexdigest()}"
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _extra(value: Any) -> int:
+    """By how much bytes among the values are longer than the words that stand for them."""
+    if isinstance(value, bytes):
+        return len(value) - len(_plain(value))
+    return sum(_extra(item) for item in value) if isinstance(value, list | tuple) else 0
 
 
 # --- one message -------------------------------------------------------------------------------------
