@@ -13,7 +13,6 @@ needs, the run is over with the rounds that it has.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
@@ -23,17 +22,18 @@ from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from fedgan import files
 from fedgan.config import Settings, to_dict
 from fedgan.errors import FederationError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator
-from server.answers import AWAY, LATE, UNASKED, Answers, ask
+from server.answers import AWAY, UNASKED, Answers, ask
+from server.attendance import Attendance
 from server.checkpoints import State, has_line, initial_state, is_evaluated, load_state, save_state, write_line
-from server.defence import FACTS, check_answer, check_facts, length_for_images, too_long
+from server.defence import check_answer, check_facts, length_for_images, too_long
 from server.hospital_privacy import charge, even, remark
-from server.records import METRICS, WEIGHT, array_bytes, personal, to_record
-from server.roster import RETURN_WAIT, Member, Roster, ask_hello, called, introduce, online
+from server.lines import ending, exhausted_now, hospital_line, mean_of, told_of
+from server.records import array_bytes, personal, to_record
+from server.roster import Member, Roster, introduce
 from server.rounds import Plan, Share
 from server.secure import Masked, Round, ask_masked, check_masked
 from server.secure import remark as secure_remark
@@ -42,7 +42,6 @@ from server.wire import inward, outward, outward_bytes
 
 Event = dict[str, Any]
 Arrays = dict[str, np.ndarray]
-MEANS = ("loss_g", "loss_d", "d_accuracy", "r_t", "p", "r1", "path_length")
 
 
 class Judge(Protocol):
@@ -79,7 +78,6 @@ class Federation:
     ) -> None:
         self.settings, self.run, self.experiment, self.judge, self.tell = settings, run, experiment, judge, tell
         self.patient = patient
-        self.members: dict[int, Member] = {}  # by number: who is introduced
         self.notes: dict[int, str] = {}  # by number: what its next order tells a hospital about its last answer
 
     def train(self, grid: Grid) -> None:
@@ -89,14 +87,14 @@ class Federation:
             return
         gone = {row["number"] for row in state.exhausted} if state else set()
         members, absent = introduce(grid, self.settings, self._order(), gone, self.patient)
-        self.members = {member.number: member for member in members}
+        self.there = Attendance(self.settings, self.run, self._order(), members, self.tell, self.patient)
         self.judge.check(members[0].label_names, members[0].exclusive, members[0].channels, members[0].resolution)
         for why in absent:
             self.tell({"event": "remark", "text": f"a hospital did not join: {why}"})
-        state = initial_state(self.settings, members) if state is None else self._rejoin(state)
+        state = initial_state(self.settings, members) if state is None else self.there.rejoin(state)
         if not self.run.checkpoint(state.round).is_file():
             save_state(self.run, self.settings, state, self.experiment)
-        self._describe(state)
+        self.there.describe(state)
         if state.line is not None:
             self._look(state)  # in case the run was stopped between the checkpoint and its line
         if not (self.run.samples / "real.png").is_file():
@@ -106,7 +104,7 @@ class Federation:
         self.tell(
             {
                 "event": "start",
-                "hospitals": [member.name for member in self._left(state)],
+                "hospitals": [member.name for member in self.there.left(state)],
                 "rounds": self.settings.federation.rounds,
                 "first_round": state.round + 1,
                 "images": Plan(self.settings, state.shares).total,
@@ -121,7 +119,7 @@ class Federation:
             state = self._round(grid, strategy, state)
             self._look(state, anew=True)
             if self.patient and not state.is_over(self.settings):
-                self._welcome(grid, state)
+                self.there.welcome(grid, state)
 
     def conclude(self) -> None:
         """The final evaluation, of the last round's generator. Can be repeated."""
@@ -144,76 +142,11 @@ class Federation:
         result = self.judge.final(load_generator(self.run.checkpoint(newest))[0], facts)
         self.tell({"event": "evaluated", "round": newest, "final": True, "result": result})
 
-    # --- who takes part ----------------------------------------------------------------------------
-
-    def _rejoin(self, state: State) -> State:
-        """The state of a run that goes on, with those among its hospitals who have come for the first time."""
-        if not state.shares:  # written before shares were kept: all had joined
-            rows = [Share(row["number"], row["name"], row["images"], row["units"]) for row in state.exhausted]
-            state.shares = rows + [
-                member.share(0) for number, member in self.members.items() if number not in {r.number for r in rows}
-            ]
-            state.since = {share.number: state.round for share in state.shares if state.round}
-        for member in list(self.members.values()):
-            if why := self._admit(member, state):
-                raise FederationError(why)
-        return state
-
-    def _admit(self, member: Member, state: State) -> str:
-        """Enter a hospital that has come; why it cannot be the one that joined before, or nothing."""
-        known = next((share for share in state.shares if share.number == member.number), None)
-        if known is None:
-            state.shares.append(member.share(state.round))
-        elif (known.name, known.images) != (member.name, member.images):
-            return (
-                f"{member} came with {member.images} training images, and hospital {known.number + 1} joined this run as "
-                f"'{known.name}' with {known.images}: give it the shard that it began with, or begin a new run"
-            )
-        state.drawn = state.drawn and member.drawn
-        self.members[member.number] = member
-        return ""
-
-    def _welcome(self, grid: Grid, state: State) -> None:
-        """Introduce who has come online since the last look."""
-        known = {member.node for member in self.members.values()}
-        new = [node for node in online(grid, self.settings.federation.participants) if node not in known]
-        members, problems = ask_hello(grid, self.settings, self._order(), new, RETURN_WAIT) if new else ([], [])
-        pattern = next(iter(self.members.values()))
-        for member in members:
-            shapes = [(m.label_names, m.exclusive, m.channels, m.resolution) for m in (member, pattern)]
-            why = self._admit(member, state) if shapes[0] == shapes[1] else f"{member} and {pattern} were prepared differently"
-            problems += [why] if why else []
-            if not why:
-                self.tell({"event": "remark", "text": f"{member} has joined after round {state.round}"})
-        for why in problems:
-            self.tell({"event": "remark", "text": f"a hospital did not join: {why}"})
-        if members:
-            self._describe(state)
-
-    def _left(self, state: State) -> list[Member]:
-        """The hospitals that are introduced and may still train, in the order of their numbers."""
-        gone = {row["number"] for row in state.exhausted}
-        return [self.members[number] for number in sorted(self.members) if number not in gone]
-
-    def _describe(self, state: State) -> None:
-        """Write hospitals.json where nobody else can: a deployed server opens no hospital's shard."""
-        if self.patient:
-            counts = {
-                member.number: {"train": dict(zip(member.label_names, member.label_counts, strict=True))}
-                for member in self.members.values()
-                if member.label_counts
-            }
-            rows = [
-                {"name": share.name, "counts": counts.get(share.number, {}), "images": {"train": share.images}}
-                for share in sorted(state.shares, key=lambda share: share.number)
-            ]
-            files.write_json(self.run.hospitals, rows)
-
     # --- one round -------------------------------------------------------------------------------
 
     def _round(self, grid: Grid, strategy: Strategy, state: State) -> State:
         """Train and aggregate one round; the state after it, already on the disk."""
-        number, begun, members = state.round + 1, time.perf_counter(), self._left(state)
+        number, begun, members = state.round + 1, time.perf_counter(), self.there.left(state)
         plan = Plan(self.settings, state.shares)
         images = {member.number: plan.images(state.round, member.number) for member in members}
         self.tell(
@@ -347,15 +280,12 @@ class Federation:
             if long:
                 del good[place]
                 limit = self.settings.federation.max_update_norm
-                leave_out(
-                    self.members[place],
-                    "rejected",
-                    f"{self.members[place]} answered with an update more than {limit:g} times as long as the round's median: "
-                    "see federation.max_update_norm",
-                )
+                whose = self.there.members[place]
+                why = f"answered with an update more than {limit:g} times as long as the round's median: see"
+                leave_out(whose, "rejected", f"{whose} {why} federation.max_update_norm")
         gone = {row["number"] for row in state.exhausted}
         for share in state.shares:  # who joined before a restart and has not come back
-            if share.number not in self.members and share.number not in gone:
+            if share.number not in self.there.members and share.number not in gone:
                 leave_out(share, "missing", AWAY)
         return good, absences
 
@@ -436,63 +366,3 @@ class Federation:
     def _order(self) -> dict[str, Any]:
         """What every message tells a hospital: the whole scenario, the experiment, and (for simulations) the run folder."""
         return {"settings": json.dumps(to_dict(self.settings)), "experiment": self.experiment, "run": str(self.run.path)}
-
-
-# --- answers ---------------------------------------------------------------------------------------
-
-
-def told_of(absence: Mapping[str, Any], number: int, settings: Settings) -> str:
-    """Who is left out of round `number` and why, in one line."""
-    who, why = called(absence["number"], absence["name"]), absence["why"]
-    if absence["what"] == "rejected":
-        return f"in round {number} {why}"  # which names the hospital
-    if why == LATE:
-        limit = f"federation.round_timeout = {settings.federation.round_timeout:g} s"
-        return f"{who} did not answer in round {number} within {limit}: see its log, or raise the timeout"
-    return f"{who} failed in round {number}: {why}"
-
-
-def exhausted_now(members: Sequence[Member], facts: Sequence[Mapping[str, Any]], number: int) -> list[dict[str, Any]]:
-    """The hospitals that said in round `number` that their privacy ledger allows no more."""
-    return [
-        {"name": member.name, "number": member.number, "images": member.images, "units": member.units, "round": number}
-        for member, row in zip(members, facts, strict=True)
-        if row.get("exhausted")
-    ]
-
-
-def ending(state: State, settings: Settings) -> dict[str, Any]:
-    """What a round's line says of spent budgets: `exhausted`, the names until now, and `ended` where too few are left."""
-    if not state.exhausted:
-        return {}
-    why = state.ended_early(settings) if state.round < settings.federation.rounds else ""
-    names = sorted(row["name"] for row in state.exhausted)
-    return {"exhausted": names} | ({"ended": why} if why else {})
-
-
-def hospital_line(member: Member, reply: Message) -> dict[str, Any]:
-    """The hospital's part of the round's line: name, num_examples, images_seen, seconds, threads and its means."""
-    facts = dict(reply.content.config_records[FACTS])
-    row: dict[str, Any] = {"name": member.name, WEIGHT: reply.content.metric_records[METRICS][WEIGHT]}
-    for key in ("images_seen", "images", "threads"):
-        row[key] = int(facts.pop(key))
-    del facts["round"]
-    return row | plain_numbers(facts)
-
-
-def plain_numbers(facts: Mapping[str, Any]) -> dict[str, float | None]:
-    """The finite numbers among the facts; an epsilon that is infinite (no noise) as None, because JSON knows no infinity."""
-    found: dict[str, float | None] = {
-        key: value for key, value in facts.items() if isinstance(value, float) and math.isfinite(value)
-    }
-    return found | ({"epsilon": None} if "epsilon" in facts and "epsilon" not in found else {})
-
-
-def mean_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over the hospitals, weighted by the images that each showed in this round; keys that nobody measured are absent."""
-    means = {}
-    for key in MEANS:
-        known = [(row[key], row["images"]) for row in rows if key in row and row["images"] > 0]
-        if known:
-            means[key] = sum(value * images for value, images in known) / sum(images for _, images in known)
-    return means

@@ -23,7 +23,7 @@ from fedgan.training.start import begin_training
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
 from server.checkpoints import State, exhausted_in, has_line, load_state, save_state, write_line
-from server.federation import mean_of, plain_numbers
+from server.lines import mean_of, plain_numbers
 from server.lock import locked, sweep
 from server.preparation import experiment_of, is_prepared, ledger_of, open_prepared, prepare_run
 from server.strategies import STATE

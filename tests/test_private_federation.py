@@ -24,7 +24,8 @@ from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
-from server.federation import Federation, plain_numbers
+from server.federation import Federation
+from server.lines import plain_numbers
 from server.preparation import experiment_of, prepare_run
 from server.rounds import deal
 from server.strategies import too_few

@@ -16,7 +16,7 @@ from fedgan.config import STRATEGIES
 from fedgan.errors import CheckpointError, ConfigError, FederationError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
-from server.federation import mean_of
+from server.lines import mean_of
 from server.rounds import deal_images, round_totals
 from server.strategies import check_strategy, make_strategy, restore_strategy, strategy_state
 

@@ -1,0 +1,95 @@
+"""Who takes part in a run as it goes on: who has joined, who comes back, who comes late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from fedgan import files
+from fedgan.config import Settings
+from fedgan.errors import FederationError
+from fedgan.run_folder import RunFolder
+from server.checkpoints import State
+from server.roster import RETURN_WAIT, Member, ask_hello, online
+from server.rounds import Share
+
+
+class Attendance:
+    """The hospitals that are introduced, by their number. `order`: what a message tells them; `patient`: as in Federation."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        run: RunFolder,
+        order: Mapping[str, Any],
+        members: Sequence[Member],
+        tell: Callable[[dict[str, Any]], None],
+        patient: bool,
+    ) -> None:
+        self.settings, self.run, self.order, self.tell, self.patient = settings, run, order, tell, patient
+        self.members = {member.number: member for member in members}
+
+    def rejoin(self, state: State) -> State:
+        """The state of a run that goes on, with those among its hospitals who have come for the first time."""
+        if not state.shares:  # written before shares were kept: all had joined
+            rows = [Share(row["number"], row["name"], row["images"], row["units"]) for row in state.exhausted]
+            state.shares = rows + [
+                member.share(0) for number, member in self.members.items() if number not in {r.number for r in rows}
+            ]
+            state.since = {share.number: state.round for share in state.shares if state.round}
+        for member in list(self.members.values()):
+            if why := self._admit(member, state):
+                raise FederationError(why)
+        return state
+
+    def _admit(self, member: Member, state: State) -> str:
+        """Enter a hospital that has come; why it cannot be the one that joined before, or nothing."""
+        known = next((share for share in state.shares if share.number == member.number), None)
+        if known is None:
+            state.shares.append(member.share(state.round))
+        elif (known.name, known.images) != (member.name, member.images):
+            return (
+                f"{member} came with {member.images} training images, and hospital {known.number + 1} joined this run as "
+                f"'{known.name}' with {known.images}: give it the shard that it began with, or begin a new run"
+            )
+        state.drawn = state.drawn and member.drawn
+        self.members[member.number] = member
+        return ""
+
+    def welcome(self, grid: Grid, state: State) -> None:
+        """Introduce who has come online since the last look."""
+        known = {member.node for member in self.members.values()}
+        new = [node for node in online(grid, self.settings.federation.participants) if node not in known]
+        members, problems = ask_hello(grid, self.settings, self.order, new, RETURN_WAIT) if new else ([], [])
+        pattern = next(iter(self.members.values()))
+        for member in members:
+            shapes = [(m.label_names, m.exclusive, m.channels, m.resolution) for m in (member, pattern)]
+            why = self._admit(member, state) if shapes[0] == shapes[1] else f"{member} and {pattern} were prepared differently"
+            problems += [why] if why else []
+            if not why:
+                self.tell({"event": "remark", "text": f"{member} has joined after round {state.round}"})
+        for why in problems:
+            self.tell({"event": "remark", "text": f"a hospital did not join: {why}"})
+        if members:
+            self.describe(state)
+
+    def left(self, state: State) -> list[Member]:
+        """The hospitals that are introduced and may still train, in the order of their numbers."""
+        gone = {row["number"] for row in state.exhausted}
+        return [self.members[number] for number in sorted(self.members) if number not in gone]
+
+    def describe(self, state: State) -> None:
+        """Write hospitals.json where nobody else can: a deployed server opens no hospital's shard."""
+        if self.patient:
+            counts = {
+                member.number: {"train": dict(zip(member.label_names, member.label_counts, strict=True))}
+                for member in self.members.values()
+                if member.label_counts
+            }
+            rows = [
+                {"name": share.name, "counts": counts.get(share.number, {}), "images": {"train": share.images}}
+                for share in sorted(state.shares, key=lambda share: share.number)
+            ]
+            files.write_json(self.run.hospitals, rows)
