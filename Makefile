@@ -11,6 +11,9 @@ VENV    := .venv
 PYTHON  := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed
 PYTEST_ARGS ?=
+# Half of the suite waits for other processes; files keep their tests together for the fixtures that they share.
+PYTEST_WORKERS ?= 2
+PYTEST := $(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo compare ablation test check lint bench clean
@@ -39,7 +42,7 @@ ablation: setup
 	@$(VENV)/bin/fedgan compare simulations/dp_ablation.toml
 
 test: setup
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 lint: setup
 	$(PYTHON) -m ruff check .
@@ -47,7 +50,7 @@ lint: setup
 	$(PYTHON) -m mypy
 
 check: lint
-	$(PYTHON) -m pytest -m "not slow" -q $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" -q $(PYTEST_ARGS)
 
 bench: setup
 	$(PYTHON) -m benchmarks

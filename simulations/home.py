@@ -54,7 +54,7 @@ def train_at_home(job: Job, tell: Tell) -> None:
             ledgers=[ledger_of(hospital, run).path for hospital in hospitals],
             run=experiment_of(run),
         )
-        state = _restore(job, run, trainer, data, drawn=all(hospital.drawn for hospital in hospitals))
+        state = _restore(job, run, trainer, data, all(hospital.drawn for hospital in hospitals), tell)
         _tell_start(job, state, tell)
         while state.round < len(job.images) and not state.exhausted:
             state = _round(job, run, trainer, state, state.round + 1, tell)
@@ -70,10 +70,10 @@ def is_trained_at_home(job: Job) -> bool:
 # --- rounds ----------------------------------------------------------------------------------------
 
 
-def _restore(job: Job, run: RunFolder, trainer: Trainer, data: ImageDataset, drawn: bool) -> State:
+def _restore(job: Job, run: RunFolder, trainer: Trainer, data: ImageDataset, drawn: bool, tell: Tell) -> State:
     """The Trainer and the totals as they were after the last whole round, or at the job's beginning."""
     experiment = experiment_of(run)
-    state = load_state(run, experiment)
+    state = load_state(run, experiment, tell)
     if state is not None and state.round:
         trainer.load(_trainer_state(run, state.round))
         if state.line is not None and not has_line(run, state.round):
