@@ -13,7 +13,7 @@ STAMP   := $(VENV)/.installed
 PYTEST_ARGS ?=
 # Half of the suite waits for other processes; files keep their tests together for the fixtures that they share.
 PYTEST_WORKERS ?= 2
-PYTEST := $(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist loadfile
+PYTEST := $(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo compare ablation test check lint bench clean

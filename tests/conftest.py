@@ -27,6 +27,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that hold slow tests come first: at the end one worker would wait for the other."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def reference_vectors(pytestconfig: pytest.Config) -> dict[str, np.ndarray]:
     """All arrays of the recorded StyleGAN2-ADA by key (`param/…`, `in/…`, `out/…`, `ada/…`); skips where there are none."""
