@@ -313,14 +313,18 @@ def ask(running: Any, method: str, path: str, body: Any = None, headers: dict[st
 
 
 def raw(running: Any, request: bytes) -> bytes:
-    """The first line of the answer to bytes that no HTTP library would send."""
+    """The first line of the answer to bytes that no HTTP library would send; empty where the door was shut before it was read."""
     context = ssl.create_default_context(cafile=running.keys / "ca.crt")
     with (
         socket.create_connection((HOST, running.port), timeout=20) as plain,
         context.wrap_socket(plain, server_hostname=HOST) as tls,
     ):
-        tls.sendall(request)
-        return tls.makefile("rb").readline()
+        with contextlib.suppress(OSError):
+            tls.sendall(request)
+        try:
+            return tls.makefile("rb").readline()
+        except OSError:
+            return b""
 
 
 def last_refusals(running: Any) -> list[dict[str, Any]]:
@@ -429,8 +433,11 @@ def test_malformed_and_unwanted_requests_are_refused_and_logged(
     running: Any, upstream: Upstream, request_bytes: bytes, status: bytes
 ) -> None:
     before = len(last_refusals(running))
-    assert raw(running, request_bytes).split()[1] == status
+    answer = raw(running, request_bytes)
     until(lambda: len(last_refusals(running)) > before)
+    assert str(last_refusals(running)[-1]["status"]).encode() == status
+    # who still sends a long request when it is refused may find the door shut
+    assert answer.split()[1:2] == [status] or (answer == b"" and len(request_bytes) > 100_000)
     assert upstream.seen == []
 
 
