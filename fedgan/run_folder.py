@@ -11,7 +11,6 @@ checkpoints/round-N.*     aggregated model (.safetensors + .json)
 samples/*.png             real.png, round-N.png, final.png
 evaluation.json           the central evaluator's numbers
 audit.json                what `fedgan audit` found: numbers alone
-audit.json                what the privacy attacks found: numbers only
 report.html               the page
 cards/                    model card and dataset card, Markdown and JSON
 look.json                 only in a second look (`fedgan evaluate --output`): the run that it looks at

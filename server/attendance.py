@@ -12,7 +12,7 @@ from fedgan.config import Settings
 from fedgan.errors import FederationError
 from fedgan.run_folder import RunFolder
 from server.checkpoints import State
-from server.roster import RETURN_WAIT, Member, ask_hello, online
+from server.roster import RETURN_WAIT, Member, ask_hello, check_alike, online
 from server.rounds import Share
 
 
@@ -40,23 +40,21 @@ class Attendance:
             ]
             state.since = {share.number: state.round for share in state.shares if state.round}
         for member in list(self.members.values()):
-            if why := self._admit(member, state):
-                raise FederationError(why)
+            self._admit(member, state)
         return state
 
-    def _admit(self, member: Member, state: State) -> str:
-        """Enter a hospital that has come; why it cannot be the one that joined before, or nothing."""
+    def _admit(self, member: Member, state: State) -> None:
+        """Enter a hospital that has come. Raises `FederationError` when it is not the one that joined before."""
         known = next((share for share in state.shares if share.number == member.number), None)
         if known is None:
             state.shares.append(member.share(state.round))
         elif (known.name, known.images) != (member.name, member.images):
-            return (
+            raise FederationError(
                 f"{member} came with {member.images} training images, and hospital {known.number + 1} joined this run as "
                 f"'{known.name}' with {known.images}: give it the shard that it began with, or begin a new run"
             )
         state.drawn = state.drawn and member.drawn
         self.members[member.number] = member
-        return ""
 
     def welcome(self, grid: Grid, state: State) -> None:
         """Introduce who has come online since the last look."""
@@ -65,11 +63,12 @@ class Attendance:
         members, problems = ask_hello(grid, self.settings, self.order, new, RETURN_WAIT) if new else ([], [])
         pattern = next(iter(self.members.values()))
         for member in members:
-            shapes = [(m.label_names, m.exclusive, m.channels, m.resolution) for m in (member, pattern)]
-            why = self._admit(member, state) if shapes[0] == shapes[1] else f"{member} and {pattern} were prepared differently"
-            problems += [why] if why else []
-            if not why:
+            try:
+                check_alike(pattern, member)
+                self._admit(member, state)
                 self.tell({"event": "remark", "text": f"{member} has joined after round {state.round}"})
+            except FederationError as error:
+                problems.append(str(error))
         for why in problems:
             self.tell({"event": "remark", "text": f"a hospital did not join: {why}"})
         if members:

@@ -99,6 +99,7 @@ class Federation:
             self._look(state)  # in case the run was stopped between the checkpoint and its line
         if not (self.run.samples / "real.png").is_file():
             self.judge.start()
+        plan, noise = self._plan(state)
         strategy = make_strategy(self.settings)
         restore_strategy(strategy, state.moments)
         self.tell(
@@ -107,7 +108,7 @@ class Federation:
                 "hospitals": [member.name for member in self.there.left(state)],
                 "rounds": self.settings.federation.rounds,
                 "first_round": state.round + 1,
-                "images": Plan(self.settings, state.shares).total,
+                "images": plan.total,
                 "images_seen": state.images_seen,
             }
         )
@@ -116,10 +117,13 @@ class Federation:
         if self.settings.federation.secure:
             self.tell({"event": "remark", "text": secure_remark(self.settings)})
         while not state.is_over(self.settings):
-            state = self._round(grid, strategy, state)
+            state = self._round(grid, strategy, state, plan, noise)
             self._look(state, anew=True)
             if self.patient and not state.is_over(self.settings):
+                known = len(state.shares)
                 self.there.welcome(grid, state)
+                if len(state.shares) > known:
+                    plan, noise = self._plan(state)
 
     def conclude(self) -> None:
         """The final evaluation, of the last round's generator. Can be repeated."""
@@ -144,10 +148,14 @@ class Federation:
 
     # --- one round -------------------------------------------------------------------------------
 
-    def _round(self, grid: Grid, strategy: Strategy, state: State) -> State:
+    def _plan(self, state: State) -> tuple[Plan, float]:
+        """Who shows how many images, and the least noise of all: the search for it takes seconds, so once for these shares."""
+        plan = Plan(self.settings, state.shares)
+        return plan, plan.least_noise(self.settings, len(state.label_names))
+
+    def _round(self, grid: Grid, strategy: Strategy, state: State, plan: Plan, noise: float) -> State:
         """Train and aggregate one round; the state after it, already on the disk."""
         number, begun, members = state.round + 1, time.perf_counter(), self.there.left(state)
-        plan = Plan(self.settings, state.shares)
         images = {member.number: plan.images(state.round, member.number) for member in members}
         self.tell(
             {
@@ -157,7 +165,7 @@ class Federation:
                 "images": {member.name: images[member.number] for member in members},
             }
         )
-        answers = self._ask(grid, strategy, members, state, plan)
+        answers = self._ask(grid, strategy, members, state, plan, noise)
         up = sum(array_bytes(reply) for reply in answers.replies.values())
         down = len(members) * outward_bytes(self.settings, state.arrays)
         replies, absences = self._vet(members, answers, state, images)
@@ -196,10 +204,9 @@ class Federation:
         save_state(self.run, self.settings, after, self.experiment)
         return after
 
-    def _ask(self, grid: Grid, strategy: Strategy, members: Sequence[Member], state: State, plan: Plan) -> Answers:
+    def _ask(self, grid: Grid, strategy: Strategy, members: Sequence[Member], state: State, plan: Plan, noise: float) -> Answers:
         """Send each hospital the model and its own order, and wait until enough have answered or no more can."""
         number = state.round + 1
-        noise = plan.least_noise(self.settings, len(state.label_names))
         order = ConfigRecord(self._order() | {"round": number, "least_noise": noise})
         expect(strategy, len(members))
         configured = strategy.configure_train(number, to_record(state.arrays), order, cast(Grid, Roster(members)))

@@ -166,12 +166,16 @@ def check_members(members: list[Member], wanted: int) -> list[Member]:
     numbers = [member.number for member in members]
     if len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(wanted)):
         raise FederationError(f"hospitals came with the numbers {numbers}: give each its own partition-id from 0")
-    first = members[0]
     for other in members[1:]:
-        for what in ("label_names", "exclusive", "channels", "resolution"):
-            if getattr(other, what) != getattr(first, what):
-                raise FederationError(f"{first} and {other} differ in {what}: prepare both shards alike")
+        check_alike(members[0], other)
     return members
+
+
+def check_alike(first: Member, other: Member) -> None:
+    """Raise `FederationError` when the images of two hospitals do not fit together."""
+    for what in ("label_names", "exclusive", "channels", "resolution"):
+        if getattr(other, what) != getattr(first, what):
+            raise FederationError(f"{first} and {other} differ in {what}: prepare both shards alike")
 
 
 def online(grid: Grid, wanted: int) -> list[int]:
