@@ -21,7 +21,7 @@ from client.outbound import Gate, failure
 from client.reasons import reason
 from client.secure import mask_update
 from client.sent import clip_update, told
-from client.site import Order, Progress, Site, bound, find_site, log, log_failure, log_folder
+from client.site import Order, Progress, Site, bound, check_secure, find_site, log, log_failure, log_folder
 from client.wire import outgoing, received
 from fedgan.config import PARTS, Settings
 from fedgan.machine import peak_memory, usable_cores
@@ -60,6 +60,8 @@ class Visit:
             self.folder = log_folder(order, self.node)
             self.doing = "holding the order against its own max-epsilon"
             order = bound(order, self.node)
+            self.doing = "holding the order against its own require-secure"
+            check_secure(order, self.node)
             self.doing = "opening its shard"
             site = find_site(order, self.node)
             self.folder, self.doing, self.known = site.folder, "beginning its work", True

@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 
 from client.allowed import checked
 from client.reasons import ERROR, FAILED, REASON, Refused, reason
-from client.site import Order, Site, bound, find_site, log_failure, log_folder
+from client.site import Order, Site, bound, check_secure, find_site, log_failure, log_folder
 from fedgan.errors import HOSPITAL_REASON, ConfigError
 from fedgan.privacy.outbound import NAME, Entry, OutboundLog, Record, array_row, arrays_record, values_record
 
@@ -66,10 +66,14 @@ class Door:
         return failure(self.message, reason(error, doing))
 
     def _find(self) -> None:
-        """Whose answer it is, as far as that can be known: a hospital that cannot open its shard answers with an error."""
+        """Whose answer it is, as far as that can be known: a hospital that cannot open its shard answers with an error.
+
+        So does one whose own rules refuse the run: without a site no answer but an error leaves.
+        """
         with contextlib.suppress(Exception):
             self.order = Order.read(self.message.content.config_records["config"])
             self.order = bound(self.order, self.node)
+            check_secure(self.order, self.node)
             self.site = find_site(self.order, self.node)
 
     def _checked(self, reply: Message) -> Message:

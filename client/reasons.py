@@ -15,6 +15,7 @@ FAILED = 2  # Flower's code for "the ClientApp raised": the only one that an err
 DOING = (  # N: a round's number
     "reading the server's order",
     "holding the order against its own max-epsilon",
+    "holding the order against its own require-secure",
     "opening its shard",
     "beginning its work",
     "introducing itself",

@@ -2,8 +2,8 @@
 
 In a simulation the place is a folder of the run (`hospitals/NAME`) and the shard is the one with the
 hospital's number. In a deployment both come from the SuperNode's own node-config (`data-root`,
-`state-dir`), and no path that a server sends is read or written; its `max-epsilon` binds whatever the
-server asks. A simulation is a process that `fedgan simulate` (by `SIMULATION` in its environment) or
+`state-dir`), and no path that a server sends is read or written; its `max-epsilon` and `require-secure` bind
+whatever the server asks. A simulation is a process that `fedgan simulate` (by `SIMULATION` in its environment) or
 Flower's own engine (Ray's actors) has started.
 """
 
@@ -150,7 +150,7 @@ def bound(order: Order, node: Mapping[str, Any]) -> Order:
 
     Raises `ConfigError` where it is no number above 0, and for a run without privacy, which no epsilon bounds.
     """
-    if "max-epsilon" not in node:
+    if _own(node, "max-epsilon") is None:
         return order
     try:
         limit = float(node["max-epsilon"])
@@ -167,6 +167,29 @@ def bound(order: Order, node: Mapping[str, Any]) -> Order:
     smaller = min(limit, privacy.max_epsilon or limit)
     settings = dataclasses.replace(order.settings, privacy=dataclasses.replace(privacy, max_epsilon=smaller))
     return dataclasses.replace(order, settings=settings)
+
+
+def check_secure(order: Order, node: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for a run without `federation.secure` where this node's own `require-secure` insists on it.
+
+    Also where it is neither true nor false: a hospital that meant to insist must not be taken for one that did not.
+    """
+    insists = _own(node, "require-secure", False)
+    if str(insists).lower() not in ("true", "false"):
+        raise ConfigError(f"require-secure = {insists} in this node's config: give true or false")
+    if str(insists).lower() == "true" and not order.settings.federation.secure:
+        raise ConfigError(
+            "this node's config says require-secure = true, and the run has no secure aggregation: it is refused here; ask for "
+            "federation.secure, or take require-secure out"
+        )
+
+
+def _own(node: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """What this node's config says for `key`. Raises `ConfigError` for another spelling of it, which would bind nobody."""
+    for name in node:
+        if name != key and str(name).lower().replace("_", "-") == key:
+            raise ConfigError(f"this node's config has {name}: it is written {key}")
+    return node.get(key, default)
 
 
 def log_folder(order: Order, node: Mapping[str, Any]) -> Path | None:

@@ -19,16 +19,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.supercore.constant import FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS as OBJ_PULLS
+from flwr.supercore.constant import FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES as OBJ_PUSHES
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.retry import make_simple_http_retry_invoker
 from loopback import HOST, REPOSITORY, free_ports, make_keys
 
+from fedgan.deployment.node_keys import fingerprint
 from fedgan.errors import ConfigError, MachineError
 from server.filter import __main__ as program
-from server.filter import door
+from server.filter import app, door
 from server.filter.journal import Journal, clean
 from server.filter.once import Once
 from server.filter.rules import Refused, backward, check, onward
+from server.filter.share import MOST, Shares
 
 SIGNED = [(b"flwr-public-key", base64.b64encode(b"key")), (b"flwr-timestamp", b"t"), (b"flwr-signature", b"s")]
 
@@ -184,6 +193,64 @@ def test_old_timestamps_are_forgotten_and_new_ones_refused_where_there_is_no_roo
     now = 321
     once.take(signed(timestamp="3"))
     assert len(once.used) == 2
+
+
+# --- shares -----------------------------------------------------------------------------------------------
+
+
+def refused_by(shares: Shares, headers: Any, peer: str = "10.0.0.1") -> Refused:
+    with pytest.raises(Refused) as refused, shares.place(headers, peer):
+        pass
+    assert refused.value.status == 503
+    return refused.value
+
+
+def test_a_key_has_no_more_than_its_share_and_takes_nothing_from_another() -> None:
+    shares = Shares(most=2)
+    for key in (b"one", b"two"):
+        shares.know(signed(key))
+    with shares.place(signed(b"one"), "10.0.0.1"), shares.place(signed(b"one"), "10.0.0.2"):
+        refused_by(shares, signed(b"one"), "10.0.0.3")
+        with shares.place(signed(b"two"), "10.0.0.1"), shares.place(signed(b"two"), "10.0.0.1"):
+            pass
+    with shares.place(signed(b"one"), "10.0.0.1"):
+        pass
+    assert not shares.running
+
+
+def test_keys_that_the_superlink_has_not_taken_have_one_share_together() -> None:
+    shares = Shares(most=2)
+    shares.know(signed(b"hospital"))
+    with shares.place(signed(b"made up"), "10.0.0.1"), shares.place(signed(b"another"), "10.0.0.2"):
+        assert "not taken yet" in str(refused_by(shares, signed(b"a third"), "10.0.0.3"))
+        with shares.place(signed(b"hospital"), "10.0.0.1"):
+            pass
+
+
+def test_what_names_no_key_is_counted_by_its_address() -> None:
+    shares = Shares(most=1)
+    with shares.place([], "10.0.0.1"), shares.place([], "10.0.0.2"):
+        assert "from this address" in str(refused_by(shares, [], "10.0.0.2"))
+
+
+def test_a_burst_has_one_line_and_the_next_one_another() -> None:
+    shares = Shares(most=1)
+    for _ in range(2):
+        with shares.place(signed(), "10.0.0.1"):
+            assert [refused_by(shares, signed()).quiet for _ in range(3)] == [False, True, True]
+
+
+def test_the_line_names_a_hospital_s_key_as_ssh_keygen_does() -> None:
+    key = ec.generate_private_key(ec.SECP384R1()).public_key()
+    shares, headers = Shares(most=1), signed(public_key_to_bytes(key))
+    shares.know(headers)
+    line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    with shares.place(headers, "10.0.0.1"):
+        assert str(refused_by(shares, headers)).endswith(f"by the key {fingerprint(line)}")
+
+
+def test_no_supernode_meets_its_share() -> None:
+    assert OBJ_PUSHES + OBJ_PULLS + 2 <= MOST // 2  # and a heartbeat, and a question for messages
 
 
 # --- journal ----------------------------------------------------------------------------------------------
@@ -395,6 +462,65 @@ def test_a_request_passes_once_and_one_that_the_superlink_refused_uses_up_nothin
     assert "replayed" in last_refusals(running)[-1]["reason"]
 
 
+def test_a_hospital_that_fills_its_share_keeps_nobody_else_out_and_is_heard_again(
+    running: Any, upstream: Upstream, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With Flower's own way of trying again."""
+    (port,) = free_ports(1)
+    here = SimpleNamespace(port=port, keys=running.keys)
+    stuck, trying = threading.Event(), threading.Event()
+
+    def slow_body() -> Iterator[bytes]:
+        yield b"x"
+        assert stuck.wait(20)
+
+    def push(path: str, key: bytes, body: Any = b"") -> int:
+        return ask(here, "POST", f"/v1/fleet/{path}", body, key_headers(key))[0]
+
+    def try_to_push() -> int:
+        status = push("push-object", b"greedy")
+        if status == 503:
+            trying.set()
+            stuck.set()  # what filled the share comes to its end
+        httpx.Response(status, request=httpx.Request("POST", "https://filter")).raise_for_status()
+        return status
+
+    with in_thread(command(running.keys, port, running.upstream_port, "--max-at-once", "2")):
+        assert [push("pull-messages", key) for key in (b"greedy", b"other")] == [200, 200]
+        threads = [threading.Thread(target=push, args=("push-object", b"greedy", slow_body())) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        until(lambda: upstream.pieces >= 2)
+        assert [push("push-object", b"greedy") for _ in range(3)] == [503] * 3
+        assert [push("push-object", b"other") for _ in range(3)] == [200] * 3
+        assert push("push-object", b"made up") == 200
+        assert make_simple_http_retry_invoker().invoke(try_to_push) == 200
+        assert trying.is_set()
+        for thread in threads:
+            thread.join(20)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "requests at once" in line]
+    assert "refused peer=127.0.0.1 method=POST path=/v1/fleet/push-object status=503" in line
+
+
+def key_headers(key: bytes) -> dict[str, str]:
+    return fresh(**{"flwr-public-key": base64.b64encode(key).decode()})
+
+
+def test_only_what_the_superlink_answered_with_yes_makes_a_key_known(
+    running: Any, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (port,) = free_ports(1)
+    here, shares = SimpleNamespace(port=port, keys=running.keys), Shares()
+    monkeypatch.setattr(app, "Shares", lambda most: shares)
+    with in_thread(command(running.keys, port, running.upstream_port)):
+        for path in ("unknown", "locked"):
+            ask(here, "POST", f"/v1/fleet/{path}", b"", key_headers(b"hospital"))
+        assert not shares.taken
+        ask(here, "POST", "/v1/fleet/pull-messages", b"", key_headers(b"hospital"))
+    assert shares.taken == {b"hospital"}
+    assert not shares.running
+
+
 def test_a_superlink_that_is_too_busy_is_asked_again(running: Any, upstream: Upstream) -> None:
     """A SuperNode asks again after a 503 and throws its update away after a 500."""
     assert ask(running, "POST", "/v1/fleet/locked", b"update", fresh())[0] == 503
@@ -539,6 +665,7 @@ def ask_quietly(running: Any) -> int | None:
     ("change", "code", "text"),
     [
         ({"--listen": "8443"}, ConfigError.exit_code, "no HOST:PORT"),
+        ({"--max-at-once": "0"}, ConfigError.exit_code, "would let nobody through"),
         ({"--upstream": "http://superlink:8000"}, ConfigError.exit_code, "over TLS only"),
         ({"--ca": "/nowhere.crt"}, ConfigError.exit_code, "no CA certificate"),
         ({"--key": "/nowhere.key"}, ConfigError.exit_code, "belong together"),
@@ -548,7 +675,7 @@ def ask_quietly(running: Any) -> int | None:
 def test_what_cannot_be_served_is_said_in_a_line(
     running: Any, capsys: pytest.CaptureFixture[str], change: dict[str, str], code: int, text: str
 ) -> None:
-    words = command(running.keys, free_ports(1)[0], running.upstream_port)
+    words = command(running.keys, free_ports(1)[0], running.upstream_port, "--max-at-once", "16")
     for option, value in change.items():
         words[words.index(option) + 1] = f"{HOST}:{running.port}" if value == "taken" else value
     assert program.main(words) == code

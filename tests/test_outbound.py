@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from client.sent import OPEN
 from client.site import SIMULATION, find_site
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.errors import ConfigError, DataError, FederationError
+from fedgan.privacy import outbound
 from fedgan.privacy.outbound import NAME, Entry, OutboundLog, values_record
 from fedgan.privacy.validator import check_private
 from fedgan.run_folder import RunFolder
@@ -490,8 +492,108 @@ def test_a_line_that_was_changed_is_named(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         log.append(Entry.of("e", number, "train", [values_record("facts", "values", {"epsilon": float("inf"), "p": 0.5})]))
     log.path.write_text(log.path.read_text().replace("0.5", "0.7", 1))
-    assert log.read().changed == [1]
+    assert log.read().changed == [f"{NAME}:1"]
     assert log.read().entries[1].records[0]["values"] == {"epsilon": "inf", "p": 0.5}
+
+
+# --- its parts ---------------------------------------------------------------------------------------
+
+
+def some_entry(number: int) -> Entry:
+    return Entry.of("e", number, "train", [values_record("facts", "values", {"p": 0.5})])
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two lines fill a part."""
+    monkeypatch.setattr(outbound, "PART_BYTES", 300)
+
+
+def full_log(folder: Path, lines: int) -> OutboundLog:
+    log = OutboundLog(folder / NAME)
+    for number in range(lines):
+        log.append(some_entry(number))
+    return log
+
+
+def test_a_full_log_goes_on_in_a_new_part_and_is_read_as_one(tmp_path: Path, small_parts: None) -> None:
+    log = full_log(tmp_path, 5)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["outbound-00001.jsonl", "outbound-00002.jsonl", NAME]
+    assert [len(log.part(number).read_bytes().splitlines()) for number in range(3)] == [2, 2, 1]
+    reading = log.read()
+    assert [entry.round for entry in reading.entries] == [0, 1, 2, 3, 4]
+    assert (reading.changed, reading.unfinished, reading.missing) == ([], 0, [])
+    assert [entry.round for entry in OutboundLog(log.part(1)).read().entries] == [2, 3]
+
+
+def test_parts_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    log = OutboundLog(tmp_path / NAME)
+    for number in (11, 2, 0, 10):
+        log.part(number).write_bytes(b"")
+    (tmp_path / "outbound-1.jsonl").write_bytes(b"{")  # no part of it, as any other file
+    (tmp_path / "outbound-00003.jsonl.gz").write_bytes(b"{")
+    assert log.numbers() == [0, 2, 10, 11]
+    assert log.read().missing == [log.part(number).name for number in (1, *range(3, 10))]
+    log.append(some_entry(1))
+    assert log.part(11).stat().st_size > 0
+
+
+def test_changed_and_unfinished_lines_are_found_in_every_part(tmp_path: Path, small_parts: None, fedgan: Any) -> None:
+    log = full_log(tmp_path, 5)
+    log.path.write_text(log.path.read_text() + '{"time":')  # never finished, and the last of its part
+    second = log.part(1).read_text().splitlines()
+    log.part(1).write_text("\n".join(["{", second[0], second[1].replace("0.5", "0.7")]) + "\n")
+    reading = log.read()
+    assert (len(reading.entries), reading.changed, reading.unfinished) == (5, ["outbound-00001.jsonl:3"], 2)
+    for path in (tmp_path, log.path):
+        code, out, _ = fedgan("outbound", path)
+        assert code == 0
+        assert "in all: 5 messages" in out
+        assert "changed after they were written: outbound-00001.jsonl:3" in out
+        assert "no entries: 2 lines" in out
+    assert fedgan("outbound", log.part(2))[1].count("train") > 0
+    assert "in all: 1 messages" in fedgan("outbound", log.part(2))[1]
+
+
+def test_parts_that_were_moved_away_are_told_and_their_numbers_not_used_again(
+    tmp_path: Path, small_parts: None, fedgan: Any
+) -> None:
+    log = full_log(tmp_path, 6)
+    for number in (0, 1):
+        log.part(number).rename(tmp_path / f"moved-{number}")
+    log.append(some_entry(6))
+    assert log.numbers() == [2, 3]
+    assert [entry.round for entry in log.read().entries] == [4, 5, 6]
+    code, out, _ = fedgan("outbound", tmp_path)
+    assert code == 0
+    assert "not here: 2 parts of this log, outbound.jsonl the first of them" in out
+    assert json.loads(fedgan("outbound", tmp_path, "--json")[1])["logs"][0]["missing_parts"] == [NAME, "outbound-00001.jsonl"]
+
+
+def test_an_answer_does_not_leave_where_the_next_part_cannot_be_begun(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not place.answer("train", lambda content: None).has_error()
+    monkeypatch.setattr(outbound, "PART_BYTES", 1)
+    last = place.log.part(max(place.log.numbers()) + 1)
+    last.mkdir()  # in its place
+    try:
+        reply = place.answer("train", lambda content: None)
+        assert reply.error.reason == "hospital: StorageError while writing its outbound log"
+        assert "so nothing is sent" in place.client_log.read_text()
+    finally:
+        last.rmdir()
+
+
+def test_several_writers_lose_no_line_where_a_part_ends(tmp_path: Path, small_parts: None) -> None:
+    """Arms of a comparison write beside one shard."""
+    threads = [threading.Thread(target=full_log, args=(tmp_path, 20)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    reading = OutboundLog(tmp_path / NAME).read()
+    assert sorted(entry.round for entry in reading.entries) == sorted([*range(20)] * 4)
+    assert (reading.changed, reading.unfinished, reading.missing) == ([], 0, [])
+    assert len(OutboundLog(tmp_path / NAME).numbers()) > 10
 
 
 # --- fedgan outbound ---------------------------------------------------------------------------------
@@ -533,7 +635,7 @@ def test_the_verb_names_changed_lines_and_errors(tmp_path: Path, fedgan: Any) ->
     assert code == 0
     assert "2 messages, 1 of them errors" in out
     assert "hospital: OSError while x" in out
-    assert "changed after they were written: lines 2" in out
+    assert "changed after they were written: outbound.jsonl:2" in out
     assert "no entries: 1 lines" in out
 
 

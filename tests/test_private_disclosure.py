@@ -64,6 +64,11 @@ def test_the_smaller_of_a_hospitals_bound_and_the_servers_counts(servers, own, c
     assert bound(order, {}) == order
 
 
+def test_a_bound_in_another_spelling_is_refused():
+    with pytest.raises(ConfigError, match="has max_epsilon: it is written max-epsilon"):
+        bound(Order(settings_of(), "e", "run"), {"max_epsilon": 3})
+
+
 @pytest.mark.parametrize("own", ["0", -1, "nan", "inf", "much"])
 def test_a_bound_that_is_no_number_above_zero_is_refused(own):
     with pytest.raises(ConfigError, match="give a number above 0"):

@@ -22,8 +22,9 @@ from small_federation import NAMES, LocalGrid, NoJudge, error_reply, tiny, write
 import client.secure
 import server.secure
 from client.app import app
+from client.outbound import Gate
 from client.secure import check_question
-from client.site import SIMULATION
+from client.site import SIMULATION, Order, check_secure
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError
 from fedgan.privacy.masking import MODULUS, apply_mean, levels, mask_numbers, ranges, scale
@@ -482,6 +483,77 @@ def test_a_hospital_refuses_questions_that_would_show_it(stage: str, question: A
 def test_secrets_are_forgotten_with_the_round(tmp_path: Path) -> None:
     tried = Tried(tmp_path, "federation.secure=true").train()
     assert all(not state for state in tried.grid.states.values())
+
+
+# --- a hospital that insists -------------------------------------------------------------------------
+
+
+def insisting(number: int, gate: Answer = app) -> Answer:
+    """Hospitals, of whom this one's node-config says require-secure = true."""
+
+    def answer(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == number:
+            context.node_config["require-secure"] = True
+        return gate(message, context)
+
+    return answer
+
+
+def test_a_hospital_that_insists_takes_part_in_a_secure_run(tmp_path: Path) -> None:
+    tried = Tried(tmp_path, "federation.secure=true", answer=insisting(0)).train()
+    assert not any(reply.has_error() for _, _, reply in tried.replies)
+
+
+def test_a_hospital_that_insists_tells_a_run_in_clear_one_reason_and_nothing_else(tmp_path: Path) -> None:
+    tried = Tried(tmp_path, answer=insisting(1))
+    with pytest.raises(FederationError, match="ConfigError while holding the order against its own require-secure"):
+        tried.train()
+    (reply,) = [reply for who, _, reply in tried.replies if who == 1]
+    assert reply.has_error()
+    (log,) = tried.run.path.glob("hospitals/*/client.log")
+    assert "require-secure = true, and the run has no secure aggregation" in log.read_text()
+
+
+@pytest.mark.parametrize("gate", [app, Gate()], ids=["this app", "a handler that does not ask"])
+def test_no_round_in_clear_leaves_a_hospital_that_insists(tmp_path: Path, gate: Gate) -> None:
+    """Also where the server's first question was about a secure run, and where only the gate holds the rule."""
+    handed: list[tuple[Message, Context]] = []
+
+    def keep(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1 and message.metadata.message_type == "train":
+            handed.append((copy.deepcopy(message), context))
+        return app(message, context)
+
+    tried = Tried(tmp_path, answer=keep).train()
+    ((message, context),) = handed
+    honest = next(reply for who, _, reply in tried.replies if who == 1 and "arrays" in reply.content)
+    if gate is not app:
+        gate.train()(lambda message, context: Message(copy.deepcopy(honest.content), reply_to=message))
+    log = OutboundLog(tried.data / NAMES[1] / NAME)
+    before = len(log.read().entries)
+    with mock.patch.dict(os.environ, {SIMULATION: "1"}):
+        assert not gate(copy.deepcopy(message), context).has_error()
+        refusal = insisting(1, gate)(message, context)
+    doing = "holding the order against its own require-secure" if gate is app else "checking what leaves"
+    assert str(refusal.error.reason).startswith(f"hospital: ConfigError while {doing}")
+    assert len(log.read().entries) == before + 1  # the answer that left without the rule; the refusal is in the node's own folder
+
+
+@pytest.mark.parametrize(
+    ("node", "words"),
+    [
+        ({"require-secure": "yes"}, "give true or false"),
+        ({"require-secure": 1}, "give true or false"),
+        ({"require-secure": "true"}, "no secure aggregation"),
+        ({"require_secure": True}, "it is written require-secure"),
+        ({"Require-Secure": False}, "it is written require-secure"),
+    ],
+)
+def test_a_rule_that_could_be_misread_refuses(tmp_path: Path, node: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_secure(Order(tiny(tmp_path), "e", "run"), node)
+    check_secure(Order(tiny(tmp_path), "e", "run"), {"require-secure": False})
+    check_secure(Order(tiny(tmp_path, "federation.secure=true"), "e", "run"), {"require-secure": "True"})
 
 
 # --- settings ----------------------------------------------------------------------------------------

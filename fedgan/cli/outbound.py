@@ -39,7 +39,7 @@ def find_logs(path: Path) -> list[OutboundLog]:
     from fedgan.privacy.outbound import NAME, OutboundLog
 
     files = [path] if path.is_file() else [place / NAME for place in places_of(path)]
-    logs = [OutboundLog(file) for file in files if file.is_file()]
+    logs = [log for log in map(OutboundLog, files) if log.numbers()]
     if not logs:
         raise DataError(
             f"no outbound log at {console.shown(path)}: give the state-dir of a deployed hospital, a shard that was "
@@ -75,6 +75,7 @@ def _account(log: OutboundLog, only: str | None) -> dict[str, Any]:
         },
         "changed_lines": reading.changed,
         "unfinished_lines": reading.unfinished,
+        "missing_parts": reading.missing,
         "held": _held(entries),
     }
 
@@ -104,9 +105,11 @@ def _text(account: dict[str, Any]) -> str:
     for message, records in account["held"].items():
         lines += [f"  {message} {name}: {', '.join(names)}" for name, names in records.items()]
     if account["changed_lines"]:
-        lines.append(f"  changed after they were written: lines {', '.join(map(str, account['changed_lines']))}")
+        lines.append(f"  changed after they were written: {', '.join(account['changed_lines'])}")
     if account["unfinished_lines"]:
         lines.append(f"  no entries: {account['unfinished_lines']} lines (what was never finished was not sent)")
+    if missing := account["missing_parts"]:
+        lines.append(f"  not here: {len(missing)} parts of this log, {missing[0]} the first of them (moved away?)")
     return "\n".join(lines)
 
 

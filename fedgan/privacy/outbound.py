@@ -4,6 +4,10 @@ One JSON line a message: when, of which experiment and round, which kind of mess
 numbers and words with their values, because these are what left; of an array its name, type, shape, bytes and SHA-256 (of
 the .npy file that travels), because its values are the model's. `sha256` of a line is the hash of its records, by which a
 reader sees that they were changed. A line that a killed process left unfinished belongs to a message that was never sent.
+
+A round's line is some 20 kB and more, mostly hashes of arrays, so the log is kept in parts: outbound.jsonl, and once that is full
+outbound-00001.jsonl and so on. Lines go to the last part that is there; no part is ever renamed or removed here. Each line is
+checked by itself, none knows the line before it: parts may be moved away, and one that is missing between others is told.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +28,7 @@ from fedgan import files
 from fedgan.errors import DataError, StorageError
 
 NAME = "outbound.jsonl"
+PART_BYTES = 16 * 2**20  # a part that has as many is full
 Record = dict[str, Any]
 
 
@@ -125,27 +131,49 @@ def _hash(records: list[Record]) -> str:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a log says: its entries, the numbers of lines whose records were changed, and how many are no entry."""
+    """What a log says: its entries, lines whose records were changed (`FILE:LINE`), how many are no entry, parts not there."""
 
     entries: list[Entry] = field(default_factory=list)
-    changed: list[int] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
     unfinished: int = 0
+    missing: list[str] = field(default_factory=list)
 
 
 class OutboundLog:
-    """The log at `path`. Makes no file before the first entry."""
+    """The log whose first part is `path`. Makes no file before the first entry."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def part(self, number: int) -> Path:
+        """Where a part lies; 0 is the first."""
+        return self.path.with_name(f"{self.path.stem}-{number:05d}{self.path.suffix}") if number else self.path
+
+    def numbers(self) -> list[int]:
+        """Numbers of the parts that are there, in their order. Raises `OSError` where their folder cannot be read."""
+        name = re.compile(rf"{re.escape(self.path.stem)}(?:-([0-9]{{5}}))?{re.escape(self.path.suffix)}")
+        try:
+            found = [match for each in os.listdir(self.path.parent) if (match := name.fullmatch(each))]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(int(match[1] or 0) for match in found)
+
+    def _open_part(self) -> Path:
+        """The part that the next line goes to: the last one, or one more where that is full."""
+        last = max(self.numbers(), default=0)
+        part = self.part(last)
+        return self.part(last + 1) if part.is_file() and part.stat().st_size >= PART_BYTES else part
 
     def append(self, entry: Entry) -> None:
         """Add a line; it is on the disk when this returns. Raises `StorageError` where it cannot be written."""
         line = _json(asdict(entry)) + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = not self.path.exists()
-            # One write at the end of the file: arms of a comparison may write beside one shard at the same time.
-            with open(self.path, "a+b", buffering=0) as stream:
+            part = self._open_part()
+            new = not part.exists()
+            # One write at the end of the file: arms of a comparison may write beside one shard at the same time. Which part
+            # is full they may find out at once, too: both then begin the same next one, or one more line goes into the old.
+            with open(part, "a+b", buffering=0) as stream:
                 if end := stream.seek(0, os.SEEK_END):
                     stream.seek(end - 1)
                     line = line if stream.read(1) == b"\n" else b"\n" + line  # after a line that was never finished
@@ -161,23 +189,37 @@ class OutboundLog:
             ) from error
 
     def read(self) -> Reading:
-        """All that the log says. Raises `DataError` where there is none, `StorageError` where it cannot be read."""
+        """What all parts say. Raises `DataError` where there is none, `StorageError` where one cannot be read."""
         try:
-            lines = self.path.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            raise DataError(f"no outbound log at {self.path}") from None
+            numbers = self.numbers()
         except OSError as error:
-            raise StorageError(f"{self.path} cannot be read: {error.strerror or error}") from error
-        entries, changed, unfinished = [], [], int(bool(lines[-1]))  # what has no line end was never finished
-        for number, line in enumerate(lines[:-1], 1):
-            if not line:
-                continue
-            try:
-                entry = _parse(line)
-            except (ValueError, KeyError, TypeError):
-                unfinished += 1
-                continue
-            entries.append(entry)
-            if not entry.intact:
-                changed.append(number)
-        return Reading(entries, changed, unfinished)
+            raise StorageError(f"{self.path.parent} cannot be read: {error.strerror or error}") from error
+        if not numbers:
+            raise DataError(f"no outbound log at {self.path}")
+        parts = [_read_part(self.part(number)) for number in numbers]
+        return Reading(
+            [entry for part in parts for entry in part.entries],
+            [line for part in parts for line in part.changed],
+            sum(part.unfinished for part in parts),
+            [self.part(number).name for number in range(numbers[-1]) if number not in numbers],
+        )
+
+
+def _read_part(path: Path) -> Reading:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
+    entries, changed, unfinished = [], [], int(bool(lines[-1]))  # what has no line end was never finished
+    for number, line in enumerate(lines[:-1], 1):
+        if not line:
+            continue
+        try:
+            entry = _parse(line)
+        except (ValueError, KeyError, TypeError):
+            unfinished += 1
+            continue
+        entries.append(entry)
+        if not entry.intact:
+            changed.append(f"{path.name}:{number}")
+    return Reading(entries, changed, unfinished)

@@ -18,6 +18,7 @@ from fedgan.errors import ConfigError, FedganError, MachineError
 from server.filter.app import UPSTREAM_CONNECTIONS, Filter
 from server.filter.door import Door
 from server.filter.journal import Journal
+from server.filter.share import MOST
 
 KEEP_ALIVE_SECONDS = 30
 UPSTREAM_KEEP_ALIVE_SECONDS = 2.0  # below the SuperLink's five: a connection that it has just closed is not used again
@@ -28,6 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         host, port = _address(options.listen)
+        if options.max_at_once < 1:
+            raise ConfigError(
+                f"--max-at-once {options.max_at_once} would let nobody through: give 1 or more ({MOST} if not given)"
+            )
         listening = _bind(host, port)
         with listening:
             asyncio.run(_serve(options, listening))
@@ -53,6 +58,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-body-mib", metavar="N", type=float, default=16, help="largest request body; Flower cuts arrays into 5 MiB"
     )
+    parser.add_argument(
+        "--max-at-once", metavar="N", type=int, default=MOST, help="requests of one hospital that may run at the same time"
+    )
     parser.add_argument("--json-logs", action="store_true", help="one JSON object a line")
     return parser.parse_args(arguments)
 
@@ -72,7 +80,7 @@ async def _serve(options: argparse.Namespace, listening: socket.socket) -> None:
     logging.basicConfig(level=logging.ERROR)  # uvicorn's and httpx's own lines hold paths and queries uncleaned
     async with upstream:
         config = uvicorn.Config(
-            Filter(upstream, int(options.max_body_mib * 2**20), journal),
+            Filter(upstream, int(options.max_body_mib * 2**20), journal, options.max_at_once),
             http=door,
             ws="none",
             lifespan="off",

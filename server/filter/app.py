@@ -13,6 +13,7 @@ from server.filter.exchange import ClientLeft, Exchange, too_large
 from server.filter.journal import Journal
 from server.filter.once import Once
 from server.filter.rules import HEALTH, TIMESTAMP, Refused, check, onward
+from server.filter.share import MOST, Shares
 
 UPSTREAM_CONNECTIONS = 64
 UPSTREAM_TIMEOUT = httpx.Timeout(connect=5, read=60, write=60, pool=10)
@@ -26,9 +27,9 @@ class Filter:
     502, 503 and 504 are what a SuperNode tries again after; 401 ends it, 403 ends its run.
     """
 
-    def __init__(self, upstream: httpx.AsyncClient, max_body: int, journal: Journal) -> None:
+    def __init__(self, upstream: httpx.AsyncClient, max_body: int, journal: Journal, most: int = MOST) -> None:
         self.upstream, self.max_body, self.journal = upstream, max_body, journal
-        self.once = Once()
+        self.once, self.shares = Once(), Shares(most)
         self.health_lock = asyncio.Lock()
         self.health = (float("-inf"), False)
 
@@ -53,6 +54,10 @@ class Filter:
 
     async def _answer(self, exchange: Exchange) -> None:
         check(exchange.method, exchange.path, exchange.query, exchange.headers)
+        with self.shares.place(exchange.headers, exchange.peer):
+            await self._answer_in_place(exchange)
+
+    async def _answer_in_place(self, exchange: Exchange) -> None:
         if exchange.path == HEALTH:
             reachable = await self._reachable()
             await exchange.answer({"filter": "ok", "superlink": "ok" if reachable else "unreachable"}, 200 if reachable else 503)
@@ -64,6 +69,8 @@ class Filter:
         try:
             if response.status_code == 401:
                 self.once.give_back(mark)
+            if response.status_code == 200:
+                self.shares.know(exchange.headers)
             if response.status_code >= 400:
                 self._log("answered", exchange, response.status_code, _reason(response.status_code, exchange))
             await exchange.relay(response)
@@ -94,7 +101,8 @@ class Filter:
         return reachable
 
     async def _refuse(self, event: str, refusal: Refused, exchange: Exchange) -> None:
-        self._log(event, exchange, refusal.status, refusal.reason)
+        if not refusal.quiet:
+            self._log(event, exchange, refusal.status, refusal.reason)
         if not exchange.begun:  # else uvicorn closes the connection: the client sees an answer that is cut off
             await exchange.refuse(refusal)
 

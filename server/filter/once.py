@@ -7,12 +7,11 @@ that the second use of a signature is nobody's honest request.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import time
 from collections.abc import Callable
 
-from server.filter.rules import PUBLIC_KEY, TIMESTAMP, Headers, Refused
+from server.filter.rules import TIMESTAMP, Headers, Refused, public_key
 
 # The SuperLink takes a timestamp from 5 s in its future to 305 s in its past; what came before that is refused there.
 KEPT_SECONDS = 320.0
@@ -31,12 +30,8 @@ class Once:
 
     def take(self, headers: Headers) -> bytes:
         """Use up the timestamp of a request; returns what `give_back` wants. Raises `Refused` where it was used before."""
-        values = dict(headers)
-        try:
-            public_key = base64.b64decode(values[PUBLIC_KEY], validate=True)
-        except ValueError:
-            raise Refused(401, "flwr-public-key is not base64") from None
-        mark = hashlib.sha256(len(public_key).to_bytes(8, "big") + public_key + values[TIMESTAMP]).digest()
+        key = public_key(headers)
+        mark = hashlib.sha256(len(key).to_bytes(8, "big") + key + dict(headers)[TIMESTAMP]).digest()
         self._forget()
         if mark in self.used:
             raise Refused(403, "replayed: this signed timestamp was used before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterable
 
@@ -33,11 +34,14 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Refused(Exception):
-    """A request that does not pass: the HTTP status that it gets, and why, in words for the log and the client."""
+    """A request that does not pass: the HTTP status that it gets, and why, in words for the log and the client.
 
-    def __init__(self, status: int, reason: str) -> None:
+    `quiet`: the log has said so already.
+    """
+
+    def __init__(self, status: int, reason: str, quiet: bool = False) -> None:
         super().__init__(reason)
-        self.status, self.reason = status, reason
+        self.status, self.reason, self.quiet = status, reason, quiet
 
 
 def check(method: str, raw_path: bytes, query: bytes, headers: Headers) -> None:
@@ -58,6 +62,14 @@ def check(method: str, raw_path: bytes, query: bytes, headers: Headers) -> None:
         raise Refused(400, "content-length and transfer-encoding together")
     if fleet and (missing := [name for name in (PUBLIC_KEY, TIMESTAMP, SIGNATURE) if names.count(name) != 1]):
         raise Refused(401, f"not signed by a SuperNode: needs one {missing[0].decode()}")
+
+
+def public_key(headers: Headers) -> bytes:
+    """The key that a request names, decoded: base64 has several spellings. Raises `Refused` where it is none."""
+    try:
+        return base64.b64decode(dict(headers)[PUBLIC_KEY], validate=True)
+    except ValueError:
+        raise Refused(401, "flwr-public-key is not base64") from None
 
 
 def onward(headers: Headers) -> Headers:
