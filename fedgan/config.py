@@ -171,7 +171,9 @@ class FederationSettings:
     )
     max_num_examples: int = meaning(1_000_000, "A hospital that claims more training images is refused.", low=1)
     server_learning_rate: float = meaning(0.01, "Step of the server's optimiser (fedadam, fedyogi).", low=0.0)
-    trim: float = meaning(0.2, "Share cut from both ends (fedtrimmedavg).", low=0.0, high=0.5)
+    trim: float = meaning(
+        0.2, "Share cut from both ends (fedtrimmedavg); 1 / hospitals or more, else nobody is cut.", low=0.0, high=0.5
+    )
     malicious: int = meaning(0, "Number of hospitals that krum and multikrum guard against.", low=0)
 
     @property

@@ -37,7 +37,7 @@ from server.roster import Member, Roster, introduce
 from server.rounds import Plan, Share
 from server.secure import Masked, Round, ask_masked, check_masked
 from server.secure import remark as secure_remark
-from server.strategies import expect, fewest, make_strategy, restore_strategy, strategy_state
+from server.strategies import aggregate, expect, fewest, make_strategy, restore_strategy, strategy_state
 from server.wire import inward, outward, outward_bytes
 
 Event = dict[str, Any]
@@ -348,10 +348,10 @@ class Federation:
         if self.settings.privacy.hospital != "none":
             replies = even(replies)
             spent = {"hospital_privacy": charge(self.settings, self.run, self.experiment, len(replies))}
-        record, _ = strategy.aggregate_train(number, replies)
-        if record is None:
+        made = aggregate(strategy, self.settings, number, replies, state.arrays)
+        if made is None:
             raise FederationError(f"the strategy made no model of the answers of round {number}: see flower.log")
-        return {key: np.asarray(record[key].numpy(), dtype=np.float32) for key in sorted(state.arrays)}, spent
+        return made, spent
 
     def _look(self, state: State, anew: bool = False) -> None:
         """Let the evaluator look where it is due, and write the round's line, unless that is done already.

@@ -7,21 +7,24 @@ fedtrimmedavg (1803.01498), krum and multikrum (1703.02757). All work on one Arr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from flwr.app import Message
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, FedTrimmedAvg, FedYogi, Krum, MultiKrum, Strategy
 
 from fedgan.config import Settings
 from fedgan.errors import CheckpointError, ConfigError
 from fedgan.privacy.masking import FEWEST
 from server.hospital_privacy import check_hospital_privacy, wrap
-from server.records import ARRAYS, CONFIG, WEIGHT
+from server.records import ARRAYS, CONFIG, WEIGHT, to_record
 from server.secure import check_secure
 from server.wire import check_wire
 
 STATE = "strategy/"
+KRUMS = ("krum", "multikrum")
 
 
 def check_strategy(settings: Settings) -> None:
@@ -40,10 +43,19 @@ def check_strategy(settings: Settings) -> None:
         )
     if federation.strategy == "fedtrimmedavg" and federation.trim >= 0.5:
         raise ConfigError(f"federation.trim = {federation.trim:g} cuts every hospital away: give less than 0.5")
+    if federation.strategy == "fedtrimmedavg" and federation.trim <= 0:
+        raise ConfigError(
+            "federation.trim = 0 cuts nobody away, and guards against nobody: raise it, e.g. to 0.34 for one of three"
+        )
     check_hospital_privacy(settings)
     check_wire(settings)
     check_secure(settings)
     if hospitals < (needed := fewest(settings)):
+        if federation.strategy == "fedtrimmedavg":
+            raise ConfigError(
+                f"federation.trim = {federation.trim:g} cuts nobody away of {hospitals} hospitals, and guards against nobody: it "
+                f"needs {needed}; raise it to 1 / {hospitals} or a little more, or choose fedmedian"
+            )
         raise ConfigError(
             f"{federation.strategy} with federation.malicious = {federation.malicious} needs 2 f + 3 = {needed} hospitals, not "
             f"{hospitals}: raise federation.hospitals, lower federation.malicious or choose fedmedian"
@@ -56,8 +68,14 @@ def check_strategy(settings: Settings) -> None:
 
 
 def fewest(settings: Settings) -> int:
-    """The fewest models that the strategy can aggregate: krum's 2 f + 3 (arXiv 1703.02757: 2 f + 2 < n), else one."""
-    return 2 * settings.federation.malicious + 3 if settings.federation.strategy in ("krum", "multikrum") else 1
+    """The fewest models that the strategy can aggregate as it promises.
+
+    krum's 2 f + 3 (arXiv 1703.02757: 2 f + 2 < n); as many as it takes for the trimmed mean to cut one from each end; else one.
+    """
+    federation = settings.federation
+    if federation.strategy in KRUMS:
+        return 2 * federation.malicious + 3
+    return math.ceil(1 / federation.trim) if federation.strategy == "fedtrimmedavg" else 1
 
 
 def too_few(settings: Settings, exhausted: Sequence[str]) -> str:
@@ -73,9 +91,14 @@ def too_few(settings: Settings, exhausted: Sequence[str]) -> str:
 
 
 def expect(strategy: Strategy, hospitals: int) -> None:
-    """Tell a strategy how many hospitals there are now; else it waits for those that have left, or adds too little noise."""
+    """Tell a strategy how many hospitals there are now.
+
+    Else it waits for those that have left, or adds too little noise, or takes the mean of all where it was to leave some out.
+    """
     inner = getattr(strategy, "strategy", strategy)
     inner.min_train_nodes = inner.min_available_nodes = hospitals
+    if type(inner) is MultiKrum:  # Krum is one too, and takes one
+        inner.num_nodes_to_select = hospitals - inner.num_malicious_nodes
     if inner is not strategy:
         strategy.num_sampled_clients = hospitals
 
@@ -115,6 +138,26 @@ def _plain(settings: Settings) -> FedAvg:
                 **common, num_malicious_nodes=federation.malicious, num_nodes_to_select=hospitals - federation.malicious
             )
     raise ConfigError(f"federation.strategy = '{federation.strategy}' is not known")
+
+
+def aggregate(
+    strategy: Strategy, settings: Settings, number: int, replies: Sequence[Message], sent: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray] | None:
+    """The model that the strategy makes of whole models, answers to `sent`, in round `number`; None where it makes none.
+
+    krum and multikrum get what was changed instead. Flower takes a distance as |x|² + |y|² - 2 xy in float32, and the mapping
+    networks' weights are about 100: of whole models, what is left of a round's change is rounding, and anybody may be chosen.
+    """
+    by_distance = settings.federation.strategy in KRUMS
+    if by_distance:
+        for reply in replies:
+            answered = reply.content.array_records[ARRAYS]
+            reply.content[ARRAYS] = to_record({key: answered[key].numpy() - array for key, array in sent.items()})
+    record, _ = strategy.aggregate_train(number, replies)
+    if record is None:
+        return None
+    made = {key: np.asarray(record[key].numpy(), dtype=np.float32) for key in sorted(sent)}
+    return {key: sent[key] + array for key, array in made.items()} if by_distance else made
 
 
 def strategy_state(strategy: Strategy) -> dict[str, np.ndarray]:

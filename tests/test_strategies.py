@@ -7,6 +7,8 @@ from pathlib import Path
 import flwr.serverapp.strategy as flower
 import numpy as np
 import pytest
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 from small_federation import error_reply, federate, tiny, write_shards
@@ -17,8 +19,9 @@ from fedgan.errors import CheckpointError, ConfigError, FederationError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
 from server.lines import mean_of
+from server.records import to_record
 from server.rounds import deal_images, round_totals
-from server.strategies import check_strategy, make_strategy, restore_strategy, strategy_state
+from server.strategies import aggregate, check_strategy, expect, make_strategy, restore_strategy, strategy_state
 
 CLASSES = {
     "fedavg": flower.FedAvg,
@@ -101,6 +104,42 @@ def test_krum_takes_one_hospital_whole(tmp_path: Path) -> None:
     assert sum(same) == 1
 
 
+def five_answers(sent: np.ndarray, seed: int) -> tuple[list[Message], np.ndarray]:
+    """One hospital that turned round, then four that agree but for a little; and what each changed."""
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # Flower makes no message without
+    rng = np.random.default_rng(seed)
+    way = rng.standard_normal(sent.shape) * 0.01
+    changes = np.stack([-way] + [way + rng.standard_normal(sent.shape) * 0.001 for _ in range(4)]).astype(np.float32)
+    answers = [
+        Message(
+            RecordDict({"arrays": to_record({"w": sent + change}), "metrics": MetricRecord({"num_examples": 9})}), node, "train"
+        )
+        for node, change in enumerate(changes)
+    ]
+    return answers, changes
+
+
+@pytest.mark.parametrize("name", ["krum", "multikrum"])
+@pytest.mark.parametrize("hospitals", [5, 6], ids=["all", "one-absent"])
+def test_krum_leaves_out_who_turned_round_however_large_the_weights_and_whoever_is_absent(
+    name: str, hospitals: int, tmp_path: Path
+) -> None:
+    """StyleGAN2's mapping networks hold weights of standard deviation 100, and a round changes them by hundredths."""
+    sent = (np.random.default_rng(1).standard_normal((256, 256)) * 100).astype(np.float32)
+    settings = tiny(tmp_path, f"federation.strategy={name}", "federation.malicious=1", hospitals=hospitals)
+    strategy = make_strategy(settings)
+    for seed in range(8):  # a choice by chance is right once in a while
+        answers, changes = five_answers(sent, seed)
+        expect(strategy, len(answers))
+        made = aggregate(strategy, settings, 1, answers, {"w": sent})
+        assert made is not None
+        change = made["w"] - sent
+        if name == "krum":
+            assert any(np.allclose(change, honest, atol=1e-4) for honest in changes[1:])
+        else:
+            np.testing.assert_allclose(change, changes[1:].mean(axis=0), atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["fedadam", "fedyogi"])
 def test_moments_of_the_server_survive_a_restart(name: str, tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (24, 16)), *overrides(name), hospitals=2, rounds=3, kimg=0.024)
@@ -141,6 +180,12 @@ def test_moments_have_no_place_in_a_strategy_without_memory(tmp_path: Path) -> N
         (["training.proximal_mu=0.01"], "choose federation.strategy = 'fedprox'"),
         (["federation.strategy=fedadam", "training.proximal_mu=0.01"], "proximal_mu = 0.01 pulls"),
         (["federation.strategy=fedtrimmedavg", "federation.trim=0.5"], "less than 0.5"),
+        (["federation.strategy=fedtrimmedavg", "federation.trim=0"], "guards against nobody"),
+        (["federation.strategy=fedtrimmedavg"], "cuts nobody away of 3 hospitals.*needs 5"),
+        (
+            ["federation.strategy=fedtrimmedavg", "federation.trim=0.34", "federation.min_hospitals=2"],
+            "no model of fewer than 3 answers",
+        ),
         (["federation.strategy=krum", "federation.malicious=1"], "5 hospitals"),
         (["federation.strategy=multikrum", "federation.min_hospitals=2"], "no model of fewer than 3 answers"),
         (['federation.exchange=["discriminator"]'], "neither generator nor ema"),
