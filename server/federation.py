@@ -31,7 +31,7 @@ from server.attendance import Attendance
 from server.checkpoints import State, has_line, initial_state, is_evaluated, load_state, save_state, write_line
 from server.defence import check_answer, check_facts, length_for_images, too_long
 from server.hospital_privacy import charge, even, remark
-from server.lines import ending, exhausted_now, hospital_line, mean_of, told_of
+from server.lines import ending, exhausted_now, hospital_line, mean_of, note_of, told_of
 from server.records import array_bytes, personal, to_record
 from server.roster import Member, Roster, introduce
 from server.rounds import Plan, Share
@@ -96,6 +96,7 @@ class Federation:
             save_state(self.run, self.settings, state, self.experiment)
         self.there.describe(state)
         if state.line is not None:
+            self.notes = {row["number"]: note_of(row, state.round) for row in state.line.get("absent", [])}
             self._look(state)  # in case the run was stopped between the checkpoint and its line
         if not (self.run.samples / "real.png").is_file():
             self.judge.start()
@@ -270,7 +271,7 @@ class Federation:
 
         def leave_out(share: Member | Share, what: str, why: str) -> None:
             absences.append({"name": share.name, "number": share.number, "what": what, "why": why})
-            self.notes[share.number] = f"the answer of round {number} did not count ({what}: {why})"
+            self.notes[share.number] = note_of(absences[-1], number)
 
         for member in members:
             if (reply := answers.replies.get(member.node)) is None:

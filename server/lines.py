@@ -18,6 +18,11 @@ from server.roster import Member, called
 MEANS = ("loss_g", "loss_d", "d_accuracy", "r_t", "p", "r1", "path_length")
 
 
+def note_of(absence: Mapping[str, Any], number: int) -> str:
+    """What a hospital that was left out of round `number` is told of it with its next order."""
+    return f"the answer of round {number} did not count ({absence['what']}: {absence['why']})"
+
+
 def told_of(absence: Mapping[str, Any], number: int, settings: Settings) -> str:
     """Who is left out of round `number` and why, in one line."""
     who, why = called(absence["number"], absence["name"]), absence["why"]

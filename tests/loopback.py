@@ -26,6 +26,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -82,8 +83,8 @@ class Deployment:
 
     # --- processes -----------------------------------------------------------------------------------
 
-    def start_all(self, seconds: float = 90) -> None:
-        """Start everything, register the hospitals, and wait until all are online."""
+    def start_all(self, absent: Sequence[str] = (), seconds: float = 90) -> None:
+        """Start everything but the hospitals that are `absent`, register all, and wait until those who are there are online."""
         begun = time.monotonic()
         self.start("superlink")
         self.start("filter")
@@ -93,10 +94,10 @@ class Deployment:
         self.seconds["superlink and filter healthy"] = time.monotonic() - begun
         self.register(*self.hospitals)
         self.seconds["hospitals registered"] = time.monotonic() - begun
-        for i in self.numbers:
-            self.start(f"node-{i}")
-            self.start(f"clientapp-{i}")
-        self.wait_online(seconds=seconds)
+        there = [hospital for hospital in self.hospitals if hospital not in absent]
+        for hospital in there:
+            self.start_hospital(hospital)
+        self.wait_online(*there, seconds=seconds)
         self.seconds["hospitals online"] = time.monotonic() - begun
 
     def start(self, name: str) -> None:
@@ -115,12 +116,51 @@ class Deployment:
                 start_new_session=True,
             )
 
+    def start_hospital(self, hospital: str) -> None:
+        """Start both processes of a hospital."""
+        number = self.hospitals.index(hospital) + 1
+        self.start(f"node-{number}")
+        self.start(f"clientapp-{number}")
+
+    def keep(self, node: str, seconds: float = 90) -> None:
+        """Start a SuperNode again whenever it ends, as a container's restart policy does, until the SuperLink has taken it in."""
+        before = self.log(node).stat().st_size
+
+        def taken_in() -> bool:
+            if not self.alive(node):
+                self.start(node)
+            return b"SuperNode ID" in self.log(node).read_bytes()[before:]
+
+        self.wait(f"{node} to be taken in", taken_in, seconds, node)
+
+    @contextlib.contextmanager
+    def slowed(self, name: str) -> Iterator[None]:
+        """Within the block what a SuperExec has started gets a few percent of its time: a machine that is far too slow."""
+        over = threading.Event()
+
+        def hold() -> None:
+            while not over.wait(0.1):
+                tasks = self.tasks(name)
+                _signal(tasks, signal.SIGSTOP)
+                over.wait(2.0)
+                _signal(tasks, signal.SIGCONT)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        try:
+            yield
+        finally:
+            over.set()
+            holder.join()
+
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """Send a signal (kill -9 unless said otherwise) to a process and all that it started; waits for its end."""
-        for pid in marked(str(self.folder), name):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+        _signal(marked(str(self.folder), name), number)
         self.processes[name].wait(30)
+
+    def kill_task(self, name: str) -> None:
+        """Kill -9 what a SuperExec has started, and leave it itself alive."""
+        _signal(self.tasks(name), signal.SIGKILL)
 
     def stop(self, name: str) -> None:
         """End a process as an orderly shutdown does: SIGTERM to it, and to nothing else."""
@@ -198,8 +238,10 @@ class Deployment:
 
     # --- the operator -----------------------------------------------------------------------------------
 
-    def flwr(self, *words: str, superlink: str = SUPERLINK, fails: bool = False) -> str:
+    def flwr(self, *words: str, superlink: str = SUPERLINK, fails: bool | None = False) -> str:
         """What `flwr WORDS SUPERLINK` prints, as the operator types it; the name of the connection comes last.
+
+        `fails`: whether it must fail; None where it may.
 
         The command line runs in this process, one command at a time: its imports would take most of a second each time.
         """
@@ -213,7 +255,7 @@ class Deployment:
                 app([*words, superlink])
             except SystemExit as ending:
                 code = int(ending.code or 0)
-        assert (code != 0) == fails, f"flwr {' '.join(words)} ended with {code}\n{out.getvalue()}"
+        assert fails in (None, code != 0), f"flwr {' '.join(words)} ended with {code}\n{out.getvalue()}"
         return out.getvalue()
 
     def register(self, *hospitals: str) -> None:
@@ -238,8 +280,9 @@ class Deployment:
         return int(json.loads(self.flwr(*words))["run-id"])
 
     def status(self, run: int) -> str:
-        """`running`, `finished:completed`, `finished:failed` …"""
-        return str(json.loads(self.flwr("ls", "--run-id", str(run), "--format", "json"))["runs"][0]["status"])
+        """`running`, `finished:completed`, `finished:failed` …; nothing where the SuperLink does not answer."""
+        runs = json.loads(self.flwr("ls", "--run-id", str(run), "--format", "json", fails=None)).get("runs")
+        return str(runs[0]["status"]) if runs else ""
 
     def finished(self, run: int, seconds: float) -> str:
         """Wait for the end of a run; returns its last status."""
@@ -365,13 +408,17 @@ def marked(folder: str, name: str | None = None) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
+def _signal(pids: Sequence[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 def sweep(folder: str, seconds: float = 10) -> None:
     """Kill every process of a deployment, and what they start meanwhile."""
     end = time.monotonic() + seconds
     while (left := marked(folder)) and time.monotonic() < end:
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _signal(left, signal.SIGKILL)
         time.sleep(0.05)
         for pid in left:  # those that are children of ours
             with contextlib.suppress(ChildProcessError):

@@ -4,19 +4,67 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback import HOST, deployment, make_keys
+from capture import PUSH_MESSAGES, PUSH_OBJECT, Capture
+from cryptography.hazmat.primitives import serialization
+from loopback import HOST, REPOSITORY, Deployment, deployment, make_keys
 from small_federation import NAMES, federate, tiny, write_shards
 
 from client.app import app as client_app
+from client.outbound import records_of
 from fedgan.cli import main
 from fedgan.config import Settings
+from fedgan.privacy.outbound import NAME, OutboundLog
 from fedgan.run_folder import RunFolder
+from fedgan.training.checkpoint import load_tensors
 
 SIZES = (48, 32, 24)
+HOSPITALS = NAMES[:3]
+Deploy = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of the hospitals and of the evaluator."""
+    made = tmp_path_factory.mktemp("federation")
+    write_shards(made / "data", SIZES)
+    write_shards(made / "reference", (40,), names=("delta",))
+    return made
+
+
+@pytest.fixture(scope="module")
+def federation(folder: Path) -> Iterator[Deployment]:
+    """Three hospitals behind a filter that keeps all that they send."""
+    for name in ("deployment", "recording"):
+        (folder / name).mkdir()
+
+    def node_config(index: int) -> dict[str, Any]:
+        folders = {"data-root": "data", "state-dir": "state"}
+        return {"partition-id": index} | {key: str(folder / place / HOSPITALS[index]) for key, place in folders.items()}
+
+    environment = {"FEDGAN_REFERENCE": str(folder / "reference"), "FEDGAN_RECORDING": str(folder / "recording")}
+    recorder = (sys.executable, "-m", "recording_filter")
+    with deployment(folder / "deployment", REPOSITORY, HOSPITALS, node_config, environment, recorder) as running:
+        yield running
+
+
+@pytest.fixture
+def deploy(federation: Deployment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Deploy:
+    """`fedgan deploy VERB …` against it: exit code, output, and what was said beside it."""
+    monkeypatch.setenv("FEDGAN_SUPERLINK", f"{HOST}:{federation.ports['superlink']}")
+    monkeypatch.setenv("FEDGAN_CA", str(federation.keys / "ca.crt"))
+    capsys.readouterr()
+
+    def run(verb: str, *words: str) -> tuple[int, str, str]:
+        code = main(["deploy", verb, *words])
+        return code, *capsys.readouterr()
+
+    return run
 
 
 def scenario_file(settings: Settings, path: Path) -> Path:
@@ -28,63 +76,88 @@ def scenario_file(settings: Settings, path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_deployed_scenario_trains_the_simulation_s_model_to_its_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, federation: Deployment, deploy: Deploy
 ) -> None:
-    settings = tiny(write_shards(tmp_path / "data", SIZES), "evaluation.suite=quick", rounds=2, kimg=0.072)
-    scenario = scenario_file(settings, tmp_path / "scenario")
-    simulated, run = RunFolder.at(tmp_path / "simulated"), RunFolder.at(tmp_path / "runs" / "tiny")
+    settings = tiny(folder / "data", "evaluation.suite=quick", rounds=2, kimg=0.072)
+    scenario = scenario_file(settings, folder / "scenario")
+    simulated, run = RunFolder.at(folder / "simulated"), RunFolder.at(folder / "runs" / "tiny")
     federate(settings, simulated, client_app)
-    write_shards(tmp_path / "reference", (40,), names=("delta",))
-    place = tmp_path / "deployment"
-    place.mkdir()
 
-    def node_config(index: int) -> dict[str, Any]:
-        folders = {"data-root": "data", "state-dir": "state"}
-        return {"partition-id": index} | {key: str(tmp_path / folder / NAMES[index]) for key, folder in folders.items()}
+    # --- from the scenario to the page
+    code, out, said = deploy("run", str(scenario), "--output", str(run.path), "--json")
+    assert code == 0, f"{said}\n{federation.tails()}"
+    assert run.checkpoint(2).read_bytes() == simulated.checkpoint(2).read_bytes()
+    assert json.loads(run.evaluation.read_text())["round"] == 2
+    assert "gamma" in run.report.read_text()
+    told = json.loads(out)
+    assert (told["status"], told["sub_status"], told["output"]) == ("finished", "completed", str(run.path))
+    assert told["report"] == str(run.report)
+    assert "hospitals online: alpha, beta, gamma" in said
+    assert "round 2/2" in said
+    assert str(folder / "data") not in federation.log("serverapp").read_text()
 
-    reference = {"FEDGAN_REFERENCE": str(tmp_path / "reference")}
-    with deployment(place, hospitals=NAMES[:3], node_config=node_config, environment=reference) as federation:
+    # --- what is said of it afterwards
+    found = json.loads(deploy("status", "--json")[1])
+    assert found["hospitals"] == [{"name": name, "status": "online"} for name in HOSPITALS]
+    assert [(row["number"], row["sub_status"], row["output"]) for row in found["runs"]] == [
+        (told["number"], "completed", str(run.path))
+    ]
+    events = [json.loads(line) for line in deploy("logs", "--json")[1].splitlines()]
+    assert [event["round"] for event in events if event["event"] == "round_end"] == [1, 2]
+    assert {event["hospital"] for event in events if event["event"] == "progress"} == set(HOSPITALS)
+    assert events[-1]["event"] == "finished"
+    assert deploy("stop")[0] == 2
 
-        def deploy(verb: str, *words: str) -> tuple[int, str, str]:
-            code = main(["deploy", verb, *words])
-            return code, *capsys.readouterr()
+    # --- the ServerApp's error is the command's own
+    code, _, said = deploy("run", str(scenario), "--set", "seed=9", "--output", str(run.path))
+    assert code == 2
+    assert "holds a run with other settings" in said
 
-        monkeypatch.setenv("FEDGAN_SUPERLINK", f"{HOST}:{federation.ports['superlink']}")
-        monkeypatch.setenv("FEDGAN_CA", str(federation.keys / "ca.crt"))
-        capsys.readouterr()
+    # --- a SuperLink of other keys
+    strangers = make_keys(folder / "strangers", ())
+    code, _, said = deploy("status", "--ca", str(strangers / "ca.crt"))
+    assert code == 5
+    assert "has not signed its certificate" in said
 
-        # --- from the scenario to the page
-        code, out, said = deploy("run", str(scenario), "--output", str(run.path), "--json")
-        assert code == 0, f"{said}\n{federation.tails()}"
-        assert run.checkpoint(2).read_bytes() == simulated.checkpoint(2).read_bytes()
-        assert json.loads(run.evaluation.read_text())["round"] == 2
-        assert "gamma" in run.report.read_text()
-        told = json.loads(out)
-        assert (told["status"], told["sub_status"], told["output"]) == ("finished", "completed", str(run.path))
-        assert told["report"] == str(run.report)
-        assert "hospitals online: alpha, beta, gamma" in said
-        assert "round 2/2" in said
-        assert str(tmp_path / "data") not in federation.log("serverapp").read_text()
 
-        # --- what is said of it afterwards
-        found = json.loads(deploy("status", "--json")[1])
-        assert found["hospitals"] == [{"name": name, "status": "online"} for name in NAMES[:3]]
-        assert [(row["number"], row["sub_status"], row["output"]) for row in found["runs"]] == [
-            (told["number"], "completed", str(run.path))
-        ]
-        events = [json.loads(line) for line in deploy("logs", "--json")[1].splitlines()]
-        assert [event["round"] for event in events if event["event"] == "round_end"] == [1, 2]
-        assert {event["hospital"] for event in events if event["event"] == "progress"} == set(NAMES[:3])
-        assert events[-1]["event"] == "finished"
-        assert deploy("stop")[0] == 2
+@pytest.mark.slow
+def test_a_deployment_keeps_a_secure_round_s_secrets_between_its_four_messages(
+    folder: Path, federation: Deployment, deploy: Deploy
+) -> None:
+    few = "federation.exchange=['generator']"  # an array is a request
+    plain, run = RunFolder.at(folder / "plain"), RunFolder.at(folder / "runs" / "secure")
+    federate(tiny(folder / "data", few, rounds=1, kimg=0.036), plain, client_app)
+    settings = tiny(folder / "data", few, "evaluation.suite=quick", "federation.secure=true", rounds=1, kimg=0.036)
+    code, _, said = deploy("run", str(scenario_file(settings, folder / "secure")), "--output", str(run.path))
+    assert code == 0, f"{said}\n{federation.tails()}"
+    expected, got = (load_tensors(each.checkpoint(1))[0] for each in (plain, run))
+    assert expected.keys() == got.keys()
+    for key, tensor in expected.items():
+        assert float((got[key] - tensor).abs().max()) < 1e-4, key
+    entries = OutboundLog(folder / "state" / "alpha" / NAME).read().entries
+    assert [entry.message for entry in entries][-5:] == ["query.hello", *["train"] * 4]
 
-        # --- the ServerApp's error is the command's own
-        code, _, said = deploy("run", str(scenario), "--set", "seed=9", "--output", str(run.path))
-        assert code == 2
-        assert "holds a run with other settings" in said
 
-        # --- a SuperLink of other keys
-        strangers = make_keys(tmp_path / "strangers", ())
-        code, _, said = deploy("status", "--ca", str(strangers / "ca.crt"))
-        assert code == 5
-        assert "has not signed its certificate" in said
+@pytest.mark.slow
+@pytest.mark.parametrize("hospital", HOSPITALS)
+def test_all_that_crossed_the_wire_is_what_the_outbound_log_lists(hospital: str, folder: Path, federation: Deployment) -> None:
+    """The runs above, as the filter saw them: a plain one of two rounds and one with secure aggregation."""
+    public = serialization.load_ssh_public_key((federation.keys / "hospitals" / hospital / "node.pub").read_bytes())
+    pem, form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    seen = Capture(folder / "recording", public.public_bytes(pem, form))
+    entries = OutboundLog(folder / "state" / hospital / NAME).read().entries
+    assert [entry.message for entry in entries] == ["query.hello", "train", "train", "query.hello", *["train"] * 4]
+
+    # --- each answer that travelled is a line of the log, record by record, hash by hash
+    assert [list(records_of(message)) for message in seen.messages] == [entry.records for entry in entries]
+
+    # --- and nothing travelled beside the answers
+    assert seen.strays == set()
+    asked = {"activate-node", "send-node-heartbeat", "pull-messages", "push-messages", "push-object", "pull-object"}
+    asked |= {"get-run", "get-fab", "confirm-message-received"}
+    assert {path.rpartition("/")[2] for path in seen.largest} <= asked
+    carriers = (PUSH_OBJECT, PUSH_MESSAGES)
+    assert max(size for path, size in seen.largest.items() if path not in carriers) < 600  # a key, ids, times
+    everything = b"".join(seen.objects.values())
+    for secret in (folder, *(f"{hospital}-{row}" for row in range(SIZES[HOSPITALS.index(hospital)]))):
+        assert str(secret).encode() not in everything

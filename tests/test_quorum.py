@@ -138,6 +138,21 @@ def test_an_answer_that_came_too_late_is_as_if_it_had_never_been_trained(tmp_pat
     assert "the answer of round 2 did not count (missing: did not answer in time)" in (folder / "client.log").read_text()
 
 
+def test_a_hospital_hears_that_its_answer_did_not_count_also_from_a_server_that_was_restarted(tmp_path: Path) -> None:
+    def fault(number: int, message: Message) -> Message | None:
+        if (number, in_round(message)) == (1, 1) or in_round(message) == 2:
+            return error_reply(message, f"hospital: DataError while training round {in_round(message)}")
+        return None
+
+    settings, run = settings_of(tmp_path), RunFolder.at(tmp_path / "run")
+    with pytest.raises(FederationError):
+        run_with(fault, settings, run)
+    log = run.hospital_state("beta") / "client.log"
+    assert not log.exists()
+    federate(settings, run, app)
+    assert "the answer of round 1 did not count (missing: DataError while training round 1)" in log.read_text()
+
+
 def test_with_too_few_answers_the_round_fails_and_can_be_resumed(tmp_path: Path) -> None:
     def fault(number: int, message: Message) -> Message | None:
         if in_round(message) == 2 and number:

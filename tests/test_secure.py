@@ -16,7 +16,6 @@ from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFI
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
-from loopback import deployment
 from small_federation import NAMES, LocalGrid, NoJudge, error_reply, tiny, write_shards
 
 import client.secure
@@ -32,7 +31,7 @@ from fedgan.privacy.outbound import NAME, OutboundLog
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
 from server.federation import Federation
-from server.preparation import experiment_of, prepare_deployed, prepare_run
+from server.preparation import experiment_of, prepare_run
 from server.secure import check_mean
 from server.strategies import check_strategy, too_few
 
@@ -358,28 +357,6 @@ def test_numbers_that_were_cut_off_are_told_as_a_sum_and_in_the_hospital_s_own_l
     assert "numbers of a hospital's change were cut off" in tried.remarks
     logs = [path.read_text() for path in tmp_path.rglob("client.log")]
     assert any("numbers changed by more than federation.secure_range" in text for text in logs)
-
-
-@pytest.mark.slow
-def test_a_deployment_keeps_a_round_s_secrets_between_its_four_messages(tmp_path: Path) -> None:
-    plain = Tried(tmp_path / "plain").train()
-    write_shards(tmp_path / "reference", SIZES[:1], names=("delta",))
-    more = (f"evaluation.root={tmp_path / 'reference'}", "evaluation.suite=quick", "federation.secure=true")
-    prepare_deployed(tiny(tmp_path / "nowhere", *more, rounds=1, kimg=0.04), scenario := RunFolder.at(tmp_path / "scenario"))
-    place, out = tmp_path / "deployment", RunFolder(tmp_path / "out")
-    place.mkdir()
-
-    def own(index: int) -> dict[str, Any]:
-        state = tmp_path / "state" / NAMES[index]
-        return {"partition-id": index, "data-root": str(plain.data / NAMES[index]), "state-dir": str(state)}
-
-    with deployment(place, node_config=own) as federation:
-        run = federation.submit({"scenario": str(scenario.config), "output": str(out.path), "deployed": True})
-        assert federation.finished(run, 500) == "finished:completed", federation.tails()
-    tensors, _ = load_tensors(out.checkpoint(1))
-    assert_same({key: tensor.numpy() for key, tensor in tensors.items()}, plain.model())
-    entries = OutboundLog(tmp_path / "state" / "alpha" / NAME).read().entries
-    assert [entry.message for entry in entries] == ["query.hello", *["train"] * 4]
 
 
 # --- what leaves -------------------------------------------------------------------------------------

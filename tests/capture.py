@@ -1,0 +1,49 @@
+"""What left a hospital, put together again from the requests that a recording filter saw (tests/recording_filter.py)."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+from pathlib import Path
+
+from flwr.app import Message
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import PushObjectRequest
+from flwr.supercore.inflatable.inflatable_object import get_object_id
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+PUSH_OBJECT, PUSH_MESSAGES = "/v1/fleet/push-object", "/v1/fleet/push-messages"
+
+
+class Capture:
+    """All requests under one public key (PEM): the answers in them, objects that belong to none, and bodies by path."""
+
+    def __init__(self, recording: Path, public_key: bytes) -> None:
+        self.messages: list[Message] = []
+        self.objects: dict[str, bytes] = {}
+        self.largest: Counter[str] = Counter()  # bytes of the largest body under each path
+        pushes = []
+        for file in sorted(recording.glob("[0-9]*.json")):
+            told = json.loads(file.read_text())
+            if base64.b64decode(told["headers"].get("flwr-public-key", "")) != public_key:
+                continue
+            body = base64.b64decode(told["body"])
+            self.largest[told["path"]] = max(self.largest[told["path"]], len(body))
+            if told["path"] == PUSH_OBJECT:
+                content = PushObjectRequest.FromString(body).object_content
+                self.objects[get_object_id(content)] = content
+            if told["path"] == PUSH_MESSAGES:
+                pushes.append(PushMessagesRequest.FromString(body))
+        self.strays = set(self.objects)
+        for push in pushes:
+            assert not any(message.HasField("content") for message in push.messages_list), "a message with its content inside"
+            for tree in push.message_object_trees:
+                self.messages.append(self._inflate(tree.object_id))
+
+    def _inflate(self, key: str) -> Message:
+        contents = self.objects.copy()  # taken out of as they are read
+        message = inflate_object_from_contents(key, contents)
+        self.strays -= set(self.objects) - set(contents)
+        assert isinstance(message, Message)
+        return message
