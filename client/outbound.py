@@ -19,6 +19,7 @@ from flwr.clientapp import ClientApp
 from client.allowed import checked
 from client.reasons import ERROR, FAILED, REASON, Refused, reason
 from client.site import Order, Site, bound, check_secure, find_site, log_failure, log_folder
+from client.wire import close_parcels, open_parcels
 from fedgan.errors import HOSPITAL_REASON, ConfigError
 from fedgan.privacy.outbound import NAME, Entry, OutboundLog, Record, array_row, arrays_record, values_record
 
@@ -30,6 +31,7 @@ class Gate(ClientApp):
         """Answer `message`; no exception leaves, because its text would go to the server."""
         door = Door(message, context)
         try:
+            door.open()
             reply = super().__call__(message, context)
         except Exception as error:
             reply = door.failed(error, "answering")
@@ -43,6 +45,11 @@ class Door:
         self.message, self.node = message, context.node_config
         self.order: Order | None = None
         self.site: Site | None = None
+        self.parcels = False
+
+    def open(self) -> None:
+        """Unpack what the message brings. Raises `FederationError` for a parcel that is none."""
+        self.parcels = not self.message.has_error() and open_parcels(self.message.content)
 
     def give_out(self, reply: Message) -> Message:
         """The reply as it leaves, in the log; or an error in its place."""
@@ -58,6 +65,8 @@ class Door:
             self._note(reply)
         except Exception as error:
             reply = self.failed(error, "writing its outbound log")
+        if self.parcels and not reply.has_error():
+            close_parcels(reply.content)
         return reply
 
     def failed(self, error: Exception, doing: str) -> Message:

@@ -1,13 +1,17 @@
-"""The hospital's end of the wire: the model that arrived, and the answer as it travels (fedgan/training/wire.py)."""
+"""The hospital's end of the wire: the model that arrived, and the answer as it travels (fedgan/training/wire.py).
+
+Between machines the arrays of a record travel in one parcel (fedgan/parcel.py): a question in parcels is answered in parcels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedgan.config import Settings
+from fedgan.parcel import KIND, seal, unseal
 from fedgan.training.wire import answer, unpack
 
 
@@ -24,4 +28,19 @@ def outgoing(after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray], 
     """
     federation = settings.federation
     delta = federation.delta or federation.secure  # what is masked are changes: weights of 100 would leave any range
-    return ArrayRecord({key: Array(value) for key, value in answer(after, before, federation.wire, delta).items()})
+    return ArrayRecord({key: Array(value) for key, value in sorted(answer(after, before, federation.wire, delta).items())})
+
+
+def open_parcels(content: RecordDict) -> bool:
+    """Put arrays in the place of parcels; whether there were any. Raises `FederationError` for one that is none."""
+    parcels = {name: record for name, record in content.array_records.items() if set(record) == {KIND}}
+    for name, record in parcels.items():
+        content[name] = ArrayRecord({key: Array(array) for key, array in unseal(record[KIND].data).items()})
+    return bool(parcels)
+
+
+def close_parcels(content: RecordDict) -> None:
+    """Put a parcel in the place of each record's arrays."""
+    for name, record in list(content.array_records.items()):
+        data = seal({key: array.numpy() for key, array in record.items()})
+        content[name] = ArrayRecord({KIND: Array("uint8", (len(data),), KIND, data)})

@@ -1,7 +1,8 @@
 """Questions to hospitals and their answers: every wait is bounded, and who failed is known with the reason.
 
 A failure that a hospital reports itself is its last word. One of its connection (the node is away, its process died) need not
-be: where the hospitals are containers that come back, the question is asked again as soon as the node is online.
+be: where the hospitals are containers that come back, the question is asked again as soon as the node is online. To such
+hospitals arrays go in parcels, and come back so.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedgan.errors import HOSPITAL_REASON
+from fedgan.errors import HOSPITAL_REASON, FederationError
+from server.parcels import Parcels, open_parcels
 
 POLL = (0.05, 0.5)  # seconds between two looks for answers: at first, and at most
 ONLINE_POLL = 2.0  # seconds between two looks at who is online
@@ -58,12 +60,16 @@ def ask(
     least = len(nodes) if enough is None else enough
     found, away, tries = Answers(), dict.fromkeys(nodes, AWAY), dict.fromkeys(nodes, 0)
     waiting, hopeless = dict[str, int](), False
+    parcels = Parcels()
     while (left := timeout - (time.monotonic() - begun)) > 0:
         # --- ask whom we have not asked, and again who has failed and is back
         if away and time.monotonic() - seen_online >= ONLINE_POLL:
             online, seen_online = set(steadily(grid.get_node_ids)) if patient else set(away), time.monotonic()
             called = [node for node in nodes if node in away and node in online]
-            keys = grid.push_messages([question(node, left) for node in called]) if called else []
+            questions = [question(node, left) for node in called]
+            if patient:
+                questions = [parcels.close(each) for each in questions]
+            keys = grid.push_messages(questions) if questions else []
             for key, node in zip(keys, called, strict=True):
                 waiting[key] = node
                 tries[node] += 1
@@ -73,6 +79,11 @@ def ask(
             # an error about an absent node carries the server's own id: the question tells whose answer it is
             node = waiting.pop(answer.metadata.reply_to_message_id)
             if not answer.has_error():
+                try:
+                    open_parcels(answer)
+                except FederationError as error:
+                    found.failures[node] = f"answered with {error}"
+                    continue
                 found.replies[node] = answer
                 heard(node)
             elif patient and not is_own_word(answer) and tries[node] < TRIES:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSE = ("fedgan", "client", "server", "simulations")
-GROUND = {"comparison_folder", "config", "errors", "events", "files", "machine", "run_folder"}
+GROUND = {"comparison_folder", "config", "errors", "events", "files", "parcel", "machine", "run_folder"}
 FOREIGN = {"flwr", "ray", "opacus", "typer", "rich", "click"}
 
 # room → rooms that it may import (beside itself)

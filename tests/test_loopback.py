@@ -27,28 +27,6 @@ def test_three_hospitals_register_authenticate_and_exchange_two_rounds_through_t
     assert marked(str(place)) == []
 
 
-@pytest.mark.slow
-def test_a_run_survives_kill_9_of_the_filter_and_of_the_superlink(tmp_path: Path) -> None:
-    app = write_tiny_app(tmp_path / "app")
-    place = tmp_path / "deployment"
-    place.mkdir()
-    with deployment(place, app, ("hospital-1", "hospital-2")) as federation:
-        run = federation.submit({"output": str(tmp_path / "sums.json"), "hospitals": 2, "wait": 5.0})
-        federation.wait("a ClientApp", lambda: bool(federation.tasks("clientapp-1")), 60)
-        federation.kill("filter")
-        assert federation.health("filter") is None
-        time.sleep(5)
-        federation.start("filter")
-        federation.wait("the filter", lambda: federation.health("filter") == 200, 60, "filter")
-        federation.kill("superlink")
-        federation.wait("the filter to say so", lambda: federation.health("filter") == 503, 30, "filter")
-        federation.start("superlink")
-        federation.wait("the SuperLink", lambda: federation.health("filter") == 200, 60, "filter", "superlink")
-        assert federation.finished(run, 180) == "finished:completed", federation.tails()
-        assert json.loads((tmp_path / "sums.json").read_text()) == expected_sums(hospitals=2)
-        assert "status=502" in federation.log("filter").read_text()
-
-
 def test_what_is_waited_for_in_vain_is_said_with_the_ends_of_the_logs(tmp_path: Path) -> None:
     with deployment(tmp_path, start=False) as federation:
         federation.start("filter")

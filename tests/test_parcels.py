@@ -1,0 +1,130 @@
+"""Arrays that travel in one piece: they come out as they went in, and bytes of anything else are refused by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from small_federation import LocalGrid, NoJudge, tiny, write_shards
+
+from client.app import app
+from fedgan import files
+from fedgan.errors import FederationError
+from fedgan.parcel import KIND, seal, unseal
+from fedgan.run_folder import RunFolder
+from server.federation import Federation
+from server.parcels import Parcels
+from server.preparation import experiment_of, prepare_run
+
+NUMBERS = st.sampled_from([np.dtype(kind) for kind in (np.float32, np.float16, np.uint16, np.uint32)])
+ARRAYS = NUMBERS.flatmap(lambda kind: hnp.arrays(kind, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)))
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=12), ARRAYS, max_size=5))
+def test_arrays_come_out_as_they_went_in(arrays: dict[str, np.ndarray]) -> None:
+    arrays = {name: array for name, array in arrays.items() if name != "__metadata__"}
+    opened = unseal(seal(arrays))
+    assert list(opened) == sorted(arrays)
+    for name, array in arrays.items():
+        assert (opened[name].dtype, opened[name].shape) == (array.dtype, array.shape)
+        assert opened[name].tobytes() == array.tobytes()
+
+
+def test_an_array_that_is_turned_in_memory_comes_out_as_it_looks() -> None:
+    turned = np.arange(6, dtype=np.float32).reshape(2, 3).T
+    assert np.array_equal(unseal(seal({"x": turned}))["x"], turned)
+
+
+def with_header(header: Any, body: bytes = b"\0" * 8) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def told(**changes: Any) -> dict[str, Any]:
+    return {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
+
+
+BAD = {
+    "nothing": b"",
+    "no length": b"\1\2",
+    "a length beyond the end": struct.pack("<Q", 2**63) + b"{}",
+    "half a header": with_header(told())[:20],
+    "half the numbers": with_header(told())[:-4],
+    "bytes behind the numbers": with_header(told()) + b"more",
+    "no json": with_header(b"{'x': 1}"),
+    "a list": with_header([1, 2]),
+    "a deep nest": with_header(b"[" * 50_000),
+    "offsets outside": with_header(told(data_offsets=[0, 2**40])),
+    "offsets that are negative": with_header(told(data_offsets=[-8, 0])),
+    "a shape that overflows": with_header(told(shape=[2**62, 2**62])),
+    "a shape of another size": with_header(told(shape=[3])),
+    "a kind of number that is unknown": with_header(told(dtype="OBJECT")),
+    "a kind that numpy has not": with_header(told(dtype="F8_E4M3", shape=[8])),
+    "two in one place": with_header(told() | {"y": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}),
+    "a pickle": pickle.dumps({"x": 1}),
+}
+
+
+@pytest.mark.parametrize("data", BAD.values(), ids=BAD)
+def test_bytes_that_are_no_parcel_are_refused_in_words_that_tell_nothing_of_them(data: bytes) -> None:
+    with pytest.raises(FederationError, match=r"^bytes that are no parcel of arrays$"):
+        unseal(data)
+
+
+def test_hospitals_that_are_elsewhere_are_sent_one_array_which_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("run_id", "task_id", "node_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+    record = ArrayRecord({"a": Array(np.ones(3, np.float32)), "b": Array(np.zeros((2, 2), np.float32))})
+    parcels = Parcels()
+    sent = [parcels.close(Message(RecordDict({"arrays": record}), node, "train")) for node in (1, 2)]
+    assert [list(message.content["arrays"]) for message in sent] == [[KIND], [KIND]]
+    assert sent[0].content["arrays"] is sent[1].content["arrays"]
+    assert unseal(sent[0].content.array_records["arrays"][KIND].data)["b"].shape == (2, 2)
+
+
+class Tampering(LocalGrid):
+    """A grid on which the second hospital's answer of round 1 is replaced by other bytes on its way."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(3, app)
+        self.data, self.tampered = data, 0
+
+    def _answer(self, message: Message, key: str) -> None:
+        super()._answer(message, key)
+        reply, number = self.replies[key], self.nodes[message.metadata.dst_node_id]
+        if number == 1 and not reply.has_error() and "arrays" in reply.content.array_records:
+            assert list(reply.content["arrays"]) == [KIND]
+            reply.content["arrays"] = ArrayRecord({KIND: Array("uint8", (len(self.data),), KIND, self.data)})
+            self.tampered += 1
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (BAD["a shape that overflows"], "answered with bytes that are no parcel of arrays"),
+        (with_header({"../../../etc/passwd": told()["x"]}), "answered with other arrays than were sent"),
+    ],
+    ids=["header", "names"],
+)
+def test_a_hospital_with_a_bad_parcel_is_named_and_the_round_goes_on(data: bytes, words: str, tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (48, 32, 24)), "federation.min_hospitals=2", rounds=1, kimg=0.036)
+    run = RunFolder.at(tmp_path / "run")
+    prepare_run(settings, run)
+    grid = Tampering(data)
+    Federation(run.settings(), run, experiment_of(run), NoJudge(), patient=True).train(grid)  # type: ignore[arg-type]
+    (line,) = files.read_json_lines(run.metrics)
+    assert [row["name"] for row in line["hospitals"]] == ["alpha", "gamma"]
+    ((why),) = [row["why"] for row in line["absent"] if row["name"] == "beta"]
+    assert words in why
+    assert "passwd" not in why
+    assert grid.tampered == 1
