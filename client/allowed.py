@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
@@ -214,7 +215,8 @@ def _checked_arrays(record: ArrayRecord, allowed: Mapping[str, tuple[str, tuple[
             raise Refused(SHAPE, f"'{name}' is no array of numpy") from error
         if (str(values.dtype), values.shape) != allowed[name]:
             raise Refused(SHAPE, f"'{name}' as {values.dtype} {values.shape}, may be {allowed[name]}")
-        found[name] = Array(values)  # anew: the bytes that arrived here may hold more than the numbers
+        # anew: the bytes that arrived here may hold more than the numbers; in one order, and so with one hash, however made
+        found[name] = Array(np.ascontiguousarray(values).reshape(values.shape))
     return ArrayRecord(found)
 
 

@@ -9,7 +9,6 @@ no place for one.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +18,9 @@ from flwr.clientapp import ClientApp
 from client.allowed import checked
 from client.reasons import ERROR, FAILED, REASON, Refused, reason
 from client.site import Order, Site, bound, check_secure, find_site, log_failure, log_folder
-from client.wire import close_parcels, open_parcels
+from client.wire import in_parcels, open_parcels
 from fedgan.errors import HOSPITAL_REASON, ConfigError
+from fedgan.parcel import KIND
 from fedgan.privacy.outbound import NAME, Entry, OutboundLog, Record, array_row, arrays_record, values_record
 
 
@@ -46,6 +46,7 @@ class Door:
         self.order: Order | None = None
         self.site: Site | None = None
         self.parcels = False
+        self.unknown: Exception | None = None  # why it is not known whose answer it is
 
     def open(self) -> None:
         """Unpack what the message brings. Raises `FederationError` for a parcel that is none."""
@@ -53,20 +54,23 @@ class Door:
 
     def give_out(self, reply: Message) -> Message:
         """The reply as it leaves, in the log; or an error in its place."""
+        sealed = None
         try:
             self._find()
             reply = self._checked(reply)
+            if self.parcels and not reply.has_error():
+                sealed = in_parcels(reply.content)
         except Refused as refusal:
             self._log("checking what leaves")
             reply = failure(self.message, f"{HOSPITAL_REASON}refused to send {refusal.what}")
         except Exception as error:
             reply = self.failed(error, "checking what leaves")
         try:
-            self._note(reply)
+            self._note(reply, sealed)
         except Exception as error:
-            reply = self.failed(error, "writing its outbound log")
-        if self.parcels and not reply.has_error():
-            close_parcels(reply.content)
+            return self.failed(error, "writing its outbound log")
+        if sealed is not None and not reply.has_error():
+            reply.content = sealed
         return reply
 
     def failed(self, error: Exception, doing: str) -> Message:
@@ -79,11 +83,13 @@ class Door:
 
         So does one whose own rules refuse the run: without a site no answer but an error leaves.
         """
-        with contextlib.suppress(Exception):
+        try:
             self.order = Order.read(self.message.content.config_records["config"])
             self.order = bound(self.order, self.node)
             check_secure(self.order, self.node)
             self.site = find_site(self.order, self.node)
+        except Exception as error:
+            self.unknown = error
 
     def _checked(self, reply: Message) -> Message:
         if reply.has_error():
@@ -92,17 +98,17 @@ class Door:
                 raise Refused(ERROR, f"code {reply.error.code}, '{words}'")
             return failure(self.message, words)
         if self.order is None or self.site is None:
-            raise ConfigError("an answer of a hospital that does not know itself")
+            raise ConfigError("an answer of a hospital that does not know itself") from self.unknown
         return Message(checked(self.message, reply, self.order, self.site), reply_to=self.message)
 
-    def _note(self, reply: Message) -> None:
+    def _note(self, reply: Message, sealed: RecordDict | None) -> None:
         place = self._place()
         if place is None:
             if not reply.has_error():
                 raise ConfigError("this hospital has no place for its outbound log")
             return
         experiment, number = (self.order.experiment, self.order.round) if self.order else ("", 0)
-        entry = Entry.of(experiment, number, self.message.metadata.message_type, list(records_of(reply)))
+        entry = Entry.of(experiment, number, self.message.metadata.message_type, list(records_of(reply, sealed)))
         OutboundLog(place).append(entry)
 
     def _place(self) -> Path | None:
@@ -128,14 +134,15 @@ def failure(message: Message, words: str) -> Message:
     return Message(Error(FAILED, words), reply_to=message)
 
 
-def records_of(reply: Message) -> Iterator[Record]:
-    """The records of a reply as the outbound log holds them."""
+def records_of(reply: Message, sealed: RecordDict | None = None) -> Iterator[Record]:
+    """The records of a reply as the outbound log holds them. `sealed`: with its arrays in parcels, as it leaves."""
     if reply.has_error():
         yield values_record("error", "error", {"code": reply.error.code, "reason": reply.error.reason})
         return
     content: RecordDict = reply.content
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
-            yield arrays_record(name, [array_row(key, each.dtype, each.shape, each.data) for key, each in record.items()])
+            parcel = sealed.array_records[name][KIND].data if sealed else None
+            yield arrays_record(name, [array_row(key, each.dtype, each.shape, each.data) for key, each in record.items()], parcel)
         else:
             yield values_record(name, "values", record)

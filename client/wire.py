@@ -39,8 +39,10 @@ def open_parcels(content: RecordDict) -> bool:
     return bool(parcels)
 
 
-def close_parcels(content: RecordDict) -> None:
-    """Put a parcel in the place of each record's arrays."""
-    for name, record in list(content.array_records.items()):
+def in_parcels(content: RecordDict) -> RecordDict:
+    """The records with a parcel in the place of each one's arrays."""
+    records = dict(content.items())
+    for name, record in content.array_records.items():
         data = seal({key: array.numpy() for key, array in record.items()})
-        content[name] = ArrayRecord({KIND: Array("uint8", (len(data),), KIND, data)})
+        records[name] = ArrayRecord({KIND: Array("uint8", (len(data),), KIND, data)})
+    return RecordDict(records)

@@ -17,7 +17,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedgan.errors import HOSPITAL_REASON, FederationError
-from server.parcels import Parcels, open_parcels
+from server.parcels import Parcels
 
 POLL = (0.05, 0.5)  # seconds between two looks for answers: at first, and at most
 ONLINE_POLL = 2.0  # seconds between two looks at who is online
@@ -61,9 +61,10 @@ def ask(
     found, away, tries = Answers(), dict.fromkeys(nodes, AWAY), dict.fromkeys(nodes, 0)
     waiting, hopeless = dict[str, int](), False
     parcels = Parcels()
-    while (left := timeout - (time.monotonic() - begun)) > 0:
+    while True:
+        left = timeout - (time.monotonic() - begun)
         # --- ask whom we have not asked, and again who has failed and is back
-        if away and time.monotonic() - seen_online >= ONLINE_POLL:
+        if away and left > 0 and time.monotonic() - seen_online >= ONLINE_POLL:
             online, seen_online = set(steadily(grid.get_node_ids)) if patient else set(away), time.monotonic()
             called = [node for node in nodes if node in away and node in online]
             questions = [question(node, left) for node in called]
@@ -80,7 +81,7 @@ def ask(
             node = waiting.pop(answer.metadata.reply_to_message_id)
             if not answer.has_error():
                 try:
-                    open_parcels(answer)
+                    parcels.open(answer)
                 except FederationError as error:
                     found.failures[node] = f"answered with {error}"
                     continue
@@ -94,6 +95,8 @@ def ask(
         if hopeless := len(nodes) - len(found.failures) < least:
             break
         if not waiting and (not away or len(found.replies) >= least):
+            break
+        if left <= 0:  # as it was before this look: who answered in time is not late because another took long to read
             break
         time.sleep(min(max(0.05 * (time.monotonic() - begun), POLL[0]), POLL[1], max(left, 0.0)))
     silent = dict.fromkeys(waiting.values(), UNASKED if hopeless else LATE) | away

@@ -51,6 +51,8 @@ def check_strategy(settings: Settings) -> None:
     check_wire(settings)
     check_secure(settings)
     if hospitals < (needed := fewest(settings)):
+        if federation.strategy == "fedtrimmedavg" and hospitals < 3:
+            raise ConfigError(f"fedtrimmedavg cuts one from each end, and {hospitals} hospitals leave nobody: choose fedavg")
         if federation.strategy == "fedtrimmedavg":
             raise ConfigError(
                 f"federation.trim = {federation.trim:g} cuts nobody away of {hospitals} hospitals, and guards against nobody: it "
@@ -75,7 +77,10 @@ def fewest(settings: Settings) -> int:
     federation = settings.federation
     if federation.strategy in KRUMS:
         return 2 * federation.malicious + 3
-    return math.ceil(1 / federation.trim) if federation.strategy == "fedtrimmedavg" else 1
+    if federation.strategy == "fedtrimmedavg":
+        least = math.ceil(1 / federation.trim)
+        return least if int(federation.trim * least) else least + 1  # as Flower counts, whose product may be just below 1
+    return 1
 
 
 def too_few(settings: Settings, exhausted: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from client.wire import open_parcels
+from fedgan.parcel import KIND
 
 PUSH_OBJECT, PUSH_MESSAGES = "/v1/fleet/push-object", "/v1/fleet/push-messages"
 
@@ -22,7 +24,9 @@ class Capture:
     """All requests under one public key (PEM): the answers in them, objects that belong to none, and bodies by path."""
 
     def __init__(self, recording: Path, public_key: bytes) -> None:
-        self.messages: list[Message] = []
+        self.messages: dict[str, Message] = {}  # by object id: a SuperNode pushes again what a busy SuperLink did not take
+        self.headers: set[str] = set()
+        self.parcels: dict[str, str] = {}  # by object id of its message, the SHA-256 of the parcel's bytes
         self.objects: dict[str, bytes] = {}
         self.largest: Counter[str] = Counter()  # bytes of the largest body under each path
         pushes = []
@@ -31,6 +35,7 @@ class Capture:
             if base64.b64decode(told["headers"].get("flwr-public-key", "")) != public_key:
                 continue
             body = base64.b64decode(told["body"])
+            self.headers |= set(told["headers"])
             self.largest[told["path"]] = max(self.largest[told["path"]], len(body))
             if told["path"] == PUSH_OBJECT:
                 content = PushObjectRequest.FromString(body).object_content
@@ -42,12 +47,17 @@ class Capture:
             inside = [message for message in push.messages_list if message.ByteSize() - message.metadata.ByteSize() > 40]
             assert not inside, "a message with its content inside"
             for tree in push.message_object_trees:
-                self.messages.append(self._inflate(tree.object_id))
+                if tree.object_id not in self.messages:
+                    self.messages[tree.object_id] = self._inflate(tree.object_id)
 
     def _inflate(self, key: str) -> Message:
         contents = self.objects.copy()  # taken out of as they are read
         message = inflate_object_from_contents(key, contents)
         self.strays -= set(self.objects) - set(contents)
         assert isinstance(message, Message)
+        for record in message.content.array_records.values():
+            (array,) = record.values()
+            assert (array.dtype, array.shape, array.stype) == ("uint8", (len(array.data),), KIND)
+            self.parcels[key] = hashlib.sha256(array.data).hexdigest()
         open_parcels(message.content)
         return message

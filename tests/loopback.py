@@ -281,7 +281,10 @@ class Deployment:
 
     def status(self, run: int) -> str:
         """`running`, `finished:completed`, `finished:failed` …; nothing where the SuperLink does not answer."""
-        runs = json.loads(self.flwr("ls", "--run-id", str(run), "--format", "json", fails=None)).get("runs")
+        try:
+            runs = json.loads(self.flwr("ls", "--run-id", str(run), "--format", "json", fails=None)).get("runs")
+        except json.JSONDecodeError:
+            return ""
         return str(runs[0]["status"]) if runs else ""
 
     def finished(self, run: int, seconds: float) -> str:

@@ -748,7 +748,7 @@ data = {resolution = 16, phantom_images = 240}
 model = {channel_base = 256, channel_max = 16, z_dim = 16, w_dim = 16}
 training = {kimg = 1.2, batch_size = 8}
 federation = {rounds = 4}
-evaluation = {every = 0, images = 64, epochs = 1, bootstrap = 20}
+evaluation = {suite = "quick", every = 0, images = 64, epochs = 1, bootstrap = 20}
 """
 
 

@@ -149,10 +149,12 @@ def test_all_that_crossed_the_wire_is_what_the_outbound_log_lists(hospital: str,
     assert [entry.message for entry in entries] == ["query.hello", "train", "train", "query.hello", *["train"] * 4]
 
     # --- each answer that travelled is a line of the log, record by record, hash by hash
-    for message, entry in zip(seen.messages, entries, strict=True):
+    for (key, message), entry in zip(seen.messages.items(), entries, strict=True):
         for travelled, listed in zip(records_of(message), entry.records, strict=True):
-            if listed["kind"] == "arrays":  # a parcel has an order of its own
-                listed["arrays"].sort()
+            if listed["kind"] == "arrays":
+                assert listed.pop("parcel") == seen.parcels[key]
+                travelled["bytes"] = listed["bytes"]  # those of the parcel, which its hash stands for
+                listed["arrays"].sort()  # a parcel has an order of its own
                 travelled["arrays"].sort()
             assert travelled == listed
 
@@ -161,6 +163,9 @@ def test_all_that_crossed_the_wire_is_what_the_outbound_log_lists(hospital: str,
     asked = {"activate-node", "send-node-heartbeat", "pull-messages", "push-messages", "push-object", "pull-object"}
     asked |= {"get-run", "get-fab", "confirm-message-received"}
     assert {path.rpartition("/")[2] for path in seen.largest} <= asked
+    known = {"accept", "accept-encoding", "connection", "content-length", "content-type", "host", "user-agent"}
+    flower = {name for name in seen.headers - known if not name.startswith("flwr-")}
+    assert not flower, flower
     carriers = (PUSH_OBJECT, PUSH_MESSAGES)
     assert max(size for path, size in seen.largest.items() if path not in carriers) < 600  # a key, ids, times
     everything = b"".join(seen.objects.values())

@@ -23,7 +23,7 @@ from server.preparation import experiment_of, prepare_run
 
 SIZES, HOSPITALS = (48, 32, 24), NAMES[:3]
 ALPHA, BETA, GAMMA = HOSPITALS
-WAIT = 120
+WAIT = 240
 
 
 def round_of(message: Message) -> int:
@@ -40,7 +40,7 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
 ) -> None:
     write_shards(tmp_path / "data", SIZES)
     write_shards(tmp_path / "reference", (40,), names=("delta",))
-    waits = ("min_hospitals=2", "join_timeout=1", "round_timeout=40", "exchange=['generator']")  # few arrays: a request each
+    waits = ("min_hospitals=2", "join_timeout=1", "round_timeout=60", "exchange=['generator']")  # few arrays: a request each
     more = (f"evaluation.root={tmp_path / 'reference'}", "evaluation.suite=quick", *(f"federation.{wait}" for wait in waits))
     settings = tiny(tmp_path / "nowhere", *more, rounds=4, kimg=0.144)
     scenario, run = RunFolder.at(tmp_path / "scenario"), RunFolder.at(tmp_path / "run")
@@ -60,10 +60,14 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
         def ended(number: int) -> bool:
             return len(rounds_of(run)) >= number
 
-        def training(number: int, *hospitals: int) -> None:
-            """Wait until these hospitals work on a round."""
-            federation.wait(f"round {number - 1} to end", lambda: ended(number - 1), WAIT)
-            federation.wait("ClientApps", lambda: all(federation.tasks(f"clientapp-{i}") for i in hospitals), WAIT)
+        def started(number: int) -> int:
+            """How many ClientApps a hospital has started: one for each message."""
+            return federation.log(f"clientapp-{number}").read_text().count("Start `flwr-clientapp` process")
+
+        def begun(number: int, messages: int) -> None:
+            """Wait until a hospital works on that message: its process has begun, and has yet to import torch."""
+            what = f"hospital {number} to begin its message {messages}"
+            federation.wait(what, lambda: started(number) >= messages, WAIT, f"clientapp-{number}", f"node-{number}")
 
         # --- gamma is absent; the ClientApp of beta dies in round 1, and is asked again
         federation.start_all(absent=[GAMMA])
@@ -72,24 +76,25 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
         assert main(words) == 0, capsys.readouterr().err
         submitted = int(capsys.readouterr().out)
         federation.wait("the run folder", run.checkpoint(0).is_file, WAIT, "serverapp", "superlink")
-        training(1, 2)
+        begun(2, 2)  # after its introduction
         federation.kill_task("clientapp-2")
         federation.start_hospital(GAMMA)
         federation.wait("round 1", lambda: ended(1), WAIT)
+        assert started(2) == 3
 
         # --- the SuperNode of alpha dies in round 2, and comes back when the SuperLink has noticed
-        training(2, 1)
+        begun(1, 3)
         federation.kill("node-1")
         federation.keep("node-1")
         federation.wait("round 2", lambda: ended(2), WAIT)
 
         # --- gamma is too slow in round 3
-        training(3, 3)
+        begun(3, 3)
         with federation.slowed("clientapp-3"):
             federation.wait("round 3", lambda: ended(3), WAIT)
 
         # --- the ServerApp dies in round 4
-        training(4, 1, 2)
+        begun(2, 6)
         federation.kill_task("serverapp")
         federation.wait("the SuperLink to notice", lambda: federation.status(submitted) == "finished:failed", WAIT, every=1.0)
         assert main(["deploy", "logs", str(submitted)]) != 0
@@ -98,12 +103,16 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
         resumed = int(capsys.readouterr().out)
 
         # --- and in the same round, begun anew, the filter and the SuperLink
-        training(4, 1, 2, 3)
+        begun(2, 8)  # after one more introduction
         federation.kill("filter")
-        federation.kill("superlink")
-        federation.start("superlink")
+        assert federation.health("filter") is None
         federation.start("filter")
-        assert federation.finished(resumed, 180) == "finished:completed", federation.tails()
+        federation.wait("the filter", lambda: federation.health("filter") == 200, WAIT, "filter")
+        federation.kill("superlink")
+        federation.wait("the filter to miss the SuperLink", lambda: federation.health("filter") == 503, WAIT, "filter")
+        federation.start("superlink")
+        assert federation.finished(resumed, WAIT) == "finished:completed", federation.tails()
+        assert "status=502" in federation.log("filter").read_text()
 
     # --- who is missing is named with the reason, and nobody else is missing
     lines = rounds_of(run)
@@ -125,7 +134,8 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
     replayed = RunFolder.at(tmp_path / "replayed")
     same = tiny(tmp_path / "data", *(f"federation.{wait}" for wait in waits), rounds=4, kimg=0.144)
     prepare_run(same, replayed)
-    Federation(replayed.settings(), replayed, experiment_of(replayed), NoJudge(), patient=True).train(Replay(here))  # type: ignore[arg-type]
+    again = Federation(replayed.settings(), replayed, experiment_of(replayed), NoJudge(), patient=True)
+    again.train(Replay(here))  # type: ignore[arg-type]
     expected, got = (load_tensors(each.checkpoint(4))[0] for each in (replayed, run))
     assert expected.keys() == got.keys()
     assert [key for key, tensor in expected.items() if not torch.equal(tensor, got[key])] == []

@@ -218,13 +218,21 @@ def test_a_key_has_no_more_than_its_share_and_takes_nothing_from_another() -> No
     assert not shares.running
 
 
-def test_keys_that_the_superlink_has_not_taken_have_one_share_together() -> None:
+def test_keys_that_the_superlink_has_not_taken_are_counted_by_their_address() -> None:
     shares = Shares(most=2)
     shares.know(signed(b"hospital"))
-    with shares.place(signed(b"made up"), "10.0.0.1"), shares.place(signed(b"another"), "10.0.0.2"):
-        assert "not taken yet" in str(refused_by(shares, signed(b"a third"), "10.0.0.3"))
-        with shares.place(signed(b"hospital"), "10.0.0.1"):
+    with shares.place(signed(b"made up"), "10.0.0.1"), shares.place(signed(b"another"), "10.0.0.1"):
+        assert "from this address" in str(refused_by(shares, signed(b"a third"), "10.0.0.1"))
+        with shares.place(signed(b"hospital"), "10.0.0.1"), shares.place(signed(b"not known yet"), "10.0.0.2"):
             pass
+
+
+def test_a_key_that_the_superlink_has_not_taken_may_send_what_is_short(running: Any, upstream: Upstream) -> None:
+    long = b"x" * 100_000
+    assert ask(running, "POST", "/v1/fleet/push-object", long, fresh())[0] == 503
+    assert not upstream.seen
+    assert ask(running, "POST", "/v1/fleet/send-node-heartbeat", b"short", fresh())[0] == 200
+    assert ask(running, "POST", "/v1/fleet/push-object", long, fresh())[0] == 200
 
 
 def test_what_names_no_key_is_counted_by_its_address() -> None:
@@ -407,6 +415,8 @@ def test_a_body_passes_both_ways_without_the_headers_that_are_nobody_s_business(
         "Authorization": "Basic x",
         "Host": "superlink",
     }
+    ask(running, "POST", "/v1/fleet/send-node-heartbeat", b"", fresh())  # by which the key is known
+    upstream.seen.clear()
     status, body, headers = ask(running, "POST", "/v1/fleet/push-object", sent, fresh(**{"flwr-package-name": "flwr"}, **strange))
     assert (status, body) == (200, sent)
     assert headers["x-own"] == "1"

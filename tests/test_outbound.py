@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from small_federation import LocalGrid, NoJudge, federate, tiny, write_shards
 
 from client import reasons, site
-from client.allowed import INTRODUCTION, MEANINGS, model_arrays, rows
+from client.allowed import INTRODUCTION, MEANINGS, _checked_arrays, model_arrays, rows
 from client.app import Visit, app
 from client.outbound import Gate
 from client.reasons import DOING, REASON, reason
@@ -248,6 +248,13 @@ def test_bytes_behind_the_numbers_of_an_array_stay_at_home(place: Place) -> None
     arrays = reply.content.array_records["arrays"]
     assert len(arrays) > 10
     assert not any(SECRET.encode() in array.data or SECRET in array.dtype for array in arrays.values())
+
+
+def test_an_array_has_one_hash_however_it_lies_in_memory() -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    turned = np.asfortranarray(values)
+    found = [_checked_arrays(ArrayRecord({"x": Array(each)}), {"x": ("float32", (2, 3))})["x"].data for each in (values, turned)]
+    assert found[0] == found[1]
 
 
 def test_a_kind_of_message_that_is_not_listed_has_no_answer(place: Place) -> None:

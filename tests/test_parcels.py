@@ -81,6 +81,16 @@ def test_bytes_that_are_no_parcel_are_refused_in_words_that_tell_nothing_of_them
         unseal(data)
 
 
+def test_a_parcel_may_not_be_far_larger_than_the_one_it_answers() -> None:
+    """A header of empty arrays is short on the wire and long in the making."""
+    sent = seal({f"generator/{number}": np.zeros(4, np.float32) for number in range(100)})
+    assert len(unseal(sent, sent)) == 100
+    many = seal({f"a{number}": np.zeros(0, np.float32) for number in range(1000)})
+    for data in (many, seal({"x": np.zeros(10_000, np.float32)}), struct.pack("<Q", 2**40)):
+        with pytest.raises(FederationError, match="far larger than the one that was sent"):
+            unseal(data, sent)
+
+
 def test_hospitals_that_are_elsewhere_are_sent_one_array_which_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("run_id", "task_id", "node_id"):
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
@@ -112,9 +122,13 @@ class Tampering(LocalGrid):
     ("data", "words"),
     [
         (BAD["a shape that overflows"], "answered with bytes that are no parcel of arrays"),
+        (
+            seal({f"a{number}": np.zeros(0, np.float32) for number in range(5000)}),
+            "answered with a parcel of arrays that is far larger",
+        ),
         (with_header({"../../../etc/passwd": told()["x"]}), "answered with other arrays than were sent"),
     ],
-    ids=["header", "names"],
+    ids=["header", "number", "names"],
 )
 def test_a_hospital_with_a_bad_parcel_is_named_and_the_round_goes_on(data: bytes, words: str, tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (48, 32, 24)), "federation.min_hospitals=2", rounds=1, kimg=0.036)

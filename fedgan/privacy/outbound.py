@@ -1,13 +1,14 @@
 """The outbound log of a hospital: every message that left it, written down before it left. Append-only.
 
-One JSON line a message: when, of which experiment and round, which kind of message, and what each of its records held:
-numbers and words with their values, because these are what left; of an array its name, type, shape, bytes and SHA-256 (of
-the .npy file that travels), because its values are the model's. `sha256` of a line is the hash of its records, by which a
-reader sees that they were changed. A line that a killed process left unfinished belongs to a message that was never sent.
+One JSON line a message: when, of which experiment and round, which kind of message, and what each of its records held: numbers
+and words with their values, because these are what left; of an array its name, type, shape, bytes and SHA-256 (of its .npy
+file), because its values are the model's, and of arrays that travel together the parcel's SHA-256 (fedgan/parcel.py). `sha256`
+of a line is the hash of its records, by which a reader sees that they were changed. A line that a killed process left
+unfinished belongs to a message that was never sent.
 
-A round's line is some 20 kB and more, mostly hashes of arrays, so the log is kept in parts: outbound.jsonl, and once that is full
-outbound-00001.jsonl and so on. Lines go to the last part that is there; no part is ever renamed or removed here. Each line is
-checked by itself, none knows the line before it: parts may be moved away, and one that is missing between others is told.
+A round's line is some 20 kB and more, mostly hashes of arrays, so the log is kept in parts: outbound.jsonl, and once that is
+full outbound-00001.jsonl and so on. Lines go to the last part that is there; no part is ever renamed or removed here. Each line
+is checked by itself, none knows the line before it: parts may be moved away, and one that is missing between others is told.
 """
 
 from __future__ import annotations
@@ -36,14 +37,17 @@ Record = dict[str, Any]
 
 
 def array_row(name: str, dtype: str, shape: Sequence[int], data: bytes) -> list[Any]:
-    """One array of a record: name, type, shape, bytes, hash. `data`: what travels, the numbers with their .npy header."""
+    """One array of a record: name, type, shape, bytes, hash. `data`: the .npy file of its numbers."""
     return [name, dtype, list(shape), len(data), hashlib.sha256(data).hexdigest()]
 
 
-def arrays_record(name: str, rows: Iterable[list[Any]]) -> Record:
-    """A record of arrays, by their rows."""
+def arrays_record(name: str, rows: Iterable[list[Any]], parcel: bytes | None = None) -> Record:
+    """A record of arrays, by their rows. `parcel`: the bytes in which they travel together, else each as its .npy file."""
     rows = list(rows)
-    return {"name": name, "kind": "arrays", "bytes": sum(row[3] for row in rows), "arrays": rows}
+    if parcel is None:
+        return {"name": name, "kind": "arrays", "bytes": sum(row[3] for row in rows), "arrays": rows}
+    digest = hashlib.sha256(parcel).hexdigest()
+    return {"name": name, "kind": "arrays", "bytes": len(parcel), "parcel": digest, "arrays": rows}
 
 
 def values_record(name: str, kind: str, values: Mapping[str, Any]) -> Record:

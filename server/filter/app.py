@@ -9,11 +9,11 @@ import time
 import httpx
 from starlette.types import Receive, Scope, Send
 
-from server.filter.exchange import ClientLeft, Exchange, too_large
+from server.filter.exchange import Bounds, ClientLeft, Exchange, too_large
 from server.filter.journal import Journal
 from server.filter.once import Once
 from server.filter.rules import HEALTH, TIMESTAMP, Refused, check, onward
-from server.filter.share import MOST, Shares
+from server.filter.share import MOST, STRANGER_BYTES, STRANGER_SECONDS, TOO_LONG_YET, Shares
 
 UPSTREAM_CONNECTIONS = 64
 UPSTREAM_TIMEOUT = httpx.Timeout(connect=5, read=60, write=60, pool=10)
@@ -62,10 +62,13 @@ class Filter:
             reachable = await self._reachable()
             await exchange.answer({"filter": "ok", "superlink": "ok" if reachable else "unreachable"}, 200 if reachable else 503)
             return
-        if int(dict(exchange.headers).get(b"content-length", b"0")) > self.max_body:
-            raise too_large(self.max_body)
+        bounds = Bounds(self.max_body, too_large(self.max_body))
+        if self.shares.is_stranger(exchange.headers):
+            bounds = Bounds(min(STRANGER_BYTES, self.max_body), TOO_LONG_YET, STRANGER_SECONDS)
+        if int(dict(exchange.headers).get(b"content-length", b"0")) > bounds.most:
+            raise bounds.over
         mark = self.once.take(exchange.headers)
-        response = await self._pass_on(exchange)
+        response = await self._pass_on(exchange, bounds)
         try:
             if response.status_code == 401:
                 self.once.give_back(mark)
@@ -77,13 +80,13 @@ class Filter:
         finally:
             await response.aclose()
 
-    async def _pass_on(self, exchange: Exchange) -> httpx.Response:
+    async def _pass_on(self, exchange: Exchange, bounds: Bounds) -> httpx.Response:
         """Send the request on; returns the answer with its body still to be read."""
         request = httpx.Request(  # not the client's build_request, which would add headers of its own
             exchange.method,
             self.upstream.base_url.join(exchange.path.decode("ascii")),
             headers=onward(exchange.headers),
-            content=exchange.body(self.max_body),
+            content=exchange.body(bounds),
             extensions={"timeout": UPSTREAM_TIMEOUT.as_dict()},
         )
         return await self.upstream.send(request, stream=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import httpx
 from starlette.responses import JSONResponse
@@ -14,6 +17,15 @@ from server.filter.rules import Headers, Refused, backward
 
 PAUSE_SECONDS = 30.0  # the longest wait for the next piece of a body
 LINGER_SECONDS, LINGER_BYTES = 2.0, 16 * 2**20  # what is still read of a refused body, so that its sender sees the answer
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of a body: bytes at most, what is said to more of them, and seconds in all."""
+
+    most: int
+    over: Refused
+    seconds: float = math.inf
 
 
 class ClientLeft(Exception):
@@ -32,17 +44,19 @@ class Exchange:
         self.peer: str = scope["client"][0] if scope.get("client") else ""
         self.begun, self.more = False, True
 
-    async def body(self, most: int) -> AsyncIterator[bytes]:
-        """The pieces of the body. Raises `Refused` where they are more than `most` bytes in all, or one is long in coming."""
-        seen = 0
+    async def body(self, bounds: Bounds) -> AsyncIterator[bytes]:
+        """The pieces of the body. Raises `Refused` where they are too many, or one, or all, are long in coming."""
+        seen, end = 0, time.monotonic() + bounds.seconds
         while self.more:
+            left = end - time.monotonic()
             try:
-                piece = await asyncio.wait_for(self._piece(), PAUSE_SECONDS)
+                piece = await asyncio.wait_for(self._piece(), min(PAUSE_SECONDS, left))
             except TimeoutError:
-                raise Refused(408, f"nothing of the body came for {PAUSE_SECONDS:g} s") from None
+                late = f"nothing of the body came for {PAUSE_SECONDS:g} s" if left > PAUSE_SECONDS else "the body took too long"
+                raise Refused(408, late) from None
             seen += len(piece)
-            if seen > most:
-                raise too_large(most)
+            if seen > bounds.most:
+                raise bounds.over
             if piece:
                 yield piece
 

@@ -1,8 +1,8 @@
 """No client has more than its share of the requests that run at once.
 
 A client is the key that a SuperNode names. Whether it holds that key is known when the SuperLink has read the whole request, so
-all keys that it has not taken yet have one share together: who makes up keys has no more of the filter than one hospital.
-What names no key is counted by the address that it came from.
+what names a key that the SuperLink has not taken yet is counted by the address that it came from, and has to be short and
+quick: who makes up keys can neither hold a hospital's places nor keep it from being known by its next heartbeat.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from server.filter.rules import PUBLIC_KEY, Headers, Refused, public_key
 # A SuperNode sends or fetches two objects at once (FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES, …_PULLS), asks for messages and
 # sends a heartbeat.
 MOST = 16
-STRANGERS = b""
+STRANGER_BYTES, STRANGER_SECONDS = 2**16, 10.0  # a heartbeat has a few hundred bytes
+TOO_LONG_YET = Refused(503, f"over {STRANGER_BYTES // 2**10} KiB by a key that the SuperLink has not taken yet")
 
 
 class Shares:
@@ -51,18 +52,19 @@ class Shares:
         """The SuperLink took a request: its key is a hospital's."""
         self.taken.add(public_key(headers))
 
+    def is_stranger(self, headers: Headers) -> bool:
+        """Whether a request names a key that the SuperLink has not taken yet."""
+        return PUBLIC_KEY in dict(headers) and public_key(headers) not in self.taken
+
     def _client(self, headers: Headers, peer: str) -> bytes | str:
-        if PUBLIC_KEY not in dict(headers):
+        if PUBLIC_KEY not in dict(headers) or self.is_stranger(headers):
             return peer
-        key = public_key(headers)
-        return key if key in self.taken else STRANGERS
+        return public_key(headers)
 
 
 def _whose(client: bytes | str) -> str:
     if isinstance(client, str):
         return "from this address"
-    if client == STRANGERS:
-        return "by keys that the SuperLink has not taken yet"
     try:
         line = serialization.load_pem_public_key(client).public_bytes(
             serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
