@@ -23,6 +23,7 @@ POLL = (0.05, 0.5)  # seconds between two looks for answers: at first, and at mo
 ONLINE_POLL = 2.0  # seconds between two looks at who is online
 TRIES = 4  # questions to one node: one whose process dies each time must not hold the others
 UNAVAILABLE, CRASHED = 5, 8  # Flower's codes for a node without heartbeat and for a ClientApp that died
+EXPIRED = (3, 4)  # for a question or an answer whose time is over
 DIED = ("ActorDied", "WorkerCrashed", "OutOfMemory")  # what Ray says instead
 LATE = "did not answer in time"
 UNASKED = "was not waited for"  # because enough could no longer answer
@@ -131,4 +132,6 @@ def reason_of(answer: Message) -> str:
         return "its process died (killed, or out of memory)"
     if answer.error.code == UNAVAILABLE:
         return AWAY
+    if answer.error.code in EXPIRED:
+        return LATE
     return reason.removeprefix(HOSPITAL_REASON) if reason.startswith(HOSPITAL_REASON) else "an error that its own log explains"

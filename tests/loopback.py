@@ -26,7 +26,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -132,26 +131,6 @@ class Deployment:
             return b"SuperNode ID" in self.log(node).read_bytes()[before:]
 
         self.wait(f"{node} to be taken in", taken_in, seconds, node)
-
-    @contextlib.contextmanager
-    def slowed(self, name: str) -> Iterator[None]:
-        """Within the block what a SuperExec has started gets a few percent of its time: a machine that is far too slow."""
-        over = threading.Event()
-
-        def hold() -> None:
-            while not over.wait(0.1):
-                tasks = self.tasks(name)
-                _signal(tasks, signal.SIGSTOP)
-                over.wait(2.0)
-                _signal(tasks, signal.SIGCONT)
-
-        holder = threading.Thread(target=hold)
-        holder.start()
-        try:
-            yield
-        finally:
-            over.set()
-            holder.join()
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
         """Send a signal (kill -9 unless said otherwise) to a process and all that it started; waits for its end."""

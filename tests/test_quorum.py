@@ -153,6 +153,17 @@ def test_a_hospital_hears_that_its_answer_did_not_count_also_from_a_server_that_
     assert "the answer of round 1 did not count (missing: DataError while training round 1)" in log.read_text()
 
 
+@pytest.mark.parametrize(("code", "why"), [(3, answers.LATE), (4, answers.LATE), (5, answers.AWAY), (8, "its process died")])
+def test_what_flower_says_in_a_hospital_s_place_is_told_in_plain_words(code: int, why: str, tmp_path: Path) -> None:
+    def fault(number: int, message: Message) -> Message | None:
+        return error_reply(message, "Flower's own words", code) if number == 1 and in_round(message) else None
+
+    run = RunFolder.at(tmp_path / "run")
+    run_with(fault, settings_of(tmp_path, rounds=1), run)
+    ((absence,),) = [line["absent"] for line in lines_of(run)]
+    assert absence["why"].startswith(why)
+
+
 def test_with_too_few_answers_the_round_fails_and_can_be_resumed(tmp_path: Path) -> None:
     def fault(number: int, message: Message) -> Message | None:
         if in_round(message) == 2 and number:
