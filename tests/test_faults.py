@@ -41,7 +41,7 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
 ) -> None:
     write_shards(tmp_path / "data", SIZES)
     write_shards(tmp_path / "reference", (40,), names=("delta",))
-    waits = ("min_hospitals=2", "join_timeout=1", "round_timeout=60", "exchange=['generator']")  # few arrays: a request each
+    waits = ("min_hospitals=2", "join_timeout=1", "round_timeout=50", "exchange=['generator']")  # few arrays: a request each
     more = (f"evaluation.root={tmp_path / 'reference'}", "evaluation.suite=quick", *(f"federation.{wait}" for wait in waits))
     settings = tiny(tmp_path / "nowhere", *more, rounds=4, kimg=0.144)
     scenario, run = RunFolder.at(tmp_path / "scenario"), RunFolder.at(tmp_path / "run")

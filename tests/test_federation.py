@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from faulty_client import with_fault  # noqa: F401 - fails early where the module that Ray has to import is missing
-from small_federation import alive_in, processes_of, tiny, write_shards
+from small_federation import alive_in, federate, processes_of, tiny, write_shards
 
+from client.app import app
 from fedgan import files
 from fedgan.data.federation import open_hospitals
 from fedgan.errors import ConfigError, DataError, FederationError, FedganError, MachineError, SplitError
@@ -191,7 +192,8 @@ def test_a_second_look_is_no_run_to_go_on_with(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_one_hospital_with_all_data_is_centralised_training(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (40,)), hospitals=1, rounds=3, kimg=0.1)
-    run = runner.simulate(settings, RunFolder.at(tmp_path / "run"))
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)  # without Ray, which gives the same bytes (tests/test_resume.py)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
