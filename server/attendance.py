@@ -46,6 +46,10 @@ class Attendance:
     def _admit(self, member: Member, state: State) -> None:
         """Enter a hospital that has come. Raises `FederationError` when it is not the one that joined before."""
         known = next((share for share in state.shares if share.number == member.number), None)
+        if any(share.name == member.name and share.number != member.number for share in state.shares):
+            raise FederationError(
+                f"{member} has the name of another hospital: give its shard one of its own (fedgan data import --name)"
+            )
         if known is None:
             state.shares.append(member.share(state.round))
         elif (known.name, known.images) != (member.name, member.images):

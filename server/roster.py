@@ -166,6 +166,11 @@ def check_members(members: list[Member], wanted: int) -> list[Member]:
     numbers = [member.number for member in members]
     if len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(wanted)):
         raise FederationError(f"hospitals came with the numbers {numbers}: give each its own partition-id from 0")
+    if len({member.name for member in members}) < len(members):
+        raise FederationError(
+            f"hospitals came with the names {[member.name for member in members]}: give each shard a name of its own "
+            "(fedgan data import --name)"
+        )
     for other in members[1:]:
         check_alike(members[0], other)
     return members

@@ -25,6 +25,7 @@ from fedgan.errors import CheckpointError, ConfigError, FederationError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
 from server.answers import AWAY, LATE, TRIES, UNASKED, ask
+from server.attendance import Attendance
 from server.checkpoints import load_state, write_line
 from server.preparation import experiment_of
 from server.records import array_bytes, check_reply, personal, to_record
@@ -445,3 +446,14 @@ def test_nothing_of_a_message_is_logged(tmp_path: Path, caplog: pytest.LogCaptur
         federate(settings, RunFolder.at(tmp_path / "run"), app)
     assert "alpha-" not in caplog.text  # no patient
     assert str(tmp_path) not in caplog.text  # no path
+
+
+def test_two_hospitals_of_one_name_are_refused_whenever_they_come(tmp_path: Path) -> None:
+    first, other = member(0, name="xrays"), member(1, name="xrays")
+    with pytest.raises(FederationError, match="give each shard a name of its own"):
+        check_members([first, other], 2)
+    there = Attendance(tiny(tmp_path), RunFolder.at(tmp_path / "run"), {}, [first], lambda event: None, patient=True)
+    state: Any = SimpleNamespace(shares=[first.share(0)], drawn=False, round=3)
+    with pytest.raises(FederationError, match=r"hospital 2 \('xrays'\) has the name of another hospital"):
+        there._admit(other, state)
+    assert (len(state.shares), list(there.members)) == (1, [0])
