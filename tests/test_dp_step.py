@@ -352,7 +352,7 @@ def test_each_unit_is_sampled_by_itself_at_the_rate_that_is_accounted_for(tmp_pa
 
 def test_of_a_patient_no_more_images_are_looked_at_than_were_asked_for(tmp_path):
     step = private_step(tmp_path, "privacy.unit=patient", "privacy.images_per_patient=1", data=images_of(60, 20))
-    seen = [step.draw(number) for number in range(200)]
+    seen = [step.draw(number) for number in range(1000)]  # one image is missed with 2e-13
     assert all((np.bincount(draw.units.numpy()) == 1).all() for draw in seen if len(draw.units))
     assert set(np.concatenate([draw.rows for draw in seen])) == set(range(60))
 
