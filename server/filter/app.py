@@ -13,7 +13,7 @@ from server.filter.exchange import Bounds, ClientLeft, Exchange, too_large
 from server.filter.journal import Journal
 from server.filter.once import Once
 from server.filter.rules import HEALTH, TIMESTAMP, Refused, check, onward
-from server.filter.share import MOST, STRANGER_BYTES, STRANGER_SECONDS, TOO_LONG_YET, Shares
+from server.filter.share import MOST, STRANGER_BYTES, STRANGER_SECONDS, Shares, too_long_yet
 
 UPSTREAM_CONNECTIONS = 64
 UPSTREAM_TIMEOUT = httpx.Timeout(connect=5, read=60, write=60, pool=10)
@@ -64,7 +64,7 @@ class Filter:
             return
         bounds = Bounds(self.max_body, too_large(self.max_body))
         if self.shares.is_stranger(exchange.headers):
-            bounds = Bounds(min(STRANGER_BYTES, self.max_body), TOO_LONG_YET, STRANGER_SECONDS)
+            bounds = Bounds(min(STRANGER_BYTES, self.max_body), too_long_yet(), STRANGER_SECONDS)
         if int(dict(exchange.headers).get(b"content-length", b"0")) > bounds.most:
             raise bounds.over
         mark = self.once.take(exchange.headers)

@@ -19,7 +19,6 @@ from server.filter.rules import PUBLIC_KEY, Headers, Refused, public_key
 # sends a heartbeat.
 MOST = 16
 STRANGER_BYTES, STRANGER_SECONDS = 2**16, 10.0  # a heartbeat has a few hundred bytes
-TOO_LONG_YET = Refused(503, f"over {STRANGER_BYTES // 2**10} KiB by a key that the SuperLink has not taken yet")
 
 
 class Shares:
@@ -60,6 +59,11 @@ class Shares:
         if PUBLIC_KEY not in dict(headers) or self.is_stranger(headers):
             return peer
         return public_key(headers)
+
+
+def too_long_yet() -> Refused:
+    """The refusal of a body that is long for a key that the SuperLink has not taken yet; SuperNodes ask again after it."""
+    return Refused(503, f"over {STRANGER_BYTES // 2**10} KiB by a key that the SuperLink has not taken yet")
 
 
 def _whose(client: bytes | str) -> str:
