@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from fedgan.errors import ConfigError
 
-STRATEGIES = ("fedavg", "fedprox", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum", "multikrum")
+STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum", "multikrum")
 PARTS = ("generator", "discriminator", "ema")
 CLASSIFIERS = ("small-cnn", "resnet18", "densenet121", "efficientnet-b2")
 T = TypeVar("T")
@@ -63,6 +63,9 @@ class ModelSettings:
     minibatch_std_group: int = meaning(4, "Group size of the discriminator's minibatch-std layer; 0: no such layer.", low=0)
     d_channel_base: int = meaning(0, "channel_base of the discriminator; 0: channel_base.", low=0)
     d_channel_max: int = meaning(0, "channel_max of the discriminator; 0: channel_max.", low=0)
+    institutions: int = meaning(
+        0, "Hospitals that the networks tell apart beside the labels: federation.hospitals, or 0 for none.", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,17 @@ class FederationSettings:
     members: tuple[str, ...] = meaning((), "Names of the hospitals that take part; empty: all.")
     rounds: int = meaning(10, "Rounds; each shows training.kimg / rounds thousand images, summed over hospitals.", low=1)
     strategy: str = meaning("fedavg", "Aggregation, by the name of Flower's strategy.", choices=STRATEGIES)
-    exchange: tuple[str, ...] = meaning(PARTS, "What travels; the rest stays in the hospital.", choices=PARTS)
+    weights: str = meaning(
+        "size",
+        "How far each hospital's change moves the model: by its training images, their root, equally; sum: all changes, whole.",
+        choices=("size", "root", "equal", "sum"),
+    )
+    label_rows: bool = meaning(False, "A label's embedding is averaged over those hospitals alone that hold the label.")
+    exchange: tuple[str, ...] = meaning(
+        PARTS,
+        "What travels; the rest stays in the hospital. Without ema the server averages the generators of its rounds.",
+        choices=PARTS,
+    )
     wire: str = meaning(
         "fp32",
         "Numbers that travel: fp32, or in half the bytes fp16 or bf16 (wider, coarser), which lose small steps without delta.",
@@ -171,6 +184,7 @@ class FederationSettings:
     )
     max_num_examples: int = meaning(1_000_000, "A hospital that claims more training images is refused.", low=1)
     server_learning_rate: float = meaning(0.01, "Step of the server's optimiser (fedadam, fedyogi).", low=0.0)
+    server_momentum: float = meaning(0.5, "Share of the last change that goes on (fedavgm).", low=0.0, high=0.99)
     trim: float = meaning(
         0.2, "Share cut from both ends (fedtrimmedavg); 1 / hospitals or more, else nobody is cut.", low=0.0, high=0.5
     )
@@ -387,6 +401,7 @@ def validate(settings: Settings) -> Settings:
     for key in ("r1_gamma", "ema_half_life_kimg"):
         if -1 < getattr(settings.training, key) < 0:
             raise ConfigError(f"training.{key} = {getattr(settings.training, key):g} is negative: give -1 (automatic), 0 or more")
+    _check_institutions(settings)
     if federation.min_hospitals > federation.participants:
         raise ConfigError(
             f"federation.min_hospitals = {federation.min_hospitals}, but {federation.participants} take part: lower it"
@@ -402,6 +417,25 @@ def validate(settings: Settings) -> Settings:
             "lower federation.rounds or raise training.kimg"
         )
     return settings
+
+
+def _check_institutions(settings: Settings) -> None:
+    known, federation = settings.model.institutions, settings.federation
+    if known not in (0, federation.hospitals):
+        raise ConfigError(
+            f"model.institutions = {known}, but federation.hospitals = {federation.hospitals}: give the same number, or 0"
+        )
+    if known and not federation.share_label_counts:
+        raise ConfigError(
+            "model.institutions draws each generated image from one of the hospitals that hold its label, by their shares: "
+            "set federation.share_label_counts = true, which tells the server how many images of each label a hospital has, or "
+            "model.institutions = 0"
+        )
+    if known and settings.training.labels != "data":
+        raise ConfigError(
+            f"training.labels = '{settings.training.labels}' asks for labels that a hospital may not hold, and "
+            "model.institutions for its own images of them: leave training.labels = 'data', or model.institutions = 0"
+        )
 
 
 def check_resolution(resolution: int, where: str) -> None:

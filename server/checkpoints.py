@@ -1,8 +1,8 @@
 """What the server leaves on its disk after each round, and how it goes on from there.
 
-`checkpoints/round-N.safetensors` holds all arrays that travel and the strategy's moments; the JSON
-beside it holds the totals and the round's line of `metrics.jsonl`. The line is written after the
-checkpoint: whoever stops in between finds it in the JSON again.
+`checkpoints/round-N.safetensors` holds all arrays that travel, the strategy's moments and the server's own average of the
+generator where the hospitals' does not travel; the JSON beside it holds the totals and the round's line of
+`metrics.jsonl`. The line is written after the checkpoint: whoever stops in between finds it in the JSON again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fedgan.data.dataset import ImageDataset
 from fedgan.errors import CheckpointError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors, save_tensors
+from fedgan.training.ema import AVERAGE
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
 from server.roster import Member
@@ -39,6 +40,7 @@ class State:
     units (of privacy), round (its last)}. They take no more part in this run, also after a restart.
     `shares`: every hospital that has ever joined. `since`: by hospital number, the round whose state it goes on from, that of its
     last answer that counted.
+    `average`: the generator's moving average (`ema/…`) where it does not travel and the server keeps it; else empty.
     `drawn`: every hospital said that all its images are drawn phantoms, so that nobody can be private in them.
     """
 
@@ -57,6 +59,7 @@ class State:
     drawn: bool = False
     shares: list[Share] = field(default_factory=list)
     since: dict[int, int] = field(default_factory=dict)
+    average: dict[str, np.ndarray] = field(default_factory=dict)
 
     def is_over(self, settings: Settings) -> bool:
         """Whether no round is left: all are done, or fewer hospitals may train than the strategy needs."""
@@ -77,7 +80,14 @@ def initial_state(settings: Settings, members: Sequence[Member]) -> State:
     arrays = begin.outgoing(settings.federation.exchange)
     drawn = all(member.drawn for member in members)
     shape_of = (first.label_names, first.exclusive, first.channels, first.resolution)
-    return State(0, arrays, {}, 0, 0, 0.0, None, *shape_of, drawn=drawn, shares=[member.share(0) for member in members])
+    shares = [member.share(0) for member in members]
+    average = begin.outgoing(["ema"]) if keeps_average(settings) else {}
+    return State(0, arrays, {}, 0, 0, 0.0, None, *shape_of, drawn=drawn, shares=shares, average=average)
+
+
+def keeps_average(settings: Settings) -> bool:
+    """Whether the server averages the generators of its rounds, because the hospitals' averages do not travel."""
+    return "ema" not in settings.federation.exchange
 
 
 def save_state(run: RunFolder, settings: Settings, state: State, experiment: str) -> None:
@@ -102,7 +112,10 @@ def save_state(run: RunFolder, settings: Settings, state: State, experiment: str
         "shares": [dataclasses.asdict(share) for share in state.shares],
         "since": {str(number): done for number, done in sorted(state.since.items())},
     }
-    tensors = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in (state.arrays | state.moments).items()}
+    tensors = {
+        key: torch.from_numpy(np.ascontiguousarray(array))
+        for key, array in (state.arrays | state.average | state.moments).items()
+    }
     save_tensors(run.checkpoint(state.round), tensors, meta)
     old = state.round - KEEP_ROUNDS
     if old >= 0 and not is_evaluated(settings, old):
@@ -136,9 +149,11 @@ def load_state(run: RunFolder, experiment: str, tell: Callable[[dict[str, Any]],
 
 def _state(round_number: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> State:
     arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
+    own = (STATE,) if "ema" in meta["settings"]["federation"]["exchange"] else (STATE, AVERAGE)
     return State(
         round=round_number,
-        arrays={key: array for key, array in arrays.items() if not key.startswith(STATE)},
+        arrays={key: array for key, array in arrays.items() if not key.startswith(own)},
+        average={key: array for key, array in arrays.items() if key.startswith(AVERAGE) and AVERAGE in own},
         moments={key: array for key, array in arrays.items() if key.startswith(STATE)},
         images_seen=meta["images_seen"],
         bytes_exchanged=meta["bytes_exchanged"],
@@ -150,7 +165,7 @@ def _state(round_number: int, tensors: Mapping[str, torch.Tensor], meta: Mapping
         resolution=meta["resolution"],
         exhausted=meta.get("exhausted", []),
         drawn=meta.get("drawn") is True,
-        shares=[Share(**share) for share in meta.get("shares", [])],
+        shares=[Share(**share | {"label_counts": tuple(share.get("label_counts", ()))}) for share in meta.get("shares", [])],
         since={int(number): done for number, done in meta.get("since", {}).items()},
     )
 

@@ -26,9 +26,10 @@ from fedgan.config import Settings, to_dict
 from fedgan.errors import FederationError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator
+from fedgan.training.ema import average_of_rounds
 from server.answers import AWAY, UNASKED, Answers, ask
 from server.attendance import Attendance
-from server.checkpoints import State, has_line, initial_state, is_evaluated, load_state, save_state, write_line
+from server.checkpoints import State, has_line, initial_state, is_evaluated, keeps_average, load_state, save_state, write_line
 from server.defence import check_answer, check_facts, length_for_images, too_long
 from server.hospital_privacy import charge, even, remark
 from server.lines import ending, exhausted_now, hospital_line, mean_of, note_of, told_of
@@ -191,6 +192,9 @@ class Federation:
             shares=state.shares,
             since=state.since | dict.fromkeys(replies, number),
         )
+        if keeps_average(self.settings):
+            shown = after.images_seen - state.images_seen
+            after.average = average_of_rounds(state.average, arrays, self.settings.training, shown, state.images_seen)
         after.line = {
             "round": number,
             "images_seen": after.images_seen,

@@ -44,7 +44,7 @@ class Member:
 
     def share(self, joined: int) -> Share:
         """What is kept of it once it has joined after `joined` rounds."""
-        return Share(self.number, self.name, self.images, self.units, joined)
+        return Share(self.number, self.name, self.images, self.units, joined, self.label_counts)
 
 
 def called(number: int, name: str) -> str:

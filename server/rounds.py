@@ -44,7 +44,8 @@ def deal(settings: Settings, sizes: Sequence[int]) -> Deal:
 class Share:
     """What the server keeps of a hospital that has joined: its number, name, training images and units of privacy.
 
-    `joined`: rounds that were done when it came; 0 for those that began together.
+    `joined`: rounds that were done when it came; 0 for those that began together. `label_counts`: its training images of each
+    label; empty unless `federation.share_label_counts`.
     """
 
     number: int
@@ -52,6 +53,7 @@ class Share:
     images: int
     units: int = 0
     joined: int = 0
+    label_counts: tuple[int, ...] = ()
 
 
 class Plan:

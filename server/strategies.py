@@ -1,7 +1,8 @@
 """Flower's own strategy classes, chosen by name, and what of them must survive a restart.
 
-fedavg (arXiv 1602.05629), fedprox (1812.06127), fedadam and fedyogi (2003.00295), fedmedian and
-fedtrimmedavg (1803.01498), krum and multikrum (1703.02757). All work on one ArrayRecord with prefixed keys.
+fedavg (arXiv 1602.05629), fedprox (1812.06127), fedavgm (1909.06335), fedadam and fedyogi (2003.00295), fedmedian and
+fedtrimmedavg (1803.01498), krum and multikrum (1703.02757). All work on one ArrayRecord with prefixed keys; how far each
+hospital's change counts is `federation.weights` (server/weights.py).
 `privacy.hospital` wraps them in Flower's differential privacy of hospitals (server/hospital_privacy.py).
 """
 
@@ -13,7 +14,18 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Message
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, FedTrimmedAvg, FedYogi, Krum, MultiKrum, Strategy
+from flwr.serverapp.strategy import (
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+    Krum,
+    MultiKrum,
+    Strategy,
+)
 
 from fedgan.config import Settings
 from fedgan.errors import CheckpointError, ConfigError
@@ -21,6 +33,7 @@ from fedgan.privacy.masking import FEWEST
 from server.hospital_privacy import check_hospital_privacy, wrap
 from server.records import ARRAYS, CONFIG, WEIGHT, to_record
 from server.secure import check_secure
+from server.weights import check_weights, weigh
 from server.wire import check_wire
 
 STATE = "strategy/"
@@ -50,6 +63,7 @@ def check_strategy(settings: Settings) -> None:
     check_hospital_privacy(settings)
     check_wire(settings)
     check_secure(settings)
+    check_weights(settings)
     if hospitals < (needed := fewest(settings)):
         if federation.strategy == "fedtrimmedavg" and hospitals < 3:
             raise ConfigError(f"fedtrimmedavg cuts one from each end, and {hospitals} hospitals leave nobody: choose fedavg")
@@ -128,6 +142,8 @@ def _plain(settings: Settings) -> FedAvg:
             return FedAvg(**common)
         case "fedprox":
             return FedProx(**common, proximal_mu=settings.training.proximal_mu)
+        case "fedavgm":
+            return FedAvgM(**common, server_momentum=federation.server_momentum)
         case "fedadam":
             return FedAdam(**common, eta=federation.server_learning_rate)
         case "fedyogi":
@@ -153,6 +169,7 @@ def aggregate(
     krum and multikrum get what was changed instead. Flower takes a distance as |x|² + |y|² - 2 xy in float32, and the mapping
     networks' weights are about 100: of whole models, what is left of a round's change is rounding, and anybody may be chosen.
     """
+    weigh(settings, replies, sent)
     by_distance = settings.federation.strategy in KRUMS
     if by_distance:
         for reply in replies:
@@ -168,6 +185,8 @@ def aggregate(
 def strategy_state(strategy: Strategy) -> dict[str, np.ndarray]:
     """The moments of the server's optimiser as `strategy/m/KEY` and `strategy/v/KEY`; empty for strategies without memory."""
     moments = {"m": getattr(strategy, "m_t", None) or {}, "v": getattr(strategy, "v_t", None) or {}}
+    if isinstance(strategy, FedAvgM) and strategy.momentum_vector is not None:
+        moments["m"] = dict(zip(strategy.current_arrays or {}, strategy.momentum_vector, strict=True))
     return {f"{STATE}{moment}/{key}": np.asarray(value) for moment, arrays in moments.items() for key, value in arrays.items()}
 
 
@@ -179,11 +198,16 @@ def restore_strategy(strategy: Strategy, tensors: dict[str, np.ndarray]) -> None
     found = {key: value for key, value in tensors.items() if key.startswith(STATE)}
     if not found:
         return
-    if not hasattr(strategy, "m_t"):
+    first, second = (
+        {key.removeprefix(f"{STATE}{moment}/"): found[key] for key in sorted(found) if key.startswith(f"{STATE}{moment}/")}
+        for moment in ("m", "v")
+    )
+    if isinstance(strategy, FedAvgM) and not second:
+        strategy.momentum_vector = list(first.values())  # by sorted name, as arrays travel
+    elif hasattr(strategy, "m_t"):
+        strategy.m_t, strategy.v_t = first, second
+    else:
         raise CheckpointError(
             f"the checkpoint holds moments of a server optimiser, but {type(strategy).__name__} has none: "
             "was config.toml changed?"
         )
-    for moment in ("m", "v"):
-        prefix = f"{STATE}{moment}/"
-        setattr(strategy, f"{moment}_t", {key.removeprefix(prefix): found[key] for key in found if key.startswith(prefix)})

@@ -7,15 +7,18 @@ is spent ends with the round in which that happened.
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedgan import files
-from fedgan.data.dataset import ImageDataset
+from fedgan.config import Settings
+from fedgan.data.federation import Hospital
 from fedgan.machine import peak_memory, usable_cores
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
@@ -26,6 +29,7 @@ from server.checkpoints import State, exhausted_in, has_line, load_state, save_s
 from server.lines import mean_of, plain_numbers
 from server.lock import locked, sweep
 from server.preparation import experiment_of, is_prepared, ledger_of, open_prepared, prepare_run
+from server.rounds import Share
 from server.strategies import STATE
 from simulations.arms import EVERYBODY, Job, Start
 from simulations.trainings import pooled
@@ -53,8 +57,9 @@ def train_at_home(job: Job, tell: Tell) -> None:
             planned_images=sum(job.images),
             ledgers=[ledger_of(hospital, run).path for hospital in hospitals],
             run=experiment_of(run),
+            places=np.repeat(np.arange(len(hospitals)), [len(hospital.train) for hospital in hospitals]),
         )
-        state = _restore(job, run, trainer, data, all(hospital.drawn for hospital in hospitals), tell)
+        state = _restore(job, run, trainer, hospitals, tell)
         _tell_start(job, state, tell)
         while state.round < len(job.images) and not state.exhausted:
             state = _round(job, run, trainer, state, state.round + 1, tell)
@@ -70,29 +75,34 @@ def is_trained_at_home(job: Job) -> bool:
 # --- rounds ----------------------------------------------------------------------------------------
 
 
-def _restore(job: Job, run: RunFolder, trainer: Trainer, data: ImageDataset, drawn: bool, tell: Tell) -> State:
+def _restore(job: Job, run: RunFolder, trainer: Trainer, hospitals: Sequence[Hospital], tell: Tell) -> State:
     """The Trainer and the totals as they were after the last whole round, or at the job's beginning."""
     experiment = experiment_of(run)
     state = load_state(run, experiment, tell)
     if state is not None and state.round:
         trainer.load(_trainer_state(run, state.round))
+        if job.start is not None:
+            trainer.at(state.shares[0].number)
         if state.line is not None and not has_line(run, state.round):
             write_line(run, state.line)
         return state
     warm_start(trainer)
+    data, drawn = trainer.dataset, all(hospital.drawn for hospital in hospitals)
+    shares = [_share(number, hospital, trainer.settings) for number, hospital in enumerate(hospitals)]
     if job.start is not None:
-        drawn = _take_over(job.start, job.members[0], trainer) and drawn
-    state = State(0, trainer.outgoing(PARTS), {}, trainer.images_seen, 0, 0.0, None, drawn=drawn)
+        drawn, shares = _take_over(job.start, job.members[0], trainer, drawn, shares)
+    state = State(0, trainer.outgoing(PARTS), {}, trainer.images_seen, 0, 0.0, None, drawn=drawn, shares=shares)
     state.label_names, state.exclusive = tuple(data.label_names), data.exclusive
     state.channels, state.resolution = data.channels, data.resolution
     save_state(run, trainer.settings, state, experiment)
     return state
 
 
-def _take_over(start: Start, hospital: str, trainer: Trainer) -> bool:
+def _take_over(start: Start, hospital: str, trainer: Trainer, drawn: bool, shares: list[Share]) -> tuple[bool, list[Share]]:
     """Begin with a federation's model of a round, its image count and the strength of augmentation at this hospital.
 
-    → whether that model has seen nothing but drawn phantoms.
+    → whether that model and this training have seen nothing but drawn phantoms, and the hospital's share under the number
+    that it has in the federation, by which the model knows it.
     """
     run = RunFolder(start.folder)
     tensors, meta = load_tensors(run.checkpoint(start.round))
@@ -101,7 +111,15 @@ def _take_over(start: Start, hospital: str, trainer: Trainer) -> bool:
     rows = [row for line in lines for row in line["hospitals"] if row["name"] == hospital]
     row = rows[-1]  # of that round; of an earlier one where this hospital's privacy budget was spent before
     trainer.go_on(row["images_seen"], row.get("p", trainer.ada.p))
-    return meta.get("drawn") is True
+    number = next(share["number"] for share in meta["shares"] if share["name"] == hospital)
+    trainer.at(number)
+    return meta.get("drawn") is True and drawn, [dataclasses.replace(share, number=number) for share in shares]
+
+
+def _share(number: int, hospital: Hospital, settings: Settings) -> Share:
+    """What a checkpoint keeps of a hospital that trains here; how often it has each label, only where that is drawn by."""
+    counts = hospital.train.labels.sum(axis=0, dtype=int).tolist() if settings.model.institutions else ()
+    return Share(number, hospital.name, len(hospital.train), label_counts=tuple(counts))
 
 
 def _round(job: Job, run: RunFolder, trainer: Trainer, before: State, number: int, tell: Tell) -> State:
@@ -139,6 +157,7 @@ def _round(job: Job, run: RunFolder, trainer: Trainer, before: State, number: in
         channels=before.channels,
         resolution=before.resolution,
         drawn=before.drawn,
+        shares=before.shares,
     )
     if trainer.exhausted:
         after.exhausted = [{"name": name, "number": 0, "images": len(trainer.dataset), "round": number}]

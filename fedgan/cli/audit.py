@@ -141,6 +141,8 @@ def load_audited(checkpoint: Path, settings: Settings) -> tuple[Audited, dict[st
     if weights := with_prefix(load_tensors(checkpoint)[0], "discriminator/"):
         discriminator = Discriminator(settings.model, meta["resolution"], meta["channels"], len(meta["label_names"]))
         load_into(discriminator, weights, f"checkpoint {checkpoint}")
+        if discriminator.mapping is not None:
+            discriminator.mapping.institutions = generator.mapping.institutions
         discriminator = discriminator.eval().requires_grad_(False).to(device)
     return Audited(settings, generator, discriminator, device), meta
 

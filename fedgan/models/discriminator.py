@@ -55,6 +55,8 @@ class Head(nn.Module):
 class Discriminator(nn.Module):
     """images (B, channels, resolution, resolution) in [-1, 1], c (B, label_dim) multi-hot → logits (B,).
 
+    Where the networks tell hospitals apart, c may end with the hospital, one-hot; else each counts by its share of the label.
+
     `halves` = 2: the batch is fake images, then as many real ones, judged in one pass; minibatch-std groups
     keep to their half, so the logits are those of two passes.
     """
@@ -73,8 +75,10 @@ class Discriminator(nn.Module):
             after = channels_at(side // 2, base, most)
             self.add_module(f"b{side}", ResidualBlock(here, after, channels if number == 0 else 0, rng))
         width = channels_at(4, base, most)
-        self.mapping = Mapping(0, label_dim, width, CLASS_MAPPING_LAYERS, rng, track=False) if label_dim else None
-        self.b4 = Head(width, width if label_dim else 1, model.minibatch_std_group, rng)
+        known = label_dim + model.institutions
+        more = {"track": False, "institutions": model.institutions}
+        self.mapping = Mapping(0, label_dim, width, CLASS_MAPPING_LAYERS, rng, **more) if known else None  # type: ignore[arg-type]
+        self.b4 = Head(width, width if known else 1, model.minibatch_std_group, rng)
 
     def forward(self, images: Tensor, c: Tensor, halves: int = 1) -> Tensor:
         x = images.to(self.dtype).contiguous(memory_format=torch.channels_last)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedgan.config import ModelSettings
+from fedgan.models.institutions import Institutions
 from fedgan.models.layers import (
     GAIN,
     Linear,
@@ -29,7 +30,11 @@ W_AVG_DECAY = 0.998
 
 
 class Mapping(nn.Module):
-    """z (B, z_dim) and c (B, label_dim) → w (B, w_dim). With z_dim = 0: a mapping of the class alone."""
+    """z (B, z_dim) and c (B, label_dim) → w (B, w_dim). With z_dim = 0: a mapping of the class alone.
+
+    With `model.institutions` = H the embedding knows the image's hospital too, as H more columns: c is then
+    (B, label_dim + H), or (B, label_dim), and `institutions` says from which hospital each image is.
+    """
 
     def __init__(
         self,
@@ -40,11 +45,14 @@ class Mapping(nn.Module):
         rng: torch.Generator,
         lr_multiplier: float = 0.01,
         track: bool = True,
+        institutions: int = 0,
     ) -> None:
         super().__init__()
         self.z_dim, self.label_dim, self.layers = z_dim, label_dim, layers
-        self.embed = Linear(label_dim, w_dim, rng) if label_dim else None
-        width = z_dim + (w_dim if label_dim else 0)
+        self.institutions = Institutions(label_dim, institutions)
+        known = label_dim + institutions
+        self.embed = Linear(known, w_dim, rng) if known else None
+        width = z_dim + (w_dim if known else 0)
         for number in range(layers):
             gain = GAIN if number else 1.0
             self.add_module(f"fc{number}", Linear(width if number == 0 else w_dim, w_dim, rng, 0.0, lr_multiplier, gain))
@@ -57,7 +65,7 @@ class Mapping(nn.Module):
         if z is not None and self.z_dim:
             parts.append(normalize_second_moment(z.to(dtype)))
         if self.embed is not None:
-            parts.append(normalize_second_moment(self.embed(c.to(dtype))))
+            parts.append(normalize_second_moment(self.embed(self.institutions(c, z).to(dtype))))
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         for number in range(self.layers):
             x = activate(getattr(self, f"fc{number}")(x))
@@ -209,6 +217,9 @@ class Synthesis(nn.Module):
 class Generator(nn.Module):
     """z (B, z_dim), c (B, label_dim) multi-hot → image (B, channels, resolution, resolution) in about [-1, 1].
 
+    Where the networks tell hospitals apart (`model.institutions`), c may end with the hospital, one-hot; else it is drawn by the
+    hospitals' shares of the label (fedgan/models/institutions.py).
+
     `psi` < 1 pulls w towards its average (truncation, arXiv 1812.04948 appendix B). `noise`: 'random' (drawn
     from `rng`, a generator on the images' device), 'const' (fixed images) or 'none'.
     """
@@ -220,7 +231,7 @@ class Generator(nn.Module):
         rng = rng or torch.Generator().manual_seed(0)
         self.z_dim, self.w_dim, self.label_dim = model.z_dim, model.w_dim, label_dim
         self.resolution, self.channels = resolution, channels
-        self.mapping = Mapping(model.z_dim, label_dim, model.w_dim, model.mapping_layers, rng)
+        self.mapping = Mapping(model.z_dim, label_dim, model.w_dim, model.mapping_layers, rng, institutions=model.institutions)
         self.synthesis = Synthesis(model, resolution, channels, rng)
 
     @property

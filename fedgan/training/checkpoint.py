@@ -94,4 +94,10 @@ def load_generator(path: Path, device: str = "cpu") -> tuple[Generator, dict[str
     settings = from_dict(meta["settings"], source=str(path.with_suffix(".json")))
     generator = Generator(settings.model, meta["resolution"], meta["channels"], len(meta["label_names"]))
     load_into(generator, weights, f"checkpoint {path}")
+    if settings.model.institutions:
+        shares, labels = meta.get("shares", []), len(meta["label_names"])
+        if not shares or any(len(share.get("label_counts", ())) != labels for share in shares):
+            raise CheckpointError(f"{path} does not tell the hospitals' shares of the labels, which model.institutions asks for")
+        known = {share["number"]: (share["images"], share["label_counts"]) for share in shares}
+        generator.mapping.institutions.know(known, meta.get("exclusive", True))
     return generator.eval().requires_grad_(False).to(device), meta

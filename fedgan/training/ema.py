@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import nn
 
+from fedgan.config import TrainingSettings
 from fedgan.models.generator import Generator
+
+AVERAGE, SOURCE = "ema/", "generator/"
 
 
 def ema_decay(batch_size: int, half_life_kimg: float, rampup: float, images_seen: int) -> float:
@@ -26,3 +32,25 @@ def ema_update(average: nn.Module, source: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), 1 - decay)
     if isinstance(average, Generator) and isinstance(source, Generator):
         average.mapping.w_avg.copy_(source.mapping.w_avg)
+
+
+def half_life_kimg(training: TrainingSettings, batch_size: int) -> float:
+    """`training.ema_half_life_kimg`, or the default that goes with a step of `batch_size` images."""
+    given = training.ema_half_life_kimg
+    return batch_size * 10 / 32 if given < 0 else given
+
+
+def average_of_rounds(
+    average: Mapping[str, np.ndarray], model: Mapping[str, np.ndarray], training: TrainingSettings, shown: int, images_seen: int
+) -> dict[str, np.ndarray]:
+    """The server's average after a round: `average` (`ema/…`) moved towards the generator in `model` (`generator/…`).
+
+    For a federation in which the average does not travel. `shown`: images of the round; `images_seen`: before it. A round
+    counts as one step of so many images: over short rounds it is a Trainer's average, over long ones the last generator.
+    """
+    decay = ema_decay(shown, half_life_kimg(training, training.batch_size), training.ema_rampup, images_seen)
+    moved = {}
+    for key, before in average.items():
+        now = model[SOURCE + key.removeprefix(AVERAGE)]
+        moved[key] = now.copy() if key.endswith("w_avg") else (decay * before + (1 - decay) * now).astype(np.float32)
+    return moved

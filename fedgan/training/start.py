@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset
 from fedgan.privacy.ledger import JointLedger, Ledger
@@ -23,13 +25,14 @@ def begin_training(
     run: str,
     secret: int | None = None,
     least_noise: float = 0.0,
+    places: np.ndarray | None = None,
 ) -> Trainer:
     """A Trainer for `dataset`, private where `settings.privacy` is on.
 
     `planned_images`: real images that this Trainer will be shown in the whole run; the noise follows from it. `ledgers`: the
     ledger file of each shard that the dataset's images come from. `run`: the run's id, for the ledger's lines.
-    `least_noise`: a noise multiplier that the hospital's own is raised to (`privacy.noise_split = "equal"`). Raises
-    `ConfigError` for settings that void the guarantee.
+    `least_noise`: a noise multiplier that the hospital's own is raised to (`privacy.noise_split = "equal"`). `places`: as of
+    `Trainer`. Raises `ConfigError` for settings that void the guarantee.
     """
     check_private(settings)
     device = settings.training.device
@@ -38,7 +41,7 @@ def begin_training(
         ledger = JointLedger([Ledger(path) for path in ledgers])
         batch = settings.training.batch_size
         private = PrivateStep(settings, dataset, batch, planned_images, ledger, run, resolve_device(device), secret, least_noise)
-    trainer = Trainer(settings, dataset, device, stream, private)
+    trainer = Trainer(settings, dataset, device, stream, private, places)
     if private is not None:
         check_modules(trainer.discriminator, dataset)
     return trainer

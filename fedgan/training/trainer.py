@@ -28,7 +28,7 @@ from fedgan.training import losses
 from fedgan.training.ada import AdaController
 from fedgan.training.augment import AugmentPipe
 from fedgan.training.checkpoint import load_into, load_tensors, save_tensors, with_prefix
-from fedgan.training.ema import ema_decay, ema_update
+from fedgan.training.ema import ema_decay, ema_update, half_life_kimg
 from fedgan.training.labels import draw_labels
 from fedgan.training.optimizer import adam, load_optimizer, optimizer_tensors, pull_towards
 from fedgan.training.sampler import PoissonSampler, Sampler
@@ -44,8 +44,10 @@ class Trainer:
     """Trains one StyleGAN2-ADA on one dataset.
 
     Networks are initialised from `settings.seed` alone, the same in every hospital; every other draw comes
-    from (seed, `stream`), where `stream` is the hospital's number. `device` is 'cpu', 'cuda' or 'auto'. `private`: what
-    `make_private` gave, where `settings.privacy` is on; D's step is then DP-SGD's and draws from a secret.
+    from (seed, `stream`), where `stream` is the hospital's number. `places` (N,): the number of each image's hospital, where the
+    dataset is pooled and the networks tell hospitals apart (`model.institutions`); else all are `stream`'s. `device` is
+    'cpu', 'cuda' or 'auto'. `private`: what `make_private` gave, where `settings.privacy` is on; D's step is then DP-SGD's
+    and draws from a secret.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Trainer:
         device: str = "cpu",
         stream: int = 0,
         private: PrivateStep | None = None,
+        places: np.ndarray | None = None,
     ) -> None:
         if settings.privacy.on and private is None:
             raise ConfigError("privacy is on, but this Trainer was given no ledger to enter its steps in: it would count nothing")
@@ -66,6 +69,7 @@ class Trainer:
         if not len(dataset):
             raise DataError(f"'{dataset.name}' has no training image: check the splits of its shard")
         self.settings, self.dataset, self.stream = settings, dataset, stream
+        self.places = np.full(len(dataset), stream) if places is None else places
         self.device = resolve_device(device)
         training, model = settings.training, settings.model
         self.batch_size = training.batch_size
@@ -81,6 +85,7 @@ class Trainer:
             network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             network.dtype = self.dtype
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        self._tell_shares()
         self.d_average = copy.deepcopy(self.discriminator).requires_grad_(False) if training.d_average else None
 
         # Optimisers, with the correction for regularisers that run now and then.
@@ -262,6 +267,11 @@ class Trainer:
         self.g_steps = self.steps // self.settings.training.d_steps  # else the first batch of w would replace w_avg
         self.ada.p = p
 
+    def at(self, number: int) -> None:
+        """Take all images for those of hospital `number` of the federation that the model comes from."""
+        self.places = np.full(len(self.dataset), number)
+        self._tell_shares()
+
     # --- the parts of a step ---------------------------------------------------------------------
 
     def _real_batch(self, rows: np.ndarray | None = None, host: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -271,17 +281,32 @@ class Trainer:
         if self.settings.augment.mirror:
             flip = (torch.rand(len(real), 1, 1, 1, generator=host) < 0.5).to(self.device)
             real = torch.where(flip, real.flip(3), real)
-        return real, labels.to(self.device, non_blocking=True)
+        return real, self._condition(labels, rows).to(self.device, non_blocking=True)
 
     def _fake_labels(self, count: int, host: torch.Generator | None = None) -> Tensor:
         """Labels (count, K) for the generator: as frequent as in the hospital's own images, or as `training.labels` asks."""
         host = host or self.host
         if self.private is None and self.settings.training.labels == "data":
             rows = torch.randint(len(self.dataset), (count,), generator=host).numpy()
-            labels = torch.from_numpy(self.dataset.labels[rows].astype(np.float32))
+            labels = self._condition(torch.from_numpy(self.dataset.labels[rows].astype(np.float32)), rows)
         else:
             labels = draw_labels(self.label_weights, self.dataset.label_dim, self.dataset.exclusive, count, host)
         return labels.to(self.device, non_blocking=True)
+
+    def _condition(self, labels: Tensor, rows: np.ndarray) -> Tensor:
+        """The labels (B, K) of the rows, and behind them their hospitals (B, H) where the networks tell them apart."""
+        if not self.settings.model.institutions:
+            return labels
+        hospital = torch.from_numpy(self.places[rows]).long()
+        return torch.cat([labels, nn.functional.one_hot(hospital, self.settings.model.institutions).float()], dim=1)
+
+    def _tell_shares(self) -> None:
+        """Let the networks know how often each hospital has each label among the images here, for whoever asks by label alone."""
+        of = {number: self.places == number for number in range(self.settings.model.institutions)}
+        shares = {number: (int(mine.sum()), self.dataset.labels[mine].sum(0, dtype=int).tolist()) for number, mine in of.items()}
+        for mapping in (self.generator.mapping, self.ema.mapping, self.discriminator.mapping):
+            if mapping is not None:
+                mapping.institutions.know(shares, self.dataset.exclusive)
 
     def _randn(self, shape: Iterable[int], noise: torch.Generator | None = None) -> Tensor:
         return torch.randn(tuple(shape), generator=noise or self.noise, device=self.device)
@@ -327,8 +352,7 @@ class Trainer:
 
     @property
     def ema_half_life_kimg(self) -> float:
-        given = self.settings.training.ema_half_life_kimg
-        return self.batch_size * 10 / 32 if given < 0 else given
+        return half_life_kimg(self.settings.training, self.batch_size)
 
     # --- what travels ----------------------------------------------------------------------------
 

@@ -1,0 +1,109 @@
+"""How far each hospital's change moves the model: `federation.weights` and `federation.label_rows`.
+
+Flower's strategies take the mean of models Y_k by `num_examples`, p_k = n_k / Σ n. A change is scaled here before they see it,
+Y_k ← M + (w_k / p_k) (Y_k - M) with M the model that was sent, so that their mean is M + Σ w_k (Y_k - M):
+
+    size    w_k = p_k             FedAvg (arXiv 1602.05629)
+    root    w_k = √n_k / Σ √n     between the two
+    equal   w_k = 1 / K           no hospital more than another
+    sum     w_k = 1               every step of every hospital counts whole
+
+The mean by size discounts a small hospital twice where it also takes fewer steps (`federation.local_images =
+"proportional"`): with 71 and 26 % of the images the second moves the model by 0.26 · 0.26 against 0.71 · 0.71 of the first.
+`equal` leaves the ratio of the images. `sum` adds the changes up, which is FedNova's rule (arXiv 2007.07481, eq. 6) with as
+many effective steps as all hospitals took together: in the limit of short rounds the steps of pooled training, one after
+the other. Long rounds overshoot under it. What is an average already (`ema`, the generator's w_avg) is averaged by size
+whatever the weights.
+
+`federation.label_rows`: the column of a label in the two embeddings is averaged over those alone who hold the label. Adam
+moves it in one hospital as fast as in all, and a mean with those who never saw the label would shrink that to the
+holders' share. Who holds it is read off the change: a column without a gradient has not moved.
+
+Nothing more leaves a hospital for any of these: the server sees each model as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from flwr.app import Message
+
+from fedgan.config import Settings
+from fedgan.errors import ConfigError
+from fedgan.training.warm_start import LABEL_LAYER
+from server.records import ARRAYS, METRICS, WEIGHT, to_record
+
+WEIGHTED = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi")  # whose result rests on the mean of the models
+
+
+def check_weights(settings: Settings) -> None:
+    """Raise `ConfigError` where the strategy knows no weights, or single changes cannot be scaled."""
+    federation = settings.federation
+    if federation.weights == "size" and not federation.label_rows:
+        return
+    key = "label_rows = true" if federation.weights == "size" else f"weights = '{federation.weights}'"
+    if federation.strategy not in WEIGHTED:
+        raise ConfigError(
+            f"federation.{key} weighs a mean, and federation.strategy = '{federation.strategy}' takes none: leave "
+            f"federation.weights = 'size' and label_rows = false, or choose one of {', '.join(WEIGHTED)}"
+        )
+    if federation.secure:
+        raise ConfigError(
+            f"federation.{key} scales single changes, which federation.secure hides from the server: leave federation.weights = "
+            "'size' and label_rows = false, or secure = false"
+        )
+    if settings.privacy.hospital != "none":
+        raise ConfigError(
+            f"federation.{key} would let one hospital move the mean further than privacy.hospital = "
+            f"'{settings.privacy.hospital}' counts on: leave federation.weights = 'size' and label_rows = false"
+        )
+
+
+def weigh(settings: Settings, replies: Sequence[Message], sent: Mapping[str, np.ndarray]) -> None:
+    """Scale the changes of whole models, answers to `sent`, in place. Replies that are to count as they are stay untouched."""
+    federation = settings.federation
+    if federation.weights == "size" and not federation.label_rows:
+        return
+    models = [{key: array.numpy() for key, array in reply.content.array_records[ARRAYS].items()} for reply in replies]
+    sizes = np.array([float(reply.content.metric_records[METRICS][WEIGHT]) for reply in replies])
+    weights = shares(sizes, federation.weights)
+    for key, before in sent.items():
+        by_size = sizes / sizes.sum()
+        wanted = by_size if is_average(key) else weights
+        factors = [np.asarray(factor) for factor in wanted / by_size]
+        if federation.label_rows and key.endswith(LABEL_LAYER):
+            changes = [np.asarray(model[key], np.float64) - before for model in models]
+            factors = [column / share for column, share in zip(columns(changes, wanted), by_size, strict=True)]
+        for model, factor in zip(models, factors, strict=True):
+            if not np.all(factor == 1):  # else to the bit what the hospital sent
+                model[key] = (before + factor * (np.asarray(model[key], np.float64) - before)).astype(np.float32)
+    for reply, model in zip(replies, models, strict=True):
+        reply.content[ARRAYS] = to_record(model)
+
+
+def shares(sizes: np.ndarray, rule: str) -> np.ndarray:
+    """The weights w (K,) of hospitals with these numbers of images; they add up to 1 but for 'sum'."""
+    if rule == "sum":
+        return np.ones(len(sizes))
+    weights = {"size": sizes, "root": np.sqrt(sizes), "equal": np.ones(len(sizes))}[rule]
+    return np.asarray(weights / weights.sum())
+
+
+def columns(changes: Sequence[np.ndarray], weights: np.ndarray) -> list[np.ndarray]:
+    """For each hospital (1, labels): the weights of a label's holders grown to the sum of all weights, 0 for the others.
+
+    `changes`: (width, labels) each. Under 'sum' holders keep their 1. A column that nobody moved is weighed by `weights`.
+    """
+    moved = np.array([np.abs(change).max(axis=0) > 0 for change in changes])
+    held = moved * weights[:, None]
+    if np.allclose(weights, 1):
+        return [row[None] for row in held]
+    total = held.sum(axis=0)
+    grown = np.where(total > 0, held * (weights.sum() / np.where(total > 0, total, 1)), weights[:, None])
+    return [row[None] for row in grown]
+
+
+def is_average(key: str) -> bool:
+    """Whether an array is a running average: those of several hospitals have a mean and no sum."""
+    return key.startswith("ema/") or key.endswith("w_avg")

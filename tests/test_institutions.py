@@ -1,0 +1,168 @@
+"""model.institutions: networks that tell hospitals apart, and who asks for a label alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_federation import federate, tiny, write_shards
+
+from client.app import app
+from fedgan.config import ModelSettings, Settings, from_dict, to_dict
+from fedgan.data.federation import open_hospitals
+from fedgan.errors import CheckpointError, ConfigError, FedganError
+from fedgan.evaluation.reference import pool_places
+from fedgan.evaluation.sampling import generate_images
+from fedgan.models.discriminator import Discriminator
+from fedgan.models.generator import Generator
+from fedgan.models.institutions import Institutions
+from fedgan.run_folder import RunFolder
+from fedgan.training.checkpoint import load_generator, load_tensors, save_tensors
+from fedgan.training.trainer import Trainer
+
+APART = ("model.institutions=3", "federation.share_label_counts=true")
+MODEL = ModelSettings(z_dim=4, w_dim=8, channel_base=64, channel_max=8, mapping_layers=1, institutions=3)
+SHARES = {0: (60, [60, 0]), 1: (30, [20, 10]), 2: (10, [0, 10])}
+
+
+def hospitals_of(z: torch.Tensor, c: torch.Tensor, institutions: Institutions) -> np.ndarray:
+    return institutions(c, z)[:, c.shape[1] :].argmax(1).numpy()
+
+
+# --- who asks for a label alone --------------------------------------------------------------------
+
+
+def test_a_label_s_images_come_from_its_holders_by_their_shares() -> None:
+    institutions = Institutions(2, 3)
+    institutions.know(SHARES, exclusive=True)
+    z = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0))
+    for label, expected in ((0, [0.75, 0.25, 0.0]), (1, [0.0, 0.5, 0.5])):
+        c = torch.eye(2)[torch.full((len(z),), label)]
+        found = np.bincount(hospitals_of(z, c, institutions), minlength=3) / len(z)
+        np.testing.assert_allclose(found, expected, atol=0.015)
+        np.testing.assert_allclose(institutions.odds(c[:1]).numpy()[0], expected, atol=1e-5)
+
+
+def test_the_hospital_says_nothing_of_where_a_latent_lies() -> None:
+    institutions = Institutions(2, 3)
+    institutions.know(SHARES, exclusive=True)
+    z = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(1))
+    chosen = hospitals_of(z, torch.eye(2)[torch.zeros(len(z), dtype=torch.long)], institutions)
+    for hospital in (0, 1):
+        mine = z[torch.from_numpy(chosen == hospital)]
+        np.testing.assert_allclose(mine.mean(0), 0, atol=0.06)
+        np.testing.assert_allclose(mine.std(0), 1, atol=0.05)
+
+
+def test_findings_that_may_come_together_are_weighed_with_those_that_are_absent() -> None:
+    """Two hospitals of one size; the first has each finding in a half of its images, the second in a tenth."""
+    institutions = Institutions(2, 2)
+    institutions.know({0: (100, [50, 50]), 1: (100, [10, 10])}, exclusive=False)
+    odds = institutions.odds(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])).numpy()[:, 0]
+    np.testing.assert_allclose(odds, [0.25 / (0.25 + 0.81), 0.25 / (0.25 + 0.09), 0.25 / (0.25 + 0.01)], rtol=1e-6)
+
+
+def test_a_hospital_that_never_came_is_never_drawn() -> None:
+    institutions = Institutions(1, 3)
+    institutions.know({0: (5, [5]), 2: (15, [15])}, exclusive=True)
+    np.testing.assert_allclose(institutions.odds(torch.ones(1, 1)).numpy()[0], [0.25, 0.0, 0.75], atol=1e-9)
+
+
+def test_a_latent_and_a_label_are_one_image_in_any_batch() -> None:
+    generator = Generator(MODEL, 16, 1, 2).eval()
+    generator.mapping.institutions.know(SHARES, exclusive=True)
+    labels = np.eye(2, dtype=np.uint8)[np.arange(40) % 2]
+    whole, cut = (generate_images(generator, labels, seed=3, batch=batch).astype(int) for batch in (64, 7))
+    assert np.abs(whole - cut).max() <= 1
+
+
+def test_a_hospital_can_be_named_and_is_seen() -> None:
+    generator = Generator(MODEL, 16, 1, 2).eval()
+    z, label = torch.randn(1, 4), torch.tensor([[1.0, 0.0]])
+    first, second = (generator(z, torch.cat([label, torch.eye(3)[[k]]], 1), noise="const") for k in (0, 1))
+    assert (first - second).abs().max() > 1e-3
+    with pytest.raises(FedganError, match="does not know the hospitals' shares"):
+        generator(z, label)
+
+
+def test_a_discriminator_that_is_asked_about_a_label_weighs_all_hospitals() -> None:
+    discriminator = Discriminator(MODEL, 16, 1, 2)
+    assert discriminator.mapping is not None
+    discriminator.mapping.institutions.know(SHARES, exclusive=True)
+    images, label = torch.randn(4, 1, 16, 16), torch.tensor([[1.0, 0.0]]).repeat(4, 1)
+    weighed = torch.cat([label, torch.tensor([[0.75, 0.25, 0.0]]).repeat(4, 1)], 1)
+    torch.testing.assert_close(discriminator(images, label), discriminator(images, weighed), atol=1e-5, rtol=1e-4)
+
+
+def test_without_institutions_networks_are_what_they_were() -> None:
+    plain = dataclasses.replace(MODEL, institutions=0)
+    for label_dim in (0, 2):
+        for kind in (Generator, Discriminator):
+            names = kind(plain, 16, 1, label_dim).state_dict()
+            assert ("mapping.embed.weight" in names) == bool(label_dim)
+            assert not any("institutions" in name for name in names)
+
+
+# --- training --------------------------------------------------------------------------------------
+
+
+def apart(root: Path, *overrides: str) -> Settings:
+    return tiny(write_shards(root / "data", (48, 24, 16)), *APART, *overrides, rounds=2, kimg=0.048)
+
+
+def test_each_hospital_trains_a_column_of_its_own(tmp_path: Path) -> None:
+    settings, run = apart(tmp_path, "federation.weights=sum"), RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    start = load_tensors(run.checkpoint(0))[0]
+    for number, name in enumerate(("alpha", "beta", "gamma")):
+        local = load_tensors(run.hospital_state(name) / "state-00001.safetensors")[0]
+        for part in ("generator", "discriminator"):
+            key = f"{part}/mapping.embed.weight"
+            moved = (local[key] - start[key]).abs().amax(0)[2:] > 0
+            assert moved.tolist() == [k == number for k in range(3)]
+    merged = load_tensors(run.checkpoint(2))[0]["generator/mapping.embed.weight"]
+    assert ((merged - start["generator/mapping.embed.weight"]).abs().amax(0)[2:] > 0).all()
+
+
+def test_a_checkpoint_says_who_holds_what(tmp_path: Path) -> None:
+    settings, run = apart(tmp_path), RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    generator, _ = load_generator(run.checkpoint(2))
+    sizes = [len(hospital.train) for hospital in open_hospitals(settings)]
+    odds = generator.mapping.institutions.odds(torch.eye(2)).numpy()
+    np.testing.assert_allclose(odds, np.tile(np.array(sizes) / sum(sizes), (2, 1)), atol=1e-6)
+    tensors, meta = load_tensors(run.checkpoint(2))
+    for share in meta["shares"]:
+        share["label_counts"] = []
+    save_tensors(run.checkpoint(2), tensors, {key: value for key, value in meta.items() if key not in ("format", "sha256")})
+    with pytest.raises(CheckpointError, match="does not tell the hospitals' shares"):
+        load_generator(run.checkpoint(2))
+
+
+def test_pooled_images_keep_their_hospitals(tmp_path: Path) -> None:
+    """Two columns move where the images of two hospitals are pooled."""
+    settings = apart(tmp_path)
+    hospitals = open_hospitals(settings)[:2]
+    data = pool_places([(hospital.name, hospital.train) for hospital in hospitals], "both")
+    places = np.repeat([0, 1], [len(hospital.train) for hospital in hospitals])
+    trainer = Trainer(settings, data, places=places)
+    before = trainer.generator.mapping.embed.weight.detach().clone()  # type: ignore[union-attr]
+    trainer.train(96)
+    after = trainer.generator.mapping.embed.weight.detach()  # type: ignore[union-attr]
+    assert ((after - before).abs().amax(0)[2:] > 0).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["model.institutions=2", "federation.share_label_counts=true"], "federation.hospitals = 3"),
+        (["model.institutions=3"], "share_label_counts = true"),
+        ([*APART, "training.labels=uniform"], "may not hold"),
+    ],
+)
+def test_settings_that_could_not_be_drawn_from_are_refused(overrides: list[str], word: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=word):
+        from_dict(to_dict(tiny(tmp_path)), overrides)

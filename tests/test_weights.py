@@ -1,0 +1,175 @@
+"""federation.weights and federation.label_rows: how far each hospital's change moves the model."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import given
+from hypothesis import strategies as st
+from small_federation import federate, tiny, write_shards
+
+from client.app import app
+from fedgan.config import Settings
+from fedgan.errors import ConfigError
+from fedgan.run_folder import RunFolder
+from fedgan.training.checkpoint import load_generator, load_tensors
+from fedgan.training.ema import ema_decay
+from server.records import to_record
+from server.strategies import aggregate, check_strategy, make_strategy
+from server.weights import columns, shares
+
+EMBED = "generator/mapping.embed.weight"
+
+
+def answers_of(sizes: list[int], models: list[dict[str, np.ndarray]]) -> list[Message]:
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # Flower makes no message without
+    return [
+        Message(RecordDict({"arrays": to_record(model), "metrics": MetricRecord({"num_examples": size})}), node, "train")
+        for node, (size, model) in enumerate(zip(sizes, models, strict=True))
+    ]
+
+
+def merged(settings: Settings, sent: dict[str, np.ndarray], sizes: list[int], changes: list[dict[str, np.ndarray]]):  # type: ignore[no-untyped-def]
+    """What the model moves by."""
+    models = [{key: (sent[key] + change[key]).astype(np.float32) for key in sent} for change in changes]
+    made = aggregate(make_strategy(settings), settings, 1, answers_of(sizes, models), sent)
+    assert made is not None
+    return {key: made[key] - sent[key] for key in sent}
+
+
+def settings_of(root: Path, *overrides: str, hospitals: int = 3) -> Settings:
+    return tiny(root, *overrides, hospitals=hospitals)
+
+
+# --- the algebra -----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=5), st.integers(0, 2**31))
+def test_every_rule_moves_the_model_by_its_own_weights(sizes: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sent = {"generator/w": rng.standard_normal((3, 4)).astype(np.float32), "generator/mapping.w_avg": np.zeros(4, np.float32)}
+    changes = [{key: rng.standard_normal(array.shape) for key, array in sent.items()} for _ in sizes]
+    n = np.array(sizes, float)
+    wanted = {"size": n / n.sum(), "root": np.sqrt(n) / np.sqrt(n).sum(), "equal": np.full(len(n), 1 / len(n)), "sum": n * 0 + 1}
+    for rule, weights in wanted.items():
+        settings = settings_of(Path(), f"federation.weights={rule}", hospitals=len(sizes))
+        moved = merged(settings, sent, sizes, changes)
+        by_rule = sum(w * change["generator/w"] for w, change in zip(weights, changes, strict=True))
+        np.testing.assert_allclose(moved["generator/w"], by_rule, atol=1e-5)
+        average = sum(w * change["generator/mapping.w_avg"] for w, change in zip(n / n.sum(), changes, strict=True))
+        np.testing.assert_allclose(moved["generator/mapping.w_avg"], average, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["size", "root", "equal", "sum"])
+def test_one_hospital_is_itself_to_the_bit(rule: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sent = {"generator/w": (rng.standard_normal((64, 64)) * 100).astype(np.float32)}
+    model = {"generator/w": sent["generator/w"] + rng.standard_normal((64, 64)).astype(np.float32) * 0.001}
+    settings = settings_of(tmp_path, f"federation.weights={rule}", hospitals=1)
+    made = aggregate(make_strategy(settings), settings, 1, answers_of([7], [dict(model)]), sent)
+    assert made is not None
+    assert made["generator/w"].tobytes() == model["generator/w"].tobytes()
+
+
+@pytest.mark.parametrize("rule", ["size", "equal", "sum"])
+def test_a_label_s_row_is_its_holders_own(rule: str, tmp_path: Path) -> None:
+    """Hospitals of 70, 20 and 10 images; label 0 is the first's alone, 1 the last two's, 2 everybody's, 3 nobody's."""
+    held = np.array([[1, 0, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0]])
+    sent = {EMBED: np.random.default_rng(3).standard_normal((5, 4)).astype(np.float32)}
+    changes = [{EMBED: np.random.default_rng(number).standard_normal((5, 4)) * row} for number, row in enumerate(held)]
+    settings = settings_of(tmp_path, f"federation.weights={rule}", "federation.label_rows=true")
+    moved = merged(settings, sent, [70, 20, 10], changes)[EMBED]
+    weights = shares(np.array([70.0, 20.0, 10.0]), rule)
+    for label in range(4):
+        holders = held[:, label] * weights
+        scale = 1 if rule == "sum" else max(holders.sum(), 1e-9)
+        expected = sum(w * change[EMBED][:, label] for w, change in zip(holders / scale, changes, strict=True))
+        np.testing.assert_allclose(moved[:, label], expected, atol=1e-5)
+
+
+def test_columns_that_nobody_moved_keep_their_weights() -> None:
+    found = columns([np.zeros((2, 1)), np.zeros((2, 1))], np.array([0.25, 0.75]))
+    assert [row.tolist() for row in found] == [[[0.25]], [[0.75]]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        (["federation.weights=sum", "federation.strategy=fedmedian"], "takes none"),
+        (["federation.label_rows=true", "federation.strategy=krum"], "takes none"),
+        (["federation.weights=equal", "federation.secure=true"], "hides from the server"),
+        (["federation.weights=sum", "privacy.hospital=server"], "further than privacy.hospital"),
+    ],
+)
+def test_weights_are_refused_where_they_could_not_hold(overrides: list[str], word: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=word):
+        check_strategy(settings_of(tmp_path, *overrides, hospitals=5))
+
+
+# --- in a federation -------------------------------------------------------------------------------
+
+
+def test_a_federation_adds_up_what_its_hospitals_changed(tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (48, 24, 16)), "federation.weights=sum", rounds=2, kimg=0.048)
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    before, after = (load_tensors(run.checkpoint(number))[0] for number in (1, 2))
+    states = [load_tensors(run.hospital_state(name) / "state-00002.safetensors")[0] for name in ("alpha", "beta", "gamma")]
+    for key in before:
+        if key.startswith(("generator/", "discriminator/")) and not key.endswith("w_avg"):
+            expected = before[key].double() + sum(
+                state[key].double().reshape(before[key].shape) - before[key] for state in states
+            )
+            np.testing.assert_allclose(after[key].numpy(), expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_an_average_that_does_not_travel_is_the_server_s(tmp_path: Path) -> None:
+    """It moves towards each round's generator as a Trainer's does in a step of so many images, and is the one that is judged."""
+    settings = tiny(
+        write_shards(tmp_path / "data", (24, 16)),
+        'federation.exchange=["generator","discriminator"]',
+        "training.ema_half_life_kimg=0.02",
+        hospitals=2,
+        rounds=2,
+        kimg=0.048,
+    )
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    states = [load_tensors(run.checkpoint(number)) for number in range(3)]
+    average = {key: tensor.numpy() for key, tensor in states[0][0].items() if key.startswith("ema/")}
+    assert average
+    for (_, before), (tensors, meta) in itertools.pairwise(states):
+        decay = ema_decay(meta["images_seen"] - before["images_seen"], 0.02, 0.05, before["images_seen"])
+        for key in average:
+            now = tensors["generator/" + key.removeprefix("ema/")].numpy()
+            average[key] = now if key.endswith("w_avg") else decay * average[key] + (1 - decay) * now
+            np.testing.assert_allclose(tensors[key].numpy(), average[key], rtol=1e-5, atol=1e-6)
+    judged = load_generator(run.checkpoint(2))[0].state_dict()
+    assert all(np.array_equal(judged[key.removeprefix("ema/")].numpy(), states[2][0][key].numpy()) for key in average)
+    numbers = sum(tensor.numel() for key, tensor in states[2][0].items() if not key.startswith("ema/"))
+    assert states[2][1]["bytes_exchanged"] == 2 * 2 * 2 * 4 * numbers  # rounds, hospitals, directions, float32
+
+
+def test_the_server_s_average_survives_a_restart(tmp_path: Path) -> None:
+    root = write_shards(tmp_path / "data", (24, 16))
+    settings = tiny(root, 'federation.exchange=["generator"]', hospitals=2, rounds=3, kimg=0.048)
+    whole, broken = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "broken")
+    federate(settings, whole, app)
+
+    def fault(number: int, message: Message) -> Message | None:
+        if message.content.config_records["config"].get("round") == 3:
+            raise KeyboardInterrupt
+        return None
+
+    with pytest.raises(KeyboardInterrupt):
+        federate(settings, broken, app, fault)
+    federate(settings, broken, app)
+    first, second = (load_tensors(run.checkpoint(3))[0] for run in (whole, broken))
+    assert any(key.startswith("ema/") for key in first)
+    assert first.keys() == second.keys()
+    assert all(first[key].equal(second[key]) for key in first)
