@@ -2,9 +2,9 @@
 
 An *arm* is a way to train (centralized, federated, local, …) with one seed. It is made of *jobs*: one training each, in
 a run folder of its own, that one process does. All jobs use the scenario's model, augment and training sections as they
-are; only `federation.*` (and fedprox's `training.proximal_mu`) may differ between arms, or the comparison would be of
-something else; in an ablation (ablation.py) more. Every arm shows discriminators the same number of images, summed over its
-hospitals, and dealt in whole batches.
+are; only `federation.*` (with it fedprox's `training.proximal_mu` and `model.institutions`) may differ between arms, or
+the comparison would be of something else; in an ablation (ablation.py) more. Every arm shows discriminators the same
+number of images, summed over its hospitals, and dealt in whole batches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedgan.comparison_folder import ComparisonFolder
-from fedgan.config import Settings
+from fedgan.config import Settings, from_dict, to_dict
 from fedgan.errors import ConfigError
 from fedgan.privacy.validator import check_private
 from server.checkpoints import is_evaluated
@@ -43,7 +43,7 @@ NAMED = {  # federations that have a name of their own
     "generator-only": ("federation.exchange=generator",),
     "local-discriminators": ("federation.exchange=generator,ema",),
 }
-OVERRIDABLE = ("federation.", "training.proximal_mu")  # what one federation may have that another has not
+OVERRIDABLE = ("federation.", "training.proximal_mu", "model.institutions")  # what one federation may have that another has not
 NOT_OVERRIDABLE = ("federation.members", "federation.hospitals", "federation.threads")
 MOST_PLAYERS = 4  # of a Shapley value: 2^n - 2 federations are trained
 
@@ -87,8 +87,15 @@ def _arms_of(spec: str, settings: Settings, folder: ComparisonFolder, sizes: Map
     if name in NAMED and not colon:
         return [federated(name, settings, folder, sizes, NAMED[name])]
     if colon:
+        name, _, parent = (part.strip() for part in name.partition("<"))
         _check_name(name, spec)
-        return [federated(name, settings, folder, sizes, _overrides(spec, keys))]
+        own = _overrides(spec, keys)
+        if parent == "centralized":
+            changed = from_dict(to_dict(settings), own, source=f"arm '{name}'")
+            return [dataclasses.replace(centralized(name, changed, folder, sizes), overrides=own)]
+        if parent not in ("", "federated"):
+            raise ConfigError(f"comparison.arms: '{spec}' comes from '{parent}': write '{name}: …' or '{name} < centralized: …'")
+        return [federated(name, settings, folder, sizes, own)]
     match name:
         case "centralized":
             return [centralized("centralized", settings, folder, sizes)]
@@ -118,8 +125,8 @@ def _overrides(spec: str, keys: str) -> tuple[str, ...]:
         if not text.startswith(OVERRIDABLE) or text.startswith(NOT_OVERRIDABLE):
             raise ConfigError(
                 f"comparison.arms: '{spec}' would change {text.partition('=')[0]}: arms may differ in how they federate alone "
-                "(federation.* without members, hospitals and threads), or they would not be compared but confused; an ablation "
-                "(comparison.kind = 'ablation') asks for more"
+                "(federation.* without members, hospitals and threads; model.institutions), or they would not be compared but "
+                "confused; an ablation (comparison.kind = 'ablation') asks for more"
             )
     if not found:
         raise ConfigError(f"comparison.arms: '{spec}' names no key: write e.g. 'fedadam: federation.strategy=fedadam'")

@@ -221,6 +221,18 @@ def test_the_named_arms_are_what_their_names_say() -> None:
         assert [(arms[name].kind, job.kind, job.members) for job in arms[name].jobs] == [("federated", FEDERATION, tuple(SIZES))]
 
 
+def test_a_pooled_training_may_be_blind_to_institutions() -> None:
+    tree = to_dict(scenario(("centralized", "blind < centralized: model.institutions=0", "fedavg: model.institutions=0")))
+    settings = from_dict(tree, ["federation.share_label_counts=true", "model.institutions=3", "comparison.seeds=1"])
+    central, blind, federated = planned(settings)
+    assert [arm.kind for arm in (central, blind, federated)] == ["centralized", "centralized", "federated"]
+    assert [arm.jobs[0].settings.model.institutions for arm in (central, blind, federated)] == [3, 0, 0]
+    assert central.jobs[0].images == blind.jobs[0].images
+    assert (blind.jobs[0].kind, blind.overrides) == (HOME, ("model.institutions=0",))
+    with pytest.raises(ConfigError, match="comes from 'local': write 'blind: "):
+        planned(from_dict(tree, ["comparison.arms=blind < local: model.institutions=0"]))
+
+
 @pytest.mark.parametrize("hospitals", [2, 3, 4])
 def test_coalitions_are_the_proper_parts_of_the_hospitals(hospitals: int) -> None:
     sizes = {f"hospital-{number}": 10 * (hospitals - number) for number in range(hospitals)}
