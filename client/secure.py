@@ -25,7 +25,7 @@ from client.allowed import MASKED, WEIGHT
 from client.allowed_keys import KEYS
 from client.site import Order, log, log_folder
 from fedgan.errors import ConfigError
-from fedgan.privacy.masking import CLIPPED, FACTOR, FEWEST, MODULUS, levels, mask_numbers, ranges, scale
+from fedgan.privacy.masking import CLIPPED, FACTOR, FEWEST, MODULUS, levels, mask_numbers, mask_weight, ranges, scale
 
 _flower: Any = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")
 _flower.pseudo_rand_gen = mask_numbers  # see there; the server's end does the same
@@ -106,8 +106,8 @@ def _scaled(message: Message, answer: Message, order: Order, node: Mapping[str, 
     if clipped:
         text = f"{clipped} numbers changed by more than federation.secure_range: cut off"
         log(log_folder(order, node), f"round {order.round}: {text}")
-    images = int(answer.content.metric_records["metrics"][WEIGHT])
-    result = FitRes(Status(Code.OK, ""), ndarrays_to_parameters(scaled), images, {})
+    weight = mask_weight(order.settings.federation.weights, int(answer.content.metric_records["metrics"][WEIGHT]))
+    result = FitRes(Status(Code.OK, ""), ndarrays_to_parameters(scaled), weight, {})
     return compat.fitres_to_recorddict(result, keep_input=False)
 
 

@@ -30,10 +30,11 @@ from flwr.serverapp import Grid
 
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError
-from fedgan.privacy.masking import CLIPPED, FACTOR, FEWEST, MODULUS, apply_mean, levels, mask_numbers, ranges
+from fedgan.privacy.masking import CLIPPED, FACTOR, FEWEST, MODULUS, apply_mean, levels, mask_numbers, mask_weight, ranges
 from server.answers import UNASKED, Answers, ask
 from server.records import ARRAYS, readable
 from server.roster import HELLO_WAIT, Member
+from server.weights import is_average
 
 KEYS, MASKED = "keys", "masked"  # what hospitals answer with (client/allowed.py)
 MEANS = ("fedavg", "fedprox")
@@ -126,6 +127,8 @@ def ask_masked(grid: Grid, task: Round) -> Masked:
             found = relay.answers
             if mean is not None:
                 check_mean(mean)
+                if task.settings.federation.weights == "sum":
+                    mean = summed(mean, sorted(task.sent), relay.summed)
                 found.model, found.clipped = apply_mean(task.sent, mean, ranges(task.sent, task.settings.federation.secure_range))
         if relay.idle:  # too few were allowed a step: no sum, and the model stays as it was
             found.model = dict(task.sent)
@@ -134,6 +137,12 @@ def ask_masked(grid: Grid, task: Round) -> Masked:
             silent = {member.node for member in task.members} - set(found.replies) - set(found.failures)
             found.failures |= dict.fromkeys(silent, UNASKED) | relay.lost | lost
             return found
+
+
+def summed(mean: Sequence[np.ndarray], keys: Sequence[str], hospitals: int) -> list[np.ndarray]:
+    """The sum of equally weighted changes from their mean. Running averages keep the mean, and so does the count at the end."""
+    sums = [np.asarray(array) * (1 if is_average(key) else hospitals) for key, array in zip(keys, mean, strict=False)]
+    return [*sums, mean[-1]]
 
 
 def check_mean(mean: Sequence[np.ndarray]) -> None:
@@ -162,7 +171,7 @@ def _run(relay: Relay, members: Sequence[Member], threshold: int) -> list[np.nda
     workflow = SecAggPlusWorkflow(
         num_shares=1.0,
         reconstruction_threshold=threshold / nodes,
-        max_weight=float(max(member.images for member in members)),
+        max_weight=float(max(_weight(relay.task, member) for member in members)),
         clipping_range=1.0,
         quantization_range=levels(nodes),
         modulus_range=MODULUS,
@@ -215,6 +224,7 @@ class Relay:
     answers: Masked = field(default_factory=Masked)
     lost: dict[int, str] = field(default_factory=dict)  # before the masks were agreed on
     idle: bool = False
+    summed: int = 0
 
     def send_and_receive(self, messages: Sequence[Message], *, timeout: float | None = None) -> list[_Reply]:
         """One stage. Raises `_Halted` where the protocol cannot go on, when `answers` or `lost` say who failed."""
@@ -259,7 +269,8 @@ class Relay:
         if len(summed) < self.task.enough:
             self.idle = len(fit) >= self.task.enough
             raise _Halted
-        return [_vector(member, found.replies[member.node], self.task.sent) for member in summed]
+        self.summed = len(summed)
+        return [_vector(member, _weight(self.task, member), found.replies[member.node], self.task.sent) for member in summed]
 
     def _is_fit(self, member: Member, replies: Mapping[int, Message]) -> bool:
         try:
@@ -296,11 +307,15 @@ def _names(sent: Mapping[str, np.ndarray]) -> list[str]:
     return [FACTOR, *sorted(sent), CLIPPED]
 
 
-def _vector(member: Member, reply: Message, sent: Mapping[str, np.ndarray]) -> _Reply:
+def _weight(task: Round, member: Member) -> int:
+    return mask_weight(task.settings.federation.weights, member.images)
+
+
+def _vector(member: Member, weight: int, reply: Message, sent: Mapping[str, np.ndarray]) -> _Reply:
     """A masked answer as Flower's workflow reads it."""
     record = reply.content.array_records[MASKED]
     arrays = [ndarray_to_bytes(record[name].numpy().astype(np.int64)) for name in _names(sent)]
-    nothing = FitRes(Status(Code.OK, ""), Parameters([], "numpy.ndarray"), member.images, {})
+    nothing = FitRes(Status(Code.OK, ""), Parameters([], "numpy.ndarray"), weight, {})
     return _stand_in(member.node, {Key.MASKED_PARAMETERS: arrays}, compat.fitres_to_recorddict(nothing, keep_input=False))
 
 

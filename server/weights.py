@@ -19,7 +19,8 @@ whatever the weights.
 moves it in one hospital as fast as in all, and a mean with those who never saw the label would shrink that to the
 holders' share. Who holds it is read off the change: a column without a gradient has not moved.
 
-Nothing more leaves a hospital for any of these: the server sees each model as it is.
+Nothing more leaves a hospital for any of these: the server sees each model as it is. Under `federation.secure` it sees a sum, in
+which hospitals weigh what they themselves put under the mask: their images, or 1 for `equal` and `sum`.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def check_weights(settings: Settings) -> None:
             f"federation.{key} weighs a mean, and federation.strategy = '{federation.strategy}' takes none: leave "
             f"federation.weights = 'size' and label_rows = false, or choose one of {', '.join(WEIGHTED)}"
         )
-    if federation.secure:
+    if federation.secure and (federation.label_rows or federation.weights == "root"):
         raise ConfigError(
-            f"federation.{key} scales single changes, which federation.secure hides from the server: leave federation.weights = "
-            "'size' and label_rows = false, or secure = false"
+            f"federation.{key} scales single changes, which federation.secure hides from the server: it serves "
+            "federation.weights = 'size', 'equal' and 'sum', without label_rows"
         )
     if settings.privacy.hospital != "none":
         raise ConfigError(

@@ -102,7 +102,8 @@ def test_columns_that_nobody_moved_keep_their_weights() -> None:
     [
         (["federation.weights=sum", "federation.strategy=fedmedian"], "takes none"),
         (["federation.label_rows=true", "federation.strategy=krum"], "takes none"),
-        (["federation.weights=equal", "federation.secure=true"], "hides from the server"),
+        (["federation.weights=root", "federation.secure=true"], "hides from the server"),
+        (["federation.label_rows=true", "federation.secure=true"], "hides from the server"),
         (["federation.weights=sum", "privacy.hospital=server"], "further than privacy.hospital"),
     ],
 )

@@ -39,6 +39,11 @@ def ranges(sent: Mapping[str, np.ndarray], reach: float) -> dict[str, float]:
     return {key: reach * max(FLOOR, _power(float(np.max(np.abs(array), initial=0.0)))) for key, array in sent.items()}
 
 
+def mask_weight(rule: str, images: int) -> int:
+    """What a hospital of so many training images weighs under the mask by `federation.weights`."""
+    return images if rule == "size" else 1
+
+
 def _power(value: float) -> float:
     mantissa, exponent = math.frexp(value)
     return math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent) if value else 0.0
