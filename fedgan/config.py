@@ -296,7 +296,7 @@ class ComparisonSettings:
     arms: tuple[str, ...] = meaning(
         ("centralized", "federated", "local"),
         "Kinds of training: centralized, federated, local, generator-only, local-discriminators, finetuned, coalitions, or a "
-        "named federation with keys of its own: 'fedadam: federation.strategy=fedadam'.",
+        "named federation with keys of its own: 'fedadam: federation.strategy=fedadam'; 'NAME < centralized: …' is a pooled one.",
     )
     seeds: int = meaning(3, "Trainings of each arm, with the seeds seed, seed + 1, ….", low=1)
     margin: float = meaning(0.02, "Loss of macro AUC below which an arm counts as not inferior.", low=0.0, high=0.5)

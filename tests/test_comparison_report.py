@@ -245,6 +245,7 @@ def test_cost_names_budget_bytes_and_distance(html: str, page: Page) -> None:
     assert "at most 61.5, the worst last distance of all trainings. It is at most one interval of measurement" in part
     assert "too late. Not reached, or not measured: local, seed 0; local, seed 1." in part
     assert "federation.strategy = fedavg" in part
+    assert "What the bytes buy" not in part, "one federated arm is no choice"
 
 
 def test_provenance_has_hashes_licences_and_no_path_of_a_machine(html: str) -> None:

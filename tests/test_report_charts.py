@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -15,9 +16,23 @@ from PIL import Image
 
 from fedgan.evaluation.grids import draw_grid
 from fedgan.report import format as text
-from fedgan.report.charts import Dot, Line, Row, dot_chart, legend, line_chart, stacked_bars
+from fedgan.report.charts import (
+    ASIDE,
+    GUTTER,
+    LEFT,
+    WIDE,
+    Dot,
+    Line,
+    Point,
+    Row,
+    dot_chart,
+    legend,
+    line_chart,
+    scatter_chart,
+    stacked_bars,
+)
 from fedgan.report.pictures import MOST_BYTES, data_uri, open_grid
-from fedgan.report.scales import Scale, log_span, log_ticks, nice_ticks, span, thin
+from fedgan.report.scales import Scale, log_range, log_span, log_ticks, nice_ticks, span, spread_out, thin
 
 ordinary = st.floats(-1e12, 1e12).map(lambda x: text.number(x) or 0.0)
 positive = st.floats(1e-9, 1e9)
@@ -96,6 +111,16 @@ def test_logarithmic_ticks_lie_inside_and_are_at_least_two(low: float, ratio: fl
     assert len(ticks) >= 2
     assert ticks == sorted(set(ticks))
     assert all(low <= tick <= low * ratio for tick in ticks)
+
+
+@given(places=st.lists(st.floats(0, 300), min_size=1, max_size=30), gap=st.floats(0, 40))
+def test_places_are_spread_in_order_inside_their_range(places: list[float], gap: float) -> None:
+    found = spread_out(sorted(places), gap, 0, 300)
+    room = min(gap, 300 / max(len(places) - 1, 1))
+    assert all(after - before >= room - 0.11 for before, after in itertools.pairwise(found))
+    assert all(0 <= place <= 300 for place in found)
+    if all(after - before >= gap for before, after in itertools.pairwise(sorted(places))):
+        assert found == [round(place, 1) for place in sorted(places)], "what is apart stays where it is"
 
 
 @given(values=st.lists(ordinary, min_size=1, max_size=900))
@@ -210,6 +235,42 @@ def test_every_arm_has_a_shape_of_its_own() -> None:
     styles = ["real", *(f"a{i}" for i in range(1, 9))]
     drawn = [str(legend([("name", style)], "dot")).replace(style, "") for style in styles]
     assert len(set(drawn)) == len(styles)
+
+
+@given(low=st.floats(1.0, 1e12), ratio=st.floats(1, 1e5))
+def test_the_axis_of_bytes_has_two_ticks_at_least_and_their_labels_have_room(low: float, ratio: float) -> None:
+    svg = scatter_chart("k", "t", "d", [Point("a", low, 0.1), Point("b", low * ratio, 0.2)], "x", text.size)
+    ticks = [e for e in parsed(svg).iter("text") if e.get("class") == "tick" and e.get("text-anchor") == "middle"]
+    places = [float(e.get("x", 0)) for e in ticks]
+    assert len(places) >= 2
+    assert all(after - before >= 44 for before, after in itertools.pairwise(places))
+    span = log_range([low, low * ratio])
+    assert len(log_ticks(*span)) >= 2
+    assert span[0] < low <= low * ratio < span[1]
+
+
+@given(xs=st.lists(st.sampled_from([1e6, 1.1e6, 5e8]), min_size=1, max_size=20), gap=st.floats(-1, 1))
+def test_numbers_never_touch_and_marks_keep_order_and_place(xs: list[float], gap: float) -> None:
+    xs = sorted(xs)
+    points = [Point(str(i), x, gap + i / 9, (gap - 1, gap + i), f"a{i % 8 + 1}") for i, x in enumerate(xs)]
+    chart = parsed(scatter_chart("k", "t", "d", points, "x", text.size, [("equal", 0.0), ("margin", 0.02)]))
+    numbers = [(str(e.text), float(e.get("x", 0))) for e in chart.iter("text") if e.get("class") == "strong"]
+    assert [words for words, _ in numbers] == [str(i + 1) for i in range(len(xs))]
+    assert all(
+        after - before >= (12.9 if len(xs) < 10 else len(words) * 8)
+        for (_, before), (words, after) in itertools.pairwise(numbers)
+    )
+    drawn = [e for e in chart.iter() if "mark" in e.get("class", "").split()]
+    places = [float(e.get("cx") or e.get("d", "")[1:].split()[0]) for e in drawn]
+    scale = Scale(*log_range(xs), LEFT, WIDE - GUTTER, log=True)
+    assert places == sorted(places)
+    assert all(abs(place - scale(x)) <= ASIDE + 0.1 for place, x in zip(places, xs, strict=True))
+    labels = [float(e.get("y", 0)) for e in chart.iter("text") if e.get("class") == "note"]
+    assert abs(labels[0] - labels[1]) >= 11.9
+    _, _, width, height = map(float, chart.get("viewBox", "").split())
+    for element in chart.iter():
+        for keys, limit in ((("x", "x1", "x2", "cx"), width), (("y", "y1", "y2", "cy"), height)):
+            assert all(0 <= float(element.get(key, 0)) <= limit for key in keys)
 
 
 @given(values=st.lists(st.integers(0, 10**6), min_size=1, max_size=8))

@@ -6,19 +6,21 @@ a screen reader speaks. Sizes are in units of the viewBox, which a page scales t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from fedgan.report.format import labels, short
-from fedgan.report.scales import Scale, log_span, span, thin
+from fedgan.report.format import labels, short, signed
+from fedgan.report.scales import Scale, log_range, log_span, span, spread_out, thin
 
 WIDTH, HEIGHT = 330, 196  # of a line chart
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 38
 WIDE = 420  # width of a bar or dot chart
 ROW = 30  # height of one row of a bar or dot chart
 NAMES = 118  # width of the column of row names
+TALL, NUMBERS, GUTTER = 190, 20, 54  # of a scatter chart: height of its field, of the numbers above it, room for labels beside it
+ASIDE = 15  # how far a mark of a scatter chart may stand beside its place, to be seen beside another
 
 
 # Shapes of marks, as paths from their centre: told apart without colour. Any other style is a disc.
@@ -56,6 +58,17 @@ class Dot:
     interval: tuple[float, float] | None = None
     style: str = "real"
     singles: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One mark of `scatter_chart` at (x, y), x above zero, with the interval of y where there is one. `style`: `a1`…"""
+
+    name: str
+    x: float
+    y: float
+    interval: tuple[float, float] | None = None
+    style: str = "a1"
 
 
 @dataclass(frozen=True)
@@ -136,6 +149,43 @@ def dot_chart(
     return _svg(key, title, desc, WIDE, bottom + BOTTOM, parts)
 
 
+def scatter_chart(
+    key: str,
+    title: str,
+    desc: str,
+    points: Sequence[Point],
+    x_label: str,
+    x_words: Callable[[float], str] = short,
+    references: Sequence[tuple[str, float]] = (),
+) -> Markup:
+    """Marks by (x, y), given by rising x, on a logarithmic x axis; a mark's number, from 1, stands above the field.
+
+    Marks that would cover each other move apart by at most `ASIDE`. `references` are horizontal (label, y); `x_words` gives
+    an x as text.
+    """
+    top, right = TOP + NUMBERS, WIDE - GUTTER
+    bottom = top + TALL
+    ends = [v for point in points for v in (point.y, *(point.interval or ()))]
+    x = Scale(*log_range(point.x for point in points), LEFT, right, log=True)
+    y = Scale(*span([*ends, *(value for _, value in references)]), bottom, top)
+    parts = _y_axis(y, right) + _x_axis(x, bottom, x_label, top, _apart(x), x_words)
+    ordered = sorted(references, key=lambda reference: -reference[1])
+    # Beside the field, and apart from each other: no mark can lie under them.
+    heights = spread_out([y(value) for _, value in ordered], 12, top, bottom)
+    for (label, value), height in zip(ordered, heights, strict=True):
+        parts.append(Markup('<line class="reference" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, right, y(value), y(value)))
+        parts.append(_text(right + 5, height + 4, label, "note"))
+    places = _aside([x(point.x) for point in points], LEFT, right)
+    above = spread_out(places, 13 if len(points) < 10 else 20, LEFT, right)
+    for i, (point, place, over) in enumerate(zip(points, places, above, strict=True), 1):
+        tip = y(max(point.y, *(point.interval or (point.y,))))
+        lead = Markup('<line class="grid" x1="{:g}" x2="{:g}" y1="{:g}" y2="{:g}"/>').format(over, place, top - 5, tip)
+        parts += [lead, _text(over, top - 9, str(i), "strong", "middle")]
+    # After all leads, which would cross them.
+    parts += [_point(i, point, place, y, x_words) for i, (point, place) in enumerate(zip(points, places, strict=True), 1)]
+    return _svg(key, title, desc, WIDE, bottom + BOTTOM, parts)
+
+
 def stacked_bars(key: str, title: str, desc: str, rows: Sequence[Row], names: Sequence[str]) -> Markup:
     """A bar a row, each as long as the others and divided by its values' shares; `names` are the parts' names."""
     start, stop = NAMES + 8, WIDE - 52
@@ -205,19 +255,26 @@ def _name(row: Row, middle: float) -> Markup:
     )
 
 
-def _y_axis(y: Scale) -> list[Markup]:
+def _y_axis(y: Scale, right: float = WIDTH - RIGHT) -> list[Markup]:
     parts = []
     ticks = y.ticks(5)
     for tick, words in zip(ticks, labels(ticks), strict=True):
-        parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, y(tick), y(tick)))
+        parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, right, y(tick), y(tick)))
         parts.append(_text(LEFT - 6, y(tick) + 4, words, "tick", "end"))
     return parts
 
 
-def _x_axis(x: Scale, bottom: float, label: str, grid_from: float | None = None) -> list[Markup]:
+def _x_axis(
+    x: Scale,
+    bottom: float,
+    label: str,
+    grid_from: float | None = None,
+    ticks: Sequence[float] | None = None,
+    words_of: Callable[[float], str] | None = None,
+) -> list[Markup]:
     parts = [Markup('<line class="axis" x1="{:g}" x2="{:g}" y1="{:g}" y2="{:g}"/>').format(x.start, x.stop, bottom, bottom)]
-    ticks = x.ticks(5)
-    for tick, words in zip(ticks, labels(ticks), strict=True):
+    ticks = x.ticks(5) if ticks is None else ticks
+    for tick, words in zip(ticks, [words_of(tick) for tick in ticks] if words_of else labels(ticks), strict=True):
         if grid_from is not None:
             parts.append(
                 Markup('<line class="grid" x1="{}" x2="{}" y1="{:g}" y2="{:g}"/>').format(x(tick), x(tick), grid_from, bottom)
@@ -225,6 +282,36 @@ def _x_axis(x: Scale, bottom: float, label: str, grid_from: float | None = None)
         parts.append(_text(x(tick), bottom + 15, words, "tick", "middle"))
     parts.append(_text((x.start + x.stop) / 2, bottom + 32, label, "label", "middle"))
     return parts
+
+
+def _apart(x: Scale, gap: float = 44) -> list[float]:
+    """The ticks of a logarithmic axis whose labels have room beside each other: powers of ten before all others."""
+    kept: list[float] = []
+    for tick in sorted(x.ticks(5), key=lambda tick: (f"{tick:e}"[0] != "1", tick)):
+        if all(abs(x(tick) - x(other)) >= gap for other in kept):
+            kept.append(tick)
+    return sorted(kept)
+
+
+def _aside(places: Sequence[float], low: float, high: float) -> list[float]:
+    """Rising places of marks, as far from each other as `ASIDE` lets them: a mark far from its place would tell another x."""
+    for gap in (10, 8, 6, 4, 3, 2, 1):
+        moved = spread_out(places, gap, low, high)
+        if all(abs(after - before) <= ASIDE for before, after in zip(places, moved, strict=True)):
+            return moved
+    return list(places)
+
+
+def _point(number: int, point: Point, place: float, y: Scale, x_words: Callable[[float], str]) -> Markup:
+    bar, words = Markup(""), f"{number} {point.name}: {signed(point.y)}"
+    if point.interval is not None:
+        low, high = point.interval
+        bar = Markup('<line class="whisker {}" x1="{:g}" x2="{:g}" y1="{:g}" y2="{:g}"/>').format(
+            point.style, place, place, y(low), y(high)
+        )
+        words += f" ({signed(low)} to {signed(high)})"
+    words += f" at {x_words(point.x)}"
+    return Markup("<g><title>{}</title>{}{}</g>").format(words, bar, _mark(point.style, place, y(point.y)))
 
 
 def _line(line: Line, x: Scale, y: Scale) -> Markup:

@@ -75,6 +75,34 @@ def log_span(values: Iterable[float]) -> tuple[float, float] | None:
     return min(every) / 1.3, max(every) * 1.3
 
 
+def log_range(values: Iterable[float], least: float = 6.0) -> tuple[float, float]:
+    """A range for an axis that is logarithmic whatever its positive values: wide enough to hold two of the ticks 1, 2 and 5."""
+    every = list(values) or [1.0]
+    low, high = min(every) / 1.3, max(every) * 1.3
+    air = math.sqrt(max(1.0, least / (high / low)))
+    return low / air, high * air
+
+
+def spread_out(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Rising places, moved as little as may be until each is `gap` from the next, all inside [low, high], in the same order.
+
+    Where so many gaps have no room they are smaller.
+    """
+    gap = min(gap, (high - low) / max(len(places) - 1, 1))
+    # Without the gaps that lie before it a place may stand on the one before, but not before it: runs that do share their mean.
+    runs: list[list[float]] = []
+    for i, place in enumerate(places):
+        runs.append([place - i * gap])
+        while len(runs) > 1 and _mean(runs[-2]) > _mean(runs[-1]):
+            runs[-2:] = [runs[-2] + runs[-1]]
+    level = [min(max(_mean(run), low), high - gap * (len(places) - 1)) for run in runs for _ in run]
+    return [round(value + i * gap, 1) for i, value in enumerate(level)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def thin(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
     """At most about `most` points that keep the line's shape: the lowest and the highest of each bucket, in order."""
     if len(points) <= most:

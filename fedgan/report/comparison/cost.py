@@ -9,6 +9,7 @@ from markupsafe import Markup
 from fedgan.report import format as text
 from fedgan.report.comparison.data import ArmRun, Comparison
 from fedgan.report.comparison.parts import run_label, trouble_note
+from fedgan.report.comparison.price import price
 from fedgan.report.comparison.section import Section
 from fedgan.report.facts import leaves
 from fedgan.report.format import DASH, number
@@ -40,6 +41,7 @@ def _render(comparison: Comparison) -> Markup:
         "comparison_cost.html.j2",
         table=table("Cost of each training", columns, [_cells(run) for run in runs], "cost", more=trouble_note(runs)),
         how=_how(runs),
+        price=price(comparison),
         threshold=text.significant(threshold) if threshold is not None else None,
         worst=number(dig(comparison.content, "provenance", "settings", "comparison", "frechet")) == 0,
         unreached=unreached,
