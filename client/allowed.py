@@ -131,16 +131,10 @@ def model_arrays(model: ModelSettings, resolution: int, channels: int, label_dim
     generator = Generator(model, resolution, channels, label_dim, rng)
     parts = {"generator": generator, "ema": generator}
     parts |= {"discriminator": Discriminator(model, resolution, channels, label_dim, rng)}  # type: ignore[dict-item]
-    weights = {
+    return {
         f"{part}/{name}": tuple(tensor.shape) or (1,)
         for part, network in parts.items()
         for name, tensor in network.state_dict().items()
-    }
-    return weights | {
-        f"moments/{part}/{name}": tuple(parameter.shape) or (1,)
-        for part, network in parts.items()
-        if part != "ema"
-        for name, parameter in network.named_parameters()
     }
 
 
@@ -247,8 +241,7 @@ def rows() -> list[tuple[str, str, str, str, str]]:
             "arrays/NAME",
             "array, float32 or 16 bits by `federation.wire`",
             "parts in `federation.exchange`; not with `federation.secure`",
-            "weights that the server sent and this model has, or sizes of their gradients (`moments`); with `federation.delta` "
-            "what the round changed of them",
+            "weights that the server sent and this model has; with `federation.delta` what the round changed of them",
         )
     )
     with_secure = "with `federation.secure`"

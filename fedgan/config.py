@@ -20,8 +20,7 @@ from typing import Any, TypeVar
 from fedgan.errors import ConfigError
 
 STRATEGIES = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg", "krum", "multikrum")
-PARTS = ("generator", "discriminator", "ema", "moments")
-WEIGHTS = PARTS[:3]  # networks; moments are the optimisers'
+PARTS = ("generator", "discriminator", "ema")
 CLASSIFIERS = ("small-cnn", "resnet18", "densenet121", "efficientnet-b2")
 T = TypeVar("T")
 
@@ -142,9 +141,8 @@ class FederationSettings:
     )
     label_rows: bool = meaning(False, "A label's embedding is averaged over those hospitals alone that hold the label.")
     exchange: tuple[str, ...] = meaning(
-        WEIGHTS,
-        "What travels; the rest stays in the hospital. Without ema the server averages the generators of its rounds; moments are "
-        "Adam's second ones.",
+        PARTS,
+        "What travels; the rest stays in the hospital. Without ema the server averages the generators of its rounds.",
         choices=PARTS,
     )
     wire: str = meaning(

@@ -12,8 +12,8 @@ The mean by size discounts a small hospital twice where it also takes fewer step
 "proportional"`): with 71 and 26 % of the images the second moves the model by 0.26 · 0.26 against 0.71 · 0.71 of the first.
 `equal` leaves the ratio of the images. `sum` adds the changes up, which is FedNova's rule (arXiv 2007.07481, eq. 6) with as
 many effective steps as all hospitals took together: in the limit of short rounds the steps of pooled training, one after
-the other. Long rounds overshoot under it. What is an average already (`ema`, `moments`, the generator's w_avg) is averaged
-by size whatever the weights.
+the other. Long rounds overshoot under it. What is an average already (`ema`, the generator's w_avg) is averaged by size
+whatever the weights.
 
 `federation.label_rows`: the column of a label in the two embeddings is averaged over those alone who hold the label. Adam
 moves it in one hospital as fast as in all, and a mean with those who never saw the label would shrink that to the
@@ -107,4 +107,4 @@ def columns(changes: Sequence[np.ndarray], weights: np.ndarray) -> list[np.ndarr
 
 def is_average(key: str) -> bool:
     """Whether an array is a running average: those of several hospitals have a mean and no sum."""
-    return key.startswith(("ema/", "moments/")) or key.endswith("w_avg")
+    return key.startswith("ema/") or key.endswith("w_avg")

@@ -19,12 +19,6 @@ from server.records import ARRAYS, to_record
 def check_wire(settings: Settings) -> None:
     """Raise `ConfigError` where hospitals would clip what they do not send."""
     federation = settings.federation
-    if "moments" in federation.exchange and (federation.wire == "fp16" or federation.secure):
-        what = "federation.secure" if federation.secure else "federation.wire = 'fp16'"
-        raise ConfigError(
-            f"federation.exchange names moments, and {what} knows no numbers as small as theirs: take them out, or "
-            "choose federation.wire = 'fp32' or 'bf16' and secure = false"
-        )
     if settings.privacy.hospital == "client" and (federation.wire != "fp32" or federation.delta):
         raise ConfigError(
             "privacy.hospital = 'client' lets each hospital clip the model that it sends against the one that it received, both "

@@ -15,12 +15,10 @@ from small_federation import federate, tiny, write_shards
 
 from client.app import app
 from fedgan.config import Settings
-from fedgan.data.federation import open_hospitals
-from fedgan.errors import CheckpointError, ConfigError
+from fedgan.errors import ConfigError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator, load_tensors
 from fedgan.training.ema import ema_decay
-from fedgan.training.trainer import Trainer
 from server.records import to_record
 from server.strategies import aggregate, check_strategy, make_strategy
 from server.weights import columns, shares
@@ -176,40 +174,3 @@ def test_the_server_s_average_survives_a_restart(tmp_path: Path) -> None:
     assert any(key.startswith("ema/") for key in first)
     assert first.keys() == second.keys()
     assert all(first[key].equal(second[key]) for key in first)
-
-
-def test_second_moments_travel_as_a_mean_where_they_are_named(tmp_path: Path) -> None:
-    root = write_shards(tmp_path / "data", (48, 24, 16))
-    settings = tiny(root, "federation.exchange=generator,discriminator,moments", "federation.weights=sum", rounds=2, kimg=0.048)
-    run = RunFolder.at(tmp_path / "run")
-    federate(settings, run, app)
-    merged = load_tensors(run.checkpoint(1))[0]
-    states = [load_tensors(run.hospital_state(name) / "state-00001.safetensors")[0] for name in ("alpha", "beta", "gamma")]
-    sizes = np.array([24, 12, 8]) / 44
-    key = "mapping.fc0.weight"
-    for part, short in (("generator", "g_adam"), ("discriminator", "d_adam")):
-        roots = [state[f"{short}/{key}/exp_avg_sq"].numpy() ** 0.5 for state in states]
-        assert np.abs(roots[0] - roots[1]).max() > 0
-        mean = np.tensordot(sizes, np.stack(roots), 1)
-        np.testing.assert_allclose(merged[f"moments/{part}/{key}"].numpy(), mean, rtol=1e-4, atol=1e-9)
-
-
-def test_a_hospital_goes_on_with_the_moments_that_arrive(tmp_path: Path) -> None:
-    """One that has none of its own takes them for those of many steps: Adam corrects for none of its zeros."""
-    settings = tiny(write_shards(tmp_path / "data", (24, 16)), hospitals=2)
-    first, second = (Trainer(settings, hospital.train) for hospital in open_hospitals(settings))
-    first.train(16)
-    arrays = first.outgoing(["generator", "moments"])
-    second.incoming(arrays)
-    again = second.outgoing(["moments"])
-    assert all(np.allclose(again[key], arrays[key], rtol=1e-5) for key in again)
-    assert {float(state["step"]) for state in second.g_adam.state.values()} == {1000.0}
-    broken = {key: array[:1] if key == "moments/generator/mapping.fc0.weight" else array for key, array in arrays.items()}
-    with pytest.raises(CheckpointError, match="moments of the generator that arrived are of another model"):
-        second.incoming(broken)
-
-
-def test_moments_are_refused_where_the_wire_would_lose_them(tmp_path: Path) -> None:
-    for word in ("federation.wire=fp16", "federation.secure=true"):
-        with pytest.raises(ConfigError, match="as small as theirs"):
-            check_strategy(settings_of(tmp_path, "federation.exchange=generator,moments", word))

@@ -11,7 +11,6 @@ from fedgan.training.losses import lazy_adam
 
 BETAS = (0.0, 0.99)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-SETTLED = 1000  # steps after which a mean of decay 0.99 has forgotten that it began at zero
 
 
 def adam(network: nn.Module, learning_rate: float, lazy_interval: int) -> torch.optim.Adam:
@@ -45,30 +44,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, tensors
             "exp_avg": torch.empty_like(parameter).copy_(average),
             "exp_avg_sq": torch.empty_like(parameter).copy_(square),
         }
-
-
-@torch.no_grad()
-def gradient_sizes(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """By parameter name the root of Adam's second moment, its running size of a gradient; zeros before the first step."""
-    state = optimizer.state
-    return {
-        name: state[parameter]["exp_avg_sq"].sqrt() if parameter in state else torch.zeros_like(parameter)
-        for name, parameter in network.named_parameters()
-    }
-
-
-@torch.no_grad()
-def take_gradient_sizes(optimizer: torch.optim.Optimizer, network: nn.Module, sizes: Mapping[str, Tensor]) -> None:
-    """Let Adam go on with other second moments (roots, by parameter name). Those of no step at all are not taken."""
-    for name, parameter in network.named_parameters():
-        size = sizes[name].to(parameter)
-        if not size.any():
-            continue
-        if parameter not in optimizer.state:  # of others' many steps: nothing to correct for any more
-            steps = torch.tensor(float(SETTLED), device=parameter.device)
-            empty = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": steps, **empty}
-        optimizer.state[parameter]["exp_avg_sq"].copy_(size.square())
 
 
 @torch.no_grad()

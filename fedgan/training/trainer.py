@@ -30,7 +30,7 @@ from fedgan.training.augment import AugmentPipe
 from fedgan.training.checkpoint import load_into, load_tensors, save_tensors, with_prefix
 from fedgan.training.ema import ema_decay, ema_update, half_life_kimg
 from fedgan.training.labels import draw_labels
-from fedgan.training.optimizer import adam, gradient_sizes, load_optimizer, optimizer_tensors, pull_towards, take_gradient_sizes
+from fedgan.training.optimizer import adam, load_optimizer, optimizer_tensors, pull_towards
 from fedgan.training.sampler import PoissonSampler, Sampler
 
 PATH_LENGTH_DECAY = 0.01
@@ -363,18 +363,13 @@ class Trainer:
     def outgoing(self, parts: Iterable[str]) -> dict[str, np.ndarray]:
         """Copies of the named parts: `part/name` → float32 array of at least one dimension, sorted by name.
 
-        Constants (filters, noise images) are not among them. The part 'moments' is the root of Adam's second moments of both
-        networks, `moments/generator/name` and `moments/discriminator/name`.
+        Constants (filters, noise images) are not among them.
         """
         arrays = {
             f"{part}/{name}": tensor.detach().cpu().numpy().copy()
             for part in parts
-            if part != "moments"
             for name, tensor in self.parts[part].state_dict().items()
         }
-        for part, (optimizer, network) in self._adams.items() if "moments" in parts else ():
-            sizes = gradient_sizes(optimizer, network)
-            arrays |= {f"moments/{part}/{name}": size.cpu().numpy().copy() for name, size in sizes.items()}
         return {name: np.ascontiguousarray(arrays[name], dtype=np.float32) for name in sorted(arrays)}
 
     def incoming(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -384,14 +379,9 @@ class Trainer:
         `training.proximal_mu` the received weights become the anchor of the proximal term (arXiv 1812.06127).
         """
         tensors = {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in arrays.items()}
-        known = {f"{part}/" for part in (*self.parts, "moments")}
+        known = {f"{part}/" for part in self.parts}
         if strangers := [name for name in tensors if name.split("/")[0] + "/" not in known]:
             raise CheckpointError(f"the model that arrived has an unknown part '{strangers[0]}'")
-        sizes = {part: with_prefix(tensors, f"moments/{part}/") for part in self._adams}
-        for part, (_, network) in self._adams.items():
-            own = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-            if sizes[part] and {name: tuple(size.shape) for name, size in sizes[part].items()} != own:
-                raise CheckpointError(f"the moments of the {part} that arrived are of another model; check model.* settings")
         given = {part: with_prefix(tensors, f"{part}/") for part in self.parts}
         for part, weights in given.items():
             if weights:
@@ -404,14 +394,6 @@ class Trainer:
                     self._move_average(before)
                 if self.settings.training.proximal_mu and part != "ema":
                     self._anchor[part] = [parameter.detach().clone() for parameter in self.parts[part].parameters()]
-
-        for part, (optimizer, network) in self._adams.items():
-            if sizes[part]:
-                take_gradient_sizes(optimizer, network, sizes[part])
-
-    @property
-    def _adams(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Module]]:
-        return {"generator": (self.g_adam, self.generator), "discriminator": (self.d_adam, self.discriminator)}
 
     def _move_average(self, before: nn.Module) -> None:
         """Let the average of D follow a D that arrived; `before`: D until then. An average of nothing yet is that D."""
