@@ -247,7 +247,15 @@ def rows() -> list[tuple[str, str, str, str, str]]:
     with_secure = "with `federation.secure`"
     kind = "array, uint32"
     table.append((TRAIN, f"{MASKED}/NAME", kind, f"{with_secure}, instead of `arrays`", "what the round changed, under a mask"))
-    table.append((TRAIN, f"{MASKED}/{FACTOR}", kind, with_secure, "training images over the largest hospital's, under a mask"))
+    table.append(
+        (
+            TRAIN,
+            f"{MASKED}/{FACTOR}",
+            kind,
+            with_secure,
+            "its weight over the largest (images, or 1: `federation.weights`), under a mask",
+        )
+    )
     table.append((TRAIN, f"{MASKED}/{CLIPPED}", kind, with_secure, "share of numbers cut off, under a mask"))
     for stage, names in allowed_keys.ALLOWED.items():
         table += [

@@ -431,6 +431,11 @@ def _check_institutions(settings: Settings) -> None:
             "set federation.share_label_counts = true, which tells the server how many images of each label a hospital has, or "
             "model.institutions = 0"
         )
+    if federation.share_label_counts and settings.privacy.hospital != "none":
+        raise ConfigError(
+            f"privacy.hospital = '{settings.privacy.hospital}' hides a whole hospital, and federation.share_label_counts = true "
+            "tells how many images of each label it has: set it to false, and model.institutions, which draws by the counts, to 0"
+        )
     if known and settings.training.labels != "data":
         raise ConfigError(
             f"training.labels = '{settings.training.labels}' asks for labels that a hospital may not hold, and "

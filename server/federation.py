@@ -36,7 +36,7 @@ from server.lines import ending, exhausted_now, hospital_line, mean_of, note_of,
 from server.records import array_bytes, personal, to_record
 from server.roster import Member, Roster, introduce
 from server.rounds import Plan, Share
-from server.secure import Masked, Round, ask_masked, check_masked
+from server.secure import Masked, Round, ask_masked, check_masked, check_plan
 from server.secure import remark as secure_remark
 from server.strategies import aggregate, expect, fewest, make_strategy, restore_strategy, strategy_state
 from server.wire import inward, outward, outward_bytes
@@ -153,6 +153,7 @@ class Federation:
     def _plan(self, state: State) -> tuple[Plan, float]:
         """Who shows how many images, and the least noise of all: the search for it takes seconds, so once for these shares."""
         plan = Plan(self.settings, state.shares)
+        check_plan(self.settings, plan, state.round)
         return plan, plan.least_noise(self.settings, len(state.label_names))
 
     def _round(self, grid: Grid, strategy: Strategy, state: State, plan: Plan, noise: float) -> State:

@@ -79,6 +79,13 @@ class Plan:
         """Images of hospital `number` in the round that follows `done` rounds."""
         return self._images[number][done]
 
+    def fewest(self, done: int) -> tuple[int, int]:
+        """(number of hospitals, round) of the round after `done` in which the fewest hospitals show images."""
+        rounds = range(done, max(len(images) for images in self._images.values()))
+        return min(
+            ((sum(images[number] > 0 for images in self._images.values()), number + 1) for number in rounds), default=(0, 0)
+        )
+
     def planned(self, number: int) -> int:
         """Images of hospital `number` over the whole run."""
         return sum(self._images[number])

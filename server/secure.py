@@ -34,6 +34,7 @@ from fedgan.privacy.masking import CLIPPED, FACTOR, FEWEST, MODULUS, apply_mean,
 from server.answers import UNASKED, Answers, ask
 from server.records import ARRAYS, readable
 from server.roster import HELLO_WAIT, Member
+from server.rounds import Plan
 from server.weights import is_average
 
 KEYS, MASKED = "keys", "masked"  # what hospitals answer with (client/allowed.py)
@@ -69,6 +70,19 @@ def check_secure(settings: Settings) -> None:
         raise ConfigError(
             f"federation.min_hospitals = {federation.min_hospitals} of {hospitals} is no majority: with federation.secure two "
             f"halves could be unmasked apart; give at least {hospitals // 2 + 1}, or 0 for all"
+        )
+
+
+def check_plan(settings: Settings, plan: Plan, done: int) -> None:
+    """Raise `ConfigError` where a round is planned in which too few hospitals train for one to be hidden among them."""
+    if not settings.federation.secure:
+        return
+    training, number = plan.fewest(done)
+    if number and training < FEWEST:
+        raise ConfigError(
+            f"in round {number} {training} hospitals show images, the others none: with federation.secure each would learn the "
+            f"other's change from the sum, which hides a hospital among {FEWEST}; lower federation.rounds, or set "
+            "federation.local_images = 'equal' or federation.batch = 'shared'"
         )
 
 

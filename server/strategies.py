@@ -33,11 +33,12 @@ from fedgan.privacy.masking import FEWEST
 from server.hospital_privacy import check_hospital_privacy, wrap
 from server.records import ARRAYS, CONFIG, WEIGHT, to_record
 from server.secure import check_secure
-from server.weights import check_weights, weigh
+from server.weights import check_weights, plain_averages, weigh
 from server.wire import check_wire
 
 STATE = "strategy/"
 KRUMS = ("krum", "multikrum")
+OPTIMISERS = ("fedavgm", "fedadam", "fedyogi")
 
 
 def check_strategy(settings: Settings) -> None:
@@ -54,6 +55,8 @@ def check_strategy(settings: Settings) -> None:
             f"training.proximal_mu = {settings.training.proximal_mu:g} pulls hospitals as fedprox does, but "
             f"federation.strategy = '{federation.strategy}': set it to 0 or choose federation.strategy = 'fedprox'"
         )
+    if federation.strategy == "fedavgm" and federation.server_momentum <= 0:
+        raise ConfigError("federation.strategy = 'fedavgm' needs federation.server_momentum > 0, e.g. 0.5; with 0 it is fedavg")
     if federation.strategy == "fedtrimmedavg" and federation.trim >= 0.5:
         raise ConfigError(f"federation.trim = {federation.trim:g} cuts every hospital away: give less than 0.5")
     if federation.strategy == "fedtrimmedavg" and federation.trim <= 0:
@@ -179,6 +182,9 @@ def aggregate(
     if record is None:
         return None
     made = {key: np.asarray(record[key].numpy(), dtype=np.float32) for key in sorted(sent)}
+    if settings.federation.strategy in OPTIMISERS:  # no momentum on what is an average already
+        made |= plain_averages(replies, sent)
+        strategy.current_arrays = to_record(made) if isinstance(strategy, FedAvgM) else strategy.current_arrays
     return {key: sent[key] + array for key, array in made.items()} if by_distance else made
 
 
@@ -204,10 +210,10 @@ def restore_strategy(strategy: Strategy, tensors: dict[str, np.ndarray]) -> None
     )
     if isinstance(strategy, FedAvgM) and not second:
         strategy.momentum_vector = list(first.values())  # by sorted name, as arrays travel
-    elif hasattr(strategy, "m_t"):
+    elif hasattr(strategy, "m_t") and second:
         strategy.m_t, strategy.v_t = first, second
     else:
         raise CheckpointError(
-            f"the checkpoint holds moments of a server optimiser, but {type(strategy).__name__} has none: "
+            f"the checkpoint holds moments of a server optimiser, but {type(strategy).__name__} has none like them: "
             "was config.toml changed?"
         )

@@ -13,7 +13,7 @@ The mean by size discounts a small hospital twice where it also takes fewer step
 `equal` leaves the ratio of the images. `sum` adds the changes up, which is FedNova's rule (arXiv 2007.07481, eq. 6) with as
 many effective steps as all hospitals took together: in the limit of short rounds the steps of pooled training, one after
 the other. Long rounds overshoot under it. What is an average already (`ema`, the generator's w_avg) is averaged by size
-whatever the weights.
+whatever the weights, and by no server optimiser.
 
 `federation.label_rows`: the column of a label in the two embeddings is averaged over those alone who hold the label. Adam
 moves it in one hospital as fast as in all, and a mean with those who never saw the label would shrink that to the
@@ -44,6 +44,8 @@ def check_weights(settings: Settings) -> None:
     if federation.weights == "size" and not federation.label_rows:
         return
     key = "label_rows = true" if federation.weights == "size" else f"weights = '{federation.weights}'"
+    if federation.label_rows and (useless := _moves_all(settings)):
+        raise ConfigError(f"federation.label_rows = true averages a label's row over its holders, and {useless}: leave it false")
     if federation.strategy not in WEIGHTED:
         raise ConfigError(
             f"federation.{key} weighs a mean, and federation.strategy = '{federation.strategy}' takes none: leave "
@@ -67,6 +69,10 @@ def weigh(settings: Settings, replies: Sequence[Message], sent: Mapping[str, np.
     if federation.weights == "size" and not federation.label_rows:
         return
     models = [{key: array.numpy() for key, array in reply.content.array_records[ARRAYS].items()} for reply in replies]
+    moved = [
+        {key: np.asarray(model[key], np.float64) - before for key, before in sent.items() if key.endswith(LABEL_LAYER)}
+        for model in models
+    ]
     sizes = np.array([float(reply.content.metric_records[METRICS][WEIGHT]) for reply in replies])
     weights = shares(sizes, federation.weights)
     for key, before in sent.items():
@@ -74,13 +80,26 @@ def weigh(settings: Settings, replies: Sequence[Message], sent: Mapping[str, np.
         wanted = by_size if is_average(key) else weights
         factors = [np.asarray(factor) for factor in wanted / by_size]
         if federation.label_rows and key.endswith(LABEL_LAYER):
-            changes = [np.asarray(model[key], np.float64) - before for model in models]
+            # an average moves towards the model that arrived in every hospital: its holders are those of what it averages
+            seen = (
+                "generator/" + key.removeprefix("ema/") if key.startswith("ema/") and "generator" in federation.exchange else key
+            )
+            changes = [arrived[seen] for arrived in moved]
             factors = [column / share for column, share in zip(columns(changes, wanted), by_size, strict=True)]
         for model, factor in zip(models, factors, strict=True):
             if not np.all(factor == 1):  # else to the bit what the hospital sent
                 model[key] = (before + factor * (np.asarray(model[key], np.float64) - before)).astype(np.float32)
     for reply, model in zip(replies, models, strict=True):
         reply.content[ARRAYS] = to_record(model)
+
+
+def _moves_all(settings: Settings) -> str:
+    """Why holders cannot be told, or need not be; empty where they can."""
+    if settings.federation.weights == "sum":
+        return "federation.weights = 'sum' adds up what each has moved: who does not hold the label adds nothing"
+    if settings.training.labels == "uniform":
+        return "training.labels = 'uniform' moves the rows of labels that a hospital does not hold"
+    return "privacy moves every row by its noise" if settings.privacy.on else ""
 
 
 def shares(sizes: np.ndarray, rule: str) -> np.ndarray:
@@ -103,6 +122,16 @@ def columns(changes: Sequence[np.ndarray], weights: np.ndarray) -> list[np.ndarr
     total = held.sum(axis=0)
     grown = np.where(total > 0, held * (weights.sum() / np.where(total > 0, total, 1)), weights[:, None])
     return [row[None] for row in grown]
+
+
+def plain_averages(replies: Sequence[Message], sent: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The running averages among the arrays, averaged by size."""
+    sizes = np.array([float(reply.content.metric_records[METRICS][WEIGHT]) for reply in replies])
+    found = {}
+    for key in filter(is_average, sent):
+        arrays = [np.asarray(reply.content.array_records[ARRAYS][key].numpy(), np.float64) for reply in replies]
+        found[key] = np.tensordot(sizes / sizes.sum(), np.stack(arrays), 1).astype(np.float32)
+    return found
 
 
 def is_average(key: str) -> bool:

@@ -91,6 +91,11 @@ def _arms_of(spec: str, settings: Settings, folder: ComparisonFolder, sizes: Map
         _check_name(name, spec)
         own = _overrides(spec, keys)
         if parent == "centralized":
+            if other := [text for text in own if not text.startswith("model.institutions")]:
+                raise ConfigError(
+                    f"comparison.arms: '{spec}' would change {other[0].partition('=')[0]} of a pooled training, which has no "
+                    "federation: it may change model.institutions alone"
+                )
             changed = from_dict(to_dict(settings), own, source=f"arm '{name}'")
             return [dataclasses.replace(centralized(name, changed, folder, sizes), overrides=own)]
         if parent not in ("", "federated"):

@@ -81,7 +81,7 @@ def _restore(job: Job, run: RunFolder, trainer: Trainer, hospitals: Sequence[Hos
     state = load_state(run, experiment, tell)
     if state is not None and state.round:
         trainer.load(_trainer_state(run, state.round))
-        if job.start is not None:
+        if job.start is not None and state.shares:  # none in a checkpoint of before they were kept
             trainer.at(state.shares[0].number)
         if state.line is not None and not has_line(run, state.round):
             write_line(run, state.line)

@@ -12,8 +12,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fedgan.comparison_folder import ComparisonFolder
-from fedgan.config import Settings, from_dict, to_dict
+from fedgan.config import Settings, from_dict, load_scenario, to_dict
 from fedgan.errors import ConfigError
+from fedgan.evaluation.arms import EVALUATOR_KEYS, check_comparable
 from server.checkpoints import is_evaluated
 from server.rounds import deal_images, round_totals
 from simulations.arms import EVERYBODY, FEDERATION, HOME, Arm, Job, Start, plan
@@ -21,6 +22,7 @@ from simulations.job import read_job, write_job
 
 FOLDER = ComparisonFolder(Path("/nowhere/study"))
 ROOT = Path("/nowhere/shards")
+SCENARIOS = Path(__file__).parents[1] / "simulations"
 SIZES = {"alpha": 40, "beta": 24, "gamma": 16}
 WIDE = "wide: federation.rounds=2; federation.exchange=generator,ema"
 PROXIMAL = "fedprox: federation.strategy=fedprox; training.proximal_mu=0.01"
@@ -229,6 +231,8 @@ def test_a_pooled_training_may_be_blind_to_institutions() -> None:
     assert [arm.jobs[0].settings.model.institutions for arm in (central, blind, federated)] == [3, 0, 0]
     assert central.jobs[0].images == blind.jobs[0].images
     assert (blind.jobs[0].kind, blind.overrides) == (HOME, ("model.institutions=0",))
+    with pytest.raises(ConfigError, match="of a pooled training, which has no federation"):
+        planned(from_dict(tree, ["comparison.arms=blind < centralized: federation.weights=equal"]))
     with pytest.raises(ConfigError, match="comes from 'local': write 'blind: "):
         planned(from_dict(tree, ["comparison.arms=blind < local: model.institutions=0"]))
 
@@ -339,3 +343,16 @@ def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
         assert read_job(tmp_path / f"{number}.json") == job
     begun = next(job for job in jobs if job.start)
     assert isinstance(begun.start, Start)
+
+
+@pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*compare.toml")), ids=lambda path: path.stem)
+def test_the_arms_of_a_shipped_comparison_can_be_compared(path: Path) -> None:
+    """Else everything would be trained and then refused."""
+    alike = {"images_seen": 1, "declared": {}, "stopped": [], "resolution": 32, "label_names": ["a"]}
+    evaluator = dict.fromkeys(EVALUATOR_KEYS, "one")
+    arms = [
+        {"name": arm.name, "seed": arm.seed, "settings": to_dict(arm.jobs[0].settings), "evaluator": evaluator, **alike}
+        for arm in planned(load_scenario(path))
+    ]
+    assert len(arms) > 1
+    check_comparable(arms)

@@ -65,6 +65,18 @@ def test_findings_that_may_come_together_are_weighed_with_those_that_are_absent(
     np.testing.assert_allclose(odds, [0.25 / (0.25 + 0.81), 0.25 / (0.25 + 0.09), 0.25 / (0.25 + 0.01)], rtol=1e-6)
 
 
+def test_a_rare_label_is_its_holders_alone() -> None:
+    institutions = Institutions(2, 2)
+    institutions.know({0: (1_000_000, [1_000_000, 0]), 1: (1, [0, 1])}, exclusive=True)
+    assert institutions.odds(torch.eye(2)).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_a_label_that_nobody_holds_is_drawn_by_size() -> None:
+    institutions = Institutions(2, 2)
+    institutions.know({0: (30, [30, 0]), 1: (10, [10, 0])}, exclusive=True)
+    assert institutions.odds(torch.eye(2))[1].tolist() == [0.75, 0.25]
+
+
 def test_a_hospital_that_never_came_is_never_drawn() -> None:
     institutions = Institutions(1, 3)
     institutions.know({0: (5, [5]), 2: (15, [15])}, exclusive=True)
@@ -160,6 +172,7 @@ def test_pooled_images_keep_their_hospitals(tmp_path: Path) -> None:
     [
         (["model.institutions=2", "federation.share_label_counts=true"], "federation.hospitals = 3"),
         (["model.institutions=3"], "share_label_counts = true"),
+        (["federation.share_label_counts=true", "privacy.hospital=server"], "and model.institutions"),
         ([*APART, "training.labels=uniform"], "may not hold"),
     ],
 )

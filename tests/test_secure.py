@@ -185,6 +185,25 @@ def test_changes_that_weigh_alike_are_averaged_or_summed_under_the_mask(rule: st
     assert_same(*({key: array for key, array in model.items() if key not in averages} for model in (secure, plain)))
 
 
+def test_a_sum_is_of_those_that_counted(tmp_path: Path) -> None:
+    """Lost while it trains: its masks come off, and the others' changes are summed."""
+    words = ("federation.weights=sum", "federation.exchange=generator,discriminator", "federation.secure=true")
+    fault = lose(3, Stage.COLLECT_MASKED_VECTORS)
+    tried = Tried(tmp_path, *words, "federation.min_hospitals=3", hospitals=4, fault=fault).train()
+    changes = [tried.change(number) for number in range(3)]
+    for key, before in tried.model(0).items():
+        if not key.startswith("ema/") and not key.endswith("w_avg"):
+            expected = before + sum(change[key] for change in changes)
+            np.testing.assert_allclose(tried.model()[key], expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_plan_in_which_two_would_train_alone_is_refused(tmp_path: Path) -> None:
+    """The smallest shows no image in some rounds; each of the other two would learn the other's change."""
+    tried = Tried(tmp_path, "federation.secure=true", "training.kimg=0.048", rounds=4)
+    with pytest.raises(ConfigError, match=r"2 hospitals show images.*lower federation\.rounds"):
+        tried.train()
+
+
 def correlation(tried: Tried, number: int) -> float:
     """Between what the server got of a hospital and what it changed, over all numbers that changed much enough to be seen."""
     masked, change = tried.masked(number), tried.change(number)

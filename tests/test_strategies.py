@@ -84,6 +84,8 @@ def test_a_round_aggregates_as_the_strategy_says(name: str, tmp_path: Path) -> N
                 expected = mean
             case "krum":
                 expected = next(model for model in stack if np.allclose(model, array, atol=1e-6))
+            case "fedadam" | "fedyogi" if key.startswith("ema/") or key.endswith("w_avg"):  # averages already
+                expected = mean
             case "fedadam" | "fedyogi":
                 delta = mean - before[key]
                 m, v = 0.1 * delta, 0.01 * delta**2
@@ -170,7 +172,7 @@ def test_moments_have_no_place_in_a_strategy_without_memory(tmp_path: Path) -> N
     again = make_strategy(tiny(tmp_path, *overrides("fedadam")))
     restore_strategy(again, state)
     assert np.array_equal(again.v_t["ema/w"], adam.v_t["ema/w"])
-    with pytest.raises(CheckpointError, match="FedAvg has none"):
+    with pytest.raises(CheckpointError, match="FedAvg has none like them"):
         restore_strategy(make_strategy(tiny(tmp_path)), state)
 
 

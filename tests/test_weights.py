@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
@@ -76,20 +77,25 @@ def test_one_hospital_is_itself_to_the_bit(rule: str, tmp_path: Path) -> None:
     assert made["generator/w"].tobytes() == model["generator/w"].tobytes()
 
 
-@pytest.mark.parametrize("rule", ["size", "equal", "sum"])
+@pytest.mark.parametrize("rule", ["size", "root", "equal"])
 def test_a_label_s_row_is_its_holders_own(rule: str, tmp_path: Path) -> None:
     """Hospitals of 70, 20 and 10 images; label 0 is the first's alone, 1 the last two's, 2 everybody's, 3 nobody's."""
     held = np.array([[1, 0, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0]])
     sent = {EMBED: np.random.default_rng(3).standard_normal((5, 4)).astype(np.float32)}
+    sent["ema/mapping.embed.weight"] = sent[EMBED] + 1
     changes = [{EMBED: np.random.default_rng(number).standard_normal((5, 4)) * row} for number, row in enumerate(held)]
+    for change in changes:  # an average moves everywhere: towards the model that arrived
+        change["ema/mapping.embed.weight"] = change[EMBED] * 0.1 + 0.01
     settings = settings_of(tmp_path, f"federation.weights={rule}", "federation.label_rows=true")
-    moved = merged(settings, sent, [70, 20, 10], changes)[EMBED]
-    weights = shares(np.array([70.0, 20.0, 10.0]), rule)
-    for label in range(4):
-        holders = held[:, label] * weights
-        scale = 1 if rule == "sum" else max(holders.sum(), 1e-9)
-        expected = sum(w * change[EMBED][:, label] for w, change in zip(holders / scale, changes, strict=True))
-        np.testing.assert_allclose(moved[:, label], expected, atol=1e-5)
+    moved = merged(settings, sent, [70, 20, 10], changes)
+    for key, weights in (
+        (EMBED, shares(np.array([70.0, 20.0, 10.0]), rule)),
+        ("ema/mapping.embed.weight", np.array([0.7, 0.2, 0.1])),
+    ):
+        for label in range(3):
+            holders = held[:, label] * weights / (held[:, label] * weights).sum()
+            expected = sum(w * change[key][:, label] for w, change in zip(holders, changes, strict=True))
+            np.testing.assert_allclose(moved[key][:, label], expected, atol=1e-5)
 
 
 def test_columns_that_nobody_moved_keep_their_weights() -> None:
@@ -105,6 +111,10 @@ def test_columns_that_nobody_moved_keep_their_weights() -> None:
         (["federation.weights=root", "federation.secure=true"], "hides from the server"),
         (["federation.label_rows=true", "federation.secure=true"], "hides from the server"),
         (["federation.weights=sum", "privacy.hospital=server"], "further than privacy.hospital"),
+        (["federation.label_rows=true", "federation.weights=sum"], "adds nothing"),
+        (["federation.label_rows=true", "training.labels=uniform"], "does not hold"),
+        (["federation.label_rows=true", "privacy.noise_multiplier=1"], "by its noise"),
+        (["federation.strategy=fedavgm", "federation.server_momentum=0"], "server_momentum > 0"),
     ],
 )
 def test_weights_are_refused_where_they_could_not_hold(overrides: list[str], word: str, tmp_path: Path) -> None:
@@ -174,3 +184,15 @@ def test_the_server_s_average_survives_a_restart(tmp_path: Path) -> None:
     assert any(key.startswith("ema/") for key in first)
     assert first.keys() == second.keys()
     assert all(first[key].equal(second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedyogi"])
+def test_no_server_optimiser_steps_beyond_a_running_average(name: str, tmp_path: Path) -> None:
+    settings = tiny(write_shards(tmp_path / "data", (24, 16)), f"federation.strategy={name}", hospitals=2, rounds=3, kimg=0.072)
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    merged = load_tensors(run.checkpoint(3))[0]
+    states = [load_tensors(run.hospital_state(name) / "state-00003.safetensors")[0] for name in ("alpha", "beta")]
+    for key in filter(lambda key: key.startswith("ema/"), merged):
+        low, high = torch.minimum(*(state[key] for state in states)), torch.maximum(*(state[key] for state in states))
+        assert ((merged[key] >= low - 1e-5) & (merged[key] <= high + 1e-5)).all()

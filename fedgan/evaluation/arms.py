@@ -17,8 +17,9 @@ from fedgan.evaluation.paired import LEVEL, bootstrap_auc, macro_auc
 from fedgan.evaluation.utility import number, utility
 
 COMPARED_SECTIONS = ("data", "model", "augment", "training", "privacy", "evaluation")
-# Where the shards lie, fedprox's own term and how often a curve is measured; federation.* is not looked at.
-MAY_DIFFER = frozenset({"data.root", "training.proximal_mu", "evaluation.every"})
+# Where the shards lie, what hospitals are to the networks, fedprox's own term, how often a curve is measured.
+# federation.* is not looked at.
+MAY_DIFFER = frozenset({"data.root", "model.institutions", "training.proximal_mu", "evaluation.every"})
 EVALUATOR_KEYS = ("extractor", "classifier", "suite", "test_hash")
 UNSTEADY = "not the same in every seed"
 FIGURES = ("macro_auc", "macro_auc_ci", "balanced_accuracy", "balanced_accuracy_ci", "macro_auprc", "macro_auprc_ci")

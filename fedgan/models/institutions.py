@@ -49,12 +49,14 @@ class Institutions(nn.Module):
         if self.counts is None:
             raise FedganError("this generator does not know the hospitals' shares of the labels: name the hospital of each image")
         c = c.detach().to("cpu", torch.float64)
-        images = self.counts[:, -1].clamp_min(LEAST)
-        share = (self.counts[:, :-1] / images[:, None]).clamp(LEAST, 1 - LEAST)
-        log = images.log() + c @ share.log().t()
-        if not self.exclusive:
-            log = log + (1 - c) @ (1 - share).log().t()
-        return log.masked_fill(self.counts[:, -1] == 0, -torch.inf).softmax(1)
+        labelled, images = self.counts[:, :-1], self.counts[:, -1]
+        if self.exclusive:
+            held = c @ labelled.t()
+            held = torch.where(held.sum(1, keepdim=True) > 0, held, images)  # a label that nobody holds: by size
+            return held / held.sum(1, keepdim=True)
+        share = (labelled / images.clamp_min(LEAST)[:, None]).clamp(LEAST, 1 - LEAST)
+        log = images.clamp_min(LEAST).log() + c @ share.log().t() + (1 - c) @ (1 - share).log().t()
+        return log.masked_fill(images == 0, -torch.inf).softmax(1)
 
     def forward(self, c: Tensor, z: Tensor | None) -> Tensor:
         if not self.hospitals or c.shape[1] == self.labels + self.hospitals:

@@ -65,7 +65,7 @@ def refusals(settings: Settings) -> Iterator[str]:
     if settings.federation.share_label_counts:
         yield (
             "federation.share_label_counts = true: the server would learn the real counts of labels, without noise; set it to "
-            "false"
+            "false, and with it model.institutions = 0, which draws by them"
         )
     if settings.evaluation.show_real == "all" and settings.data.root and not settings.evaluation.root:
         yield (

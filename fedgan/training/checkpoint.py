@@ -97,7 +97,10 @@ def load_generator(path: Path, device: str = "cpu") -> tuple[Generator, dict[str
     if settings.model.institutions:
         shares, labels = meta.get("shares", []), len(meta["label_names"])
         if not shares or any(len(share.get("label_counts", ())) != labels for share in shares):
-            raise CheckpointError(f"{path} does not tell the hospitals' shares of the labels, which model.institutions asks for")
+            raise CheckpointError(
+                f"{path} does not tell the hospitals' shares of the labels, by which model.institutions draws: give a checkpoint "
+                "of a round as the run left it"
+            )
         known = {share["number"]: (share["images"], share["label_counts"]) for share in shares}
         generator.mapping.institutions.know(known, meta.get("exclusive", True))
     return generator.eval().requires_grad_(False).to(device), meta

@@ -21,7 +21,8 @@ LABEL_LAYER = "mapping.embed.weight"  # (w_dim, label_dim): the one tensor whose
 def warm_start(trainer: Trainer, settings: Settings | None = None) -> None:
     """Take over the weights of `training.warm_start` (a run folder or a checkpoint); nothing where it is empty.
 
-    Labels of the same name keep their embedding, others begin as the seed gives them; sizes of the networks must agree.
+    Labels of the same name keep their embedding, others begin as the seed gives them, as do the columns of hospitals
+    (`model.institutions`), because another run's hospitals are others; sizes of the networks must agree.
     Optimisers, ADA and averages begin anew. Raises `CheckpointError` when the file is missing or made for other networks,
     `ConfigError` when privacy is on and its images are not known to be public. `settings`: of the run, where the Trainer's
     own are not (a server's has no privacy, because it sees no image).

@@ -57,8 +57,12 @@ def _known(card: CardData, federated: bool) -> list[str]:
         parts = ", ".join(settings.federation.exchange)
         known = [
             f"No image travelled for the training. What travelled: parameters ({parts}), counts of images{_told(settings)}.",
-            "The server saw each hospital's parameters as they are: there is no secure aggregation.",
+            "The server saw a sum of what the hospitals changed (SecAgg+), if it kept to the protocol."
+            if settings.federation.secure
+            else "The server saw each hospital's parameters as they are: there was no secure aggregation.",
         ]
+        if settings.model.institutions:
+            known.append("The networks tell hospitals apart: whoever has the generator can ask it for the images of one.")
         if "discriminator" in settings.federation.exchange:
             known.append("The discriminator, which is fitted to real images, travelled as well.")
         if card.arm == "finetuned":
@@ -78,10 +82,11 @@ def _known(card: CardData, federated: bool) -> list[str]:
 
 def _told(settings: Settings) -> str:
     """What a hospital tells of its training beside parameters and counts of images (client/sent.py), in words."""
+    counts = ", counts of images of each label" if settings.federation.share_label_counts else ""
     ledger = ", and epsilon with its delta, noise and sampling rate" if settings.privacy.on else ""
     if settings.privacy.hospital != "none":
         return ledger
-    return f", losses of the generator{ledger}" if settings.privacy.on else ", and losses"
+    return f", losses of the generator{ledger}" if settings.privacy.on else f"{counts}, and losses"
 
 
 def _not_attacked(audit: Audit) -> list[str]:

@@ -211,7 +211,8 @@ class Comparison:
 
     @property
     def central(self) -> Entry | None:
-        return next((entry for entry in self.arms if entry.kind == CENTRALIZED), None)
+        found = [entry for entry in self.arms if entry.kind == CENTRALIZED]
+        return next((entry for entry in found if entry.name == CENTRALIZED), next(iter(found), None))
 
     @property
     def federated(self) -> Entry | None:
