@@ -75,7 +75,7 @@ def check_secure(settings: Settings) -> None:
 
 def check_plan(settings: Settings, plan: Plan, done: int) -> None:
     """Raise `ConfigError` where a round is planned in which too few hospitals train for one to be hidden among them."""
-    if not settings.federation.secure:
+    if not settings.federation.secure or len(plan.shares) < FEWEST:  # so few are told that they have to wait
         return
     training, number = plan.fewest(done)
     if number and training < FEWEST:

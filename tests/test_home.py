@@ -270,7 +270,7 @@ def test_after_a_step_of_fine_tuning_the_average_is_still_near_the_received_one(
     for kind in ("goes on", "begins anew"):
         trainer = Trainer(settings, pooled(open_prepared(settings, job.run)), "cpu")
         if kind == "goes on":
-            home._take_over(job.start, job.members[0], trainer)
+            home._take_over(job.start, job.members[0], trainer, True, [])
         else:  # the same weights without the count: what a first step of any training does
             arrays = {key: tensor.numpy() for key, tensor in received.items() if not key.startswith(STATE)}
             trainer.incoming(arrays)

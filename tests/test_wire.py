@@ -24,6 +24,7 @@ from fedgan.training.wire import DTYPES, answer, pack, restore, unpack
 from server.records import check_reply, to_record
 from server.roster import Member
 from server.strategies import check_strategy
+from server.weights import is_average
 from server.wire import inward, outward, outward_bytes
 
 SHARE = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # of a number, that rounding may move it by
@@ -231,6 +232,8 @@ def test_a_strategy_aggregates_what_the_hospitals_changed_onto_the_master(
                 expected = [np.median(change, axis=0)]
             case "krum":
                 expected = list(change)  # one of the hospitals, whole
+            case "fedadam" if is_average(key):  # no optimiser steps beyond an average
+                expected = [mean]
             case "fedadam":
                 expected = [0.01 * np.sqrt(1 - 0.99**2) / (1 - 0.9**2) * 0.1 * mean / (0.1 * np.abs(mean) + 1e-3)]
         # What rounding on the way up may do: to a change with delta, to the model without.
