@@ -184,7 +184,8 @@ def aggregate(
     made = {key: np.asarray(record[key].numpy(), dtype=np.float32) for key in sorted(sent)}
     if settings.federation.strategy in OPTIMISERS:  # no momentum on what is an average already
         made |= plain_averages(replies, sent)
-        strategy.current_arrays = to_record(made) if isinstance(strategy, FedAvgM) else strategy.current_arrays
+    if isinstance(strategy, FedAvgM):  # it steps from what it remembers, the others from what is sent
+        strategy.current_arrays = to_record(made)
     return {key: sent[key] + array for key, array in made.items()} if by_distance else made
 
 

@@ -32,6 +32,7 @@ from flwr.app import Message
 
 from fedgan.config import Settings
 from fedgan.errors import ConfigError
+from fedgan.training.ema import AVERAGE, SOURCE
 from fedgan.training.warm_start import LABEL_LAYER
 from server.records import ARRAYS, METRICS, WEIGHT, to_record
 
@@ -69,23 +70,18 @@ def weigh(settings: Settings, replies: Sequence[Message], sent: Mapping[str, np.
     if federation.weights == "size" and not federation.label_rows:
         return
     models = [{key: array.numpy() for key, array in reply.content.array_records[ARRAYS].items()} for reply in replies]
-    moved = [
-        {key: np.asarray(model[key], np.float64) - before for key, before in sent.items() if key.endswith(LABEL_LAYER)}
-        for model in models
-    ]
-    sizes = np.array([float(reply.content.metric_records[METRICS][WEIGHT]) for reply in replies])
-    weights = shares(sizes, federation.weights)
+    rows = [key for key in sent if federation.label_rows and key.endswith(LABEL_LAYER)]
+    moved = {key: [np.asarray(model[key], np.float64) - sent[key] for model in models] for key in rows}
+    by_size = shares(_sizes(replies), "size")
+    weights = shares(_sizes(replies), federation.weights)
     for key, before in sent.items():
-        by_size = sizes / sizes.sum()
         wanted = by_size if is_average(key) else weights
         factors = [np.asarray(factor) for factor in wanted / by_size]
-        if federation.label_rows and key.endswith(LABEL_LAYER):
+        if key in moved:
             # an average moves towards the model that arrived in every hospital: its holders are those of what it averages
-            seen = (
-                "generator/" + key.removeprefix("ema/") if key.startswith("ema/") and "generator" in federation.exchange else key
-            )
-            changes = [arrived[seen] for arrived in moved]
-            factors = [column / share for column, share in zip(columns(changes, wanted), by_size, strict=True)]
+            source = SOURCE + key.removeprefix(AVERAGE)
+            held = columns(moved[source if source in moved else key], wanted)
+            factors = [column / share for column, share in zip(held, by_size, strict=True)]
         for model, factor in zip(models, factors, strict=True):
             if not np.all(factor == 1):  # else to the bit what the hospital sent
                 model[key] = (before + factor * (np.asarray(model[key], np.float64) - before)).astype(np.float32)
@@ -113,12 +109,10 @@ def shares(sizes: np.ndarray, rule: str) -> np.ndarray:
 def columns(changes: Sequence[np.ndarray], weights: np.ndarray) -> list[np.ndarray]:
     """For each hospital (1, labels): the weights of a label's holders grown to the sum of all weights, 0 for the others.
 
-    `changes`: (width, labels) each. Under 'sum' holders keep their 1. A column that nobody moved is weighed by `weights`.
+    `changes`: (width, labels) each. A column that nobody moved is weighed by `weights`.
     """
     moved = np.array([np.abs(change).max(axis=0) > 0 for change in changes])
     held = moved * weights[:, None]
-    if np.allclose(weights, 1):
-        return [row[None] for row in held]
     total = held.sum(axis=0)
     grown = np.where(total > 0, held * (weights.sum() / np.where(total > 0, total, 1)), weights[:, None])
     return [row[None] for row in grown]
@@ -126,14 +120,17 @@ def columns(changes: Sequence[np.ndarray], weights: np.ndarray) -> list[np.ndarr
 
 def plain_averages(replies: Sequence[Message], sent: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The running averages among the arrays, averaged by size."""
-    sizes = np.array([float(reply.content.metric_records[METRICS][WEIGHT]) for reply in replies])
-    found = {}
+    by_size, found = shares(_sizes(replies), "size"), {}
     for key in filter(is_average, sent):
         arrays = [np.asarray(reply.content.array_records[ARRAYS][key].numpy(), np.float64) for reply in replies]
-        found[key] = np.tensordot(sizes / sizes.sum(), np.stack(arrays), 1).astype(np.float32)
+        found[key] = np.tensordot(by_size, np.stack(arrays), 1).astype(np.float32)
     return found
+
+
+def _sizes(replies: Sequence[Message]) -> np.ndarray:
+    return np.array([float(reply.content.metric_records[METRICS][WEIGHT]) for reply in replies])
 
 
 def is_average(key: str) -> bool:
     """Whether an array is a running average: those of several hospitals have a mean and no sum."""
-    return key.startswith("ema/") or key.endswith("w_avg")
+    return key.startswith(AVERAGE) or key.endswith("w_avg")
