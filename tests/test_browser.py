@@ -81,7 +81,12 @@ def test_the_log_of_requests_and_of_the_console_would_show_an_offence(browser: B
         "<!DOCTYPE html><title>x</title><link rel=stylesheet href=other.css><p>x<script>console.error('loud')</script>"
     )
     browser.show(page)
+    deadline = time.monotonic() + 20  # the console's lines come over from the page's process, and may come late
     console, asked = browser.logs()
+    while not any("loud" in line for line in console) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        more, also = browser.logs()
+        console, asked = console + more, asked + also
     assert any("loud" in line for line in console)
     assert any(url.endswith("other.css") for url in asked)
 
