@@ -140,6 +140,9 @@ class FederationSettings:
         choices=("size", "root", "equal", "sum"),
     )
     label_rows: bool = meaning(False, "A label's embedding is averaged over those hospitals alone that hold the label.")
+    control_variates: bool = meaning(
+        False, "A hospital's steps are corrected by how its last changes differ from everybody's mean (SCAFFOLD)."
+    )
     exchange: tuple[str, ...] = meaning(
         PARTS,
         "What travels; the rest stays in the hospital. Without ema the server averages the generators of its rounds.",

@@ -63,6 +63,17 @@ def check_strategy(settings: Settings) -> None:
         raise ConfigError(
             "federation.trim = 0 cuts nobody away, and guards against nobody: raise it, e.g. to 0.34 for one of three"
         )
+    if federation.control_variates and (federation.strategy not in ("fedavg", "fedprox") or federation.weights == "sum"):
+        raise ConfigError(
+            "federation.control_variates corrects hospitals towards the mean of what they change, which federation.strategy = "
+            f"'{federation.strategy}' with weights = '{federation.weights}' does not take: choose fedavg or fedprox, and another "
+            "federation.weights than 'sum'"
+        )
+    if federation.control_variates and (federation.label_rows or settings.privacy.hospital != "none"):
+        other = "federation.label_rows" if federation.label_rows else f"privacy.hospital = '{settings.privacy.hospital}'"
+        raise ConfigError(
+            f"federation.control_variates holds a hospital's change against the plain mean, and {other} takes another: leave one"
+        )
     check_hospital_privacy(settings)
     check_wire(settings)
     check_secure(settings)

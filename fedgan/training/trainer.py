@@ -32,6 +32,7 @@ from fedgan.training.ema import ema_decay, ema_update, half_life_kimg
 from fedgan.training.labels import draw_labels
 from fedgan.training.optimizer import adam, load_optimizer, optimizer_tensors, pull_towards
 from fedgan.training.sampler import PoissonSampler, Sampler
+from fedgan.training.variates import ControlVariates
 
 PATH_LENGTH_DECAY = 0.01
 STATE_KEYS = ("images_seen", "steps", "g_steps", "since_g", "goal", "sampler", "ada", "labels", "device", "stream", "data")
@@ -114,6 +115,7 @@ class Trainer:
         self.exhausted = False
         self._goal = 0
         self._anchor: dict[str, list[Tensor]] = {}
+        self._variates = ControlVariates()
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -132,8 +134,10 @@ class Trainer:
         if self.private is not None:
             self._reserve(self.private)
         measured: dict[str, list[Tensor]] = defaultdict(list)
+        steps = -(-(self._goal - self.images_seen) // self.batch_size)
         while self.images_seen < self._goal:
             self._step(measured)
+            self._variates.apply(self.parts, 1 / steps)
             if on_step is not None:
                 on_step(self)
         result = {name: float(torch.stack(values).mean()) for name, values in measured.items()}
@@ -372,11 +376,13 @@ class Trainer:
         }
         return {name: np.ascontiguousarray(arrays[name], dtype=np.float32) for name in sorted(arrays)}
 
-    def incoming(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def incoming(self, arrays: Mapping[str, np.ndarray], answers: bool = True) -> None:
         """Take over the parts in `arrays`; parts that are not there stay as they are.
 
         Raises `CheckpointError` when names or shapes are not this model's; nothing is changed then. With
-        `training.proximal_mu` the received weights become the anchor of the proximal term (arXiv 1812.06127).
+        `training.proximal_mu` the received weights become the anchor of the proximal term (arXiv 1812.06127), with
+        `federation.control_variates` their distance from the own ones corrects the next round (arXiv 1910.06378).
+        `answers`: whether the model is made of what this Trainer last gave out.
         """
         tensors = {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in arrays.items()}
         known = {f"{part}/" for part in self.parts}
@@ -388,12 +394,16 @@ class Trainer:
                 load_into(self.parts[part], weights, f"the {part} that arrived", check_only=True)
         for part, weights in given.items():
             if weights:
+                corrected = self.settings.federation.control_variates and part != "ema"
+                made = [parameter.detach().clone() for parameter in self.parts[part].parameters()] if corrected else []
                 before = copy.deepcopy(self.parts[part]) if part == "discriminator" and self.d_average is not None else None
                 load_into(self.parts[part], weights, f"the {part} that arrived")
                 if before is not None:
                     self._move_average(before)
                 if self.settings.training.proximal_mu and part != "ema":
                     self._anchor[part] = [parameter.detach().clone() for parameter in self.parts[part].parameters()]
+                if corrected:
+                    self._variates.arrived(part, made, self.parts[part], answers)
 
     def _move_average(self, before: nn.Module) -> None:
         """Let the average of D follow a D that arrived; `before`: D until then. An average of nothing yet is that D."""
@@ -416,6 +426,7 @@ class Trainer:
         tensors |= optimizer_tensors(self.d_adam, self.discriminator, "d_adam/")
         for part, anchor in self._anchor.items():
             tensors |= {f"anchor/{part}/{number:03d}": tensor for number, tensor in enumerate(anchor)}
+        tensors |= self._variates.tensors()
         tensors |= {
             "rng/host": self.host.get_state(),
             "rng/noise": self.noise.get_state(),
@@ -465,6 +476,7 @@ class Trainer:
         for part in ("generator", "discriminator"):
             if anchor := with_prefix(tensors, f"anchor/{part}/"):
                 self._anchor[part] = [anchor[name].to(self.device) for name in sorted(anchor)]
+        self._variates.load(tensors, self.parts)
         self.host.set_state(tensors["rng/host"])
         self.noise.set_state(tensors["rng/noise"])
         self.path_length_mean = tensors["path_length_mean"].to(self.device).reshape(())

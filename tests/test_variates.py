@@ -1,0 +1,158 @@
+"""federation.control_variates: what a hospital's steps are corrected by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from small_federation import error_reply, federate, tiny, write_shards
+from test_training import tiny_dataset, tiny_settings
+from torch import nn
+
+from client.app import app
+from fedgan.data.federation import open_hospitals
+from fedgan.errors import ConfigError
+from fedgan.models.generator import Generator
+from fedgan.run_folder import RunFolder
+from fedgan.training.checkpoint import load_tensors
+from fedgan.training.trainer import Trainer
+from fedgan.training.variates import ControlVariates
+from server.strategies import check_strategy
+
+ON = "federation.control_variates=true"
+PARTS = ("generator", "discriminator")
+
+
+def mean_of(models: list[dict[str, np.ndarray]], weights: np.ndarray) -> dict[str, np.ndarray]:
+    return {key: sum(w * model[key] for w, model in zip(weights, models, strict=True)).astype(np.float32) for key in models[0]}
+
+
+@hypothesis_settings(max_examples=20)
+@given(
+    optima=st.lists(st.floats(-2, 2), min_size=2, max_size=4),
+    sizes=st.lists(st.integers(1, 9), min_size=4, max_size=4),
+    curvatures=st.lists(st.floats(0.5, 2.0), min_size=4, max_size=4),
+)
+def test_hospitals_that_pull_apart_meet_at_the_optimum_of_all(
+    optima: list[float], sizes: list[int], curvatures: list[float]
+) -> None:
+    """Quadratics a_i (w - b_i)² / 2: without corrections long rounds of few hospitals end elsewhere than Σ p a b / Σ p a."""
+    share = np.array(sizes[: len(optima)], float) / sum(sizes[: len(optima)])
+    a = np.array(curvatures[: len(optima)])
+    best = float((share * a) @ optima / (share @ a))
+    nets = [nn.Linear(1, 1, bias=False).double() for _ in optima]
+    variates, x, steps = [ControlVariates() for _ in optima], 5.0, 4
+    for _ in range(100):
+        for net, control in zip(nets, variates, strict=True):
+            made = [net.weight.detach().clone()]
+            nn.init.constant_(net.weight, x)
+            control.arrived("net", made, net, answers=True)
+        for net, control, slope, optimum in zip(nets, variates, a, optima, strict=True):
+            for _ in range(steps):
+                with torch.no_grad():
+                    net.weight -= 0.1 * slope * (net.weight - optimum)
+                control.apply({"net": net}, 1 / steps)
+        x = float(share @ [net.weight.item() for net in nets])
+        total = share @ [control.corrections["net"][0].item() for control in variates]
+        assert abs(total) < 1e-9, "corrections move hospitals against each other, and the mean not at all"
+    assert x == pytest.approx(best, abs=1e-3)
+
+
+def test_without_corrections_they_do_not_meet_there() -> None:
+    """The algebra above would prove nothing if the mean of long rounds were right as it is."""
+    x, a, optima = 5.0, np.array([2.0, 0.5]), np.array([1.0, -1.0])
+    for _ in range(100):
+        x = float(np.mean([optimum + (x - optimum) * (1 - 0.1 * slope) ** 4 for slope, optimum in zip(a, optima, strict=True)]))
+    assert abs(x - (a @ optima) / a.sum()) > 0.05
+
+
+def test_a_round_adds_the_whole_correction_however_many_steps_it_has() -> None:
+    trainer = Trainer(tiny_settings(ON, "training.learning_rate=1e-12"), tiny_dataset())
+    trainer.incoming(trainer.outgoing(PARTS))
+    trainer.train(24)
+    made = trainer.outgoing(PARTS)
+    sent = {key: array + np.float32(0.25) for key, array in made.items()}
+    trainer.incoming(sent)
+    trainer.train(40)
+    parameters = {f"{part}/{name}" for part in PARTS for name, _ in trainer.parts[part].named_parameters()}
+    for key, array in trainer.outgoing(PARTS).items():
+        if key in parameters:
+            np.testing.assert_allclose(array, sent[key] + 0.25, atol=1e-4, err_msg=key)
+
+
+def test_a_first_model_and_one_after_rounds_without_this_hospital_correct_nothing() -> None:
+    trainer = Trainer(tiny_settings(ON), tiny_dataset())
+    moved = {key: array + np.float32(1) for key, array in trainer.outgoing(PARTS).items()}
+    trainer.incoming(moved)
+    trainer.incoming(trainer.outgoing(PARTS) | {key: array + np.float32(2) for key, array in moved.items()}, answers=False)
+    for corrections in trainer._variates.corrections.values():
+        assert not any(correction.any() for correction in corrections)
+    assert set(trainer._variates.corrections) == set(PARTS)
+
+
+def test_corrections_go_on_after_a_restart() -> None:
+    def rounds(restart: bool) -> dict[str, np.ndarray]:
+        hospitals = [Trainer(tiny_settings(ON), tiny_dataset(seed=number), stream=number) for number in range(2)]
+        sent = hospitals[0].outgoing(PARTS)
+        for number in range(3):
+            for hospital in hospitals:
+                hospital.incoming(sent)
+                hospital.train(8)
+            sent = mean_of([hospital.outgoing(PARTS) for hospital in hospitals], np.array([0.5, 0.5]))
+            if restart and number == 1:
+                states = [hospital.state_dict() for hospital in hospitals]
+                hospitals = [Trainer(tiny_settings(ON), tiny_dataset(seed=number), stream=number) for number in range(2)]
+                for hospital, state in zip(hospitals, states, strict=True):
+                    hospital.load_state_dict(state)
+        return sent
+
+    whole, cut = rounds(False), rounds(True)
+    assert all(np.array_equal(whole[key], cut[key]) for key in whole)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "federation.weights=sum",
+        "federation.strategy=fedadam",
+        "federation.strategy=fedmedian",
+        "federation.label_rows=true",
+        "privacy.hospital=server",
+    ],
+)
+def test_settings_that_take_another_mean_are_refused(other: str) -> None:
+    with pytest.raises(ConfigError, match="control_variates"):
+        check_strategy(tiny_settings(ON, other))
+    check_strategy(tiny_settings(ON))
+
+
+def test_hospitals_of_a_federation_correct_by_what_came_of_their_last_round(tmp_path: Path) -> None:
+    """Beta misses round 2: the model of round 3 answers nothing of its own, so it goes on uncorrected."""
+
+    def fault(number: int, message: Message) -> Message | None:
+        away = number == 1 and message.content.config_records["config"].get("round") == 2
+        return error_reply(message, "gone") if away else None
+
+    data = write_shards(tmp_path / "data", (24, 16, 16))
+    settings = tiny(data, ON, "federation.min_hospitals=2", rounds=3, kimg=0.072)
+    run = RunFolder.at(tmp_path / "run")
+    federate(settings, run, app, fault)
+    sent = load_tensors(run.checkpoint(1))[0]
+    states = {
+        (name, number): load_tensors(run.hospital_state(name) / f"state-{number:05d}.safetensors")[0]
+        for name, number in (("alpha", 1), ("alpha", 2), ("beta", 3))
+    }
+    label_dim = sent["generator/mapping.embed.weight"].shape[1]
+    channels = open_hospitals(settings)[0].train.channels
+    names = [name for name, _ in Generator(settings.model, 16, channels, label_dim, torch.Generator()).named_parameters()]
+    for place, name in enumerate(names):
+        moved = sent[f"generator/{name}"] - states["alpha", 1][f"generator/{name}"].reshape(sent[f"generator/{name}"].shape)
+        torch.testing.assert_close(states["alpha", 2][f"variates/generator/{place:03d}"].reshape(moved.shape), moved)
+        assert not states["beta", 3][f"variates/generator/{place:03d}"].any()
+    assert any(states["alpha", 2][f"variates/generator/{place:03d}"].any() for place in range(len(names)))
