@@ -14,6 +14,7 @@ from client.app import app
 from fedgan.config import ModelSettings, Settings, from_dict, to_dict
 from fedgan.data.federation import open_hospitals
 from fedgan.errors import CheckpointError, ConfigError, FedganError
+from fedgan.evaluation.audit_subject import Audited
 from fedgan.evaluation.reference import pool_places
 from fedgan.evaluation.sampling import generate_images
 from fedgan.models.discriminator import Discriminator
@@ -109,6 +110,27 @@ def test_a_discriminator_that_is_asked_about_a_label_weighs_all_hospitals() -> N
     torch.testing.assert_close(discriminator(images, label), discriminator(images, weighed), atol=1e-5, rtol=1e-4)
 
 
+def test_an_audit_asks_about_one_hospital_alone() -> None:
+    generator, discriminator = Generator(MODEL, 16, 1, 2), Discriminator(MODEL, 16, 1, 2)
+    assert discriminator.mapping is not None
+    for network in (generator, discriminator):
+        network.mapping.institutions.know(SHARES, exclusive=True)  # type: ignore[union-attr]
+    audited = Audited(from_dict({}), generator, discriminator, numbers={"alpha": 0, "gamma": 2})
+    label, images, z = torch.tensor([[0.0, 1.0]]).repeat(4, 1), torch.randn(4, 1, 16, 16), torch.randn(4, 4)
+    named = torch.cat([label, torch.tensor([[0.0, 0.0, 1.0]]).repeat(4, 1)], 1)
+    mixed = discriminator(images, label)
+    with audited.asked_about("gamma") as alone:
+        assert alone
+        torch.testing.assert_close(discriminator(images, label), discriminator(images, named))
+        torch.testing.assert_close(generator(z, label), generator(z, named))
+    with pytest.raises(ZeroDivisionError), audited.asked_about("gamma"):
+        raise ZeroDivisionError
+    torch.testing.assert_close(discriminator(images, label), mixed)
+    with audited.asked_about("a stranger") as alone:
+        assert not alone
+        torch.testing.assert_close(discriminator(images, label), mixed)
+
+
 def test_without_institutions_networks_are_what_they_were() -> None:
     plain = dataclasses.replace(MODEL, institutions=0)
     for label_dim in (0, 2):
@@ -147,6 +169,10 @@ def test_a_checkpoint_says_who_holds_what(tmp_path: Path) -> None:
     odds = generator.mapping.institutions.odds(torch.eye(2)).numpy()
     np.testing.assert_allclose(odds, np.tile(np.array(sizes) / sum(sizes), (2, 1)), atol=1e-6)
     tensors, meta = load_tensors(run.checkpoint(2))
+    meta["since"].pop("2")  # as of a hospital that joined and never answered: its column is as the seed gave it
+    save_tensors(tmp_path / "without.safetensors", tensors, meta)
+    odds = load_generator(tmp_path / "without.safetensors")[0].mapping.institutions.odds(torch.eye(2)).numpy()
+    np.testing.assert_allclose(odds, np.tile([sizes[0] / sum(sizes[:2]), sizes[1] / sum(sizes[:2]), 0], (2, 1)), atol=1e-6)
     for share in meta["shares"]:
         share["label_counts"] = []
     save_tensors(run.checkpoint(2), tensors, {key: value for key, value in meta.items() if key not in ("format", "sha256")})

@@ -144,7 +144,8 @@ def load_audited(checkpoint: Path, settings: Settings) -> tuple[Audited, dict[st
         if discriminator.mapping is not None:
             discriminator.mapping.institutions = generator.mapping.institutions
         discriminator = discriminator.eval().requires_grad_(False).to(device)
-    return Audited(settings, generator, discriminator, device), meta
+    shares = meta["shares"] if settings.model.institutions else ()
+    return Audited(settings, generator, discriminator, device, {share["name"]: share["number"] for share in shares}), meta
 
 
 def write_pictures(run: RunFolder, found: Sequence[HospitalAudit]) -> list[Path]:

@@ -43,6 +43,10 @@ NOT_COVERED = (
     "The audit reads private images without noise: its figures are not covered by the epsilon of the training. "
     "Whoever passes them on releases them in addition."
 )
+ALONE = (
+    "The networks were asked about this hospital alone, which whoever holds them can do (model.institutions); in a released set "
+    "its images lie among the others'."
+)
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,21 @@ def audit_hospital(
     audited: Audited, hospital: HospitalData, audit: AuditSettings, judged: int = len(CONTROLLED), say: Say = lambda text: None
 ) -> HospitalAudit:
     """One hospital's audit; `judged`: negative controls of membership over all hospitals of the audit."""
-    name = hospital.name
     if reason := too_few(hospital):
         return HospitalAudit(_unmeasured(hospital, reason), {})
+    with audited.asked_about(hospital.name) as alone:
+        return _audit(audited, hospital, audit, judged, say, [ALONE] if alone else [])
+
+
+def _audit(
+    audited: Audited, hospital: HospitalData, audit: AuditSettings, judged: int, say: Say, notes: list[str]
+) -> HospitalAudit:
+    name = hospital.name
     roles = roles_of(hospital, audit.seed)
     say(f"{name}: drawing {audit.images} synthetic images")
     synthetic = draw_synthetic(audited, roles.train, audit.images, audit.seed, audit.psi)
     planted = plant(synthetic, roles.train, audit.seed)
-    spaces, notes = Spaces(hospital, roles, audited.settings, audit, audited.device), []
+    spaces = Spaces(hospital, roles, audited.settings, audit, audited.device)
     if roles.whole_training > len(roles.train):
         notes.append(f"A sample of {len(roles.train)} of {roles.whole_training} training images was looked up.")
     patients = int(roles.held_patients.max()) + 1

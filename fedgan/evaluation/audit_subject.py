@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -50,12 +51,27 @@ class Audited:
     """The model under audit: the run's settings, its generator, and its discriminator where that travels.
 
     `generator`: anything that `generate_images` draws from; the projection needs fedgan's own `Generator`.
+    `numbers`: the hospitals' by name, where the networks tell hospitals apart (`model.institutions`), else empty.
     """
 
     settings: Settings
     generator: Any
     discriminator: Discriminator | None = None
     device: str = "cpu"
+    numbers: Mapping[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def asked_about(self, hospital: str) -> Iterator[bool]:
+        """Inside, networks that tell hospitals apart speak of `hospital` alone, which is more of an attack than a mixture is.
+
+        → whether they do.
+        """
+        mappings = [getattr(network, "mapping", None) for network in (self.generator, self.discriminator)]
+        with ExitStack() as stack:
+            for mapping in mappings if hospital in self.numbers else ():
+                if mapping is not None:
+                    stack.enter_context(mapping.institutions.only(self.numbers[hospital]))
+            yield hospital in self.numbers
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ image follows from its latent, so that a latent and a label are one image, in wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,18 @@ class Institutions(nn.Module):
         for number, (images, label_counts) in shares.items():
             counts[number] = torch.tensor([*label_counts, images], dtype=torch.float64)
         self.counts, self.exclusive = counts, exclusive
+
+    @contextmanager
+    def only(self, hospital: int) -> Iterator[None]:
+        """Inside, who asks for a label alone gets hospital `hospital`'s, as somebody would who is after its images."""
+        before = self.counts
+        if before is not None:
+            self.counts = torch.zeros_like(before)
+            self.counts[hospital] = before[hospital].clamp_min(LEAST)
+        try:
+            yield
+        finally:
+            self.counts = before
 
     def odds(self, c: Tensor) -> Tensor:
         """P(i | c), (B, H) float64 on the CPU, for label vectors c (B, K). Raises `FedganError` before `know`."""

@@ -84,7 +84,10 @@ def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str
 
 
 def load_generator(path: Path, device: str = "cpu") -> tuple[Generator, dict[str, Any]]:
-    """The generator to sample from: the average where it travels, else the generator itself; and the meta."""
+    """The generator to sample from: the average where it travels, else the generator itself; and the meta.
+
+    Where it tells hospitals apart it draws from those whose answers are in it: the column of another is as the seed gave it.
+    """
     tensors, meta = load_tensors(path)
     weights = with_prefix(tensors, "ema/") or with_prefix(tensors, "generator/")
     if not weights:
@@ -101,6 +104,7 @@ def load_generator(path: Path, device: str = "cpu") -> tuple[Generator, dict[str
                 f"{path} does not tell the hospitals' shares of the labels, by which model.institutions draws: give a checkpoint "
                 "of a round as the run left it"
             )
-        known = {share["number"]: (share["images"], share["label_counts"]) for share in shares}
+        answered = {int(number) for number in meta.get("since", {})} or {share["number"] for share in shares}
+        known = {share["number"]: (share["images"], share["label_counts"]) for share in shares if share["number"] in answered}
         generator.mapping.institutions.know(known, meta.get("exclusive", True))
     return generator.eval().requires_grad_(False).to(device), meta
