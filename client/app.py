@@ -120,7 +120,7 @@ def train_round(visit: Visit, order: Order, site: Site) -> RecordDict:
 
     visit.doing = "taking over the server's model"
     before_round = received(visit.message, settings)
-    trainer.incoming(before_round, answers=order.since == order.round - 1)
+    trainer.incoming(before_round)
 
     visit.doing = f"training round {order.round}"
     before, progress = trainer.images_seen, Progress(site.folder, order.round, order.images)

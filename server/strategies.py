@@ -41,6 +41,31 @@ KRUMS = ("krum", "multikrum")
 OPTIMISERS = ("fedavgm", "fedadam", "fedyogi")
 
 
+def check_control_variates(settings: Settings) -> None:
+    """Raise `ConfigError` where hospitals' corrections would not cancel out, or answer nothing (fedgan/training/variates.py)."""
+    federation = settings.federation
+    if not federation.control_variates:
+        return
+    faults = (
+        (federation.strategy not in ("fedavg", "fedprox"), f"federation.strategy = '{federation.strategy}' takes another mean"),
+        (federation.weights == "sum", "federation.weights = 'sum' takes no mean: choose 'size', 'root' or 'equal'"),
+        (federation.label_rows, "federation.label_rows takes another mean of some rows: leave it false"),
+        (not {"generator", "discriminator"} & set(federation.exchange), "federation.exchange has neither of the two networks"),
+        (federation.wire != "fp32", f"federation.wire = '{federation.wire}' rounds the mean: choose fp32"),
+        (
+            federation.local_images != "equal" and federation.batch != "shared",
+            "hospitals take different numbers of steps: set federation.local_images = 'equal' or federation.batch = 'shared'",
+        ),
+        (federation.min_hospitals > 0, "federation.min_hospitals lets a round go on without some: set it to 0"),
+        (settings.privacy.on or settings.privacy.hospital != "none", "with privacy a hospital may stop, and means have noise"),
+    )
+    for fault, why in faults:
+        if fault:
+            raise ConfigError(
+                f"federation.control_variates corrects hospitals by the plain mean of all, after as many steps each: {why}"
+            )
+
+
 def check_strategy(settings: Settings) -> None:
     """Raise `ConfigError` for a combination of settings that the named strategy or the evaluator cannot serve."""
     federation, hospitals = settings.federation, settings.federation.participants
@@ -63,17 +88,7 @@ def check_strategy(settings: Settings) -> None:
         raise ConfigError(
             "federation.trim = 0 cuts nobody away, and guards against nobody: raise it, e.g. to 0.34 for one of three"
         )
-    if federation.control_variates and (federation.strategy not in ("fedavg", "fedprox") or federation.weights == "sum"):
-        raise ConfigError(
-            "federation.control_variates corrects hospitals towards the mean of what they change, which federation.strategy = "
-            f"'{federation.strategy}' with weights = '{federation.weights}' does not take: choose fedavg or fedprox, and another "
-            "federation.weights than 'sum'"
-        )
-    if federation.control_variates and (federation.label_rows or settings.privacy.hospital != "none"):
-        other = "federation.label_rows" if federation.label_rows else f"privacy.hospital = '{settings.privacy.hospital}'"
-        raise ConfigError(
-            f"federation.control_variates holds a hospital's change against the plain mean, and {other} takes another: leave one"
-        )
+    check_control_variates(settings)
     check_hospital_privacy(settings)
     check_wire(settings)
     check_secure(settings)

@@ -170,9 +170,9 @@ def with_members(settings: Settings, members: tuple[str, ...]) -> Settings:
 
 
 def at_home(settings: Settings, members: tuple[str, ...]) -> Settings:
-    """The settings for a training without a server: no strategy, so no proximal term and no condition that one sets."""
+    """The settings for a training without a server: no strategy, so no proximal term, no correction and no condition of one."""
     training = dataclasses.replace(settings.training, proximal_mu=0.0)
-    federation = dataclasses.replace(settings.federation, strategy="fedavg", members=members)
+    federation = dataclasses.replace(settings.federation, strategy="fedavg", members=members, control_variates=False)
     return dataclasses.replace(settings, training=training, federation=federation)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ import torch
 from small_federation import federate, tiny, write_shards
 
 from client.app import app
+from fedgan.cli.audit import load_audited
 from fedgan.config import ModelSettings, Settings, from_dict, to_dict
 from fedgan.data.federation import open_hospitals
 from fedgan.errors import CheckpointError, ConfigError, FedganError
-from fedgan.evaluation.audit_subject import Audited
+from fedgan.evaluation import audit
+from fedgan.evaluation.audit_subject import Audited, AuditSettings
 from fedgan.evaluation.reference import pool_places
 from fedgan.evaluation.sampling import generate_images
 from fedgan.models.discriminator import Discriminator
@@ -205,3 +208,29 @@ def test_pooled_images_keep_their_hospitals(tmp_path: Path) -> None:
 def test_settings_that_could_not_be_drawn_from_are_refused(overrides: list[str], word: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=word):
         from_dict(to_dict(tiny(tmp_path)), overrides)
+
+
+def test_an_audit_of_a_run_asks_about_each_hospital_alone(tmp_path: Path) -> None:
+    settings, run = apart(tmp_path), RunFolder.at(tmp_path / "run")
+    federate(settings, run, app)
+    audited, meta = load_audited(run.checkpoint(2), settings)
+    assert audited.numbers == {"alpha": 0, "beta": 1, "gamma": 2}
+    hospital = next(hospital for hospital in open_hospitals(settings) if hospital.name == "beta")
+    asked: list[tuple[torch.Tensor, list[str]]] = []
+
+    def look(of: Audited, *rest: Any) -> None:
+        asked.append((of.generator.mapping.institutions.odds(torch.eye(2)), rest[-1]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audit, "too_few", lambda hospital: "")
+        patch.setattr(audit, "_audit", look)
+        audit.audit_hospital(audited, hospital, AuditSettings())
+    odds, notes = asked[0]
+    assert (odds == torch.tensor([0, 1, 0])).all()
+    assert notes == [audit.ALONE]
+    tensors, _ = load_tensors(run.checkpoint(2))
+    meta["since"].pop("1")  # as of a hospital that joined and never answered
+    save_tensors(tmp_path / "without.safetensors", tensors, meta)
+    stranger, _ = load_audited(tmp_path / "without.safetensors", settings)
+    with stranger.asked_about("beta") as alone:
+        assert not alone

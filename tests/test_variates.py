@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from small_federation import error_reply, federate, tiny, write_shards
+from small_federation import federate, tiny, write_shards
 from test_training import tiny_dataset, tiny_settings
 from torch import nn
 
@@ -26,6 +25,7 @@ from fedgan.training.variates import ControlVariates
 from server.strategies import check_strategy
 
 ON = "federation.control_variates=true"
+ALIKE = (ON, "federation.local_images=equal")
 PARTS = ("generator", "discriminator")
 
 
@@ -52,7 +52,7 @@ def test_hospitals_that_pull_apart_meet_at_the_optimum_of_all(
         for net, control in zip(nets, variates, strict=True):
             made = [net.weight.detach().clone()]
             nn.init.constant_(net.weight, x)
-            control.arrived("net", made, net, answers=True)
+            control.arrived("net", made, net)
         for net, control, slope, optimum in zip(nets, variates, a, optima, strict=True):
             for _ in range(steps):
                 with torch.no_grad():
@@ -86,14 +86,27 @@ def test_a_round_adds_the_whole_correction_however_many_steps_it_has() -> None:
             np.testing.assert_allclose(array, sent[key] + 0.25, atol=1e-4, err_msg=key)
 
 
-def test_a_first_model_and_one_after_rounds_without_this_hospital_correct_nothing() -> None:
+def test_the_first_model_that_arrives_corrects_nothing() -> None:
     trainer = Trainer(tiny_settings(ON), tiny_dataset())
-    moved = {key: array + np.float32(1) for key, array in trainer.outgoing(PARTS).items()}
-    trainer.incoming(moved)
-    trainer.incoming(trainer.outgoing(PARTS) | {key: array + np.float32(2) for key, array in moved.items()}, answers=False)
+    trainer.incoming({key: array + np.float32(1) for key, array in trainer.outgoing(PARTS).items()})
+    assert set(trainer._variates.corrections) == set(PARTS)
     for corrections in trainer._variates.corrections.values():
         assert not any(correction.any() for correction in corrections)
-    assert set(trainer._variates.corrections) == set(PARTS)
+
+
+def test_who_goes_on_without_the_setting_goes_on_without_corrections() -> None:
+    trainer = Trainer(tiny_settings(ON), tiny_dataset())
+    for _ in range(2):
+        trainer.incoming({key: array + np.float32(1) for key, array in trainer.outgoing(PARTS).items()})
+    state = trainer.state_dict()
+    plain, corrected = Trainer(tiny_settings(), tiny_dataset()), Trainer(tiny_settings(ON), tiny_dataset())
+    for other in (plain, corrected):
+        other.load_state_dict(state)
+    assert not plain._variates.corrections
+    corrected.incoming(trainer.outgoing(PARTS) | {key: array + 1 for key, array in trainer.outgoing(PARTS).items()})
+    for part in PARTS:  # a state is not changed by who loads it
+        kept = state[0][f"variates/{part}/000"]
+        torch.testing.assert_close(kept, torch.ones_like(kept), atol=1e-3, rtol=0)
 
 
 def test_corrections_go_on_after_a_restart() -> None:
@@ -117,42 +130,39 @@ def test_corrections_go_on_after_a_restart() -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "why"),
     [
-        "federation.weights=sum",
-        "federation.strategy=fedadam",
-        "federation.strategy=fedmedian",
-        "federation.label_rows=true",
-        "privacy.hospital=server",
+        ("federation.weights=sum", "takes no mean"),
+        ("federation.strategy=fedadam", "another mean"),
+        ("federation.strategy=fedmedian", "another mean"),
+        ("federation.label_rows=true", "some rows"),
+        ("federation.exchange=ema", "neither"),
+        ("federation.wire=fp16", "rounds the mean"),
+        ("federation.local_images=proportional", "numbers of steps"),
+        ("federation.min_hospitals=2", "without some"),
+        ("privacy.noise_multiplier=1", "may stop"),
+        ("privacy.hospital=server", "may stop"),
     ],
 )
-def test_settings_that_take_another_mean_are_refused(other: str) -> None:
-    with pytest.raises(ConfigError, match="control_variates"):
-        check_strategy(tiny_settings(ON, other))
-    check_strategy(tiny_settings(ON))
+def test_settings_under_which_corrections_do_not_cancel_out_are_refused(other: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"control_variates.*{why}"):
+        check_strategy(tiny_settings(*ALIKE, other))
+    check_strategy(tiny_settings(*ALIKE))
+    check_strategy(tiny_settings(ON, "federation.batch=shared"))
 
 
 def test_hospitals_of_a_federation_correct_by_what_came_of_their_last_round(tmp_path: Path) -> None:
-    """Beta misses round 2: the model of round 3 answers nothing of its own, so it goes on uncorrected."""
-
-    def fault(number: int, message: Message) -> Message | None:
-        away = number == 1 and message.content.config_records["config"].get("round") == 2
-        return error_reply(message, "gone") if away else None
-
-    data = write_shards(tmp_path / "data", (24, 16, 16))
-    settings = tiny(data, ON, "federation.min_hospitals=2", rounds=3, kimg=0.072)
+    settings = tiny(write_shards(tmp_path / "data", (24, 16, 16)), *ALIKE, rounds=2, kimg=0.072)
     run = RunFolder.at(tmp_path / "run")
-    federate(settings, run, app, fault)
+    federate(settings, run, app)
     sent = load_tensors(run.checkpoint(1))[0]
-    states = {
-        (name, number): load_tensors(run.hospital_state(name) / f"state-{number:05d}.safetensors")[0]
-        for name, number in (("alpha", 1), ("alpha", 2), ("beta", 3))
-    }
-    label_dim = sent["generator/mapping.embed.weight"].shape[1]
-    channels = open_hospitals(settings)[0].train.channels
-    names = [name for name, _ in Generator(settings.model, 16, channels, label_dim, torch.Generator()).named_parameters()]
-    for place, name in enumerate(names):
-        moved = sent[f"generator/{name}"] - states["alpha", 1][f"generator/{name}"].reshape(sent[f"generator/{name}"].shape)
-        torch.testing.assert_close(states["alpha", 2][f"variates/generator/{place:03d}"].reshape(moved.shape), moved)
-        assert not states["beta", 3][f"variates/generator/{place:03d}"].any()
-    assert any(states["alpha", 2][f"variates/generator/{place:03d}"].any() for place in range(len(names)))
+    channels, label_dim = open_hospitals(settings)[0].train.channels, sent["generator/mapping.embed.weight"].shape[1]
+    names = [name for name, _ in Generator(settings.model, 16, channels, label_dim).named_parameters()]
+    for hospital in ("alpha", "beta", "gamma"):
+        folder = run.hospital_state(hospital)
+        own, then = (load_tensors(folder / f"state-0000{number}.safetensors")[0] for number in (1, 2))
+        for place, name in enumerate(names):
+            key = f"generator/{name}"
+            moved = (sent[key].reshape(own[key].shape) - own[key]).reshape(-1)
+            torch.testing.assert_close(then[f"variates/generator/{place:03d}"].reshape(-1), moved)
+        assert any(then[f"variates/generator/{place:03d}"].any() for place in range(len(names)))

@@ -144,8 +144,11 @@ def load_audited(checkpoint: Path, settings: Settings) -> tuple[Audited, dict[st
         if discriminator.mapping is not None:
             discriminator.mapping.institutions = generator.mapping.institutions
         discriminator = discriminator.eval().requires_grad_(False).to(device)
-    shares = meta["shares"] if settings.model.institutions else ()
-    return Audited(settings, generator, discriminator, device, {share["name"]: share["number"] for share in shares}), meta
+    numbers = {}
+    if settings.model.institutions and len(meta["shares"]) > 1:
+        known = generator.mapping.institutions.known  # not those whose answers are in no model
+        numbers = {share["name"]: share["number"] for share in meta["shares"] if share["number"] in known}
+    return Audited(settings, generator, discriminator, device, numbers), meta
 
 
 def write_pictures(run: RunFolder, found: Sequence[HospitalAudit]) -> list[Path]:

@@ -47,6 +47,7 @@ ALONE = (
     "The networks were asked about this hospital alone, which whoever holds them can do (model.institutions); in a released set "
     "its images lie among the others'."
 )
+NOT_IN = "The model was never given anything that this hospital trained: the figures are those of a stranger."
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def audit_hospital(
     if reason := too_few(hospital):
         return HospitalAudit(_unmeasured(hospital, reason), {})
     with audited.asked_about(hospital.name) as alone:
-        return _audit(audited, hospital, audit, judged, say, [ALONE] if alone else [])
+        note = [ALONE] if alone else [NOT_IN] if audited.numbers else []
+        return _audit(audited, hospital, audit, judged, say, note)
 
 
 def _audit(

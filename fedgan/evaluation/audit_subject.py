@@ -51,7 +51,7 @@ class Audited:
     """The model under audit: the run's settings, its generator, and its discriminator where that travels.
 
     `generator`: anything that `generate_images` draws from; the projection needs fedgan's own `Generator`.
-    `numbers`: the hospitals' by name, where the networks tell hospitals apart (`model.institutions`), else empty.
+    `numbers`: by name those of the hospitals that the networks know and tell apart (`model.institutions`), else empty.
     """
 
     settings: Settings

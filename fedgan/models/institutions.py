@@ -45,6 +45,11 @@ class Institutions(nn.Module):
             counts[number] = torch.tensor([*label_counts, images], dtype=torch.float64)
         self.counts, self.exclusive = counts, exclusive
 
+    @property
+    def known(self) -> set[int]:
+        """The hospitals with images, by number; none before `know`."""
+        return set() if self.counts is None else set(self.counts[:, -1].nonzero()[:, 0].tolist())
+
     @contextmanager
     def only(self, hospital: int) -> Iterator[None]:
         """Inside, who asks for a label alone gets hospital `hospital`'s, as somebody would who is after its images."""

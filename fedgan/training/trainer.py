@@ -376,13 +376,12 @@ class Trainer:
         }
         return {name: np.ascontiguousarray(arrays[name], dtype=np.float32) for name in sorted(arrays)}
 
-    def incoming(self, arrays: Mapping[str, np.ndarray], answers: bool = True) -> None:
+    def incoming(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take over the parts in `arrays`; parts that are not there stay as they are.
 
         Raises `CheckpointError` when names or shapes are not this model's; nothing is changed then. With
         `training.proximal_mu` the received weights become the anchor of the proximal term (arXiv 1812.06127), with
-        `federation.control_variates` their distance from the own ones corrects the next round (arXiv 1910.06378).
-        `answers`: whether the model is made of what this Trainer last gave out.
+        `federation.control_variates` their distance from the own ones corrects the next rounds (arXiv 1910.06378).
         """
         tensors = {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in arrays.items()}
         known = {f"{part}/" for part in self.parts}
@@ -403,7 +402,7 @@ class Trainer:
                 if self.settings.training.proximal_mu and part != "ema":
                     self._anchor[part] = [parameter.detach().clone() for parameter in self.parts[part].parameters()]
                 if corrected:
-                    self._variates.arrived(part, made, self.parts[part], answers)
+                    self._variates.arrived(part, made, self.parts[part])
 
     def _move_average(self, before: nn.Module) -> None:
         """Let the average of D follow a D that arrived; `before`: D until then. An average of nothing yet is that D."""
@@ -476,7 +475,8 @@ class Trainer:
         for part in ("generator", "discriminator"):
             if anchor := with_prefix(tensors, f"anchor/{part}/"):
                 self._anchor[part] = [anchor[name].to(self.device) for name in sorted(anchor)]
-        self._variates.load(tensors, self.parts)
+        if self.settings.federation.control_variates:
+            self._variates.load(tensors, self.parts)
         self.host.set_state(tensors["rng/host"])
         self.noise.set_state(tensors["rng/noise"])
         self.path_length_mean = tensors["path_length_mean"].to(self.device).reshape(())

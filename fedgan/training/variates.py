@@ -9,6 +9,9 @@ weights over a round: with x the model that was sent, y_i what hospital i made o
 
 because Σ p_i r_i = 0 from the start, when all are 0. So nothing more travels than the model: a hospital knows its own y_i
 and is sent x'. A round adds r_i to the weights in equal parts over its steps.
+
+That sum stays 0 only as long as all hospitals answer every round and x' is that mean to the bit, and Δ_i are of the same
+pull only where all take the same number of steps: server/strategies.py refuses settings in which it is otherwise.
 """
 
 from __future__ import annotations
@@ -30,17 +33,16 @@ class ControlVariates:
         self.corrections: dict[str, list[Tensor]] = {}
 
     @torch.no_grad()
-    def arrived(self, part: str, made: Sequence[Tensor], network: nn.Module, answers: bool) -> None:
+    def arrived(self, part: str, made: Sequence[Tensor], network: nn.Module) -> None:
         """Take note of the model that `network` has just received; `made`: the parameters until then.
 
-        `answers`: whether the model answers what was made here. The first that arrives does not, nor does one
-        that comes after rounds without this hospital: its distance is that of several rounds, and the corrections stay.
+        The first model that arrives is nobody's answer to anything made here.
         """
         if part not in self.corrections:
             self.corrections[part] = [torch.zeros_like(parameter) for parameter in made]
-        elif answers:
-            for correction, own, sent in zip(self.corrections[part], made, network.parameters(), strict=True):
-                correction.add_(sent - own)
+            return
+        for correction, own, sent in zip(self.corrections[part], made, network.parameters(), strict=True):
+            correction.add_(sent - own)
 
     @torch.no_grad()
     def apply(self, parts: Mapping[str, nn.Module], share: float) -> None:
@@ -62,7 +64,5 @@ class ControlVariates:
         self.corrections = {}
         for part, network in parts.items():
             if found := with_prefix(tensors, f"{PREFIX}{part}/"):
-                ordered = [found[name] for name in sorted(found)]
-                self.corrections[part] = [
-                    tensor.to(parameter.device) for tensor, parameter in zip(ordered, network.parameters(), strict=True)
-                ]
+                pairs = zip(sorted(found), network.parameters(), strict=True)
+                self.corrections[part] = [found[name].to(parameter.device, copy=True) for name, parameter in pairs]
