@@ -13,7 +13,7 @@ from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, to_dict
 from fedgan.evaluation.paired import NOTE
 from simulations.ablation import KIND
-from simulations.trainings import Outcome
+from simulations.trainings import FEDERATION, Arm, Outcome
 
 
 def not_measured(settings: Settings, outcomes: Sequence[Outcome]) -> list[str]:
@@ -62,10 +62,12 @@ def fairness(outcomes: Sequence[Outcome], entries: Mapping[Path, Mapping[str, An
         said.append(
             f"Begun from a training on public phantoms, whose images are not in the budget (public images: {', '.join(public)})."
         )
-    raw = [outcome.arm.name for outcome in outcomes if "ema" not in outcome.arm.jobs[0].settings.federation.exchange]
-    if raw and len(raw) < len(outcomes):
-        names = ", ".join(dict.fromkeys(raw))
-        said.append(f"The average of the generator's weights does not travel in {names}: judged there is the generator itself.")
+    by_rounds = [outcome.arm.name for outcome in outcomes if _averaged_by_the_server(outcome.arm)]
+    if by_rounds and len(by_rounds) < len(outcomes):
+        names = ", ".join(dict.fromkeys(by_rounds))
+        said.append(
+            f"Judged is an average of the generator: of its rounds, by the server, in {names}; of its steps in the others."
+        )
     if any(outcome.arm.kind == "local" for outcome in outcomes):
         arm = next(outcome.arm for outcome in outcomes if outcome.arm.kind == "local")
         dealt = ", ".join(f"{name} {images:,}" for name, images in arm.hospital_images.items())
@@ -74,6 +76,10 @@ def fairness(outcomes: Sequence[Outcome], entries: Mapping[Path, Mapping[str, An
             "the arm 'coalitions' gives each hospital alone the whole budget."
         )
     return said
+
+
+def _averaged_by_the_server(arm: Arm) -> bool:
+    return any(job.kind == FEDERATION and "ema" not in job.settings.federation.exchange for job in arm.jobs)
 
 
 def notes(entries: Mapping[Path, Mapping[str, Any]]) -> list[str]:

@@ -19,6 +19,8 @@ from server.checkpoints import is_evaluated
 from server.rounds import deal_images, round_totals
 from simulations.arms import EVERYBODY, FEDERATION, HOME, Arm, Job, Start, plan
 from simulations.job import read_job, write_job
+from simulations.remarks import fairness
+from simulations.trainings import Outcome
 
 FOLDER = ComparisonFolder(Path("/nowhere/study"))
 ROOT = Path("/nowhere/shards")
@@ -356,3 +358,11 @@ def test_the_arms_of_a_shipped_comparison_can_be_compared(path: Path) -> None:
     ]
     assert len(arms) > 1
     check_comparable(arms)
+
+
+def test_a_comparison_says_whose_average_of_the_generator_is_judged() -> None:
+    arms = planned(scenario(("centralized", "federated", "short: federation.exchange=generator,discriminator", "local")))
+    said = " ".join(fairness([Outcome(arm) for arm in arms], {}))
+    assert "of its rounds, by the server, in short; of its steps elsewhere" in said
+    everybody = [Outcome(arm) for arm in planned(scenario(("federated",)))]
+    assert "average" not in " ".join(fairness(everybody, {}))
