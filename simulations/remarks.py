@@ -65,9 +65,7 @@ def fairness(outcomes: Sequence[Outcome], entries: Mapping[Path, Mapping[str, An
     by_rounds = [outcome.arm.name for outcome in outcomes if _averaged_by_the_server(outcome.arm)]
     if by_rounds and len(by_rounds) < len(outcomes):
         names = ", ".join(dict.fromkeys(by_rounds))
-        said.append(
-            f"Judged is an average of the generator: of its rounds, by the server, in {names}; of its steps in the others."
-        )
+        said.append(f"Judged is an average of the generator: of its rounds, by the server, in {names}; of its steps elsewhere.")
     if any(outcome.arm.kind == "local" for outcome in outcomes):
         arm = next(outcome.arm for outcome in outcomes if outcome.arm.kind == "local")
         dealt = ", ".join(f"{name} {images:,}" for name, images in arm.hospital_images.items())
