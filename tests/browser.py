@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,9 @@ class Browser:
         self.driver.get("about:blank")
         self.logs()
         self.driver.get(page.resolve().as_uri())
+        deadline = time.monotonic() + 30  # on a busy machine the driver may come back before the page is parsed
+        while self.run("return document.readyState") != "complete" and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def logs(self) -> tuple[list[str], list[str]]:
         """(console messages of level warning or error, addresses asked for) since the last call."""
