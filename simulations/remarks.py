@@ -12,6 +12,7 @@ import fedgan
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, to_dict
 from fedgan.evaluation.paired import NOTE
+from server.checkpoints import keeps_average
 from simulations.ablation import KIND
 from simulations.trainings import FEDERATION, Arm, Outcome
 
@@ -77,7 +78,7 @@ def fairness(outcomes: Sequence[Outcome], entries: Mapping[Path, Mapping[str, An
 
 
 def _averaged_by_the_server(arm: Arm) -> bool:
-    return any(job.kind == FEDERATION and "ema" not in job.settings.federation.exchange for job in arm.jobs)
+    return any(job.kind == FEDERATION and keeps_average(job.settings) for job in arm.jobs)
 
 
 def notes(entries: Mapping[Path, Mapping[str, Any]]) -> list[str]:

@@ -134,7 +134,7 @@ class Trainer:
         if self.private is not None:
             self._reserve(self.private)
         measured: dict[str, list[Tensor]] = defaultdict(list)
-        steps = -(-(self._goal - self.images_seen) // self.batch_size)
+        steps = self._steps_left()
         while self.images_seen < self._goal:
             self._step(measured)
             self._variates.apply(self.parts, 1 / steps)
@@ -255,10 +255,13 @@ class Trainer:
                 self._goal, self.exhausted = self.images_seen, True
                 return
             self.label_weights = private.release_labels(self.dataset).tolist()
-        wanted = max(0, -(-(self._goal - self.images_seen) // self.batch_size))
+        wanted = self._steps_left()
         allowed = private.reserve(wanted) if wanted else 0
         if allowed < wanted:
             self._goal, self.exhausted = self.images_seen + allowed * self.batch_size, True
+
+    def _steps_left(self) -> int:
+        return max(0, -(-(self._goal - self.images_seen) // self.batch_size))
 
     def go_on(self, images_seen: int, p: float) -> None:
         """Count `images_seen` images that the received model was shown before, and augment with strength `p` from the start.
