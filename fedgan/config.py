@@ -136,8 +136,8 @@ class FederationSettings:
     strategy: str = meaning("fedavg", "Aggregation, by the name of Flower's strategy.", choices=STRATEGIES)
     weights: str = meaning(
         "size",
-        "How far each hospital's change moves the model: by its training images, their root, equally; sum: all changes, whole.",
-        choices=("size", "root", "equal", "sum"),
+        "How far a hospital's change moves the model: by images, their root, equally; sum: whole; damped: a sum over a root.",
+        choices=("size", "root", "equal", "sum", "damped"),
     )
     label_rows: bool = meaning(False, "A label's embedding is averaged over those hospitals alone that hold the label.")
     control_variates: bool = meaning(

@@ -35,7 +35,7 @@ from server.answers import UNASKED, Answers, ask
 from server.records import ARRAYS, readable
 from server.roster import HELLO_WAIT, Member
 from server.rounds import Plan
-from server.weights import is_average
+from server.weights import SUMS, is_average, shares, steps_of
 
 KEYS, MASKED = "keys", "masked"  # what hospitals answer with (client/allowed.py)
 MEANS = ("fedavg", "fedprox")
@@ -141,8 +141,8 @@ def ask_masked(grid: Grid, task: Round) -> Masked:
             found = relay.answers
             if mean is not None:
                 check_mean(mean)
-                if task.settings.federation.weights == "sum":
-                    mean = summed(mean, sorted(task.sent), relay.summed)
+                if task.settings.federation.weights in SUMS:
+                    mean = summed(mean, sorted(task.sent), total_weight(task.settings, relay.summed))
                 found.model, found.clipped = apply_mean(task.sent, mean, ranges(task.sent, task.settings.federation.secure_range))
         if relay.idle:  # too few were allowed a step: no sum, and the model stays as it was
             found.model = dict(task.sent)
@@ -153,9 +153,15 @@ def ask_masked(grid: Grid, task: Round) -> Masked:
             return found
 
 
-def summed(mean: Sequence[np.ndarray], keys: Sequence[str], hospitals: int) -> list[np.ndarray]:
-    """The sum of equally weighted changes from their mean. Running averages keep the mean, and so does the count at the end."""
-    sums = [np.asarray(array) * (1 if is_average(key) else hospitals) for key, array in zip(keys, mean, strict=False)]
+def total_weight(settings: Settings, sizes: Sequence[int]) -> float:
+    """What the weights of hospitals with these numbers of images add up to, which their plain mean is to be multiplied by."""
+    images = np.array(sizes, float)
+    return float(shares(images, settings.federation.weights, steps_of(settings, images)).sum())
+
+
+def summed(mean: Sequence[np.ndarray], keys: Sequence[str], total: float) -> list[np.ndarray]:
+    """Changes that weigh `total` together, from their plain mean. Running averages keep it, and so does the count at the end."""
+    sums = [np.asarray(array) * (1 if is_average(key) else total) for key, array in zip(keys, mean, strict=False)]
     return [*sums, mean[-1]]
 
 
@@ -238,7 +244,7 @@ class Relay:
     answers: Masked = field(default_factory=Masked)
     lost: dict[int, str] = field(default_factory=dict)  # before the masks were agreed on
     idle: bool = False
-    summed: int = 0
+    summed: list[int] = field(default_factory=list)  # images of those whose changes are in the sum
 
     def send_and_receive(self, messages: Sequence[Message], *, timeout: float | None = None) -> list[_Reply]:
         """One stage. Raises `_Halted` where the protocol cannot go on, when `answers` or `lost` say who failed."""
@@ -283,7 +289,7 @@ class Relay:
         if len(summed) < self.task.enough:
             self.idle = len(fit) >= self.task.enough
             raise _Halted
-        self.summed = len(summed)
+        self.summed = [member.images for member in summed]
         return [_vector(member, _weight(self.task, member), found.replies[member.node], self.task.sent) for member in summed]
 
     def _is_fit(self, member: Member, replies: Mapping[int, Message]) -> bool:

@@ -33,7 +33,7 @@ from fedgan.privacy.masking import FEWEST
 from server.hospital_privacy import check_hospital_privacy, wrap
 from server.records import ARRAYS, CONFIG, WEIGHT, to_record
 from server.secure import check_secure
-from server.weights import check_weights, plain_averages, weigh
+from server.weights import SUMS, check_weights, plain_averages, weigh
 from server.wire import check_wire
 
 STATE = "strategy/"
@@ -48,7 +48,10 @@ def check_control_variates(settings: Settings) -> None:
         return
     faults = (
         (federation.strategy not in ("fedavg", "fedprox"), f"federation.strategy = '{federation.strategy}' takes another mean"),
-        (federation.weights == "sum", "federation.weights = 'sum' takes no mean: choose 'size', 'root' or 'equal'"),
+        (
+            federation.weights in SUMS,
+            f"federation.weights = '{federation.weights}' takes no mean: choose 'size', 'root' or 'equal'",
+        ),
         (federation.label_rows, "federation.label_rows takes another mean of some rows: leave it false"),
         (not {"generator", "discriminator"} & set(federation.exchange), "federation.exchange has neither of the two networks"),
         (federation.wire != "fp32", f"federation.wire = '{federation.wire}' rounds the mean: choose fp32"),

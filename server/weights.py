@@ -7,20 +7,24 @@ Y_k ← M + (w_k / p_k) (Y_k - M) with M the model that was sent, so that their 
     root    w_k = √n_k / Σ √n     between the two
     equal   w_k = 1 / K           no hospital more than another
     sum     w_k = 1               every step of every hospital counts whole
+    damped  w_k = √Σ q²           the sum over the root of how many hospitals it is; q: a hospital's share of the steps
 
 The mean by size discounts a small hospital twice where it also takes fewer steps (`federation.local_images =
 "proportional"`): with 71 and 26 % of the images the second moves the model by 0.26 · 0.26 against 0.71 · 0.71 of the first.
 `equal` leaves the ratio of the images. `sum` adds the changes up, which is FedNova's rule (arXiv 2007.07481, eq. 6) with as
 many effective steps as all hospitals took together: in the limit of short rounds the steps of pooled training, one after
-the other. Long rounds overshoot under it. What is an average already (`ema`, the generator's w_avg) is averaged by size
-whatever the weights, and by no server optimiser.
+the other. Long rounds overshoot under it, and so do short ones of hospitals that are alike, for Adam's steps are as long
+whatever the gradient, and alike hospitals take the same ones. `damped` divides it by the root of 1 / Σ q², which is K for K
+hospitals of equal steps and 1 for one: with K times the batch Adam wants steps √K times as long (the square root rule, arXiv
+2205.10287), and the mean times √K is the sum over √K. What is an average already (`ema`, the generator's w_avg) is averaged
+by size whatever the weights, and by no server optimiser.
 
 `federation.label_rows`: the column of a label in the two embeddings is averaged over those alone who hold the label. Adam
 moves it in one hospital as fast as in all, and a mean with those who never saw the label would shrink that to the
 holders' share. Who holds it is read off the change: a column without a gradient has not moved.
 
 Nothing more leaves a hospital for any of these: the server sees each model as it is. Under `federation.secure` it sees a sum, in
-which hospitals weigh what they themselves put under the mask: their images, or 1 for `equal` and `sum`.
+which hospitals weigh what they themselves put under the mask: their images, or 1 for `equal` and the sums.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from fedgan.training.ema import AVERAGE, SOURCE
 from fedgan.training.warm_start import LABEL_LAYER
 from server.records import ARRAYS, METRICS, WEIGHT, to_record
 
+SUMS = ("sum", "damped")  # every hospital's change counts alike, and they do not add up to 1
 WEIGHTED = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi")  # whose result rests on the mean of the models
 
 
@@ -55,7 +60,7 @@ def check_weights(settings: Settings) -> None:
     if federation.secure and (federation.label_rows or federation.weights == "root"):
         raise ConfigError(
             f"federation.{key} scales single changes, which federation.secure hides from the server: it serves "
-            "federation.weights = 'size', 'equal' and 'sum', without label_rows"
+            "federation.weights = 'size', 'equal', 'sum' and 'damped', without label_rows"
         )
     if settings.privacy.hospital != "none":
         raise ConfigError(
@@ -72,8 +77,9 @@ def weigh(settings: Settings, replies: Sequence[Message], sent: Mapping[str, np.
     models = [{key: array.numpy() for key, array in reply.content.array_records[ARRAYS].items()} for reply in replies]
     rows = [key for key in sent if federation.label_rows and key.endswith(LABEL_LAYER)]
     moved = {key: [np.asarray(model[key], np.float64) - sent[key] for model in models] for key in rows}
-    by_size = shares(_sizes(replies), "size")
-    weights = shares(_sizes(replies), federation.weights)
+    sizes = _sizes(replies)
+    by_size = shares(sizes, "size")
+    weights = shares(sizes, federation.weights, steps_of(settings, sizes))
     for key, before in sent.items():
         wanted = by_size if is_average(key) else weights
         factors = [np.asarray(factor) for factor in wanted / by_size]
@@ -91,19 +97,34 @@ def weigh(settings: Settings, replies: Sequence[Message], sent: Mapping[str, np.
 
 def _moves_all(settings: Settings) -> str:
     """Why holders cannot be told, or need not be; empty where they can."""
-    if settings.federation.weights == "sum":
-        return "federation.weights = 'sum' adds up what each has moved: who does not hold the label adds nothing"
+    if settings.federation.weights in SUMS:
+        rule = settings.federation.weights
+        return f"federation.weights = '{rule}' adds up what each has moved: who does not hold the label adds nothing"
     if settings.training.labels == "uniform":
         return "training.labels = 'uniform' moves the rows of labels that a hospital does not hold"
     return "privacy moves every row by its noise" if settings.privacy.on else ""
 
 
-def shares(sizes: np.ndarray, rule: str) -> np.ndarray:
-    """The weights w (K,) of hospitals with these numbers of images; they add up to 1 but for 'sum'."""
-    if rule == "sum":
-        return np.ones(len(sizes))
+def shares(sizes: np.ndarray, rule: str, steps: np.ndarray | None = None) -> np.ndarray:
+    """The weights w (K,) of hospitals with these numbers of images; they add up to 1 but for 'sum' and 'damped'.
+
+    `steps` (K,), for 'damped': their shares of the steps, up to a factor; None: as of the images.
+    """
+    if rule in SUMS:
+        return np.full(len(sizes), 1.0 if rule == "sum" else damping(sizes if steps is None else steps))
     weights = {"size": sizes, "root": np.sqrt(sizes), "equal": np.ones(len(sizes))}[rule]
     return np.asarray(weights / weights.sum())
+
+
+def steps_of(settings: Settings, sizes: np.ndarray) -> np.ndarray:
+    """Shares (K,) of the steps, up to a factor, of hospitals with these numbers of images, as server/rounds.py deals them."""
+    federation = settings.federation
+    return np.ones(len(sizes)) if federation.local_images == "equal" or federation.batch == "shared" else sizes
+
+
+def damping(steps: np.ndarray) -> float:
+    """√Σ q² in (0, 1] for shares q of the steps: 1 over the root of how many hospitals of equal steps it is."""
+    return float(np.sqrt(np.sum(np.square(steps / steps.sum()))))
 
 
 def columns(changes: Sequence[np.ndarray], weights: np.ndarray) -> list[np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -175,7 +176,7 @@ def test_a_secure_run_is_fedavg_large_weights_included(tmp_path: Path) -> None:
     assert "max_update_norm = 10 cannot see" in secure.remarks
 
 
-@pytest.mark.parametrize("rule", ["equal", "sum"])
+@pytest.mark.parametrize("rule", ["equal", "sum", "damped"])
 def test_changes_that_weigh_alike_are_averaged_or_summed_under_the_mask(rule: str, tmp_path: Path) -> None:
     words = (f"federation.weights={rule}", "federation.exchange=generator,discriminator")
     plain = Tried(tmp_path / "plain", *words).train().model()
@@ -185,15 +186,17 @@ def test_changes_that_weigh_alike_are_averaged_or_summed_under_the_mask(rule: st
     assert_same(*({key: array for key, array in model.items() if key not in averages} for model in (secure, plain)))
 
 
-def test_a_sum_is_of_those_that_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", ["sum", "damped"])
+def test_a_sum_is_of_those_that_counted(rule: str, tmp_path: Path) -> None:
     """Lost while it trains: its masks come off, and the others' changes are summed."""
-    words = ("federation.weights=sum", "federation.exchange=generator,discriminator", "federation.secure=true")
+    words = (f"federation.weights={rule}", "federation.exchange=generator,discriminator", "federation.secure=true")
     fault = lose(3, Stage.COLLECT_MASKED_VECTORS)
     tried = Tried(tmp_path, *words, "federation.min_hospitals=3", hospitals=4, fault=fault).train()
     changes = [tried.change(number) for number in range(3)]
+    factor = 1 if rule == "sum" else math.hypot(*SIZES[:3]) / sum(SIZES[:3])
     for key, before in tried.model(0).items():
         if not key.startswith("ema/") and not key.endswith("w_avg"):
-            expected = before + sum(change[key] for change in changes)
+            expected = before + factor * sum(change[key] for change in changes)
             np.testing.assert_allclose(tried.model()[key], expected, atol=1e-4, rtol=1e-5)
 
 

@@ -133,6 +133,7 @@ def test_corrections_go_on_after_a_restart() -> None:
     ("other", "why"),
     [
         ("federation.weights=sum", "takes no mean"),
+        ("federation.weights=damped", "takes no mean"),
         ("federation.strategy=fedadam", "another mean"),
         ("federation.strategy=fedmedian", "another mean"),
         ("federation.label_rows=true", "some rows"),

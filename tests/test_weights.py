@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,7 @@ def test_every_rule_moves_the_model_by_its_own_weights(sizes: list[int], seed: i
     changes = [{key: rng.standard_normal(array.shape) for key, array in sent.items()} for _ in sizes]
     n = np.array(sizes, float)
     wanted = {"size": n / n.sum(), "root": np.sqrt(n) / np.sqrt(n).sum(), "equal": np.full(len(n), 1 / len(n)), "sum": n * 0 + 1}
+    wanted["damped"] = n * 0 + math.hypot(*n) / n.sum()
     for rule, weights in wanted.items():
         settings = settings_of(Path(), f"federation.weights={rule}", hospitals=len(sizes))
         moved = merged(settings, sent, sizes, changes)
@@ -66,7 +68,17 @@ def test_every_rule_moves_the_model_by_its_own_weights(sizes: list[int], seed: i
         np.testing.assert_allclose(moved["generator/mapping.w_avg"], average, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", ["size", "root", "equal", "sum"])
+@pytest.mark.parametrize("words", [(), ("federation.local_images=equal",), ("federation.batch=shared",)])
+def test_a_damped_sum_counts_the_hospitals_by_their_steps(words: tuple[str, ...], tmp_path: Path) -> None:
+    """Sixteen hospitals that take as many steps count as sixteen, and one of them with all the images as nearly one."""
+    sizes = [10_000] + [10] * 15
+    settings = settings_of(tmp_path, "federation.weights=damped", "training.batch_size=16", "training.kimg=1", *words, hospitals=16)
+    sent = {"generator/w": np.zeros(3, np.float32)}
+    moved = merged(settings, sent, sizes, [{"generator/w": np.ones(3)}] * 16)["generator/w"]
+    np.testing.assert_allclose(moved, 4 if words else 16 / 1.015, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["size", "root", "equal", "sum", "damped"])
 def test_one_hospital_is_itself_to_the_bit(rule: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sent = {"generator/w": (rng.standard_normal((64, 64)) * 100).astype(np.float32)}
@@ -112,6 +124,7 @@ def test_columns_that_nobody_moved_keep_their_weights() -> None:
         (["federation.label_rows=true", "federation.secure=true"], "hides from the server"),
         (["federation.weights=sum", "privacy.hospital=server"], "further than privacy.hospital"),
         (["federation.label_rows=true", "federation.weights=sum"], "adds nothing"),
+        (["federation.label_rows=true", "federation.weights=damped"], "adds nothing"),
         (["federation.label_rows=true", "training.labels=uniform"], "does not hold"),
         (["federation.label_rows=true", "privacy.noise_multiplier=1"], "by its noise"),
         (["federation.strategy=fedavgm", "federation.server_momentum=0"], "server_momentum > 0"),
