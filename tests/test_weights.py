@@ -72,7 +72,9 @@ def test_every_rule_moves_the_model_by_its_own_weights(sizes: list[int], seed: i
 def test_a_damped_sum_counts_the_hospitals_by_their_steps(words: tuple[str, ...], tmp_path: Path) -> None:
     """Sixteen hospitals that take as many steps count as sixteen, and one of them with all the images as nearly one."""
     sizes = [10_000] + [10] * 15
-    settings = settings_of(tmp_path, "federation.weights=damped", "training.batch_size=16", "training.kimg=1", *words, hospitals=16)
+    settings = settings_of(
+        tmp_path, "federation.weights=damped", "training.batch_size=16", "training.kimg=1", *words, hospitals=16
+    )
     sent = {"generator/w": np.zeros(3, np.float32)}
     moved = merged(settings, sent, sizes, [{"generator/w": np.ones(3)}] * 16)["generator/w"]
     np.testing.assert_allclose(moved, 4 if words else 16 / 1.015, rtol=1e-4)

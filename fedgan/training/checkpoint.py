@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,19 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose name starts with `prefix`, without it."""
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def numbered(lists: Mapping[str, Sequence[Tensor]], prefix: str) -> dict[str, Tensor]:
+    """Lists of tensors, one for each part of the model, under names that `lists_of` reads: `prefix` part/number."""
+    return {f"{prefix}{part}/{number:03d}": tensor for part, row in lists.items() for number, tensor in enumerate(row)}
+
+
+def lists_of(tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, list[Tensor]]:
+    """What was given to `numbered`, copied to `device`; other names are left alone."""
+    lists: dict[str, list[Tensor]] = {}
+    for name, tensor in sorted(with_prefix(tensors, prefix).items()):
+        lists.setdefault(name.partition("/")[0], []).append(tensor.to(device, copy=True))
+    return lists
 
 
 @torch.no_grad()

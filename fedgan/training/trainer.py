@@ -27,7 +27,7 @@ from fedgan.privacy.step import LABELS, PrivateStep, releases_labels
 from fedgan.training import losses
 from fedgan.training.ada import AdaController
 from fedgan.training.augment import AugmentPipe
-from fedgan.training.checkpoint import load_into, load_tensors, save_tensors, with_prefix
+from fedgan.training.checkpoint import lists_of, load_into, load_tensors, numbered, save_tensors, with_prefix
 from fedgan.training.ema import ema_decay, ema_update, half_life_kimg
 from fedgan.training.labels import draw_labels
 from fedgan.training.optimizer import adam, load_optimizer, optimizer_tensors, pull_towards
@@ -426,8 +426,7 @@ class Trainer:
             tensors |= {f"d_average/{name}": tensor for name, tensor in self.d_average.state_dict().items()}
         tensors |= optimizer_tensors(self.g_adam, self.generator, "g_adam/")
         tensors |= optimizer_tensors(self.d_adam, self.discriminator, "d_adam/")
-        for part, anchor in self._anchor.items():
-            tensors |= {f"anchor/{part}/{number:03d}": tensor for number, tensor in enumerate(anchor)}
+        tensors |= numbered(self._anchor, "anchor/")
         tensors |= self._variates.tensors()
         tensors |= {
             "rng/host": self.host.get_state(),
@@ -474,12 +473,9 @@ class Trainer:
                 load_into(self.d_average, with_prefix(tensors, "d_average/"), where, check_only)
         load_optimizer(self.g_adam, self.generator, tensors, "g_adam/")
         load_optimizer(self.d_adam, self.discriminator, tensors, "d_adam/")
-        self._anchor = {}
-        for part in ("generator", "discriminator"):
-            if anchor := with_prefix(tensors, f"anchor/{part}/"):
-                self._anchor[part] = [anchor[name].to(self.device) for name in sorted(anchor)]
+        self._anchor = lists_of(tensors, "anchor/", self.device)
         if self.settings.federation.control_variates:
-            self._variates.load(tensors, self.parts)
+            self._variates.load(tensors, self.device)
         self.host.set_state(tensors["rng/host"])
         self.noise.set_state(tensors["rng/noise"])
         self.path_length_mean = tensors["path_length_mean"].to(self.device).reshape(())

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedgan.training.checkpoint import with_prefix
+from fedgan.training.checkpoint import lists_of, numbered
 
 PREFIX = "variates/"
 
@@ -53,16 +53,8 @@ class ControlVariates:
 
     def tensors(self) -> dict[str, Tensor]:
         """What `load` takes."""
-        return {
-            f"{PREFIX}{part}/{number:03d}": correction
-            for part, corrections in self.corrections.items()
-            for number, correction in enumerate(corrections)
-        }
+        return numbered(self.corrections, PREFIX)
 
-    def load(self, tensors: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -> None:
+    def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Put back what `tensors` gave; other names are left alone."""
-        self.corrections = {}
-        for part, network in parts.items():
-            if found := with_prefix(tensors, f"{PREFIX}{part}/"):
-                pairs = zip(sorted(found), network.parameters(), strict=True)
-                self.corrections[part] = [found[name].to(parameter.device, copy=True) for name, parameter in pairs]
+        self.corrections = lists_of(tensors, PREFIX, device)
