@@ -262,7 +262,7 @@ def rows() -> list[tuple[str, str, str, str, str]]:
             (TRAIN, f"{KEYS}/{name}", kind, f"{with_secure}, in its message `{stage}`", meaning)
             for name, (kind, meaning, _) in names.items()
         ]
-    table.append((TRAIN, f"metrics/{WEIGHT}", "whole number", "always", "training images: the weight of the answer"))
+    table.append((TRAIN, f"metrics/{WEIGHT}", "whole number", "always", "training images, by which answers are weighed"))
     kinds = {int: "whole number", float: "number"}
     table += [(TRAIN, f"facts/{name}", kinds[kind], "always", meaning) for name, (kind, meaning) in NUMBERS.items()]
     for name in OPEN:

@@ -136,7 +136,7 @@ class FederationSettings:
     strategy: str = meaning("fedavg", "Aggregation, by the name of Flower's strategy.", choices=STRATEGIES)
     weights: str = meaning(
         "size",
-        "How far a hospital's change moves the model: by images, their root, equally; sum: whole; damped: a sum over a root.",
+        "Changes are averaged by images (size), their root, or equal; or added up: whole (sum), less if many (damped).",
         choices=("size", "root", "equal", "sum", "damped"),
     )
     label_rows: bool = meaning(False, "A label's embedding is averaged over those hospitals alone that hold the label.")

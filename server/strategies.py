@@ -32,6 +32,7 @@ from fedgan.errors import CheckpointError, ConfigError
 from fedgan.privacy.masking import FEWEST
 from server.hospital_privacy import check_hospital_privacy, wrap
 from server.records import ARRAYS, CONFIG, WEIGHT, to_record
+from server.rounds import round_totals
 from server.secure import check_secure
 from server.weights import SUMS, check_weights, plain_averages, weigh
 from server.wire import check_wire
@@ -55,9 +56,15 @@ def check_control_variates(settings: Settings) -> None:
         (federation.label_rows, "federation.label_rows takes another mean of some rows: leave it false"),
         (not {"generator", "discriminator"} & set(federation.exchange), "federation.exchange has neither of the two networks"),
         (federation.wire != "fp32", f"federation.wire = '{federation.wire}' rounds the mean: choose fp32"),
+        (federation.secure, "federation.secure rounds the mean, and cuts off what is out of range: leave it false"),
         (
             federation.local_images != "equal" and federation.batch != "shared",
             "hospitals take different numbers of steps: set federation.local_images = 'equal' or federation.batch = 'shared'",
+        ),
+        (
+            federation.batch != "shared" and _uneven(settings),
+            f"some round's batches cannot be dealt evenly to {federation.participants} hospitals: change federation.rounds, "
+            "training.kimg or training.batch_size",
         ),
         (federation.min_hospitals > 0, "federation.min_hospitals lets a round go on without some: set it to 0"),
         (settings.privacy.on or settings.privacy.hospital != "none", "with privacy a hospital may stop, and means have noise"),
@@ -67,6 +74,13 @@ def check_control_variates(settings: Settings) -> None:
             raise ConfigError(
                 f"federation.control_variates corrects hospitals by the plain mean of all, after as many steps each: {why}"
             )
+
+
+def _uneven(settings: Settings) -> bool:
+    """Whether hospitals with equal `local_images` take different numbers of steps in some round."""
+    training, federation = settings.training, settings.federation
+    totals = round_totals(training.kimg, federation.rounds, training.batch_size)
+    return any(total % (training.batch_size * federation.participants) for total in totals)
 
 
 def check_strategy(settings: Settings) -> None:

@@ -7,17 +7,19 @@ Y_k ← M + (w_k / p_k) (Y_k - M) with M the model that was sent, so that their 
     root    w_k = √n_k / Σ √n     between the two
     equal   w_k = 1 / K           no hospital more than another
     sum     w_k = 1               every step of every hospital counts whole
-    damped  w_k = √Σ q²           the sum over the root of how many hospitals it is; q: a hospital's share of the steps
+    damped  w_k = √Σ q²           the sum, less the more hospitals share the steps; q: a hospital's share of the run's steps
 
 The mean by size discounts a small hospital twice where it also takes fewer steps (`federation.local_images =
 "proportional"`): with 71 and 26 % of the images the second moves the model by 0.26 · 0.26 against 0.71 · 0.71 of the first.
 `equal` leaves the ratio of the images. `sum` adds the changes up, which is FedNova's rule (arXiv 2007.07481, eq. 6) with as
 many effective steps as all hospitals took together: in the limit of short rounds the steps of pooled training, one after
 the other. Long rounds overshoot under it, and so do short ones of hospitals that are alike, for Adam's steps are as long
-whatever the gradient, and alike hospitals take the same ones. `damped` divides it by the root of 1 / Σ q², which is K for K
-hospitals of equal steps and 1 for one: with K times the batch Adam wants steps √K times as long (the square root rule, arXiv
-2205.10287), and the mean times √K is the sum over √K. What is an average already (`ema`, the generator's w_avg) is averaged
-by size whatever the weights, and by no server optimiser.
+whatever the gradient, and alike hospitals take the same ones. `damped` divides it by the root of 1 / Σ q², the
+effective number of hospitals: K for K hospitals of equal steps, for whom it is the geometric mean of mean and sum, and 1 for
+one. It is a rule of thumb that was measured (docs/federation.md), and it knows sizes alone: equally large hospitals are
+damped whether they are alike or not, and so is what one hospital alone moves (its own label, its own institution). What is an
+average already (`ema`, the generator's w_avg) is averaged by size, and by no server optimiser; under `federation.secure` as
+hospitals weigh there.
 
 `federation.label_rows`: the column of a label in the two embeddings is averaged over those alone who hold the label. Adam
 moves it in one hospital as fast as in all, and a mean with those who never saw the label would shrink that to the
@@ -98,8 +100,7 @@ def weigh(settings: Settings, replies: Sequence[Message], sent: Mapping[str, np.
 def _moves_all(settings: Settings) -> str:
     """Why holders cannot be told, or need not be; empty where they can."""
     if settings.federation.weights in SUMS:
-        rule = settings.federation.weights
-        return f"federation.weights = '{rule}' adds up what each has moved: who does not hold the label adds nothing"
+        return f"federation.weights = '{settings.federation.weights}' takes no mean: who does not hold the label adds nothing"
     if settings.training.labels == "uniform":
         return "training.labels = 'uniform' moves the rows of labels that a hospital does not hold"
     return "privacy moves every row by its noise" if settings.privacy.on else ""
@@ -117,7 +118,10 @@ def shares(sizes: np.ndarray, rule: str, steps: np.ndarray | None = None) -> np.
 
 
 def steps_of(settings: Settings, sizes: np.ndarray) -> np.ndarray:
-    """Shares (K,) of the steps, up to a factor, of hospitals with these numbers of images, as server/rounds.py deals them."""
+    """Shares (K,) of the run's steps, up to a factor, of hospitals with these numbers of images, as server/rounds.py deals them.
+
+    They are those of the run, not of a round, which may be too short for all.
+    """
     federation = settings.federation
     return np.ones(len(sizes)) if federation.local_images == "equal" or federation.batch == "shared" else sizes
 

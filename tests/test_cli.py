@@ -753,11 +753,10 @@ evaluation = {suite = "quick", every = 0, images = 64, epochs = 1, bootstrap = 2
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_and_is_evaluated_again(tmp_path: Path) -> None:
+def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_and_is_evaluated_again(fedgan: Run, tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(TINY)
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    fedgan = [sys.executable, "-m", "fedgan.cli"]
-    command = [*fedgan, "simulate", "tiny.toml", "--output", "run"]
+    command = [sys.executable, "-m", "fedgan.cli", "simulate", "tiny.toml", "--output", "run"]
     # a job in the background of a script ignores SIGINT, and its children would too
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     stopped = subprocess.Popen(
@@ -777,29 +776,25 @@ def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_and_is_evaluated_
     assert not run.evaluation.exists()
 
     for verb in ("resume", "evaluate"):
-        done = subprocess.run(
-            [*fedgan, verb, "run", "--json"], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["images_seen"] >= 1200
+        code, out, said = fedgan(verb, "run", "--json")
+        assert code == 0, said
+        assert json.loads(out)["images_seen"] >= 1200
         assert run.report.is_file()
         assert run.evaluation.is_file()
     assert not list(run.path.rglob("*.part"))
 
     # A second look with merged labels has a page of its own and leaves the run as it is.
     before = run.evaluation.read_bytes()
-    look = [*fedgan, "evaluate", "run", "--output", "look", "--set", "evaluation.label_map=nv=nevus,*=other", "--json"]
-    done = subprocess.run(look, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    label_map = "evaluation.label_map=nv=nevus,*=other"
+    code, _, said = fedgan("evaluate", "run", "--output", "look", "--set", label_map, "--json")
+    assert code == 0, said
     second = RunFolder.at(tmp_path / "look")
     assert second.read_json(second.evaluation)["label_names"] == ["nevus", "other"]
     assert second.report.is_file()
     assert run.evaluation.read_bytes() == before
     for extra in (["--set", "evaluation.epochs=2"], ["--set", "training.kimg=2", "--output", "third"]):
-        refused = subprocess.run(
-            [*fedgan, "evaluate", "run", *extra], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=100
-        )
-        assert refused.returncode == 2, refused.stderr
+        code, _, said = fedgan("evaluate", "run", *extra)
+        assert code == 2, said
 
 
 def test_results_alone_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,9 +176,9 @@ def test_a_secure_run_is_fedavg_large_weights_included(tmp_path: Path) -> None:
     assert "max_update_norm = 10 cannot see" in secure.remarks
 
 
-@pytest.mark.parametrize("rule", ["equal", "sum", "damped"])
+@pytest.mark.parametrize("rule", ["equal", "sum", "damped", "damped federation.local_images=equal"])
 def test_changes_that_weigh_alike_are_averaged_or_summed_under_the_mask(rule: str, tmp_path: Path) -> None:
-    words = (f"federation.weights={rule}", "federation.exchange=generator,discriminator")
+    words = (*f"federation.weights={rule}".split(), "federation.exchange=generator,discriminator")
     plain = Tried(tmp_path / "plain", *words).train().model()
     secure = Tried(tmp_path / "secure", *words, "federation.secure=true").train().model()
     averages = [key for key in plain if key.endswith("w_avg")]  # of those that weigh alike under the mask, by size in clear

@@ -25,7 +25,7 @@ from fedgan.training.variates import ControlVariates
 from server.strategies import check_strategy
 
 ON = "federation.control_variates=true"
-ALIKE = (ON, "federation.local_images=equal")
+ALIKE = (ON, "federation.local_images=equal", "training.kimg=0.96")
 PARTS = ("generator", "discriminator")
 
 
@@ -139,6 +139,8 @@ def test_corrections_go_on_after_a_restart() -> None:
         ("federation.label_rows=true", "some rows"),
         ("federation.exchange=ema", "neither"),
         ("federation.wire=fp16", "rounds the mean"),
+        ("federation.secure=true", "cuts off"),
+        ("training.kimg=1", "cannot be dealt evenly"),
         ("federation.local_images=proportional", "numbers of steps"),
         ("federation.min_hospitals=2", "without some"),
         ("privacy.noise_multiplier=1", "may stop"),
@@ -149,7 +151,7 @@ def test_settings_under_which_corrections_do_not_cancel_out_are_refused(other: s
     with pytest.raises(ConfigError, match=f"control_variates.*{why}"):
         check_strategy(tiny_settings(*ALIKE, other))
     check_strategy(tiny_settings(*ALIKE))
-    check_strategy(tiny_settings(ON, "federation.batch=shared"))
+    check_strategy(tiny_settings(ON, "federation.batch=shared", "training.kimg=1"))
 
 
 def test_hospitals_of_a_federation_correct_by_what_came_of_their_last_round(tmp_path: Path) -> None:
