@@ -198,6 +198,11 @@ class FederationSettings:
         """How many hospitals train: the members that are named, or all."""
         return len(self.members) or self.hospitals
 
+    @property
+    def equal_steps(self) -> bool:
+        """Whether hospitals take as many steps each, whatever their size."""
+        return self.local_images == "equal" or self.batch == "shared"
+
 
 @dataclass(frozen=True)
 class PrivacySettings:

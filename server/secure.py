@@ -35,7 +35,7 @@ from server.answers import UNASKED, Answers, ask
 from server.records import ARRAYS, readable
 from server.roster import HELLO_WAIT, Member
 from server.rounds import Plan
-from server.weights import SUMS, is_average, shares, steps_of
+from server.weights import SUMS, is_average, weights_of
 
 KEYS, MASKED = "keys", "masked"  # what hospitals answer with (client/allowed.py)
 MEANS = ("fedavg", "fedprox")
@@ -142,7 +142,8 @@ def ask_masked(grid: Grid, task: Round) -> Masked:
             if mean is not None:
                 check_mean(mean)
                 if task.settings.federation.weights in SUMS:
-                    mean = summed(mean, sorted(task.sent), total_weight(task.settings, relay.summed))
+                    total = weights_of(task.settings, np.array(relay.summed, float)).sum()
+                    mean = summed(mean, sorted(task.sent), total)
                 found.model, found.clipped = apply_mean(task.sent, mean, ranges(task.sent, task.settings.federation.secure_range))
         if relay.idle:  # too few were allowed a step: no sum, and the model stays as it was
             found.model = dict(task.sent)
@@ -151,12 +152,6 @@ def ask_masked(grid: Grid, task: Round) -> Masked:
             silent = {member.node for member in task.members} - set(found.replies) - set(found.failures)
             found.failures |= dict.fromkeys(silent, UNASKED) | relay.lost | lost
             return found
-
-
-def total_weight(settings: Settings, sizes: Sequence[int]) -> float:
-    """What the weights of hospitals with these numbers of images add up to, which their plain mean is to be multiplied by."""
-    images = np.array(sizes, float)
-    return float(shares(images, settings.federation.weights, steps_of(settings, images)).sum())
 
 
 def summed(mean: Sequence[np.ndarray], keys: Sequence[str], total: float) -> list[np.ndarray]:

@@ -58,7 +58,7 @@ def check_control_variates(settings: Settings) -> None:
         (federation.wire != "fp32", f"federation.wire = '{federation.wire}' rounds the mean: choose fp32"),
         (federation.secure, "federation.secure rounds the mean, and cuts off what is out of range: leave it false"),
         (
-            federation.local_images != "equal" and federation.batch != "shared",
+            not federation.equal_steps,
             "hospitals take different numbers of steps: set federation.local_images = 'equal' or federation.batch = 'shared'",
         ),
         (

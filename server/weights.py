@@ -81,7 +81,7 @@ def weigh(settings: Settings, replies: Sequence[Message], sent: Mapping[str, np.
     moved = {key: [np.asarray(model[key], np.float64) - sent[key] for model in models] for key in rows}
     sizes = _sizes(replies)
     by_size = shares(sizes, "size")
-    weights = shares(sizes, federation.weights, steps_of(settings, sizes))
+    weights = weights_of(settings, sizes)
     for key, before in sent.items():
         wanted = by_size if is_average(key) else weights
         factors = [np.asarray(factor) for factor in wanted / by_size]
@@ -106,29 +106,22 @@ def _moves_all(settings: Settings) -> str:
     return "privacy moves every row by its noise" if settings.privacy.on else ""
 
 
-def shares(sizes: np.ndarray, rule: str, steps: np.ndarray | None = None) -> np.ndarray:
-    """The weights w (K,) of hospitals with these numbers of images; they add up to 1 but for 'sum' and 'damped'.
+def weights_of(settings: Settings, sizes: np.ndarray) -> np.ndarray:
+    """The weights w (K,) of hospitals with these numbers of images; they add up to 1 but for 'sum' and 'damped'."""
+    federation = settings.federation
+    if federation.weights not in SUMS:
+        return shares(sizes, federation.weights)
+    if federation.weights == "sum":
+        return np.ones(len(sizes))
+    # shares of the run's steps, as server/rounds.py deals them, and not of a round, which may be too short for all
+    steps = shares(sizes, "equal" if federation.equal_steps else "size")
+    return np.full(len(sizes), np.sqrt(np.sum(np.square(steps))))
 
-    `steps` (K,), for 'damped': their shares of the steps, up to a factor; None: as of the images.
-    """
-    if rule in SUMS:
-        return np.full(len(sizes), 1.0 if rule == "sum" else damping(sizes if steps is None else steps))
+
+def shares(sizes: np.ndarray, rule: str) -> np.ndarray:
+    """Weights (K,) of a mean, by 'size', 'root' or 'equal': they add up to 1."""
     weights = {"size": sizes, "root": np.sqrt(sizes), "equal": np.ones(len(sizes))}[rule]
     return np.asarray(weights / weights.sum())
-
-
-def steps_of(settings: Settings, sizes: np.ndarray) -> np.ndarray:
-    """Shares (K,) of the run's steps, up to a factor, of hospitals with these numbers of images, as server/rounds.py deals them.
-
-    They are those of the run, not of a round, which may be too short for all.
-    """
-    federation = settings.federation
-    return np.ones(len(sizes)) if federation.local_images == "equal" or federation.batch == "shared" else sizes
-
-
-def damping(steps: np.ndarray) -> float:
-    """√Σ q² in (0, 1] for shares q of the steps: 1 over the root of how many hospitals of equal steps it is."""
-    return float(np.sqrt(np.sum(np.square(steps / steps.sum()))))
 
 
 def columns(changes: Sequence[np.ndarray], weights: np.ndarray) -> list[np.ndarray]:

@@ -14,7 +14,8 @@ from fedgan.config import Settings, to_dict
 from fedgan.evaluation.paired import NOTE
 from server.checkpoints import keeps_average
 from simulations.ablation import KIND
-from simulations.trainings import FEDERATION, Arm, Outcome
+from simulations.arms import FEDERATION, Arm
+from simulations.trainings import Outcome
 
 
 def not_measured(settings: Settings, outcomes: Sequence[Outcome]) -> list[str]:
