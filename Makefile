@@ -30,7 +30,9 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON3) -m venv --clear $(VENV) \
 	  || { echo "no virtual environment could be made. Debian/Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "installing fedgan and what it needs into $(VENV) (a few minutes the first time) ..."
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' \
+	  || { echo "the packages could not be installed, pip says why above. A first installation wants about 10 GB free (torch brings CUDA);" \
+	    "free here and where downloads are unpacked:" >&2; df -h . "$${TMPDIR:-/tmp}" >&2; exit 1; }
 	@touch $@
 
 demo: setup
