@@ -128,11 +128,10 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
     here = [[row["name"] for row in line["hospitals"]] for line in lines]
     absences = [{row["name"]: row["why"] for row in line.get("absent", [])} for line in lines]
     assert here[0] == [ALPHA, BETA]  # beta was asked again; nobody knew of gamma
-    assert absences[0] == {}
     assert absences[1].keys() <= {ALPHA}  # asked again in time, or not
+    assert set(absences[1].values()) <= {"is not online", "did not answer in time"}
     assert absences[2] == {GAMMA: "did not answer in time"}
-    assert len(absences[3]) <= 1  # whose heartbeats were due while the SuperLink was down is away until the next one
-    assert {*absences[1].values(), *absences[3].values()} <= {"is not online", "did not answer in time"}
+    assert [absences[place] for place in (0, 3)] == [{}, {}]
     assert all(set(names) | set(gone) == set(HOSPITALS) for names, gone in zip(here[1:], absences[1:], strict=True))
     (log,) = (tmp_path / "state" / GAMMA).rglob("client.log")
     told = log.read_text()
