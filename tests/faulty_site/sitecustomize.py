@@ -1,8 +1,9 @@
 """What a deployment's processes are made to suffer that have this folder in PYTHONPATH.
 
-Heartbeats come each 12 s in the place of 30, so that a ClientApp's death is noticed in 24 s. Not the ServerApp's, which is left at 30:
-while the SuperLink is away its heartbeats are tried again ever later. The SuperLink waits for three heartbeats in the place of two, so
-36 s for a SuperNode's: on a busy machine it may be 20 s until one passes again where filter and SuperLink die one after the other.
+Heartbeats come each 12 s in the place of 30, so that a ClientApp's death is noticed in 24 s. Not the ServerApp's, which is
+left at 30: while the SuperLink is away its heartbeats are tried again ever later. The SuperLink waits for three heartbeats in
+the place of two, 36 s for a SuperNode's: filter and SuperLink die one after the other, and on a busy machine it may be 20 s
+until one passes.
 
 A ClientApp does not find its code while the file `slow` lies in its folder, and goes on sending heartbeats: a disk that is far
 too slow.
