@@ -19,7 +19,12 @@ import torch
 from fedgan.machine import usable_cores
 
 # precision, resolution: the share that a careful prototype reached, and what we aim at
-MARKS = {("fp32", 32): (0.43, 0.50), ("fp32", 64): (0.36, 0.42), ("bf16", 32): (0.29, 0.40), ("bf16", 64): (0.22, 0.30)}
+MARKS = {
+    ("fp32", 32): (0.43, 0.50),
+    ("fp32", 64): (0.36, 0.42),
+    ("bf16", 32): (0.29, 0.40),
+    ("bf16", 64): (0.22, 0.30),
+}
 METRICS_SECONDS_MARK, METRICS_MEMORY_MARK, JUDGEMENT_SECONDS_MARK = 20, 1500, 480
 PRIVATE_STEP_MARK = 1.6  # times a step of D without privacy, at most
 MEMORY_MARK, EFFICIENCY_MARK, DEMO_SECONDS_MARK, DEMO_AUC_MARK = 600, 0.80, 240, 0.85
@@ -28,7 +33,10 @@ MEMORY_MARK, EFFICIENCY_MARK, DEMO_SECONDS_MARK, DEMO_AUC_MARK = 600, 0.80, 240,
 def call(module: str, *arguments: str) -> dict[str, Any]:
     """Run one benchmark module and read the JSON that it prints last."""
     result = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", *arguments], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     return dict(json.loads(result.stdout.splitlines()[-1]))
 
@@ -37,7 +45,12 @@ def step_rows(results: dict[str, Any]) -> list[str]:
     rows = []
     # One thread is how hospitals of a simulation train; all cores, how one hospital alone does. bf16 can be very slow
     # where the processor has no instructions for it, so it is measured once.
-    cases = [(*case, threads) for case in MARKS for threads in sorted({1, usable_cores()}) if case[0] == "fp32" or threads > 1]
+    cases = [
+        (*case, threads)
+        for case in MARKS
+        for threads in sorted({1, usable_cores()})
+        if case[0] == "fp32" or threads > 1
+    ]
     for precision, resolution, threads in cases:
         mark, aim = MARKS[precision, resolution]
         found = call("step", str(resolution), precision, str(threads))
@@ -137,7 +150,10 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 PARTS = {
@@ -154,11 +170,15 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", choices=tuple(PARTS), help="one part instead of all")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of lines"
+    )
     arguments = parser.parse_args()
     results: dict[str, Any] = {"machine": machine()}
     if not arguments.json:
-        print(*(f"{key}: {value}" for key, value in results["machine"].items()), sep="  ", flush=True)
+        print(
+            *(f"{key}: {value}" for key, value in results["machine"].items()), sep="  ", flush=True
+        )
     for name, rows in PARTS.items():
         if arguments.only in (None, name):
             for row in rows(results):

@@ -19,7 +19,11 @@ def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "demo"
         begun = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "fedgan.cli", "demo", "--output", str(run)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "fedgan.cli", "demo", "--output", str(run)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         seconds = time.perf_counter() - begun
         utility = json.loads((run / "evaluation.json").read_text())["utility"]
     return {

@@ -38,7 +38,11 @@ def measure(kimg: float) -> dict[str, Any]:
         settings = load_scenario(SCENARIO, [f"training.kimg={kimg}"])
         run = simulate(settings, RunFolder.at(Path(folder) / "run"), watch)
         rounds = read_json_lines(run.metrics)
-    inside = sum(hospital["seconds"] * hospital["threads"] for line in rounds for hospital in line["hospitals"])
+    inside = sum(
+        hospital["seconds"] * hospital["threads"]
+        for line in rounds
+        for hospital in line["hospitals"]
+    )
     wall = marks["end"] - marks["start"]
     threads, at_once = share_cores(settings.federation.threads, settings.federation.hospitals)
     used = threads * at_once

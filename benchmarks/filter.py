@@ -71,11 +71,18 @@ class Filter:
 
     def _ask(self, path: str, count: int) -> int:
         """Move so many pieces over one connection; returns their bytes."""
-        with contextlib.closing(http.client.HTTPSConnection(HOST, self.port, context=self.trust, timeout=60)) as connection:
+        with contextlib.closing(
+            http.client.HTTPSConnection(HOST, self.port, context=self.trust, timeout=60)
+        ) as connection:
             for _ in range(count):
-                headers = {"flwr-public-key": base64.b64encode(b"key").decode(), "flwr-signature": "s"}
+                headers = {
+                    "flwr-public-key": base64.b64encode(b"key").decode(),
+                    "flwr-signature": "s",
+                }
                 headers["flwr-timestamp"] = str(next(self.numbers))
-                connection.request("POST", f"/v1/fleet/{path}", OBJECT if path == "push-object" else b"", headers)
+                connection.request(
+                    "POST", f"/v1/fleet/{path}", OBJECT if path == "push-object" else b"", headers
+                )
                 answer = connection.getresponse()
                 answer.read()
                 if answer.status != 200:
@@ -84,13 +91,20 @@ class Filter:
 
     def core_seconds(self) -> float:
         """Time of a core that the process has had."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        fields = (
+            Path(f"/proc/{self.process.pid}/stat")
+            .read_text(encoding="ascii")
+            .rpartition(")")[2]
+            .split()
+        )
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def megabytes(self, what: str) -> float:
         """A line of the process's status: VmRSS (memory now) or VmHWM (most ever)."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{what}:"))
+        return next(
+            int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{what}:")
+        )
 
 
 def pieces(megabytes: int) -> int:
@@ -119,7 +133,12 @@ def filtering(keys: Path) -> Iterator[Filter]:
     thread = threading.Thread(target=behind.run, kwargs={"sockets": [upstream]})
     thread.start()
     command = [sys.executable, "-m", "server.filter", "--listen", f"{HOST}:{port}"]
-    command += ["--upstream", f"https://{HOST}:{upstream.getsockname()[1]}", "--ca", str(server / "ca.crt")]
+    command += [
+        "--upstream",
+        f"https://{HOST}:{upstream.getsockname()[1]}",
+        "--ca",
+        str(server / "ca.crt"),
+    ]
     command += ["--certificate", str(server / "server.crt"), "--key", str(server / "server.key")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
@@ -147,12 +166,18 @@ def relay(keys: Path, megabytes: int) -> float:
                 pass
 
     def fill(port: int) -> None:
-        with socket.create_connection((HOST, port)) as plain, known.wrap_socket(plain, server_hostname=HOST) as tls:
+        with (
+            socket.create_connection((HOST, port)) as plain,
+            known.wrap_socket(plain, server_hostname=HOST) as tls,
+        ):
             for _ in range(count):
                 tls.sendall(OBJECT)
 
     with listener() as door, listener() as end:
-        threads = [threading.Thread(target=drain, args=(end,)), threading.Thread(target=fill, args=(door.getsockname()[1],))]
+        threads = [
+            threading.Thread(target=drain, args=(end,)),
+            threading.Thread(target=fill, args=(door.getsockname()[1],)),
+        ]
         for thread in threads:
             thread.start()
         inner, _ = door.accept()

@@ -19,9 +19,15 @@ class FlopCounter(TorchDispatchMode):
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
-        name = function.overloadpacket.__name__ if hasattr(function, "overloadpacket") else str(function)
+        name = (
+            function.overloadpacket.__name__
+            if hasattr(function, "overloadpacket")
+            else str(function)
+        )
         self.total += flops(name, args, result)
         return result
 
@@ -33,7 +39,9 @@ def flops(name: str, args: Sequence[Any], result: Any) -> int:
         return convolution_flops(image if transposed else result, weight)
     if name == "convolution_backward":
         gradient, image, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[10]
-        return convolution_flops(image if transposed else gradient, weight) * (int(wanted[0]) + int(wanted[1]))
+        return convolution_flops(image if transposed else gradient, weight) * (
+            int(wanted[0]) + int(wanted[1])
+        )
     if name in ("mm", "bmm"):
         return 2 * int(args[0].numel()) * int(args[1].shape[-1])
     if name in ("addmm", "baddbmm"):

@@ -30,7 +30,7 @@ from fedgan.evaluation.reference import RealReference
 from fedgan.evaluation.sampling import synthetic_dataset, to_float
 from fedgan.machine import usable_cores
 from fedgan.models.classifiers import build_classifier
-from fedgan.models.generator import Generator
+from fedgan.models.stylegan2.generator import Generator
 
 RESOLUTION, IMAGES = 64, 6300
 SIZES = {"train": 5608, "val": 593, "test": 1235}
@@ -44,17 +44,29 @@ def noise(count: int, seed: int) -> ImageDataset:
     """Grey noise whose brightness depends a little on the class, of patients with two images each."""
     rng = np.random.default_rng(seed)
     kind = rng.integers(len(LABELS), size=count)
-    images = rng.integers(0, 200, (count, 1, RESOLUTION, RESOLUTION), np.uint8) + (5 * kind).astype(np.uint8)[:, None, None, None]
+    images = (
+        rng.integers(0, 200, (count, 1, RESOLUTION, RESOLUTION), np.uint8)
+        + (5 * kind).astype(np.uint8)[:, None, None, None]
+    )
     patients = np.array([f"{seed}-{row // 2}" for row in range(count)])
     places = np.array(PLACES)[np.arange(count) // 2 % len(PLACES)]
-    return ImageDataset("noise", images, np.eye(len(LABELS), dtype=np.uint8)[kind], LABELS, True, patients, places)
+    return ImageDataset(
+        "noise", images, np.eye(len(LABELS), dtype=np.uint8)[kind], LABELS, True, patients, places
+    )
 
 
 def training_share(data: ImageDataset) -> float:
     """Rate of `train_classifier` over the rate of forward, loss, backward and step on one batch that is ready."""
-    classifier = build_classifier("small-cnn", 1, RESOLUTION, len(LABELS)).to(memory_format=torch.channels_last).train()
+    classifier = (
+        build_classifier("small-cnn", 1, RESOLUTION, len(LABELS))
+        .to(memory_format=torch.channels_last)
+        .train()
+    )
     images, labels = data.batch(np.arange(BATCH))
-    ready, weights = to_float(images).contiguous(memory_format=torch.channels_last), torch.ones(len(LABELS))
+    ready, weights = (
+        to_float(images).contiguous(memory_format=torch.channels_last),
+        torch.ones(len(LABELS)),
+    )
     optimizer = torch.optim.AdamW(classifier.parameters(), fused=True)
 
     def bare() -> None:
@@ -71,7 +83,10 @@ def training_share(data: ImageDataset) -> float:
 
 def bf16_gain(data: ImageDataset) -> float:
     """How many times as fast `train_classifier` is with bf16 as with fp32."""
-    fp32, bf16 = (partial(train_classifier, data, STEPS, 0, precision=precision) for precision in ("fp32", "bf16"))
+    fp32, bf16 = (
+        partial(train_classifier, data, STEPS, 0, precision=precision)
+        for precision in ("fp32", "bf16")
+    )
     return median_ratio(fp32, bf16)
 
 
@@ -94,8 +109,15 @@ def measure(threads: int, data: dict[str, ImageDataset]) -> dict[str, Any]:
     reference = RealReference(data["train"], data["val"], data["test"], SETTINGS)
     generator = Generator(ModelSettings(channel_base=1024), RESOLUTION, 1, len(LABELS))
     real = seconds(lambda: (reference.metrics, reference.held_out_features))
-    arm = seconds(lambda: evaluate_synthetic(reference, synthetic_dataset(generator, data["train"], IMAGES, seed=0), generator))
-    rates = {"classifier_share": training_share(data["train"]), "bf16_gain": bf16_gain(data["train"])}
+    arm = seconds(
+        lambda: evaluate_synthetic(
+            reference, synthetic_dataset(generator, data["train"], IMAGES, seed=0), generator
+        )
+    )
+    rates = {
+        "classifier_share": training_share(data["train"]),
+        "bf16_gain": bf16_gain(data["train"]),
+    }
     return {"threads": threads, "real_seconds": real, "arm_seconds": arm, **rates}
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedgan.evaluation.fidelity import kernel_distance
-from fedgan.evaluation.manifold import manifold_scores
+from fedgan.evaluation.metrics.fidelity import kernel_distance
+from fedgan.evaluation.metrics.prdc import manifold_scores
 
 MATRICES = 5
 ROWS = 1024  # of one product of the reference: enough to reach the best rate
@@ -33,7 +33,9 @@ def features(images: int, width: int, shift: float, seed: int) -> np.ndarray:
     """Rectified random features (images, width) float64 that live near 32 dimensions, as those of a network do."""
     rng = np.random.default_rng(seed)
     basis = np.random.default_rng(0).normal(size=(32, width)) / 6
-    return np.maximum(rng.normal(size=(images, 32)) @ basis + 0.5 + shift, 0) + 0.05 * rng.normal(size=(images, width))
+    return np.maximum(rng.normal(size=(images, 32)) @ basis + 0.5 + shift, 0) + 0.05 * rng.normal(
+        size=(images, width)
+    )
 
 
 def product_rate(images: int, width: int) -> float:
@@ -72,7 +74,10 @@ def measure(images: int = 10_000, width: int = 512) -> dict[str, Any]:
         if repeat == 0:
             memory = peak_megabytes() - before
         rates.append(product_rate(images, width))
-    total, rate = statistics.median(map(sum, zip(kernel, manifold, strict=True))), statistics.median(rates)
+    total, rate = (
+        statistics.median(map(sum, zip(kernel, manifold, strict=True))),
+        statistics.median(rates),
+    )
     return {
         "images": images,
         "features": width,

@@ -36,7 +36,12 @@ from fedgan.training.trainer import Trainer
 BATCH, IMAGES, CLASSES = 64, 1024, 7
 WARM_UP, ALTERNATIONS, LONGEST_SECONDS = 2, 31, 40
 SHARED = (
-    *("model.channel_base=2048", "model.channel_max=64", "model.minibatch_std_group=0", f"training.batch_size={BATCH}"),
+    *(
+        "model.channel_base=2048",
+        "model.channel_max=64",
+        "model.minibatch_std_group=0",
+        f"training.batch_size={BATCH}",
+    ),
     *("training.r1_gamma=0", "training.labels=uniform", "augment.mode=none"),
 )
 
@@ -47,11 +52,22 @@ def make_trainers(resolution: int, precision: str, folder: Path) -> tuple[Traine
     labels = np.eye(CLASSES, dtype=np.uint8)[rng.integers(0, CLASSES, IMAGES)]
     images = rng.integers(0, 256, (IMAGES, 3, resolution, resolution), dtype=np.uint8)
     dataset = ImageDataset("benchmark", images, labels, tuple("abcdefg"))
-    keys = [*SHARED, f"data.resolution={resolution}", f"training.precision={precision}", "training.device=cpu"]
+    keys = [
+        *SHARED,
+        f"data.resolution={resolution}",
+        f"training.precision={precision}",
+        "training.device=cpu",
+    ]
 
     def begin(*more: str) -> Trainer:
         settings = from_dict({}, [*keys, *more])
-        return begin_training(settings, dataset, planned_images=1e5, ledgers=[folder / "ledger.jsonl"], run="benchmark")
+        return begin_training(
+            settings,
+            dataset,
+            planned_images=1e5,
+            ledgers=[folder / "ledger.jsonl"],
+            run="benchmark",
+        )
 
     return begin(), begin("privacy.noise_multiplier=1")
 
@@ -79,11 +95,15 @@ def gradients(trainer: Trainer) -> tuple[Callable[[], object], Callable[[], obje
     parameters, units = list(network.parameters()), torch.arange(len(real))
 
     def plain() -> object:
-        fake_logits, real_logits = network(torch.cat([fake, real]), torch.cat([fake_c, real_c])).chunk(2)
+        fake_logits, real_logits = network(
+            torch.cat([fake, real]), torch.cat([fake_c, real_c])
+        ).chunk(2)
         return torch.autograd.grad(discriminator_loss(fake_logits, real_logits), parameters)
 
     def private() -> object:
-        return clipped_sum(network, discriminator_loss, (fake, fake_c), (real, real_c), units, 1.0, BATCH)
+        return clipped_sum(
+            network, discriminator_loss, (fake, fake_c), (real, real_c), units, 1.0, BATCH
+        )
 
     return plain, private
 
@@ -92,7 +112,9 @@ def alternate(one: Callable[[], object], other: Callable[[], object]) -> list[tu
     """Seconds of both in turn, which of them comes first changing each time; up to `ALTERNATIONS` after a warm-up."""
     found: list[tuple[float, float]] = []
     begun = time.perf_counter()
-    while len(found) < WARM_UP + ALTERNATIONS and (len(found) < WARM_UP + 3 or time.perf_counter() - begun < LONGEST_SECONDS):
+    while len(found) < WARM_UP + ALTERNATIONS and (
+        len(found) < WARM_UP + 3 or time.perf_counter() - begun < LONGEST_SECONDS
+    ):
         if len(found) % 2:
             second, first = seconds(other), seconds(one)
         else:

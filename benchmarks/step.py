@@ -37,8 +37,18 @@ def make_trainer(resolution: int, precision: str) -> Trainer:
     labels = np.eye(7, dtype=np.uint8)[rng.integers(0, 7, 512)]
     images = rng.integers(0, 256, (512, 3, resolution, resolution), dtype=np.uint8)
     dataset = ImageDataset("benchmark", images, labels, tuple("abcdefg"))
-    keys = [f"data.resolution={resolution}", f"training.precision={precision}", "augment.mode=fixed", "augment.p=0.3"]
-    return Trainer(from_dict({}, [*keys, "model.channel_base=2048", "model.channel_max=64", "training.batch_size=16"]), dataset)
+    keys = [
+        f"data.resolution={resolution}",
+        f"training.precision={precision}",
+        "augment.mode=fixed",
+        "augment.p=0.3",
+    ]
+    return Trainer(
+        from_dict(
+            {}, [*keys, "model.channel_base=2048", "model.channel_max=64", "training.batch_size=16"]
+        ),
+        dataset,
+    )
 
 
 def convolution_rate(precision: str) -> float:
@@ -46,13 +56,23 @@ def convolution_rate(precision: str) -> float:
     dtype, best = torch.bfloat16 if precision == "bf16" else torch.float32, 0.0
     with torch.no_grad():
         for batch, channels, side in CONVOLUTIONS:
-            x = torch.randn(batch, channels, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
-            weight = torch.randn(channels, channels, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+            x = (
+                torch.randn(batch, channels, side, side)
+                .to(dtype)
+                .contiguous(memory_format=torch.channels_last)
+            )
+            weight = (
+                torch.randn(channels, channels, 3, 3)
+                .to(dtype)
+                .contiguous(memory_format=torch.channels_last)
+            )
             F.conv2d(x, weight, padding=1)
             for _ in range(4):
                 begun = time.perf_counter()
                 F.conv2d(x, weight, padding=1)
-                best = max(best, 2 * 9 * channels**2 * side**2 * batch / (time.perf_counter() - begun))
+                best = max(
+                    best, 2 * 9 * channels**2 * side**2 * batch / (time.perf_counter() - begun)
+                )
     return best
 
 

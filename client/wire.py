@@ -1,6 +1,6 @@
-"""The hospital's end of the wire: the model that arrived, and the answer as it travels (fedgan/training/wire.py).
+"""The hospital's end of the wire: the model that arrived, and the answer as it travels (fedgan/exchange/number_formats.py).
 
-Between machines the arrays of a record travel in one parcel (fedgan/parcel.py): a question in parcels is answered in parcels.
+Between machines the arrays of a record travel in one parcel (fedgan/exchange/bundle.py): a question in parcels is answered in parcels.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedgan.config import Settings
-from fedgan.parcel import KIND, seal, unseal
-from fedgan.training.wire import answer, unpack
+from fedgan.exchange.bundle import KIND, seal, unseal
+from fedgan.exchange.number_formats import answer, unpack
 
 
 def received(message: Message, settings: Settings) -> dict[str, np.ndarray]:
@@ -21,21 +21,34 @@ def received(message: Message, settings: Settings) -> dict[str, np.ndarray]:
     return unpack(arrays, settings.federation.wire)
 
 
-def outgoing(after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray], settings: Settings) -> ArrayRecord:
+def outgoing(
+    after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray], settings: Settings
+) -> ArrayRecord:
     """The answer of a hospital that made `after` of `before`.
 
     Raises `FederationError`, whose text names an array and settings and nothing else, when 16 bits cannot hold it.
     """
     federation = settings.federation
-    delta = federation.delta or federation.secure  # what is masked are changes: weights of 100 would leave any range
-    return ArrayRecord({key: Array(value) for key, value in sorted(answer(after, before, federation.wire, delta).items())})
+    delta = (
+        federation.delta or federation.secure
+    )  # what is masked are changes: weights of 100 would leave any range
+    return ArrayRecord(
+        {
+            key: Array(value)
+            for key, value in sorted(answer(after, before, federation.wire, delta).items())
+        }
+    )
 
 
 def open_parcels(content: RecordDict) -> bool:
     """Put arrays in the place of parcels; whether there were any. Raises `FederationError` for one that is none."""
-    parcels = {name: record for name, record in content.array_records.items() if set(record) == {KIND}}
+    parcels = {
+        name: record for name, record in content.array_records.items() if set(record) == {KIND}
+    }
     for name, record in parcels.items():
-        content[name] = ArrayRecord({key: Array(array) for key, array in unseal(record[KIND].data).items()})
+        content[name] = ArrayRecord(
+            {key: Array(array) for key, array in unseal(record[KIND].data).items()}
+        )
     return bool(parcels)
 
 

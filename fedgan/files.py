@@ -24,7 +24,9 @@ def _read_umask() -> int:
     return umask
 
 
-UMASK = _read_umask()  # read once, before there are threads: to read it is to set it for all of them
+UMASK = (
+    _read_umask()
+)  # read once, before there are threads: to read it is to set it for all of them
 
 
 @contextlib.contextmanager

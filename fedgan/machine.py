@@ -39,7 +39,11 @@ def pin(cores: set[int]) -> None:
     """Keep this process, and what it starts, on the given cores, where the system can; `usable_cores` follows."""
     setter: Callable[[int, set[int]], None] | None = getattr(os, "sched_setaffinity", None)
     if setter and cores:
-        threads = [int(name) for name in os.listdir("/proc/self/task")] if os.path.isdir("/proc/self/task") else []
+        threads = (
+            [int(name) for name in os.listdir("/proc/self/task")]
+            if os.path.isdir("/proc/self/task")
+            else []
+        )
         for thread in {0, *threads}:  # libraries made threads of their own when they were imported
             with contextlib.suppress(OSError):  # one that has ended meanwhile
                 setter(thread, cores)

@@ -104,7 +104,10 @@ class RunFolder:
     def refuse_comparison(self) -> None:
         """Raise `ConfigError` when this folder holds a comparison, which has many models and not one."""
         if self.arms.is_dir():
-            example = next((path for path in sorted(self.arms.iterdir()) if (path / "config.toml").is_file()), self.arms / "NAME")
+            example = next(
+                (path for path in sorted(self.arms.iterdir()) if (path / "config.toml").is_file()),
+                self.arms / "NAME",
+            )
             raise ConfigError(
                 f"{self.path} is a comparison: go on with it by fedgan compare, or give one of its arms, e.g. {example}"
             )
@@ -112,7 +115,9 @@ class RunFolder:
     def refuse_look(self) -> None:
         """Raise `ConfigError` when this folder is a second look: it has the page of a run, but no model."""
         if self.look.is_file():
-            raise ConfigError(f"{self.path} is a second look at the run {self.read_json(self.look)['run']}: give that run")
+            raise ConfigError(
+                f"{self.path} is a second look at the run {self.read_json(self.look)['run']}: give that run"
+            )
 
     def checkpoint(self, round_number: int) -> Path:
         """The `.safetensors` of one round; its meaning stands in the `.json` beside it."""
@@ -127,7 +132,8 @@ class RunFolder:
         rounds = [
             int(found.group(1))
             for file in self.checkpoints.glob("round-*.safetensors")
-            if (found := re.fullmatch(r"round-(\d+)", file.stem)) and file.with_suffix(".json").is_file()
+            if (found := re.fullmatch(r"round-(\d+)", file.stem))
+            and file.with_suffix(".json").is_file()
         ]
         return max(rounds, default=None)
 

@@ -25,17 +25,16 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-import fedgan.report
+import fedgan.report.html
 from fedgan import events
 from fedgan.config import Settings, from_dict, load_scenario
 from fedgan.errors import ConfigError, FedganError
 from fedgan.report.cards import write_cards
-from fedgan.report.page import write_report
+from fedgan.report.run.page import write_report
 from fedgan.run_folder import RunFolder
-from server.evaluator import Evaluator
-from server.federation import Federation
-from server.lock import locked, sweep
-from server.preparation import (
+from fedgan.runs.evaluator import Evaluator
+from fedgan.runs.lock import locked, sweep
+from fedgan.runs.preparation import (
     as_deployed,
     evaluation_hospitals,
     experiment_of,
@@ -44,12 +43,19 @@ from server.preparation import (
     prepare_deployed,
     prepare_run,
 )
+from server.federation import Federation
 
-TEMPLATES = Path(str(fedgan.report.__file__)).parent / "templates"
+TEMPLATES = Path(str(fedgan.report.html.__file__)).parent / "templates"
 PAGE_SECONDS = 300.0
-DEFAULTS = {"scenario": "simulations/three_hospitals.toml", "overrides": "", "settings": "", "output": "", "deployed": "False"}
+DEFAULTS = {
+    "scenario": "simulations/three_hospitals.toml",
+    "overrides": "",
+    "settings": "",
+    "output": "",
+    "deployed": "False",
+}
 
-Tell = Callable[[dict[str, Any]], None]
+OnEvent = Callable[[dict[str, Any]], None]
 
 app = ServerApp()
 
@@ -58,33 +64,40 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Prepare or find the run folder, train all rounds, evaluate, and write the page."""
     deployed = str(context.run_config.get("deployed", False)).lower() == "true"
-    tell = tell_json if deployed or events.wants_json() else tell_plainly
+    on_event = print_event_as_json if deployed or events.wants_json() else print_event
     try:
         settings, run = find_run(context.run_config)
-        federate(grid, settings, run, deployed, tell)
+        federate(grid, settings, run, deployed, on_event)
         page = write_page(run)
     except BaseException as error:
-        tell({"event": "failed", "kind": type(error).__name__, "message": str(error)})
+        on_event({"event": "failed", "kind": type(error).__name__, "message": str(error)})
         raise
-    tell({"event": "finished", "run": str(run.path), "report": page})
+    on_event({"event": "finished", "run": str(run.path), "report": page})
 
 
-def federate(grid: Grid, settings: Settings, run: RunFolder, deployed: bool, tell: Tell) -> None:
+def federate(
+    grid: Grid, settings: Settings, run: RunFolder, deployed: bool, on_event: OnEvent
+) -> None:
     """All that is left of a run, to its evaluation."""
     with locked(run):
         sweep(run)
         if not is_prepared(run) and deployed:
             prepare_deployed(settings, run)
         elif not is_prepared(run):
-            prepare_run(settings, run, tell)
+            prepare_run(settings, run, on_event)
         elif deployed != is_deployed(run):
             begun = "as a deployment" if is_deployed(run) else "where the server has the data"
             raise ConfigError(f"{run.path} was begun {begun}: go on with it in the same way")
         settings = run.settings()
-        judge = Evaluator(
-            settings, run, evaluation_hospitals(settings, run), progress=lambda text: tell({"event": "note", "text": text})
+        evaluator = Evaluator(
+            settings,
+            run,
+            evaluation_hospitals(settings, run),
+            progress=lambda text: on_event({"event": "status", "text": text}),
         )
-        federation = Federation(settings, run, experiment_of(run), judge, tell, patient=deployed)
+        federation = Federation(
+            settings, run, experiment_of(run), evaluator, on_event, reconnecting=deployed
+        )
         federation.train(grid)
         federation.conclude()
 
@@ -101,19 +114,23 @@ def write_page(run: RunFolder) -> str:
     for verb in ("report", "cards"):
         words = [sys.executable, "-m", "fedgan.cli", verb, str(run.path)]
         try:
-            subprocess.run(words, cwd=run.path, stdout=subprocess.DEVNULL, timeout=PAGE_SECONDS, check=True)
+            subprocess.run(
+                words, cwd=run.path, stdout=subprocess.DEVNULL, timeout=PAGE_SECONDS, check=True
+            )
         except (OSError, subprocess.SubprocessError):
             print(f"write the page where fedgan is installed: fedgan {verb} {run.path}", flush=True)
     return str(run.report) if run.report.is_file() else ""
 
 
-def tell_plainly(event: dict[str, Any]) -> None:
+def print_event(event: dict[str, Any]) -> None:
     """Show an event in Flower's log, without its long numbers."""
-    short = {key: value for key, value in event.items() if not isinstance(value, dict) or key == "images"}
+    short = {
+        key: value for key, value in event.items() if not isinstance(value, dict) or key == "images"
+    }
     print(" ".join(f"{key}={value}" for key, value in short.items()), flush=True)
 
 
-def tell_json(event: dict[str, Any]) -> None:
+def print_event_as_json(event: dict[str, Any]) -> None:
     """Print an event as one JSON line, in one piece: other threads print, too."""
     sys.stdout.write(events.as_line(event) + "\n")
     sys.stdout.flush()
@@ -137,12 +154,17 @@ def find_run(config: Mapping[str, Any]) -> tuple[Settings, RunFolder]:
                 f"{run.path} holds a run with other settings: go on with it by fedgan deploy resume {run.path}, "
                 "or choose another --output"
             )
-        print(f"{run.path} holds a run, which goes on with its own config.toml: scenario and overrides are ignored", flush=True)
+        print(
+            f"{run.path} holds a run, which goes on with its own config.toml: scenario and overrides are ignored",
+            flush=True,
+        )
         return run.settings(), run
     if values["settings"]:
         settings = given_settings(values["settings"])
     elif not values["scenario"]:
-        raise ConfigError(f"{values['output'] or 'output'} holds no run to go on with: begin one with fedgan deploy run SCENARIO")
+        raise ConfigError(
+            f"{values['output'] or 'output'} holds no run to go on with: begin one with fedgan deploy run SCENARIO"
+        )
     else:
         scenario = Path(values["scenario"])
         if not scenario.is_file():
@@ -150,7 +172,9 @@ def find_run(config: Mapping[str, Any]) -> tuple[Settings, RunFolder]:
         settings = load_scenario(scenario, split_overrides(values["overrides"]))
     run = RunFolder.at(values["output"] or Path("runs") / settings.name)
     if run.config.is_file() and not values["output"]:
-        raise FedganError(f'{run.path} already holds a run: go on with it by output="{run.path}", or give another output')
+        raise FedganError(
+            f'{run.path} already holds a run: go on with it by output="{run.path}", or give another output'
+        )
     return settings, run
 
 

@@ -25,30 +25,61 @@ from flwr.serverapp.strategy import Strategy
 from fedgan.config import Settings, to_dict
 from fedgan.errors import FederationError
 from fedgan.run_folder import RunFolder
+from fedgan.runs.budget import Plan, Share
+from fedgan.runs.round_state import (
+    State,
+    has_line,
+    initial_state,
+    is_evaluated,
+    keeps_average,
+    load_state,
+    save_state,
+    write_line,
+)
 from fedgan.training.checkpoint import load_generator
 from fedgan.training.ema import average_of_rounds
-from server.answers import AWAY, UNASKED, Answers, ask
+from server.aggregation.client_level_dp import equalize_weights, noise_statement, record_round
+from server.aggregation.secure import (
+    Masked,
+    Round,
+    check_masked,
+    check_plan,
+    disclosure_note,
+    send_and_receive_masked,
+)
+from server.aggregation.strategies import (
+    aggregate,
+    expect,
+    fewest,
+    make_strategy,
+    restore_strategy,
+    strategy_state,
+)
+from server.aggregation.update_checks import check_answer, check_facts, length_for_images, too_long
 from server.attendance import Attendance
-from server.checkpoints import State, has_line, initial_state, is_evaluated, keeps_average, load_state, save_state, write_line
-from server.defence import check_answer, check_facts, length_for_images, too_long
-from server.hospital_privacy import charge, even, remark
-from server.lines import ending, exhausted_now, hospital_line, mean_of, note_of, told_of
+from server.metrics import (
+    absence_note,
+    describe_absence,
+    exhausted_now,
+    exhausted_status,
+    hospital_line,
+    mean_of,
+)
 from server.records import array_bytes, personal, to_record
+from server.requests import AWAY, UNASKED, Answers, send_and_receive
 from server.roster import Member, Roster, introduce
-from server.rounds import Plan, Share
-from server.secure import Masked, Round, ask_masked, check_masked, check_plan
-from server.secure import remark as secure_remark
-from server.strategies import aggregate, expect, fewest, make_strategy, restore_strategy, strategy_state
 from server.wire import inward, outward, outward_bytes
 
 Event = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 
 
-class Judge(Protocol):
-    """What the loop needs of the central evaluator (server/evaluator.py)."""
+class RoundEvaluator(Protocol):
+    """What the loop needs of the central evaluator (fedgan/runs/evaluator.py)."""
 
-    def check(self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int) -> None:
+    def check(
+        self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int
+    ) -> None:
         """Raise `DataError` where the hospitals' images do not fit the evaluator's own."""
 
     def start(self) -> None:
@@ -73,57 +104,81 @@ class Federation:
         settings: Settings,
         run: RunFolder,
         experiment: str,
-        judge: Judge,
-        tell: Callable[[Event], None] = lambda event: None,
-        patient: bool = False,
+        evaluator: RoundEvaluator,
+        on_event: Callable[[Event], None] = lambda event: None,
+        reconnecting: bool = False,
     ) -> None:
-        self.settings, self.run, self.experiment, self.judge, self.tell = settings, run, experiment, judge, tell
-        self.patient = patient
-        self.notes: dict[int, str] = {}  # by number: what its next order tells a hospital about its last answer
+        self.settings, self.run, self.experiment, self.evaluator, self.on_event = (
+            settings,
+            run,
+            experiment,
+            evaluator,
+            on_event,
+        )
+        self.reconnecting = reconnecting
+        self.notes: dict[
+            int, str
+        ] = {}  # by number: what its next order tells a hospital about its last answer
 
     def train(self, grid: Grid) -> None:
         """All rounds that are not done yet. Raises `FederationError` when too few hospitals answer."""
-        state = load_state(self.run, self.experiment, self.tell)
+        state = load_state(self.run, self.experiment, self.on_event)
         if state is not None and state.is_over(self.settings):
             return
         gone = {row["number"] for row in state.exhausted} if state else set()
-        members, absent = introduce(grid, self.settings, self._order(), gone, self.patient)
-        self.there = Attendance(self.settings, self.run, self._order(), members, self.tell, self.patient)
-        self.judge.check(members[0].label_names, members[0].exclusive, members[0].channels, members[0].resolution)
+        members, absent = introduce(grid, self.settings, self._order(), gone, self.reconnecting)
+        self.there = Attendance(
+            self.settings, self.run, self._order(), members, self.on_event, self.reconnecting
+        )
+        self.evaluator.check(
+            members[0].label_names, members[0].exclusive, members[0].channels, members[0].resolution
+        )
         for why in absent:
-            self.tell({"event": "remark", "text": f"a hospital did not join: {why}"})
+            self.on_event({"event": "note", "text": f"a hospital did not join: {why}"})
         state = initial_state(self.settings, members) if state is None else self.there.rejoin(state)
         if not self.run.checkpoint(state.round).is_file():
             save_state(self.run, self.settings, state, self.experiment)
         self.there.describe(state)
         if state.line is not None:
-            self.notes = {row["number"]: note_of(row, state.round) for row in state.line.get("absent", [])}
-            self._look(state)  # in case the run was stopped between the checkpoint and its line
+            self.notes = {
+                row["number"]: absence_note(row, state.round)
+                for row in state.line.get("absent", [])
+            }
+            self._evaluate_and_log(
+                state
+            )  # in case the run was stopped between the checkpoint and its line
         if not (self.run.samples / "real.png").is_file():
-            self.judge.start()
+            self.evaluator.start()
         plan, noise = self._plan(state)
         strategy = make_strategy(self.settings)
         restore_strategy(strategy, state.moments)
-        self.tell(
+        self.on_event(
             {
                 "event": "start",
-                "hospitals": [member.name for member in self.there.left(state)],
+                "hospitals": [member.name for member in self.there.active_members(state)],
                 "rounds": self.settings.federation.rounds,
                 "first_round": state.round + 1,
                 "images": plan.total,
                 "images_seen": state.images_seen,
             }
         )
-        if self.settings.privacy.hospital != "none":
-            self.tell({"event": "remark", "text": remark(self.settings, sum(array.size for array in state.arrays.values()))})
+        if self.settings.privacy.client_level != "none":
+            self.on_event(
+                {
+                    "event": "note",
+                    "text": noise_statement(
+                        self.settings, sum(array.size for array in state.arrays.values())
+                    ),
+                }
+            )
         if self.settings.federation.secure:
-            self.tell({"event": "remark", "text": secure_remark(self.settings)})
+            self.on_event({"event": "note", "text": disclosure_note(self.settings)})
         while not state.is_over(self.settings):
             state = self._round(grid, strategy, state, plan, noise)
-            self._look(state, anew=True)
-            if self.patient and not state.is_over(self.settings):
+            self._evaluate_and_log(state, is_new=True)
+            if self.reconnecting and not state.is_over(self.settings):
                 known = len(state.shares)
-                self.there.welcome(grid, state)
+                self.there.admit_late_joiners(grid, state)
                 if len(state.shares) > known:
                     plan, noise = self._plan(state)
 
@@ -134,8 +189,8 @@ class Federation:
             raise FederationError(
                 f"round {newest} of {self.settings.federation.rounds} is the last that is complete: resume the run"
             )
-        self._look(state)
-        self.tell({"event": "evaluation", "round": newest, "final": True})
+        self._evaluate_and_log(state)
+        self.on_event({"event": "evaluation", "round": newest, "final": True})
         facts = {
             "arm": "federated",
             "name": self.settings.name,
@@ -145,8 +200,8 @@ class Federation:
             "bytes_exchanged": state.bytes_exchanged,
             "label_names": list(state.label_names),
         }
-        result = self.judge.final(load_generator(self.run.checkpoint(newest))[0], facts)
-        self.tell({"event": "evaluated", "round": newest, "final": True, "result": result})
+        result = self.evaluator.final(load_generator(self.run.checkpoint(newest))[0], facts)
+        self.on_event({"event": "evaluated", "round": newest, "final": True, "result": result})
 
     # --- one round -------------------------------------------------------------------------------
 
@@ -156,11 +211,17 @@ class Federation:
         check_plan(self.settings, plan, state.round)
         return plan, plan.least_noise(self.settings, len(state.label_names))
 
-    def _round(self, grid: Grid, strategy: Strategy, state: State, plan: Plan, noise: float) -> State:
+    def _round(
+        self, grid: Grid, strategy: Strategy, state: State, plan: Plan, noise: float
+    ) -> State:
         """Train and aggregate one round; the state after it, already on the disk."""
-        number, begun, members = state.round + 1, time.perf_counter(), self.there.left(state)
+        number, begun, members = (
+            state.round + 1,
+            time.perf_counter(),
+            self.there.active_members(state),
+        )
         images = {member.number: plan.images(state.round, member.number) for member in members}
-        self.tell(
+        self.on_event(
             {
                 "event": "round_start",
                 "round": number,
@@ -171,11 +232,15 @@ class Federation:
         answers = self._ask(grid, strategy, members, state, plan, noise)
         up = sum(array_bytes(reply) for reply in answers.replies.values())
         down = len(members) * outward_bytes(self.settings, state.arrays)
-        replies, absences = self._vet(members, answers, state, images)
+        replies, absences = self._validate_replies(members, answers, state, images)
         self._require(replies, absences, state, number)
         members = [member for member in members if member.number in replies]
         facts = [hospital_line(member, replies[member.number]) for member in members]
-        counted = [replies[member.number] for member, row in zip(members, facts, strict=True) if self._counts(row)]
+        counted = [
+            replies[member.number]
+            for member, row in zip(members, facts, strict=True)
+            if self._counts(row)
+        ]
         arrays, spent = self._aggregate(strategy, number, counted, state, answers)
         after = State(
             round=number,
@@ -195,7 +260,9 @@ class Federation:
         )
         if keeps_average(self.settings):
             shown = after.images_seen - state.images_seen
-            after.average = average_of_rounds(state.average, arrays, self.settings.training, shown, state.images_seen)
+            after.average = average_of_rounds(
+                state.average, arrays, self.settings.training, shown, state.images_seen
+            )
         after.line = {
             "round": number,
             "images_seen": after.images_seen,
@@ -205,18 +272,31 @@ class Federation:
             "hospitals": facts,
             **({"absent": absences} if absences else {}),
             **spent,
-            **ending(after, self.settings),
+            **exhausted_status(after, self.settings),
         }
         save_state(self.run, self.settings, after, self.experiment)
         return after
 
-    def _ask(self, grid: Grid, strategy: Strategy, members: Sequence[Member], state: State, plan: Plan, noise: float) -> Answers:
+    def _ask(
+        self,
+        grid: Grid,
+        strategy: Strategy,
+        members: Sequence[Member],
+        state: State,
+        plan: Plan,
+        noise: float,
+    ) -> Answers:
         """Send each hospital the model and its own order, and wait until enough have answered or no more can."""
         number = state.round + 1
         order = ConfigRecord(self._order() | {"round": number, "least_noise": noise})
         expect(strategy, len(members))
-        configured = strategy.configure_train(number, to_record(state.arrays), order, cast(Grid, Roster(members)))
-        messages = {message.metadata.dst_node_id: message for message in outward(self.settings, configured, state.arrays)}
+        configured = strategy.configure_train(
+            number, to_record(state.arrays), order, cast(Grid, Roster(members))
+        )
+        messages = {
+            message.metadata.dst_node_id: message
+            for message in outward(self.settings, configured, state.arrays)
+        }
         own: dict[int, dict[str, int | str]] = {
             member.node: {
                 "images": plan.images(state.round, member.number),
@@ -232,16 +312,28 @@ class Federation:
         def question(node: int, seconds: float) -> Message:
             return personal(messages[node], own[node], seconds)
 
-        def heard(node: int) -> None:  # a simulation tells more: how far each hospital is
-            if self.patient:
+        def on_reply(node: int) -> None:  # a simulation tells more: how far each hospital is
+            if self.reconnecting:
                 name, images = by_node[node].name, int(own[node]["images"])
-                self.tell({"event": "progress", "round": number, "hospital": name, "images": images, "of": images})
+                self.on_event(
+                    {
+                        "event": "progress",
+                        "round": number,
+                        "hospital": name,
+                        "images": images,
+                        "of": images,
+                    }
+                )
 
         if self.settings.federation.secure:
-            return ask_masked(grid, self._masked_round(members, state, plan, question, heard))
+            return send_and_receive_masked(
+                grid, self._masked_round(members, state, plan, question, on_reply)
+            )
         # in the order of the hospitals, the largest first: with fewer cores than hospitals the long work begins at once
         nodes, limit = [member.node for member in members], self.settings.federation.round_timeout
-        return ask(grid, nodes, question, limit, self._enough(state), self.patient, heard)
+        return send_and_receive(
+            grid, nodes, question, limit, self._enough(state), self.reconnecting, on_reply
+        )
 
     def _masked_round(
         self,
@@ -249,7 +341,7 @@ class Federation:
         state: State,
         plan: Plan,
         question: Callable[[int, float], Message],
-        heard: Callable[[int], None],
+        on_reply: Callable[[int], None],
     ) -> Round:
         """What secure aggregation needs to know of a round."""
 
@@ -260,14 +352,24 @@ class Federation:
             return self._counts(hospital_line(member, reply))
 
         enough = self._enough(state)
-        return Round(self.settings, members, state.arrays, enough, self.patient, question, check, counts, heard)
+        return Round(
+            self.settings,
+            members,
+            state.arrays,
+            enough,
+            self.reconnecting,
+            question,
+            check,
+            counts,
+            on_reply,
+        )
 
     def _enough(self, state: State) -> int:
         """How many answers a round needs: `federation.min_hospitals`, or those of all that may still train."""
-        left = self.settings.federation.participants - len(state.exhausted)
-        return min(self.settings.federation.min_hospitals or left, left)
+        active_members = self.settings.federation.participants - len(state.exhausted)
+        return min(self.settings.federation.min_hospitals or active_members, active_members)
 
-    def _vet(
+    def _validate_replies(
         self, members: Sequence[Member], answers: Answers, state: State, images: Mapping[int, int]
     ) -> tuple[dict[int, Message], list[dict[str, Any]]]:
         """By number the answers that count, and of each other hospital its name, what happened (missing, rejected) and why."""
@@ -276,7 +378,7 @@ class Federation:
 
         def leave_out(share: Member | Share, what: str, why: str) -> None:
             absences.append({"name": share.name, "number": share.number, "what": what, "why": why})
-            self.notes[share.number] = note_of(absences[-1], number)
+            self.notes[share.number] = absence_note(absences[-1], number)
 
         for member in members:
             if (reply := answers.replies.get(member.node)) is None:
@@ -284,18 +386,23 @@ class Federation:
                 continue
             try:
                 self._check(member, reply, state, images[member.number])
-                (good[member.number],) = [reply] if secure else inward(self.settings, [reply], state.arrays)
+                (good[member.number],) = (
+                    [reply] if secure else inward(self.settings, [reply], state.arrays)
+                )
             except FederationError as error:
                 leave_out(member, "rejected", str(error))
         # no length can be seen under a mask
-        lengths = [0.0 if secure else length_for_images(reply, state.arrays, images[place]) for place, reply in good.items()]
+        lengths = [
+            0.0 if secure else length_for_images(reply, state.arrays, images[place])
+            for place, reply in good.items()
+        ]
         for place, long in zip(list(good), too_long(self.settings, lengths), strict=True):
             if long:
                 del good[place]
-                limit = self.settings.federation.max_update_norm
+                limit = self.settings.federation.max_update_ratio
                 whose = self.there.members[place]
                 why = f"answered with an update more than {limit:g} times as long as the round's median: see"
-                leave_out(whose, "rejected", f"{whose} {why} federation.max_update_norm")
+                leave_out(whose, "rejected", f"{whose} {why} federation.max_update_ratio")
         gone = {row["number"] for row in state.exhausted}
         for share in state.shares:  # who joined before a restart and has not come back
             if share.number not in self.there.members and share.number not in gone:
@@ -311,13 +418,25 @@ class Federation:
         else:
             check_answer(member, reply, state.arrays, number, images, self.settings.federation.wire)
 
-    def _require(self, replies: Mapping[int, Message], absences: Sequence[Mapping[str, Any]], state: State, number: int) -> None:
+    def _require(
+        self,
+        replies: Mapping[int, Message],
+        absences: Sequence[Mapping[str, Any]],
+        state: State,
+        number: int,
+    ) -> None:
         """Say who is left out of this round; raise `FederationError` where the answers that count are too few."""
-        told = [told_of(row, number, self.settings) for row in absences if row["why"] != UNASKED]
+        told = [
+            describe_absence(row, number, self.settings)
+            for row in absences
+            if row["why"] != UNASKED
+        ]
         if len(replies) < self._enough(state):
-            raise FederationError("; ".join(told) or f"round {number}: too few hospitals have joined")
+            raise FederationError(
+                "; ".join(told) or f"round {number}: too few hospitals have joined"
+            )
         for text in told:
-            self.tell({"event": "remark", "text": f"{text}; the round goes on without it"})
+            self.on_event({"event": "note", "text": f"{text}; the round goes on without it"})
 
     def _counts(self, row: Mapping[str, Any]) -> bool:
         """Whether an answer is aggregated: not that of a hospital that was not allowed a step.
@@ -325,16 +444,20 @@ class Federation:
         One that only idles in this round counts with the model that it was sent, but for Flower's clipping, which cannot
         clip an update of nothing.
         """
-        return row["images"] > 0 or not ("exhausted" in row or self.settings.privacy.hospital != "none")
+        return row["images"] > 0 or not (
+            "exhausted" in row or self.settings.privacy.client_level != "none"
+        )
 
     def _unmask(self, answers: Masked, number: int) -> Arrays:
         """The model that masked answers make together."""
         if answers.model is None:
-            raise FederationError(f"secure aggregation made no model of the answers of round {number}: see flower.log")
+            raise FederationError(
+                f"secure aggregation made no model of the answers of round {number}: see flower.log"
+            )
         if answers.clipped > 0.5:
-            self.tell(
+            self.on_event(
                 {
-                    "event": "remark",
+                    "event": "note",
                     "text": f"in round {number} about {answers.clipped:.0f} numbers of a hospital's change were cut off, on "
                     "average: raise federation.secure_range",
                 }
@@ -342,7 +465,12 @@ class Federation:
         return answers.model
 
     def _aggregate(
-        self, strategy: Strategy, number: int, replies: list[Message], state: State, answers: Answers
+        self,
+        strategy: Strategy,
+        number: int,
+        replies: list[Message],
+        state: State,
+        answers: Answers,
     ) -> tuple[Arrays, dict[str, dict[str, Any]]]:
         """The model of these answers, and what it cost the hospitals' privacy; the model as it was where they are too few."""
         if isinstance(answers, Masked):
@@ -351,31 +479,52 @@ class Federation:
             return state.arrays, {}
         expect(strategy, len(replies))
         spent = {}
-        if self.settings.privacy.hospital != "none":
-            replies = even(replies)
-            spent = {"hospital_privacy": charge(self.settings, self.run, self.experiment, len(replies))}
+        if self.settings.privacy.client_level != "none":
+            replies = equalize_weights(replies)
+            spent = {
+                "client_level_dp": record_round(
+                    self.settings, self.run, self.experiment, len(replies)
+                )
+            }
         made = aggregate(strategy, self.settings, number, replies, state.arrays)
         if made is None:
-            raise FederationError(f"the strategy made no model of the answers of round {number}: see flower.log")
+            raise FederationError(
+                f"the strategy made no model of the answers of round {number}: see flower.log"
+            )
         return made, spent
 
-    def _look(self, state: State, anew: bool = False) -> None:
+    def _evaluate_and_log(self, state: State, is_new: bool = False) -> None:
         """Let the evaluator look where it is due, and write the round's line, unless that is done already.
 
         `anew`: the round was just trained, so a line of it is an earlier try's; with privacy that one's epsilon is too low.
         """
-        if state.line is None or (not anew and has_line(self.run, state.round)):
+        if state.line is None or (not is_new and has_line(self.run, state.round)):
             return
         line = dict(state.line)
-        if is_evaluated(self.settings, state.round) or (state.round and state.is_over(self.settings)):
-            self.tell({"event": "evaluation", "round": state.round, "final": False})
+        if is_evaluated(self.settings, state.round) or (
+            state.round and state.is_over(self.settings)
+        ):
+            self.on_event({"event": "evaluation", "round": state.round, "final": False})
             generator, _ = load_generator(self.run.checkpoint(state.round))
-            result = self.judge.during(generator, state.round, state.images_seen)
+            result = self.evaluator.during(generator, state.round, state.images_seen)
             line |= result
-            self.tell({"event": "evaluated", "round": state.round, "final": False, "result": result})
+            self.on_event(
+                {"event": "evaluated", "round": state.round, "final": False, "result": result}
+            )
         write_line(self.run, line)
-        self.tell({"event": "round_end", "round": state.round, "rounds": self.settings.federation.rounds, "line": line})
+        self.on_event(
+            {
+                "event": "round_end",
+                "round": state.round,
+                "rounds": self.settings.federation.rounds,
+                "line": line,
+            }
+        )
 
     def _order(self) -> dict[str, Any]:
         """What every message tells a hospital: the whole scenario, the experiment, and (for simulations) the run folder."""
-        return {"settings": json.dumps(to_dict(self.settings)), "experiment": self.experiment, "run": str(self.run.path)}
+        return {
+            "settings": json.dumps(to_dict(self.settings)),
+            "experiment": self.experiment,
+            "run": str(self.run.path),
+        }

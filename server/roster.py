@@ -13,8 +13,8 @@ from flwr.serverapp import Grid
 
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError
-from server.answers import ask, steadily
-from server.rounds import Share
+from fedgan.runs.budget import Share
+from server.requests import retry_on_5xx, send_and_receive
 
 HELLO = "query.hello"
 HELLO_WAIT = 300.0  # opening a shard, and in a simulation the start of Ray
@@ -37,7 +37,9 @@ class Member:
     resolution: int
     drawn: bool = False  # it says that all its images are drawn phantoms
     units: int = 0  # what `privacy` hides one of: images or patients; 0 where nobody has to know
-    label_counts: tuple[int, ...] = ()  # training images of each label; empty unless federation.share_label_counts
+    label_counts: tuple[
+        int, ...
+    ] = ()  # training images of each label; empty unless federation.share_label_counts
 
     def __str__(self) -> str:
         return called(self.number, self.name)
@@ -64,7 +66,11 @@ class Roster:
 
 
 def introduce(
-    grid: Grid, settings: Settings, order: Mapping[str, Any], gone: Collection[int] = (), patient: bool = False
+    grid: Grid,
+    settings: Settings,
+    order: Mapping[str, Any],
+    gone: Collection[int] = (),
+    reconnecting: bool = False,
 ) -> tuple[list[Member], list[str]]:
     """Wait for the hospitals and ask each who it is: members in the order of their numbers, and why others could not join.
 
@@ -81,13 +87,23 @@ def introduce(
         nodes = online(grid, wanted)
         # all at once where all are there; else the first ones wait for the others, who may come within the limit
         late = time.monotonic() > end
-        if new := [node for node in nodes if node not in asked] if late or len(nodes) >= len(needed) else []:
+        if (
+            new := [node for node in nodes if node not in asked]
+            if late or len(nodes) >= len(needed)
+            else []
+        ):
             asked.update(new)
-            more, why = ask_hello(grid, settings, order, new, HELLO_WAIT, least == len(needed), patient)
+            more, why = request_introductions(
+                grid, settings, order, new, HELLO_WAIT, least == len(needed), reconnecting
+            )
             members, problems = members + more, problems + why
             if why and least == len(needed):
                 raise FederationError(f"a hospital could not join: {why[0]}")
-        if len(nodes) == len(asked) == wanted or needed <= {member.number for member in members} or late:
+        if (
+            len(nodes) == len(asked) == wanted
+            or needed <= {member.number for member in members}
+            or late
+        ):
             break
         time.sleep(0.2)
     present = {member.number for member in members} - set(gone)
@@ -102,21 +118,21 @@ def introduce(
     return check_members(sorted(members, key=lambda member: member.number), wanted), problems
 
 
-def ask_hello(
+def request_introductions(
     grid: Grid,
     settings: Settings,
     order: Mapping[str, Any],
     nodes: Sequence[int],
     wait: float,
     all_needed: bool = False,
-    patient: bool = False,
+    reconnecting: bool = False,
 ) -> tuple[list[Member], list[str]]:
     """Who the hospitals on these nodes are, and why others could not say so. `all_needed`: the first failure ends the wait."""
 
     def question(node: int, left: float) -> Message:
         return Message(RecordDict({"config": ConfigRecord(dict(order))}), node, HELLO, ttl=left)
 
-    answers = ask(grid, nodes, question, wait, None if all_needed else 0, patient)
+    answers = send_and_receive(grid, nodes, question, wait, None if all_needed else 0, reconnecting)
     members, problems = [], [why for _, why in sorted(answers.failures.items())]
     for node in nodes:
         if node in answers.replies:
@@ -134,19 +150,25 @@ def read_member(node: int, answer: Message, settings: Settings) -> Member:
         "number": lambda value: _whole(value) and 0 <= value < settings.federation.participants,
         "name": _name,
         "images": lambda value: _whole(value) and 0 < value <= settings.federation.max_num_examples,
-        "label_names": lambda value: isinstance(value, list) and len(value) <= MOST_LABELS and all(map(_name, value)),
+        "label_names": lambda value: (
+            isinstance(value, list) and len(value) <= MOST_LABELS and all(map(_name, value))
+        ),
         "exclusive": lambda value: isinstance(value, bool),
         "channels": lambda value: _whole(value) and 0 < value <= 4,
         "resolution": lambda value: value == settings.data.resolution,
         "drawn": lambda value: isinstance(value, bool),
         "units": lambda value: _whole(value) and 0 <= value <= settings.federation.max_num_examples,
-        "label_counts": lambda value: isinstance(value, list) and len(value) in (0, labels) and all(map(_whole, value)),
+        "label_counts": lambda value: (
+            isinstance(value, list) and len(value) in (0, labels) and all(map(_whole, value))
+        ),
     }
     given: dict[str, Any] = {"drawn": False, "units": 0, "label_counts": []} | dict(facts)
     labels = len(given["label_names"]) if isinstance(given.get("label_names"), list) else 0
     if wrong := [key for key, right in kinds.items() if key not in given or not right(given[key])]:
         number = f" (partition-id {facts['number']})" if _whole(facts.get("number")) else ""
-        raise FederationError(f"a hospital{number} introduces itself with an impossible {wrong[0]}: see docs/deployment.md")
+        raise FederationError(
+            f"a hospital{number} introduces itself with an impossible {wrong[0]}: see docs/deployment.md"
+        )
     known = dict[str, Any]({key: given[key] for key in kinds})
     for key in ("label_names", "label_counts"):
         known[key] = tuple(known[key])
@@ -158,14 +180,18 @@ def _whole(value: Any) -> bool:
 
 
 def _name(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(NAME, value) is not None and value.strip(". ") != ""
+    return (
+        isinstance(value, str) and re.fullmatch(NAME, value) is not None and value.strip(". ") != ""
+    )
 
 
 def check_members(members: list[Member], wanted: int) -> list[Member]:
     """Return the members, or raise `FederationError` when two have one number or their images do not fit together."""
     numbers = [member.number for member in members]
     if len(set(numbers)) < len(numbers) or not set(numbers) <= set(range(wanted)):
-        raise FederationError(f"hospitals came with the numbers {numbers}: give each its own partition-id from 0")
+        raise FederationError(
+            f"hospitals came with the numbers {numbers}: give each its own partition-id from 0"
+        )
     if len({member.name for member in members}) < len(members):
         raise FederationError(
             f"hospitals came with the names {[member.name for member in members]}: give each shard a name of its own "
@@ -180,12 +206,14 @@ def check_alike(first: Member, other: Member) -> None:
     """Raise `FederationError` when the images of two hospitals do not fit together."""
     for what in ("label_names", "exclusive", "channels", "resolution"):
         if getattr(other, what) != getattr(first, what):
-            raise FederationError(f"{first} and {other} differ in {what}: prepare both shards alike")
+            raise FederationError(
+                f"{first} and {other} differ in {what}: prepare both shards alike"
+            )
 
 
 def online(grid: Grid, wanted: int) -> list[int]:
     """Node ids that are online, sorted. Raises `ConfigError` where they are more than `wanted`."""
-    nodes = sorted(steadily(grid.get_node_ids))
+    nodes = sorted(retry_on_5xx(grid.get_node_ids))
     if len(nodes) > wanted:
         raise ConfigError(
             f"{len(nodes)} nodes for federation.hospitals = {wanted}: start as many, "

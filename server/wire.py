@@ -1,6 +1,6 @@
 """The server's end of the wire: what is sent for the master model, and the models that the answers stand for.
 
-fedgan/training/wire.py says which is added to what, and why Flower's strategies then need know nothing of it.
+fedgan/exchange/number_formats.py says which is added to what, and why Flower's strategies then need know nothing of it.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedgan.config import Settings
 from fedgan.errors import ConfigError
-from fedgan.training.wire import DTYPES, pack, restore, unpack
+from fedgan.exchange.number_formats import DTYPES, pack, restore, unpack
 from server.records import ARRAYS, to_record
 
 
 def check_wire(settings: Settings) -> None:
     """Raise `ConfigError` where hospitals would clip what they do not send."""
     federation = settings.federation
-    if settings.privacy.hospital == "client" and (federation.wire != "fp32" or federation.delta):
+    if settings.privacy.client_level == "client" and (
+        federation.wire != "fp32" or federation.delta
+    ):
         raise ConfigError(
-            "privacy.hospital = 'client' lets each hospital clip the model that it sends against the one that it received, both "
-            "float32: leave federation.wire = 'fp32' and federation.delta = false, or choose privacy.hospital = 'server'"
+            "privacy.client_level = 'client' lets each hospital clip the model that it sends against the one that it received, both "
+            "float32: leave federation.wire = 'fp32' and federation.delta = false, or choose privacy.client_level = 'server'"
         )
 
 
-def outward(settings: Settings, messages: Iterable[Message], master: Mapping[str, np.ndarray]) -> list[Message]:
+def outward(
+    settings: Settings, messages: Iterable[Message], master: Mapping[str, np.ndarray]
+) -> list[Message]:
     """The strategy's messages with the model as it travels. Raises `FederationError` when the wire cannot hold it."""
     if settings.federation.wire == "fp32":
         return list(messages)
@@ -46,7 +50,9 @@ def outward_bytes(settings: Settings, master: Mapping[str, np.ndarray]) -> int:
     return sum(array.size for array in master.values()) * DTYPES[settings.federation.wire].itemsize
 
 
-def inward(settings: Settings, replies: Sequence[Message], master: Mapping[str, np.ndarray]) -> list[Message]:
+def inward(
+    settings: Settings, replies: Sequence[Message], master: Mapping[str, np.ndarray]
+) -> list[Message]:
     """The checked replies with whole float32 models in the place of what travelled."""
     wire, delta = settings.federation.wire, settings.federation.delta
     if wire == "fp32" and not delta:

@@ -29,32 +29,39 @@ from fedgan.run_folder import RunFolder
 
 def main() -> None:
     """Run the federation of a prepared run folder; the last event is `finished` or `failed`."""
-    run, events, client, judged = RunFolder(Path(sys.argv[1])), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "judged"
+    run, events, client, judged = (
+        RunFolder(Path(sys.argv[1])),
+        int(sys.argv[2]),
+        sys.argv[3],
+        sys.argv[4] == "judged",
+    )
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
     channel = open(events, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - open until the process ends
     lock = threading.Lock()
 
-    def tell(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         with lock:
             channel.write(json.dumps(event) + "\n")
 
     code = 0
     try:
-        _federate(run, client, tell, judged)
-        tell({"event": "finished"})
+        _federate(run, client, on_event, judged)
+        on_event({"event": "finished"})
     except BaseException as error:
         traceback.print_exc()
         code = error.exit_code if isinstance(error, FedganError) else 1
-        tell({"event": "failed", "kind": type(error).__name__, "message": str(error)})
+        on_event({"event": "failed", "kind": type(error).__name__, "message": str(error)})
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # threads of the engine that still wait for a hospital must not hold the process
 
 
-class NoJudge:
+class NoEvaluator:
     """Looks at nothing: a comparison judges its arms itself, all with one evaluator."""
 
-    def check(self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int) -> None:
+    def check(
+        self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int
+    ) -> None:
         """Compare nothing."""
 
     def start(self) -> None:
@@ -69,18 +76,23 @@ class NoJudge:
         return {}
 
 
-def _federate(run: RunFolder, client: str, tell: Any, judged: bool) -> None:
-    from server.checkpoints import is_over
-    from server.evaluator import Evaluator
+def _federate(run: RunFolder, client: str, on_event: Any, judged: bool) -> None:
+    from fedgan.runs.evaluator import Evaluator
+    from fedgan.runs.preparation import evaluation_hospitals, experiment_of
+    from fedgan.runs.round_state import is_over
     from server.federation import Federation
-    from server.preparation import evaluation_hospitals, experiment_of
 
     settings = run.settings()
-    judge: Any = NoJudge()
+    evaluator: Any = NoEvaluator()
     if judged:
         hospitals = evaluation_hospitals(settings, run)
-        judge = Evaluator(settings, run, hospitals, progress=lambda text: tell({"event": "note", "text": text}))
-    federation = Federation(settings, run, experiment_of(run), judge, tell)
+        evaluator = Evaluator(
+            settings,
+            run,
+            hospitals,
+            progress=lambda text: on_event({"event": "status", "text": text}),
+        )
+    federation = Federation(settings, run, experiment_of(run), evaluator, on_event)
     if not is_over(run, settings):
         _simulate(settings, federation, client)
     federation.conclude()
@@ -108,11 +120,16 @@ def _simulate(settings: Settings, federation: Any, client: str) -> None:
             failure.append(error)
             # The runner is told at once: the engine may still wait for a hospital that trains or hangs.
             kind = type(error).__name__
-            federation.tell({"event": "failed", "kind": kind, "message": str(error)})
+            federation.on_event({"event": "failed", "kind": kind, "message": str(error)})
             raise
 
     try:
-        run_simulation(server_app, client_app, settings.federation.participants, backend_config=backend_config(settings))
+        run_simulation(
+            server_app,
+            client_app,
+            settings.federation.participants,
+            backend_config=backend_config(settings),
+        )
     except Exception:
         if not failure:
             raise

@@ -11,9 +11,9 @@ Events, each a dict, go to `on_event` in the caller's thread:
     {"event": "round_start", "round": n, "rounds": n, "images": {name: images of this round}}
     {"event": "progress", "round": n, "hospital": name, "images": shown in this round, "of": n}
     {"event": "evaluation", "round": n, "final": bool}                     the evaluator begins
-    {"event": "note", "text": what the evaluator does}
+    {"event": "status", "text": what the evaluator does}
     {"event": "evaluated", "round": n, "final": bool, "result": dict}
-    {"event": "remark", "text": what this run's settings mean, once}
+    {"event": "note", "text": what this run's settings mean, once}
     {"event": "round_end", "round": n, "rounds": n, "line": the round's line of metrics.jsonl}
     {"event": "finished"}                                                  all done, evaluation.json is written
     {"event": "complete", "message": text}                                 resume found nothing to do
@@ -36,13 +36,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import fedgan.errors
-from client.site import SIMULATION
+from client.hospital import SIMULATION
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError, FedganError, MachineError
 from fedgan.run_folder import RunFolder
-from server.checkpoints import has_line, is_over
-from server.lock import locked, sweep
-from server.preparation import is_deployed, is_prepared, prepare_run
+from fedgan.runs.lock import locked, sweep
+from fedgan.runs.preparation import is_deployed, is_prepared, prepare_run
+from fedgan.runs.round_state import has_line, is_over
 
 OnEvent = Callable[[dict[str, Any]], None]
 CLIENT = "client.app:app"
@@ -62,7 +62,11 @@ QUIET = {
 
 
 def simulate(
-    settings: Settings, run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT, judged: bool = True
+    settings: Settings,
+    run: RunFolder,
+    on_event: OnEvent | None = None,
+    client: str = CLIENT,
+    judged: bool = True,
 ) -> RunFolder:
     """Run a scenario from its beginning in the folder `run`; returns when evaluation.json is written.
 
@@ -70,30 +74,34 @@ def simulate(
     meanwhile nor at the end: a comparison judges all its arms with one. Raises `ConfigError` when the folder holds a run
     already, `FederationError` when a hospital failed (the run can be resumed then), `KeyboardInterrupt` on Ctrl-C.
     """
-    tell = on_event or (lambda event: None)
+    on_event = on_event or (lambda event: None)
     if run.config.exists():
         raise ConfigError(
             f"{run.path} already holds a run: continue it with `fedgan resume {run.path}`, or give another --output"
         )
     with locked(run) as lock:
-        prepare_run(settings, run, tell, simulated=True)
-        _engine(run, tell, client, lock, judged)
+        prepare_run(settings, run, on_event, simulated=True)
+        _engine(run, on_event, client, lock, judged)
     return run
 
 
-def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT, judged: bool = True) -> RunFolder:
+def resume(
+    run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT, judged: bool = True
+) -> RunFolder:
     """Go on with a run that was stopped, killed or failed, from its last whole round; `judged` as in `simulate`.
 
     Raises `ConfigError` when there is no run or a second look at one, and what `simulate` raises.
     """
-    tell = on_event or (lambda event: None)
+    on_event = on_event or (lambda event: None)
     run.refuse_look()
     settings = run.settings()
     if is_deployed(run):
-        raise ConfigError(f"{run.path} was trained by hospitals elsewhere: go on with it by fedgan deploy resume")
+        raise ConfigError(
+            f"{run.path} was trained by hospitals elsewhere: go on with it by fedgan deploy resume"
+        )
     with locked(run) as lock:
         if is_complete(run, settings) if judged else is_trained(run, settings):
-            tell(
+            on_event(
                 {
                     "event": "complete",
                     "message": f"{run.path} is complete: {run.last_round()} rounds and the evaluation are done",
@@ -102,14 +110,17 @@ def resume(run: RunFolder, on_event: OnEvent | None = None, client: str = CLIENT
             return run
         sweep(run)
         if not is_prepared(run):
-            prepare_run(settings, run, tell, simulated=True)
-        _engine(run, tell, client, lock, judged)
+            prepare_run(settings, run, on_event, simulated=True)
+        _engine(run, on_event, client, lock, judged)
     return run
 
 
 def is_complete(run: RunFolder, settings: Settings) -> bool:
     """Whether no round is left to train and evaluation.json is about the last one."""
-    return is_over(run, settings) and (run.read_json(run.evaluation) or {}).get("round") == run.last_round()
+    return (
+        is_over(run, settings)
+        and (run.read_json(run.evaluation) or {}).get("round") == run.last_round()
+    )
 
 
 def is_trained(run: RunFolder, settings: Settings) -> bool:
@@ -120,12 +131,14 @@ def is_trained(run: RunFolder, settings: Settings) -> bool:
 # --- the engine's process --------------------------------------------------------------------------
 
 
-def _engine(run: RunFolder, tell: OnEvent, client: str, lock: int, judged: bool) -> None:
+def _engine(run: RunFolder, on_event: OnEvent, client: str, lock: int, judged: bool) -> None:
     """Start the engine, pass its events on, and see to it that nothing of it is left."""
-    tell({"event": "preparing", "what": "engine"})
+    on_event({"event": "preparing", "what": "engine"})
     begun = time.time()
     reading, writing = os.pipe()
-    ray_folder = tempfile.mkdtemp(prefix="fedgan-")  # short: Ray puts sockets there, and their names are limited
+    ray_folder = tempfile.mkdtemp(
+        prefix="fedgan-"
+    )  # short: Ray puts sockets there, and their names are limited
     command = [
         sys.executable,
         "-m",
@@ -135,7 +148,10 @@ def _engine(run: RunFolder, tell: OnEvent, client: str, lock: int, judged: bool)
         client,
         "judged" if judged else "unjudged",
     ]
-    with open(run.path / "flower.log", "ab") as log, os.fdopen(reading, "rb", buffering=0) as events:
+    with (
+        open(run.path / "flower.log", "ab") as log,
+        os.fdopen(reading, "rb", buffering=0) as events,
+    ):
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -147,12 +163,12 @@ def _engine(run: RunFolder, tell: OnEvent, client: str, lock: int, judged: bool)
         )
         os.close(writing)
         try:
-            ending = _listen(process, events, run, tell)
+            ending = _listen(process, events, run, on_event)
         finally:
             _end(process)
             shutil.rmtree(ray_folder, ignore_errors=True)
     _check_ending(run, ending, process.returncode, begun)
-    tell({"event": "finished"})
+    on_event({"event": "finished"})
 
 
 def engine_environment(ray_folder: str) -> dict[str, str]:
@@ -166,7 +182,9 @@ def child_environment() -> dict[str, str]:
     return dict(os.environ) | QUIET | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def _listen(process: subprocess.Popen[bytes], events: IO[bytes], run: RunFolder, tell: OnEvent) -> dict[str, Any] | None:
+def _listen(
+    process: subprocess.Popen[bytes], events: IO[bytes], run: RunFolder, on_event: OnEvent
+) -> dict[str, Any] | None:
     """Pass events on until the engine says `finished` or `failed`; None when it ended without a word."""
     rest, shown = b"", dict[str, tuple[int, int]]()
     ending: dict[str, Any] | None = None
@@ -181,18 +199,20 @@ def _listen(process: subprocess.Popen[bytes], events: IO[bytes], run: RunFolder,
             for event in map(json.loads, lines):
                 if event["event"] in ("finished", "failed"):
                     ending = ending or event
-                    deadline = time.monotonic() + (GRACE_AFTER_END if event["event"] == "finished" else GRACE_AFTER_FAILURE)
+                    deadline = time.monotonic() + (
+                        GRACE_AFTER_END if event["event"] == "finished" else GRACE_AFTER_FAILURE
+                    )
                 else:
-                    tell(event)
+                    on_event(event)
         elif ending is None:
-            _tell_progress(run, shown, tell)
+            _tell_progress(run, shown, on_event)
     if ending and ending["event"] == "finished":
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_AFTER_END)
     return ending
 
 
-def _tell_progress(run: RunFolder, shown: dict[str, tuple[int, int]], tell: OnEvent) -> None:
+def _tell_progress(run: RunFolder, shown: dict[str, tuple[int, int]], on_event: OnEvent) -> None:
     """Tell what the hospitals' progress files say, where it is news."""
     for path in sorted(run.path.glob("hospitals/*/progress.json")):
         with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
@@ -200,7 +220,7 @@ def _tell_progress(run: RunFolder, shown: dict[str, tuple[int, int]], tell: OnEv
             place = (found["round"], found["images"])
             if shown.get(path.parent.name) != place:
                 shown[path.parent.name] = place
-                tell({"event": "progress", "hospital": path.parent.name, **found})
+                on_event({"event": "progress", "hospital": path.parent.name, **found})
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -221,13 +241,24 @@ def _check_ending(run: RunFolder, ending: dict[str, Any] | None, code: int, begu
     """Raise the error that ended the engine, if one did, with the places where more is written."""
     if ending and ending["event"] == "finished":
         return
-    logs = [path for path in sorted(run.path.glob("hospitals/*/client.log")) if path.stat().st_mtime >= begun]
+    logs = [
+        path
+        for path in sorted(run.path.glob("hospitals/*/client.log"))
+        if path.stat().st_mtime >= begun
+    ]
     where = f"see {' and '.join(str(path) for path in [*logs, run.path / 'flower.log'])}"
     advice = f"{where}; go on with: fedgan resume {run.path}"
     if ending is None:
-        raise FederationError(f"the simulation's process ended without a word (exit status {code}; out of memory?)\n{advice}")
-    kind, message = getattr(fedgan.errors, ending["kind"], None), ending["message"].strip().splitlines() or ["no reason given"]
+        raise FederationError(
+            f"the simulation's process ended without a word (exit status {code}; out of memory?)\n{advice}"
+        )
+    kind, message = (
+        getattr(fedgan.errors, ending["kind"], None),
+        ending["message"].strip().splitlines() or ["no reason given"],
+    )
     if isinstance(kind, type) and issubclass(kind, FedganError):
-        mended_first = issubclass(kind, ConfigError | MachineError)  # resuming alone would fail in the same way
+        mended_first = issubclass(
+            kind, ConfigError | MachineError
+        )  # resuming alone would fail in the same way
         raise kind(f"{message[0]}\n{where if mended_first else advice}")
     raise FederationError(f"the simulation failed with {ending['kind']}: {message[0]}\n{advice}")

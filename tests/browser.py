@@ -18,7 +18,10 @@ from typing import Any
 import pytest
 
 INSTALL = "apt-get install chromium chromium-driver"
-REQUIRED = ("CI", "FEDGAN_REQUIRE_BROWSER")  # environment variables that make a missing browser a failure
+REQUIRED = (
+    "CI",
+    "FEDGAN_REQUIRE_BROWSER",
+)  # environment variables that make a missing browser a failure
 # Nothing that goes to the network by itself; the sandbox does not start as root.
 FLAGS = (
     "--headless=new",
@@ -35,12 +38,23 @@ FLAGS = (
     "--hide-scrollbars",
     "--force-color-profile=srgb",
 )
-SIZES = {"desktop": (1280, 900), "phone": (360, 740), "paper": (718, 1000)}  # paper: A4 within 1 cm of margin, at 96 an inch
+SIZES = {
+    "desktop": (1280, 900),
+    "phone": (360, 740),
+    "paper": (718, 1000),
+}  # paper: A4 within 1 cm of margin, at 96 an inch
 
 
 def executables() -> tuple[str, str] | None:
     """Chromium and its driver, or None where one of them is not there."""
-    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    browser = next(
+        (
+            found
+            for name in ("chromium", "chromium-browser", "google-chrome")
+            if (found := shutil.which(name))
+        ),
+        None,
+    )
     driver = shutil.which("chromedriver")
     return (browser, driver) if browser and driver else None
 
@@ -65,7 +79,11 @@ def open_browser(profile: Path) -> Iterator[Browser]:
     browser, driver = require_browser()
     options = webdriver.ChromeOptions()
     options.binary_location = browser
-    for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={SIZES['desktop'][0]},{SIZES['desktop'][1]}"):
+    for flag in (
+        *FLAGS,
+        f"--user-data-dir={profile}",
+        f"--window-size={SIZES['desktop'][0]},{SIZES['desktop'][1]}",
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     # The path is given, so that selenium looks for no driver of its own on the network.
@@ -83,24 +101,38 @@ class Browser:
     def __init__(self, driver: Any) -> None:
         self.driver = driver
 
-    def show(self, page: Path, scheme: str = "light", size: str = "desktop", media: str = "screen") -> None:
+    def show(
+        self, page: Path, scheme: str = "light", size: str = "desktop", media: str = "screen"
+    ) -> None:
         """Open a page afresh from its file; logs begin anew."""
         width, height = SIZES[size]
-        self.command("Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.command(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=size == "phone"
+            "Emulation.setEmulatedMedia",
+            media=media,
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
+        self.command(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=size == "phone",
         )
         self.driver.get("about:blank")
         self.logs()
         self.driver.get(page.resolve().as_uri())
-        deadline = time.monotonic() + 30  # on a busy machine the driver may come back before the page is parsed
+        deadline = (
+            time.monotonic() + 30
+        )  # on a busy machine the driver may come back before the page is parsed
         while self.run("return document.readyState") != "complete" and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def logs(self) -> tuple[list[str], list[str]]:
         """(console messages of level warning or error, addresses asked for) since the last call."""
         console = [
-            f"{row['level']}: {row['message']}" for row in self.driver.get_log("browser") if row["level"] not in ("INFO", "DEBUG")
+            f"{row['level']}: {row['message']}"
+            for row in self.driver.get_log("browser")
+            if row["level"] not in ("INFO", "DEBUG")
         ]
         asked = []
         for row in self.driver.get_log("performance"):
@@ -122,7 +154,9 @@ class Browser:
     def press(self, key: str, code: int) -> None:
         """A key goes down and up again, as the reader's would."""
         for kind in ("rawKeyDown", "keyUp"):
-            self.command("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            self.command(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code
+            )
 
     def pdf(self) -> bytes:
         return base64.b64decode(self.command("Page.printToPDF", printBackground=True)["data"])
@@ -131,7 +165,10 @@ class Browser:
         """The page as assistive technology gets it: a dict a node that is not ignored, with `role` and `name`."""
         nodes = self.command("Accessibility.getFullAXTree")["nodes"]
         return [
-            {"role": node.get("role", {}).get("value", ""), "name": str(node.get("name", {}).get("value", ""))}
+            {
+                "role": node.get("role", {}).get("value", ""),
+                "name": str(node.get("name", {}).get("value", "")),
+            }
             for node in nodes
             if not node.get("ignored")
         ]

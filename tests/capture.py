@@ -15,7 +15,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from client.wire import open_parcels
-from fedgan.parcel import KIND
+from fedgan.exchange.bundle import KIND
 
 PUSH_OBJECT, PUSH_MESSAGES = "/v1/fleet/push-object", "/v1/fleet/push-messages"
 
@@ -24,9 +24,13 @@ class Capture:
     """All requests under one public key (PEM): the answers in them, objects that belong to none, and bodies by path."""
 
     def __init__(self, recording: Path, public_key: bytes) -> None:
-        self.messages: dict[str, Message] = {}  # by object id: a SuperNode pushes again what a busy SuperLink did not take
+        self.messages: dict[
+            str, Message
+        ] = {}  # by object id: a SuperNode pushes again what a busy SuperLink did not take
         self.headers: set[str] = set()
-        self.parcels: dict[str, str] = {}  # by object id of its message, the SHA-256 of the parcel's bytes
+        self.parcels: dict[
+            str, str
+        ] = {}  # by object id of its message, the SHA-256 of the parcel's bytes
         self.objects: dict[str, bytes] = {}
         self.largest: Counter[str] = Counter()  # bytes of the largest body under each path
         pushes = []
@@ -44,7 +48,11 @@ class Capture:
                 pushes.append(PushMessagesRequest.FromString(body))
         self.strays = set(self.objects)
         for push in pushes:
-            inside = [message for message in push.messages_list if message.ByteSize() - message.metadata.ByteSize() > 40]
+            inside = [
+                message
+                for message in push.messages_list
+                if message.ByteSize() - message.metadata.ByteSize() > 40
+            ]
             assert not inside, "a message with its content inside"
             for tree in push.message_object_trees:
                 if tree.object_id not in self.messages:

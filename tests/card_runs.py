@@ -7,14 +7,19 @@ from typing import Any
 
 from fedgan import files
 from fedgan.config import Settings, from_dict, to_dict
-from fedgan.models.generator import Generator
+from fedgan.models.stylegan2.generator import Generator
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import save_tensors
 
 LABELS = ("normal", "pneumonia", "covid")
 SECRET = "/srv/pacs/St Elm/doe_john"
 SOURCES = [
-    {"hospital": "north", "source": "Frontal radiographs of a clinic", "licence": "CC BY 4.0", "content_hash": "aa11"},
+    {
+        "hospital": "north",
+        "source": "Frontal radiographs of a clinic",
+        "licence": "CC BY 4.0",
+        "content_hash": "aa11",
+    },
     {"hospital": "south", "source": "doe_john.csv", "licence": "", "content_hash": "bb22"},
 ]
 
@@ -36,7 +41,9 @@ def figures_of(auc: float, weak: float = 0.83) -> dict[str, Any]:
             "pneumonia": {"auc": auc - 0.0123, "auc_ci": [0.49, auc + 0.02], "positives": 44},
             "covid": {"auc": weak, "auc_ci": [weak - 0.1, weak + 0.1], "positives": 7},
         },
-        "per_institution": {"north": {"macro_auc": auc - 0.0319, "macro_auc_ci": [auc - 0.06, auc], "images": 71}},
+        "per_institution": {
+            "north": {"macro_auc": auc - 0.0319, "macro_auc_ci": [auc - 0.06, auc], "images": 71}
+        },
     }
 
 
@@ -70,20 +77,28 @@ def evaluation() -> dict[str, Any]:
             "fid": False,
             "real": "validation and test images",
             "images": 311,
-            "floor_images": 155,
+            "reference_images": 155,
             "k": 5,
             "frechet": 12.345,
             "frechet_ci": [11.1, 13.7],
-            "frechet_floor": 2.105,
+            "frechet_reference": 2.105,
             "recall": 0.412,
-            "recall_floor": 0.733,
+            "recall_reference": 0.733,
             "per_class": {
-                "covid": {"images": 31, "frechet": 33.1, "frechet_floor": 9.7, "coverage": 0.21, "coverage_floor": 0.88},
+                "covid": {
+                    "images": 31,
+                    "frechet": 33.1,
+                    "frechet_reference": 9.7,
+                    "coverage": 0.21,
+                    "coverage_reference": 0.88,
+                },
             },
             "ms_ssim": {"covid": {"synthetic": 0.713, "real": 0.402}},
         },
         "label_fidelity": {"accuracy": 0.8123, "real_accuracy": 0.9017},
-        "notes": ["Inside south no class has both positive and negative test images: its AUC is null."],
+        "notes": [
+            "Inside south no class has both positive and negative test images: its AUC is null."
+        ],
     }
 
 
@@ -92,7 +107,11 @@ def hospitals() -> list[dict[str, Any]]:
     return [
         {
             "name": "north",
-            "counts": {"train": {"normal": 300, "pneumonia": 150, "covid": 57}, "val": {}, "test": {}},
+            "counts": {
+                "train": {"normal": 300, "pneumonia": 150, "covid": 57},
+                "val": {},
+                "test": {},
+            },
             "images": {"train": 507, "val": 61, "test": 71},
             "patients": {"train": 401, "val": 49, "test": 58},
             "content_hash": "aa11",
@@ -107,7 +126,9 @@ def hospitals() -> list[dict[str, Any]]:
     ]
 
 
-def make_run(path: Path, exclusive: bool = True, label_names: tuple[str, ...] = LABELS, **sections: Any) -> RunFolder:
+def make_run(
+    path: Path, exclusive: bool = True, label_names: tuple[str, ...] = LABELS, **sections: Any
+) -> RunFolder:
     """A finished run folder: an untrained generator of 16 pixels, two hospitals, an evaluation. `sections` of the settings."""
     tree: dict[str, Any] = {
         "name": "chest",
@@ -123,12 +144,25 @@ def make_run(path: Path, exclusive: bool = True, label_names: tuple[str, ...] = 
     files.write_json(run.hospitals, hospitals())
     files.write_json(run.evaluation, evaluation())
     packages = {"torch": "2.15.0", "ray": None}
-    environment = {"experiment": "0123abcd", "created": "2026-05-01T10:00:00+0000", "python": "3.11.9", "packages": packages}
+    environment = {
+        "experiment": "0123abcd",
+        "created": "2026-05-01T10:00:00+0000",
+        "python": "3.11.9",
+        "packages": packages,
+    }
     files.write_json(run.environment, environment | {"sources": SOURCES})
     line = {"round": 1, "images_seen": 1000, "wall_seconds": 61.5, "bytes_exchanged": 123_456_789}
     files.write_text(run.metrics, "")
     generator = Generator(settings.model, 16, 1, len(label_names))
-    meta = line | {"settings": to_dict(settings), "label_names": list(label_names), "exclusive": exclusive}
+    meta = line | {
+        "settings": to_dict(settings),
+        "label_names": list(label_names),
+        "exclusive": exclusive,
+    }
     meta |= {"channels": 1, "resolution": 16}
-    save_tensors(run.checkpoint(1), {f"ema/{name}": value for name, value in generator.state_dict().items()}, meta)
+    save_tensors(
+        run.checkpoint(1),
+        {f"ema/{name}": value for name, value in generator.state_dict().items()},
+        meta,
+    )
     return run

@@ -23,9 +23,21 @@ SIZES = [900, 420, 180]
 ARMS = {"centralized": 0.921, "federated": 0.894, "local": 0.842}
 REAL, SIDE, BUDGET = 0.954, 32, 60_000
 EXTRACTOR = "reference classifier (small-cnn, penultimate, 64)"
-WIDTHS = {"macro_auc": 0.02, "micro_auc": 0.015, "macro_auprc": 0.04, "micro_auprc": 0.03, "balanced_accuracy": 0.05}
+WIDTHS = {
+    "macro_auc": 0.02,
+    "micro_auc": 0.015,
+    "macro_auprc": 0.04,
+    "micro_auprc": 0.03,
+    "balanced_accuracy": 0.05,
+}
 WIDTHS |= {"macro_f1": 0.05, "sensitivity_at_90": 0.06, "ece": 0.01}
-SHIFTS = {"macro_auc": 0.0, "micro_auc": 0.01, "macro_auprc": -0.2, "micro_auprc": -0.15, "balanced_accuracy": -0.25}
+SHIFTS = {
+    "macro_auc": 0.0,
+    "micro_auc": 0.01,
+    "macro_auprc": -0.2,
+    "micro_auprc": -0.15,
+    "balanced_accuracy": -0.25,
+}
 SHIFTS |= {"macro_f1": -0.27, "sensitivity_at_90": -0.12, "ece": -0.85}
 
 Tree = dict[str, Any]
@@ -36,19 +48,32 @@ def around(value: float, width: float) -> list[float]:
 
 
 def figures(
-    level: float, labels: Sequence[str], rng: np.random.Generator, hospitals: Sequence[str] = (), width: float = 1.0
+    level: float,
+    labels: Sequence[str],
+    rng: np.random.Generator,
+    hospitals: Sequence[str] = (),
+    width: float = 1.0,
 ) -> Tree:
     """The figures of one set of classifiers on one set of real test images."""
     result: Tree = {}
     for key, shift in SHIFTS.items():
         value = round(float(np.clip(level + shift, 0.02, 0.999)), 4)
         result |= {key: value, f"{key}_ci": around(value, WIDTHS[key] * width)}
-    result["macro_auc_seeds"] = [round(level - 0.003, 4), round(level + 0.001, 4), round(level + 0.002, 4)]
+    result["macro_auc_seeds"] = [
+        round(level - 0.003, 4),
+        round(level + 0.001, 4),
+        round(level + 0.002, 4),
+    ]
     result["images"] = 330
     result["per_class"] = {}
     for i, label in enumerate(labels):
         auc = round(float(np.clip(level + 0.02 - 0.012 * i + rng.normal(0, 0.006), 0.4, 0.99)), 4)
-        row = {"auc": auc, "auc_ci": around(auc, 0.03 * width), "auprc": round(auc - 0.2, 4), "auprc_ci": around(auc - 0.2, 0.05)}
+        row = {
+            "auc": auc,
+            "auc_ci": around(auc, 0.03 * width),
+            "auprc": round(auc - 0.2, 4),
+            "auprc_ci": around(auc - 0.2, 0.05),
+        }
         result["per_class"][label] = {
             **row,
             "f1": round(auc - 0.25, 4),
@@ -68,16 +93,16 @@ def distances(level: float, rng: np.random.Generator) -> Tree:
     frechet = round(260 * (1.02 - level) + float(rng.normal(0, 0.6)), 3)
     result = {
         "images": 290,
-        "floor_images": 290,
+        "reference_images": 290,
         "frechet": frechet,
         "frechet_ci": [round(frechet - 2, 2), round(frechet + 2.3, 2)],
     }
     result |= {
-        "frechet_floor": 2.63,
+        "frechet_reference": 2.63,
         "kernel": round(frechet / 400, 4),
         "kernel_ci": [round(frechet / 450, 4), round(frechet / 350, 4)],
     }
-    result["kernel_floor"] = -0.0009
+    result["kernel_reference"] = -0.0009
     for key, value, floor in (
         ("precision", 0.8, 0.86),
         ("recall", 0.62, 0.85),
@@ -85,17 +110,40 @@ def distances(level: float, rng: np.random.Generator) -> Tree:
         ("coverage", 0.71, 0.93),
     ):
         value = round(value * level + float(rng.normal(0, 0.01)), 4)
-        result |= {key: value, f"{key}_ci": [round(value - 0.04, 4), round(value + 0.04, 4)], f"{key}_floor": floor}
+        result |= {
+            key: value,
+            f"{key}_ci": [round(value - 0.04, 4), round(value + 0.04, 4)],
+            f"{key}_reference": floor,
+        }
     return result
 
 
-def evaluation(level: float, labels: Sequence[str], hospitals: Sequence[str], rng: np.random.Generator, one: bool) -> Tree:
+def evaluation(
+    level: float,
+    labels: Sequence[str],
+    hospitals: Sequence[str],
+    rng: np.random.Generator,
+    one: bool,
+) -> Tree:
     """`evaluation.json` of one training; `one`: it has one generator, and so a path length."""
-    fidelity = {"extractor": EXTRACTOR, "fid": False, "real": "validation and test images", "k": 5, **distances(level, rng)}
+    fidelity = {
+        "extractor": EXTRACTOR,
+        "fid": False,
+        "real": "validation and test images",
+        "k": 5,
+        **distances(level, rng),
+    }
     fidelity["path_length"] = 134.2 if one else None
-    fidelity["ms_ssim"] = {label: {"synthetic": 0.31 + 0.02 * i, "real": 0.28 + 0.02 * i} for i, label in enumerate(labels)}
-    fidelity["per_class"] = {label: distances(level - 0.05, rng) | {"images": 40} for label in labels}
-    fidelity["per_hospital"] = {name: distances(level - 0.04, rng) | {"images": 90} for name in hospitals}
+    fidelity["ms_ssim"] = {
+        label: {"synthetic": 0.31 + 0.02 * i, "real": 0.28 + 0.02 * i}
+        for i, label in enumerate(labels)
+    }
+    fidelity["per_class"] = {
+        label: distances(level - 0.05, rng) | {"images": 40} for label in labels
+    }
+    fidelity["per_hospital"] = {
+        name: distances(level - 0.04, rng) | {"images": 90} for name in hospitals
+    }
     reading = {
         kind: {
             "accuracy": round(level - shift, 4),
@@ -135,14 +183,23 @@ def evaluation(level: float, labels: Sequence[str], hospitals: Sequence[str], rn
 
 
 def training(
-    arm: str, seed: int, level: float, labels: Sequence[str], hospitals: Sequence[str], rng: np.random.Generator
+    arm: str,
+    seed: int,
+    level: float,
+    labels: Sequence[str],
+    hospitals: Sequence[str],
+    rng: np.random.Generator,
 ) -> Tree:
     """One entry of `arms`."""
     shares = np.array(SIZES[: len(hospitals)]) / sum(SIZES[: len(hospitals)])
     shown = {name: int(BUDGET * share) for name, share in zip(hospitals, shares, strict=True)}
     steps = [BUDGET * n // 10 for n in range(1, 11)]
     curve = [
-        {"images_seen": x, "frechet": round(30 + 300 * float(np.exp(-4 * x / BUDGET)) * (1.8 - level), 2)} for x in steps[1::2]
+        {
+            "images_seen": x,
+            "frechet": round(30 + 300 * float(np.exp(-4 * x / BUDGET)) * (1.8 - level), 2),
+        }
+        for x in steps[1::2]
     ]
     losses = [
         {
@@ -193,8 +250,13 @@ def summary_row(
     kept = ("macro_auc", "balanced_accuracy", "macro_auprc")
     seeds = [run["seed"] for run in runs]
     if not runs and arm != "real":
-        nothing = dict.fromkeys(("images_seen", *(f"{key}{end}" for key in kept for end in ("", "_ci"))))
-        nothing |= dict.fromkeys(("frechet", "recall", "coverage")) | {"per_class": {}, "per_institution": {}}
+        nothing = dict.fromkeys(
+            ("images_seen", *(f"{key}{end}" for key in kept for end in ("", "_ci")))
+        )
+        nothing |= dict.fromkeys(("frechet", "recall", "coverage")) | {
+            "per_class": {},
+            "per_institution": {},
+        }
         lists = {"seeds": [], "macro_auc_seeds": [], "frechet_seeds": []}
         return {"arm": arm, "name": name, "hospital": hospital, **nothing, **lists}
     seen = (runs[0]["hospital_images"][hospital] if hospital else BUDGET) if runs else None
@@ -205,7 +267,9 @@ def summary_row(
     row["macro_auc_seeds"] = [round(level + 0.006 * (2 * i - 1), 4) for i in range(len(seeds))]
     row |= {"frechet": float(np.mean(frechet)) if frechet else None, "frechet_seeds": frechet}
     row |= {"recall": 0.55 if frechet else None, "coverage": 0.66 if frechet else None}
-    row["per_class"] = {label: {"auc": c["auc"], "auc_ci": c["auc_ci"]} for label, c in found["per_class"].items()}
+    row["per_class"] = {
+        label: {"auc": c["auc"], "auc_ci": c["auc_ci"]} for label, c in found["per_class"].items()
+    }
     row["per_institution"] = {
         place: {"macro_auc": inner["macro_auc"], "macro_auc_ci": inner["macro_auc_ci"]}
         for place, inner in found["per_institution"].items()
@@ -214,9 +278,18 @@ def summary_row(
 
 
 def pair(family: str, a: Tree, b: Tree, seeds: Sequence[int]) -> Tree:
-    head = {"family": family, "a": a["name"], "b": b["name"], "metric": "macro_auc", "margin": 0.02, "images": 330}
+    head = {
+        "family": family,
+        "a": a["name"],
+        "b": b["name"],
+        "metric": "macro_auc",
+        "margin": 0.02,
+        "images": 330,
+    }
     if a["macro_auc"] is None or b["macro_auc"] is None:
-        return head | dict.fromkeys(("difference", "ci", "p_value", "p_holm", "non_inferior", "better", "seed_differences"))
+        return head | dict.fromkeys(
+            ("difference", "ci", "p_value", "p_holm", "non_inferior", "better", "seed_differences")
+        )
     gap = round(a["macro_auc"] - b["macro_auc"], 4)
     p = 0.002 if abs(gap) > 0.02 else 0.21
     return head | {
@@ -241,12 +314,28 @@ def make_comparison(
     contribution was not asked for.
     """
     rng = np.random.default_rng(11)
-    arms = [training(arm, seed, level, labels, hospitals, rng) for seed in seeds for arm, level in ARMS.items()]
+    arms = [
+        training(arm, seed, level, labels, hospitals, rng)
+        for seed in seeds
+        for arm, level in ARMS.items()
+    ]
     by_arm = {arm: [run for run in arms if run["arm"] == arm and arm != failed] for arm in ARMS}
     rows = [summary_row("real", "real", REAL, [], labels, hospitals, rng)]
-    rows += [summary_row(arm, arm, level, by_arm[arm], labels, hospitals, rng) for arm, level in ARMS.items()]
     rows += [
-        summary_row("local", f"local: {place}", ARMS["local"] - 0.05 - 0.04 * i, by_arm["local"], labels, hospitals, rng, place)
+        summary_row(arm, arm, level, by_arm[arm], labels, hospitals, rng)
+        for arm, level in ARMS.items()
+    ]
+    rows += [
+        summary_row(
+            "local",
+            f"local: {place}",
+            ARMS["local"] - 0.05 - 0.04 * i,
+            by_arm["local"],
+            labels,
+            hospitals,
+            rng,
+            place,
+        )
         for i, place in enumerate(hospitals)
     ]
     of = {row["name"]: row for row in rows}
@@ -255,11 +344,18 @@ def make_comparison(
     comparisons += [pair("against real", of[arm], rows[0], seeds) for arm in ARMS]
     for run in arms:
         if run["arm"] == failed:
-            run |= {"status": "failed", "failure": "The generator's images are not finite after round 4.", "evaluation": None}
+            run |= {
+                "status": "failed",
+                "failure": "The generator's images are not finite after round 4.",
+                "evaluation": None,
+            }
             run |= {"cost": {}, "curve": [], "losses": [], "members": [], "images_seen": None}
     contribution = None
     if coalitions:
-        names = ["+".join(h for i, h in enumerate(hospitals) if n >> i & 1) for n in range(1, 2 ** len(hospitals))]
+        names = [
+            "+".join(h for i, h in enumerate(hospitals) if n >> i & 1)
+            for n in range(1, 2 ** len(hospitals))
+        ]
         contribution = {
             "leave_one_out": [
                 {
@@ -279,7 +375,11 @@ def make_comparison(
         for title in names[:-1]:
             arms.append(
                 training("coalition", seeds[0], 0.85, labels, hospitals, rng)
-                | {"name": f"coalition {title}", "folder": f"arms/coalition-{title}-seed0", "members_names": title.split("+")}
+                | {
+                    "name": f"coalition {title}",
+                    "folder": f"arms/coalition-{title}-seed0",
+                    "members_names": title.split("+"),
+                }
             )
     content = {
         "format": 1, "name": name, "description": "Skin phantoms, three unlike hospitals.",
@@ -317,7 +417,9 @@ def hospital_row(name: str, i: int, labels: Sequence[str]) -> Tree:
     counts = {"train": train, "val": train // 6, "test": train // 5}
     return {
         "name": name,
-        "counts": {split: dict(zip(labels, map(int, n), strict=True)) for split, n in counts.items()},
+        "counts": {
+            split: dict(zip(labels, map(int, n), strict=True)) for split, n in counts.items()
+        },
         "images": {split: int(n.sum()) for split, n in counts.items()},
         "patients": {split: int(n.sum()) // 2 for split, n in counts.items()},
         "content_hash": f"sha256:{i}3f5a9c2e",
@@ -365,11 +467,17 @@ def blobs(rows: int, columns: int, rng: np.random.Generator, side: int = SIDE) -
     for r in range(rows):
         hue = 60 + 140 * np.abs(np.sin(r + np.array([0.0, 1.3, 2.1])))[None, :, None, None]
         blob = np.exp(-(xx**2 + yy**2) / rng.uniform(30, 120, (columns, 1, 1)))[:, None]
-        cells.append((225 - blob * hue + rng.normal(0, 4, (columns, 3, side, side))).clip(0, 255).astype(np.uint8))
+        cells.append(
+            (225 - blob * hue + rng.normal(0, 4, (columns, 3, side, side)))
+            .clip(0, 255)
+            .astype(np.uint8)
+        )
     return cells
 
 
-def write_folder(folder: Path, content: Tree, pictures: bool = True, show_real: str = "phantoms", root: str = "") -> Path:
+def write_folder(
+    folder: Path, content: Tree, pictures: bool = True, show_real: str = "phantoms", root: str = ""
+) -> Path:
     """A comparison folder: comparison.json, config.toml, samples/real.png and, for arms that are done, their grids."""
     folder.mkdir(parents=True, exist_ok=True)
     scenario = {"data": {"root": root}, "evaluation": {"show_real": show_real}}
@@ -379,10 +487,14 @@ def write_folder(folder: Path, content: Tree, pictures: bool = True, show_real: 
     rng = np.random.default_rng(5)
     if pictures:
         (folder / "samples").mkdir(exist_ok=True)
-        draw_grid(labels, blobs(len(labels), 8, rng)).save(folder / "samples" / "real.png", compress_level=1)
+        draw_grid(labels, blobs(len(labels), 8, rng)).save(
+            folder / "samples" / "real.png", compress_level=1
+        )
     for run in content["arms"] if pictures else []:
         if run["status"] == "done" and run["arm"] != "coalition":
             samples = folder / run["folder"] / "samples"
             samples.mkdir(parents=True, exist_ok=True)
-            draw_grid(labels, blobs(len(labels), 8, rng)).save(samples / "final.png", compress_level=1)
+            draw_grid(labels, blobs(len(labels), 8, rng)).save(
+                samples / "final.png", compress_level=1
+            )
     return folder

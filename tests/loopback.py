@@ -61,7 +61,11 @@ class Deployment:
         outsiders: Sequence[str],
     ) -> None:
         self.folder, self.app, self.hospitals = folder, app, list(hospitals)
-        self.node_config, self.environment, self.filter_command = node_config, dict(environment), list(filter_command)
+        self.node_config, self.environment, self.filter_command = (
+            node_config,
+            dict(environment),
+            list(filter_command),
+        )
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.node_ids: dict[str, int] = {}  # of the registered hospitals
         self.seconds: dict[str, float] = {}  # how long the stages of the start took
@@ -78,7 +82,12 @@ class Deployment:
     @property
     def names(self) -> list[str]:
         """All processes, in the order of their start."""
-        return ["superlink", "filter", "serverapp", *(f"{kind}-{i}" for i in self.numbers for kind in ("node", "clientapp"))]
+        return [
+            "superlink",
+            "filter",
+            "serverapp",
+            *(f"{kind}-{i}" for i in self.numbers for kind in ("node", "clientapp")),
+        ]
 
     # --- processes -----------------------------------------------------------------------------------
 
@@ -88,8 +97,16 @@ class Deployment:
         self.start("superlink")
         self.start("filter")
         self.start("serverapp")
-        self.wait("the SuperLink to answer", lambda: self.health("superlink") == 200, seconds, "superlink")
-        self.wait("the filter to answer", lambda: self.health("filter") == 200, seconds, "filter", "superlink")
+        self.wait(
+            "the SuperLink to answer", lambda: self.health("superlink") == 200, seconds, "superlink"
+        )
+        self.wait(
+            "the filter to answer",
+            lambda: self.health("filter") == 200,
+            seconds,
+            "filter",
+            "superlink",
+        )
         self.seconds["superlink and filter healthy"] = time.monotonic() - begun
         self.register(*self.hospitals)
         self.seconds["hospitals registered"] = time.monotonic() - begun
@@ -101,7 +118,9 @@ class Deployment:
 
     def start(self, name: str) -> None:
         """Start one process (again), its log appended to `NAME.log`."""
-        assert name not in self.processes or self.processes[name].poll() is not None, f"{name} is running"
+        assert name not in self.processes or self.processes[name].poll() is not None, (
+            f"{name} is running"
+        )
         home = self.folder / name
         home.mkdir(exist_ok=True)
         with open(self.log(name), "ab") as log:
@@ -166,7 +185,14 @@ class Deployment:
         """Where a process writes what it says."""
         return self.folder / f"{name}.log"
 
-    def wait(self, what: str, condition: Callable[[], bool], seconds: float, *names: str, every: float = 0.2) -> None:
+    def wait(
+        self,
+        what: str,
+        condition: Callable[[], bool],
+        seconds: float,
+        *names: str,
+        every: float = 0.2,
+    ) -> None:
         """Wait for a condition; fails with the ends of the logs of `names` (of all, where none is named)."""
         end = time.monotonic() + seconds
         while not condition():
@@ -175,13 +201,22 @@ class Deployment:
 
     def wait_log(self, name: str, text: str, seconds: float = 30) -> None:
         """Wait until a log holds a text."""
-        self.wait(f"{text!r} in the log of {name}", lambda: text in self.log(name).read_text(errors="replace"), seconds, name)
+        self.wait(
+            f"{text!r} in the log of {name}",
+            lambda: text in self.log(name).read_text(errors="replace"),
+            seconds,
+            name,
+        )
 
     def tails(self, *names: str) -> str:
         """The ends of logs, each with whether its process still runs."""
         parts = []
         for name in names or self.names:
-            lines = self.log(name).read_text(errors="replace").splitlines()[-TAIL:] if self.log(name).exists() else ["no log"]
+            lines = (
+                self.log(name).read_text(errors="replace").splitlines()[-TAIL:]
+                if self.log(name).exists()
+                else ["no log"]
+            )
             state = (
                 "running"
                 if self.alive(name)
@@ -196,7 +231,9 @@ class Deployment:
         """The status of /health of `superlink` or `filter`; None where nothing answers."""
         context = ssl.create_default_context(cafile=self.keys / "ca.crt")
         try:
-            with urllib.request.urlopen(f"https://{HOST}:{self.ports[name]}/health", timeout=5, context=context) as answer:
+            with urllib.request.urlopen(
+                f"https://{HOST}:{self.ports[name]}/health", timeout=5, context=context
+            ) as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             return int(error.code)
@@ -208,7 +245,14 @@ class Deployment:
         wanted = set(hospitals or self.hospitals)
         numbers = [self.hospitals.index(hospital) + 1 for hospital in sorted(wanted)]
         logs = [f"node-{i}" for i in numbers]
-        self.wait(f"{sorted(wanted)} online", lambda: wanted <= self.online(), seconds, "superlink", "filter", *logs)
+        self.wait(
+            f"{sorted(wanted)} online",
+            lambda: wanted <= self.online(),
+            seconds,
+            "superlink",
+            "filter",
+            *logs,
+        )
 
     def online(self) -> set[str]:
         """The names of the hospitals that the SuperLink counts as online."""
@@ -228,21 +272,36 @@ class Deployment:
 
         out, code = io.StringIO(), 0
         own = QUIET | {"FLWR_HOME": str(self.folder / "operator"), "COLUMNS": "200"}
-        streams = {"stdout": out, "stderr": out, "__stdout__": out, "__stderr__": out}  # its JSON goes to sys.__stdout__
+        streams = {
+            "stdout": out,
+            "stderr": out,
+            "__stdout__": out,
+            "__stderr__": out,
+        }  # its JSON goes to sys.__stdout__
         with mock.patch.dict(os.environ, own), mock.patch.multiple(sys, **streams):
             try:
                 app([*words, superlink])
             except SystemExit as ending:
                 code = int(ending.code or 0)
-        assert fails in (None, code != 0), f"flwr {' '.join(words)} ended with {code}\n{out.getvalue()}"
+        assert fails in (None, code != 0), (
+            f"flwr {' '.join(words)} ended with {code}\n{out.getvalue()}"
+        )
         return out.getvalue()
 
     def register(self, *hospitals: str) -> None:
         """Let hospitals in by their public keys (keys/hospitals/NAME/node.pub)."""
 
         for hospital in hospitals:
-            words = ["--name", hospital, "--format", "json", str(self.keys / "hospitals" / hospital / "node.pub")]
-            self.node_ids[hospital] = int(json.loads(self.flwr("supernode", "register", *words))["node-id"])
+            words = [
+                "--name",
+                hospital,
+                "--format",
+                "json",
+                str(self.keys / "hospitals" / hospital / "node.pub"),
+            ]
+            self.node_ids[hospital] = int(
+                json.loads(self.flwr("supernode", "register", *words))["node-id"]
+            )
 
     def unregister(self, hospital: str) -> None:
         """Shut a hospital out."""
@@ -261,25 +320,48 @@ class Deployment:
     def status(self, run: int) -> str:
         """`running`, `finished:completed`, `finished:failed` …; nothing where the SuperLink does not answer."""
         try:
-            runs = json.loads(self.flwr("ls", "--run-id", str(run), "--format", "json", fails=None)).get("runs")
+            runs = json.loads(
+                self.flwr("ls", "--run-id", str(run), "--format", "json", fails=None)
+            ).get("runs")
         except json.JSONDecodeError:
             return ""
         return str(runs[0]["status"]) if runs else ""
 
     def finished(self, run: int, seconds: float) -> str:
         """Wait for the end of a run; returns its last status."""
-        self.wait(f"the end of run {run}", lambda: self.status(run).startswith("finished"), seconds, every=1.0)
+        self.wait(
+            f"the end of run {run}",
+            lambda: self.status(run).startswith("finished"),
+            seconds,
+            every=1.0,
+        )
         return self.status(run)
 
     # --- what is started ----------------------------------------------------------------------------------
 
-    def node_command(self, hospital: str, superlink: str, runtime_port: int, config: Mapping[str, Any]) -> list[str]:
+    def node_command(
+        self, hospital: str, superlink: str, runtime_port: int, config: Mapping[str, Any]
+    ) -> list[str]:
         """A SuperNode with the key and CA of that hospital."""
         own = self.keys / "hospitals" / hospital
         given = " ".join(f"{key}={toml(value)}" for key, value in config.items())
-        command = [BIN / "flower-supernode", "--superlink", superlink, "--root-certificates", own / "ca.crt"]
+        command = [
+            BIN / "flower-supernode",
+            "--superlink",
+            superlink,
+            "--root-certificates",
+            own / "ca.crt",
+        ]
         command += ["--auth-supernode-private-key", own / "node.key", "--node-config", given]
-        return [*map(str, command), "--isolation", "process", "--host", HOST, "--port", str(runtime_port)]
+        return [
+            *map(str, command),
+            "--isolation",
+            "process",
+            "--host",
+            HOST,
+            "--port",
+            str(runtime_port),
+        ]
 
     def _command(self, name: str) -> list[Any]:
         server, kind, _, number = self.keys / "server", *name.partition("-")
@@ -294,9 +376,24 @@ class Deployment:
                 server / "ca.crt",
             ]
             own = ["--enable-supernode-auth", "--database", "state.db", "--isolation", "process"]
-            return [BIN / "flower-superlink", *tls, *own, "--host", HOST, "--port", self.ports["superlink"]]
+            return [
+                BIN / "flower-superlink",
+                *tls,
+                *own,
+                "--host",
+                HOST,
+                "--port",
+                self.ports["superlink"],
+            ]
         if kind == "filter":
-            tls = ["--certificate", server / "server.crt", "--key", server / "server.key", "--ca", server / "ca.crt"]
+            tls = [
+                "--certificate",
+                server / "server.crt",
+                "--key",
+                server / "server.key",
+                "--ca",
+                server / "ca.crt",
+            ]
             return [
                 *self.filter_command,
                 "--listen",
@@ -306,16 +403,33 @@ class Deployment:
                 *tls,
             ]
         if kind == "serverapp":
-            return [BIN / "flower-superexec", "--runtime-api-address", superlink, "--root-certificates", server / "ca.crt"]
+            return [
+                BIN / "flower-superexec",
+                "--runtime-api-address",
+                superlink,
+                "--root-certificates",
+                server / "ca.crt",
+            ]
         if kind == "clientapp":
-            return [BIN / "flower-superexec", "--insecure", "--runtime-api-address", f"{HOST}:{self.ports[f'node-{number}']}"]
+            return [
+                BIN / "flower-superexec",
+                "--insecure",
+                "--runtime-api-address",
+                f"{HOST}:{self.ports[f'node-{number}']}",
+            ]
         hospital, config = self.hospitals[int(number) - 1], self.node_config(int(number) - 1)
-        return self.node_command(hospital, f"{HOST}:{self.ports['filter']}", self.ports[name], config)
+        return self.node_command(
+            hospital, f"{HOST}:{self.ports['filter']}", self.ports[name], config
+        )
 
     def environment_of(self, name: str) -> dict[str, str]:
         """The environment of a process that belongs to the deployment under a name, and is ended with it."""
         paths = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
-        own = {MARK: str(self.folder), NAME: name, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        own = {
+            MARK: str(self.folder),
+            NAME: name,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        }
         path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         return dict(os.environ) | QUIET | path | self.environment | own
 
@@ -323,7 +437,10 @@ class Deployment:
         operator = self.folder / "operator"
         operator.mkdir()
         lines = []
-        for name, port in ((SUPERLINK, self.ports["superlink"]), ("through-filter", self.ports["filter"])):
+        for name, port in (
+            (SUPERLINK, self.ports["superlink"]),
+            ("through-filter", self.ports["filter"]),
+        ):
             lines += [
                 f"[superlink.{name}]",
                 f'address = "{HOST}:{port}"',
@@ -349,8 +466,12 @@ def deployment(
     `outsiders` have keys but neither registration nor processes.
     """
     folder = folder.resolve()
-    made = Deployment(folder, app, hospitals, node_config, environment or {}, filter_command, outsiders)
-    reaper = subprocess.Popen([sys.executable, __file__, str(folder)], stdin=subprocess.PIPE, start_new_session=True)
+    made = Deployment(
+        folder, app, hospitals, node_config, environment or {}, filter_command, outsiders
+    )
+    reaper = subprocess.Popen(
+        [sys.executable, __file__, str(folder)], stdin=subprocess.PIPE, start_new_session=True
+    )
     try:
         if start:
             made.start_all()
@@ -414,13 +535,22 @@ def make_keys(keys: Path, hospitals: Sequence[str]) -> Path:
     from cryptography.hazmat.primitives.asymmetric import ec
 
     def certificate(
-        subject: str, key: ec.EllipticCurvePrivateKey, issuer: x509.Name | None, extension: x509.ExtensionType
+        subject: str,
+        key: ec.EllipticCurvePrivateKey,
+        issuer: x509.Name | None,
+        extension: x509.ExtensionType,
     ) -> Any:
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, subject)])
         now = datetime.datetime.now(datetime.UTC)
-        built = x509.CertificateBuilder(issuer or name, name, key.public_key(), x509.random_serial_number())
-        built = built.not_valid_before(now - datetime.timedelta(minutes=5)).not_valid_after(now + datetime.timedelta(days=1))
-        return built.add_extension(extension, critical=issuer is None).sign(authority, hashes.SHA256())
+        built = x509.CertificateBuilder(
+            issuer or name, name, key.public_key(), x509.random_serial_number()
+        )
+        built = built.not_valid_before(now - datetime.timedelta(minutes=5)).not_valid_after(
+            now + datetime.timedelta(days=1)
+        )
+        return built.add_extension(extension, critical=issuer is None).sign(
+            authority, hashes.SHA256()
+        )
 
     def write(path: Path, content: bytes, mode: int = 0o644) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -428,19 +558,31 @@ def make_keys(keys: Path, hospitals: Sequence[str]) -> Path:
         path.chmod(mode)
 
     pem, no_password = serialization.Encoding.PEM, serialization.NoEncryption()
-    authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    authority, server = (
+        ec.generate_private_key(ec.SECP384R1()),
+        ec.generate_private_key(ec.SECP384R1()),
+    )
     names = [
         x509.DNSName("superlink"),
         x509.DNSName("filter"),
         x509.DNSName("localhost"),
         x509.IPAddress(ipaddress.ip_address(HOST)),
     ]
-    ca = certificate(f"loopback CA {os.urandom(4).hex()}", authority, None, x509.BasicConstraints(ca=True, path_length=0))
+    ca = certificate(
+        f"loopback CA {os.urandom(4).hex()}",
+        authority,
+        None,
+        x509.BasicConstraints(ca=True, path_length=0),
+    )
     leaf = certificate("superlink", server, ca.subject, x509.SubjectAlternativeName(names))
     for place in ("", "server", *(f"hospitals/{hospital}" for hospital in hospitals)):
         write(keys / place / "ca.crt", ca.public_bytes(pem))
     write(keys / "server/server.crt", leaf.public_bytes(pem))
-    write(keys / "server/server.key", server.private_bytes(pem, serialization.PrivateFormat.PKCS8, no_password), 0o600)
+    write(
+        keys / "server/server.key",
+        server.private_bytes(pem, serialization.PrivateFormat.PKCS8, no_password),
+        0o600,
+    )
     for hospital in hospitals:
         node = ec.generate_private_key(ec.SECP384R1())
         write(
@@ -448,7 +590,9 @@ def make_keys(keys: Path, hospitals: Sequence[str]) -> Path:
             node.private_bytes(pem, serialization.PrivateFormat.OpenSSH, no_password),
             0o600,
         )
-        public = node.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        public = node.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
         write(keys / f"hospitals/{hospital}/node.pub", public + b"\n")
     return keys
 

@@ -10,19 +10,27 @@ from typing import Any
 from test_report import HOSPITALS, SIZES, make_run
 
 from fedgan import files
+from fedgan.audit.attacks.copies import CopyFindings
 from fedgan.config import from_dict, to_dict
-from fedgan.privacy.attacks.copies import CopyFindings
 from fedgan.run_folder import RunFolder
 
 EPSILONS = (9.87, 6.54, 3.21)  # of the hospitals after the last round
-ATTACKS = ("discriminator", "distance", "density", "density ratio", "distance, calibrated by shadows")
+ATTACKS = (
+    "discriminator",
+    "distance",
+    "density",
+    "density ratio",
+    "distance, calibrated by shadows",
+)
 PRIVATE = ("pairs", "distances", "rows")
 
 
 def copy_figures(share: float, fitted: bool, near_held_out: float = 0.05) -> dict[str, Any]:
     """An entry of `copies`, by the fields that the attack itself has; a blurred generator is near to held-out images, too."""
     held, closer = 0.05, 0.5 + share - 0.05
-    figures: dict[str, Any] = {field.name: 0 for field in dataclasses.fields(CopyFindings) if field.name not in PRIVATE}
+    figures: dict[str, Any] = {
+        field.name: 0 for field in dataclasses.fields(CopyFindings) if field.name not in PRIVATE
+    }
     known: dict[str, Any] = {
         "threshold": 3.1,
         "copying_share": share,
@@ -83,20 +91,46 @@ def membership(attack: str, auc: float) -> dict[str, Any]:
 def control(passed: bool, positive: bool) -> dict[str, Any]:
     """A control as the audit writes it; a failed one says why."""
     if positive:
-        part = {"auc": 0.9987 if passed else 0.7123, "planted_share": 0.3, "found_share": 0.2971, "found_ci": [0.2611, 0.3342]}
+        part = {
+            "auc": 0.9987 if passed else 0.7123,
+            "planted_share": 0.3,
+            "found_share": 0.2971,
+            "found_ci": [0.2611, 0.3342],
+        }
         part["auc_ci"] = [part["auc"] - 0.0031, part["auc"] + 0.0011]
-        spaces = {"pixels": part | {"passed": passed}, "features": part | {"auc": 0.6789, "passed": False}}
+        spaces = {
+            "pixels": part | {"passed": passed},
+            "features": part | {"auc": 0.6789, "passed": False},
+        }
     else:
-        part = {"excess": 0.01, "excess_ci": [-0.04, 0.06], "mean_excess": 0.0023, "covered": 0.97, "splits": 100}
+        part = {
+            "excess": 0.01,
+            "excess_ci": [-0.04, 0.06],
+            "mean_excess": 0.0023,
+            "covered": 0.97,
+            "splits": 100,
+        }
         spaces = {name: part | {"passed": passed} for name in ("pixels", "features")}
-    areas = {name: {"auc": 0.9932 if positive else 0.5071, "auc_ci": [0.48, 0.997]} for name in ("distance", "density")}
+    areas = {
+        name: {"auc": 0.9932 if positive else 0.5071, "auc_ci": [0.48, 0.997]}
+        for name in ("distance", "density")
+    }
     attacked = {"attacks": areas, "passed": passed} | ({} if positive else {"level": 0.9944})
     found = {"copies": spaces, "membership": attacked, "sighted": ["pixels"], "passed": passed}
-    return found if passed else found | {"reason": "no space finds the planted copies" if positive else "halves differ"}
+    return (
+        found
+        if passed
+        else found
+        | {"reason": "no space finds the planted copies" if positive else "halves differ"}
+    )
 
 
 def hospital_audit(
-    name: str, share: float = 0.047, auc: float = 0.5123, positive: bool = True, negative: bool = True
+    name: str,
+    share: float = 0.047,
+    auc: float = 0.5123,
+    positive: bool = True,
+    negative: bool = True,
 ) -> dict[str, Any]:
     """One hospital's entry of audit.json."""
     spaces = (("pixels", False), ("features", True), ("embedding", True))
@@ -106,7 +140,10 @@ def hospital_audit(
         "held_out": 180,
         "held_out_patients": 97,
         "synthetic": 1000,
-        "copies": {space: copy_figures(share + 0.0013 * i, fitted) for i, (space, fitted) in enumerate(spaces)},
+        "copies": {
+            space: copy_figures(share + 0.0013 * i, fitted)
+            for i, (space, fitted) in enumerate(spaces)
+        },
         "membership": [membership(attack, auc - 0.0021 * i) for i, attack in enumerate(ATTACKS)],
         "projection": {
             "gap": 0.0412,
@@ -146,7 +183,10 @@ def audit(*hospitals: dict[str, Any], round_number: int = 10) -> dict[str, Any]:
 
 
 def write_run(
-    path: Path, privacy: dict[str, Any] | None = None, content: dict[str, Any] | None = None, **sections: Any
+    path: Path,
+    privacy: dict[str, Any] | None = None,
+    content: dict[str, Any] | None = None,
+    **sections: Any,
 ) -> RunFolder:
     """A finished run of three hospitals without pictures: private where `privacy` has settings, audited by `content`."""
     run = make_run(path, labels=["nevus", "melanoma"], pictures=False)
@@ -166,7 +206,11 @@ def write_run(
 
 def spent(hospital: int, turn: int, noiseless: bool = False) -> dict[str, Any]:
     """What a private hospital tells of one of ten rounds."""
-    told = {"delta": 1 / SIZES[hospital], "noise_multiplier": 0.0 if noiseless else 0.913, "sample_rate": 16 / SIZES[hospital]}
+    told = {
+        "delta": 1 / SIZES[hospital],
+        "noise_multiplier": 0.0 if noiseless else 0.913,
+        "sample_rate": 16 / SIZES[hospital],
+    }
     return told | {"epsilon": None if noiseless else EPSILONS[hospital] * (0.4 + 0.06 * turn)}
 
 

@@ -29,7 +29,11 @@ class Recording(Filter):
             body.extend(message.get("body", b""))
             if message["type"] == "http.request" and not message.get("more_body", False):
                 headers = {name.decode(): value.decode() for name, value in scope["headers"]}
-                told = {"path": scope["raw_path"].decode(), "headers": headers, "body": base64.b64encode(body).decode()}
+                told = {
+                    "path": scope["raw_path"].decode(),
+                    "headers": headers,
+                    "body": base64.b64encode(body).decode(),
+                }
                 files.write_json(FOLDER / f"{next(self.numbers):05}.json", told)
             return message
 

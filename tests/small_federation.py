@@ -15,24 +15,31 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.site import SIMULATION
+from client.hospital import SIMULATION
 from fedgan.config import Settings, from_dict
 from fedgan.data.shard import write_shard
 from fedgan.run_folder import RunFolder
+from fedgan.runs.preparation import experiment_of, is_prepared, prepare_run
 from server.federation import Federation
-from server.preparation import experiment_of, is_prepared, prepare_run
 
 NAMES = ("alpha", "beta", "gamma", "delta", "epsilon")
 LABELS = ("dark", "bright")
 
 
-def write_shards(root: Path, sizes: Sequence[int], resolution: int = 16, names: Sequence[str] = NAMES) -> Path:
+def write_shards(
+    root: Path, sizes: Sequence[int], resolution: int = 16, names: Sequence[str] = NAMES
+) -> Path:
     """A shard for each size: images of two classes, darker and brighter noise, every second image of each class held out."""
     for number, size in enumerate(sizes):
         rng = np.random.default_rng(number)
         labels = np.eye(2, dtype=np.uint8)[np.arange(size) % 2]
-        images = rng.integers(0, 128, (size, 1, resolution, resolution)) + 100 * labels[:, 1, None, None, None]
-        splits = np.array(["train", "train", "test", "test", "train", "train", "val", "val"])[np.arange(size) % 8]
+        images = (
+            rng.integers(0, 128, (size, 1, resolution, resolution))
+            + 100 * labels[:, 1, None, None, None]
+        )
+        splits = np.array(["train", "train", "test", "test", "train", "train", "val", "val"])[
+            np.arange(size) % 8
+        ]
         write_shard(
             root / names[number],
             images.astype(np.uint8),
@@ -45,21 +52,34 @@ def write_shards(root: Path, sizes: Sequence[int], resolution: int = 16, names: 
     return root
 
 
-def tiny(root: Path, *overrides: str, hospitals: int = 3, rounds: int = 3, kimg: float = 0.2) -> Settings:
+def tiny(
+    root: Path, *overrides: str, hospitals: int = 3, rounds: int = 3, kimg: float = 0.2
+) -> Settings:
     """Settings of a federation that trains in a blink."""
     tree: dict[str, Any] = {
         "name": "tiny",
         "data": {"root": str(root), "resolution": 16},
-        "model": {"z_dim": 4, "w_dim": 8, "channel_base": 64, "channel_max": 8, "mapping_layers": 1},
+        "model": {
+            "z_dim": 4,
+            "w_dim": 8,
+            "channel_base": 64,
+            "channel_max": 8,
+            "mapping_layers": 1,
+        },
         "augment": {"p": 0.2, "mode": "ada"},
         "training": {"kimg": kimg, "batch_size": 4, "device": "cpu"},
-        "federation": {"hospitals": hospitals, "rounds": rounds, "threads": 1, "round_timeout": 180.0},
+        "federation": {
+            "hospitals": hospitals,
+            "rounds": rounds,
+            "threads": 1,
+            "round_timeout": 180.0,
+        },
         "evaluation": {"every": 0, "images": 16, "seeds": 1, "epochs": 1, "bootstrap": 10},
     }
     return from_dict(tree, overrides)
 
 
-class NoJudge:
+class NoEvaluator:
     """An evaluator that looks at nothing and counts how often it was asked."""
 
     def __init__(self) -> None:
@@ -100,7 +120,9 @@ class LocalGrid:
         self.app, self.fault = app, fault
         self.replies: dict[str, Message] = {}
         self.sent: list[Message] = []
-        self.states = {node: RecordDict() for node in self.nodes}  # what a SuperNode keeps between two messages
+        self.states = {
+            node: RecordDict() for node in self.nodes
+        }  # what a SuperNode keeps between two messages
 
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)
@@ -119,9 +141,17 @@ class LocalGrid:
 
     def _answer(self, message: Message, key: str) -> None:
         number = self.nodes[message.metadata.dst_node_id]
-        node: Any = {"partition-id": number, "num-partitions": len(self.nodes)} | (self.own(number) if self.own else {})
+        node: Any = {"partition-id": number, "num-partitions": len(self.nodes)} | (
+            self.own(number) if self.own else {}
+        )
         state = self.states[message.metadata.dst_node_id]
-        context = Context(run_id=1, node_id=message.metadata.dst_node_id, node_config=node, state=state, run_config={})
+        context = Context(
+            run_id=1,
+            node_id=message.metadata.dst_node_id,
+            node_config=node,
+            state=state,
+            run_config={},
+        )
         try:
             reply = self.fault(number, message) if self.fault else None
         except LookupError:
@@ -139,14 +169,16 @@ def federate(settings: Settings, run: RunFolder, app: ClientApp, fault: Any = No
     """Train all rounds that are left, in this process."""
     if not is_prepared(run):
         prepare_run(settings, run)
-    federation = Federation(run.settings(), run, experiment_of(run), NoJudge())
+    federation = Federation(run.settings(), run, experiment_of(run), NoEvaluator())
     federation.train(LocalGrid(settings.federation.hospitals, app, fault))  # type: ignore[arg-type]
     return federation
 
 
 def processes_of(run: Path) -> set[int]:
     """Session ids of the engines that work on `run` (each leads a session of its own)."""
-    return {pid for pid, words, _ in _processes() if "simulations.engine" in words and str(run) in words}
+    return {
+        pid for pid, words, _ in _processes() if "simulations.engine" in words and str(run) in words
+    }
 
 
 def alive_in(sessions: set[int]) -> list[int]:

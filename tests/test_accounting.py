@@ -31,14 +31,19 @@ from fedgan.privacy.accounting import (
 
 N = 3773
 LONG = Mechanism(0.667, 1 / N, 2_400_000)
-PHASES = (Phase.explicit, Phase.generate)  # an example is slow: do not look for the smallest that fails
+PHASES = (
+    Phase.explicit,
+    Phase.generate,
+)  # an example is slow: do not look for the smallest that fails
 QUICK = settings(max_examples=8, deadline=None, derandomize=True, phases=PHASES)
 
 noises = st.floats(0.5, 8.0)
 rates = st.floats(0.001, 0.9)
 steps_ = st.integers(1, 3000)
 deltas = st.floats(1e-6, 1e-2)
-parts_ = st.lists(st.builds(Mechanism, noises, rates | st.just(1.0), st.integers(0, 300)), max_size=3)
+parts_ = st.lists(
+    st.builds(Mechanism, noises, rates | st.just(1.0), st.integers(0, 300)), max_size=3
+)
 
 
 def event(parts: list[Mechanism]) -> dp_event.DpEvent:
@@ -46,7 +51,10 @@ def event(parts: list[Mechanism]) -> dp_event.DpEvent:
     return dp_event.ComposedDpEvent(
         [
             dp_event.SelfComposedDpEvent(
-                dp_event.PoissonSampledDpEvent(part.sample_rate, dp_event.GaussianDpEvent(part.noise_multiplier)), part.steps
+                dp_event.PoissonSampledDpEvent(
+                    part.sample_rate, dp_event.GaussianDpEvent(part.noise_multiplier)
+                ),
+                part.steps,
             )
             for part in parts
         ]
@@ -73,17 +81,29 @@ def exact_epsilon(noise: float, q: float, delta: float) -> float:
     """ε of one sampled step, from δ(ε) of its two normal distributions; the larger of a unit removed and one added."""
 
     def removed(epsilon: float) -> float:
-        x = noise**2 * math.log((math.expm1(epsilon) + q) / q) + 0.5  # where the density ratio is e^ε
-        return q * norm.sf((x - 1) / noise) + (1 - q) * norm.sf(x / noise) - math.exp(epsilon) * norm.sf(x / noise)
+        x = (
+            noise**2 * math.log((math.expm1(epsilon) + q) / q) + 0.5
+        )  # where the density ratio is e^ε
+        return (
+            q * norm.sf((x - 1) / noise)
+            + (1 - q) * norm.sf(x / noise)
+            - math.exp(epsilon) * norm.sf(x / noise)
+        )
 
     def added(epsilon: float) -> float:
         if math.exp(-epsilon) <= 1 - q:
             return 0.0
         x = noise**2 * math.log((math.expm1(-epsilon) + q) / q) + 0.5
-        return norm.cdf(x / noise) - math.exp(epsilon) * (q * norm.cdf((x - 1) / noise) + (1 - q) * norm.cdf(x / noise))
+        return norm.cdf(x / noise) - math.exp(epsilon) * (
+            q * norm.cdf((x - 1) / noise) + (1 - q) * norm.cdf(x / noise)
+        )
 
     def root(delta_of) -> float:
-        return 0.0 if delta_of(0.0) <= delta else brentq(lambda epsilon: delta_of(epsilon) - delta, 0.0, 300.0, xtol=1e-10)
+        return (
+            0.0
+            if delta_of(0.0) <= delta
+            else brentq(lambda epsilon: delta_of(epsilon) - delta, 0.0, 300.0, xtol=1e-10)
+        )
 
     return max(root(removed), root(added))
 
@@ -100,20 +120,28 @@ CASES = [
 
 
 @pytest.mark.parametrize(("multiplier", "expected"), [(0.667, 4.91), (1.0, 1.90)])
-def test_millions_of_steps_cost_by_renyi_what_is_known_of_them(multiplier: float, expected: float) -> None:
+def test_millions_of_steps_cost_by_renyi_what_is_known_of_them(
+    multiplier: float, expected: float
+) -> None:
     part = Mechanism(multiplier, 1 / N, 2_400_000)
     other = RdpAccountant().compose(event([part])).get_epsilon(1 / N)
     assert epsilon_rdp([part], 1 / N) == pytest.approx(expected, rel=0.01)
     assert epsilon_rdp([part], 1 / N) == pytest.approx(other, rel=0.01)
 
 
-@pytest.mark.parametrize(("parts", "delta"), [case for case in CASES if case[0][0].noise_multiplier != 0.6])  # it gives up there
+@pytest.mark.parametrize(
+    ("parts", "delta"), [case for case in CASES if case[0][0].noise_multiplier != 0.6]
+)  # it gives up there
 def test_renyi_agrees_with_the_other_library(parts: list[Mechanism], delta: float) -> None:
-    assert epsilon_rdp(parts, delta) == pytest.approx(RdpAccountant().compose(event(parts)).get_epsilon(delta), rel=0.01)
+    assert epsilon_rdp(parts, delta) == pytest.approx(
+        RdpAccountant().compose(event(parts)).get_epsilon(delta), rel=0.01
+    )
 
 
 @pytest.mark.parametrize(("parts", "delta"), CASES)
-def test_prv_is_within_a_percent_of_the_other_library_and_never_below_the_truth(parts: list[Mechanism], delta: float) -> None:
+def test_prv_is_within_a_percent_of_the_other_library_and_never_below_the_truth(
+    parts: list[Mechanism], delta: float
+) -> None:
     ours = epsilon_prv(parts, delta)
     assert ours == epsilon_of(parts, delta), "PRV is the tighter of the two"
     assert pld_epsilon(parts, delta, 1e-3, pessimistic=False) <= ours
@@ -125,12 +153,16 @@ def test_prv_is_within_a_percent_of_the_other_library_and_never_below_the_truth(
 def test_the_other_library_says_the_same_of_millions_of_steps(multiplier: float) -> None:
     """Its own rounding is of the order of half a percent here: a finer width may give a larger upper bound."""
     part = Mechanism(multiplier, 1 / N, 2_400_000)
-    assert epsilon_prv([part], 1 / N) == pytest.approx(pld_epsilon([part], 1 / N, 2e-5, pessimistic=True), rel=0.01)
+    assert epsilon_prv([part], 1 / N) == pytest.approx(
+        pld_epsilon([part], 1 / N, 2e-5, pessimistic=True), rel=0.01
+    )
 
 
 @QUICK
 @given(st.floats(1.0, 8.0), rates, st.integers(1, 60), deltas)
-def test_prv_is_never_below_a_lower_bound_of_the_truth(noise: float, q: float, steps: int, delta: float) -> None:
+def test_prv_is_never_below_a_lower_bound_of_the_truth(
+    noise: float, q: float, steps: int, delta: float
+) -> None:
     part = Mechanism(noise, q, steps)
     try:
         ours = epsilon_prv([part], delta)
@@ -168,14 +200,20 @@ def integral_epsilon(parts: list[Mechanism], delta: float, removed: bool) -> flo
     def delta_of(epsilon: float) -> float:
         c = along[np.argmin(real - along * epsilon - np.log(along * (along + 1)))]  # the saddle
         far = 1.0
-        while exponent(np.array([c + 1j * far]))[0].real > exponent(np.array([c + 0j]))[0].real - 45:
+        while (
+            exponent(np.array([c + 1j * far]))[0].real > exponent(np.array([c + 0j]))[0].real - 45
+        ):
             far *= 1.3
         u = np.linspace(0, far, 1500)
         z = c + 1j * u
         terms = (np.exp(exponent(z) - z * epsilon) / (z * (z + 1))).real
         return float((terms.sum() - terms[0] / 2) * u[1] / np.pi)
 
-    return float(brentq(lambda epsilon: math.log(max(delta_of(epsilon), 1e-300) / delta), 0.05, 30, xtol=1e-6))
+    return float(
+        brentq(
+            lambda epsilon: math.log(max(delta_of(epsilon), 1e-300) / delta), 0.05, 30, xtol=1e-6
+        )
+    )
 
 
 MANY = [
@@ -197,7 +235,9 @@ def test_prv_is_at_most_a_percent_above_the_exact_epsilon_of_many_steps_and_neve
 def test_the_integral_is_right_where_there_is_a_closed_form() -> None:
     parts = [Mechanism(9.0, 1.0, 30)]
     for removed in (True, False):
-        assert integral_epsilon(parts, 1e-4, removed) == pytest.approx(epsilon_of(parts, 1e-4), rel=1e-5)
+        assert integral_epsilon(parts, 1e-4, removed) == pytest.approx(
+            epsilon_of(parts, 1e-4), rel=1e-5
+        )
 
 
 # --- against closed forms --------------------------------------------------------------------------
@@ -207,17 +247,23 @@ def test_the_integral_is_right_where_there_is_a_closed_form() -> None:
 @given(noises, rates, deltas)
 @example(0.5, 0.001, 1e-6)  # nearly all of the loss lies a little below 0
 @example(8.0, 0.001, 1e-2)  # ε is 0
-def test_one_sampled_step_costs_what_its_two_densities_say(noise: float, q: float, delta: float) -> None:
+def test_one_sampled_step_costs_what_its_two_densities_say(
+    noise: float, q: float, delta: float
+) -> None:
     truth, ours = exact_epsilon(noise, q, delta), epsilon_of([Mechanism(noise, q, 1)], delta)
     assert truth <= ours <= truth + 0.01 * epsilon_rdp([Mechanism(noise, q, 1)], delta)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, phases=PHASES)
 @given(st.floats(0.3, 30.0), st.integers(1, 1000), deltas)
-def test_what_is_not_sampled_has_the_closed_form_of_the_gaussian_mechanism(noise: float, steps: int, delta: float) -> None:
+def test_what_is_not_sampled_has_the_closed_form_of_the_gaussian_mechanism(
+    noise: float, steps: int, delta: float
+) -> None:
     epsilon = epsilon_of([Mechanism(noise, 1.0, steps)], delta)
     sigma = noise / math.sqrt(steps)
-    spent = norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(epsilon + norm.logcdf(-0.5 / sigma - epsilon * sigma))
+    spent = norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(
+        epsilon + norm.logcdf(-0.5 / sigma - epsilon * sigma)
+    )
     assert spent == pytest.approx(delta, rel=1e-4) if epsilon else spent <= delta
 
 
@@ -227,18 +273,24 @@ def test_prv_of_a_plain_gaussian_is_the_closed_form(noise: float, delta: float) 
     assert truth <= epsilon_prv([Mechanism(noise, 1.0, 4)], delta) <= 1.01 * truth
 
 
-@pytest.mark.parametrize(("noise", "q"), [(0.6, 0.1), (0.667, 1 / N), (0.5, 0.9), (4.0, 0.3), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("noise", "q"), [(0.6, 0.1), (0.667, 1 / N), (0.5, 0.9), (4.0, 0.3), (1.0, 1.0)]
+)
 def test_each_renyi_divergence_is_the_integral_that_it_stands_for(noise: float, q: float) -> None:
     """E[(density ratio)^α] over x ~ N(0, σ²), in logarithms, by a sum that is exact for such functions."""
     orders = np.array([order for order in accountants.ORDERS if order < 64])
     x = np.arange(-12 * noise, orders.max() + 12 * noise, noise / 16)
     with np.errstate(divide="ignore"):
         ratio = np.logaddexp(np.log1p(-q), np.log(q) + (2 * x - 1) / (2 * noise**2))
-    terms = orders[:, None] * ratio - x**2 / (2 * noise**2) + math.log(1 / 16 / math.sqrt(2 * math.pi))
+    terms = (
+        orders[:, None] * ratio - x**2 / (2 * noise**2) + math.log(1 / 16 / math.sqrt(2 * math.pi))
+    )
     truth = logsumexp(terms, axis=1) / (orders - 1)
     found = accountants._divergences(noise, q, tuple(orders))
     finite = np.isfinite(found)
-    assert finite.sum() > len(orders) / 2, "an order that does not converge is infinite and so does not count"
+    assert finite.sum() > len(orders) / 2, (
+        "an order that does not converge is infinite and so does not count"
+    )
     assert found[finite] == pytest.approx(truth[finite], rel=1e-4, abs=1e-12)
 
 
@@ -247,7 +299,9 @@ def test_each_renyi_divergence_is_the_integral_that_it_stands_for(noise: float, 
 
 @QUICK
 @given(parts_, st.builds(Mechanism, noises, rates, st.integers(1, 200)), deltas)
-def test_epsilon_never_falls_when_something_more_is_released(parts: list[Mechanism], more: Mechanism, delta: float) -> None:
+def test_epsilon_never_falls_when_something_more_is_released(
+    parts: list[Mechanism], more: Mechanism, delta: float
+) -> None:
     assert epsilon_rdp([*parts, more], delta) >= epsilon_rdp(parts, delta) * (1 - 1e-9)
     slack = accountants.TOLERANCE * epsilon_rdp([*parts, more], delta)
     assert epsilon_of([*parts, more], delta) >= epsilon_of(parts, delta) - slack
@@ -255,7 +309,9 @@ def test_epsilon_never_falls_when_something_more_is_released(parts: list[Mechani
 
 @QUICK
 @given(parts_, deltas)
-def test_the_order_and_the_grouping_of_releases_do_not_matter(parts: list[Mechanism], delta: float) -> None:
+def test_the_order_and_the_grouping_of_releases_do_not_matter(
+    parts: list[Mechanism], delta: float
+) -> None:
     halves = [
         Mechanism(part.noise_multiplier, part.sample_rate, count)
         for part in reversed(parts)
@@ -265,7 +321,14 @@ def test_the_order_and_the_grouping_of_releases_do_not_matter(parts: list[Mechan
 
 
 def test_plain_gaussians_merge_to_one_and_steps_of_none_vanish() -> None:
-    (only,) = merge([Mechanism(3.0, 1.0, 1), Mechanism(4.0, 1.0, 1), Mechanism(1.0, 0.5, 0), Mechanism(1.0, 0.0, 9)])
+    (only,) = merge(
+        [
+            Mechanism(3.0, 1.0, 1),
+            Mechanism(4.0, 1.0, 1),
+            Mechanism(1.0, 0.5, 0),
+            Mechanism(1.0, 0.0, 9),
+        ]
+    )
     assert only.noise_multiplier == pytest.approx(2.4)
     assert only.steps == 1
     assert joint_noise(3.0, 4.0) == pytest.approx(2.4)
@@ -307,24 +370,32 @@ def test_noise_and_steps_are_inverse(epsilon: float, delta: float, q: float, ste
     noise = noise_for(epsilon, delta, q, steps)
     assume(noise > 0.4)
     assert epsilon_of([Mechanism(noise, q, steps)], delta) <= epsilon
-    assert epsilon_of([Mechanism(noise * 0.98, q, steps)], delta) > epsilon, "a smaller multiplier would have done"
+    assert epsilon_of([Mechanism(noise * 0.98, q, steps)], delta) > epsilon, (
+        "a smaller multiplier would have done"
+    )
     assert steps_within(epsilon, delta, [], Mechanism(noise, q), 2 * steps) >= steps * 0.995 - 1
     assert steps_within(epsilon, delta, [], Mechanism(noise, q), steps) == steps
 
 
 @QUICK
-@given(parts_, st.builds(Mechanism, noises, rates), st.integers(0, 400), st.floats(0.1, 12.0), deltas)
+@given(
+    parts_, st.builds(Mechanism, noises, rates), st.integers(0, 400), st.floats(0.1, 12.0), deltas
+)
 def test_the_steps_that_fit_fit_and_not_many_more_do(
     spent: list[Mechanism], step: Mechanism, most: int, epsilon: float, delta: float
 ) -> None:
     count = steps_within(epsilon, delta, spent, step, most)
 
     def cost(steps: int) -> float:
-        return epsilon_of([*spent, Mechanism(step.noise_multiplier, step.sample_rate, steps)], delta)
+        return epsilon_of(
+            [*spent, Mechanism(step.noise_multiplier, step.sample_rate, steps)], delta
+        )
 
     assert 0 <= count <= most
     assert count == 0 or cost(count) <= epsilon
-    assert count == most or cost(count + max(1, count // 100)) > epsilon * (1 - accountants.TOLERANCE)
+    assert count == most or cost(count + max(1, count // 100)) > epsilon * (
+        1 - accountants.TOLERANCE
+    )
 
 
 def test_the_noise_leaves_room_for_what_else_is_released() -> None:
@@ -356,5 +427,7 @@ def test_no_noise_is_enough_where_the_labels_alone_cost_too_much() -> None:
 def test_no_step_fits_where_the_budget_is_spent() -> None:
     spent = [Mechanism(1.0, 1.0, 5)]
     assert steps_within(1.0, 1e-5, spent, Mechanism(1.0, 0.1), 10) == 0
-    assert steps_within(1.0, 1e-5, [], Mechanism(0.0, 0.1), 10) == 0, "a step without noise never fits"
+    assert steps_within(1.0, 1e-5, [], Mechanism(0.0, 0.1), 10) == 0, (
+        "a step without noise never fits"
+    )
     assert steps_within(100.0, 1e-5, [], Mechanism(1.0, 0.1), 0) == 0

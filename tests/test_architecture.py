@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HOUSE = ("fedgan", "client", "server", "simulations")
-GROUND = {"comparison_folder", "config", "errors", "events", "files", "parcel", "machine", "run_folder"}
+GROUND = {"comparison_folder", "config", "errors", "events", "files", "machine", "run_folder"}
 FOREIGN = {"flwr", "ray", "opacus", "typer", "rich", "click"}
 
 # room → rooms that it may import (beside itself)
@@ -27,10 +27,22 @@ INSIDE = {
     "models": {"ground"},
     "data": {"ground"},
     "deployment": {"ground"},
-    "training": {"ground", "models", "data", "privacy"},
+    "exchange": {"ground", "models", "data"},
     "privacy": {"ground", "models", "data"},
-    "evaluation": {"ground", "models", "data", "training", "privacy"},
-    "report": {"ground", "models", "data", "training", "privacy", "evaluation"},
+    "training": {"ground", "models", "data", "exchange", "privacy"},
+    "evaluation": {"ground", "models", "data", "exchange", "privacy", "training"},
+    "audit": {"ground", "models", "data", "exchange", "privacy", "training", "evaluation"},
+    "runs": {"ground", "models", "data", "exchange", "privacy", "training", "evaluation"},
+    "report": {
+        "ground",
+        "models",
+        "data",
+        "exchange",
+        "privacy",
+        "training",
+        "evaluation",
+        "audit",
+    },
 }
 
 
@@ -41,11 +53,19 @@ def imports_of(source: str, module: str, is_package: bool) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            above = (
+                package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            )
             base = ".".join([*above, *([node.module] if node.module else [])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-            yield from (str(argument.value) for argument in node.args[:1] if isinstance(argument, ast.Constant))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("import_module", "__import__")
+        ):
+            yield from (
+                str(argument.value)
+                for argument in node.args[:1]
+                if isinstance(argument, ast.Constant)
+            )
 
 
 def room_of(name: str) -> tuple[str, str]:
@@ -69,10 +89,18 @@ def offence(module: str, imported: str) -> str:
     if (there, target) == ("fedgan", "cli"):
         return f"{module} imports {imported}: nothing may import the command line"
     if here != there:
-        return "" if there in OUTSIDE[here] else f"{module} imports {imported}: no arrow leads from {here} to {there}"
+        return (
+            ""
+            if there in OUTSIDE[here]
+            else f"{module} imports {imported}: no arrow leads from {here} to {there}"
+        )
     if here == "fedgan" and target not in INSIDE[inside] | {inside}:
         # `from fedgan import __version__` names no room
-        return f"{module} imports {imported}: no arrow leads from {inside} to {target}" if target in INSIDE else ""
+        return (
+            f"{module} imports {imported}: no arrow leads from {inside} to {target}"
+            if target in INSIDE
+            else ""
+        )
     return ""
 
 
@@ -90,14 +118,20 @@ def test_all_imports_follow_the_arrows() -> None:
     offences = [
         problem
         for module, path in modules()
-        for imported in imports_of(path.read_text(encoding="utf-8"), module, path.name == "__init__.py")
+        for imported in imports_of(
+            path.read_text(encoding="utf-8"), module, path.name == "__init__.py"
+        )
         if (problem := offence(module, imported))
     ]
     assert not offences, "\n".join(offences)
 
 
 def test_every_room_inside_the_library_is_in_the_table() -> None:
-    rooms = {path.name for path in (ROOT / "fedgan").iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
+    rooms = {
+        path.name
+        for path in (ROOT / "fedgan").iterdir()
+        if path.is_dir() and (path / "__init__.py").is_file()
+    }
     files = {path.stem for path in (ROOT / "fedgan").glob("*.py")} - {"__init__"}
     assert rooms - {"cli"} <= set(INSIDE)
     assert files <= GROUND
@@ -108,34 +142,43 @@ def test_every_room_inside_the_library_is_in_the_table() -> None:
     [
         ("fedgan.training.trainer", "import flwr"),
         ("fedgan.training.trainer", "def f():\n    from flwr.app import Message"),
-        ("fedgan.evaluation.utility", "import importlib\nimportlib.import_module('ray')"),
+        ("fedgan.evaluation.metrics.utility", "import importlib\nimportlib.import_module('ray')"),
         ("fedgan.data.shard", "from fedgan.training import trainer"),
         ("fedgan.data.shard", "from ..models import generator"),
         ("fedgan.training.trainer", "from fedgan.cli import console"),
         ("fedgan.files", "from fedgan.data import shard"),
-        ("fedgan.report.page", "from server import evaluator"),
+        ("fedgan.report.run.page", "from server import evaluator"),
         ("server.federation", "from simulations import runner"),
         ("server.federation", "from client import app"),
-        ("client.app", "import server.rounds"),
+        ("client.app", "import fedgan.runs.budget"),
     ],
 )
 def test_the_check_finds_a_wrong_arrow(module: str, source: str) -> None:
-    assert any(offence(module, imported) for imported in imports_of(source, module, is_package=False))
+    assert any(
+        offence(module, imported) for imported in imports_of(source, module, is_package=False)
+    )
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("fedgan.training.trainer", "from fedgan.models.generator import Generator\nfrom fedgan import files"),
-        ("fedgan.report.page", "from fedgan.evaluation import grids"),
+        (
+            "fedgan.training.trainer",
+            "from fedgan.models.stylegan2.generator import Generator\nfrom fedgan import files",
+        ),
+        ("fedgan.report.run.page", "from fedgan.evaluation import grids"),
         ("fedgan.data.shard", "from . import splits\nfrom fedgan import __version__"),
-        ("server.federation", "import flwr\nfrom server.rounds import deal_images"),
+        ("server.federation", "import flwr\nfrom fedgan.runs.budget import deal_images"),
         ("simulations.runner", "from server import preparation\nfrom client import app"),
         ("fedgan.cli.runs", "import simulations.runner, rich, typer"),
     ],
 )
 def test_the_check_lets_a_right_arrow_pass(module: str, source: str) -> None:
-    assert not [problem for imported in imports_of(source, module, is_package=False) if (problem := offence(module, imported))]
+    assert not [
+        problem
+        for imported in imports_of(source, module, is_package=False)
+        if (problem := offence(module, imported))
+    ]
 
 
 BLOCK = """
@@ -151,12 +194,14 @@ import fedgan
 for module in pkgutil.walk_packages(fedgan.__path__, "fedgan."):
     if not module.name.startswith("fedgan.cli"):
         importlib.import_module(module.name)
-print("fedgan.training.trainer" in sys.modules, "fedgan.report.page" in sys.modules)
+print("fedgan.training.trainer" in sys.modules, "fedgan.report.run.page" in sys.modules)
 """
 
 
 def test_the_library_works_where_flower_and_ray_are_absent() -> None:
-    done = subprocess.run([sys.executable, "-c", BLOCK], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCK], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True", "True"]
 
@@ -164,5 +209,7 @@ def test_the_library_works_where_flower_and_ray_are_absent() -> None:
 def test_the_command_line_starts_without_the_heavy_packages() -> None:
     heavy = "torch numpy flwr ray scipy sklearn PIL rich"
     code = f"import sys, fedgan.cli; print([name for name in {heavy.split()!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, from_dict, load_scenario, to_dict
 from fedgan.errors import ConfigError
-from fedgan.evaluation.arms import EVALUATOR_KEYS, check_comparable
-from server.checkpoints import is_evaluated
-from server.rounds import deal_images, round_totals
-from simulations.arms import EVERYBODY, FEDERATION, HOME, Arm, Job, Start, plan
-from simulations.job import read_job, write_job
-from simulations.remarks import fairness
-from simulations.trainings import Outcome
+from fedgan.evaluation.arms.summary import EVALUATOR_KEYS, check_comparable
+from fedgan.runs.budget import deal_images, round_totals
+from fedgan.runs.round_state import is_evaluated
+from simulations.comparison.arm import Outcome
+from simulations.comparison.notes import fairness
+from simulations.comparison.plan import EVERYBODY, FEDERATION, STANDALONE, Arm, Job, Start, plan
+from simulations.comparison.train_worker import read_job, write_job
 
 FOLDER = ComparisonFolder(Path("/nowhere/study"))
 ROOT = Path("/nowhere/shards")
@@ -28,7 +28,17 @@ SCENARIOS = Path(__file__).parents[1] / "simulations"
 SIZES = {"alpha": 40, "beta": 24, "gamma": 16}
 WIDE = "wide: federation.rounds=2; federation.exchange=generator,ema"
 PROXIMAL = "fedprox: federation.strategy=fedprox; training.proximal_mu=0.01"
-ALL = ("centralized", "federated", "local", "generator-only", "local-discriminators", "finetuned", "coalitions", WIDE, PROXIMAL)
+ALL = (
+    "centralized",
+    "federated",
+    "local",
+    "generator-only",
+    "local-discriminators",
+    "finetuned",
+    "coalitions",
+    WIDE,
+    PROXIMAL,
+)
 
 
 def scenario(arms: tuple[str, ...] = ALL, hospitals: int = 3, **changes: Any) -> Settings:
@@ -55,13 +65,15 @@ def images_of(arm: Arm) -> dict[str, int]:
     shown: dict[str, int] = {}
     for job in arm.jobs:
         settings = job.settings
-        if job.kind == HOME:
+        if job.kind == STANDALONE:
             name = job.members[0] if len(job.members) == 1 else EVERYBODY
             shown[name] = sum(job.images)
             continue
         batch, federation = settings.training.batch_size, settings.federation
         totals = round_totals(settings.training.kimg, federation.rounds, batch)
-        rows = deal_images([SIZES[name] for name in job.members], totals, batch, federation.local_images == "equal")
+        rows = deal_images(
+            [SIZES[name] for name in job.members], totals, batch, federation.local_images == "equal"
+        )
         for number, name in enumerate(job.members):
             shown[name] = sum(row[number] for row in rows)
     return shown
@@ -79,7 +91,9 @@ def varying(settings: Settings) -> dict[str, Any]:
 
 @hypothesis_settings(max_examples=60)
 @given(
-    sizes=st.lists(st.integers(1, 5000), min_size=2, max_size=4).map(lambda drawn: sorted(drawn, reverse=True)),
+    sizes=st.lists(st.integers(1, 5000), min_size=2, max_size=4).map(
+        lambda drawn: sorted(drawn, reverse=True)
+    ),
     kimg=st.floats(0.05, 20.0),
     rounds=st.integers(2, 20),
     batch=st.sampled_from([4, 8, 16]),
@@ -88,7 +102,13 @@ def varying(settings: Settings) -> dict[str, Any]:
     arms=st.permutations([*ALL[:-2], "wide: federation.rounds=1", PROXIMAL]),
 )
 def test_every_arm_shows_the_same_number_of_images(
-    sizes: list[int], kimg: float, rounds: int, batch: int, local_images: str, share: float, arms: list[str]
+    sizes: list[int],
+    kimg: float,
+    rounds: int,
+    batch: int,
+    local_images: str,
+    share: float,
+    arms: list[str],
 ) -> None:
     assume(kimg * 1000 / rounds >= batch * len(sizes))
     settings = scenario(
@@ -106,9 +126,11 @@ def test_every_arm_shows_the_same_number_of_images(
     assert {sum(arm.hospital_images.values()) for arm in found} == {budget}
     for arm in found:
         if arm.by_hospital:
-            before = [job.start.images_seen if job.start else 0 for job in arm.jobs]  # each hospital's own
+            before = [
+                job.start.images_seen if job.start else 0 for job in arm.jobs
+            ]  # each hospital's own
             assert sum(before) + sum(sum(job.images) for job in arm.jobs) == budget
-        elif arm.jobs[0].kind == HOME:
+        elif arm.jobs[0].kind == STANDALONE:
             assert sum(arm.jobs[0].images) == budget
         assert all(images >= 0 and images % batch == 0 for job in arm.jobs for images in job.images)
 
@@ -123,7 +145,9 @@ def test_what_the_plan_promises_is_what_its_jobs_will_show(local_images: str) ->
 
 @hypothesis_settings(max_examples=40)
 @given(
-    sizes=st.lists(st.integers(1, 500), min_size=2, max_size=5).map(lambda drawn: sorted(drawn, reverse=True)),
+    sizes=st.lists(st.integers(1, 500), min_size=2, max_size=5).map(
+        lambda drawn: sorted(drawn, reverse=True)
+    ),
     batches=st.integers(5, 200),
     equal=st.booleans(),
     share=st.floats(0.01, 0.9),
@@ -143,25 +167,36 @@ def test_a_hospital_alone_sees_what_it_sees_in_the_federation_round_by_round(
     )
     names = {f"hospital-{number}": size for number, size in enumerate(sizes)}
     federated, local, finetuned = planned(settings, names)
-    assert dict(local.hospital_images) == dict(federated.hospital_images) == dict(finetuned.hospital_images)
+    assert (
+        dict(local.hospital_images)
+        == dict(federated.hospital_images)
+        == dict(finetuned.hospital_images)
+    )
     rows = deal_images(sizes, round_totals(batches * 4 / 1000, rounds, 4), 4, equal)
-    for number, (name, job, tuned) in enumerate(zip(names, local.jobs, finetuned.jobs, strict=True)):
+    for number, (name, job, tuned) in enumerate(
+        zip(names, local.jobs, finetuned.jobs, strict=True)
+    ):
         own = tuple(row[number] for row in rows)
-        assert (job.members, job.kind, job.images) == ((name,), HOME, own)
+        assert (job.members, job.kind, job.images) == ((name,), STANDALONE, own)
         assert tuned.start is not None
         begin = tuned.start.round
         assert tuned.start.folder == federated.folder
         assert is_evaluated(federated.jobs[0].settings, begin)
         assert 1 <= begin < rounds
         assert tuned.images == own[begin:]
-        assert tuned.start.images_seen == sum(own[:begin])  # what this hospital has seen by then, not all of them
+        assert tuned.start.images_seen == sum(
+            own[:begin]
+        )  # what this hospital has seen by then, not all of them
         assert tuned.start.images_seen + sum(tuned.images) == finetuned.hospital_images[name]
 
 
 def test_fine_tuning_begins_at_the_kept_round_nearest_to_its_share() -> None:
     def begin(share: float, every: int) -> int:
         settings = scenario(
-            ("federated", "finetuned"), federation_rounds=10, evaluation_every=every, comparison_finetune_share=share
+            ("federated", "finetuned"),
+            federation_rounds=10,
+            evaluation_every=every,
+            comparison_finetune_share=share,
         )
         job = planned(settings)[1].jobs[0]
         assert job.start is not None
@@ -187,21 +222,35 @@ def test_jobs_differ_in_their_federation_and_their_seed_alone() -> None:
             if "training.proximal_mu" not in changed:
                 assert job.settings.training == settings.training
             known, own = to_dict(settings.federation), to_dict(job.settings.federation)
-            assert {f"federation.{key}" for key in own if own[key] != known[key]} <= changed | {"federation.members"}
+            assert {f"federation.{key}" for key in own if own[key] != known[key]} <= changed | {
+                "federation.members"
+            }
 
 
 def test_seeds_differ_and_the_data_do_not() -> None:
     arms = planned(scenario(comparison_seeds=3))
     assert sorted({arm.seed for arm in arms}) == [5, 6, 7]
-    for _, same in itertools.groupby(sorted(arms, key=lambda arm: arm.name), key=lambda arm: arm.name):
+    for _, same in itertools.groupby(
+        sorted(arms, key=lambda arm: arm.name), key=lambda arm: arm.name
+    ):
         one = list(same)
         assert [arm.seed for arm in one] == [5, 6, 7]
         assert len({arm.folder for arm in one}) == 3
-        assert len({(arm.kind, arm.members, tuple(arm.hospital_images.items()), arm.overrides) for arm in one}) == 1
+        assert (
+            len(
+                {
+                    (arm.kind, arm.members, tuple(arm.hospital_images.items()), arm.overrides)
+                    for arm in one
+                }
+            )
+            == 1
+        )
         assert len({tuple(job.images for job in arm.jobs) for arm in one}) == 1
     assert {job.settings.data_seed for arm in arms for job in arm.jobs} == {5}
     assert {job.settings.data.root for arm in arms for job in arm.jobs} == {str(ROOT)}
-    assert len({job.folder for arm in arms for job in arm.jobs}) == sum(len(arm.jobs) for arm in arms)
+    assert len({job.folder for arm in arms for job in arm.jobs}) == sum(
+        len(arm.jobs) for arm in arms
+    )
 
 
 def test_a_seed_of_the_data_that_was_given_is_kept() -> None:
@@ -212,31 +261,57 @@ def test_a_seed_of_the_data_that_was_given_is_kept() -> None:
 def test_the_named_arms_are_what_their_names_say() -> None:
     arms = {arm.name: arm for arm in planned(scenario(comparison_seeds=1))}
     central, local = arms["centralized"], arms["local"]
-    assert [(job.kind, job.members, job.folder) for job in central.jobs] == [(HOME, tuple(SIZES), central.folder)]
-    assert [(job.kind, job.members) for job in local.jobs] == [(HOME, (name,)) for name in SIZES]
+    assert [(job.kind, job.members, job.folder) for job in central.jobs] == [
+        (STANDALONE, tuple(SIZES), central.folder)
+    ]
+    assert [(job.kind, job.members) for job in local.jobs] == [
+        (STANDALONE, (name,)) for name in SIZES
+    ]
     assert local.by_hospital
     assert arms["finetuned"].by_hospital
-    exchange = {name: arms[name].jobs[0].settings.federation.exchange for name in ("generator-only", "local-discriminators")}
-    assert exchange == {"generator-only": ("generator",), "local-discriminators": ("generator", "ema")}
+    exchange = {
+        name: arms[name].jobs[0].settings.federation.exchange
+        for name in ("generator-only", "local-discriminators")
+    }
+    assert exchange == {
+        "generator-only": ("generator",),
+        "local-discriminators": ("generator", "ema"),
+    }
     proximal = arms["fedprox"].jobs[0].settings
     assert (proximal.federation.strategy, proximal.training.proximal_mu) == ("fedprox", 0.01)
     assert arms["fedprox"].overrides == ("federation.strategy=fedprox", "training.proximal_mu=0.01")
     for name in ("federated", "generator-only", "local-discriminators", "wide", "fedprox"):
-        assert [(arms[name].kind, job.kind, job.members) for job in arms[name].jobs] == [("federated", FEDERATION, tuple(SIZES))]
+        assert [(arms[name].kind, job.kind, job.members) for job in arms[name].jobs] == [
+            ("federated", FEDERATION, tuple(SIZES))
+        ]
 
 
 def test_a_pooled_training_may_be_blind_to_institutions() -> None:
-    tree = to_dict(scenario(("centralized", "blind < centralized: model.institutions=0", "fedavg: model.institutions=0")))
-    settings = from_dict(tree, ["federation.share_label_counts=true", "model.institutions=3", "comparison.seeds=1"])
+    tree = to_dict(
+        scenario(
+            ("centralized", "blind < centralized: model.hospitals=0", "fedavg: model.hospitals=0")
+        )
+    )
+    settings = from_dict(
+        tree, ["federation.share_label_counts=true", "model.hospitals=3", "comparison.seeds=1"]
+    )
     central, blind, federated = planned(settings)
-    assert [arm.kind for arm in (central, blind, federated)] == ["centralized", "centralized", "federated"]
-    assert [arm.jobs[0].settings.model.institutions for arm in (central, blind, federated)] == [3, 0, 0]
+    assert [arm.kind for arm in (central, blind, federated)] == [
+        "centralized",
+        "centralized",
+        "federated",
+    ]
+    assert [arm.jobs[0].settings.model.hospitals for arm in (central, blind, federated)] == [
+        3,
+        0,
+        0,
+    ]
     assert central.jobs[0].images == blind.jobs[0].images
-    assert (blind.jobs[0].kind, blind.overrides) == (HOME, ("model.institutions=0",))
+    assert (blind.jobs[0].kind, blind.overrides) == (STANDALONE, ("model.hospitals=0",))
     with pytest.raises(ConfigError, match="of a pooled training, which has no federation"):
         planned(from_dict(tree, ["comparison.arms=blind < centralized: federation.weights=equal"]))
     with pytest.raises(ConfigError, match="comes from 'local': write 'blind: "):
-        planned(from_dict(tree, ["comparison.arms=blind < local: model.institutions=0"]))
+        planned(from_dict(tree, ["comparison.arms=blind < local: model.hospitals=0"]))
 
 
 @pytest.mark.parametrize("hospitals", [2, 3, 4])
@@ -249,8 +324,12 @@ def test_coalitions_are_the_proper_parts_of_the_hospitals(hospitals: int) -> Non
     assert sorted(arm.members for arm in arms) == sorted(expected)
     for arm in arms:
         (job,) = arm.jobs
-        assert (arm.kind, job.members, list(arm.hospital_images)) == ("coalition", arm.members, list(arm.members))
-        assert job.kind == (HOME if len(arm.members) == 1 else FEDERATION)
+        assert (arm.kind, job.members, list(arm.hospital_images)) == (
+            "coalition",
+            arm.members,
+            list(arm.members),
+        )
+        assert job.kind == (STANDALONE if len(arm.members) == 1 else FEDERATION)
         assert job.settings.federation.participants == len(arm.members)
 
 
@@ -258,12 +337,19 @@ def test_coalitions_are_the_proper_parts_of_the_hospitals(hospitals: int) -> Non
 def test_leave_one_out_is_a_coalition_for_each_hospital_that_is_left_out(hospitals: int) -> None:
     sizes = {f"hospital-{number}": 10 * (hospitals - number) for number in range(hospitals)}
     arms = planned(scenario(("leave-one-out",), hospitals, comparison_seeds=1), sizes)
-    assert [arm.members for arm in arms] == [tuple(name for name in sizes if name != out) for out in sizes]
-    assert {arm.kind for arm in arms} == {"coalition"}  # six hospitals are not too many: a training each
+    assert [arm.members for arm in arms] == [
+        tuple(name for name in sizes if name != out) for out in sizes
+    ]
+    assert {arm.kind for arm in arms} == {
+        "coalition"
+    }  # six hospitals are not too many: a training each
     assert len({arm.folder for arm in arms}) == hospitals
 
 
-@pytest.mark.parametrize("given", [("federation.strategy=krum",), ("federation.strategy=fedprox", "training.proximal_mu=0.1")])
+@pytest.mark.parametrize(
+    "given",
+    [("federation.strategy=krum",), ("federation.strategy=fedprox", "training.proximal_mu=0.1")],
+)
 def test_training_at_home_has_no_strategy_and_no_proximal_term(given: tuple[str, ...]) -> None:
     arms = ("centralized", "federated", "local", "finetuned", "coalitions")
     settings = from_dict(to_dict(scenario(arms, comparison_seeds=1)), given)
@@ -281,7 +367,10 @@ def test_training_at_home_has_no_strategy_and_no_proximal_term(given: tuple[str,
     ("arms", "text"),
     [
         (("centralised",), "comparison.arms has 'centralised': give centralized, federated, local"),
-        (("federated", "x: model.channel_max=8"), "would change model.channel_max: arms may differ in how they federate alone"),
+        (
+            ("federated", "x: model.channel_max=8"),
+            "would change model.channel_max: arms may differ in how they federate alone",
+        ),
         (("x: training.learning_rate=1",), "would change training.learning_rate"),
         (("x: federation.strategy=fedadam; seed=3",), "would change seed"),
         (("x:",), "names no key"),
@@ -301,19 +390,34 @@ def test_arms_that_cannot_be_had_are_refused(arms: tuple[str, ...], text: str) -
 @pytest.mark.parametrize("every", [0, 5, 7])
 def test_fine_tuning_needs_a_round_that_is_kept_before_the_last(every: int) -> None:
     with pytest.raises(
-        ConfigError, match=rf"evaluation\.every = {every} keeps none before the last of 5: lower evaluation\.every"
+        ConfigError,
+        match=rf"evaluation\.every = {every} keeps none before the last of 5: lower evaluation\.every",
     ):
         planned(scenario(("federated", "finetuned"), evaluation_every=every))
 
 
 def test_coalitions_of_too_many_hospitals_are_refused() -> None:
     sizes = {f"hospital-{number}": 10 for number in range(5)}
-    with pytest.raises(ConfigError, match="would train 30 federations a seed: it is for 4 hospitals at most; 'leave-one-out'"):
+    with pytest.raises(
+        ConfigError,
+        match="would train 30 federations a seed: it is for 4 hospitals at most; 'leave-one-out'",
+    ):
         planned(scenario(("coalitions",), 5), sizes)
 
 
 @pytest.mark.parametrize(
-    "name", ["real", "everybody", "local", "federated", "generator-only", "leave-one-out", "coalitions", "coalition a", ""]
+    "name",
+    [
+        "real",
+        "everybody",
+        "local",
+        "federated",
+        "generator-only",
+        "leave-one-out",
+        "coalitions",
+        "coalition a",
+        "",
+    ],
 )
 def test_a_name_that_means_something_else_on_the_page_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"needs a name of its own, not '{name}'"):
@@ -323,13 +427,18 @@ def test_a_name_that_means_something_else_on_the_page_is_refused(name: str) -> N
 @pytest.mark.parametrize("change", ["members=alpha,beta", "hospitals=2", "threads=2"])
 def test_who_takes_part_and_on_how_many_cores_is_the_same_in_all_arms(change: str) -> None:
     key = change.partition("=")[0]
-    with pytest.raises(ConfigError, match=rf"would change federation\.{key}: arms may differ in how they federate alone"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"would change federation\.{key}: arms may differ in how they federate alone",
+    ):
         planned(scenario((f"x: federation.rounds=2; federation.{change}",)))
 
 
 @pytest.mark.parametrize("exchange", ["generator", "generator,ema"])
 def test_fine_tuning_needs_the_federation_s_discriminator(exchange: str) -> None:
-    settings = from_dict(to_dict(scenario(("federated", "finetuned"))), [f"federation.exchange={exchange}"])
+    settings = from_dict(
+        to_dict(scenario(("federated", "finetuned"))), [f"federation.exchange={exchange}"]
+    )
     with pytest.raises(ConfigError, match=r"discriminator: add it to federation\.exchange"):
         planned(settings)
 
@@ -347,13 +456,27 @@ def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert isinstance(begun.start, Start)
 
 
-@pytest.mark.parametrize("path", sorted(SCENARIOS.glob("*compare.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(SCENARIOS.glob("*compare.toml")), ids=lambda path: path.stem
+)
 def test_the_arms_of_a_shipped_comparison_can_be_compared(path: Path) -> None:
     """Else everything would be trained and then refused."""
-    alike = {"images_seen": 1, "declared": {}, "stopped": [], "resolution": 32, "label_names": ["a"]}
+    alike = {
+        "images_seen": 1,
+        "declared": {},
+        "stopped": [],
+        "resolution": 32,
+        "label_names": ["a"],
+    }
     evaluator = dict.fromkeys(EVALUATOR_KEYS, "one")
     arms = [
-        {"name": arm.name, "seed": arm.seed, "settings": to_dict(arm.jobs[0].settings), "evaluator": evaluator, **alike}
+        {
+            "name": arm.name,
+            "seed": arm.seed,
+            "settings": to_dict(arm.jobs[0].settings),
+            "evaluator": evaluator,
+            **alike,
+        }
         for arm in planned(load_scenario(path))
     ]
     assert len(arms) > 1
@@ -361,7 +484,16 @@ def test_the_arms_of_a_shipped_comparison_can_be_compared(path: Path) -> None:
 
 
 def test_a_comparison_says_whose_average_of_the_generator_is_judged() -> None:
-    arms = planned(scenario(("centralized", "federated", "short: federation.exchange=generator,discriminator", "local")))
+    arms = planned(
+        scenario(
+            (
+                "centralized",
+                "federated",
+                "short: federation.exchange=generator,discriminator",
+                "local",
+            )
+        )
+    )
     said = " ".join(fairness([Outcome(arm) for arm in arms], {}))
     assert "of its rounds, by the server, in short; of its steps elsewhere" in said
     everybody = [Outcome(arm) for arm in planned(scenario(("federated",)))]

@@ -10,7 +10,7 @@ import pytest
 
 from fedgan.config import Settings, to_dict
 from fedgan.errors import ConfigError
-from fedgan.evaluation.arms import (
+from fedgan.evaluation.arms.summary import (
     RealTest,
     Run,
     answer,
@@ -21,7 +21,7 @@ from fedgan.evaluation.arms import (
     real_row,
     summary_row,
 )
-from fedgan.evaluation.utility import utility
+from fedgan.evaluation.metrics.utility import utility
 
 HOSPITALS = ("guangzhou", "kermany", "nih")
 
@@ -30,7 +30,9 @@ def _test_images(count=90):
     rng = np.random.default_rng(0)
     labels = np.eye(3, dtype=np.uint8)[rng.integers(3, size=count)]
     places = np.array(HOSPITALS)[rng.integers(3, size=count)]
-    return RealTest(labels, ("a", "b", "c"), True, np.repeat(np.arange(count // 2), 2), places, 60, 0)
+    return RealTest(
+        labels, ("a", "b", "c"), True, np.repeat(np.arange(count // 2), 2), places, 60, 0
+    )
 
 
 def _scores(test, seed, skill=1.0, seeds=2):
@@ -44,7 +46,15 @@ def _scores(test, seed, skill=1.0, seeds=2):
 
 def test_a_row_is_the_mean_over_generator_and_classifier_seeds():
     test = _test_images()
-    runs = [Run(seed, 150_000, _scores(test, seed), {"frechet": 10.0 + seed, "recall": 0.4, "coverage": 0.5}) for seed in (0, 1)]
+    runs = [
+        Run(
+            seed,
+            150_000,
+            _scores(test, seed),
+            {"frechet": 10.0 + seed, "recall": 0.4, "coverage": 0.5},
+        )
+        for seed in (0, 1)
+    ]
     row = summary_row("federated", "fedadam", runs, test)
     stacked = np.concatenate([run.scores for run in runs])
     whole = utility(stacked, test.labels, test.label_names, True, test.groups, 60, 0)
@@ -81,20 +91,37 @@ def test_a_row_has_the_figures_inside_each_institution():
 def test_an_arm_without_a_finished_run_is_a_row_of_blanks():
     row = summary_row("federated", "federated", [], _test_images())
     assert (row["seeds"], row["macro_auc_seeds"], row["frechet_seeds"]) == ([], [], [])
-    assert [row[key] for key in ("images_seen", "macro_auc", "macro_auc_ci", "macro_auprc", "frechet", "recall")] == [None] * 6
+    assert [
+        row[key]
+        for key in ("images_seen", "macro_auc", "macro_auc_ci", "macro_auprc", "frechet", "recall")
+    ] == [None] * 6
 
 
 def test_the_real_row_has_figures_but_no_generator():
     test = _test_images()
     scores = _scores(test, 4, skill=3.0)
     row = real_row(scores, test)
-    assert (row["arm"], row["name"], row["seeds"], row["frechet"], row["images_seen"]) == ("real", "real", [], None, None)
-    assert row["macro_auc"] == utility(scores, test.labels, test.label_names, True, test.groups, 60, 0)["macro_auc"]
-    assert list(row) == list(summary_row("federated", "f", [Run(0, 1, scores)], test))  # rows are alike
+    assert (row["arm"], row["name"], row["seeds"], row["frechet"], row["images_seen"]) == (
+        "real",
+        "real",
+        [],
+        None,
+        None,
+    )
+    assert (
+        row["macro_auc"]
+        == utility(scores, test.labels, test.label_names, True, test.groups, 60, 0)["macro_auc"]
+    )
+    assert list(row) == list(
+        summary_row("federated", "f", [Run(0, 1, scores)], test)
+    )  # rows are alike
 
 
 def test_the_matrix_has_a_cell_for_each_row_and_hospital_and_blanks_where_nothing_is():
-    inside = {"guangzhou": {"macro_auc": 0.8, "macro_auc_ci": [0.7, 0.9]}, "nih": {"macro_auc": None, "macro_auc_ci": None}}
+    inside = {
+        "guangzhou": {"macro_auc": 0.8, "macro_auc_ci": [0.7, 0.9]},
+        "nih": {"macro_auc": None, "macro_auc_ci": None},
+    }
     rows = [
         {"name": "federated", "hospital": None, "per_institution": inside},
         {"name": "local: nih", "hospital": "nih", "per_institution": {}},
@@ -121,11 +148,18 @@ def test_kimg_to_a_distance_is_the_first_measurement_that_reaches_it():
     assert kimg_to_frechet(curve, 11.9) is None
     assert kimg_to_frechet(curve, None) is None
     assert kimg_to_frechet([], 20.0) is None
-    assert kimg_to_frechet(_curve((10_000, None), (20_000, float("nan")), (30_000, 3.0)), 5.0) == 30.0
+    assert (
+        kimg_to_frechet(_curve((10_000, None), (20_000, float("nan")), (30_000, 3.0)), 5.0) == 30.0
+    )
 
 
 def test_the_threshold_is_one_that_every_arm_reaches():
-    curves = [_curve((10_000, 9.0), (20_000, 5.0)), _curve((20_000, 7.0), (10_000, 4.0)), [], _curve((10_000, None))]
+    curves = [
+        _curve((10_000, 9.0), (20_000, 5.0)),
+        _curve((20_000, 7.0), (10_000, 4.0)),
+        [],
+        _curve((10_000, None)),
+    ]
     assert frechet_threshold(curves) == 7.0
     assert all(kimg_to_frechet(curve, 7.0) is not None for curve in curves[:2])
     assert frechet_threshold([[], []]) is None
@@ -141,13 +175,24 @@ def _summary(federated=("federated",), hospitals=HOSPITALS, central=True):
         *([{**row, "arm": "centralized", "name": "centralized"}] if central else []),
         *({**row, "arm": "federated", "name": name} for name in federated),
         {**row, "arm": "local", "name": "local"},
-        *({**row, "arm": "local", "name": f"local: {place}", "hospital": place} for place in hospitals),
+        *(
+            {**row, "arm": "local", "name": f"local: {place}", "hospital": place}
+            for place in hospitals
+        ),
     ]
 
 
 def _row(b, value, ci, p_holm, a="federated", margin=0.02):
     inferior = None if ci is None else ci[0] > -margin
-    return {"a": a, "b": b, "difference": value, "ci": ci, "p_holm": p_holm, "margin": margin, "non_inferior": inferior}
+    return {
+        "a": a,
+        "b": b,
+        "difference": value,
+        "ci": ci,
+        "p_holm": p_holm,
+        "margin": margin,
+        "non_inferior": inferior,
+    }
 
 
 GAINS = [
@@ -181,7 +226,10 @@ def test_the_answer_names_cost_and_gain_in_one_sentence():
     ],
 )
 def test_the_answer_does_not_pass_over_the_rival_that_needs_no_federation(value, ci, p_holm, text):
-    said = _answer(_row("centralized", -0.1, [-0.12, -0.07], 0.01), gains=[*GAINS, _row("local", value, ci, p_holm)])
+    said = _answer(
+        _row("centralized", -0.1, [-0.12, -0.07], 0.01),
+        gains=[*GAINS, _row("local", value, ci, p_holm)],
+    )
     assert said.endswith(f"; against the pooled releases of hospitals that train alone {text}.")
     assert len(said.split()) <= 90
 
@@ -220,14 +268,26 @@ def test_the_answer_is_honest_for_every_sign(value, ci, p_holm, gap, verdict):
         (0.05, None, None, "0.050 above nih alone (no interval)"),
     ],
 )
-def test_a_single_hospital_is_named_with_its_sign_and_the_others_as_missing(value, ci, p_holm, text):
-    said = _answer(_row("centralized", 0.0, [-0.01, 0.01], 1.0), [_row("local: nih", value, ci, p_holm)])
-    assert f") and {text}, with its own share of the images; 2 hospitals alone were not measured." in said
+def test_a_single_hospital_is_named_with_its_sign_and_the_others_as_missing(
+    value, ci, p_holm, text
+):
+    said = _answer(
+        _row("centralized", 0.0, [-0.01, 0.01], 1.0), [_row("local: nih", value, ci, p_holm)]
+    )
+    assert (
+        f") and {text}, with its own share of the images; 2 hospitals alone were not measured."
+        in said
+    )
 
 
 def test_a_claim_asks_that_every_seed_has_the_sign_of_the_difference():
     def seeds(row, *differences):
-        return {**row, "seed_differences": [{"seed": seed, "difference": value} for seed, value in enumerate(differences)]}
+        return {
+            **row,
+            "seed_differences": [
+                {"seed": seed, "difference": value} for seed, value in enumerate(differences)
+            ],
+        }
 
     cost = _row("centralized", -0.03, [-0.05, -0.01], 0.01)
     gain = _row("local: nih", 0.05, [0.03, 0.07], 0.01)
@@ -235,14 +295,19 @@ def test_a_claim_asks_that_every_seed_has_the_sign_of_the_difference():
     assert "a cost, not shown to be within" in said
     assert "a gain)" in said
     said = _answer(seeds(cost, -0.07, 0.01), [seeds(gain, 0.11, -0.01)])
-    assert "0.030 below those of centralised training (−0.050 to −0.010: not the same in every seed)" in said
+    assert (
+        "0.030 below those of centralised training (−0.050 to −0.010: not the same in every seed)"
+        in said
+    )
     assert "0.050 above nih alone (0.030 to 0.070: not the same in every seed)" in said
     assert "a gain" not in said
     for differences in ([0.05], [], [0.1, None]):
         said = _answer(cost, [seeds(gain, *differences)])
         assert ("a gain)" in said) == (None not in differences)
     near = seeds(_row("centralized", -0.01, [-0.019, -0.001], 0.01), -0.03, 0.01)
-    assert "(−0.019 to −0.001: non-inferior at the margin of 0.020)" in _answer(near)  # holds whichever sign it has
+    assert "(−0.019 to −0.001: non-inferior at the margin of 0.020)" in _answer(
+        near
+    )  # holds whichever sign it has
     vague = seeds(_row("local: nih", 0.05, [-0.03, 0.07], 0.4), 0.11, -0.01)
     assert "no difference shown)" in _answer(cost, [vague])
 
@@ -256,7 +321,9 @@ def test_what_was_not_measured_is_said():
         )
         assert said.endswith("; centralised training was not measured.")
     cost = _row("centralized", -0.01, [-0.019, -0.001], 0.01)
-    assert _answer(cost, []).endswith("within the margin of 0.020); the hospitals alone were not measured.")
+    assert _answer(cost, []).endswith(
+        "within the margin of 0.020); the hospitals alone were not measured."
+    )
     assert _answer(cost, GAINS[:2]).endswith("; nih alone was not measured.")
     assert _answer(None, []) == (
         "What federation costs and gains is unknown: "
@@ -265,15 +332,24 @@ def test_what_was_not_measured_is_said():
     assert answer(_summary(federated=()), GAINS, HOSPITALS) == (
         "What federation costs and gains is unknown: federated training was not measured."
     )
-    failed = [{**row, "macro_auc": None} if row["arm"] == "federated" else row for row in _summary()]
+    failed = [
+        {**row, "macro_auc": None} if row["arm"] == "federated" else row for row in _summary()
+    ]
     assert "the arm 'federated' was not measured" in answer(failed, GAINS, HOSPITALS)
 
 
 def test_among_several_federated_arms_the_one_meant_is_named():
     rows = _summary(federated=("federated", "fedadam"))
-    comparisons = [_row("centralized", -0.01, [-0.02, 0.0], 0.5), _row("centralized", 0.04, [0.03, 0.05], 0.01, a="fedadam")]
-    assert "federated ('federated') synthetic images score 0.010 below" in answer(rows, comparisons, HOSPITALS)
-    assert "federated ('fedadam') synthetic images score 0.040 above" in answer(rows, comparisons, HOSPITALS, "fedadam")
+    comparisons = [
+        _row("centralized", -0.01, [-0.02, 0.0], 0.5),
+        _row("centralized", 0.04, [0.03, 0.05], 0.01, a="fedadam"),
+    ]
+    assert "federated ('federated') synthetic images score 0.010 below" in answer(
+        rows, comparisons, HOSPITALS
+    )
+    assert "federated ('fedadam') synthetic images score 0.040 above" in answer(
+        rows, comparisons, HOSPITALS, "fedadam"
+    )
     assert "the arm 'krum' was not measured" in answer(rows, comparisons, HOSPITALS, "krum")
 
 
@@ -288,7 +364,12 @@ def _arm(name, seed=0, **changes):
         "settings": to_dict(Settings(seed=seed, name=name)),
         "resolution": 64,
         "label_names": ["normal", "pneumonia"],
-        "evaluator": {"extractor": "reference", "classifier": "small-cnn", "suite": "full", "test_hash": "abc"},
+        "evaluator": {
+            "extractor": "reference",
+            "classifier": "small-cnn",
+            "suite": "full",
+            "test_hash": "abc",
+        },
     }
     return {**arm, **changes}
 
@@ -347,12 +428,18 @@ def test_what_makes_an_arm_may_differ(path, value):
 
 
 def test_the_arms_of_the_most_and_the_fewest_images_are_named():
-    arms = [_arm("centralized"), _arm("local", images_seen=149_970), _arm("federated", images_seen=150_030)]
+    arms = [
+        _arm("centralized"),
+        _arm("local", images_seen=149_970),
+        _arm("federated", images_seen=150_030),
+    ]
     with pytest.raises(ConfigError, match=r"arm 'federated'.* 150,030.* arm 'local'.* 149,970"):
         check_comparable(arms)
 
 
-@pytest.mark.parametrize("key", ["resolution", "label_names", "settings", "images_seen", "evaluator"])
+@pytest.mark.parametrize(
+    "key", ["resolution", "label_names", "settings", "images_seen", "evaluator"]
+)
 def test_an_arm_that_does_not_say_how_it_was_made_is_refused(key):
     arm = {name: value for name, value in _arm("federated").items() if name != key}
     for arms in ([_arm("centralized"), arm], [arm]):

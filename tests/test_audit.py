@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from fedgan import files
+from fedgan.audit.audit import HospitalAudit, audit_hospital, headline, report_of, signs
+from fedgan.audit.copy_search import plant
+from fedgan.audit.membership_inference import _negative, attacks_of, rows_of
+from fedgan.audit.subject import Audited, AuditSettings, pixel_space, roles_of
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.data.federation import Hospital, open_hospitals
 from fedgan.data.phantoms import write_phantoms
 from fedgan.errors import FedganError, SplitError
-from fedgan.evaluation.audit import HospitalAudit, audit_hospital, headline, report_of, signs
-from fedgan.evaluation.audit_copies import plant
-from fedgan.evaluation.audit_membership import _negative, attacks_of, rows_of
-from fedgan.evaluation.audit_subject import Audited, AuditSettings, pixel_space, roles_of
-from fedgan.models.discriminator import Discriminator
-from fedgan.models.generator import Generator
-from fedgan.report.privacy.findings import Audit
+from fedgan.models.stylegan2.discriminator import Discriminator
+from fedgan.models.stylegan2.generator import Generator
+from fedgan.report.run.privacy.findings import Audit
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import save_tensors
 
@@ -115,7 +115,11 @@ def test_each_figure_stands_beside_the_one_for_held_out_images(clean: HospitalAu
     found = clean.numbers
     for copies in found["copies"].values():
         assert copies["held_out_ci"][0] <= copies["held_out_share"] <= copies["held_out_ci"][1]
-    assert [row["attack"] for row in found["membership"]] == ["distance", "density", "density ratio"]
+    assert [row["attack"] for row in found["membership"]] == [
+        "distance",
+        "density",
+        "density ratio",
+    ]
     for row in found["membership"]:
         assert row["null_auc_ci"][0] <= row["null_auc"] <= row["null_auc_ci"][1]
         assert abs(row["null_images"] - row["members"]) <= 3
@@ -134,13 +138,23 @@ def test_only_numbers_leave(leaky: HospitalAudit, hospital: Hospital, settings: 
     assert report["settings"]["images"] == 150
 
 
-def test_the_page_reads_what_the_audit_writes(clean: HospitalAudit, leaky: HospitalAudit, settings: Settings) -> None:
+def test_the_page_reads_what_the_audit_writes(
+    clean: HospitalAudit, leaky: HospitalAudit, settings: Settings
+) -> None:
     for found in (clean, leaky):
-        content = json.loads(json.dumps(report_of([found], Audited(settings, None), QUICK, 3, "ab12")))
+        content = json.loads(
+            json.dumps(report_of([found], Audited(settings, None), QUICK, 3, "ab12"))
+        )
         page = Audit(content)
         assert page.valid, page.why_not
-        assert len([figure for figure in page.figures if figure.stands_out]) == len(found.numbers["signs"])
-        assert not [figure for figure in page.figures if None in (figure.value, figure.ci, figure.real, figure.real_ci)]
+        assert len([figure for figure in page.figures if figure.stands_out]) == len(
+            found.numbers["signs"]
+        )
+        assert not [
+            figure
+            for figure in page.figures
+            if None in (figure.value, figure.ci, figure.real, figure.real_ci)
+        ]
 
 
 def test_the_pictures_show_each_space(leaky: HospitalAudit) -> None:
@@ -152,7 +166,8 @@ def test_the_pictures_show_each_space(leaky: HospitalAudit) -> None:
 def test_an_audit_under_privacy_says_that_epsilon_does_not_cover_it(clean: HospitalAudit) -> None:
     private = from_dict({"privacy": {"epsilon": 8.0}})
     assert any(
-        "not covered by the epsilon" in note for note in report_of([clean], Audited(private, None), QUICK, 1, "x")["notes"]
+        "not covered by the epsilon" in note
+        for note in report_of([clean], Audited(private, None), QUICK, 1, "x")["notes"]
     )
 
 
@@ -168,8 +183,12 @@ def test_the_positive_control_asks_of_the_leak_that_was_planted(clean: HospitalA
     assert positive["membership"]["attacks"]["distance"]["auc"] >= 0.9
 
 
-def test_a_leak_does_not_spoil_the_control_that_vouches_for_its_finding(clean: HospitalAudit, leaky: HospitalAudit) -> None:
-    one, other = (found.numbers["controls"]["positive"]["copies"]["pixels"] for found in (clean, leaky))
+def test_a_leak_does_not_spoil_the_control_that_vouches_for_its_finding(
+    clean: HospitalAudit, leaky: HospitalAudit
+) -> None:
+    one, other = (
+        found.numbers["controls"]["positive"]["copies"]["pixels"] for found in (clean, leaky)
+    )
     assert one == other
 
 
@@ -188,7 +207,7 @@ def test_members_and_non_members_that_are_not_alike_make_it_not_valid(hospital: 
 def test_a_detector_that_sees_nothing_makes_it_not_valid(
     settings: Settings, hospital: Hospital, fresh: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedgan.evaluation import audit
+    from fedgan.audit import audit
 
     class Blind:
         """Rows that have nothing to do with the images."""
@@ -197,8 +216,15 @@ def test_a_detector_that_sees_nothing_makes_it_not_valid(
             rng = np.random.default_rng(0)
             space = pixel_space(hospital.train.images.shape[1:])
             size = 3 * 32 * 32
-            blind = dataclasses.replace(space, rows=lambda images: rng.normal(size=(images.shape[0], size)).astype(np.float32))
-            self.pixels, self.features, self.embedding = blind, None, dataclasses.replace(blind, name="embedding")
+            blind = dataclasses.replace(
+                space,
+                rows=lambda images: rng.normal(size=(images.shape[0], size)).astype(np.float32),
+            )
+            self.pixels, self.features, self.embedding = (
+                blind,
+                None,
+                dataclasses.replace(blind, name="embedding"),
+            )
 
     monkeypatch.setattr(audit, "Spaces", Blind)
     found = audit_hospital(Audited(settings, Recall(fresh, 7)), hospital, QUICK).numbers
@@ -212,18 +238,30 @@ def test_a_detector_that_sees_nothing_makes_it_not_valid(
 # --- what cannot be measured -------------------------------------------------------------------------
 
 
-def test_too_few_held_out_images_give_null_and_the_reason(settings: Settings, hospital: Hospital, fresh: np.ndarray) -> None:
-    few = dataclasses.replace(hospital, test=hospital.test.take(np.arange(9)), val=hospital.val.take(np.arange(3)))
+def test_too_few_held_out_images_give_null_and_the_reason(
+    settings: Settings, hospital: Hospital, fresh: np.ndarray
+) -> None:
+    few = dataclasses.replace(
+        hospital, test=hospital.test.take(np.arange(9)), val=hospital.val.take(np.arange(3))
+    )
     audited = Audited(settings, Recall(fresh, 7))
     found = audit_hospital(audited, few, QUICK)
     assert found.pictures == {}
     assert found.numbers["copies"] == {"pixels": None, "features": None, "embedding": None}
-    assert (found.numbers["membership"], found.numbers["projection"], found.numbers["valid"]) == ([], None, False)
+    assert (found.numbers["membership"], found.numbers["projection"], found.numbers["valid"]) == (
+        [],
+        None,
+        False,
+    )
     assert "12 held-out images are too few" in headline(report_of([found], audited, QUICK, 1, "x"))
 
 
-def test_held_out_images_of_few_patients_are_not_divided(settings: Settings, hospital: Hospital, fresh: np.ndarray) -> None:
-    same = dataclasses.replace(hospital.test, patients=np.array([f"p{row % 5}" for row in range(len(hospital.test))]))
+def test_held_out_images_of_few_patients_are_not_divided(
+    settings: Settings, hospital: Hospital, fresh: np.ndarray
+) -> None:
+    same = dataclasses.replace(
+        hospital.test, patients=np.array([f"p{row % 5}" for row in range(len(hospital.test))])
+    )
     one = dataclasses.replace(hospital, test=same, val=hospital.val.take(np.arange(0)))
     found = audit_hospital(Audited(settings, Recall(fresh, 7)), one, QUICK)
     assert "5 patients are too few" in found.numbers["notes"][0]
@@ -233,12 +271,19 @@ def test_a_patient_in_training_and_held_out_is_refused(hospital: Hospital) -> No
     patients = np.array(hospital.test.patients)
     patients[0] = hospital.train.patients[0]
     with pytest.raises(SplitError, match="also in"):
-        roles_of(dataclasses.replace(hospital, test=dataclasses.replace(hospital.test, patients=patients)), 0)
+        roles_of(
+            dataclasses.replace(
+                hospital, test=dataclasses.replace(hospital.test, patients=patients)
+            ),
+            0,
+        )
 
 
 def test_a_generator_of_another_size_is_refused(settings: Settings, hospital: Hospital) -> None:
     with pytest.raises(FedganError, match="audit with the shards"):
-        audit_hospital(Audited(settings, Recall(np.zeros((4, 3, 16, 16), np.uint8), 7)), hospital, QUICK)
+        audit_hospital(
+            Audited(settings, Recall(np.zeros((4, 3, 16, 16), np.uint8), 7)), hospital, QUICK
+        )
 
 
 # --- parts -------------------------------------------------------------------------------------------
@@ -247,7 +292,10 @@ def test_a_generator_of_another_size_is_refused(settings: Settings, hospital: Ho
 @pytest.mark.parametrize("seed", range(5))
 def test_no_patient_has_two_roles(hospital: Hospital, seed: int) -> None:
     roles = roles_of(hospital, seed)
-    for parts in ((roles.tested, roles.posing, roles.reference), (roles.playing, roles.judging)):
+    for parts in (
+        (roles.tested, roles.pseudo_members, roles.reference),
+        (roles.query_half, roles.reference_half),
+    ):
         patients = [set(roles.held_patients[part].tolist()) for part in parts]
         assert sum(len(some) for some in patients) == len(set().union(*patients))
         assert sorted(np.concatenate(parts).tolist()) == list(range(len(roles.held)))
@@ -261,7 +309,11 @@ def entry(**copies: Any) -> dict[str, Any]:
 
 
 def test_a_blurred_generator_is_near_to_everything_and_no_sign_of_copying() -> None:
-    near = {"near_training_share": 0.3, "near_training_ci": (0.25, 0.35), "near_held_out_ci": (0.23, 0.33)}
+    near = {
+        "near_training_share": 0.3,
+        "near_training_ci": (0.25, 0.35),
+        "near_held_out_ci": (0.23, 0.33),
+    }
     assert signs(entry(**near, near_held_out_share=0.28)) == []
     near["near_held_out_ci"] = (0.03, 0.08)
     assert len(signs(entry(**near, near_held_out_share=0.05))) == 1
@@ -269,7 +321,13 @@ def test_a_blurred_generator_is_near_to_everything_and_no_sign_of_copying() -> N
 
 
 def test_a_membership_figure_counts_only_above_its_held_out_figure() -> None:
-    row = {"attack": "distance", "auc": 0.6, "auc_ci": (0.55, 0.65), "null_auc": 0.5, "null_auc_ci": (0.46, 0.54)}
+    row = {
+        "attack": "distance",
+        "auc": 0.6,
+        "auc_ci": (0.55, 0.65),
+        "null_auc": 0.5,
+        "null_auc_ci": (0.46, 0.54),
+    }
     assert len(signs({"copies": {}, "membership": [row], "projection": None})) == 1
     row |= {"null_auc": 0.58, "null_auc_ci": (0.53, 0.63)}
     assert signs({"copies": {}, "membership": [row], "projection": None}) == []
@@ -283,7 +341,13 @@ def small_run(path: Path, **sections: Any) -> RunFolder:
     tree: dict[str, Any] = {
         "name": "small",
         "data": {"resolution": 16, "phantoms": "lesions"},
-        "model": {"z_dim": 4, "w_dim": 8, "channel_base": 64, "channel_max": 8, "mapping_layers": 1},
+        "model": {
+            "z_dim": 4,
+            "w_dim": 8,
+            "channel_base": 64,
+            "channel_max": 8,
+            "mapping_layers": 1,
+        },
         "training": {"batch_size": 4, "kimg": 1.0, "device": "cpu"},
         "federation": {"hospitals": 1, "rounds": 1},
         "evaluation": {"seeds": 1, "epochs": 1, "bootstrap": 10, "images": 40},
@@ -293,12 +357,35 @@ def small_run(path: Path, **sections: Any) -> RunFolder:
     run.write_settings(settings)
     write_phantoms(run.path / "shards", "lesions", 130, 16, hospitals=1, seed=0)
     (hospital,) = open_hospitals(settings, run.path / "shards")
-    counts = {name: int(count) for name, count in zip(hospital.train.label_names, hospital.train.labels.sum(0), strict=True)}
+    counts = {
+        name: int(count)
+        for name, count in zip(
+            hospital.train.label_names, hospital.train.labels.sum(0), strict=True
+        )
+    }
     files.write_json(run.hospitals, [{"name": hospital.name, "counts": {"train": counts}}])
-    networks = {"ema": Generator(settings.model, 16, 3, 7), "discriminator": Discriminator(settings.model, 16, 3, 7)}
-    tensors = {f"{part}/{name}": value for part, network in networks.items() for name, value in network.state_dict().items()}
-    meta = {"round": 1, "images_seen": 1000, "wall_seconds": 2.0, "bytes_exchanged": 10, "settings": to_dict(settings)}
-    meta |= {"label_names": list(hospital.train.label_names), "exclusive": True, "channels": 3, "resolution": 16}
+    networks = {
+        "ema": Generator(settings.model, 16, 3, 7),
+        "discriminator": Discriminator(settings.model, 16, 3, 7),
+    }
+    tensors = {
+        f"{part}/{name}": value
+        for part, network in networks.items()
+        for name, value in network.state_dict().items()
+    }
+    meta = {
+        "round": 1,
+        "images_seen": 1000,
+        "wall_seconds": 2.0,
+        "bytes_exchanged": 10,
+        "settings": to_dict(settings),
+    }
+    meta |= {
+        "label_names": list(hospital.train.label_names),
+        "exclusive": True,
+        "channels": 3,
+        "resolution": 16,
+    }
     save_tensors(run.checkpoint(1), tensors, meta)
     return run
 
@@ -311,7 +398,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 WORDS = ("--images", "60", "--projected", "4", "--embedding-steps", "2")
 
 
-def test_the_command_writes_numbers_to_the_run_and_pictures_to_the_hospital(fedgan: Run, finished: RunFolder) -> None:
+def test_the_command_writes_numbers_to_the_run_and_pictures_to_the_hospital(
+    fedgan: Run, finished: RunFolder
+) -> None:
     code, out, err = fedgan("audit", finished.path, *WORDS, "--json")
     assert code == 0, err
     said, written = json.loads(out), json.loads(finished.audit.read_text())
@@ -320,9 +409,15 @@ def test_the_command_writes_numbers_to_the_run_and_pictures_to_the_hospital(fedg
     (found,) = written["hospitals"]
     assert found["membership"][0]["attack"] == "discriminator"
     assert found["projection"]["images"][0] == 4
-    assert written["checkpoint_sha256"] == json.loads(finished.checkpoint(1).with_suffix(".json").read_text())["sha256"]
+    assert (
+        written["checkpoint_sha256"]
+        == json.loads(finished.checkpoint(1).with_suffix(".json").read_text())["sha256"]
+    )
     pictures = {path.relative_to(finished.path).as_posix() for path in finished.path.rglob("*.png")}
-    assert pictures == {f"hospitals/{found['name']}/audit/pairs-{space}.png" for space in ("pixels", "features", "embedding")}
+    assert pictures == {
+        f"hospitals/{found['name']}/audit/pairs-{space}.png"
+        for space in ("pixels", "features", "embedding")
+    }
     assert str(finished.path) not in finished.audit.read_text()
     # once more, in another place: the same numbers, and the run as it was
     code, out, _ = fedgan("audit", finished.path, *WORDS, "--output", "again")
@@ -333,13 +428,27 @@ def test_the_command_writes_numbers_to_the_run_and_pictures_to_the_hospital(fedg
 
 
 def test_shadows_are_trained_and_stated(fedgan: Run, finished: RunFolder) -> None:
-    words = ["--images", "50", "--projected", "0", "--embedding-steps", "1", "--shadows", "2", "--shadow-kimg", "0.008"]
+    words = [
+        "--images",
+        "50",
+        "--projected",
+        "0",
+        "--embedding-steps",
+        "1",
+        "--shadows",
+        "2",
+        "--shadow-kimg",
+        "0.008",
+    ]
     code, _, err = fedgan("audit", finished.path, *words, "--output", "shadowed")
     assert code == 0, err
     assert "2 shadow trainings of 0.008 kimg: 0.016 kimg in all" in err
     rows = json.loads(Path("shadowed/audit.json").read_text())["hospitals"][0]["membership"]
     notes = {row["attack"]: row["note"] for row in rows}
-    assert {"distance, calibrated by shadows", "discriminator, calibrated by shadows"} <= notes.keys()
+    assert {
+        "distance, calibrated by shadows",
+        "discriminator, calibrated by shadows",
+    } <= notes.keys()
     assert "2 shadow models of 0.008 kimg each" in notes["distance, calibrated by shadows"]
 
 
@@ -352,18 +461,25 @@ def test_shadows_are_trained_and_stated(fedgan: Run, finished: RunFolder) -> Non
         (["--shards", "empty"], 3, "no data at empty"),
     ],
 )
-def test_what_cannot_be_audited_is_one_line(words: list[str], code: int, text: str, fedgan: Run, finished: RunFolder) -> None:
+def test_what_cannot_be_audited_is_one_line(
+    words: list[str], code: int, text: str, fedgan: Run, finished: RunFolder
+) -> None:
     found, out, err = fedgan("audit", finished.path, *words)
     assert (found, out) == (code, "")
     assert text in err
     assert len(err.splitlines()) == 1
 
 
-def test_shards_that_have_gone_are_asked_for(fedgan: Run, finished: RunFolder, tmp_path: Path) -> None:
+def test_shards_that_have_gone_are_asked_for(
+    fedgan: Run, finished: RunFolder, tmp_path: Path
+) -> None:
     moved = RunFolder.at(tmp_path / "moved")
     moved.write_settings(finished.settings())
     for suffix in (".safetensors", ".json"):
-        files.write_bytes(moved.checkpoint(1).with_suffix(suffix), finished.checkpoint(1).with_suffix(suffix).read_bytes())
+        files.write_bytes(
+            moved.checkpoint(1).with_suffix(suffix),
+            finished.checkpoint(1).with_suffix(suffix).read_bytes(),
+        )
     code, _, err = fedgan("audit", moved.path)
     assert code == 3
     assert "give --shards DIR" in err

@@ -32,25 +32,40 @@ NAMES = "xflip rotate90 xint scale rotate aniso xfrac brightness contrast lumafl
 
 
 def random_images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def smooth_images(batch: int, channels: int, size: int, seed: int = 0) -> torch.Tensor:
     """Low frequencies alone, even about the border pixels as the mirrored continuation is: resampling hardly changes them."""
-    waves = torch.cos(math.pi * torch.outer(torch.arange(size), torch.arange(3)) / (size - 1)).double()
-    return torch.einsum("hk,bckl,wl->bchw", waves, random_images(batch, channels, 3, 3, seed=seed, dtype=torch.float64), waves)
+    waves = torch.cos(
+        math.pi * torch.outer(torch.arange(size), torch.arange(3)) / (size - 1)
+    ).double()
+    return torch.einsum(
+        "hk,bckl,wl->bchw",
+        waves,
+        random_images(batch, channels, 3, 3, seed=seed, dtype=torch.float64),
+        waves,
+    )
 
 
 # --- recorded numbers ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*NAMES, "all"])
-def test_recorded_augmentations_are_reproduced(reference_vectors: dict[str, np.ndarray], name: str) -> None:
+def test_recorded_augmentations_are_reproduced(
+    reference_vectors: dict[str, np.ndarray], name: str
+) -> None:
     names = NAMES if name == "all" else [name]
-    values: dict[str, float | torch.Tensor] = {key: float(reference_vectors[f"ada/value/{key}"]) for key in names}
+    values: dict[str, float | torch.Tensor] = {
+        key: float(reference_vectors[f"ada/value/{key}"]) for key in names
+    }
     images = torch.from_numpy(reference_vectors["ada/in"])
     result = AugmentPipe("bgc")(images, 1.0, None, values=values)
-    np.testing.assert_allclose(result.numpy(), reference_vectors[f"ada/out/{name}"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        result.numpy(), reference_vectors[f"ada/out/{name}"], rtol=1e-4, atol=1e-4
+    )
 
 
 # --- identity ------------------------------------------------------------------------------------
@@ -71,9 +86,12 @@ def test_an_image_that_no_transform_touches_keeps_its_bits(pipe: str) -> None:
     images = random_images(64, 3, 16, 16)
     augment = AugmentPipe(pipe)
     drawn = augment.draw(64, 0.05, torch.Generator().manual_seed(1))
-    neutral = torch.stack([(value == NEUTRAL.get(name, 0.0)).reshape(64, -1).all(dim=1) for name, value in drawn.items()]).all(
-        dim=0
-    )
+    neutral = torch.stack(
+        [
+            (value == NEUTRAL.get(name, 0.0)).reshape(64, -1).all(dim=1)
+            for name, value in drawn.items()
+        ]
+    ).all(dim=0)
     result = augment(images, 0.05, torch.Generator().manual_seed(1))
     same = (result == images).flatten(1).all(dim=1)
     assert 0 < neutral.sum() < 64
@@ -84,8 +102,12 @@ def test_an_image_that_no_transform_touches_keeps_its_bits(pipe: str) -> None:
 def test_neutral_values_of_every_transform_are_the_identity() -> None:
     images = random_images(2, 3, 16, 16)
     augment = AugmentPipe("bgcfnc")
-    neutral: dict[str, float | torch.Tensor] = {name: NEUTRAL.get(name, 0.0) for name in augment.transforms}
-    torch.testing.assert_close(augment(images, 1.0, None, values=neutral), images, rtol=0, atol=1e-6)
+    neutral: dict[str, float | torch.Tensor] = {
+        name: NEUTRAL.get(name, 0.0) for name in augment.transforms
+    }
+    torch.testing.assert_close(
+        augment(images, 1.0, None, values=neutral), images, rtol=0, atol=1e-6
+    )
 
 
 # --- geometry against a plain definition ---------------------------------------------------------
@@ -101,7 +123,9 @@ def translation(x: float, y: float) -> np.ndarray:
     return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]])
 
 
-def plain_map(values: dict[str, float | tuple[float, float]], width: int, height: int) -> np.ndarray:
+def plain_map(
+    values: dict[str, float | tuple[float, float]], width: int, height: int
+) -> np.ndarray:
     """The composite of appendix B, from input to output places, one matrix after the other."""
     get = {"scale": 1.0, "aniso": 1.0, "xint": (0.0, 0.0), "xfrac": (0.0, 0.0), **values}.get
     shift, part = get("xint"), get("xfrac")
@@ -127,7 +151,9 @@ def plain_warp(image: np.ndarray, forward: np.ndarray) -> np.ndarray:
     for axis in (0, 1):
         fine = np.apply_along_axis(np.convolve, axis, fine, taps)
     backward = np.linalg.inv(forward)
-    ys, xs = ((np.arange(2 * n + len(SYM6) - 2) - CENTRE_TAP) / 2 - (n - 1) / 2 for n in (height, width))
+    ys, xs = (
+        (np.arange(2 * n + len(SYM6) - 2) - CENTRE_TAP) / 2 - (n - 1) / 2 for n in (height, width)
+    )
     place = np.stack([*np.meshgrid(xs, ys), np.ones((len(ys), len(xs)))], axis=-1) @ backward.T
     column = 2 * (place[..., 0] + (width - 1) / 2 + margin) + CENTRE_TAP
     row = 2 * (place[..., 1] + (height - 1) / 2 + margin) + CENTRE_TAP
@@ -135,7 +161,10 @@ def plain_warp(image: np.ndarray, forward: np.ndarray) -> np.ndarray:
     down = np.array(SYM6) / math.sqrt(2)
     return np.array(
         [
-            [(read[2 * y : 2 * y + 12, 2 * x : 2 * x + 12] * np.outer(down, down)).sum() for x in range(width)]
+            [
+                (read[2 * y : 2 * y + 12, 2 * x : 2 * x + 12] * np.outer(down, down)).sum()
+                for x in range(width)
+            ]
             for y in range(height)
         ]
     )
@@ -163,9 +192,13 @@ angles = st.sampled_from([0.0]) | st.floats(-math.pi, math.pi)
     ),
     st.sampled_from([(9, 9), (8, 8), (9, 8)]),
 )
-def test_the_fast_warp_equals_the_plain_definition(values: dict[str, float], shape: tuple[int, int]) -> None:
+def test_the_fast_warp_equals_the_plain_definition(
+    values: dict[str, float], shape: tuple[int, int]
+) -> None:
     image = random_images(1, 1, *shape, dtype=torch.float64)
-    fixed: dict[str, float | torch.Tensor] = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    fixed: dict[str, float | torch.Tensor] = {
+        name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()
+    }
     fast = AugmentPipe("bg")(image, 1.0, None, values=fixed)
     plain = plain_warp(image[0, 0].numpy(), plain_map(values, shape[1], shape[0]))  # type: ignore[arg-type]
     np.testing.assert_allclose(fast[0, 0].numpy(), plain, atol=1e-8)
@@ -179,7 +212,9 @@ def test_the_way_for_aligned_maps_equals_the_way_for_any_map() -> None:
     drawn["rotate"] = drawn["rotate_after"] = torch.zeros(40, dtype=torch.float64)
     inverse = inverse_map(drawn, 40, 16, 16)
     images = random_images(40, 2, 16, 16)
-    torch.testing.assert_close(warp_aligned(images, inverse), warp_any(images, inverse), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        warp_aligned(images, inverse), warp_any(images, inverse), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["up", "down"])
@@ -206,11 +241,21 @@ def test_pixel_blitting_is_flip_turn_and_shift() -> None:
     # sym6 is not quite symmetric (its centre of mass is 0.1 taps off), so this holds up to 0.1 pixels of a smooth image.
     images, blit = smooth_images(2, 3, 128), AugmentPipe("blit")
     close = {"rtol": 0, "atol": 0.05}
-    assert min((images - other).abs().max() for other in (images.flip(3), torch.rot90(images, 2, (2, 3)))) > 1
-    torch.testing.assert_close(blit(images, 1.0, None, values={"xflip": 1}), images.flip(3), **close)
+    assert (
+        min(
+            (images - other).abs().max()
+            for other in (images.flip(3), torch.rot90(images, 2, (2, 3)))
+        )
+        > 1
+    )
+    torch.testing.assert_close(
+        blit(images, 1.0, None, values={"xflip": 1}), images.flip(3), **close
+    )
     for turns in (1, 2, 3):
         torch.testing.assert_close(
-            blit(images, 1.0, None, values={"rotate90": turns}), torch.rot90(images, turns, (2, 3)), **close
+            blit(images, 1.0, None, values={"rotate90": turns}),
+            torch.rot90(images, turns, (2, 3)),
+            **close,
         )
 
 
@@ -218,7 +263,9 @@ def test_pixel_blitting_is_flip_turn_and_shift() -> None:
 @settings(max_examples=25)
 def test_an_integer_shift_moves_mirrored_pixels_exactly(x: int, y: int) -> None:
     images = random_images(1, 2, 16, 16)
-    shifted = AugmentPipe("blit")(images, 1.0, None, values={"xint": torch.tensor([x / 16, y / 16])})
+    shifted = AugmentPipe("blit")(
+        images, 1.0, None, values={"xint": torch.tensor([x / 16, y / 16])}
+    )
     rows, columns = (mirrored(np.arange(16) - shift, 16) for shift in (y, x))
     torch.testing.assert_close(shifted, images[:, :, rows][:, :, :, columns], rtol=0, atol=5e-6)
 
@@ -240,18 +287,24 @@ def test_scaling_and_rotation_about_the_centre_follow_the_picture() -> None:
         "xfrac": (0.1, blob(6.0 + 3.3, -2.0 + 3.3)),
     }
     for name, (value, expected) in moved.items():
-        torch.testing.assert_close(pipe(blob(6.0, -2.0), 1.0, None, values={name: value}), expected, msg=name, **close)
+        torch.testing.assert_close(
+            pipe(blob(6.0, -2.0), 1.0, None, values={name: value}), expected, msg=name, **close
+        )
 
 
 # --- filters -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("taps", "moments"), [(SYM6, 6), (SYM2, 2)])
-def test_wavelets_are_orthonormal_with_their_vanishing_moments(taps: tuple[float, ...], moments: int) -> None:
+def test_wavelets_are_orthonormal_with_their_vanishing_moments(
+    taps: tuple[float, ...], moments: int
+) -> None:
     h = np.array(taps)
     assert h.sum() == pytest.approx(math.sqrt(2), abs=1e-12)
     for shift in range(len(h) // 2):
-        assert (h[2 * shift :] * h[: len(h) - 2 * shift]).sum() == pytest.approx(float(shift == 0), abs=1e-11)
+        assert (h[2 * shift :] * h[: len(h) - 2 * shift]).sum() == pytest.approx(
+            float(shift == 0), abs=1e-11
+        )
     n = np.arange(len(h))
     for power in range(moments):
         assert ((-1.0) ** n * (n / len(h)) ** power * h).sum() == pytest.approx(0.0, abs=1e-9)
@@ -266,7 +319,9 @@ def test_the_tap_at_which_a_pixel_stands_is_nearest_to_the_filters_centre_of_mas
 def test_downsampling_undoes_upsampling(n: int) -> None:
     period = 4 * (n - 1)
     rows = np.arange(2 * n + 10) % period
-    np.testing.assert_allclose(downsampling_matrix(n) @ upsampling_matrix(n)[rows], np.eye(n), atol=1e-10)
+    np.testing.assert_allclose(
+        downsampling_matrix(n) @ upsampling_matrix(n)[rows], np.eye(n), atol=1e-10
+    )
 
 
 def test_the_four_bands_add_up_and_lie_where_they_should() -> None:
@@ -290,7 +345,9 @@ def test_filtering_is_a_mirrored_convolution_along_both_axes() -> None:
     taps = np.zeros(43)
     for gain, band in zip(gains, band_filters(), strict=True):
         taps[21 - len(band) // 2 : 22 + len(band) // 2] += gain * band
-    plain = ndimage.convolve1d(ndimage.convolve1d(images.numpy(), taps, axis=2, mode="mirror"), taps, axis=3, mode="mirror")
+    plain = ndimage.convolve1d(
+        ndimage.convolve1d(images.numpy(), taps, axis=2, mode="mirror"), taps, axis=3, mode="mirror"
+    )
     fast = AugmentPipe("filter")(images, 1.0, None, values={"filter": amplification})
     np.testing.assert_allclose(fast.numpy(), plain, atol=1e-10)
 
@@ -351,7 +408,9 @@ def test_grey_images_take_the_part_of_colour_that_grey_has() -> None:
         "saturation": (3.0, images),
     }
     for name, (value, result) in expected.items():
-        torch.testing.assert_close(color(images, 1.0, None, values={name: value}), result, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            color(images, 1.0, None, values={name: value}), result, rtol=0, atol=1e-6, msg=name
+        )
 
 
 def test_grey_images_are_treated_as_rgb_with_equal_channels() -> None:
@@ -374,7 +433,10 @@ def test_colour_refuses_other_numbers_of_channels_even_at_p_0(p: float) -> None:
 def test_noise_adds_independent_numbers_of_the_given_deviation() -> None:
     images = random_images(3, 3, 32, 32)
     sigma = torch.tensor([0.0, 0.05, 0.2])
-    added = AugmentPipe("noise")(images, 1.0, torch.Generator().manual_seed(0), values={"noise": sigma}) - images
+    added = (
+        AugmentPipe("noise")(images, 1.0, torch.Generator().manual_seed(0), values={"noise": sigma})
+        - images
+    )
     assert torch.equal(added[0], torch.zeros(3, 32, 32))
     torch.testing.assert_close(added.flatten(1).std(dim=1), sigma, rtol=0.05, atol=0)
     assert abs(np.corrcoef(added[2].flatten(1).numpy())[0, 1]) < 0.1
@@ -421,10 +483,14 @@ def test_each_transform_takes_part_with_probability_p(drawn: dict[str, torch.Ten
 
 
 def test_some_rotation_happens_with_probability_p(drawn: dict[str, torch.Tensor]) -> None:
-    assert within_binomial_bounds(int(((drawn["rotate"] != 0) | (drawn["rotate_after"] != 0)).sum()), 0.3)
+    assert within_binomial_bounds(
+        int(((drawn["rotate"] != 0) | (drawn["rotate_after"] != 0)).sum()), 0.3
+    )
 
 
-def test_all_numbers_of_one_transform_take_part_together_but_bands_each_for_itself(drawn: dict[str, torch.Tensor]) -> None:
+def test_all_numbers_of_one_transform_take_part_together_but_bands_each_for_itself(
+    drawn: dict[str, torch.Tensor],
+) -> None:
     for name in ("xint", "xfrac", "cutout"):
         touched = drawn[name] != 0
         assert torch.equal(touched.any(dim=1), touched.all(dim=1)), name
@@ -434,7 +500,10 @@ def test_all_numbers_of_one_transform_take_part_together_but_bands_each_for_itse
 
 def test_transforms_take_part_independently(drawn: dict[str, torch.Tensor]) -> None:
     touched = np.stack(
-        [(drawn[name] != NEUTRAL.get(name, 0.0)).numpy() for name in ("scale", "aniso", "contrast", "hue", "noise")]
+        [
+            (drawn[name] != NEUTRAL.get(name, 0.0)).numpy()
+            for name in ("scale", "aniso", "contrast", "hue", "noise")
+        ]
     )
     correlations = np.corrcoef(touched)[np.triu_indices(5, 1)]
     assert np.abs(correlations).max() < 6 / math.sqrt(DRAWS)
@@ -473,7 +542,9 @@ def test_the_two_axes_are_shifted_independently() -> None:
 
 
 @pytest.mark.parametrize("pipe", PIPES)
-def test_the_same_generator_state_gives_the_same_images_and_leaves_torchs_own_alone(pipe: str) -> None:
+def test_the_same_generator_state_gives_the_same_images_and_leaves_torchs_own_alone(
+    pipe: str,
+) -> None:
     images, augment = random_images(6, 3, 16, 16), AugmentPipe(pipe)
     generator = torch.Generator().manual_seed(9)
     own = torch.get_rng_state()
@@ -514,7 +585,9 @@ def test_gradients_are_those_of_finite_differences() -> None:
         "saturation": 0.6,
     }
     augment = AugmentPipe("bgc")
-    geometry = AugmentPipe("bg")(images, 1.0, None, values={k: v for k, v in values.items() if k not in COLOR})
+    geometry = AugmentPipe("bg")(
+        images, 1.0, None, values={k: v for k, v in values.items() if k not in COLOR}
+    )
     assert torch.equal(geometry[still], images[still])
     assert torch.autograd.gradcheck(lambda x: augment(x, 1.0, None, values=values), (images,))
 

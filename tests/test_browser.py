@@ -49,7 +49,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> dict[st
         "failed": make_comparison(failed="federated", coalitions=False),
         "hostile": hostile,
     }
-    found = {name: write_comparison(write_folder(folder / name, content)) for name, content in comparisons.items()}
+    found = {
+        name: write_comparison(write_folder(folder / name, content))
+        for name, content in comparisons.items()
+    }
     return found | {"run": write_report(make_run(folder / "run"))}
 
 
@@ -60,28 +63,43 @@ def test_a_page_is_quiet_self_contained_and_fits_its_window(
 ) -> None:
     browser.show(pages[name], scheme, size)
     width = SIZES[size][0]
-    assert browser.run("return matchMedia('(prefers-color-scheme: dark)').matches") == (scheme == "dark")
-    assert browser.run("return [innerWidth, document.documentElement.scrollWidth]") == [width, width]
+    assert browser.run("return matchMedia('(prefers-color-scheme: dark)').matches") == (
+        scheme == "dark"
+    )
+    assert browser.run("return [innerWidth, document.documentElement.scrollWidth]") == [
+        width,
+        width,
+    ]
     browser.run("for (const part of document.querySelectorAll('details')) part.open = true")
-    assert browser.run("return document.documentElement.scrollWidth") == width, "with its details open"
+    assert browser.run("return document.documentElement.scrollWidth") == width, (
+        "with its details open"
+    )
     seen, low = browser.run(CONTRAST)
     assert seen > 300
     assert low == [], "contrast below 4.5 to 1, or 3 to 1 of what is drawn"
     console, asked = browser.logs()
     assert console == []
     assert pages[name].resolve().as_uri() in asked, "the log of requests works"
-    assert [url for url in asked if not url.startswith("data:") and url != pages[name].resolve().as_uri()] == []
+    assert [
+        url
+        for url in asked
+        if not url.startswith("data:") and url != pages[name].resolve().as_uri()
+    ] == []
     assert browser.run("return document.title") != "run"
 
 
-def test_the_log_of_requests_and_of_the_console_would_show_an_offence(browser: Browser, tmp_path: Path) -> None:
+def test_the_log_of_requests_and_of_the_console_would_show_an_offence(
+    browser: Browser, tmp_path: Path
+) -> None:
     page = tmp_path / "offender.html"
     (tmp_path / "other.css").write_text("p { color: red }")
     page.write_text(
         "<!DOCTYPE html><title>x</title><link rel=stylesheet href=other.css><p>x<script>console.error('loud')</script>"
     )
     browser.show(page)
-    deadline = time.monotonic() + 20  # the console's lines come over from the page's process, and may come late
+    deadline = (
+        time.monotonic() + 20
+    )  # the console's lines come over from the page's process, and may come late
     console, asked = browser.logs()
     while not any("loud" in line for line in console) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -110,18 +128,37 @@ return [...document.querySelectorAll('a[href^="#"]')].map(a => a.hash.slice(1)).
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere_and_assistive_technology_finds_names(browser: Browser, pages: dict[str, Path], name: str) -> None:
+def test_links_lead_somewhere_and_assistive_technology_finds_names(
+    browser: Browser, pages: dict[str, Path], name: str
+) -> None:
     browser.show(pages[name])
     assert browser.run(LOST_LINKS) == []
     browser.run("for (const part of document.querySelectorAll('details')) part.open = true")
     nodes = browser.tree()
-    asked = {"image", "link", "table", "region", "heading", "columnheader", "rowheader", "navigation"}
-    assert [node["role"] for node in nodes if node["role"] in asked and not node["name"].strip()] == []
-    regions = browser.run("return [...document.querySelectorAll('.scroll')].map(e => e.tabIndex === 0 ? e.ariaLabel : '')")
-    assert {" ".join(name.split()) for name in regions} <= {node["name"] for node in nodes if node["role"] == "group"}
+    asked = {
+        "image",
+        "link",
+        "table",
+        "region",
+        "heading",
+        "columnheader",
+        "rowheader",
+        "navigation",
+    }
+    assert [
+        node["role"] for node in nodes if node["role"] in asked and not node["name"].strip()
+    ] == []
+    regions = browser.run(
+        "return [...document.querySelectorAll('.scroll')].map(e => e.tabIndex === 0 ? e.ariaLabel : '')"
+    )
+    assert {" ".join(name.split()) for name in regions} <= {
+        node["name"] for node in nodes if node["role"] == "group"
+    }
     drawn = browser.run("return document.querySelectorAll('svg:not([aria-hidden]), img').length")
     assert len([node for node in nodes if node["role"] == "image"]) == drawn > 5
-    levels = browser.run("return [...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))")
+    levels = browser.run(
+        "return [...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))"
+    )
     assert levels.count(1) == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     assert len([node for node in nodes if node["role"] == "main"]) == 1
@@ -134,9 +171,13 @@ return [e.number, e.className, e.tagName, getComputedStyle(e).outlineStyle, e.ge
 
 
 @pytest.mark.parametrize("name", ["comparison", "run"])
-def test_the_keyboard_reaches_everything_in_the_order_of_the_page(browser: Browser, pages: dict[str, Path], name: str) -> None:
+def test_the_keyboard_reaches_everything_in_the_order_of_the_page(
+    browser: Browser, pages: dict[str, Path], name: str
+) -> None:
     browser.show(pages[name])
-    browser.run("const all = [...document.querySelectorAll('*')]; all.forEach((e, i) => { e.number = i })")
+    browser.run(
+        "const all = [...document.querySelectorAll('*')]; all.forEach((e, i) => { e.number = i })"
+    )
     wanted = browser.run(
         "return [...document.querySelectorAll('a[href], summary, [tabindex=\"0\"]')].filter(e => e.checkVisibility()).length"
     )
@@ -146,7 +187,9 @@ def test_the_keyboard_reaches_everything_in_the_order_of_the_page(browser: Brows
         stops.append(browser.run(FOCUS))
     assert stops[0][1] == "skip"
     assert stops[0][4] >= 0, "the skip link is on the screen when it has the focus"
-    assert [stop[0] for stop in stops] == sorted({stop[0] for stop in stops}), "in order, none twice, none left out"
+    assert [stop[0] for stop in stops] == sorted({stop[0] for stop in stops}), (
+        "in order, none twice, none left out"
+    )
     assert {stop[3] for stop in stops} == {"solid"}, "the focus can be seen"
     browser.run("document.querySelector('.skip').focus()")
     browser.press("Enter", 13)
@@ -154,9 +197,14 @@ def test_the_keyboard_reaches_everything_in_the_order_of_the_page(browser: Brows
 
 
 @pytest.mark.parametrize("name", ["comparison", "run"])
-def test_on_paper_everything_is_open_and_light(browser: Browser, pages: dict[str, Path], name: str) -> None:
+def test_on_paper_everything_is_open_and_light(
+    browser: Browser, pages: dict[str, Path], name: str
+) -> None:
     browser.show(pages[name], "dark", "paper", media="print")
-    assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert (
+        browser.run("return getComputedStyle(document.body).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
     heights = "return [...document.querySelectorAll('details:not([open]) table')].map(t => t.getBoundingClientRect().height)"
     assert min(browser.run(heights)) > 20
     wide = browser.run("return document.documentElement.scrollWidth") / SIZES["paper"][0]
@@ -165,7 +213,10 @@ def test_on_paper_everything_is_open_and_light(browser: Browser, pages: dict[str
     paper = browser.pdf()
     assert paper.startswith(b"%PDF-")
     assert len(paper) > 50_000
-    assert paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page>") + paper.count(b"/Type /Page ") > 3
+    assert (
+        paper.count(b"/Type /Page\n") + paper.count(b"/Type /Page>") + paper.count(b"/Type /Page ")
+        > 3
+    )
 
 
 ROWS = """
@@ -183,7 +234,9 @@ return [...document.querySelectorAll('.table')].map(t => {
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_csv_behind_a_link_is_the_table_above_it(browser: Browser, pages: dict[str, Path], name: str) -> None:
+def test_the_csv_behind_a_link_is_the_table_above_it(
+    browser: Browser, pages: dict[str, Path], name: str
+) -> None:
     browser.show(pages[name])
     found: list[list[Any]] = browser.run(ROWS)
     saved = [row for row in found if row[0]]
@@ -191,7 +244,9 @@ def test_the_csv_behind_a_link_is_the_table_above_it(browser: Browser, pages: di
     for href, _, style, rows in saved:
         table = list(csv.reader(io.StringIO(unquote(href.split(",", 1)[1]).removeprefix("\ufeff"))))
         shown = [row[:1] + row[1::2] for row in table] if style == "matrix" else table
-        assert [[plain(cell) for cell in row] for row in shown] == [[plain(cell) for cell in row] for row in rows]
+        assert [[plain(cell) for cell in row] for row in shown] == [
+            [plain(cell) for cell in row] for row in rows
+        ]
     names = [row[1] for row in saved]
     assert len(names) == len(set(names))
 
@@ -202,11 +257,15 @@ def plain(cell: str) -> str:
     return re.sub(r"−(?=[\d.])", "-", cell)
 
 
-def test_a_click_saves_the_csv_from_the_file_itself(browser: Browser, pages: dict[str, Path], tmp_path: Path) -> None:
+def test_a_click_saves_the_csv_from_the_file_itself(
+    browser: Browser, pages: dict[str, Path], tmp_path: Path
+) -> None:
     browser.show(pages["comparison"])
     browser.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     browser.run("document.querySelector('a.csv[download=\"arms.csv\"]').click()")
     saved, limit = tmp_path / "arms.csv", time.monotonic() + 10
     while not saved.is_file() and time.monotonic() < limit:
         time.sleep(0.05)
-    assert saved.read_text(encoding="utf-8").startswith("\ufeffTrained on images of,Images seen,Macro AUC")
+    assert saved.read_text(encoding="utf-8").startswith(
+        "\ufeffTrained on images of,Images seen,Macro AUC"
+    )

@@ -47,7 +47,12 @@ def _data(count, seed, signal=20.0, rare=0.5, name="synthetic", names=NAMES):
     rng = np.random.default_rng(seed)
     truth = np.arange(count) < rare * count
     grey = 110 + 40 * rng.normal(size=(count, 1, SIDE, SIDE)) + signal * truth[:, None, None, None]
-    return ImageDataset(name, np.clip(grey, 0, 255).astype(np.uint8), np.eye(2, dtype=np.uint8)[truth.astype(int)], names)
+    return ImageDataset(
+        name,
+        np.clip(grey, 0, 255).astype(np.uint8),
+        np.eye(2, dtype=np.uint8)[truth.astype(int)],
+        names,
+    )
 
 
 class _Forbidden:
@@ -79,11 +84,20 @@ def test_bf16_training_learns_too_and_gives_float32_weights():
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     labels = np.eye(2, dtype=np.uint8)[np.arange(128) % 2]
-    images = rng.integers(0, 100, (128, 1, 16, 16), np.uint8) + (120 * labels[:, 1]).astype(np.uint8)[:, None, None, None]
+    images = (
+        rng.integers(0, 100, (128, 1, 16, 16), np.uint8)
+        + (120 * labels[:, 1]).astype(np.uint8)[:, None, None, None]
+    )
     data = ImageDataset("toy", images, labels, ("dark", "bright"))
-    plain, short = (train_classifier(data, 24, 0, precision=precision) for precision in ("fp32", "bf16"))
-    assert {tensor.dtype for tensor in short.state_dict().values() if tensor.is_floating_point()} == {torch.float32}
-    assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), short.parameters(), strict=True))
+    plain, short = (
+        train_classifier(data, 24, 0, precision=precision) for precision in ("fp32", "bf16")
+    )
+    assert {
+        tensor.dtype for tensor in short.state_dict().values() if tensor.is_floating_point()
+    } == {torch.float32}
+    assert any(
+        not torch.equal(a, b) for a, b in zip(plain.parameters(), short.parameters(), strict=True)
+    )
     assert (probabilities(short, data).argmax(1) == labels.argmax(1)).mean() > 0.9
 
 
@@ -99,7 +113,14 @@ def test_the_network_of_the_best_check_is_kept(monkeypatch):
 def test_training_stops_when_the_checks_bring_nothing(monkeypatch):
     steps = []
     seen = _scripted(monkeypatch, [1.0, 0.5, *[2.0] * 20])
-    train_classifier(_data(128, 0), 32, 0, progress=lambda step, _: steps.append(step), validation=_data(20, 1), checks=16)
+    train_classifier(
+        _data(128, 0),
+        32,
+        0,
+        progress=lambda step, _: steps.append(step),
+        validation=_data(20, 1),
+        checks=16,
+    )
     assert len(seen) == 2 + PATIENCE
     assert steps[-1] == sorted(check_steps(32, 16))[1 + PATIENCE]
 
@@ -107,8 +128,13 @@ def test_training_stops_when_the_checks_bring_nothing(monkeypatch):
 def test_without_a_finite_loss_the_last_network_stays(monkeypatch):
     data = _data(128, 0)
     _scripted(monkeypatch, [float("nan")] * 3)
-    kept, last = train_classifier(data, 3, 0, validation=_data(20, 1), checks=3), train_classifier(data, 3, 0)
-    assert all(torch.equal(value, last.state_dict()[key]) for key, value in kept.state_dict().items())
+    kept, last = (
+        train_classifier(data, 3, 0, validation=_data(20, 1), checks=3),
+        train_classifier(data, 3, 0),
+    )
+    assert all(
+        torch.equal(value, last.state_dict()[key]) for key, value in kept.state_dict().items()
+    )
 
 
 def test_looking_at_the_validation_images_does_not_change_the_steps(monkeypatch):
@@ -133,10 +159,14 @@ def test_looking_at_the_validation_images_does_not_change_the_steps(monkeypatch)
 def test_the_best_check_has_the_lowest_loss_of_all(monkeypatch):
     data, validation = _data(64, 0, signal=2.0), _data(60, 1, signal=2.0)
     losses, real = [], classification.validation_loss
-    monkeypatch.setattr(classification, "validation_loss", lambda *args: losses.append(real(*args)) or losses[-1])
+    monkeypatch.setattr(
+        classification, "validation_loss", lambda *args: losses.append(real(*args)) or losses[-1]
+    )
     kept = train_classifier(data, 24, 0, validation=validation)
     assert 1 + PATIENCE <= len(losses) <= CHECKS
-    assert real(kept, validation, class_weights(data.labels, True)) == pytest.approx(min(losses), rel=1e-6)
+    assert real(kept, validation, class_weights(data.labels, True)) == pytest.approx(
+        min(losses), rel=1e-6
+    )
 
 
 def test_the_validation_loss_is_that_of_the_network_at_rest_with_the_training_weights():
@@ -147,7 +177,9 @@ def test_the_validation_loss_is_that_of_the_network_at_rest_with_the_training_we
     assert classifier.training
     with torch.no_grad():
         logits = classifier.eval()(to_float(torch.from_numpy(data.images)))
-    expected = classification_loss(logits, torch.from_numpy(data.labels.astype(np.float32)), weights, True)
+    expected = classification_loss(
+        logits, torch.from_numpy(data.labels.astype(np.float32)), weights, True
+    )
     assert found == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -188,7 +220,11 @@ def test_a_synthetic_set_is_divided_in_proportion_and_without_overlap(seed, coun
     images = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 2, 2), np.uint8)
     data = ImageDataset("synthetic", images, labels, ("a", "b", "c"), False)
     train, validation = split_for_validation(data, share, seed)
-    rows = np.sort(np.r_[train.images[np.arange(len(train))], validation.images[np.arange(len(validation))]][:, 0, 0, 0])
+    rows = np.sort(
+        np.r_[train.images[np.arange(len(train))], validation.images[np.arange(len(validation))]][
+            :, 0, 0, 0
+        ]
+    )
     np.testing.assert_array_equal(rows, np.arange(count))
     vectors, counts = np.unique(labels, axis=0, return_counts=True)
     for vector, have in zip(vectors, counts, strict=True):
@@ -223,7 +259,9 @@ def test_class_weights_are_applied_minority_recall_falls_without_them(monkeypatc
         return (called[test.labels[:, 1] == 1] == 1).mean()
 
     weighted = recall()
-    monkeypatch.setattr(classification, "class_weights", lambda labels, exclusive: torch.ones(labels.shape[1]))
+    monkeypatch.setattr(
+        classification, "class_weights", lambda labels, exclusive: torch.ones(labels.shape[1])
+    )
     ignored = recall()
     assert weighted > 0.5
     assert weighted > ignored + 0.25
@@ -255,7 +293,9 @@ def test_every_row_is_as_likely_as_any_other():
 
 @pytest.mark.parametrize(("share", "count"), [(0.5, 20), (1, 40), ("all", 100)])
 def test_a_mix_is_all_real_images_and_a_share_of_synthetic_ones(share, count):
-    real = dataclasses.replace(_data(40, 0, name="real"), patients=np.repeat(np.arange(20), 2).astype(str))
+    real = dataclasses.replace(
+        _data(40, 0, name="real"), patients=np.repeat(np.arange(20), 2).astype(str)
+    )
     synthetic = _data(100, 1, rare=0.2)
     mixed = mixed_set(real, synthetic, share, seed=3)
     assert len(mixed) == 40 + count
@@ -273,7 +313,9 @@ def test_a_mix_is_all_real_images_and_a_share_of_synthetic_ones(share, count):
 def test_a_mix_that_cannot_be_made_is_refused():
     real, synthetic = _data(40, 0, name="real"), _data(30, 1)
     assert mixed_count(40, 30, "all") == 30
-    with pytest.raises(DataError, match=r"needs 40 synthetic images and there are 30.*evaluation\.images"):
+    with pytest.raises(
+        DataError, match=r"needs 40 synthetic images and there are 30.*evaluation\.images"
+    ):
         mixed_set(real, synthetic, 1, 0)
     with pytest.raises(DataError, match="above 0"):
         mixed_count(40, 30, 0.0)

@@ -20,7 +20,10 @@ def _build(name, channels=3, side=32, labels=4, seed=0):
 
 
 def _images(count, channels, side, seed=0):
-    return torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return (
+        torch.rand(count, channels, side, side, generator=torch.Generator().manual_seed(seed)) * 2
+        - 1
+    )
 
 
 def test_every_name_of_the_settings_has_a_network():
@@ -46,7 +49,11 @@ def test_features_and_logits_have_the_promised_shapes(name, channels, side):
 def test_the_gradient_reaches_every_weight(name, channels):
     classifier = _build(name, channels, 32).train()
     classifier(_images(4, channels, 32)).square().sum().backward()
-    still = [key for key, weight in classifier.named_parameters() if weight.grad is None or not weight.grad.abs().sum() > 0]
+    still = [
+        key
+        for key, weight in classifier.named_parameters()
+        if weight.grad is None or not weight.grad.abs().sum() > 0
+    ]
     assert not still
 
 
@@ -63,7 +70,9 @@ def test_a_training_step_draws_no_random_numbers(name):
     before = torch.random.get_rng_state()
     first = classifier(_images(4, 3, 32))
     assert torch.equal(torch.random.get_rng_state(), before)
-    torch.testing.assert_close(classifier(_images(4, 3, 32)), first)  # batch statistics: the running ones do not enter
+    torch.testing.assert_close(
+        classifier(_images(4, 3, 32)), first
+    )  # batch statistics: the running ones do not enter
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
@@ -80,7 +89,9 @@ def test_small_images_go_through_the_map_sizes_of_64_pixels(name):
         sizes = []
         network = _build(name, 1, side).eval()
         hooks = [
-            module.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape[2:])))
+            module.register_forward_hook(
+                lambda module, inputs, output: sizes.append(tuple(output.shape[2:]))
+            )
             for module in network.modules()
             if isinstance(module, torch.nn.Conv2d)
         ]
@@ -100,5 +111,7 @@ def test_another_number_of_channels_is_a_config_error(name):
 
 
 def test_an_unknown_name_is_a_config_error_that_lists_the_known_ones():
-    with pytest.raises(ConfigError, match=r"no classifier called 'vit'.*densenet121, efficientnet-b2"):
+    with pytest.raises(
+        ConfigError, match=r"no classifier called 'vit'.*densenet121, efficientnet-b2"
+    ):
         build_classifier("vit", 1, 32, 2)

@@ -27,7 +27,15 @@ from watchdog import watchdog
 from fedgan import __version__, files
 from fedgan.cli import app, console, doctor, help, labels, outputs, probe, progress, runs
 from fedgan.config import DataSettings, ModelSettings, Settings, describe, to_dict
-from fedgan.errors import CheckpointError, ConfigError, DataError, FederationError, FedganError, MachineError, StorageError
+from fedgan.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FederationError,
+    FedganError,
+    MachineError,
+    StorageError,
+)
 from fedgan.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,9 +50,11 @@ def scenario(tmp_path: Path) -> Path:
     return path
 
 
-def make_run(path: Path, exclusive: bool = True, label_names: tuple[str, ...] = LABELS) -> RunFolder:
+def make_run(
+    path: Path, exclusive: bool = True, label_names: tuple[str, ...] = LABELS
+) -> RunFolder:
     """A run folder after one round: an untrained generator of 16 pixels, and its hospitals."""
-    from fedgan.models.generator import Generator
+    from fedgan.models.stylegan2.generator import Generator
     from fedgan.training.checkpoint import save_tensors
 
     model = ModelSettings(z_dim=8, w_dim=8, channel_base=64, channel_max=8)
@@ -54,9 +64,24 @@ def make_run(path: Path, exclusive: bool = True, label_names: tuple[str, ...] = 
     counts = dict(zip(label_names, (6, 3, 1), strict=False))
     files.write_json(run.hospitals, [{"name": "north", "counts": {"train": counts}}])
     generator = Generator(model, 16, 3, len(label_names))
-    meta = {"round": 1, "images_seen": 1000, "wall_seconds": 2.0, "bytes_exchanged": 10, "settings": to_dict(settings)}
-    meta |= {"label_names": list(label_names), "exclusive": exclusive, "channels": 3, "resolution": 16}
-    save_tensors(run.checkpoint(1), {f"ema/{name}": value for name, value in generator.state_dict().items()}, meta)
+    meta = {
+        "round": 1,
+        "images_seen": 1000,
+        "wall_seconds": 2.0,
+        "bytes_exchanged": 10,
+        "settings": to_dict(settings),
+    }
+    meta |= {
+        "label_names": list(label_names),
+        "exclusive": exclusive,
+        "channels": 3,
+        "resolution": 16,
+    }
+    save_tensors(
+        run.checkpoint(1),
+        {f"ema/{name}": value for name, value in generator.state_dict().items()},
+        meta,
+    )
     return run
 
 
@@ -67,24 +92,42 @@ def verbs(command: click.Command, words: tuple[str, ...] = ()) -> list[tuple[str
     """All verbs of the command line as the words that lead to them."""
     if not isinstance(command, click.Group):
         return [words]
-    return [verb for name, below in command.commands.items() for verb in verbs(below, (*words, name))]
+    return [
+        verb for name, below in command.commands.items() for verb in verbs(below, (*words, name))
+    ]
 
 
 VERBS = verbs(help.build(app))
 
 
 @pytest.mark.parametrize("words", VERBS, ids="-".join)
-def test_each_verb_explains_itself_its_arguments_and_gives_an_example(words: tuple[str, ...], fedgan: Run) -> None:
+def test_each_verb_explains_itself_its_arguments_and_gives_an_example(
+    words: tuple[str, ...], fedgan: Run
+) -> None:
     code, out, _ = fedgan(*words, "--help")
     assert code == 0
     assert f"Example: fedgan {' '.join(words)}" in " ".join(out.split())
     assert "\\[" not in out
     described = out.partition("Arguments:")[2].partition("Options:")[0].splitlines()
-    assert all(len(line.split()) > 2 for line in described if line.startswith("  ") and line[2] != " "), out
+    assert all(
+        len(line.split()) > 2 for line in described if line.startswith("  ") and line[2] != " "
+    ), out
 
 
 def test_the_promised_verbs_are_there() -> None:
-    promised = {"demo", "simulate", "compare", "resume", "generate", "evaluate", "report", "cards", "doctor", "data", "keys"}
+    promised = {
+        "demo",
+        "simulate",
+        "compare",
+        "resume",
+        "generate",
+        "evaluate",
+        "report",
+        "cards",
+        "doctor",
+        "data",
+        "keys",
+    }
     assert promised <= {words[0] for words in VERBS}
     assert ("data", "import", "npz") in VERBS
 
@@ -92,7 +135,14 @@ def test_the_promised_verbs_are_there() -> None:
 def test_no_words_print_the_help_with_the_exit_codes(fedgan: Run) -> None:
     code, out, err = fedgan()
     assert (code, err) == (0, "")
-    for kind in (ConfigError, DataError, CheckpointError, FederationError, StorageError, MachineError):
+    for kind in (
+        ConfigError,
+        DataError,
+        CheckpointError,
+        FederationError,
+        StorageError,
+        MachineError,
+    ):
         assert f" {kind.exit_code} " in " ".join(out.partition("Exit codes:")[2].split())
 
 
@@ -120,9 +170,17 @@ def test_settings_lists_every_key_with_its_meaning_and_default(fedgan: Run) -> N
         (["generate", "run", "--output", "x", "--images", "many"], 2, "--images"),
         (["generate", "run", "--output", "x", "--images", "0"], 2, "--images"),
         (["simulate", "missing.toml"], 2, "no scenario at missing.toml"),
-        (["simulate", "scenario.toml", "--set", "training.kimgs=3"], 2, "did you mean 'training.kimg'?"),
+        (
+            ["simulate", "scenario.toml", "--set", "training.kimgs=3"],
+            2,
+            "did you mean 'training.kimg'?",
+        ),
         (["simulate", "scenario.toml", "--set", "data.resolution=48"], 2, "no power of two"),
-        (["simulate", "scenario.toml", "--set", "federation.strategy=fedmean"], 2, "must be one of"),
+        (
+            ["simulate", "scenario.toml", "--set", "federation.strategy=fedmean"],
+            2,
+            "must be one of",
+        ),
         (["simulate", "scenario.toml", "--set", "data.root=nowhere"], 3, "nowhere"),
         (["simulate", "scenario.toml", "--output", "full"], 2, "is not empty"),
         (["simulate", "scenario.toml", "--output", "scenario.toml"], 6, "is a file"),
@@ -132,7 +190,11 @@ def test_settings_lists_every_key_with_its_meaning_and_default(fedgan: Run) -> N
         (["report", "nowhere"], 2, "is no run folder"),
         (["evaluate", "nowhere"], 2, "is no run folder"),
         (["generate", "nowhere", "--images", "3", "--output", "x"], 2, "is no run folder"),
-        (["generate", "none.safetensors", "--images", "3", "--output", "x"], 4, "no checkpoint at none.safetensors"),
+        (
+            ["generate", "none.safetensors", "--images", "3", "--output", "x"],
+            4,
+            "no checkpoint at none.safetensors",
+        ),
         (["generate", "young", "--images", "3", "--output", "x"], 4, "no finished round"),
         (["evaluate", "young"], 4, "no finished round"),
         (["data", "show", "nowhere"], 3, "nowhere"),
@@ -173,8 +235,16 @@ def test_bad_input_is_one_clear_error_with_its_exit_code(
         (FederationError("hospital 2 died"), 5, "hospital 2 died"),
         (StorageError("a disk"), 6, "a disk"),
         (MachineError("a port"), 7, "a port"),
-        (OSError(errno.ENOSPC, "No space left on device", "/full/place"), 6, "cannot write /full/place: the disk is full"),
-        (ModuleNotFoundError("No module named 'flwr'", name="flwr"), 7, "the package 'flwr' is missing"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/full/place"),
+            6,
+            "cannot write /full/place: the disk is full",
+        ),
+        (
+            ModuleNotFoundError("No module named 'flwr'", name="flwr"),
+            7,
+            "the package 'flwr' is missing",
+        ),
         (MemoryError(), 1, "out of memory"),
         (KeyboardInterrupt(), 130, "continue with: fedgan resume runs/small-study"),
         (
@@ -186,7 +256,12 @@ def test_bad_input_is_one_clear_error_with_its_exit_code(
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_each_failure_of_a_run_ends_with_its_exit_code(
-    error: BaseException, code: int, text: str, fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException,
+    code: int,
+    text: str,
+    fedgan: Run,
+    scenario: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def simulate(settings: Settings, run: RunFolder, on_event: Any) -> None:
         run.write_settings(settings)
@@ -207,7 +282,9 @@ def test_debug_adds_the_traceback_wherever_it_stands(fedgan: Run) -> None:
         assert err.splitlines()[-1].startswith("fedgan: no scenario at none.toml")
 
 
-def test_stopping_before_the_run_began_says_so(fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_before_the_run_began_says_so(
+    fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def simulate(settings: Settings, run: RunFolder, on_event: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
@@ -218,7 +295,9 @@ def test_stopping_before_the_run_began_says_so(fedgan: Run, scenario: Path, monk
     assert "stopped before the run began" in err
 
 
-def test_sigterm_ends_any_verb_as_ctrl_c_does(fedgan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_ends_any_verb_as_ctrl_c_does(
+    fedgan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path / "run")
 
     def write(*arguments: Any, **options: Any) -> None:
@@ -239,12 +318,14 @@ def test_sigterm_ends_any_verb_as_ctrl_c_does(fedgan: Run, tmp_path: Path, monke
 @pytest.fixture
 def judged(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     """An evaluator that writes the facts and some utility, and keeps the settings that it was given."""
-    from server import evaluator, preparation
+    from fedgan.runs import evaluator, preparation
 
     seen: list[Settings] = []
 
     class Judge:
-        def __init__(self, settings: Settings, place: RunFolder, hospitals: Any, progress: Any) -> None:
+        def __init__(
+            self, settings: Settings, place: RunFolder, hospitals: Any, progress: Any
+        ) -> None:
             seen.append(settings)
             self.place = place
 
@@ -256,12 +337,23 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     return seen
 
 
-def test_a_second_look_is_a_folder_of_its_own_that_is_no_run(fedgan: Run, tmp_path: Path, judged: list[Settings]) -> None:
+def test_a_second_look_is_a_folder_of_its_own_that_is_no_run(
+    fedgan: Run, tmp_path: Path, judged: list[Settings]
+) -> None:
     run = make_run(tmp_path / "run")
     files.write_json(run.environment, {"experiment": "first"})
     files.write_text(run.metrics, '{"round": 1, "images_seen": 1000}\n')
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    words = ["evaluate", "run", "--output", "look", "--json", "--set", "evaluation.root=shards", "--set"]
+    words = [
+        "evaluate",
+        "run",
+        "--output",
+        "look",
+        "--json",
+        "--set",
+        "evaluation.root=shards",
+        "--set",
+    ]
     code, out, err = fedgan(*words, "evaluation.features=weights.npz")
     assert code == 0, err
     look = RunFolder.at(tmp_path / "look")
@@ -282,7 +374,9 @@ def test_a_second_look_is_a_folder_of_its_own_that_is_no_run(fedgan: Run, tmp_pa
 
 
 @pytest.mark.parametrize("place", ["arms/centralized-seed0", "arms/local-seed0/members/north"])
-def test_an_arm_is_judged_by_its_comparison_alone(place: str, fedgan: Run, tmp_path: Path, judged: list[Settings]) -> None:
+def test_an_arm_is_judged_by_its_comparison_alone(
+    place: str, fedgan: Run, tmp_path: Path, judged: list[Settings]
+) -> None:
     make_run(tmp_path / "study")
     run = make_run(tmp_path / "study" / place)
     kind = place.split("/")[1].split("-")[0]
@@ -298,20 +392,28 @@ def test_an_arm_is_judged_by_its_comparison_alone(place: str, fedgan: Run, tmp_p
 
 
 @pytest.mark.parametrize("held", [None, "{", '{"arm": "centralized"}'])
-def test_evaluate_keeps_the_arm_that_a_run_names(held: str | None, fedgan: Run, tmp_path: Path, judged: list[Settings]) -> None:
+def test_evaluate_keeps_the_arm_that_a_run_names(
+    held: str | None, fedgan: Run, tmp_path: Path, judged: list[Settings]
+) -> None:
     run = make_run(tmp_path / "run")
     if held:
         run.evaluation.write_text(held)
     code, _, err = fedgan("evaluate", run.path)
     assert code == 0, err
-    assert run.read_json(run.evaluation)["arm"] == ("centralized" if held and "arm" in held else "federated")
+    assert run.read_json(run.evaluation)["arm"] == (
+        "centralized" if held and "arm" in held else "federated"
+    )
 
 
 @pytest.mark.parametrize("error", [DataError("no such shard"), KeyboardInterrupt()])
 def test_a_second_look_that_fails_leaves_nothing(
-    error: BaseException, fedgan: Run, tmp_path: Path, judged: list[Settings], monkeypatch: pytest.MonkeyPatch
+    error: BaseException,
+    fedgan: Run,
+    tmp_path: Path,
+    judged: list[Settings],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from server import preparation
+    from fedgan.runs import preparation
 
     def fail(settings: Settings, run: RunFolder) -> None:
         raise error
@@ -319,7 +421,9 @@ def test_a_second_look_that_fails_leaves_nothing(
     monkeypatch.setattr(preparation, "evaluation_hospitals", fail)
     make_run(tmp_path / "run")
     before = set(tmp_path.rglob("*"))
-    assert fedgan("evaluate", "run", "--output", "look")[0] == (3 if isinstance(error, DataError) else 130)
+    assert fedgan("evaluate", "run", "--output", "look")[0] == (
+        3 if isinstance(error, DataError) else 130
+    )
     assert set(tmp_path.rglob("*")) == before
 
 
@@ -341,12 +445,22 @@ EVALUATION = {
     "images_seen": 2000,
     "wall_seconds": 90.0,
     "bytes_exchanged": 3 * 2**20,
-    "utility": {"real": {"macro_auc": 0.9, "macro_auc_ci": [0.85, 0.95]}, "synthetic": {"macro_auc": 0.8, "macro_auc_ci": None}},
-    "fidelity": {"frechet": 1.25, "frechet_floor": 0.5, "extractor": "reference classifier"},
+    "utility": {
+        "real": {"macro_auc": 0.9, "macro_auc_ci": [0.85, 0.95]},
+        "synthetic": {"macro_auc": 0.8, "macro_auc_ci": None},
+    },
+    "fidelity": {"frechet": 1.25, "frechet_reference": 0.5, "extractor": "reference classifier"},
 }
 EVENTS: list[dict[str, Any]] = [
     {"event": "preparing", "what": "phantoms"},
-    {"event": "start", "hospitals": ["north", "south"], "rounds": 2, "first_round": 1, "images": 2000, "images_seen": 0},
+    {
+        "event": "start",
+        "hospitals": ["north", "south"],
+        "rounds": 2,
+        "first_round": 1,
+        "images": 2000,
+        "images_seen": 0,
+    },
     {"event": "round_start", "round": 1, "rounds": 2, "images": {"north": 600, "south": 400}},
     {"event": "progress", "round": 1, "hospital": "north", "images": 300, "of": 600},
     {
@@ -361,7 +475,12 @@ EVENTS: list[dict[str, Any]] = [
         "event": "round_end",
         "round": 2,
         "rounds": 2,
-        "line": {"round": 2, "images_seen": 2000, "mean": {"p": 0.125}, "fidelity": {"frechet": 12.5}},
+        "line": {
+            "round": 2,
+            "images_seen": 2000,
+            "mean": {"p": 0.125},
+            "fidelity": {"frechet": 12.5},
+        },
     },
     {"event": "evaluation", "round": 2, "final": True},
     {"event": "finished"},
@@ -372,7 +491,9 @@ EVENTS: list[dict[str, Any]] = [
 def short_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runner that only tells its events and writes what a run would have found."""
 
-    def simulate(settings: Settings, run: RunFolder, on_event: Callable[[dict[str, Any]], None]) -> None:
+    def simulate(
+        settings: Settings, run: RunFolder, on_event: Callable[[dict[str, Any]], None]
+    ) -> None:
         run.write_settings(settings)
         for event in EVENTS:
             on_event(event)
@@ -383,7 +504,9 @@ def short_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_run")
-def test_simulate_tells_each_round_on_stderr_and_the_result_on_stdout(fedgan: Run, scenario: Path, tmp_path: Path) -> None:
+def test_simulate_tells_each_round_on_stderr_and_the_result_on_stdout(
+    fedgan: Run, scenario: Path, tmp_path: Path
+) -> None:
     code, out, err = fedgan("simulate", scenario)
     assert code == 0
     assert "round 1/2  1.0 kimg  loss_g 0.500  loss_d –  r_t 0.250  p –" in err
@@ -401,7 +524,11 @@ def test_simulate_with_json_prints_one_object(fedgan: Run, scenario: Path) -> No
     code, out, _ = fedgan("simulate", scenario, "--json", "--set", "seed=5")
     numbers = json.loads(out)
     assert code == 0
-    assert (numbers["synthetic_macro_auc"], numbers["frechet"], numbers["images_seen"]) == (0.8, 1.25, 2000)
+    assert (numbers["synthetic_macro_auc"], numbers["frechet"], numbers["images_seen"]) == (
+        0.8,
+        1.25,
+        2000,
+    )
     assert RunFolder(Path(numbers["run"])).settings().seed == 5
 
 
@@ -463,26 +590,50 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_generate_draws_each_class_equally_often_as_png_and_csv(fedgan: Run, tmp_path: Path) -> None:
+def test_generate_draws_each_class_equally_often_as_png_and_csv(
+    fedgan: Run, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run")
     code, out, _ = fedgan("generate", run.path, "--images", "7", "--output", "out", "--seed", "3")
     assert code == 0
     assert "7 synthetic images in out (nevus 3, melanoma 2, keratosis 2)" in out
     rows = table(tmp_path / "out")
     assert [sum(int(row[name]) for row in rows) for name in LABELS] == [3, 2, 2]
-    assert [(row["seed"], row["index"]) for row in rows] == [("3", str(index)) for index in range(7)]
+    assert [(row["seed"], row["index"]) for row in rows] == [
+        ("3", str(index)) for index in range(7)
+    ]
     for row in rows:
         with Image.open(tmp_path / "out" / row["file"]) as picture:
             assert (picture.size, picture.mode) == ((16, 16), "RGB")
             assert picture.text["synthetic"] == "true"  # type: ignore[attr-defined]
 
 
-def test_the_same_seed_gives_the_same_images_whatever_the_batch(fedgan: Run, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_images_whatever_the_batch(
+    fedgan: Run, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run")
     for name, seed, batch in (("a", 3, 2), ("b", 3, 64), ("c", 4, 64)):
-        assert fedgan("generate", run.checkpoint(1), "--images", "5", "--output", name, "--seed", seed, "--batch", batch)[0] == 0
+        assert (
+            fedgan(
+                "generate",
+                run.checkpoint(1),
+                "--images",
+                "5",
+                "--output",
+                name,
+                "--seed",
+                seed,
+                "--batch",
+                batch,
+            )[0]
+            == 0
+        )
     pixels = {
-        name: [np.asarray(Image.open(file)).astype(int) for file in sorted((tmp_path / name).glob("*.png"))] for name in "abc"
+        name: [
+            np.asarray(Image.open(file)).astype(int)
+            for file in sorted((tmp_path / name).glob("*.png"))
+        ]
+        for name in "abc"
     }
     assert np.abs(np.subtract(pixels["a"], pixels["b"])).max() <= 1
     assert np.abs(np.subtract(pixels["a"], pixels["c"])).max() > 1
@@ -498,19 +649,30 @@ def test_generate_writes_a_shard_that_the_library_opens(fedgan: Run, tmp_path: P
     shard = Shard.open(tmp_path / "out", verify=True)
     assert shard.labels.sum(axis=0).tolist() == [12, 6, 2]
     assert json.loads(out)["counts"] == {"nevus": 12, "melanoma": 6, "keratosis": 2}
-    code, *_ = fedgan("generate", run.path, "--images", "10", "--output", "again", "--labels-from", "out")
+    code, *_ = fedgan(
+        "generate", run.path, "--images", "10", "--output", "again", "--labels-from", "out"
+    )
     assert code == 0
     assert len(table(tmp_path / "again")) == 10
 
 
-def test_generate_draws_label_vectors_and_names_that_go_together(fedgan: Run, tmp_path: Path) -> None:
+def test_generate_draws_label_vectors_and_names_that_go_together(
+    fedgan: Run, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run", exclusive=False)
     vectors = ["--vector", "1,0,1", "--vector", "0,0,0"]
     assert fedgan("generate", run.path, "--images", "3", "--output", "out", *vectors)[0] == 0
-    assert [[int(row[name]) for name in LABELS] for row in table(tmp_path / "out")] == [[1, 0, 1], [1, 0, 1], [0, 0, 0]]
+    assert [[int(row[name]) for name in LABELS] for row in table(tmp_path / "out")] == [
+        [1, 0, 1],
+        [1, 0, 1],
+        [0, 0, 0],
+    ]
     names = ["--label", "melanoma", "--label", "nevus"]
     assert fedgan("generate", run.path, "--images", "2", "--output", "named", *names)[0] == 0
-    assert [[int(row[name]) for name in LABELS] for row in table(tmp_path / "named")] == [[0, 1, 0], [1, 0, 0]]
+    assert [[int(row[name]) for name in LABELS] for row in table(tmp_path / "named")] == [
+        [0, 1, 0],
+        [1, 0, 0],
+    ]
 
 
 def test_an_unconditional_model_draws_without_labels(fedgan: Run, tmp_path: Path) -> None:
@@ -562,7 +724,9 @@ def test_a_disk_that_fills_up_while_images_are_written_leaves_nothing(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no json", "other model"])
-def test_a_checkpoint_that_cannot_be_used_is_refused(damage: str, fedgan: Run, tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_used_is_refused(
+    damage: str, fedgan: Run, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run")
     checkpoint = run.checkpoint(1)
     if damage == "truncated":
@@ -610,14 +774,22 @@ def test_vectors_are_spread_evenly() -> None:
 @pytest.fixture
 def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe that needs no five seconds."""
-    measured = probe.Measured(images_per_second=100.0, classifier_images_per_second=1000.0, memory=2**29, device="cpu")
+    measured = probe.Measured(
+        images_per_second=100.0, classifier_images_per_second=1000.0, memory=2**29, device="cpu"
+    )
     monkeypatch.setattr(probe, "measure", lambda *arguments, **options: measured)
 
 
-def give_machine(monkeypatch: pytest.MonkeyPatch, memory: float | None = 8, disk: float = 100) -> None:
+def give_machine(
+    monkeypatch: pytest.MonkeyPatch, memory: float | None = 8, disk: float = 100
+) -> None:
     """A machine of so many GiB of free memory and disk."""
-    monkeypatch.setattr(doctor, "_free_memory", lambda: None if memory is None else int(memory * doctor.GIB))
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: types.SimpleNamespace(free=int(disk * doctor.GIB)))
+    monkeypatch.setattr(
+        doctor, "_free_memory", lambda: None if memory is None else int(memory * doctor.GIB)
+    )
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda place: types.SimpleNamespace(free=int(disk * doctor.GIB))
+    )
 
 
 @pytest.mark.usefixtures("quick_probe")
@@ -628,7 +800,17 @@ def test_doctor_finds_what_is_there_and_forecasts_the_scenario(
     code, out, _ = fedgan("doctor", scenario)
     assert code == 0
     assert "FAILED" not in out
-    for word in ("Python", "torch", "flwr", "CPU", "memory", "GPU", "disk", "loopback", "small study takes about"):
+    for word in (
+        "Python",
+        "torch",
+        "flwr",
+        "CPU",
+        "memory",
+        "GPU",
+        "disk",
+        "loopback",
+        "small study takes about",
+    ):
         assert word in out
     told = json.loads(fedgan("doctor", scenario, "--json")[1])
     assert told["ready"] is True
@@ -666,7 +848,9 @@ def test_doctor_tells_that_the_scenario_s_data_cannot_be_used(
     assert "nowhere" in out
 
 
-def test_doctor_fails_where_memory_or_disk_is_short(fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_fails_where_memory_or_disk_is_short(
+    fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     give_machine(monkeypatch, memory=1.9, disk=0.9)
     code, out, _ = fedgan("doctor", scenario)
     assert code == 7
@@ -676,11 +860,16 @@ def test_doctor_fails_where_memory_or_disk_is_short(fedgan: Run, scenario: Path,
     assert "takes about" not in text  # it trains only where training can work
 
 
-def test_doctor_looks_at_the_limits_of_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_looks_at_the_limits_of_memory_and_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     give_machine(monkeypatch, memory=2, disk=1)
     assert (doctor.memory_check().status, doctor.disk_check(tmp_path).status) == ("ok", "ok")
     give_machine(monkeypatch, memory=None)
-    assert (doctor.memory_check().status, doctor.memory_check().found) == ("ok", "unknown on this system")
+    assert (doctor.memory_check().status, doctor.memory_check().found) == (
+        "ok",
+        "unknown on this system",
+    )
     monkeypatch.setattr(os, "access", lambda place, mode: False)
     assert doctor.disk_check(tmp_path).found == "this folder cannot be written"
     assert doctor.disk_check(tmp_path).status == "failed"
@@ -699,13 +888,20 @@ def test_doctor_tells_that_a_port_is_taken() -> None:
     assert [(check.name, check.status) for check in checks][-1] == (f"port {port}", "warning")
 
 
-def test_doctor_fails_where_a_scenario_wants_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_fails_where_a_scenario_wants_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     settings = Settings()
     assert doctor.gpu_check(settings).status == "ok"
-    assert doctor.gpu_check(replace(settings, training=replace(settings.training, device="cuda"))).status == "failed"
+    assert (
+        doctor.gpu_check(
+            replace(settings, training=replace(settings.training, device="cuda"))
+        ).status
+        == "failed"
+    )
 
 
 def test_a_round_is_as_long_as_its_busiest_place() -> None:
@@ -717,11 +913,15 @@ def test_a_round_is_as_long_as_its_busiest_place() -> None:
 
 def test_the_forecast_is_images_over_rate() -> None:
     settings = Settings()
-    measured = probe.Measured(images_per_second=100.0, classifier_images_per_second=1000.0, memory=0, device="cpu")
+    measured = probe.Measured(
+        images_per_second=100.0, classifier_images_per_second=1000.0, memory=0, device="cpu"
+    )
     seconds = probe.predict(settings, measured, sizes=(500, 300, 200), slots=2)
     assert seconds["training"] == pytest.approx(20_000 * 0.5 / 100)
     assert seconds["evaluation"] == pytest.approx(2 * 2 * 12 * 1000 / 1000)
-    assert seconds["all"] == pytest.approx(seconds["training"] + seconds["evaluation"] + probe.START_SECONDS)
+    assert seconds["all"] == pytest.approx(
+        seconds["training"] + seconds["evaluation"] + probe.START_SECONDS
+    )
 
 
 @pytest.mark.slow
@@ -753,14 +953,22 @@ evaluation = {suite = "quick", every = 0, images = 64, epochs = 1, bootstrap = 2
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_and_is_evaluated_again(fedgan: Run, tmp_path: Path) -> None:
+def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_and_is_evaluated_again(
+    fedgan: Run, tmp_path: Path
+) -> None:
     (tmp_path / "tiny.toml").write_text(TINY)
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "fedgan.cli", "simulate", "tiny.toml", "--output", "run"]
     # a job in the background of a script ignores SIGINT, and its children would too
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     stopped = subprocess.Popen(
-        command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed
+        command,
+        cwd=tmp_path,
+        env=environ,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed,
     )
     assert stopped.stderr is not None
     with watchdog(stopped):
@@ -792,7 +1000,10 @@ def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_and_is_evaluated_
     assert second.read_json(second.evaluation)["label_names"] == ["nevus", "other"]
     assert second.report.is_file()
     assert run.evaluation.read_bytes() == before
-    for extra in (["--set", "evaluation.epochs=2"], ["--set", "training.kimg=2", "--output", "third"]):
+    for extra in (
+        ["--set", "evaluation.epochs=2"],
+        ["--set", "training.kimg=2", "--output", "third"],
+    ):
         code, _, said = fedgan("evaluate", "run", *extra)
         assert code == 2, said
 

@@ -17,20 +17,34 @@ def photos(root: Path, count: int = 24) -> Path:
         place = root / ("benign", "malign")[i % 2] / f"patient{i // 3}_{i}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         colour = (200, 30, 30) if i % 2 else (30, 200, 30)
-        pixels = np.random.default_rng(i).integers(0, 20, (16, 16, 3), dtype=np.uint8) + np.array(colour, np.uint8)
+        pixels = np.random.default_rng(i).integers(0, 20, (16, 16, 3), dtype=np.uint8) + np.array(
+            colour, np.uint8
+        )
         Image.fromarray(pixels).save(place)
     return root
 
 
 def test_import_show_and_look_again(tmp_path, capsys):
     source, output = photos(tmp_path / "clinic"), tmp_path / "out"
-    arguments = ["data", "import", "folder", str(source), "--output", str(output), "--patient", r"(patient\d+)_"]
+    arguments = [
+        "data",
+        "import",
+        "folder",
+        str(source),
+        "--output",
+        str(output),
+        "--patient",
+        r"(patient\d+)_",
+    ]
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "wrote" in text
     assert "24 images" in text
     assert f"data.root={output}" in text
-    assert main(["data", "show", str(output), "--output", str(tmp_path / "sheet.png"), "--verify"]) == 0
+    assert (
+        main(["data", "show", str(output), "--output", str(tmp_path / "sheet.png"), "--verify"])
+        == 0
+    )
     text = capsys.readouterr().out
     assert "benign" in text
     assert "16×16 RGB, 2 classes" in text
@@ -45,9 +59,26 @@ def test_import_show_and_look_again(tmp_path, capsys):
 
 def test_json_is_one_object_for_programs(tmp_path, capsys):
     source, output = photos(tmp_path / "clinic"), tmp_path / "out"
-    assert main(["data", "import", "folder", str(source), "-o", str(output), "--label-map", "*=lesion", "--json"]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "import",
+                "folder",
+                str(source),
+                "-o",
+                str(output),
+                "--label-map",
+                "*=lesion",
+                "--json",
+            ]
+        )
+        == 0
+    )
     written = json.loads(capsys.readouterr().out)
-    assert written["shards"][0]["counts"]["train"]["lesion"] == written["shards"][0]["images"]["train"]
+    assert (
+        written["shards"][0]["counts"]["train"]["lesion"] == written["shards"][0]["images"]["train"]
+    )
     assert main(["data", "show", str(output), "--json", "--no-sheet"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["shards"] == written["shards"]
@@ -57,15 +88,51 @@ def test_json_is_one_object_for_programs(tmp_path, capsys):
 
 def test_npz_and_csv_verbs_take_their_options(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    np.savez(tmp_path / "pack.npz", images=rng.integers(0, 256, (30, 28, 28), dtype=np.uint8), label=np.arange(30) % 3)
-    assert main(["data", "import", "npz", str(tmp_path / "pack.npz"), "-o", str(tmp_path / "a"), "-r", "32", "--seed", "4"]) == 0
+    np.savez(
+        tmp_path / "pack.npz",
+        images=rng.integers(0, 256, (30, 28, 28), dtype=np.uint8),
+        label=np.arange(30) % 3,
+    )
+    assert (
+        main(
+            [
+                "data",
+                "import",
+                "npz",
+                str(tmp_path / "pack.npz"),
+                "-o",
+                str(tmp_path / "a"),
+                "-r",
+                "32",
+                "--seed",
+                "4",
+            ]
+        )
+        == 0
+    )
     assert Shard.open(tmp_path / "a" / "pack").card.resolution == 32
     photos(tmp_path / "clinic")
     files = sorted(tmp_path.rglob("p*_*.png"))
     lines = [f"{file.relative_to(tmp_path)},{file.parent.name},{file.name[:8]}" for file in files]
     (tmp_path / "m.csv").write_text("\n".join(["file,kind,who", *lines]))
-    options = ["--path-column", "file", "--label-column", "kind", "--patient-column", "who", "--channels", "grey", "--name", "x"]
-    assert main(["data", "import", "csv", str(tmp_path / "m.csv"), "-o", str(tmp_path / "b"), *options]) == 0
+    options = [
+        "--path-column",
+        "file",
+        "--label-column",
+        "kind",
+        "--patient-column",
+        "who",
+        "--channels",
+        "grey",
+        "--name",
+        "x",
+    ]
+    assert (
+        main(
+            ["data", "import", "csv", str(tmp_path / "m.csv"), "-o", str(tmp_path / "b"), *options]
+        )
+        == 0
+    )
     shard = Shard.open(tmp_path / "b" / "x")
     assert (len(shard), shard.card.channels, sum(shard.card.patients.values())) == (24, 1, 8)
     capsys.readouterr()
@@ -78,13 +145,23 @@ def test_npz_and_csv_verbs_take_their_options(tmp_path, capsys):
         (["import", "npz", "nowhere.npz", "-o", "out"], 3, "no file at nowhere.npz"),
         (["import", "folder", "nowhere", "-o", "out"], 3, "no folder at nowhere"),
         (["import", "folder", "clinic", "-o", "out", "-r", "24"], 3, "24 is no power of two"),
-        (["import", "folder", "clinic", "-o", "out", "--label-map", "benign"], 2, "no rule of a label map"),
+        (
+            ["import", "folder", "clinic", "-o", "out", "--label-map", "benign"],
+            2,
+            "no rule of a label map",
+        ),
         (["import", "folder", "clinic", "-o", "out", "--val", "0.9"], 3, "split shares"),
-        (["import", "folder", "clinic", "-o", "clinic/benign/patient0_0.png/x"], 6, "is a file: choose a folder"),
+        (
+            ["import", "folder", "clinic", "-o", "clinic/benign/patient0_0.png/x"],
+            6,
+            "is a file: choose a folder",
+        ),
         (["import", "folder", "clinic"], 2, "--output"),
     ],
 )
-def test_bad_input_is_one_line_an_exit_code_and_nothing_written(tmp_path, capsys, monkeypatch, arguments, code, message):
+def test_bad_input_is_one_line_an_exit_code_and_nothing_written(
+    tmp_path, capsys, monkeypatch, arguments, code, message
+):
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "clinic")
     before = sorted(tmp_path.rglob("*"))
@@ -97,7 +174,18 @@ def test_bad_input_is_one_line_an_exit_code_and_nothing_written(tmp_path, capsys
 
 
 def test_phantoms_are_drawn_into_shards(tmp_path, capsys):
-    arguments = ["data", "phantoms", "--kind", "lesions", "--images", "60", "--resolution", "16", "--hospitals", "2"]
+    arguments = [
+        "data",
+        "phantoms",
+        "--kind",
+        "lesions",
+        "--images",
+        "60",
+        "--resolution",
+        "16",
+        "--hospitals",
+        "2",
+    ]
     assert main([*arguments, "--output", str(tmp_path / "ph"), "--json"]) == 0
     cards = json.loads(capsys.readouterr().out)["shards"]
     assert len(cards) == 2
@@ -109,7 +197,13 @@ def test_phantoms_are_drawn_into_shards(tmp_path, capsys):
 
 
 def test_every_verb_has_help_with_an_example(capsys):
-    for verb in (["import", "npz"], ["import", "folder"], ["import", "csv"], ["phantoms"], ["show"]):
+    for verb in (
+        ["import", "npz"],
+        ["import", "folder"],
+        ["import", "csv"],
+        ["phantoms"],
+        ["show"],
+    ):
         assert main(["data", *verb, "--help"]) == 0
         assert f"Example: fedgan data {' '.join(verb)}" in " ".join(capsys.readouterr().out.split())
 
@@ -120,7 +214,14 @@ def test_warnings_name_what_would_stop_or_mislead_a_training(tmp_path, capsys):
         labels = np.eye(3, dtype=np.uint8)[np.full(30, label)]
         patients = [f"{name}{i}" for i in range(30)]
         splits = ["train"] * 30 if name == "north" else ["train"] * 10 + ["test"] * 20
-        write_shard(tmp_path / name, images, labels, patients=patients, splits=splits, label_names=("x", "y", "z"))
+        write_shard(
+            tmp_path / name,
+            images,
+            labels,
+            patients=patients,
+            splits=splits,
+            label_names=("x", "y", "z"),
+        )
     assert main(["data", "show", str(tmp_path), "--json", "--no-sheet"]) == 0
     warnings = json.loads(capsys.readouterr().out)["warnings"]
     for sentence in (
@@ -141,12 +242,25 @@ def test_the_contact_sheet_shows_each_class_of_each_hospital_in_its_place(tmp_pa
         images = np.stack([np.full((1, 16, 16), shades[name, code], np.uint8) for code in codes])
         patients = [f"{i}" for i in range(len(codes))]
         labels = np.eye(2, dtype=np.uint8)[codes]
-        write_shard(tmp_path / name, images, labels, patients=patients, splits=["train"] * len(codes), label_names=("x", "y"))
-    sheet = np.asarray(contact_sheet([Shard.open(tmp_path / "north"), Shard.open(tmp_path / "south")], per_cell=2))
+        write_shard(
+            tmp_path / name,
+            images,
+            labels,
+            patients=patients,
+            splits=["train"] * len(codes),
+            label_names=("x", "y"),
+        )
+    sheet = np.asarray(
+        contact_sheet([Shard.open(tmp_path / "north"), Shard.open(tmp_path / "south")], per_cell=2)
+    )
     centres = {}
     for place, shade in shades.items():
         rows, columns = np.nonzero((sheet == shade).all(axis=2))
         assert len(rows) >= 2 * 64 * 64  # two tiles of 64 pixels, without smoothing
         centres[place] = (rows.mean(), columns.mean())
-    assert centres["north", 0][0] < centres["north", 1][0] == pytest.approx(centres["south", 1][0], abs=2)
+    assert (
+        centres["north", 0][0]
+        < centres["north", 1][0]
+        == pytest.approx(centres["south", 1][0], abs=2)
+    )
     assert centres["north", 1][1] < centres["south", 1][1]

@@ -18,9 +18,17 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from small_federation import LocalGrid, NoJudge, alive_in, error_reply, processes_of, tiny, write_shards
+from small_federation import (
+    LocalGrid,
+    NoEvaluator,
+    alive_in,
+    error_reply,
+    processes_of,
+    tiny,
+    write_shards,
+)
 
-import simulations.compare
+import simulations.comparison.compare
 from client.app import app
 from fedgan import files
 from fedgan.cli import main
@@ -29,14 +37,14 @@ from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.shard import write_shard
 from fedgan.errors import ConfigError, FedganError, SplitError
 from fedgan.run_folder import RunFolder
+from fedgan.runs.preparation import experiment_of, is_prepared, prepare_run
 from server.federation import Federation
-from server.preparation import experiment_of, is_prepared, prepare_run
-from simulations import job as jobs
-from simulations.arms import HOME, Job, plan_of
-from simulations.compare import compare
-from simulations.judge import judge
-from simulations.judging import is_judged, open_bench
-from simulations.schedule import Task, _blocked, _startable
+from simulations.comparison import train_worker as jobs
+from simulations.comparison.compare import compare
+from simulations.comparison.evaluate import is_arm_evaluated, open_evaluation_context
+from simulations.comparison.evaluate_worker import evaluator
+from simulations.comparison.plan import STANDALONE, Job, plan_of
+from simulations.comparison.scheduler import Task, _blocked, _startable
 
 SIZES = (64, 40, 24)
 BUDGET = 60
@@ -44,20 +52,91 @@ SHORT = ("federation.rounds=1", "evaluation.seeds=1")  # where how often nothing
 Fault = Callable[[int, Any], Any]
 
 TOP = {
-    *("format", "name", "description", "created", "seeds", "label_names", "exclusive", "resolution", "channels", "hospitals"),
-    *("margin", "images_seen_budget", "answer", "arms", "summary", "comparisons", "cross_site", "contribution", "extractor"),
+    *(
+        "format",
+        "name",
+        "description",
+        "created",
+        "seeds",
+        "label_names",
+        "exclusive",
+        "resolution",
+        "channels",
+        "hospitals",
+    ),
+    *(
+        "margin",
+        "images_seen_budget",
+        "answer",
+        "arms",
+        "summary",
+        "comparisons",
+        "cross_site",
+        "contribution",
+        "extractor",
+    ),
     *("classifier", "suite", "frechet_threshold", "not_measured", "notes", "provenance"),
 }
 ARM = {
-    *("arm", "name", "seed", "folder", "status", "failure", "images_seen", "hospital_images", "overrides", "cost", "curve"),
+    *(
+        "arm",
+        "name",
+        "seed",
+        "folder",
+        "status",
+        "failure",
+        "images_seen",
+        "hospital_images",
+        "overrides",
+        "cost",
+        "curve",
+    ),
     *("losses", "evaluation", "members"),
 }
-COST = {"wall_seconds", "core_seconds", "bytes_exchanged", "peak_memory_bytes", "rounds", "kimg_to_frechet"}
-ROW = {
-    *("arm", "name", "seeds", "images_seen", "hospital", "macro_auc", "macro_auc_ci", "macro_auc_seeds", "balanced_accuracy"),
-    *("macro_auprc", "frechet", "frechet_seeds", "recall", "coverage", "per_class", "per_institution"),
+COST = {
+    "wall_seconds",
+    "core_seconds",
+    "bytes_exchanged",
+    "peak_memory_bytes",
+    "rounds",
+    "kimg_to_frechet",
 }
-PAIR = {"family", "a", "b", "metric", "difference", "ci", "p_value", "p_holm", "margin", "non_inferior", "better", "images"}
+ROW = {
+    *(
+        "arm",
+        "name",
+        "seeds",
+        "images_seen",
+        "hospital",
+        "macro_auc",
+        "macro_auc_ci",
+        "macro_auc_seeds",
+        "balanced_accuracy",
+    ),
+    *(
+        "macro_auprc",
+        "frechet",
+        "frechet_seeds",
+        "recall",
+        "coverage",
+        "per_class",
+        "per_institution",
+    ),
+}
+PAIR = {
+    "family",
+    "a",
+    "b",
+    "metric",
+    "difference",
+    "ci",
+    "p_value",
+    "p_holm",
+    "margin",
+    "non_inferior",
+    "better",
+    "images",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -70,44 +149,46 @@ def _same_threads() -> Iterator[None]:
 # --- a schedule in this process --------------------------------------------------------------------
 
 
-def run_here(tasks: Sequence[Task], groups: Any, tell: Any, fault: Fault | None = None) -> None:
-    """What `simulations.schedule.run_tasks` does, one task after another and in this process."""
+def run_here(tasks: Sequence[Task], groups: Any, on_event: Any, fault: Fault | None = None) -> None:
+    """What `simulations.comparison.scheduler.run_tasks` does, one task after another and in this process."""
     while True:
         for task in _blocked(tasks):
-            tell({"event": "task_end", "task": task.name, "failure": task.failure})
+            on_event({"event": "task_end", "task": task.name, "failure": task.failure})
         if not (ready := _startable(tasks, [])):
             return
         task = ready[0]
-        tell({"event": "task_start", "task": task.name})
+        on_event({"event": "task_start", "task": task.name})
         try:
-            work(task, lambda event, name=task.name: tell({**event, "task": name}), fault)
+            work(task, lambda event, name=task.name: on_event({**event, "task": name}), fault)
             task.done = True
         except Exception as error:
             task.failure = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        tell({"event": "task_end", "task": task.name, "failure": task.failure})
+        on_event({"event": "task_end", "task": task.name, "failure": task.failure})
 
 
-def work(task: Task, tell: Any, fault: Fault | None) -> None:
-    if task.module == "simulations.judge":
-        judge(ComparisonFolder.at(task.arguments[0]), task.arguments[1], tell)
+def work(task: Task, on_event: Any, fault: Fault | None) -> None:
+    if task.module == "simulations.comparison.evaluate_worker":
+        evaluator(ComparisonFolder.at(task.arguments[0]), task.arguments[1], on_event)
         return
     job = jobs.read_job(Path(task.arguments[0]))
-    if job.kind == HOME:
-        jobs.train(job, tell)
+    if job.kind == STANDALONE:
+        jobs.train(job, on_event)
     else:
-        federate(job, tell, fault)
+        federate(job, on_event, fault)
 
 
-def federate(job: Job, tell: Any, fault: Fault | None) -> None:
+def federate(job: Job, on_event: Any, fault: Fault | None) -> None:
     if not is_prepared(job.run):
         prepare_run(job.settings, job.run)
     settings = job.run.settings()
-    federation = Federation(settings, job.run, experiment_of(job.run), NoJudge(), tell)
+    federation = Federation(settings, job.run, experiment_of(job.run), NoEvaluator(), on_event)
     federation.train(LocalGrid(settings.federation.participants, app, fault))  # type: ignore[arg-type]
 
 
 def here(patch: pytest.MonkeyPatch, fault: Fault | None = None) -> None:
-    patch.setattr(simulations.compare, "run_tasks", functools.partial(run_here, fault=fault))
+    patch.setattr(
+        simulations.comparison.compare, "run_tasks", functools.partial(run_here, fault=fault)
+    )
 
 
 @pytest.fixture
@@ -118,11 +199,19 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- a small study ---------------------------------------------------------------------------------
 
 
-def study(data: Path, *overrides: str, arms: str = "centralized,federated,local", hospitals: int = 3) -> Settings:
+def study(
+    data: Path, *overrides: str, arms: str = "centralized,federated,local", hospitals: int = 3
+) -> Settings:
     evaluation = ("every=1", "images=24", "suite=quick", "seeds=2", "epochs=2", "bootstrap=50")
     words = [f"evaluation.{word}" for word in evaluation]
     return tiny(
-        data, *words, f"comparison.arms={arms}", "comparison.seeds=1", *overrides, hospitals=hospitals, kimg=BUDGET / 1000
+        data,
+        *words,
+        f"comparison.arms={arms}",
+        "comparison.seeds=1",
+        *overrides,
+        hospitals=hospitals,
+        kimg=BUDGET / 1000,
     )
 
 
@@ -165,7 +254,9 @@ def timeless(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def arm_of(found: dict[str, Any], name: str, seed: int = 0) -> dict[str, Any]:
-    row: dict[str, Any] = next(row for row in found["arms"] if (row["name"], row["seed"]) == (name, seed))
+    row: dict[str, Any] = next(
+        row for row in found["arms"] if (row["name"], row["seed"]) == (name, seed)
+    )
     return row
 
 
@@ -180,11 +271,17 @@ def test_comparison_json_says_what_the_page_reads(finished: Finished) -> None:
     found = finished.found
     assert json.loads(finished.folder.comparison.read_text()) == json.loads(json.dumps(found))
     assert set(found) >= TOP
-    assert (found["format"], found["seeds"], found["label_names"], found["resolution"]) == (1, [0], ["dark", "bright"], 16)
+    assert (found["format"], found["seeds"], found["label_names"], found["resolution"]) == (
+        1,
+        [0],
+        ["dark", "bright"],
+        16,
+    )
     assert [row["name"] for row in found["hospitals"]] == ["alpha", "beta", "gamma"]
-    assert [(row["arm"], row["name"], row["seed"], row["status"], row["failure"]) for row in found["arms"]] == [
-        (name, name, 0, "done", None) for name in ("centralized", "federated", "local")
-    ]
+    assert [
+        (row["arm"], row["name"], row["seed"], row["status"], row["failure"])
+        for row in found["arms"]
+    ] == [(name, name, 0, "done", None) for name in ("centralized", "federated", "local")]
     for row in found["arms"]:
         assert set(row) >= ARM
         assert set(row["cost"]) >= COST
@@ -194,10 +291,15 @@ def test_comparison_json_says_what_the_page_reads(finished: Finished) -> None:
         assert row["evaluation"]["utility"]["synthetic"]["macro_auc"] is not None
         assert (finished.folder.path / row["folder"]).is_dir()
     assert arm_of(found, "federated")["cost"]["bytes_exchanged"] > 0
-    assert {arm_of(found, name)["cost"]["bytes_exchanged"] for name in ("centralized", "local")} == {0}
+    assert {
+        arm_of(found, name)["cost"]["bytes_exchanged"] for name in ("centralized", "local")
+    } == {0}
     members = arm_of(found, "local")["members"]
     assert [row["hospital"] for row in members] == ["alpha", "beta", "gamma"]
-    assert all(row["utility"]["synthetic"]["macro_auc"] is not None and row["fidelity"]["frechet"] > 0 for row in members)
+    assert all(
+        row["utility"]["synthetic"]["macro_auc"] is not None and row["fidelity"]["frechet"] > 0
+        for row in members
+    )
     assert sum(row["images_seen"] for row in members) == BUDGET
     assert "/" not in json.dumps(found["provenance"]["settings"])  # no place on this machine
     assert str(finished.folder.path) not in json.dumps(found)
@@ -205,18 +307,33 @@ def test_comparison_json_says_what_the_page_reads(finished: Finished) -> None:
 
 def test_rows_pairs_and_matrix_are_about_the_same_arms(finished: Finished) -> None:
     found = finished.found
-    names = ["real", "centralized", "federated", "local", "local: alpha", "local: beta", "local: gamma"]
+    names = [
+        "real",
+        "centralized",
+        "federated",
+        "local",
+        "local: alpha",
+        "local: beta",
+        "local: gamma",
+    ]
     assert [row["name"] for row in found["summary"]] == names
     assert [row["hospital"] for row in found["summary"]] == [None] * 4 + ["alpha", "beta", "gamma"]
-    assert all(set(row) >= ROW - {"frechet", "frechet_seeds", "recall", "coverage"} for row in found["summary"])
+    assert all(
+        set(row) >= ROW - {"frechet", "frechet_seeds", "recall", "coverage"}
+        for row in found["summary"]
+    )
     assert all(set(row) >= ROW and 0 <= row["macro_auc"] <= 1 for row in found["summary"][1:])
     pairs = {(row["a"], row["b"]) for row in found["comparisons"]}
-    assert {("federated", other) for other in ("centralized", "local", "local: alpha", "local: gamma")} <= pairs
+    assert {
+        ("federated", other) for other in ("centralized", "local", "local: alpha", "local: gamma")
+    } <= pairs
     assert {(name, "real") for name in ("centralized", "federated", "local")} <= pairs
     by_name = {row["name"]: row for row in found["summary"]}
     for row in found["comparisons"]:
         assert set(row) >= PAIR
-        assert row["difference"] == pytest.approx(by_name[row["a"]]["macro_auc"] - by_name[row["b"]]["macro_auc"])
+        assert row["difference"] == pytest.approx(
+            by_name[row["a"]]["macro_auc"] - by_name[row["b"]]["macro_auc"]
+        )
         assert row["margin"] == 0.02
         assert row["images"] == sum(size // 8 * 2 for size in SIZES)
     cross = found["cross_site"]
@@ -228,15 +345,26 @@ def test_rows_pairs_and_matrix_are_about_the_same_arms(finished: Finished) -> No
 
 
 def test_all_arms_have_seen_the_same_number_of_images(finished: Finished) -> None:
-    assert {row["images_seen"] for row in finished.found["arms"]} == {finished.found["images_seen_budget"]} == {BUDGET}
+    assert (
+        {row["images_seen"] for row in finished.found["arms"]}
+        == {finished.found["images_seen_budget"]}
+        == {BUDGET}
+    )
     for row in finished.found["arms"]:
         assert sum(row["hospital_images"].values()) == BUDGET
-        lines = [files.read_json_lines(path) for path in (finished.folder.path / row["folder"]).rglob("metrics.jsonl")]
-        shown = [hospital["images"] for run in lines for line in run for hospital in line["hospitals"]]
+        lines = [
+            files.read_json_lines(path)
+            for path in (finished.folder.path / row["folder"]).rglob("metrics.jsonl")
+        ]
+        shown = [
+            hospital["images"] for run in lines for line in run for hospital in line["hospitals"]
+        ]
         assert sum(shown) == BUDGET  # as the Trainers counted them
 
 
-def test_trainings_were_begun_longest_first_and_judged_after_the_real_classifiers(finished: Finished) -> None:
+def test_trainings_were_begun_longest_first_and_judged_after_the_real_classifiers(
+    finished: Finished,
+) -> None:
     plans = [event for event in finished.events if event["event"] == "plan"]
     assert [plan["stage"] for plan in plans] == ["training", "judging", "comparing"]
     assert all(plan["done"] == [] for plan in plans)
@@ -252,7 +380,9 @@ def test_trainings_were_begun_longest_first_and_judged_after_the_real_classifier
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_second_call_trains_and_judges_nothing_and_finds_the_same(finished: Finished, tmp_path: Path) -> None:
+def test_a_second_call_trains_and_judges_nothing_and_finds_the_same(
+    finished: Finished, tmp_path: Path
+) -> None:
     folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
     found = compare(finished.settings, folder, events.append)
     assert begun(events) == []
@@ -262,29 +392,56 @@ def test_a_second_call_trains_and_judges_nothing_and_finds_the_same(finished: Fi
 @pytest.mark.usefixtures("in_process")
 def test_another_seed_or_arm_trains_what_is_new_alone(finished: Finished, tmp_path: Path) -> None:
     folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
-    found = compare(finished.changed("comparison.seeds=2", "comparison.arms=centralized"), folder, events.append)
-    assert [name for name in begun(events) if "classifier" not in name] == ["centralized-seed1", "centralized, seed 1"]
+    found = compare(
+        finished.changed("comparison.seeds=2", "comparison.arms=centralized"), folder, events.append
+    )
+    assert [name for name in begun(events) if "classifier" not in name] == [
+        "centralized-seed1",
+        "centralized, seed 1",
+    ]
     assert found["seeds"] == [0, 1]
-    assert arm_of(found, "centralized")["evaluation"] == arm_of(finished.found, "centralized")["evaluation"]
-    assert arm_of(found, "centralized", 1)["evaluation"] != arm_of(found, "centralized")["evaluation"]
+    assert (
+        arm_of(found, "centralized")["evaluation"]
+        == arm_of(finished.found, "centralized")["evaluation"]
+    )
+    assert (
+        arm_of(found, "centralized", 1)["evaluation"] != arm_of(found, "centralized")["evaluation"]
+    )
     row = found["summary"][1]
     assert (row["seeds"], len(row["macro_auc_seeds"]), len(row["frechet_seeds"])) == ([0, 1], 2, 2)
     assert row["macro_auc"] == pytest.approx(np.mean(row["macro_auc_seeds"]))
     one, other = (arm_of(found, "centralized", seed) for seed in (0, 1))
-    hashes = [json.loads((folder.path / arm["folder"] / "checkpoints/round-00003.json").read_text()) for arm in (one, other)]
+    hashes = [
+        json.loads((folder.path / arm["folder"] / "checkpoints/round-00003.json").read_text())
+        for arm in (one, other)
+    ]
     assert hashes[0]["sha256"] != hashes[1]["sha256"]
     assert [meta["settings"]["data"]["seed"] for meta in hashes] == [0, 0]
 
     events.clear()
-    more = compare(finished.changed("comparison.arms=centralized,federated,local,generator-only"), folder, events.append)
-    assert [name for name in begun(events) if "classifier" not in name] == ["generator-only-seed0", "generator-only, seed 0"]
+    more = compare(
+        finished.changed("comparison.arms=centralized,federated,local,generator-only"),
+        folder,
+        events.append,
+    )
+    assert [name for name in begun(events) if "classifier" not in name] == [
+        "generator-only-seed0",
+        "generator-only, seed 0",
+    ]
     assert arm_of(more, "generator-only")["overrides"] == {"federation.exchange": "generator"}
-    assert arm_of(more, "generator-only")["cost"]["bytes_exchanged"] < arm_of(more, "federated")["cost"]["bytes_exchanged"]
-    assert [row for row in more["arms"] if row["name"] != "generator-only"] == finished.found["arms"]
+    assert (
+        arm_of(more, "generator-only")["cost"]["bytes_exchanged"]
+        < arm_of(more, "federated")["cost"]["bytes_exchanged"]
+    )
+    assert [row for row in more["arms"] if row["name"] != "generator-only"] == finished.found[
+        "arms"
+    ]
 
 
 @pytest.mark.usefixtures("in_process")
-def test_evaluation_may_change_and_nothing_is_trained_again(finished: Finished, tmp_path: Path) -> None:
+def test_evaluation_may_change_and_nothing_is_trained_again(
+    finished: Finished, tmp_path: Path
+) -> None:
     folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
     changes = ("evaluation.bootstrap=20", "name=another", "comparison.margin=0.1")
     found = compare(finished.changed(*changes), folder, events.append)
@@ -298,10 +455,19 @@ def test_evaluation_may_change_and_nothing_is_trained_again(finished: Finished, 
 
 @pytest.mark.parametrize(
     "change",
-    ["training.learning_rate=0.001", "federation.rounds=2", "model.w_dim=16", "seed=1", "evaluation.every=3", "augment.p=0.3"],
+    [
+        "training.learning_rate=0.001",
+        "federation.rounds=2",
+        "model.w_dim=16",
+        "seed=1",
+        "evaluation.every=3",
+        "augment.p=0.3",
+    ],
 )
 @pytest.mark.usefixtures("in_process")
-def test_a_scenario_that_changed_is_refused_by_its_key(change: str, finished: Finished, tmp_path: Path) -> None:
+def test_a_scenario_that_changed_is_refused_by_its_key(
+    change: str, finished: Finished, tmp_path: Path
+) -> None:
     folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
     before = contents(folder)
     key, _, value = change.partition("=")
@@ -347,24 +513,33 @@ def test_images_that_changed_in_their_place_are_refused(finished: Finished, tmp_
     write_shards(tmp_path / "others", (SIZES[0], SIZES[1] - 8, SIZES[2]))
     shutil.move(tmp_path / "others" / "beta", data / "beta")
     before = contents(folder)
-    with pytest.raises(ConfigError, match="was prepared with other images than its shards hold now: give another --output"):
+    with pytest.raises(
+        ConfigError,
+        match="was prepared with other images than its shards hold now: give another --output",
+    ):
         compare(moved, folder)
     assert contents(folder) == before
 
 
 @pytest.mark.usefixtures("in_process")
-def test_an_evaluation_that_another_hand_wrote_over_is_made_again(finished: Finished, tmp_path: Path) -> None:
+def test_an_evaluation_that_another_hand_wrote_over_is_made_again(
+    finished: Finished, tmp_path: Path
+) -> None:
     folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
     path = folder.arm("centralized", 0).evaluation
     kept = json.loads(path.read_text())
-    files.write_json(path, kept | {"utility": kept["utility"] | {"synthetic": kept["utility"]["real"]}})
+    files.write_json(
+        path, kept | {"utility": kept["utility"] | {"synthetic": kept["utility"]["real"]}}
+    )
     found = compare(finished.settings, folder, events.append)
     assert [name for name in begun(events) if "seed" in name] == ["centralized, seed 0"]
     assert timeless(found) == timeless(finished.found)
 
 
 @pytest.mark.usefixtures("in_process")
-def test_real_pictures_come_and_go_with_what_the_settings_allow(finished: Finished, tmp_path: Path) -> None:
+def test_real_pictures_come_and_go_with_what_the_settings_allow(
+    finished: Finished, tmp_path: Path
+) -> None:
     folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
     place = folder.samples / "real.png"
     shown = []
@@ -376,7 +551,9 @@ def test_real_pictures_come_and_go_with_what_the_settings_allow(finished: Finish
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_comparison_that_was_stopped_goes_on_to_the_same_models(finished: Finished, tmp_path: Path) -> None:
+def test_a_comparison_that_was_stopped_goes_on_to_the_same_models(
+    finished: Finished, tmp_path: Path
+) -> None:
     folder = ComparisonFolder.at(tmp_path / "study")
     for stage in ("centralized-seed0", "federated-seed0", "local-seed0/members/beta"):
 
@@ -396,11 +573,21 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_same_models(finished: Fini
 
     with pytest.raises(KeyboardInterrupt):
         compare(finished.settings, folder, stop_before_judging)
-    rounds = [event["round"] for event in events if event["event"] == "round_end" and event["task"] == "local-seed0/members/beta"]
+    rounds = [
+        event["round"]
+        for event in events
+        if event["event"] == "round_end" and event["task"] == "local-seed0/members/beta"
+    ]
     assert rounds == [3]
-    names = [path.relative_to(folder.path) for path in sorted(folder.path.rglob("round-00003.safetensors"))]
+    names = [
+        path.relative_to(folder.path)
+        for path in sorted(folder.path.rglob("round-00003.safetensors"))
+    ]
     assert len(names) == 5
-    assert all((folder.path / name).read_bytes() == (finished.folder.path / name).read_bytes() for name in names)
+    assert all(
+        (folder.path / name).read_bytes() == (finished.folder.path / name).read_bytes()
+        for name in names
+    )
 
 
 # --- failures --------------------------------------------------------------------------------------
@@ -411,7 +598,11 @@ def test_an_arm_that_fails_is_told_and_the_others_are_compared(
 ) -> None:
     def fault(number: int, message: Any) -> Any:
         ill = number == 1 and message.content.config_records["config"].get("round") == 2
-        return error_reply(message, "hospital says: ValueError while reading an image") if ill else None
+        return (
+            error_reply(message, "hospital says: ValueError while reading an image")
+            if ill
+            else None
+        )
 
     folder = finished.copy(tmp_path)
     shutil.rmtree(folder.arm("federated", 0).path)
@@ -430,41 +621,75 @@ def test_an_arm_that_fails_is_told_and_the_others_are_compared(
     reason = "'federated-seed0', which it builds on, failed"
     assert tuned["failure"] == "; ".join(f"{name}: {reason}" for name in ("alpha", "beta", "gamma"))
     ended = {event["task"]: event["failure"] for event in told if event["event"] == "task_end"}
-    assert [ended[f"finetuned-seed0/members/{name}"] for name in ("alpha", "beta", "gamma")] == [reason] * 3
+    assert [ended[f"finetuned-seed0/members/{name}"] for name in ("alpha", "beta", "gamma")] == [
+        reason
+    ] * 3
     assert not any("finetuned" in name for name in begun(told))
     assert failed["evaluation"] is None
     assert failed["curve"] == []
     assert next(row for row in found["summary"] if row["name"] == "federated")["macro_auc"] is None
-    assert not any("federated" in (row["a"], row["b"]) and row["difference"] is not None for row in found["comparisons"])
+    assert not any(
+        "federated" in (row["a"], row["b"]) and row["difference"] is not None
+        for row in found["comparisons"]
+    )
     assert "was not measured" in found["answer"]
-    assert any(sentence.startswith("federated, seed 0 failed") for sentence in found["not_measured"])
+    assert any(
+        sentence.startswith("federated, seed 0 failed") for sentence in found["not_measured"]
+    )
     assert arm_of(found, "centralized") == arm_of(finished.found, "centralized")
 
     here(monkeypatch)
     events: list[dict[str, Any]] = []
-    mended = compare(settings, folder, events.append)  # the same call tries again, from the round that was whole
+    mended = compare(
+        settings, folder, events.append
+    )  # the same call tries again, from the round that was whole
     assert all(row["status"] == "done" for row in mended["arms"])
     assert {row["images_seen"] for row in mended["arms"]} == {BUDGET}
-    rounds = [event["round"] for event in events if event["event"] == "round_end" and event["task"] == "federated-seed0"]
+    rounds = [
+        event["round"]
+        for event in events
+        if event["event"] == "round_end" and event["task"] == "federated-seed0"
+    ]
     assert rounds == [2, 3]
-    assert arm_of(mended, "federated")["evaluation"] == arm_of(finished.found, "federated")["evaluation"]
+    assert (
+        arm_of(mended, "federated")["evaluation"]
+        == arm_of(finished.found, "federated")["evaluation"]
+    )
     tuned = arm_of(mended, "finetuned")
-    assert [(point["round"], point["images_seen"]) for point in tuned["curve"]] == [(1, 20), (2, 40), (1, BUDGET)]
+    assert [(point["round"], point["images_seen"]) for point in tuned["curve"]] == [
+        (1, 20),
+        (2, 40),
+        (1, BUDGET),
+    ]
     assert tuned["curve"][:2] == arm_of(mended, "federated")["curve"][:2]  # the same models
-    assert all(point["split"] in ("val", "train") for row in mended["arms"] for point in row["curve"])
+    assert all(
+        point["split"] in ("val", "train") for row in mended["arms"] for point in row["curve"]
+    )
     assert tuned["losses"][-1]["images_seen"] == BUDGET
-    assert {row["hospital"]: row["images_seen"] for row in tuned["members"]} == arm_of(mended, "federated")["hospital_images"]
+    assert {row["hospital"]: row["images_seen"] for row in tuned["members"]} == arm_of(
+        mended, "federated"
+    )["hospital_images"]
     whole = arm_of(mended, "federated")["cost"]["bytes_exchanged"]
-    assert tuned["cost"]["bytes_exchanged"] == whole * 2 // 3  # of the two rounds that it goes on from
+    assert (
+        tuned["cost"]["bytes_exchanged"] == whole * 2 // 3
+    )  # of the two rounds that it goes on from
 
     before = contents(folder)
-    with pytest.raises(ConfigError, match=r"alpha was planned with .* another beginning \(comparison\.finetune_share"):
+    with pytest.raises(
+        ConfigError,
+        match=r"alpha was planned with .* another beginning \(comparison\.finetune_share",
+    ):
         compare(from_dict(to_dict(settings), ["comparison.finetune_share=0.6"]), folder)
-    assert {path for path, data in contents(folder).items() if data != before[path]} <= {folder.config}
+    assert {path for path, data in contents(folder).items() if data != before[path]} <= {
+        folder.config
+    }
 
 
 def test_the_command_writes_the_page_and_ends_with_5_when_an_arm_failed(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     here(monkeypatch)
@@ -509,7 +734,10 @@ def test_an_arm_that_was_trained_otherwise_is_refused(finished: Finished, tmp_pa
     folder = finished.copy(tmp_path)
     run = folder.arm("centralized", 0)
     run.write_settings(from_dict(to_dict(run.settings()), ["training.learning_rate=0.01"]))
-    with pytest.raises(ConfigError, match=r"centralized-seed0 was trained with training\.learning_rate = 0\.01, not 0\.00"):
+    with pytest.raises(
+        ConfigError,
+        match=r"centralized-seed0 was trained with training\.learning_rate = 0\.01, not 0\.00",
+    ):
         compare(finished.settings, folder)
 
 
@@ -522,7 +750,9 @@ def test_arms_that_differ_on_the_disk_are_not_put_into_one_table(
     run = folder.arm("federated", 0)
     if what == "settings":
         run.write_settings(from_dict(to_dict(run.settings()), ["training.learning_rate=0.01"]))
-        monkeypatch.setattr(simulations.compare, "_check_trained_alike", lambda job: None)
+        monkeypatch.setattr(
+            simulations.comparison.compare, "_check_trained_alike", lambda job: None
+        )
         text = "training.learning_rate differs: arm 'federated' (seed 0) has 0.01"
     elif what == "images":
         lines = files.read_json_lines(run.metrics)
@@ -536,17 +766,23 @@ def test_arms_that_differ_on_the_disk_are_not_put_into_one_table(
         else:
             found["label_names"] = ["bright", "dark"]
         files.write_json(run.evaluation, found)
-        monkeypatch.setattr(simulations.compare, "is_judged", lambda *given: True)  # it would be judged again otherwise
-        text = {"evaluator": "evaluator.test_hash differs: arm 'federated'", "labels": "label_names differs: arm 'federated'"}[
-            what
-        ]
+        monkeypatch.setattr(
+            simulations.comparison.compare, "is_arm_evaluated", lambda *given: True
+        )  # it would be judged again otherwise
+        text = {
+            "evaluator": "evaluator.test_hash differs: arm 'federated'",
+            "labels": "label_names differs: arm 'federated'",
+        }[what]
     with pytest.raises(ConfigError) as caught:
         compare(finished.settings, folder)
     assert text in str(caught.value)
 
 
 def test_a_run_is_no_comparison_and_a_comparison_no_run(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
@@ -562,23 +798,33 @@ def test_a_run_is_no_comparison_and_a_comparison_no_run(
     ):
         assert main([words[0], "study", *words[1:]]) == 2, words
         _, err = capsys.readouterr()
-        assert "is a comparison: go on with it by fedgan compare, or give one of its arms, e.g. " in err
+        assert (
+            "is a comparison: go on with it by fedgan compare, or give one of its arms, e.g. "
+            in err
+        )
         assert "arms/centralized-seed0" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "study"]
 
 
 def test_an_arm_is_a_run_that_generates(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = finished.copy(tmp_path)
     for run in (folder.arm("federated", 0).path, folder.arm("local", 0).path / "members" / "gamma"):
-        assert main(["generate", str(run), "--images", "2", "--output", f"images-{run.name}"]) == 0, capsys.readouterr().err
+        assert (
+            main(["generate", str(run), "--images", "2", "--output", f"images-{run.name}"]) == 0
+        ), capsys.readouterr().err
         assert len(list((tmp_path / f"images-{run.name}").glob("*.png"))) == 2
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_patient_in_training_and_in_the_evaluators_images_stops_it_before_it_trains(finished: Finished, tmp_path: Path) -> None:
+def test_a_patient_in_training_and_in_the_evaluators_images_stops_it_before_it_trains(
+    finished: Finished, tmp_path: Path
+) -> None:
     guests = write_shards(tmp_path / "guests", SIZES[:2])
     rows = SIZES[2]
     write_shard(
@@ -592,7 +838,9 @@ def test_a_patient_in_training_and_in_the_evaluators_images_stops_it_before_it_t
     )
     events: list[dict[str, Any]] = []
     settings = finished.changed(f"evaluation.root={guests}")
-    with pytest.raises(SplitError, match="1 patient of the training images is also in 'test'") as caught:
+    with pytest.raises(
+        SplitError, match="1 patient of the training images is also in 'test'"
+    ) as caught:
         compare(settings, ComparisonFolder.at(tmp_path / "study"), events.append)
     assert "gamma-0" not in str(caught.value)
     assert begun(events) == []
@@ -603,9 +851,15 @@ def test_a_patient_in_training_and_in_the_evaluators_images_stops_it_before_it_t
 
 @pytest.mark.usefixtures("in_process")
 def test_coalitions_give_what_each_hospital_adds(tmp_path: Path) -> None:
-    settings = study(write_shards(tmp_path / "data", (40, 24)), *SHORT, arms="federated,coalitions", hospitals=2)
+    settings = study(
+        write_shards(tmp_path / "data", (40, 24)), *SHORT, arms="federated,coalitions", hospitals=2
+    )
     found = compare(settings, ComparisonFolder.at(tmp_path / "study"))
-    assert [row["name"] for row in found["arms"]] == ["federated", "coalition alpha", "coalition beta"]
+    assert [row["name"] for row in found["arms"]] == [
+        "federated",
+        "coalition alpha",
+        "coalition beta",
+    ]
     assert {row["images_seen"] for row in found["arms"]} == {BUDGET}
     values = {row["name"]: row["macro_auc"] for row in found["summary"]}
     contribution = found["contribution"]
@@ -614,19 +868,32 @@ def test_coalitions_give_what_each_hospital_adds(tmp_path: Path) -> None:
     assert loss["alpha"] == pytest.approx(values["federated"] - values["coalition beta"])
     shapley = {row["hospital"]: row["value"] for row in contribution["shapley"]}
     assert sum(shapley.values()) == pytest.approx(values["federated"] - 0.5)
-    pairs = [(row["a"], row["b"]) for row in found["comparisons"] if "coalition" in row["a"] + row["b"]]
-    assert pairs == [("federated", "coalition alpha"), ("federated", "coalition beta")]  # each alone, with the whole budget
+    pairs = [
+        (row["a"], row["b"]) for row in found["comparisons"] if "coalition" in row["a"] + row["b"]
+    ]
+    assert pairs == [
+        ("federated", "coalition alpha"),
+        ("federated", "coalition beta"),
+    ]  # each alone, with the whole budget
     assert "coalition alpha" not in found["cross_site"]["rows"]
 
 
 @pytest.mark.usefixtures("in_process")
-def test_leave_one_out_of_dealt_hospitals_gives_losses_and_says_why_there_is_no_shapley_value(tmp_path: Path) -> None:
+def test_leave_one_out_of_dealt_hospitals_gives_losses_and_says_why_there_is_no_shapley_value(
+    tmp_path: Path,
+) -> None:
     data = write_shards(tmp_path / "data", (64, 56))
-    settings = study(data, *SHORT, "data.partition=dirichlet", "data.alpha=5", arms="federated,leave-one-out")
+    settings = study(
+        data, *SHORT, "data.partition=dirichlet", "data.alpha=5", arms="federated,leave-one-out"
+    )
     found = compare(settings, ComparisonFolder.at(tmp_path / "study"))
     assert [row["failure"] for row in found["arms"]] == [None] * 4
     names = [row["name"] for row in found["hospitals"]]
-    assert sorted(names) == ["hospital-1", "hospital-2", "hospital-3"]  # not the shards that were dealt
+    assert sorted(names) == [
+        "hospital-1",
+        "hospital-2",
+        "hospital-3",
+    ]  # not the shards that were dealt
     assert found["cross_site"]["columns"] == names
     assert found["cross_site"]["rows"] == ["real", "federated"]
     row = next(row for row in found["summary"] if row["name"] == "federated")
@@ -634,7 +901,9 @@ def test_leave_one_out_of_dealt_hospitals_gives_losses_and_says_why_there_is_no_
     assert set(arm_of(found, "federated")["hospital_images"]) == set(names)
 
     contribution, auc = found["contribution"], row["macro_auc"]
-    without = {row["name"]: row["macro_auc"] for row in found["summary"] if row["arm"] == "coalition"}
+    without = {
+        row["name"]: row["macro_auc"] for row in found["summary"] if row["arm"] == "coalition"
+    }
     for out in contribution["leave_one_out"]:
         others = [name for name in names if name != out["hospital"]]
         assert out["loss"] == pytest.approx(auc - without[f"coalition {'+'.join(others)}"])
@@ -651,9 +920,13 @@ def test_reasons_name_the_hospital_once_and_no_place_of_this_machine(finished: F
     alpha, beta, _ = (job.folder for job in local.jobs)
     torn = f"CheckpointError: {alpha}/checkpoints/round-00001.safetensors is damaged"
     outside = f"DataError: no shard at {finished.settings.data.root}/alpha or {Path.home()}/my scans/a.dcm"
-    said = simulations.compare._failure(local, {alpha: torn, beta: outside, local.folder: "no disk"}, folder, finished.settings)
+    said = simulations.comparison.compare._failure(
+        local, {alpha: torn, beta: outside, local.folder: "no disk"}, folder, finished.settings
+    )
     one, other, last = said.split("; ")
-    assert one == ("alpha: CheckpointError: arms/local-seed0/members/alpha/checkpoints/round-00001.safetensors is damaged")
+    assert one == (
+        "alpha: CheckpointError: arms/local-seed0/members/alpha/checkpoints/round-00001.safetensors is damaged"
+    )
     assert other.startswith("beta: DataError: no shard at (path not shown)")
     assert last == "no disk"
     for place in (str(folder.path), finished.settings.data.root, str(Path.home()), "scans", ".dcm"):
@@ -662,7 +935,10 @@ def test_reasons_name_the_hospital_once_and_no_place_of_this_machine(finished: F
 
 def write_one(root: Path, labels: np.ndarray, names: tuple[str, ...], splits: np.ndarray) -> Path:
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 128, (len(labels), 1, 16, 16)) + 100 * np.arange(len(labels))[:, None, None, None] % 2
+    images = (
+        rng.integers(0, 128, (len(labels), 1, 16, 16))
+        + 100 * np.arange(len(labels))[:, None, None, None] % 2
+    )
     write_shard(
         root / "alpha",
         images.astype(np.uint8),
@@ -682,12 +958,21 @@ def test_data_without_classes_are_compared_by_what_can_be_had_and_the_rest_is_sa
     monkeypatch.chdir(tmp_path)
     splits = np.array(["train", "train", "test", "val"])[np.arange(40) % 4]
     data = write_one(tmp_path / "data", np.zeros((40, 0), np.uint8), (), splits)
-    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(to_dict(study(data, *SHORT, arms="centralized,local", hospitals=1))))
+    (tmp_path / "tiny.toml").write_text(
+        tomli_w.dumps(to_dict(study(data, *SHORT, arms="centralized,local", hospitals=1)))
+    )
     assert main(["compare", "tiny.toml", "--output", "study"]) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "study" / "comparison.json").read_text())
     assert [row["status"] for row in found["arms"]] == ["done", "done"]
-    assert (found["summary"], found["comparisons"], found["cross_site"], found["extractor"]) == ([], [], None, None)
-    assert found["answer"].startswith("What federation costs and gains is unknown: the images have no classes")
+    assert (found["summary"], found["comparisons"], found["cross_site"], found["extractor"]) == (
+        [],
+        [],
+        None,
+        None,
+    )
+    assert found["answer"].startswith(
+        "What federation costs and gains is unknown: the images have no classes"
+    )
     assert any("no classes to tell apart" in note for note in found["notes"])
     assert found["answer"] in (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
 
@@ -698,15 +983,23 @@ def test_a_class_without_test_images_is_said_in_comparison_and_page(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     kinds = np.arange(60) % 3
-    splits = np.where(kinds == 2, "train", np.array(["train", "train", "test", "val"])[np.arange(60) // 3 % 4])
-    data = write_one(tmp_path / "data", np.eye(3, dtype=np.uint8)[kinds], ("dark", "bright", "rare"), splits)
-    (tmp_path / "tiny.toml").write_text(tomli_w.dumps(to_dict(study(data, *SHORT, arms="centralized,local", hospitals=1))))
+    splits = np.where(
+        kinds == 2, "train", np.array(["train", "train", "test", "val"])[np.arange(60) // 3 % 4]
+    )
+    data = write_one(
+        tmp_path / "data", np.eye(3, dtype=np.uint8)[kinds], ("dark", "bright", "rare"), splits
+    )
+    (tmp_path / "tiny.toml").write_text(
+        tomli_w.dumps(to_dict(study(data, *SHORT, arms="centralized,local", hospitals=1)))
+    )
     assert main(["compare", "tiny.toml", "--output", "study"]) == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "study" / "comparison.json").read_text())
     row = next(row for row in found["summary"] if row["name"] == "centralized")
     assert row["per_class"]["rare"]["auc"] is None
     assert row["macro_auc"] is not None
-    assert any("'rare' has no positive image in the real test split" in note for note in found["notes"])
+    assert any(
+        "'rare' has no positive image in the real test split" in note for note in found["notes"]
+    )
     page = (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
     assert "has no positive image in the real test split" in page
 
@@ -715,20 +1008,31 @@ def test_a_class_without_test_images_is_said_in_comparison_and_page(
 
 
 @pytest.mark.slow
-def test_a_comparison_with_flower_and_processes_finds_what_the_one_without_found(finished: Finished, tmp_path: Path) -> None:
+def test_a_comparison_with_flower_and_processes_finds_what_the_one_without_found(
+    finished: Finished, tmp_path: Path
+) -> None:
     folder, events = ComparisonFolder.at(tmp_path / "study"), list[dict[str, Any]]()
     found = compare(finished.settings, folder, events.append)
     assert [row["failure"] for row in found["arms"]] == [None] * 3
-    names = [path.relative_to(folder.path) for path in sorted(folder.path.rglob("round-00003.safetensors"))]
+    names = [
+        path.relative_to(folder.path)
+        for path in sorted(folder.path.rglob("round-00003.safetensors"))
+    ]
     assert len(names) == 5
-    assert all((folder.path / name).read_bytes() == (finished.folder.path / name).read_bytes() for name in names)
+    assert all(
+        (folder.path / name).read_bytes() == (finished.folder.path / name).read_bytes()
+        for name in names
+    )
     for key in ("summary", "comparisons", "cross_site", "answer"):
         assert found[key] == finished.found[key], key
     assert {row["images_seen"] for row in found["arms"]} == {BUDGET}
-    assert all(is_judged(folder.settings(), arm, folder) for arm in plan_of(folder.settings(), folder))
+    assert all(
+        is_arm_evaluated(folder.settings(), arm, folder)
+        for arm in plan_of(folder.settings(), folder)
+    )
     assert not alive_in(processes_of(folder.arm("federated", 0).path))
     assert not list(folder.path.rglob("*.part"))
-    assert open_bench(folder).settings == folder.settings()
+    assert open_evaluation_context(folder).settings == folder.settings()
     events.clear()
     assert timeless(compare(finished.settings, folder, events.append)) == timeless(found)
     assert begun(events) == []

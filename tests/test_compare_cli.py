@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import simulations.compare
+import simulations.comparison.compare
 from fedgan.cli import compare as verb
 from fedgan.cli import compare_progress, main
 from fedgan.cli.compare_progress import CompareProgress, ComparisonState
@@ -22,7 +22,11 @@ from fedgan.errors import ConfigError
 PLAN = {
     "event": "plan",
     "stage": "training",
-    "tasks": {"centralized-seed0": 60.0, "federated-seed0": 30.0, "local-seed0/members/alpha": 10.0},
+    "tasks": {
+        "centralized-seed0": 60.0,
+        "federated-seed0": 30.0,
+        "local-seed0/members/alpha": 10.0,
+    },
     "done": ["local-seed0/members/alpha"],
 }
 START = {"event": "start", "task": "centralized-seed0", "images": 100, "images_seen": 0}
@@ -45,7 +49,11 @@ def followed(*events: dict[str, Any]) -> ComparisonState:
 def test_shares_are_weighed_by_the_jobs() -> None:
     begun = {"event": "task_start", "task": "centralized-seed0"}
     state = followed(PLAN)
-    assert (state.stage, state.running, state.share) == ("training", [], pytest.approx(0.1))  # one was done before
+    assert (state.stage, state.running, state.share) == (
+        "training",
+        [],
+        pytest.approx(0.1),
+    )  # one was done before
     state.follow(begun)
     state.follow(START)
     assert (state.running, state.share) == (["centralized-seed0"], pytest.approx(0.1))
@@ -57,7 +65,9 @@ def test_shares_are_weighed_by_the_jobs() -> None:
 
 def test_a_job_that_goes_on_begins_where_it_was_stopped() -> None:
     state = followed(
-        PLAN, {"event": "task_start", "task": "federated-seed0"}, START | {"task": "federated-seed0", "images_seen": 40}
+        PLAN,
+        {"event": "task_start", "task": "federated-seed0"},
+        START | {"task": "federated-seed0", "images_seen": 40},
     )
     assert state.shares["federated-seed0"] == pytest.approx(0.4)
 
@@ -67,24 +77,37 @@ def test_a_failed_job_is_over_too_and_the_next_stage_begins_anew() -> None:
         PLAN,
         {"event": "task_start", "task": "federated-seed0"},
         {"event": "task_end", "task": "federated-seed0", "failure": "gone"},
-        {"event": "plan", "stage": "judging", "tasks": {"real classifier 1": 0.3, "federated, seed 0": 1.0}, "done": []},
+        {
+            "event": "plan",
+            "stage": "judging",
+            "tasks": {"real classifier 1": 0.3, "federated, seed 0": 1.0},
+            "done": [],
+        },
     )
     assert (state.stage, state.share, state.running) == ("judging", 0.0, [])
     state.follow({"event": "task_start", "task": "federated, seed 0"})
-    state.follow({"event": "step", "task": "federated, seed 0", "share": 0.5, "text": "measuring distances"})
+    state.follow(
+        {"event": "step", "task": "federated, seed 0", "share": 0.5, "text": "measuring distances"}
+    )
     assert state.share == pytest.approx(0.5 / 1.3)
     assert state.doing == {"federated, seed 0": "measuring distances"}
 
 
 def test_a_job_that_could_not_begin_is_over_without_having_run() -> None:
-    state = followed(PLAN, {"event": "task_end", "task": "federated-seed0", "failure": "what it builds on failed"})
+    state = followed(
+        PLAN,
+        {"event": "task_end", "task": "federated-seed0", "failure": "what it builds on failed"},
+    )
     assert (state.running, state.share) == ([], pytest.approx(0.4))
 
 
 def test_unknown_events_change_nothing() -> None:
     state = followed(PLAN)
     before = (state.stage, dict(state.shares), state.share)
-    for event in ({"event": "something new"}, {"event": "preparing", "what": "engine", "task": "federated-seed0"}):
+    for event in (
+        {"event": "something new"},
+        {"event": "preparing", "what": "engine", "task": "federated-seed0"},
+    ):
         state.follow(event)
     assert (state.stage, dict(state.shares), state.share) == before
     assert ComparisonState().share == 0.0
@@ -94,9 +117,18 @@ def test_unknown_events_change_nothing() -> None:
     weights=st.lists(st.floats(0.1, 1000), min_size=1, max_size=5),
     steps=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5)), max_size=30),
 )
-def test_the_share_stays_between_nothing_and_all(weights: list[float], steps: list[tuple[int, int]]) -> None:
+def test_the_share_stays_between_nothing_and_all(
+    weights: list[float], steps: list[tuple[int, int]]
+) -> None:
     names = [str(number) for number in range(len(weights))]
-    state = followed({"event": "plan", "stage": "training", "tasks": dict(zip(names, weights, strict=True)), "done": []})
+    state = followed(
+        {
+            "event": "plan",
+            "stage": "training",
+            "tasks": dict(zip(names, weights, strict=True)),
+            "done": [],
+        }
+    )
     for number, done in steps:
         name = names[number % len(names)]
         if name not in state.running:
@@ -105,7 +137,9 @@ def test_the_share_stays_between_nothing_and_all(weights: list[float], steps: li
         assert 0 <= state.share <= 1 + 1e-9
     for name in list(state.running):
         state.follow({"event": "task_end", "task": name, "failure": ""})
-    assert state.share == pytest.approx(sum(weights[names.index(name)] for name in state.shares) / sum(weights))
+    assert state.share == pytest.approx(
+        sum(weights[names.index(name)] for name in state.shares) / sum(weights)
+    )
 
 
 # --- lines and bars --------------------------------------------------------------------------------
@@ -117,7 +151,14 @@ EVENTS: list[dict[str, Any]] = [
     {"event": "task_start", "task": "centralized-seed0"},
     {"event": "preparing", "what": "hospitals", "task": "centralized-seed0"},
     START,
-    {"event": "progress", "task": "centralized-seed0", "round": 1, "hospital": "everybody", "images": 3, "of": 10},
+    {
+        "event": "progress",
+        "task": "centralized-seed0",
+        "round": 1,
+        "hospital": "everybody",
+        "images": 3,
+        "of": 10,
+    },
     ended("centralized-seed0", 1, 2),
     {"event": "task_end", "task": "centralized-seed0", "failure": ""},
     {"event": "task_start", "task": "federated-seed0"},
@@ -127,7 +168,9 @@ EVENTS: list[dict[str, Any]] = [
 ]
 
 
-def test_where_there_is_no_terminal_each_stage_and_each_end_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_there_is_no_terminal_each_stage_and_each_end_is_a_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with CompareProgress() as progress:
         for event in EVENTS:
             progress.on_event(event)
@@ -162,7 +205,9 @@ def test_on_a_terminal_the_stage_and_each_running_job_have_a_bar() -> None:
     seen = []
     for event in EVENTS:
         progress.on_event(event)
-        seen.append([(task.description, round(float(task.completed), 3)) for task in progress.bars.tasks])
+        seen.append(
+            [(task.description, round(float(task.completed), 3)) for task in progress.bars.tasks]
+        )
     assert seen[0] == []
     assert seen[1] == [("training the arms", 0.1)]
     assert seen[6] == [("training the arms", 0.4), ("  centralized-seed0", 0.5)]
@@ -179,9 +224,27 @@ def test_on_a_terminal_the_stage_and_each_running_job_have_a_bar() -> None:
 FOUND: dict[str, Any] = {
     "answer": "Federation costs nothing.",
     "summary": [
-        {"arm": "real", "name": "real", "images_seen": None, "macro_auc": 0.9, "macro_auc_ci": [0.85, 0.9499]},
-        {"arm": "federated", "name": "federated", "images_seen": 400, "macro_auc": 0.8, "macro_auc_ci": None},
-        {"arm": "local", "name": "local", "images_seen": None, "macro_auc": None, "macro_auc_ci": None},
+        {
+            "arm": "real",
+            "name": "real",
+            "images_seen": None,
+            "macro_auc": 0.9,
+            "macro_auc_ci": [0.85, 0.9499],
+        },
+        {
+            "arm": "federated",
+            "name": "federated",
+            "images_seen": 400,
+            "macro_auc": 0.8,
+            "macro_auc_ci": None,
+        },
+        {
+            "arm": "local",
+            "name": "local",
+            "images_seen": None,
+            "macro_auc": None,
+            "macro_auc_ci": None,
+        },
     ],
     "arms": [
         {"name": "federated", "seed": 0, "status": "done", "failure": None},
@@ -213,7 +276,9 @@ def test_the_headline_has_a_line_an_arm_the_answer_and_the_page() -> None:
 
 
 def test_a_comparison_without_rows_has_a_headline_all_the_same() -> None:
-    text = verb.headline_text({"answer": "Nothing is known.", "summary": []}, Path("/nowhere/report.html"))
+    text = verb.headline_text(
+        {"answer": "Nothing is known.", "summary": []}, Path("/nowhere/report.html")
+    )
     assert text.split() == ["Nothing", "is", "known.", "report", "/nowhere/report.html"]
 
 
@@ -221,26 +286,43 @@ def test_a_comparison_without_rows_has_a_headline_all_the_same() -> None:
 
 
 @pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Settings, ComparisonFolder, int | None]]:
+def called(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> list[tuple[Settings, ComparisonFolder, int | None]]:
     """A `compare` that only says how it was called, and stops."""
     seen: list[tuple[Settings, ComparisonFolder, int | None]] = []
 
-    def compare(settings: Settings, folder: ComparisonFolder, on_event: Any, jobs: int | None) -> dict[str, Any]:
+    def compare(
+        settings: Settings, folder: ComparisonFolder, on_event: Any, jobs: int | None
+    ) -> dict[str, Any]:
         seen.append((settings, folder, jobs))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulations.compare, "compare", compare)
+    monkeypatch.setattr(simulations.comparison.compare, "compare", compare)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "study.toml").write_text('name = "A small study"\n[comparison]\nseeds = 3\n')
     return seen
 
 
 def test_options_reach_the_comparison_and_a_stop_says_how_to_go_on(
-    called: list[tuple[Settings, ComparisonFolder, int | None]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    called: list[tuple[Settings, ComparisonFolder, int | None]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ["compare", "study.toml", "--seeds", "2", "--jobs", "1", "--set", "comparison.arms=federated,local"]
+    words = [
+        "compare",
+        "study.toml",
+        "--seeds",
+        "2",
+        "--jobs",
+        "1",
+        "--set",
+        "comparison.arms=federated,local",
+    ]
     assert main(words) == 130
-    assert "stopped; the same command goes on, and keeps what is finished" in capsys.readouterr().err
+    assert (
+        "stopped; the same command goes on, and keeps what is finished" in capsys.readouterr().err
+    )
     assert main(["compare", "study.toml", "--output", "elsewhere"]) == 130
     (first, folder, jobs), (second, other, _) = called
     assert (first.comparison.seeds, first.comparison.arms, jobs) == (2, ("federated", "local"), 1)
@@ -257,7 +339,9 @@ def test_options_reach_the_comparison_and_a_stop_says_how_to_go_on(
     ],
 )
 @pytest.mark.usefixtures("called")
-def test_bad_words_are_one_clear_error(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_words_are_one_clear_error(
+    words: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["compare", "study.toml", *words]) == 2
     err = capsys.readouterr().err
     assert text in err
@@ -270,7 +354,7 @@ def test_an_error_of_the_comparison_ends_with_its_exit_code(
     def refuse(*arguments: Any) -> None:
         raise ConfigError("arms cannot be compared")
 
-    monkeypatch.setattr(simulations.compare, "compare", refuse)
+    monkeypatch.setattr(simulations.comparison.compare, "compare", refuse)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "study.toml").write_text('name = "x"\n')
     assert main(["compare", "study.toml"]) == 2

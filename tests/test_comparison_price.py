@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from test_comparison_report import section, tables
 from test_report import Page, places, replaced, scraps
 
-from fedgan.report.charts import GUTTER, LEFT, WIDE
 from fedgan.report.comparison.data import Comparison
 from fedgan.report.comparison.page import build_page
-from fedgan.report.run_data import clean
-from fedgan.report.scales import Scale, log_range
+from fedgan.report.html.charts import GUTTER, LEFT, WIDE
+from fedgan.report.html.scales import Scale, log_range
+from fedgan.report.run.data import clean
 
 # Name: bytes of seed 0, rounds, gap to centralised training.
 PRICED = {
@@ -32,7 +32,10 @@ PRICED = {
 def priced(arms: dict[str, tuple[float | None, float | None, float]] = PRICED) -> dict[str, Any]:  # type: ignore[assignment]
     """A comparison whose federated arms are these, with two seeds, the second of twice as many bytes as the first."""
     content = make_comparison(labels=LABELS[:2], coalitions=False)
-    federated = {key: [row for row in content[key] if row["arm"] == "federated"] for key in ("arms", "summary")}
+    federated = {
+        key: [row for row in content[key] if row["arm"] == "federated"]
+        for key in ("arms", "summary")
+    }
     for key, old in federated.items():
         content[key] = [row for row in content[key] if row["arm"] != "federated"]
         for name, (sent, rounds, gap) in arms.items():
@@ -41,11 +44,19 @@ def priced(arms: dict[str, tuple[float | None, float | None, float]] = PRICED) -
                 if key == "summary":
                     row["macro_auc"] = ARMS["centralized"] - gap
                 else:
-                    row["cost"] |= {"bytes_exchanged": sent and sent * (1 + row["seed"]), "rounds": rounds}
+                    row["cost"] |= {
+                        "bytes_exchanged": sent and sent * (1 + row["seed"]),
+                        "rounds": rounds,
+                    }
                 content[key].append(row)
-    pair = next(row for row in content["comparisons"] if (row["a"], row["b"]) == ("federated", "centralized"))
+    pair = next(
+        row
+        for row in content["comparisons"]
+        if (row["a"], row["b"]) == ("federated", "centralized")
+    )
     content["comparisons"] = [
-        pair | {"a": name, "difference": -gap, "ci": [-gap - 0.01, -gap + 0.02]} for name, (_, _, gap) in arms.items()
+        pair | {"a": name, "difference": -gap, "ci": [-gap - 0.01, -gap + 0.02]}
+        for name, (_, _, gap) in arms.items()
     ]
     return content
 
@@ -64,7 +75,11 @@ def marks_of(chart: ElementTree.Element) -> dict[str, tuple[float, float]]:
     found = {}
     for group in chart.iter("g"):
         mark = next(e for e in group if "mark" in e.get("class", "").split())
-        x, y = mark.get("d", "M0 0m")[1:].split("m")[0].split() if mark.tag == "path" else (mark.get("cx"), mark.get("cy"))
+        x, y = (
+            mark.get("d", "M0 0m")[1:].split("m")[0].split()
+            if mark.tag == "path"
+            else (mark.get("cx"), mark.get("cy"))
+        )
         found[str(group[0].text).split(":")[0]] = (float(x or 0), float(y or 0))
     return found
 
@@ -105,7 +120,9 @@ def test_a_whisker_is_the_interval_of_the_pair_and_lines_stand_at_zero_and_at_th
     lines = [float(e.get("y1", 0)) for e in chart.iter("line") if e.get("class") == "reference"]
     heights = {name: y for name, (_, y) in marks.items()}
     scale = (heights["1 generator-only"] - heights["4 every step"]) / (0.060 - 0.004)
-    assert lines == pytest.approx([heights["4 every step"] + (v - 0.004) * scale for v in (0.02, 0.0)], abs=0.3)
+    assert lines == pytest.approx(
+        [heights["4 every step"] + (v - 0.004) * scale for v in (0.02, 0.0)], abs=0.3
+    )
     assert words_of(chart, "note") == ["margin", "equal"]
 
 
@@ -117,10 +134,18 @@ def test_without_a_margin_there_is_no_line_for_it() -> None:
 
 def test_the_axis_of_bytes_has_round_sizes_that_do_not_touch() -> None:
     chart = chart_of(html_of(priced()))
-    ticks = [e for e in chart.iter("text") if e.get("class") == "tick" and e.get("text-anchor") == "middle"]
+    ticks = [
+        e
+        for e in chart.iter("text")
+        if e.get("class") == "tick" and e.get("text-anchor") == "middle"
+    ]
     assert [e.text for e in ticks] == ["200 MB", "500 MB", "1 GB", "2 GB", "5 GB", "10 GB"]
     near = {"fedavg": PRICED["fedavg"], "like it": (490_000_000, 10, 0.02)}
-    ticks = [e for e in chart_of(html_of(priced(near))).iter("text") if "B" in str(e.text) and e.get("class") == "tick"]
+    ticks = [
+        e
+        for e in chart_of(html_of(priced(near))).iter("text")
+        if "B" in str(e.text) and e.get("class") == "tick"
+    ]
     assert [e.text for e in ticks] == ["500 MB", "1 GB"], "even where the arms send about the same"
 
 
@@ -130,7 +155,9 @@ def test_arms_of_the_same_bytes_stand_side_by_side_near_their_place() -> None:
     marks = marks_of(chart)
     xs = [marks[f"{i + 2} strategy {i}"][0] for i in range(3)]
     assert [round(after - before, 1) for before, after in itertools.pairwise(xs)] == [10, 10]
-    place = Scale(*log_range([1.5 * 241e6, 1.5 * 482e6]), LEFT, WIDE - GUTTER, log=True)(1.5 * 482e6)
+    place = Scale(*log_range([1.5 * 241e6, 1.5 * 482e6]), LEFT, WIDE - GUTTER, log=True)(
+        1.5 * 482e6
+    )
     assert xs[1] == pytest.approx(place, abs=0.1)
 
 
@@ -151,7 +178,9 @@ def test_the_table_has_every_number_of_the_chart_and_ratios_to_fedavg() -> None:
 
 
 def test_without_an_arm_called_fedavg_the_cheapest_is_the_measure() -> None:
-    rows = price_table(html_of(priced({name: PRICED[name] for name in ("half", "generator-only", "every step")})))
+    rows = price_table(
+        html_of(priced({name: PRICED[name] for name in ("half", "generator-only", "every step")}))
+    )
     assert rows["Arm"][4] == "Bytes over those of generator-only"
     assert [row[4] for row in list(rows.values())[1:]] == ["1 ×", "2.5 ×", "100 ×"]
 
@@ -182,7 +211,9 @@ def test_without_a_pair_the_gap_is_that_of_the_means_and_has_no_whisker() -> Non
 # --- what is not there ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lacking", ["a centralised arm", "a second federated arm", "a second arm that sends"])
+@pytest.mark.parametrize(
+    "lacking", ["a centralised arm", "a second federated arm", "a second arm that sends"]
+)
 def test_there_is_no_chart_without_something_to_compare(lacking: str) -> None:
     content = priced()
     if lacking == "a centralised arm":
@@ -191,21 +222,29 @@ def test_there_is_no_chart_without_something_to_compare(lacking: str) -> None:
     elif lacking == "a second federated arm":
         content = priced({"fedavg": PRICED["fedavg"]})
     else:
-        content = priced({"fedavg": PRICED["fedavg"], "silent": (0, 10, 0.02), "unknown": (None, 10, 0.02)})
+        content = priced(
+            {"fedavg": PRICED["fedavg"], "silent": (0, 10, 0.02), "unknown": (None, 10, 0.02)}
+        )
     assert "cost-price" not in html_of(content)
     assert "What the bytes buy" not in html_of(content)
     assert "cost-price" in html_of(priced())
 
 
 def test_an_arm_without_bytes_or_auc_is_named_and_left_out_of_the_chart() -> None:
-    content = priced(PRICED | {"silent": (0, 10, 0.02), "unknown": (None, 10, 0.02), "failed one": (1e8, 10, 0.02)})
+    content = priced(
+        PRICED
+        | {"silent": (0, 10, 0.02), "unknown": (None, 10, 0.02), "failed one": (1e8, 10, 0.02)}
+    )
     for row in content["summary"]:
         row |= {"macro_auc": None} if row["name"] == "failed one" else {}
     content["comparisons"] = [row for row in content["comparisons"] if row["a"] != "failed one"]
     html = html_of(content)
     assert len(marks_of(chart_of(html))) == 4
     words = section(html, "cost")
-    assert "Not in the chart: silent (no bytes); unknown (bytes not known); failed one (no macro AUC to compare)." in words
+    assert (
+        "Not in the chart: silent (no bytes); unknown (bytes not known); failed one (no macro AUC to compare)."
+        in words
+    )
     rows = price_table(html)
     assert rows["silent"][:5] == ["–", "10", "none", "none", "0 ×"]
     assert rows["unknown"][:5] == ["–", "10", "–", "–", "–"]
@@ -226,9 +265,20 @@ def test_a_table_alone_is_shown_where_centralised_training_failed() -> None:
 @given(data=st.data())
 def test_no_number_of_the_file_stops_the_chart(data: st.DataObject) -> None:
     content: Any = priced({name: PRICED[name] for name in ("fedavg", "half")})
-    ends = ("bytes_exchanged", "rounds", "difference", "ci", "margin", "macro_auc", "name", "status")
+    ends = (
+        "bytes_exchanged",
+        "rounds",
+        "difference",
+        "ci",
+        "margin",
+        "macro_auc",
+        "name",
+        "status",
+    )
     every = [
-        path for path in places(content) if path and path[-1] in ends and path[0] in ("arms", "comparisons", "summary", "margin")
+        path
+        for path in places(content)
+        if path and path[-1] in ends and path[0] in ("arms", "comparisons", "summary", "margin")
     ]
     for _ in range(data.draw(st.integers(1, 6))):
         content = replaced(content, data.draw(st.sampled_from(every)), data.draw(scraps))

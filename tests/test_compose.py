@@ -17,7 +17,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE, ALONE = ROOT / "docker-compose.yml", ROOT / "client" / "compose.yml"
 DOCKERFILES = (ROOT / "server" / "Dockerfile", ROOT / "client" / "Dockerfile")
-LASTING = {"superlink", "filter", "serverapp"} | {f"{kind}-{n}" for kind in ("supernode", "clientapp") for n in (1, 2, 3)}
+LASTING = {"superlink", "filter", "serverapp"} | {
+    f"{kind}-{n}" for kind in ("supernode", "clientapp") for n in (1, 2, 3)
+}
 ONCE = {"register", "shards", "run"}
 
 
@@ -54,7 +56,9 @@ def words(service: dict[str, Any]) -> str:
     return " ".join(map(str, service["command"]))
 
 
-def test_a_federation_has_a_server_helpers_and_two_services_a_hospital(whole: dict[str, Any]) -> None:
+def test_a_federation_has_a_server_helpers_and_two_services_a_hospital(
+    whole: dict[str, Any],
+) -> None:
     assert set(whole["services"]) == LASTING | ONCE
 
 
@@ -68,9 +72,15 @@ def test_hospitals_and_control_api_share_no_network(whole: dict[str, Any]) -> No
     assert services["shards"]["network_mode"] == "none"
 
 
-def test_only_the_fleet_network_leads_out_of_the_machine(whole: dict[str, Any], alone: dict[str, Any]) -> None:
-    assert {name for name, network in whole["networks"].items() if not network.get("internal")} == {"fleet"}
-    assert {name for name, network in alone["networks"].items() if not network.get("internal")} == {"outside"}
+def test_only_the_fleet_network_leads_out_of_the_machine(
+    whole: dict[str, Any], alone: dict[str, Any]
+) -> None:
+    assert {name for name, network in whole["networks"].items() if not network.get("internal")} == {
+        "fleet"
+    }
+    assert {name for name, network in alone["networks"].items() if not network.get("internal")} == {
+        "outside"
+    }
     assert networks(alone["services"]["supernode"]) == {"outside", "hospital"}
     assert networks(alone["services"]["clientapp"]) == {"hospital"}
 
@@ -78,12 +88,16 @@ def test_only_the_fleet_network_leads_out_of_the_machine(whole: dict[str, Any], 
 def test_no_port_but_the_filters_is_published_and_that_one_on_this_machine_alone(
     whole: dict[str, Any], alone: dict[str, Any]
 ) -> None:
-    published = {name: service["ports"] for name, service in whole["services"].items() if "ports" in service}
+    published = {
+        name: service["ports"] for name, service in whole["services"].items() if "ports" in service
+    }
     assert published == {"filter": ["${FEDGAN_LISTEN:-127.0.0.1:8443}:8443"]}
     assert not any("ports" in service for service in alone["services"].values())
 
 
-def test_only_its_own_executor_sees_a_hospitals_data_and_cannot_write_it(whole: dict[str, Any]) -> None:
+def test_only_its_own_executor_sees_a_hospitals_data_and_cannot_write_it(
+    whole: dict[str, Any],
+) -> None:
     services = whole["services"]
     for n in (1, 2, 3):
         data = f"${{HOSPITAL{n}_DATA:-hospital{n}-data}}"
@@ -104,7 +118,10 @@ def test_private_keys_are_mounted_where_they_are_used(whole: dict[str, Any]) -> 
     wanted: dict[str, tuple[str, bool] | None] = dict.fromkeys(whole["services"])
     wanted |= dict.fromkeys(("superlink", "filter"), (f"{keys}/server", True))
     wanted |= {"register": (keys, True)}
-    wanted |= {f"supernode-{n}": (f"{keys}/hospitals/${{HOSPITAL{n}:-hospital{n}}}", True) for n in (1, 2, 3)}
+    wanted |= {
+        f"supernode-{n}": (f"{keys}/hospitals/${{HOSPITAL{n}:-hospital{n}}}", True)
+        for n in (1, 2, 3)
+    }
     assert found == wanted
     for name in ("serverapp", "run"):
         assert mounts(whole["services"][name])["/keys/ca.crt"] == (f"{keys}/ca.crt", True)
@@ -124,7 +141,9 @@ def test_the_superlink_knows_hospitals_only_by_their_keys_over_tls(whole: dict[s
 
 
 @pytest.mark.parametrize("path", [WHOLE, ALONE], ids=["whole", "alone"])
-def test_a_supernode_speaks_tls_outside_and_listens_on_its_hospitals_network_alone(path: Path) -> None:
+def test_a_supernode_speaks_tls_outside_and_listens_on_its_hospitals_network_alone(
+    path: Path,
+) -> None:
     services = load(path)["services"]
     for name, service in services.items():
         if not name.startswith("supernode"):
@@ -132,7 +151,11 @@ def test_a_supernode_speaks_tls_outside_and_listens_on_its_hospitals_network_alo
         command = words(service)
         assert "--insecure" not in command
         assert "--root-certificates=/keys/ca.crt" in command
-        own = {network: options["aliases"] for network, options in service["networks"].items() if options}
+        own = {
+            network: options["aliases"]
+            for network, options in service["networks"].items()
+            if options
+        }
         assert "--host=runtime" in command
         assert list(own.values()) == [["runtime"]]
         assert not {"outside", "fleet"} & set(own)
@@ -142,8 +165,12 @@ def test_a_supernode_speaks_tls_outside_and_listens_on_its_hospitals_network_alo
 
 @pytest.mark.parametrize("path", [WHOLE, ALONE], ids=["whole", "alone"])
 def test_node_configs_name_the_keys_that_a_hospital_reads(path: Path) -> None:
-    source = (ROOT / "client" / "site.py").read_text(encoding="utf-8")
-    read = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    source = (ROOT / "client" / "hospital.py").read_text(encoding="utf-8")
+    read = {
+        node.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
     numbers = []
     for name, service in load(path)["services"].items():
         if name.startswith("supernode"):
@@ -182,13 +209,17 @@ def test_a_hospital_alone_must_be_told_three_things(alone: dict[str, Any]) -> No
     assert not {"/data", "/state"} & set(mounts(alone["services"]["supernode"]))
 
 
-@pytest.mark.parametrize(("over", "under"), [("compose.gpu.yml", WHOLE), ("client/compose.gpu.yml", ALONE)])
+@pytest.mark.parametrize(
+    ("over", "under"), [("compose.gpu.yml", WHOLE), ("client/compose.gpu.yml", ALONE)]
+)
 def test_gpus_are_laid_over_the_services_that_compute(over: str, under: Path) -> None:
     services, below = load(ROOT / over)["services"], load(under)["services"]
     assert set(services) == {name for name in below if name.startswith(("clientapp", "serverapp"))}
     for service in services.values():
         assert service["build"]["args"] == {"TORCH_INDEX": ""}
-        assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+        assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == [
+            "gpu"
+        ]
         assert service["image"].endswith("-cuda")  # the images for CPUs stay as they are
 
 
@@ -214,17 +245,28 @@ def test_images_are_for_cpus_and_end_as_an_ordinary_user(path: Path) -> None:
 
 
 def test_volumes_that_are_written_belong_to_the_user_of_the_image(whole: dict[str, Any]) -> None:
-    prepared = {"server": DOCKERFILES[0].read_text(encoding="utf-8"), "client": DOCKERFILES[1].read_text(encoding="utf-8")}
+    prepared = {
+        "server": DOCKERFILES[0].read_text(encoding="utf-8"),
+        "client": DOCKERFILES[1].read_text(encoding="utf-8"),
+    }
     for name, service in whole["services"].items():
         text = prepared[service["build"]["dockerfile"].split("/")[0]]
         for target, (source, read_only) in mounts(service).items():
             if source in whole["volumes"] and not read_only:
-                place = "$(seq -f /hospitals/%g 9)" if target.startswith("/hospitals/") else f" {target}"
+                place = (
+                    "$(seq -f /hospitals/%g 9)"
+                    if target.startswith("/hospitals/")
+                    else f" {target}"
+                )
                 assert place in text, f"{name}: {target} is not made in its image"
 
 
 def test_images_take_source_and_nothing_else() -> None:
-    lines = [line for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+        if not line.startswith("#")
+    ]
     assert lines[0] == "*"
     assert {line[1:] for line in lines if line.startswith("!")} == {
         *("pyproject.toml", "README.md", "LICENSE"),
@@ -233,9 +275,14 @@ def test_images_take_source_and_nothing_else() -> None:
 
 
 def with_shard(folder: Path) -> subprocess.CompletedProcess[str]:
-    script = (ROOT / "client" / "with-shard.sh").read_text(encoding="utf-8").replace("seq 300", "seq 1")
+    script = (
+        (ROOT / "client" / "with-shard.sh").read_text(encoding="utf-8").replace("seq 300", "seq 1")
+    )
     return subprocess.run(
-        ["sh", "-c", script, "with-shard.sh", str(folder), "echo", "started"], capture_output=True, text=True, timeout=30
+        ["sh", "-c", script, "with-shard.sh", str(folder), "echo", "started"],
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
 
 

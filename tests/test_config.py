@@ -27,7 +27,9 @@ def field_of(key: str) -> tuple[dataclasses.Field[Any], Any]:
     *sections, name = key.split(".")
     for section in sections:
         owner = typing.cast(type, typing.get_type_hints(owner)[section])
-    return next(item for item in dataclasses.fields(owner) if item.name == name), typing.get_type_hints(owner)[name]
+    return next(
+        item for item in dataclasses.fields(owner) if item.name == name
+    ), typing.get_type_hints(owner)[name]
 
 
 def value_strategy(key: str) -> st.SearchStrategy[Any]:
@@ -48,7 +50,9 @@ def value_strategy(key: str) -> st.SearchStrategy[Any]:
     if hint is int:
         return st.integers(int(low or 0), int(high if high is not None else 10**6))
     if hint is float:
-        return st.floats(low if low is not None else -1e6, high if high is not None else 1e6, allow_nan=False)
+        return st.floats(
+            low if low is not None else -1e6, high if high is not None else 1e6, allow_nan=False
+        )
     return st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=20)
 
 
@@ -56,7 +60,9 @@ def replaced(settings: Settings, key: str, value: Any) -> Settings:
     section, dot, name = key.partition(".")
     if not dot:
         return dataclasses.replace(settings, **{section: value})
-    return dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **{name: value})})
+    return dataclasses.replace(
+        settings, **{section: dataclasses.replace(getattr(settings, section), **{name: value})}
+    )
 
 
 def get(settings: Settings, key: str) -> Any:
@@ -74,7 +80,9 @@ def any_settings(draw: st.DrawFn) -> Settings:
         changed = replaced(settings, key, draw(value_strategy(key)))
         try:
             settings = config.validate(changed)
-        except ConfigError:  # this value alone breaks a rule over several keys: the others still count
+        except (
+            ConfigError
+        ):  # this value alone breaks a rule over several keys: the others still count
             continue
     return settings
 
@@ -96,19 +104,29 @@ def test_a_run_folder_reads_the_settings_that_it_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_documented_key_has_a_meaning_and_can_be_set_from_the_command_line(key: str, tmp_path: Path) -> None:
+def test_every_documented_key_has_a_meaning_and_can_be_set_from_the_command_line(
+    key: str, tmp_path: Path
+) -> None:
     item, hint = field_of(key)
     assert item.metadata["meaning"].endswith(".")
     scenario = tmp_path / "empty.toml"
     scenario.write_text("")
     value = item.default
-    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if hint is bool else str(value)
+    text = (
+        ",".join(map(str, value))
+        if isinstance(value, tuple)
+        else str(value).lower()
+        if hint is bool
+        else str(value)
+    )
     assert get(load_scenario(scenario, [f"{key}={text}"]), key) == value
 
 
 @pytest.mark.parametrize("value", ["7", '"seven"', "true", "[1, 2]", "0.5"])
 @pytest.mark.parametrize("key", KEYS)
-def test_a_value_of_any_kind_is_taken_with_the_right_type_or_refused_in_one_line(key: str, value: str, tmp_path: Path) -> None:
+def test_a_value_of_any_kind_is_taken_with_the_right_type_or_refused_in_one_line(
+    key: str, value: str, tmp_path: Path
+) -> None:
     scenario = tmp_path / "empty.toml"
     scenario.write_text("")
     _, hint = field_of(key)
@@ -134,7 +152,9 @@ def test_a_value_of_any_kind_is_taken_with_the_right_type_or_refused_in_one_line
         ("name=42", "42"),
     ],
 )
-def test_an_override_is_read_as_its_key_wants_it(override: str, expected: Any, tmp_path: Path) -> None:
+def test_an_override_is_read_as_its_key_wants_it(
+    override: str, expected: Any, tmp_path: Path
+) -> None:
     scenario = tmp_path / "empty.toml"
     scenario.write_text("")
     assert get(load_scenario(scenario, [override]), override.partition("=")[0].strip()) == expected
@@ -173,7 +193,9 @@ def test_a_later_override_wins_over_an_earlier_one_and_over_the_file(tmp_path: P
         ("data.partition=quantities", ["data.quantities", "one a hospital"]),
     ],
 )
-def test_a_wrong_override_says_which_key_what_is_wrong_and_what_is_right(override: str, words: list[str], tmp_path: Path) -> None:
+def test_a_wrong_override_says_which_key_what_is_wrong_and_what_is_right(
+    override: str, words: list[str], tmp_path: Path
+) -> None:
     scenario = tmp_path / "empty.toml"
     scenario.write_text("")
     with pytest.raises(ConfigError) as caught:
@@ -185,7 +207,10 @@ def test_a_wrong_override_says_which_key_what_is_wrong_and_what_is_right(overrid
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[training]\nkimgg = 3\n", ["unknown key 'training.kimgg'", "did you mean 'training.kimg'"]),
+        (
+            "[training]\nkimgg = 3\n",
+            ["unknown key 'training.kimgg'", "did you mean 'training.kimg'"],
+        ),
         ("[trainig]\nkimg = 3\n", ["unknown key 'trainig'"]),
         ("training = 3\n", ["'training'", "is a section"]),
         ("[training\n", ["not a readable TOML file"]),
@@ -212,7 +237,9 @@ def test_a_missing_scenario_and_one_that_is_no_text_are_told(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parent.parent / "simulations").glob("*.toml")), ids=lambda path: path.stem
+    "path",
+    sorted((Path(__file__).parent.parent / "simulations").glob("*.toml")),
+    ids=lambda path: path.stem,
 )
 def test_a_shipped_scenario_can_be_read(path: Path) -> None:
     assert load_scenario(path).name != Settings().name

@@ -8,17 +8,25 @@ import numpy as np
 import pytest
 import torch
 
+from fedgan.audit.attacks.contrastive import (
+    DIMENSION,
+    build_network,
+    change,
+    nt_xent,
+    train_embedding,
+)
+from fedgan.audit.attacks.copies import find_copies
+from fedgan.audit.attacks.copy_controls import plant_copies, recovered
+from fedgan.audit.attacks.nearest import nearest
 from fedgan.data.phantoms import LESION_LABELS, draw_lesion
-from fedgan.privacy.attacks.contrastive import DIMENSION, build_network, change, nt_xent, train_embedding
-from fedgan.privacy.attacks.copies import find_copies
-from fedgan.privacy.attacks.copy_controls import plant_copies, recovered
-from fedgan.privacy.attacks.nearest import nearest
 
 
 @pytest.fixture(scope="module")
 def lesions() -> np.ndarray:
     """Drawn lesions (360, 3, 32, 32) uint8."""
-    pictures = [draw_lesion(LESION_LABELS[i % 7], np.random.default_rng([4, i]), 32)[0] for i in range(360)]
+    pictures = [
+        draw_lesion(LESION_LABELS[i % 7], np.random.default_rng([4, i]), 32)[0] for i in range(360)
+    ]
     return np.stack(pictures).transpose(0, 3, 1, 2)
 
 
@@ -50,7 +58,11 @@ def test_a_change_moves_every_image_its_own_way_and_keeps_what_it_shows(lesions)
     assert torch.equal(changed, change(images, torch.Generator().manual_seed(0)))
 
     def mean_gap(a, b):
-        return float((a - a.mean((1, 2, 3), keepdim=True) - b + b.mean((1, 2, 3), keepdim=True)).square().mean())
+        return float(
+            (a - a.mean((1, 2, 3), keepdim=True) - b + b.mean((1, 2, 3), keepdim=True))
+            .square()
+            .mean()
+        )
 
     both_ways = min(mean_gap(changed[:8], images[:8]), mean_gap(changed[:8], images[:8].flip(3)))
     assert both_ways < mean_gap(images[:8], images[8:])
@@ -61,13 +73,17 @@ def test_features_are_unit_rows_and_blind_to_mirroring(embedding, lesions):
     assert features.shape == (20, DIMENSION)
     assert features.dtype == np.float32
     assert np.linalg.norm(features, axis=1) == pytest.approx(1, abs=1e-5)
-    assert embedding.features(np.ascontiguousarray(lesions[:20, :, :, ::-1])) == pytest.approx(features, abs=1e-5)
+    assert embedding.features(np.ascontiguousarray(lesions[:20, :, :, ::-1])) == pytest.approx(
+        features, abs=1e-5
+    )
     assert embedding.features(lesions[:0]).shape == (0, DIMENSION)
 
 
 def test_a_changed_copy_lies_nearer_to_its_source_than_other_images_do(embedding, lesions):
     training, held_out, synthetic = lesions[:160], lesions[160:260], lesions[260:]
-    images, planted, rows = plant_copies(synthetic, training, 0.3, np.random.default_rng(0), mirrored=0.5)
+    images, planted, rows = plant_copies(
+        synthetic, training, 0.3, np.random.default_rng(0), mirrored=0.5
+    )
     features = [embedding.features(part) for part in (training, held_out, synthetic, images)]
     clean, leaking = (find_copies(part, features[0], features[1], seed=0) for part in features[2:])
     result = recovered(leaking, planted, clean, rows)
@@ -76,7 +92,12 @@ def test_a_changed_copy_lies_nearer_to_its_source_than_other_images_do(embedding
     assert result.right_row > 0.9
     # Not the work of the architecture alone: without training the same network finds fewer.
     untrained = train_embedding(training, seed=0, steps=0)
-    before = find_copies(untrained.features(images), untrained.features(training), untrained.features(held_out), seed=0)
+    before = find_copies(
+        untrained.features(images),
+        untrained.features(training),
+        untrained.features(held_out),
+        seed=0,
+    )
     assert recovered(before, planted).auc < result.auc
 
 
@@ -84,12 +105,17 @@ def test_turned_copies_are_found(embedding, lesions):
     picture = torch.from_numpy(lesions[:60]).float() / 127.5 - 1
     turned = change(picture, torch.Generator().manual_seed(1))
     copies = ((turned + 1) * 127.5).clamp(0, 255).round().byte().numpy()
-    assert (nearest(embedding.features(copies), embedding.features(lesions[:160]))[1] == np.arange(60)).mean() > 0.8
+    assert (
+        nearest(embedding.features(copies), embedding.features(lesions[:160]))[1] == np.arange(60)
+    ).mean() > 0.8
 
 
 def test_the_same_seed_gives_the_same_embedding_and_leaves_the_global_generator(lesions):
     state = torch.get_rng_state()
-    first, again, other = (train_embedding(lesions[:40], seed=seed, steps=4).features(lesions[:9]) for seed in (1, 1, 2))
+    first, again, other = (
+        train_embedding(lesions[:40], seed=seed, steps=4).features(lesions[:9])
+        for seed in (1, 1, 2)
+    )
     assert np.array_equal(first, again)
     assert not np.allclose(first, other, atol=1e-3)
     assert torch.equal(torch.get_rng_state(), state)
@@ -98,7 +124,10 @@ def test_the_same_seed_gives_the_same_embedding_and_leaves_the_global_generator(
 @pytest.mark.parametrize("side", [8, 16, 24, 32, 64])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_size_of_image_has_a_network(side, channels):
-    assert build_network(channels, side)(torch.zeros(2, channels, side, side)).shape == (2, DIMENSION)
+    assert build_network(channels, side)(torch.zeros(2, channels, side, side)).shape == (
+        2,
+        DIMENSION,
+    )
 
 
 def test_large_images_are_averaged_down():

@@ -10,20 +10,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgan.errors import ConfigError
-from fedgan.evaluation.contribution import contribution, leave_one_out, shapley
+from fedgan.evaluation.arms.contribution import contribution, leave_one_out, shapley
 
 NAMES = "abcdef"
 VALUES = st.floats(0, 1)
 
 
 def _coalitions(count):
-    return [frozenset(chosen) for size in range(1, count + 1) for chosen in combinations(NAMES[:count], size)]
+    return [
+        frozenset(chosen)
+        for size in range(1, count + 1)
+        for chosen in combinations(NAMES[:count], size)
+    ]
 
 
 @st.composite
 def games(draw, most=4):
     keys = _coalitions(draw(st.integers(1, most)))
-    return dict(zip(keys, draw(st.lists(VALUES, min_size=len(keys), max_size=len(keys))), strict=True))
+    return dict(
+        zip(keys, draw(st.lists(VALUES, min_size=len(keys), max_size=len(keys))), strict=True)
+    )
 
 
 def _players(game):
@@ -37,7 +43,9 @@ def test_shapley_is_the_mean_gain_over_all_orders_of_joining(game):
     orders = list(permutations(everyone))
     for one, found in shapley(game).items():
         gains = [
-            value[frozenset(order[: order.index(one) + 1])] - value[frozenset(order[: order.index(one)])] for order in orders
+            value[frozenset(order[: order.index(one) + 1])]
+            - value[frozenset(order[: order.index(one)])]
+            for order in orders
         ]
         assert found == pytest.approx(np.mean(gains), abs=1e-12)
 
@@ -45,14 +53,18 @@ def test_shapley_is_the_mean_gain_over_all_orders_of_joining(game):
 @settings(max_examples=60, deadline=None)
 @given(games(most=6), st.sampled_from([0.0, 0.5]))
 def test_shares_add_up_to_what_all_have_over_nobody(game, empty):
-    assert sum(shapley(game, empty).values()) == pytest.approx(game[frozenset(_players(game))] - empty, abs=1e-12)
+    assert sum(shapley(game, empty).values()) == pytest.approx(
+        game[frozenset(_players(game))] - empty, abs=1e-12
+    )
 
 
 @settings(max_examples=40, deadline=None)
 @given(games())
 def test_hospitals_that_are_alike_get_alike(game):
     exchange = {"a": "b", "b": "a"}
-    mirrored = {frozenset(exchange.get(one, one) for one in key): value for key, value in game.items()}
+    mirrored = {
+        frozenset(exchange.get(one, one) for one in key): value for key, value in game.items()
+    }
     if len(_players(game)) < 2:
         return
     alike = {key: (value + mirrored[key]) / 2 for key, value in game.items()}
@@ -63,10 +75,16 @@ def test_hospitals_that_are_alike_get_alike(game):
 @settings(max_examples=40, deadline=None)
 @given(games(most=3), VALUES)
 def test_a_hospital_that_always_adds_the_same_gets_that(game, gift):
-    bigger = {**game, frozenset("z"): 0.5 + gift, **{key | {"z"}: value + gift for key, value in game.items()}}
+    bigger = {
+        **game,
+        frozenset("z"): 0.5 + gift,
+        **{key | {"z"}: value + gift for key, value in game.items()},
+    }
     shares = shapley(bigger)
     assert shares.pop("z") == pytest.approx(gift, abs=1e-12)
-    assert shares == pytest.approx(shapley(game), abs=1e-12)  # and for the others nothing has changed
+    assert shares == pytest.approx(
+        shapley(game), abs=1e-12
+    )  # and for the others nothing has changed
 
 
 @settings(max_examples=40, deadline=None)
@@ -74,17 +92,33 @@ def test_a_hospital_that_always_adds_the_same_gets_that(game, gift):
 def test_shares_of_a_sum_of_games_are_sums_of_shares(data, count):
     keys = _coalitions(count)
     first, second = (
-        dict(zip(keys, data.draw(st.lists(VALUES, min_size=len(keys), max_size=len(keys))), strict=True)) for _ in "ab"
+        dict(
+            zip(
+                keys,
+                data.draw(st.lists(VALUES, min_size=len(keys), max_size=len(keys))),
+                strict=True,
+            )
+        )
+        for _ in "ab"
     )
     together = shapley({key: first[key] + second[key] for key in keys}, empty=1.0)
     apart = [shapley(game) for game in (first, second)]
-    assert together == pytest.approx({one: apart[0][one] + apart[1][one] for one in together}, abs=1e-12)
+    assert together == pytest.approx(
+        {one: apart[0][one] + apart[1][one] for one in together}, abs=1e-12
+    )
 
 
 def test_leave_one_out_is_the_loss_without_each():
-    game = {frozenset("abc"): 0.9, frozenset("bc"): 0.7, frozenset("ac"): 0.85, frozenset("ab"): 0.92}
+    game = {
+        frozenset("abc"): 0.9,
+        frozenset("bc"): 0.7,
+        frozenset("ac"): 0.85,
+        frozenset("ab"): 0.92,
+    }
     assert leave_one_out(game) == pytest.approx({"a": 0.2, "b": 0.05, "c": -0.02})
-    assert leave_one_out({frozenset("a"): 0.8}) == pytest.approx({"a": 0.3})  # alone: against chance
+    assert leave_one_out({frozenset("a"): 0.8}) == pytest.approx(
+        {"a": 0.3}
+    )  # alone: against chance
 
 
 def test_draws_go_through_as_numbers_do():
@@ -120,7 +154,11 @@ def test_the_table_of_the_report():
     noise = rng.normal(scale=0.01, size=2000)
     draws = {key: value + (noise if len(key) == 3 else 0) for key, value in point.items()}
     table = contribution(point, draws, hospitals=("c", "a", "b"))
-    assert [row["hospital"] for row in table["leave_one_out"]] == [row["hospital"] for row in table["shapley"]] == ["c", "a", "b"]
+    assert (
+        [row["hospital"] for row in table["leave_one_out"]]
+        == [row["hospital"] for row in table["shapley"]]
+        == ["c", "a", "b"]
+    )
     first = table["leave_one_out"][0]
     assert (first["macro_auc_without"], first["loss"]) == pytest.approx((0.7, 0.1))
     assert first["ci"] == pytest.approx([0.1 - 0.0196, 0.1 + 0.0196], abs=0.002)
@@ -136,7 +174,9 @@ def test_the_table_says_what_is_missing_instead_of_guessing():
     table = contribution(point)
     assert [row["ci"] for row in table["leave_one_out"]] == [None] * 3
     assert table["shapley"] is None
-    assert table["notes"] == ["Shapley values need coalitions that were not measured: 'a', 'b', 'c'."]
+    assert table["notes"] == [
+        "Shapley values need coalitions that were not measured: 'a', 'b', 'c'."
+    ]
     point[frozenset("ab")] = None
     table = contribution(point, hospitals="abc")
     assert table["leave_one_out"] is None

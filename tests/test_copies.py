@@ -12,11 +12,18 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, norm
 from sklearn.metrics import roc_auc_score
 
+from fedgan.audit.attacks import copies, nearest
+from fedgan.audit.attacks.copies import (
+    closer_share,
+    closest,
+    compare,
+    find_copies,
+    release_threshold,
+    wilson,
+)
+from fedgan.audit.attacks.copy_controls import negative_control, plant_copies, recovered
+from fedgan.audit.attacks.nearest import Moves, pixels
 from fedgan.data.phantoms import LESION_LABELS, draw_lesion
-from fedgan.privacy.attacks import copies, nearest
-from fedgan.privacy.attacks.copies import closer_share, closest, compare, find_copies, quarantine_threshold, wilson
-from fedgan.privacy.attacks.copy_controls import negative_control, plant_copies, recovered
-from fedgan.privacy.attacks.nearest import Moves, pixels
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -38,7 +45,9 @@ def by_brute_force(queries: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, n
 @pytest.fixture(scope="module")
 def lesions() -> np.ndarray:
     """Drawn lesions (420, 3, 32, 32) uint8."""
-    pictures = [draw_lesion(LESION_LABELS[i % 7], np.random.default_rng([9, i]), 32)[0] for i in range(420)]
+    pictures = [
+        draw_lesion(LESION_LABELS[i % 7], np.random.default_rng([9, i]), 32)[0] for i in range(420)
+    ]
     return np.stack(pictures).transpose(0, 3, 1, 2)
 
 
@@ -46,7 +55,14 @@ def lesions() -> np.ndarray:
 
 
 @settings(max_examples=60)
-@given(SEEDS, st.integers(0, 40), st.integers(1, 60), st.integers(1, 20), st.integers(1, 50), st.booleans())
+@given(
+    SEEDS,
+    st.integers(0, 40),
+    st.integers(1, 60),
+    st.integers(1, 20),
+    st.integers(1, 50),
+    st.booleans(),
+)
 def test_nearest_is_what_brute_force_finds_whatever_the_block(seed, q, n, features, block, ties):
     rng = np.random.default_rng(seed)
     queries, base = (rng.normal(size=(rows, features)).astype(np.float32) for rows in (q, n))
@@ -89,7 +105,9 @@ def test_mirrored_and_shifted_copies_are_found_when_asked_for(lesions):
     assert (flips <= plain).all()
     assert np.median(both) < 0.35 * np.median(plain)
     exact_mirror = pixels(lesions[:20, :, :, ::-1])
-    assert nearest.nearest(exact_mirror, base, moves=Moves((3, 32, 32)))[0].max() == pytest.approx(0, abs=1e-4)
+    assert nearest.nearest(exact_mirror, base, moves=Moves((3, 32, 32)))[0].max() == pytest.approx(
+        0, abs=1e-4
+    )
     assert nearest.nearest(exact_mirror, base, moves=Moves((3, 32, 32), flips=False))[0].min() > 1
 
 
@@ -157,7 +175,9 @@ def test_images_of_one_patient_count_as_one_where_they_are_alike():
     for _ in range(300):
         distances = rng.normal(size=40)[groups]  # all images of a patient at one distance
         for told in held:
-            found = compare(rng.normal(size=1000), distances, 10.0, real_groups=groups if told else None)
+            found = compare(
+                rng.normal(size=1000), distances, 10.0, real_groups=groups if told else None
+            )
             held[told] += holds(found.real_ci, norm.cdf(found.threshold))
     assert held[True] / 300 > 0.92
     assert held[False] / 300 < 0.75
@@ -180,7 +200,12 @@ def test_the_matched_memorised_share_is_the_mean_over_all_smaller_releases(seed,
 
 
 def test_a_clean_cloud_has_no_excess_and_favours_neither_side():
-    findings = [find_copies(cloud(3 * s, 400, 6), cloud(3 * s + 1, 500, 6), cloud(3 * s + 2, 300, 6), seed=s) for s in range(40)]
+    findings = [
+        find_copies(
+            cloud(3 * s, 400, 6), cloud(3 * s + 1, 500, 6), cloud(3 * s + 2, 300, 6), seed=s
+        )
+        for s in range(40)
+    ]
     assert {found.held_out_share for found in findings} == {0.05}
     assert abs(np.mean([found.excess for found in findings])) < 0.01
     assert sum(holds(found.excess_ci, 0) for found in findings) >= 36
@@ -202,10 +227,17 @@ def test_planted_copies_are_counted_and_named():
     assert found.memorised_matched_ci[0] > found.memorised_held_out
     assert found.closer_ci[0] > 0.5
     assert len(found.pairs) == 24
-    assert {(s, t) for s, t, _ in found.pairs} <= set(zip(range(100, 160), sources.tolist(), strict=True))
+    assert {(s, t) for s, t, _ in found.pairs} <= set(
+        zip(range(100, 160), sources.tolist(), strict=True)
+    )
     assert [d for _, _, d in found.pairs] == sorted(found.distances)[:24]
     assert np.array_equal(found.rows[100:160], sources)
-    assert (found.synthetic_images, found.reference_images, found.held_out_images, found.matched_images) == (600, 500, 400, 400)
+    assert (
+        found.synthetic_images,
+        found.reference_images,
+        found.held_out_images,
+        found.matched_images,
+    ) == (600, 500, 400, 400)
 
 
 def test_a_copy_made_often_memorises_one_image():
@@ -228,7 +260,10 @@ def test_more_rows_are_nearer_and_matching_removes_it():
     training, held_out, synthetic = cloud(1, 4000, 6), cloud(2, 200, 6), cloud(3, 1000, 6)
     unmatched = nearest.nearest(synthetic, training)[0] < nearest.nearest(synthetic, held_out)[0]
     assert unmatched.mean() > 0.85
-    matched = [closer_share(synthetic, training, cloud(4 + s, 200, 6), seed=s, bootstrap=1)[0] for s in range(10)]
+    matched = [
+        closer_share(synthetic, training, cloud(4 + s, 200, 6), seed=s, bootstrap=1)[0]
+        for s in range(10)
+    ]
     assert np.mean(matched) == pytest.approx(0.5, abs=0.04)
     # The more images are looked up, the more training images are hit; equally many are hit equally often.
     found = find_copies(synthetic, training, held_out, seed=0)
@@ -241,7 +276,10 @@ def test_findings_are_the_same_for_the_same_seed():
     first, again, other = (dataclasses.asdict(find_copies(*sets, seed=seed)) for seed in (1, 1, 2))
     assert first.keys() == other.keys()
     assert all(np.array_equal(first[key], again[key]) for key in first)
-    assert {key for key in first if not np.array_equal(first[key], other[key])} <= {"closer_share", "closer_ci"}
+    assert {key for key in first if not np.array_equal(first[key], other[key])} <= {
+        "closer_share",
+        "closer_ci",
+    }
 
 
 def test_findings_refuse_what_they_cannot_answer():
@@ -261,11 +299,16 @@ def test_the_release_filter_drops_one_percent_of_fresh_images_and_all_copies():
     dropped = []
     for s in range(30):
         training = cloud(4 * s, 400, 8)
-        threshold = quarantine_threshold(training, cloud(4 * s + 1, 500, 8))
+        threshold = release_threshold(training, cloud(4 * s + 1, 500, 8))
         dropped.append((nearest.nearest(cloud(4 * s + 2, 500, 8), training)[0] <= threshold).mean())
-        assert (nearest.nearest(training + 0.01 * cloud(4 * s + 3, 400, 8), training)[0] <= threshold).all()
+        assert (
+            nearest.nearest(training + 0.01 * cloud(4 * s + 3, 400, 8), training)[0] <= threshold
+        ).all()
     assert np.mean(dropped) == pytest.approx(0.01, abs=0.003)
-    assert quarantine_threshold(training, training[:50] + 1) == nearest.nearest(training[:50] + 1, training)[0].min()
+    assert (
+        release_threshold(training, training[:50] + 1)
+        == nearest.nearest(training[:50] + 1, training)[0].min()
+    )
 
 
 # --- controls -----------------------------------------------------------------------------------
@@ -274,7 +317,9 @@ def test_the_release_filter_drops_one_percent_of_fresh_images_and_all_copies():
 def test_planting_replaces_the_share_by_images_close_to_their_source(lesions):
     synthetic, training = lesions[:100], lesions[100:300]
     before = synthetic.copy()
-    images, planted, rows = plant_copies(synthetic, training, 0.3, np.random.default_rng(0), shift=0, mirrored=0.0)
+    images, planted, rows = plant_copies(
+        synthetic, training, 0.3, np.random.default_rng(0), shift=0, mirrored=0.0
+    )
     assert planted.sum() == 30
     assert np.array_equal(planted, rows >= 0)
     assert len(set(rows[planted])) == 30
@@ -290,7 +335,8 @@ def test_the_positive_control_finds_planted_pictures_moved_and_mirrored(lesions)
     images, planted, rows = plant_copies(synthetic, training, 0.2, np.random.default_rng(0))
     moves = Moves((3, 32, 32), shifts=1)
     clean, leaking = (
-        find_copies(pixels(s), pixels(training), pixels(held_out), seed=0, moves=moves) for s in (synthetic, images)
+        find_copies(pixels(s), pixels(training), pixels(held_out), seed=0, moves=moves)
+        for s in (synthetic, images)
     )
     result = recovered(leaking, planted, clean, rows)
     assert result.passed
@@ -301,7 +347,10 @@ def test_the_positive_control_finds_planted_pictures_moved_and_mirrored(lesions)
     assert leaking.excess_ci[0] > 0
     assert holds(clean.excess_ci, 0)
     # Pixels alone, without looking for moved copies, do not see them all: the control says so.
-    blind = [find_copies(pixels(s), pixels(training), pixels(held_out), seed=0) for s in (synthetic, images)]
+    blind = [
+        find_copies(pixels(s), pixels(training), pixels(held_out), seed=0)
+        for s in (synthetic, images)
+    ]
     assert recovered(blind[1], planted, blind[0]).auc < 0.9
     assert not recovered(blind[1], planted, blind[0]).passed
 
@@ -321,12 +370,18 @@ def test_the_found_share_is_the_planted_one_over_many_leaks(share):
     rng = np.random.default_rng(1)
     inside, estimates = 0, []
     for s in range(30):
-        training, held_out, synthetic = cloud(3 * s, 300, 8), cloud(3 * s + 1, 300, 8), cloud(3 * s + 2, 400, 8)
+        training, held_out, synthetic = (
+            cloud(3 * s, 300, 8),
+            cloud(3 * s + 1, 300, 8),
+            cloud(3 * s + 2, 400, 8),
+        )
         clean = find_copies(synthetic, training, held_out, seed=0, bootstrap=1)
         planted = np.zeros(400, bool)
         planted[rng.choice(400, round(400 * share), replace=False)] = True
         synthetic[planted] = training[rng.choice(300, planted.sum())] + 0.01
-        result = recovered(find_copies(synthetic, training, held_out, seed=0, bootstrap=1), planted, clean)
+        result = recovered(
+            find_copies(synthetic, training, held_out, seed=0, bootstrap=1), planted, clean
+        )
         inside += result.passed
         estimates.append(result.found_share)
     assert np.mean(estimates) == pytest.approx(share, abs=0.01)

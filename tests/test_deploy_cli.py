@@ -27,15 +27,18 @@ from fedgan.deployment import certificates
 from fedgan.deployment.key_folder import KeyFolder
 from fedgan.errors import ConfigError, FederationError
 from fedgan.run_folder import RunFolder
+from fedgan.runs.preparation import as_deployed
 from server import app as server_app
-from server import following, superlink
-from server.following import follow
-from server.preparation import as_deployed
-from server.superlink import Node, Run, SuperLink, reach
+from server.operator import follow as following
+from server.operator import superlink
+from server.operator.follow import follow
+from server.operator.superlink import Node, Run, SuperLink, reach
 
 RUNNING = Run(7, "running", config={"output": "/runs/tiny"})
 COMPLETED = replace(RUNNING, status="finished", sub_status="completed")
-FAILED = replace(RUNNING, status="finished", sub_status="failed", details="No heartbeat received from the task")
+FAILED = replace(
+    RUNNING, status="finished", sub_status="failed", details="No heartbeat received from the task"
+)
 STOPPED = replace(RUNNING, status="finished", sub_status="stopped")
 GONE = httpx.ConnectError("connection refused")
 HANGS = object()  # in a log: nothing comes any more, and no error either
@@ -101,7 +104,10 @@ def test_lines_come_whole_once_and_in_order_wherever_the_log_is_cut() -> None:
 
 def test_a_log_that_breaks_off_is_read_on_from_where_it_was() -> None:
     broken = httpx.RemoteProtocolError("peer closed connection")
-    link = FakeLink([RUNNING, RUNNING, COMPLETED], [["one\nt", "w", broken], [ValueError("truncated frame")], ["o\nthree\n"]])
+    link = FakeLink(
+        [RUNNING, RUNNING, COMPLETED],
+        [["one\nt", "w", broken], [ValueError("truncated frame")], ["o\nthree\n"]],
+    )
     assert followed(link) == (COMPLETED, ["one", "two", "three"], [])
     assert link.asked == [0.0, 2.0, 2.0]
 
@@ -115,7 +121,10 @@ def test_a_superlink_that_restarts_is_waited_for_and_its_dead_connection_forgott
     link = FakeLink([RUNNING, GONE, GONE, RUNNING, COMPLETED], [["one\n", HANGS], ["two\n"]])
     run, lines, said = followed(link)
     assert (run, lines) == (COMPLETED, ["one", "two"])
-    assert [text.partition(" (")[0] for text in said] == ["no answer from the SuperLink", "the SuperLink answers again"]
+    assert [text.partition(" (")[0] for text in said] == [
+        "no answer from the SuperLink",
+        "the SuperLink answers again",
+    ]
 
 
 def test_a_superlink_that_stays_away_is_given_up() -> None:
@@ -138,12 +147,16 @@ def test_a_run_that_nobody_knows_is_an_error_at_once() -> None:
 @pytest.fixture
 def scenario(tmp_path: Path) -> Path:
     path = tmp_path / "study.toml"
-    path.write_text('name = "small study"\n[data]\nroot = "my/data"\n[training]\nkimg = 1\n[federation]\nrounds = 2\n')
+    path.write_text(
+        'name = "small study"\n[data]\nroot = "my/data"\n[training]\nkimg = 1\n[federation]\nrounds = 2\n'
+    )
     return path
 
 
 @pytest.fixture
-def deploy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def deploy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     """`fedgan deploy WORDS` against a FakeLink."""
 
     def run(link: FakeLink, *words: str) -> tuple[int, str, str]:
@@ -174,19 +187,44 @@ FINISHED = line(event="finished", run="/runs/tiny", report="/runs/tiny/report.ht
     ("ending", "log", "code", "words"),
     [
         (COMPLETED, [FINISHED], 0, ""),
-        (FAILED, [LATE], 5, "'beta' did not answer\nsee: fedgan deploy logs 7; go on with: fedgan deploy resume /runs/tiny"),
+        (
+            FAILED,
+            [LATE],
+            5,
+            "'beta' did not answer\nsee: fedgan deploy logs 7; go on with: fedgan deploy resume /runs/tiny",
+        ),
         (FAILED, [failed("DataError", "no test images")], 3, "fedgan: no test images"),
-        (FAILED, [failed("ConfigError", "other settings")], 2, "other settings\nsee: fedgan deploy logs 7\n"),
+        (
+            FAILED,
+            [failed("ConfigError", "other settings")],
+            2,
+            "other settings\nsee: fedgan deploy logs 7\n",
+        ),
         (FAILED, [failed("KeyError", "'x'")], 5, "the ServerApp failed with KeyError: 'x'"),
-        (FAILED, ["Traceback ...\n"], 5, "run 7 is finished:failed: No heartbeat received from the task\n"),
+        (
+            FAILED,
+            ["Traceback ...\n"],
+            5,
+            "run 7 is finished:failed: No heartbeat received from the task\n",
+        ),
         (FAILED, [FINISHED], 5, "run 7 is finished:failed"),
         (STOPPED, [failed("SystemExit", "")], 5, "run 7 was stopped"),
-        (replace(RUNNING, status="finished"), [FINISHED], 5, "run 7 is finished: the ServerApp gave no reason"),
+        (
+            replace(RUNNING, status="finished"),
+            [FINISHED],
+            5,
+            "run 7 is finished: the ServerApp gave no reason",
+        ),
         (FAILED, ['{"event": "failed"\n', '{"event": 3}\n'], 5, "No heartbeat"),
     ],
 )
 def test_the_exit_status_is_the_run_s(
-    ending: Run, log: list[str], code: int, words: str, scenario: Path, deploy: Callable[..., tuple[int, str, str]]
+    ending: Run,
+    log: list[str],
+    code: int,
+    words: str,
+    scenario: Path,
+    deploy: Callable[..., tuple[int, str, str]],
 ) -> None:
     found, out, said = deploy(FakeLink([RUNNING, ending], [log]), "run", str(scenario))
     assert found == code
@@ -195,7 +233,10 @@ def test_the_exit_status_is_the_run_s(
 
 
 def test_what_is_submitted_needs_no_file_of_the_operator_s(
-    scenario: Path, deploy: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scenario: Path,
+    deploy: Callable[..., tuple[int, str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     link = FakeLink([COMPLETED], [[FINISHED]])
     assert deploy(link, "run", str(scenario), "--set", "seed=3", "--output", "/runs/x")[0] == 0
@@ -204,9 +245,9 @@ def test_what_is_submitted_needs_no_file_of_the_operator_s(
     monkeypatch.chdir(tmp_path)
     (config,) = link.submitted
     assert all(isinstance(value, str | bool) for value in config.values())
-    assert tomllib.loads(Path(__file__).parent.parent.joinpath("pyproject.toml").read_text())["tool"]["flwr"]["app"][
-        "config"
-    ].keys() >= set(config)
+    assert tomllib.loads(Path(__file__).parent.parent.joinpath("pyproject.toml").read_text())[
+        "tool"
+    ]["flwr"]["app"]["config"].keys() >= set(config)
     assert server_app.find_run(config) == (settings, RunFolder.at("/runs/x"))
     assert config["deployed"] is True
 
@@ -228,11 +269,18 @@ def test_a_scenario_that_cannot_run_is_not_submitted(
     assert said in text
 
 
-def test_rounds_hospitals_and_remarks_are_shown(scenario: Path, deploy: Callable[..., tuple[int, str, str]]) -> None:
+def test_rounds_hospitals_and_remarks_are_shown(
+    scenario: Path, deploy: Callable[..., tuple[int, str, str]]
+) -> None:
     numbers = {"round": 1, "images_seen": 500, "mean": {"loss_g": 0.5}}
     log = [
-        line(event="start", hospitals=["alpha"], rounds=2, first_round=1, images=1000, images_seen=0),
-        line(event="remark", text="hospital 2 'beta' failed in round 1: is not online; the round goes on without it"),
+        line(
+            event="start", hospitals=["alpha"], rounds=2, first_round=1, images=1000, images_seen=0
+        ),
+        line(
+            event="note",
+            text="hospital 2 'beta' failed in round 1: is not online; the round goes on without it",
+        ),
         "INFO : of Flower's own\n",
         line(event="round_end", round=1, rounds=2, line=numbers),
         FINISHED,
@@ -247,22 +295,39 @@ def test_rounds_hospitals_and_remarks_are_shown(scenario: Path, deploy: Callable
     assert code == 0
     assert "of Flower's own\nround 1/2  0.5 kimg" in out
     code, out, _ = deploy(FakeLink([COMPLETED], [log]), "logs", "7", "--json")
-    assert [json.loads(row)["event"] for row in out.splitlines()] == ["start", "remark", "round_end", "finished"]
+    assert [json.loads(row)["event"] for row in out.splitlines()] == [
+        "start",
+        "note",
+        "round_end",
+        "finished",
+    ]
 
 
-def test_ctrl_c_leaves_the_run_alone(scenario: Path, deploy: Callable[..., tuple[int, str, str]]) -> None:
+def test_ctrl_c_leaves_the_run_alone(
+    scenario: Path, deploy: Callable[..., tuple[int, str, str]]
+) -> None:
     link = FakeLink([RUNNING, KeyboardInterrupt()], [["one\n"]])
     code, _, said = deploy(link, "run", str(scenario))
     assert (code, link.stopped) == (130, [])
-    assert "run 7 goes on without this command; look at it: fedgan deploy logs 7; stop it: fedgan deploy stop 7" in said
+    assert (
+        "run 7 goes on without this command; look at it: fedgan deploy logs 7; stop it: fedgan deploy stop 7"
+        in said
+    )
 
 
-def test_detached_resumed_stopped(scenario: Path, deploy: Callable[..., tuple[int, str, str]]) -> None:
+def test_detached_resumed_stopped(
+    scenario: Path, deploy: Callable[..., tuple[int, str, str]]
+) -> None:
     link = FakeLink([RUNNING, STOPPED], [])
     code, out, _ = deploy(link, "run", str(scenario), "--detach", "--json")
     assert (code, json.loads(out)) == (0, {"run": 7, "output": "/runs/small-study"})
     assert deploy(link, "resume", "/runs/x", "--detach")[:2] == (0, "7\n")
-    assert link.submitted[1] == {"scenario": "", "settings": "", "output": "/runs/x", "deployed": True}
+    assert link.submitted[1] == {
+        "scenario": "",
+        "settings": "",
+        "output": "/runs/x",
+        "deployed": True,
+    }
     code, out, _ = deploy(link, "stop", "7")
     assert (code, link.stopped) == (0, [7])
     assert "run 7 is finished:stopped; go on with: fedgan deploy resume /runs/tiny" in out
@@ -283,7 +348,9 @@ def flwr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Sup
     def make(script: str) -> SuperLink:
         path = tmp_path / "bin" / "flwr"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f'#!/bin/sh\ncp -r "$FLWR_HOME" {tmp_path}/given\necho "$@" > {tmp_path}/words\n{script}\n')
+        path.write_text(
+            f'#!/bin/sh\ncp -r "$FLWR_HOME" {tmp_path}/given\necho "$@" > {tmp_path}/words\n{script}\n'
+        )
         path.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(path.with_name("python")))
         return SuperLink("superlink:8000", keys.authority)
@@ -291,13 +358,23 @@ def flwr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Sup
     return make
 
 
-def test_flower_s_command_is_given_the_connection_and_the_run_config(flwr: Callable[[str], SuperLink], tmp_path: Path) -> None:
-    config = {"settings": json.dumps({"description": "quotes ' and \" and [brackets]\n"}), "deployed": True}
+def test_flower_s_command_is_given_the_connection_and_the_run_config(
+    flwr: Callable[[str], SuperLink], tmp_path: Path
+) -> None:
+    config = {
+        "settings": json.dumps({"description": "quotes ' and \" and [brackets]\n"}),
+        "deployed": True,
+    }
     link = flwr("""echo 'Loading...'; echo '{"success": true, "run-id": "18446744073709551615"}'""")
     assert link.submit(config, tmp_path) == 18446744073709551615
     assert tomllib.loads((tmp_path / "given/run.toml").read_text()) == config
-    connection = tomllib.loads((tmp_path / "given/config.toml").read_text())["superlink"]["federation"]
-    assert connection == {"address": "superlink:8000", "root-certificates": str(tmp_path / "keys/ca.crt")}
+    connection = tomllib.loads((tmp_path / "given/config.toml").read_text())["superlink"][
+        "federation"
+    ]
+    assert connection == {
+        "address": "superlink:8000",
+        "root-certificates": str(tmp_path / "keys/ca.crt"),
+    }
     words = (tmp_path / "words").read_text().split()
     assert not Path(words[-1]).exists(), "the connection was left behind"
     assert words[:3] == ["run", str(tmp_path), "federation"]
@@ -306,7 +383,10 @@ def test_flower_s_command_is_given_the_connection_and_the_run_config(flwr: Calla
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("""echo '{"success": false, "error-message": "[code: 15] Invalid run configuration"}'; exit 1""", "code: 15"),
+        (
+            """echo '{"success": false, "error-message": "[code: 15] Invalid run configuration"}'; exit 1""",
+            "code: 15",
+        ),
         ("""echo '{"success": false, "run-id": null}'""", "took no run"),
         ("echo 'Connection refused' >&2; exit 1", "flwr run gave no run: Connection refused"),
         ("echo '{broken'", "flwr run gave no run"),
@@ -342,7 +422,9 @@ def serving(keys: KeyFolder | None) -> Iterator[str]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy)
     if keys:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(keys.server_certificate, keys.server_certificate.with_name("server.key"))
+        context.load_cert_chain(
+            keys.server_certificate, keys.server_certificate.with_name("server.key")
+        )
         server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -357,12 +439,17 @@ def keys_made(path: Path, days_ago: int) -> KeyFolder:
 
 
 def test_a_superlink_is_trusted_by_its_own_authority_alone(tmp_path: Path) -> None:
-    keys, others, old = (keys_made(tmp_path / name, days) for name, days in (("keys", 0), ("others", 0), ("old", 31)))
+    keys, others, old = (
+        keys_made(tmp_path / name, days) for name, days in (("keys", 0), ("others", 0), ("old", 31))
+    )
     with serving(keys) as address:
         reach(address, keys.authority, 5.0)
         with pytest.raises(FederationError, match=r"others/ca\.crt has not signed its certificate"):
             reach(address, others.authority, 60.0)
-    with serving(old) as address, pytest.raises(FederationError, match="has expired: fedgan keys rotate server"):
+    with (
+        serving(old) as address,
+        pytest.raises(FederationError, match="has expired: fedgan keys rotate server"),
+    ):
         reach(address, old.authority, 60.0)
     with serving(None) as address, pytest.raises(FederationError, match="does not speak TLS"):
         reach(address, keys.authority, 60.0)
@@ -395,16 +482,23 @@ def test_events_are_lines_that_hold_nothing_else() -> None:
         assert events.from_line(other) is None
 
 
-def test_progress_is_json_where_the_environment_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_json_where_the_environment_asks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv(events.FORMAT, "json")
     with progress.Progress() as shown:
-        shown.on_event({"event": "remark", "text": "one"})
+        shown.on_event({"event": "note", "text": "one"})
     assert json.loads(capsys.readouterr().err)["text"] == "one"
 
 
-def test_a_folder_goes_on_with_its_own_settings_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_goes_on_with_its_own_settings_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FEDGAN_REFERENCE", str(tmp_path / "reference"))
-    settings, run = from_dict({"name": "tiny", "data": {"root": "/hospital"}}), RunFolder.at(tmp_path / "run")
+    settings, run = (
+        from_dict({"name": "tiny", "data": {"root": "/hospital"}}),
+        RunFolder.at(tmp_path / "run"),
+    )
     given = {"settings": json.dumps(to_dict(settings)), "output": str(run.path), "deployed": True}
     resumed = {"settings": "", "scenario": "", "output": str(run.path), "deployed": True}
     with pytest.raises(ConfigError, match="holds no run to go on with"):
@@ -417,11 +511,15 @@ def test_a_folder_goes_on_with_its_own_settings_or_not_at_all(tmp_path: Path, mo
         server_app.find_run(given | {"settings": json.dumps(to_dict(replace(settings, seed=1)))})
 
 
-def test_the_serverapp_says_why_it_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_serverapp_says_why_it_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = {"settings": '{"trainings": {}}', "output": str(tmp_path / "run"), "deployed": True}
     context: Any = SimpleNamespace(run_config=words)
     main_function: Any = server_app.main
     with pytest.raises(ConfigError, match="unknown key 'trainings'"):
         main_function(None, context)
-    told = [found for row in capsys.readouterr().out.splitlines() if (found := events.from_line(row))]
+    told = [
+        found for row in capsys.readouterr().out.splitlines() if (found := events.from_line(row))
+    ]
     assert [(event["event"], event["kind"]) for event in told] == [("failed", "ConfigError")]

@@ -14,10 +14,15 @@ from client.app import app as client_app
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, DataError
 from fedgan.run_folder import RunFolder
+from fedgan.runs.evaluator import Evaluator
+from fedgan.runs.preparation import (
+    evaluation_hospitals,
+    experiment_of,
+    is_deployed,
+    prepare_deployed,
+)
 from server.app import main
-from server.evaluator import Evaluator
 from server.federation import Federation
-from server.preparation import evaluation_hospitals, experiment_of, is_deployed, prepare_deployed
 from simulations import runner
 
 SIZES = (48, 32, 24)
@@ -26,13 +31,21 @@ SIZES = (48, 32, 24)
 def deployed(tmp_path: Path, *overrides: str) -> Settings:
     """Settings of a deployment; the evaluator's real images are other patients' than the hospitals'."""
     write_shards(tmp_path / "reference", (40,), names=("delta",))
-    return tiny(tmp_path / "nowhere", f"evaluation.root={tmp_path / 'reference'}", *overrides, rounds=2, kimg=0.072)
+    return tiny(
+        tmp_path / "nowhere",
+        f"evaluation.root={tmp_path / 'reference'}",
+        *overrides,
+        rounds=2,
+        kimg=0.072,
+    )
 
 
 def own_place(tmp_path: Path) -> Any:
     """The node-config of each hospital."""
     folders = {"data-root": "data", "state-dir": "state"}
-    return lambda number: {key: str(tmp_path / folder / NAMES[number]) for key, folder in folders.items()}
+    return lambda number: {
+        key: str(tmp_path / folder / NAMES[number]) for key, folder in folders.items()
+    }
 
 
 def test_a_deployment_trains_the_very_model_of_the_simulation(tmp_path: Path) -> None:
@@ -41,8 +54,8 @@ def test_a_deployment_trains_the_very_model_of_the_simulation(tmp_path: Path) ->
     federate(tiny(data, rounds=2, kimg=0.072), simulated, client_app)
     prepare_deployed(deployed(tmp_path), run)
     settings = run.settings()
-    judge = Evaluator(settings, run, evaluation_hospitals(settings, run))
-    federation = Federation(settings, run, experiment_of(run), judge, patient=True)
+    evaluator = Evaluator(settings, run, evaluation_hospitals(settings, run))
+    federation = Federation(settings, run, experiment_of(run), evaluator, reconnecting=True)
     federation.train(LocalGrid(3, client_app, own=own_place(tmp_path)))  # type: ignore[arg-type]
     assert run.checkpoint(2).read_bytes() == simulated.checkpoint(2).read_bytes()
     assert not (run.path / "hospitals").exists()
@@ -51,7 +64,9 @@ def test_a_deployment_trains_the_very_model_of_the_simulation(tmp_path: Path) ->
         ("beta", {"train": 16}),
         ("gamma", {"train": 12}),
     ]
-    assert str(tmp_path / "data") not in (run.config.read_text() + run.environment.read_text() + run.metrics.read_text())
+    assert str(tmp_path / "data") not in (
+        run.config.read_text() + run.environment.read_text() + run.metrics.read_text()
+    )
 
 
 def test_flower_s_server_federates_a_deployment_to_its_evaluation(tmp_path: Path) -> None:
@@ -82,7 +97,9 @@ def test_flower_s_server_federates_a_deployment_to_its_evaluation(tmp_path: Path
         (["federation.strategy=krum", "federation.malicious=1"], "5 hospitals"),
     ],
 )
-def test_what_a_deployment_cannot_serve_is_refused(overrides: list[str], words: str, tmp_path: Path) -> None:
+def test_what_a_deployment_cannot_serve_is_refused(
+    overrides: list[str], words: str, tmp_path: Path
+) -> None:
     run = RunFolder.at(tmp_path / "run")
     with pytest.raises(ConfigError, match=words):
         prepare_deployed(deployed(tmp_path, *overrides), run)
@@ -91,7 +108,7 @@ def test_what_a_deployment_cannot_serve_is_refused(overrides: list[str], words: 
 
 def test_the_evaluator_s_images_must_be_the_hospitals_kind(tmp_path: Path) -> None:
     prepare_deployed(deployed(tmp_path), run := RunFolder.at(tmp_path / "run"))
-    judge = Evaluator(run.settings(), run, evaluation_hospitals(run.settings(), run))
-    judge.check(("dark", "bright"), True, 1, 16)
+    evaluator = Evaluator(run.settings(), run, evaluation_hospitals(run.settings(), run))
+    evaluator.check(("dark", "bright"), True, 1, 16)
     with pytest.raises(DataError, match=r"have labels .*'dark'.*hospitals' .*'benign'"):
-        judge.check(("benign", "malignant"), True, 1, 16)
+        evaluator.check(("benign", "malignant"), True, 1, 16)

@@ -16,10 +16,10 @@ from loopback import HOST, REPOSITORY, Deployment, deployment, make_keys
 from small_federation import NAMES, federate, tiny, write_shards
 
 from client.app import app as client_app
-from client.outbound import records_of
+from client.gate import records_of
 from fedgan.cli import main
 from fedgan.config import Settings
-from fedgan.privacy.outbound import NAME, OutboundLog
+from fedgan.exchange.outbound_log import NAME, OutboundLog
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
 
@@ -45,16 +45,25 @@ def federation(folder: Path) -> Iterator[Deployment]:
 
     def node_config(index: int) -> dict[str, Any]:
         folders = {"data-root": "data", "state-dir": "state"}
-        return {"partition-id": index} | {key: str(folder / place / HOSPITALS[index]) for key, place in folders.items()}
+        return {"partition-id": index} | {
+            key: str(folder / place / HOSPITALS[index]) for key, place in folders.items()
+        }
 
-    environment = {"FEDGAN_REFERENCE": str(folder / "reference"), "FEDGAN_RECORDING": str(folder / "recording")}
+    environment = {
+        "FEDGAN_REFERENCE": str(folder / "reference"),
+        "FEDGAN_RECORDING": str(folder / "recording"),
+    }
     recorder = (sys.executable, "-m", "recording_filter")
-    with deployment(folder / "deployment", REPOSITORY, HOSPITALS, node_config, environment, recorder) as running:
+    with deployment(
+        folder / "deployment", REPOSITORY, HOSPITALS, node_config, environment, recorder
+    ) as running:
         yield running
 
 
 @pytest.fixture
-def deploy(federation: Deployment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Deploy:
+def deploy(
+    federation: Deployment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Deploy:
     """`fedgan deploy VERB …` against it: exit code, output, and what was said beside it."""
     monkeypatch.setenv("FEDGAN_SUPERLINK", f"{HOST}:{federation.ports['superlink']}")
     monkeypatch.setenv("FEDGAN_CA", str(federation.keys / "ca.crt"))
@@ -90,7 +99,11 @@ def test_a_deployed_scenario_trains_the_simulation_s_model_to_its_page(
     assert json.loads(run.evaluation.read_text())["round"] == 2
     assert "gamma" in run.report.read_text()
     told = json.loads(out)
-    assert (told["status"], told["sub_status"], told["output"]) == ("finished", "completed", str(run.path))
+    assert (told["status"], told["sub_status"], told["output"]) == (
+        "finished",
+        "completed",
+        str(run.path),
+    )
     assert told["report"] == str(run.report)
     assert "hospitals online: alpha, beta, gamma" in said
     assert "round 2/2" in said
@@ -127,8 +140,17 @@ def test_a_deployment_keeps_a_secure_round_s_secrets_between_its_four_messages(
     few = "federation.exchange=['generator']"  # an array is a request
     plain, run = RunFolder.at(folder / "plain"), RunFolder.at(folder / "runs" / "secure")
     federate(tiny(folder / "data", few, rounds=1, kimg=0.036), plain, client_app)
-    settings = tiny(folder / "data", few, "evaluation.suite=quick", "federation.secure=true", rounds=1, kimg=0.036)
-    code, _, said = deploy("run", str(scenario_file(settings, folder / "secure")), "--output", str(run.path))
+    settings = tiny(
+        folder / "data",
+        few,
+        "evaluation.suite=quick",
+        "federation.secure=true",
+        rounds=1,
+        kimg=0.036,
+    )
+    code, _, said = deploy(
+        "run", str(scenario_file(settings, folder / "secure")), "--output", str(run.path)
+    )
     assert code == 0, f"{said}\n{federation.tails()}"
     expected, got = (load_tensors(each.checkpoint(1))[0] for each in (plain, run))
     assert expected.keys() == got.keys()
@@ -140,34 +162,66 @@ def test_a_deployment_keeps_a_secure_round_s_secrets_between_its_four_messages(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hospital", HOSPITALS)
-def test_all_that_crossed_the_wire_is_what_the_outbound_log_lists(hospital: str, folder: Path, federation: Deployment) -> None:
+def test_all_that_crossed_the_wire_is_what_the_outbound_log_lists(
+    hospital: str, folder: Path, federation: Deployment
+) -> None:
     """The runs above, as the filter saw them: a plain one of two rounds and one with secure aggregation."""
-    public = serialization.load_ssh_public_key((federation.keys / "hospitals" / hospital / "node.pub").read_bytes())
+    public = serialization.load_ssh_public_key(
+        (federation.keys / "hospitals" / hospital / "node.pub").read_bytes()
+    )
     pem, form = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     seen = Capture(folder / "recording", public.public_bytes(pem, form))
     entries = OutboundLog(folder / "state" / hospital / NAME).read().entries
-    assert [entry.message for entry in entries] == ["query.hello", "train", "train", "query.hello", *["train"] * 4]
+    assert [entry.message for entry in entries] == [
+        "query.hello",
+        "train",
+        "train",
+        "query.hello",
+        *["train"] * 4,
+    ]
 
     # --- each answer that travelled is a line of the log, record by record, hash by hash
     for (key, message), entry in zip(seen.messages.items(), entries, strict=True):
         for travelled, listed in zip(records_of(message), entry.records, strict=True):
             if listed["kind"] == "arrays":
                 assert listed.pop("parcel") == seen.parcels[key]
-                travelled["bytes"] = listed["bytes"]  # those of the parcel, which its hash stands for
+                travelled["bytes"] = listed[
+                    "bytes"
+                ]  # those of the parcel, which its hash stands for
                 listed["arrays"].sort()  # a parcel has an order of its own
                 travelled["arrays"].sort()
             assert travelled == listed
 
     # --- and nothing travelled beside the answers
     assert seen.strays == set()
-    asked = {"activate-node", "send-node-heartbeat", "pull-messages", "push-messages", "push-object", "pull-object"}
+    asked = {
+        "activate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "push-object",
+        "pull-object",
+    }
     asked |= {"get-run", "get-fab", "confirm-message-received"}
     assert {path.rpartition("/")[2] for path in seen.largest} <= asked
-    known = {"accept", "accept-encoding", "connection", "content-length", "content-type", "host", "user-agent"}
+    known = {
+        "accept",
+        "accept-encoding",
+        "connection",
+        "content-length",
+        "content-type",
+        "host",
+        "user-agent",
+    }
     flower = {name for name in seen.headers - known if not name.startswith("flwr-")}
     assert not flower, flower
     carriers = (PUSH_OBJECT, PUSH_MESSAGES)
-    assert max(size for path, size in seen.largest.items() if path not in carriers) < 600  # a key, ids, times
+    assert (
+        max(size for path, size in seen.largest.items() if path not in carriers) < 600
+    )  # a key, ids, times
     everything = b"".join(seen.objects.values())
-    for secret in (folder, *(f"{hospital}-{row}" for row in range(SIZES[HOSPITALS.index(hospital)]))):
+    for secret in (
+        folder,
+        *(f"{hospital}-{row}" for row in range(SIZES[HOSPITALS.index(hospital)])),
+    ):
         assert str(secret).encode() not in everything

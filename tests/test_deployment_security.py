@@ -68,23 +68,44 @@ class Attacker:
 
     def signed(self, age: float = 0) -> dict[str, str]:
         """Headers as a SuperNode signs them, `age` seconds ago."""
-        timestamp = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=age)).isoformat()
+        timestamp = (
+            datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=age)
+        ).isoformat()
         signature = self.key.sign(timestamp.encode(), ec.ECDSA(hashes.SHA256()))
         encoded = {"flwr-public-key": self.public_key, "flwr-signature": signature}
-        return {"flwr-timestamp": timestamp} | {name: base64.b64encode(value).decode() for name, value in encoded.items()}
+        return {"flwr-timestamp": timestamp} | {
+            name: base64.b64encode(value).decode() for name, value in encoded.items()
+        }
 
-    def ask(self, path: str, message: Any = None, headers: dict[str, str] | None = None, content: Any = None) -> httpx.Response:
+    def ask(
+        self,
+        path: str,
+        message: Any = None,
+        headers: dict[str, str] | None = None,
+        content: Any = None,
+    ) -> httpx.Response:
         """POST a protobuf message (or raw content)."""
         body = message.SerializeToString() if content is None else content
         context = ssl.create_default_context(cafile=self.ca)
         url = f"https://{HOST}:{self.port}{path}"
-        return httpx.post(url, content=body, headers=PROTOBUF | (headers or self.signed()), verify=context, timeout=30)
+        return httpx.post(
+            url,
+            content=body,
+            headers=PROTOBUF | (headers or self.signed()),
+            verify=context,
+            timeout=30,
+        )
 
     def activate(self) -> httpx.Response:
-        return self.ask("/v1/fleet/activate-node", ActivateNodeRequest(public_key=self.public_key, heartbeat_interval=30))
+        return self.ask(
+            "/v1/fleet/activate-node",
+            ActivateNodeRequest(public_key=self.public_key, heartbeat_interval=30),
+        )
 
     def pull(self, node_id: int, headers: dict[str, str] | None = None) -> httpx.Response:
-        return self.ask("/v1/fleet/pull-messages", PullMessagesRequest(node=Node(node_id=node_id)), headers)
+        return self.ask(
+            "/v1/fleet/pull-messages", PullMessagesRequest(node=Node(node_id=node_id)), headers
+        )
 
 
 def logged(federation: Deployment, *texts: str) -> bool:
@@ -100,8 +121,12 @@ def recorded(federation: Deployment, path: str) -> list[dict[str, Any]]:
 
 
 def test_a_supernode_whose_key_is_not_registered_ends_and_says_so(federation: Deployment) -> None:
-    words = federation.node_command("stranger", f"{HOST}:{federation.ports['filter']}", free_ports(1)[0], {"partition-id": 9})
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=federation.environment_of("stranger"))
+    words = federation.node_command(
+        "stranger", f"{HOST}:{federation.ports['filter']}", free_ports(1)[0], {"partition-id": 9}
+    )
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=60, env=federation.environment_of("stranger")
+    )
     assert done.returncode != 0
     assert "Failed to activate SuperNode" in done.stdout + done.stderr, done.stdout + done.stderr
     assert logged(federation, "path=/v1/fleet/activate-node status=412", "key not registered")
@@ -127,14 +152,25 @@ def test_a_revoked_key_gets_nothing_more(federation: Deployment) -> None:
 
 
 def test_a_hospital_cannot_act_as_another(federation: Deployment) -> None:
-    assert Attacker(federation, "hospital-1").pull(federation.node_ids["hospital-2"]).status_code == 401
+    assert (
+        Attacker(federation, "hospital-1").pull(federation.node_ids["hospital-2"]).status_code
+        == 401
+    )
 
 
-def test_a_clock_that_is_off_is_refused_and_the_log_says_by_how_much(federation: Deployment) -> None:
+def test_a_clock_that_is_off_is_refused_and_the_log_says_by_how_much(
+    federation: Deployment,
+) -> None:
     hospital = Attacker(federation, "hospital-1")
-    assert hospital.pull(federation.node_ids["hospital-1"], hospital.signed(age=1000)).status_code == 401
+    assert (
+        hospital.pull(federation.node_ids["hospital-1"], hospital.signed(age=1000)).status_code
+        == 401
+    )
     assert logged(federation, "signed 1000 s ago, check the clock")
-    assert hospital.pull(federation.node_ids["hospital-1"], hospital.signed(age=-100)).status_code == 401
+    assert (
+        hospital.pull(federation.node_ids["hospital-1"], hospital.signed(age=-100)).status_code
+        == 401
+    )
     assert logged(federation, "s ahead, check the clock")
 
 
@@ -153,7 +189,13 @@ def test_a_client_with_another_ca_does_not_connect(federation: Deployment, tmp_p
 
 def test_a_hospital_does_not_reach_the_control_api(federation: Deployment) -> None:
     hospital = Attacker(federation, "hospital-1")
-    for path in ("/v1/control/start-run", "/v1/control/list-nodes", "/v1/runtime/acquire-task", "/docs", "/openapi.json"):
+    for path in (
+        "/v1/control/start-run",
+        "/v1/control/list-nodes",
+        "/v1/runtime/acquire-task",
+        "/docs",
+        "/openapi.json",
+    ):
         assert hospital.ask(path, content=b"").status_code == 403
         assert logged(federation, "refused", f"path={path} status=403")
     said = federation.flwr("ls", superlink="through-filter", fails=True)
@@ -171,10 +213,20 @@ def test_a_hospital_does_not_reach_the_control_api(federation: Deployment) -> No
     ],
 )
 def test_no_detour_leads_to_the_control_api(federation: Deployment, path: str) -> None:
-    words = ["curl", "--silent", "--path-as-is", "--cacert", str(federation.keys / "ca.crt"), "--data", ""]
+    words = [
+        "curl",
+        "--silent",
+        "--path-as-is",
+        "--cacert",
+        str(federation.keys / "ca.crt"),
+        "--data",
+        "",
+    ]
     with contextlib.suppress(FileNotFoundError):
         url = f"https://{HOST}:{federation.ports['filter']}{path}"
-        done = subprocess.run([*words, "--write-out", "%{http_code}", url], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            [*words, "--write-out", "%{http_code}", url], capture_output=True, text=True, timeout=30
+        )
         assert done.stdout.endswith("403"), done
     assert logged(federation, f"path={path} status=403")
 
@@ -183,27 +235,43 @@ def test_an_over_large_body_is_refused_announced_or_not(federation: Deployment) 
     hospital = Attacker(federation, "hospital-1")
     size = 17 * 2**20
     assert hospital.ask("/v1/fleet/push-object", content=b"x" * size).status_code == 413
-    assert hospital.ask("/v1/fleet/push-object", content=(b"x" * 2**20 for _ in range(17))).status_code == 413
+    assert (
+        hospital.ask("/v1/fleet/push-object", content=(b"x" * 2**20 for _ in range(17))).status_code
+        == 413
+    )
     assert logged(federation, "path=/v1/fleet/push-object status=413")
 
 
 def test_names_with_a_path_in_them_lead_nowhere(federation: Deployment) -> None:
-    hospital, node = Attacker(federation, "hospital-1"), Node(node_id=federation.node_ids["hospital-1"])
+    hospital, node = (
+        Attacker(federation, "hospital-1"),
+        Node(node_id=federation.node_ids["hospital-1"]),
+    )
     before = sorted(path for path in federation.folder.rglob("*") if "superlink" in path.parts)
     for name in ("../../keys/server/server.key", "/etc/passwd", "..\\x", "a\x00b"):
-        pulled = hospital.ask("/v1/fleet/pull-object", PullObjectRequest(node=node, run_id=1, object_id=name))
+        pulled = hospital.ask(
+            "/v1/fleet/pull-object", PullObjectRequest(node=node, run_id=1, object_id=name)
+        )
         pushed = hospital.ask(
-            "/v1/fleet/push-object", PushObjectRequest(node=node, run_id=1, object_id=name, object_content=b"x")
+            "/v1/fleet/push-object",
+            PushObjectRequest(node=node, run_id=1, object_id=name, object_content=b"x"),
         )
         fab = hospital.ask("/v1/fleet/get-fab", GetFabRequest(node=node, run_id=1, hash_str=name))
         assert b"PRIVATE KEY" not in pulled.content + pushed.content + fab.content
         assert fab.status_code >= 400
         assert b"root:" not in pulled.content
-    assert sorted(path for path in federation.folder.rglob("*") if "superlink" in path.parts) == before
+    assert (
+        sorted(path for path in federation.folder.rglob("*") if "superlink" in path.parts) == before
+    )
 
 
-def test_a_recorded_heartbeat_passes_the_filter_once_where_the_superlink_alone_takes_it_again(federation: Deployment) -> None:
-    hospital, node = Attacker(federation, "hospital-1"), Node(node_id=federation.node_ids["hospital-1"])
+def test_a_recorded_heartbeat_passes_the_filter_once_where_the_superlink_alone_takes_it_again(
+    federation: Deployment,
+) -> None:
+    hospital, node = (
+        Attacker(federation, "hospital-1"),
+        Node(node_id=federation.node_ids["hospital-1"]),
+    )
     inside = Attacker(federation, "hospital-1", to="superlink")
     beat, headers = SendNodeHeartbeatRequest(node=node, heartbeat_interval=30), hospital.signed()
     assert hospital.ask("/v1/fleet/send-node-heartbeat", beat, headers).status_code == 200
@@ -216,7 +284,9 @@ def test_a_recorded_heartbeat_passes_the_filter_once_where_the_superlink_alone_t
     assert inside.pull(federation.node_ids["hospital-1"], headers).status_code == 200
 
 
-def test_a_replayed_update_is_refused_and_counts_once(federation: Deployment, tmp_path: Path) -> None:
+def test_a_replayed_update_is_refused_and_counts_once(
+    federation: Deployment, tmp_path: Path
+) -> None:
     output = tmp_path / "sums.json"
     run = federation.submit({"output": str(output), "hospitals": 2, "rounds": 2, "wait": 1.0})
     pushes = "/v1/fleet/push-messages"
@@ -243,6 +313,9 @@ def test_the_log_holds_no_credentials_and_no_bodies(federation: Deployment) -> N
     text = federation.log("filter").read_text()
     pulls = recorded(federation, "/v1/fleet/pull-messages")
     assert pulls
-    for value in (pulls[-1]["headers"][name] for name in ("flwr-signature", "flwr-public-key", "flwr-timestamp")):
+    for value in (
+        pulls[-1]["headers"][name]
+        for name in ("flwr-signature", "flwr-public-key", "flwr-timestamp")
+    ):
         assert value not in text
     assert "BEGIN" not in text

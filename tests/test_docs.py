@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 
 from fedgan.config import load_scenario
-from server.strategies import check_strategy
+from server.aggregation.strategies import check_strategy
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"\bfedgan (?:simulate|compare|doctor) [^`#\n]*")
-SHIPPED = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "simulations").glob("*.toml")}
+SHIPPED = {
+    path.relative_to(ROOT).as_posix(): path for path in (ROOT / "simulations").glob("*.toml")
+}
 
 
 def commands() -> list[str]:
@@ -28,7 +30,11 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_of_the_repository(page: Path) -> None:
-    links = [link.partition("#")[0] for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
+    links = [
+        link.partition("#")[0]
+        for link in LINK.findall(page.read_text(encoding="utf-8"))
+        if "://" not in link
+    ]
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 

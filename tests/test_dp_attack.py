@@ -19,7 +19,7 @@ from scipy.stats import beta
 
 from fedgan.config import from_dict
 from fedgan.data.dataset import ImageDataset
-from fedgan.models.discriminator import Discriminator
+from fedgan.models.stylegan2.discriminator import Discriminator
 from fedgan.privacy import clipping
 from fedgan.privacy import step as step_module
 from fedgan.privacy.accounting import epsilon_of
@@ -36,8 +36,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def network() -> Discriminator:
-    model = from_dict({}, ["model.channel_base=32", "model.channel_max=4", "model.minibatch_std_group=0"]).model
-    return Discriminator(model, 16, 1, 0, torch.Generator().manual_seed(2)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = from_dict(
+        {}, ["model.channel_base=32", "model.channel_max=4", "model.minibatch_std_group=0"]
+    ).model
+    return Discriminator(model, 16, 1, 0, torch.Generator().manual_seed(2)).to(
+        memory_format=torch.channels_last
+    )  # type: ignore[call-overload]
 
 
 def world(canary: bool) -> ImageDataset:
@@ -45,7 +49,9 @@ def world(canary: bool) -> ImageDataset:
     images = np.full((OTHERS + 1, 1, 16, 16), 140, np.uint8)
     if canary:
         images[-1] = 255 * (np.indices((16, 16)).sum(axis=0) // 2 % 2)
-    return ImageDataset("clinic", images if canary else images[:-1], np.zeros((OTHERS + canary, 0), np.uint8), ())
+    return ImageDataset(
+        "clinic", images if canary else images[:-1], np.zeros((OTHERS + canary, 0), np.uint8), ()
+    )
 
 
 def shown(data: ImageDataset, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,8 +61,15 @@ def shown(data: ImageDataset, rows: np.ndarray) -> tuple[torch.Tensor, torch.Ten
 
 def mechanism(tmp_path: Path, data: ImageDataset) -> PrivateStep:
     """The same rate in both worlds, which a hospital's own number of images would change a little."""
-    keys = [f"privacy.noise_multiplier={NOISE}", f"privacy.max_grad_norm={CLIP}", f"privacy.delta={DELTA}", "data.resolution=16"]
-    made = PrivateStep(from_dict({}, keys), data, 1, TRIALS, Ledger(tmp_path / f"{len(data)}.jsonl"), "attack", CPU)
+    keys = [
+        f"privacy.noise_multiplier={NOISE}",
+        f"privacy.max_grad_norm={CLIP}",
+        f"privacy.delta={DELTA}",
+        "data.resolution=16",
+    ]
+    made = PrivateStep(
+        from_dict({}, keys), data, 1, TRIALS, Ledger(tmp_path / f"{len(data)}.jsonl"), "attack", CPU
+    )
     made.sample_rate = RATE
     return made
 
@@ -78,13 +91,25 @@ def guesses(tmp_path: Path, network: Discriminator, canary: bool) -> np.ndarray:
     """(TRIALS,): how far each release points to where the canary alone would move it."""
     data, both = world(canary), world(True)
     step = mechanism(tmp_path, data)
-    step._paid = TRIALS  # each trial is a world's only step; what it costs is asked of the accountant below
+    step._paid = (
+        TRIALS  # each trial is a world's only step; what it costs is asked of the accountant below
+    )
     blank = torch.zeros(1, 1, 16, 16)
     none = torch.zeros(1, 0)
 
     def direction(row: int) -> torch.Tensor:
-        single = clipped_sum(network, discriminator_loss, (blank, none), shown(both, np.array([row])), torch.tensor([0]), CLIP, 1)
-        return torch.cat([single.gradients[name].flatten() for name, _ in network.named_parameters()])
+        single = clipped_sum(
+            network,
+            discriminator_loss,
+            (blank, none),
+            shown(both, np.array([row])),
+            torch.tensor([0]),
+            CLIP,
+            1,
+        )
+        return torch.cat(
+            [single.gradients[name].flatten() for name, _ in network.named_parameters()]
+        )
 
     aim, other = direction(OTHERS), direction(0)
     aim = aim - other * (aim @ other) / (other @ other)
@@ -96,7 +121,9 @@ def guesses(tmp_path: Path, network: Discriminator, canary: bool) -> np.ndarray:
             draw = step.draw(number)
             fakes = (blank.expand(len(draw.rows), 1, 16, 16), none.expand(len(draw.rows), 0))
             step.gradient(network, discriminator_loss, fakes, shown(data, draw.rows), draw)
-            told = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]) * (RATE * step.units)
+            told = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]) * (
+                RATE * step.units
+            )
             found.append(float(told @ aim))
     return np.array(found)
 
@@ -108,17 +135,26 @@ def lower_bound(without: np.ndarray, with_canary: np.ndarray) -> float:
     def bound(threshold: float, out: np.ndarray, inside: np.ndarray) -> float:
         false_positive = at_most(int((out > threshold).sum()), len(out))
         false_negative = at_most(int((inside <= threshold).sum()), len(inside))
-        odds = max((1 - DELTA - false_negative) / false_positive, (1 - DELTA - false_positive) / false_negative)
+        odds = max(
+            (1 - DELTA - false_negative) / false_positive,
+            (1 - DELTA - false_positive) / false_negative,
+        )
         return float(np.log(max(odds, 1.0)))
 
     tried = np.unique(np.concatenate([without[:half], with_canary[:half]]))
-    best = max(tried, key=lambda threshold: bound(float(threshold), without[:half], with_canary[:half]))
+    best = max(
+        tried, key=lambda threshold: bound(float(threshold), without[:half], with_canary[:half])
+    )
     return bound(float(best), without[half:], with_canary[half:])
 
 
 def at_most(errors: int, trials: int) -> float:
     """Upper Clopper-Pearson bound of a rate; half of the doubt for each of two rates."""
-    return 1.0 if errors == trials else float(beta.ppf(1 - (1 - CONFIDENCE) / 2, errors + 1, trials - errors))
+    return (
+        1.0
+        if errors == trials
+        else float(beta.ppf(1 - (1 - CONFIDENCE) / 2, errors + 1, trials - errors))
+    )
 
 
 def attack(tmp_path: Path, network: Discriminator) -> tuple[float, float]:
@@ -145,17 +181,25 @@ def test_the_same_attack_finds_a_clip_that_is_silently_off(tmp_path, network, mo
     def unclipped(network, loss, fakes, reals, units, clip, chunk, r1):
         return clipping.clipped_sum(network, loss, fakes, reals, units, 1e9, chunk, r1)
 
-    loud = torch.nn.Parameter(network.b4.out.weight.detach() * 30)  # whose gradients are far longer than the clip
+    loud = torch.nn.Parameter(
+        network.b4.out.weight.detach() * 30
+    )  # whose gradients are far longer than the clip
     monkeypatch.setattr(network.b4.out, "weight", loud)
     bound, claimed = attack(tmp_path, network)
     assert bound < claimed
     monkeypatch.setattr(step_module, "clipped_sum", unclipped)
-    assert lower_bound(guesses(tmp_path, network, False), guesses(tmp_path, network, True)) > 3 * claimed
+    assert (
+        lower_bound(guesses(tmp_path, network, False), guesses(tmp_path, network, True))
+        > 3 * claimed
+    )
 
 
 def test_the_bound_is_sound_and_sharp_on_a_mechanism_whose_epsilon_is_known():
     """Randomised response with ε = 1 (no δ): the bound comes near to it from below."""
     rng, count = np.random.default_rng(0), 40_000
     truth = np.exp(1) / (1 + np.exp(1))
-    inside, out = (rng.random(count) < truth).astype(float), (rng.random(count) < 1 - truth).astype(float)
+    inside, out = (
+        (rng.random(count) < truth).astype(float),
+        (rng.random(count) < 1 - truth).astype(float),
+    )
     assert 0.8 < lower_bound(out, inside) < 1.0

@@ -15,7 +15,7 @@ from torch import nn
 from fedgan.config import Settings, from_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError, FedganError
-from fedgan.models.discriminator import Discriminator
+from fedgan.models.stylegan2.discriminator import Discriminator
 from fedgan.privacy import ledger as ledger_module
 from fedgan.privacy import step as step_module
 from fedgan.privacy.accounting import Mechanism, epsilon_rdp
@@ -31,7 +31,14 @@ CLIP = 0.7
 TREE = {
     "seed": 3,
     "data": {"resolution": 16},
-    "model": {"z_dim": 4, "w_dim": 8, "channel_base": 64, "channel_max": 8, "mapping_layers": 1, "minibatch_std_group": 0},
+    "model": {
+        "z_dim": 4,
+        "w_dim": 8,
+        "channel_base": 64,
+        "channel_max": 8,
+        "mapping_layers": 1,
+        "minibatch_std_group": 0,
+    },
     "augment": {"mode": "fixed", "p": 0.3},
     "training": {"batch_size": 6, "device": "cpu", "r1_gamma": 0.0, "labels": "uniform"},
     "privacy": {"noise_multiplier": 1.5, "max_grad_norm": CLIP, "delta": 1e-3},
@@ -53,7 +60,11 @@ def images_of(count: int, patients: int = 0, seed: int = 0) -> ImageDataset:
     rng = np.random.default_rng(seed)
     labels = np.eye(2, dtype=np.uint8)[np.arange(count) % 2]
     pictures = rng.integers(0, 256, (count, 1, 16, 16), dtype=np.uint8)
-    names = np.array([f"p{row % patients}" for row in range(count)]) if patients else np.zeros(0, dtype="<U1")
+    names = (
+        np.array([f"p{row % patients}" for row in range(count)])
+        if patients
+        else np.zeros(0, dtype="<U1")
+    )
     return ImageDataset("clinic", pictures, labels, ("dark", "bright"), patients=names)
 
 
@@ -64,14 +75,21 @@ def judge(bf16: bool = False, resolution: int = 16) -> Discriminator:
     return network
 
 
-def pairs_of(count: int, seed: int = 0, resolution: int = 16) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+def pairs_of(
+    count: int, seed: int = 0, resolution: int = 16
+) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
     rng = torch.Generator().manual_seed(seed)
     shape = (count, 1, resolution, resolution)
     labels = torch.eye(2)[torch.arange(count) % 2]
-    return (torch.randn(shape, generator=rng), labels), (torch.randn(shape, generator=rng), labels.flip(1))
+    return (torch.randn(shape, generator=rng), labels), (
+        torch.randn(shape, generator=rng),
+        labels.flip(1),
+    )
 
 
-def single_gradients(network: nn.Module, fakes, reals, r1_weight: float = 0.0) -> list[dict[str, torch.Tensor]]:
+def single_gradients(
+    network: nn.Module, fakes, reals, r1_weight: float = 0.0
+) -> list[dict[str, torch.Tensor]]:
     """The truth: plain autograd on one pair after the other."""
     found = []
     for row in range(len(fakes[0])):
@@ -82,7 +100,12 @@ def single_gradients(network: nn.Module, fakes, reals, r1_weight: float = 0.0) -
             at = real.clone().requires_grad_(True)
             value = value + r1_weight * r1_penalty(network(at, real_c), at).sum()
         value.backward()
-        found.append({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in network.named_parameters()})
+        found.append(
+            {
+                name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                for name, p in network.named_parameters()
+            }
+        )
     network.zero_grad(set_to_none=True)
     return found
 
@@ -91,23 +114,59 @@ def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([gradients[name].flatten().double() for name in sorted(gradients)])
 
 
-def sum_of(network: nn.Module, fakes, reals, units: list[int], clip: float = CLIP, chunk: int = 64, r1: float = 0.0):
-    return clipped_sum(network, discriminator_loss, fakes, reals, torch.tensor(units, dtype=torch.int64), clip, chunk, r1)
+def sum_of(
+    network: nn.Module,
+    fakes,
+    reals,
+    units: list[int],
+    clip: float = CLIP,
+    chunk: int = 64,
+    r1: float = 0.0,
+):
+    return clipped_sum(
+        network,
+        discriminator_loss,
+        fakes,
+        reals,
+        torch.tensor(units, dtype=torch.int64),
+        clip,
+        chunk,
+        r1,
+    )
 
 
-def private_step(tmp_path: Path, *overrides: str, data: ImageDataset | None = None, **others) -> PrivateStep:
+def private_step(
+    tmp_path: Path, *overrides: str, data: ImageDataset | None = None, **others
+) -> PrivateStep:
     data = data or images_of(60)
     chosen = settings_of(*overrides)
-    return PrivateStep(chosen, data, chosen.training.batch_size, 60, Ledger(tmp_path / "ledger.jsonl"), "run", CPU, **others)
+    return PrivateStep(
+        chosen,
+        data,
+        chosen.training.batch_size,
+        60,
+        Ledger(tmp_path / "ledger.jsonl"),
+        "run",
+        CPU,
+        **others,
+    )
 
 
 def release(step: PrivateStep, network: nn.Module, pairs, number: int = 0) -> torch.Tensor:
     """What one step of these pairs (each a unit) gives away, with the expected size of the sample multiplied back."""
     draw = step.draw(number)
-    draw = type(draw)(np.arange(len(pairs[0][0])), torch.arange(len(pairs[0][0])), draw.host, draw.device, draw.noise)
+    draw = type(draw)(
+        np.arange(len(pairs[0][0])),
+        torch.arange(len(pairs[0][0])),
+        draw.host,
+        draw.device,
+        draw.noise,
+    )
     step.reserve(1)
     step.gradient(network, discriminator_loss, *pairs, draw)
-    return flat({name: p.grad for name, p in network.named_parameters()}) * (step.sample_rate * step.units)
+    return flat({name: p.grad for name, p in network.named_parameters()}) * (
+        step.sample_rate * step.units
+    )
 
 
 # --- single gradients ------------------------------------------------------------------------------
@@ -121,7 +180,9 @@ def test_single_gradients_are_those_of_a_loop_over_single_pairs(r1, resolution):
     found, logits = pair_gradients(network, discriminator_loss, *fakes, *reals, r1)
     for row, one in enumerate(truth):
         for name, value in one.items():
-            torch.testing.assert_close(found[name][row], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found[name][row], value, rtol=2e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
     torch.testing.assert_close(logits, network(*reals).detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -142,13 +203,20 @@ def test_in_bf16_single_gradients_are_those_of_a_loop_up_to_its_rounding():
 def test_the_clipped_sum_is_the_sum_of_clipped_means_for_every_chunk_size(units, r1):
     network, (fakes, reals) = judge(), pairs_of(6)
     single = torch.stack([flat(one) for one in single_gradients(network, fakes, reals, r1)])
-    means = [single[[row for row, unit in enumerate(units) if unit == one]].mean(dim=0) for one in range(max(units) + 1)]
-    clip = float(torch.stack([mean.norm() for mean in means]).median())  # some are clipped, some are not
+    means = [
+        single[[row for row, unit in enumerate(units) if unit == one]].mean(dim=0)
+        for one in range(max(units) + 1)
+    ]
+    clip = float(
+        torch.stack([mean.norm() for mean in means]).median()
+    )  # some are clipped, some are not
     expected = sum(mean * min(1.0, clip / float(mean.norm())) for mean in means)
     for chunk in (1, 2, 4, 64):
         found = sum_of(network, fakes, reals, units, clip, chunk, r1)
         torch.testing.assert_close(flat(found.gradients), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.norms.double(), torch.stack([m.norm() for m in means]), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            found.norms.double(), torch.stack([m.norm() for m in means]), rtol=1e-4, atol=1e-6
+        )
 
 
 def test_a_parameter_that_no_convolution_or_linear_layer_uses_is_an_error():
@@ -166,7 +234,9 @@ def test_a_parameter_that_no_convolution_or_linear_layer_uses_is_an_error():
     with pytest.raises(FedganError, match="neither a convolution"):
         each.gradients(value, list(network.parameters()))
     with PerPair(4), pytest.raises(FedganError, match="groups"):
-        torch.nn.functional.conv2d(torch.randn(4, 2, 3, 3), nn.Parameter(torch.randn(2, 1, 1, 1)), groups=2)
+        torch.nn.functional.conv2d(
+            torch.randn(4, 2, 3, 3), nn.Parameter(torch.randn(2, 1, 1, 1)), groups=2
+        )
 
 
 # --- sensitivity -----------------------------------------------------------------------------------
@@ -180,7 +250,9 @@ def test_a_parameter_that_no_convolution_or_linear_layer_uses_is_an_error():
     scale=st.sampled_from([0.01, 1.0, 300.0]),
     clip=st.sampled_from([1e-3, 0.5, 50.0]),
 )
-def test_a_unit_moves_the_clipped_sum_by_the_clip_at_most_and_a_replaced_one_by_twice_that(seed, sizes, place, scale, clip):
+def test_a_unit_moves_the_clipped_sum_by_the_clip_at_most_and_a_replaced_one_by_twice_that(
+    seed, sizes, place, scale, clip
+):
     network, place = judge(), place % len(sizes)
     units = [unit for unit, size in enumerate(sizes) for _ in range(size)]
     (fakes, fake_c), (reals, real_c) = pairs_of(len(units), seed)
@@ -188,7 +260,9 @@ def test_a_unit_moves_the_clipped_sum_by_the_clip_at_most_and_a_replaced_one_by_
     reals = torch.where(mine[:, None, None, None], reals * scale, reals)
     full = flat(sum_of(network, (fakes, fake_c), (reals, real_c), units, clip).gradients)
     rest = [unit - (unit > place) for unit in units if unit != place]
-    without = sum_of(network, (fakes[~mine], fake_c[~mine]), (reals[~mine], real_c[~mine]), rest, clip)
+    without = sum_of(
+        network, (fakes[~mine], fake_c[~mine]), (reals[~mine], real_c[~mine]), rest, clip
+    )
     assert float((full - flat(without.gradients)).norm()) <= clip * (1 + 1e-3) + 1e-5
     other = torch.where(mine[:, None, None, None], -reals, reals)
     replaced = flat(sum_of(network, (fakes, fake_c), (other, real_c), units, clip).gradients)
@@ -202,7 +276,9 @@ def test_an_image_whose_gradient_is_no_number_counts_as_nothing_and_spoils_nobod
     spoiled[1] = bad
     found = sum_of(network, fakes, (spoiled, reals[1]), [0, 1, 2], CLIP)
     keep = torch.tensor([0, 2])
-    without = sum_of(network, (fakes[0][keep], fakes[1][keep]), (reals[0][keep], reals[1][keep]), [0, 1], CLIP)
+    without = sum_of(
+        network, (fakes[0][keep], fakes[1][keep]), (reals[0][keep], reals[1][keep]), [0, 1], CLIP
+    )
     moved = float((flat(found.gradients) - flat(without.gradients)).norm())
     assert moved <= CLIP * (1 + 1e-3)
 
@@ -215,7 +291,13 @@ def test_a_patient_whose_gradient_is_no_number_spoils_no_other_patients_in_the_s
     spoiled[2] = bad
     found = sum_of(network, fakes, (spoiled, reals[1]), [0, 0, 1, 1, 2, 2], CLIP)
     keep = torch.tensor([0, 1, 4, 5])
-    without = sum_of(network, (fakes[0][keep], fakes[1][keep]), (reals[0][keep], reals[1][keep]), [0, 0, 1, 1], CLIP)
+    without = sum_of(
+        network,
+        (fakes[0][keep], fakes[1][keep]),
+        (reals[0][keep], reals[1][keep]),
+        [0, 0, 1, 1],
+        CLIP,
+    )
     assert float(flat(without.gradients).norm()) > CLIP
     assert float((flat(found.gradients) - flat(without.gradients)).norm()) <= CLIP * (1 + 1e-3)
 
@@ -224,7 +306,11 @@ def test_images_that_a_patient_has_too_many_of_count_as_one_unit():
     step_units = [0] * 8 + [1]
     network, (fakes, reals) = judge(), pairs_of(9)
     full = flat(sum_of(network, fakes, reals, step_units, 1e-3, chunk=2).gradients)
-    last = flat(sum_of(network, tuple(t[8:] for t in fakes), tuple(t[8:] for t in reals), [0], 1e-3).gradients)
+    last = flat(
+        sum_of(
+            network, tuple(t[8:] for t in fakes), tuple(t[8:] for t in reals), [0], 1e-3
+        ).gradients
+    )
     assert float((full - last).norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -234,7 +320,9 @@ def test_images_that_a_patient_has_too_many_of_count_as_one_unit():
 def test_without_noise_a_step_gives_the_clipped_sum_over_the_expected_size(tmp_path):
     network, pairs = judge(), pairs_of(5)
     found = release(private_step(tmp_path, "privacy.noise_multiplier=0"), network, pairs)
-    torch.testing.assert_close(found, flat(sum_of(network, *pairs, [0, 1, 2, 3, 4]).gradients), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found, flat(sum_of(network, *pairs, [0, 1, 2, 3, 4]).gradients), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
@@ -243,18 +331,28 @@ def test_noise_comes_after_the_clip_with_the_deviation_that_was_asked_for(tmp_pa
     pairs = ((fakes * scale, fake_c), (reals * scale, real_c))
     clean = flat(sum_of(network, *pairs, [0, 1, 2, 3, 4]).gradients)
     step = private_step(tmp_path)
-    noise = torch.cat([release(step, network, pairs, number) - clean for number in range(12)]).numpy() / (1.5 * CLIP)
+    noise = torch.cat(
+        [release(step, network, pairs, number) - clean for number in range(12)]
+    ).numpy() / (1.5 * CLIP)
     low, high = stats.chi2.ppf([1e-5, 1 - 1e-5], len(noise)) / len(noise)
     assert low < np.mean(noise**2) < high
     assert abs(np.mean(noise)) < 5 / np.sqrt(len(noise))
     assert stats.kstest(noise[:5000], "norm").pvalue > 1e-6
 
 
-def test_noise_is_new_in_each_step_and_each_process_and_never_follows_from_the_public_seed(tmp_path):
+def test_noise_is_new_in_each_step_and_each_process_and_never_follows_from_the_public_seed(
+    tmp_path,
+):
     network, nothing = judge(), pairs_of(0)
     first, again = private_step(tmp_path), private_step(tmp_path)
-    drawn = [release(first, network, nothing, 0), release(first, network, nothing, 1), release(again, network, nothing, 0)]
-    drawn.append(release(first, network, nothing, 0))  # the same step once more: an older checkpoint was restored
+    drawn = [
+        release(first, network, nothing, 0),
+        release(first, network, nothing, 1),
+        release(again, network, nothing, 0),
+    ]
+    drawn.append(
+        release(first, network, nothing, 0)
+    )  # the same step once more: an older checkpoint was restored
     correlations = np.corrcoef(torch.stack(drawn).numpy())[~np.eye(4, dtype=bool)]
     assert np.abs(correlations).max() < 6 / np.sqrt(len(drawn[0]))
 
@@ -263,7 +361,10 @@ def test_noise_has_all_bits_of_the_secret(tmp_path):
     low, high = private_step(tmp_path, secret=7), private_step(tmp_path, secret=7 + 2**100)
     network, nothing = judge(), pairs_of(0)
     assert not torch.equal(release(low, network, nothing), release(high, network, nothing))
-    assert torch.equal(release(low, network, nothing, 3), release(private_step(tmp_path, secret=7), network, nothing, 3))
+    assert torch.equal(
+        release(low, network, nothing, 3),
+        release(private_step(tmp_path, secret=7), network, nothing, 3),
+    )
 
 
 def test_an_empty_sample_costs_a_step_and_gets_its_noise(tmp_path):
@@ -297,14 +398,22 @@ def test_released_signs_are_noisy_and_their_cost_is_counted(tmp_path):
     assert step.step.noise_multiplier == pytest.approx((1.5**-2 + 3**-2) ** -0.5)
 
 
-def test_the_noise_of_the_hospital_that_needs_most_can_be_imposed_but_never_less_than_its_own(tmp_path, monkeypatch):
-    def quick_noise(epsilon: float, delta: float, sample_rate: float, steps: int, others: tuple[Mechanism, ...]) -> float:
+def test_the_noise_of_the_hospital_that_needs_most_can_be_imposed_but_never_less_than_its_own(
+    tmp_path, monkeypatch
+):
+    def quick_noise(
+        epsilon: float, delta: float, sample_rate: float, steps: int, others: tuple[Mechanism, ...]
+    ) -> float:
         return sample_rate * steps**0.5 * 10 / epsilon + delta + len(others)
 
     monkeypatch.setattr(step_module, "noise_for", quick_noise)
     asked = ("privacy.noise_multiplier=-1", "privacy.epsilon=5")
     own = private_step(tmp_path, *asked).noise_multiplier
-    assert own == noise_multiplier(settings_of(*asked), 2, 60, 60, 6, 60) == pytest.approx(0.1 * 10**0.5 * 2 + 1e-3)
+    assert (
+        own
+        == noise_multiplier(settings_of(*asked), 2, 60, 60, 6, 60)
+        == pytest.approx(0.1 * 10**0.5 * 2 + 1e-3)
+    )
     assert private_step(tmp_path, *asked, least_noise=own * 2).noise_multiplier == own * 2
     assert private_step(tmp_path, *asked, least_noise=own / 2).noise_multiplier == own
     # the smaller hospital of two needs more noise at the same batch, and with released labels more is needed everywhere
@@ -351,7 +460,9 @@ def test_each_unit_is_sampled_by_itself_at_the_rate_that_is_accounted_for(tmp_pa
 
 
 def test_of_a_patient_no_more_images_are_looked_at_than_were_asked_for(tmp_path):
-    step = private_step(tmp_path, "privacy.unit=patient", "privacy.images_per_patient=1", data=images_of(60, 20))
+    step = private_step(
+        tmp_path, "privacy.unit=patient", "privacy.images_per_patient=1", data=images_of(60, 20)
+    )
     seen = [step.draw(number) for number in range(1000)]  # one image is missed with 2e-13
     assert all((np.bincount(draw.units.numpy()) == 1).all() for draw in seen if len(draw.units))
     assert set(np.concatenate([draw.rows for draw in seen])) == set(range(60))
@@ -367,7 +478,9 @@ def test_a_sample_that_would_be_larger_than_the_data_is_refused(tmp_path):
 
 def test_released_labels_are_counts_with_the_noise_that_is_accounted_for(tmp_path):
     data = images_of(60)
-    released = [private_step(tmp_path, "privacy.label_noise=2").release_labels(data) for _ in range(400)]
+    released = [
+        private_step(tmp_path, "privacy.label_noise=2").release_labels(data) for _ in range(400)
+    ]
     assert np.allclose([weights.sum() for weights in released], 1)
     odds = np.array([weights[0] / weights[1] for weights in released])
     # counts 30 ± 2 each: the log of their ratio deviates by √2 · 2 / 30
@@ -391,10 +504,17 @@ def test_labels_are_released_once_also_after_a_restart(tmp_path):
 # --- inside the Trainer ----------------------------------------------------------------------------
 
 
-def trainer_of(tmp_path: Path, *overrides: str, secret: int | None = None, data: ImageDataset | None = None):
+def trainer_of(
+    tmp_path: Path, *overrides: str, secret: int | None = None, data: ImageDataset | None = None
+):
     place = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
     return begin_training(
-        settings_of(*overrides), data or images_of(60), planned_images=60, ledgers=[place], run="run", secret=secret
+        settings_of(*overrides),
+        data or images_of(60),
+        planned_images=60,
+        ledgers=[place],
+        run="run",
+        secret=secret,
     )
 
 
@@ -413,9 +533,13 @@ def test_the_ledger_holds_the_steps_before_the_first_of_them(tmp_path, monkeypat
     assert known == [3, 3, 3, 4]
 
 
-def test_with_the_secret_a_restored_training_goes_on_bit_for_bit_and_without_it_with_new_noise(tmp_path):
+def test_with_the_secret_a_restored_training_goes_on_bit_for_bit_and_without_it_with_new_noise(
+    tmp_path,
+):
     def continued(secret: int | None) -> tuple[dict, dict]:
-        trainer = trainer_of(tmp_path, "training.d_average=0.9", "training.d_steps=2", secret=secret)
+        trainer = trainer_of(
+            tmp_path, "training.d_average=0.9", "training.d_steps=2", secret=secret
+        )
         trainer.train(12)
         state = trainer.state_dict()
         trainer.train(12)
@@ -427,13 +551,19 @@ def test_with_the_secret_a_restored_training_goes_on_bit_for_bit_and_without_it_
     undisturbed, resumed = continued(11)
     assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
     undisturbed, resumed = continued(None)
-    assert any(not torch.equal(undisturbed[name], resumed[name]) for name in undisturbed if name.startswith("discriminator/"))
+    assert any(
+        not torch.equal(undisturbed[name], resumed[name])
+        for name in undisturbed
+        if name.startswith("discriminator/")
+    )
 
 
 def test_the_generators_draws_do_not_tell_the_size_of_the_sample(tmp_path):
     """Two hospitals' secrets give samples of other sizes; the streams that the generator's step draws from stand alike."""
     trainers = [trainer_of(tmp_path, secret=secret) for secret in (1, 2)]
-    sizes = [[len(trainer.private.draw(number).rows) for number in range(2)] for trainer in trainers]
+    sizes = [
+        [len(trainer.private.draw(number).rows) for number in range(2)] for trainer in trainers
+    ]
     assert sizes[0] != sizes[1]
     for trainer in trainers:
         trainer.train(12)
@@ -447,9 +577,15 @@ def test_what_fakes_share_does_not_depend_on_where_chunks_end(tmp_path, monkeypa
     seen = []
     for size in (1, 256):
         monkeypatch.setattr("fedgan.training.trainer.SYNTHESIS_CHUNK", size)
-        trainer = trainer_of(tmp_path, "training.style_mixing=0.5", "privacy.noise_multiplier=0", secret=5)
+        trainer = trainer_of(
+            tmp_path, "training.style_mixing=0.5", "privacy.noise_multiplier=0", secret=5
+        )
         with monkeypatch.context() as patch:
-            patch.setattr(trainer.private, "gradient", lambda d, loss, fakes, *rest: (seen.append(fakes), (0.0, 0))[1])
+            patch.setattr(
+                trainer.private,
+                "gradient",
+                lambda d, loss, fakes, *rest: (seen.append(fakes), (0.0, 0))[1],
+            )
             trainer._private_discriminator_step(trainer.private)
     torch.testing.assert_close(seen[0][1], seen[1][1])
     torch.testing.assert_close(seen[0][0], seen[1][0], rtol=1e-3, atol=1e-3)
@@ -477,8 +613,12 @@ def test_the_average_of_d_follows_a_d_that_arrives(tmp_path):
     trainer.train(18)
     before = {name: value.clone() for name, value in trainer.d_average.state_dict().items()}
     trainer.incoming(trainer.outgoing(["discriminator"]))  # its own D: nothing moves
-    assert all(torch.equal(value, before[name]) for name, value in trainer.d_average.state_dict().items())
-    trainer.incoming({name: array + 1 for name, array in trainer.outgoing(["discriminator"]).items()})
+    assert all(
+        torch.equal(value, before[name]) for name, value in trainer.d_average.state_dict().items()
+    )
+    trainer.incoming(
+        {name: array + 1 for name, array in trainer.outgoing(["discriminator"]).items()}
+    )
     moved = {name for name, _ in trainer.discriminator.named_parameters()}
     for name, value in trainer.d_average.state_dict().items():
         torch.testing.assert_close(value, before[name] + (name in moved), rtol=1e-5, atol=1e-5)
@@ -498,7 +638,16 @@ def test_the_generator_waits_for_d_by_what_d_says_of_fakes_alone(tmp_path):
 def test_a_round_tells_nothing_that_was_measured_on_real_images(tmp_path):
     told = trainer_of(tmp_path).train(12)
     assert set(told) == {
-        *("loss_g", "d_accuracy", "path_length", "p", "epsilon", "delta", "noise_multiplier", "sample_rate"),
+        *(
+            "loss_g",
+            "d_accuracy",
+            "path_length",
+            "p",
+            "epsilon",
+            "delta",
+            "noise_multiplier",
+            "sample_rate",
+        ),
         *("images", "seconds", "core_seconds"),
     }
     assert told["images"] == 12  # what is expected, not what the samples held

@@ -10,8 +10,8 @@ from fedgan.config import Settings, load_scenario
 from fedgan.data.federation import open_hospital
 from fedgan.data.phantoms import write_phantoms
 from fedgan.data.shard import Shard
-from server import shards
-from server.preparation import check_evaluation
+from fedgan.runs.preparation import check_evaluation
+from server.operator import phantom_volumes as shards
 
 SCENARIO = Path(__file__).resolve().parent.parent / "simulations" / "three_hospitals.toml"
 SMALL = ["data.phantom_images=120", "data.resolution=16"]
@@ -31,23 +31,36 @@ def volumes(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return root
 
 
-def test_hospitals_find_the_shards_that_a_simulation_draws(settings: Settings, volumes: Path, tmp_path: Path) -> None:
+def test_hospitals_find_the_shards_that_a_simulation_draws(
+    settings: Settings, volumes: Path, tmp_path: Path
+) -> None:
     drawn = write_phantoms(tmp_path / "simulated", "lesions", 120, 16, 3, settings.data_seed)
     for number, path in enumerate(drawn, 1):
-        assert Shard.open(volumes / "hospitals" / str(number), verify=True).card == Shard.open(path).card
+        assert (
+            Shard.open(volumes / "hospitals" / str(number), verify=True).card
+            == Shard.open(path).card
+        )
 
 
-def test_the_evaluators_phantoms_are_other_patients_of_the_same_scanners(settings: Settings, volumes: Path) -> None:
-    hospitals = [open_hospital(settings, volumes / "hospitals" / str(number)) for number in (1, 2, 3)]
+def test_the_evaluators_phantoms_are_other_patients_of_the_same_scanners(
+    settings: Settings, volumes: Path
+) -> None:
+    hospitals = [
+        open_hospital(settings, volumes / "hospitals" / str(number)) for number in (1, 2, 3)
+    ]
     guests = [open_hospital(settings, path) for path in sorted((volumes / "reference").iterdir())]
     check_evaluation(settings, hospitals, guests)
-    assert {guest.name for guest in guests} == {f"reference-{hospital.name}" for hospital in hospitals}
+    assert {guest.name for guest in guests} == {
+        f"reference-{hospital.name}" for hospital in hospitals
+    }
     assert not {bytes(image) for hospital in hospitals for image in hospital.train.images[:]} & {
         bytes(image) for guest in guests for image in guest.test.images[:]
     }
 
 
-def test_what_is_there_stays_and_what_was_cut_short_is_drawn_again(settings: Settings, volumes: Path) -> None:
+def test_what_is_there_stays_and_what_was_cut_short_is_drawn_again(
+    settings: Settings, volumes: Path
+) -> None:
     reference = volumes / "reference"
     before = (volumes / "hospitals" / "1" / "images.npy").stat().st_mtime_ns
     (volumes / "hospitals" / "2" / "card.json").unlink()
@@ -57,7 +70,11 @@ def test_what_is_there_stays_and_what_was_cut_short_is_drawn_again(settings: Set
     assert not list(reference.glob(".*"))
 
 
-def test_a_scenario_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = shards.main([str(tmp_path / "none.toml"), "--hospitals", str(tmp_path), "--reference", str(tmp_path)])
+def test_a_scenario_that_is_not_there_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = shards.main(
+        [str(tmp_path / "none.toml"), "--hospitals", str(tmp_path), "--reference", str(tmp_path)]
+    )
     assert code == 2
     assert "none.toml" in capsys.readouterr().err

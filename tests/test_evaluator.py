@@ -31,11 +31,17 @@ from fedgan.evaluation.classification import (
 from fedgan.evaluation.evaluate import evaluate_synthetic
 from fedgan.evaluation.grids import grid_rows, png_bytes, real_grid, sample_grid
 from fedgan.evaluation.reference import RealReference, pool_places
-from fedgan.evaluation.sampling import generate_images, synthetic_dataset, synthetic_labels, to_float, to_uint8
+from fedgan.evaluation.sampling import (
+    generate_images,
+    synthetic_dataset,
+    synthetic_labels,
+    to_float,
+    to_uint8,
+)
 from fedgan.models.classifiers import build_classifier
-from fedgan.models.generator import Generator
+from fedgan.models.stylegan2.generator import Generator
 from fedgan.run_folder import RunFolder
-from server.evaluator import Evaluator
+from fedgan.runs.evaluator import Evaluator
 
 SIDE, CLASSES = 16, 3
 NAMES = ("alpha", "beta", "gamma")
@@ -63,11 +69,15 @@ def _draw(labels, rng):
 def _data(count, seed, name="somewhere", exclusive=True, label_names=NAMES):
     rng = np.random.default_rng(seed)
     if exclusive:
-        labels = np.eye(CLASSES, dtype=np.uint8)[np.r_[0:CLASSES, rng.choice(CLASSES, count - CLASSES, p=[0.5, 0.3, 0.2])]]
+        labels = np.eye(CLASSES, dtype=np.uint8)[
+            np.r_[0:CLASSES, rng.choice(CLASSES, count - CLASSES, p=[0.5, 0.3, 0.2])]
+        ]
     else:
         labels = (rng.random((count, CLASSES)) < 0.35).astype(np.uint8)
     patients = np.array([f"p{row // 2}" for row in range(count)])
-    return ImageDataset(name, _draw(labels, rng), labels, label_names, exclusive, patients, np.full(count, name))
+    return ImageDataset(
+        name, _draw(labels, rng), labels, label_names, exclusive, patients, np.full(count, name)
+    )
 
 
 class _Generator(torch.nn.Module):
@@ -78,7 +88,9 @@ class _Generator(torch.nn.Module):
     def __init__(self, dataset, heeds=True, broken=False):
         super().__init__()
         self.heeds, self.broken, self.labels = heeds, broken, dataset.labels
-        self.images = to_float(torch.from_numpy(np.asarray(dataset.images[np.arange(len(dataset))])))
+        self.images = to_float(
+            torch.from_numpy(np.asarray(dataset.images[np.arange(len(dataset))]))
+        )
         self.calls = []
 
     def forward(self, z, c, psi=1.0, noise="random"):
@@ -86,7 +98,11 @@ class _Generator(torch.nn.Module):
         choice = (z[:, 0].abs() * 1e4).long().numpy()
         rows = []
         for pick, vector in zip(choice, c.numpy(), strict=True):
-            fitting = np.flatnonzero((self.labels == vector).all(1)) if self.heeds else np.arange(len(self.labels))
+            fitting = (
+                np.flatnonzero((self.labels == vector).all(1))
+                if self.heeds
+                else np.arange(len(self.labels))
+            )
             rows.append(fitting[pick % len(fitting)] if len(fitting) else 0)
         images = self.images[rows].clone()
         if self.broken:
@@ -104,7 +120,9 @@ class _Hospital:
 
 def _hospitals(**kind):
     return [
-        _Hospital(name, *(_data(size // part, 10 * number + part, name, **kind) for part in (1, 2, 3)))
+        _Hospital(
+            name, *(_data(size // part, 10 * number + part, name, **kind) for part in (1, 2, 3))
+        )
         for number, (name, size) in enumerate((("north", 240), ("south", 120)))
     ]
 
@@ -160,7 +178,9 @@ def test_the_networks_themselves_can_be_sampled(names):
     assert images.shape == (5, 3, SIDE, SIDE)
     assert len({image.tobytes() for image in images}) == 5
     again = generate_images(generator, labels, seed=0, psi=0.5, batch=2)
-    assert np.abs(again.astype(int) - images).max() <= 1  # sums of another batch size round otherwise
+    assert (
+        np.abs(again.astype(int) - images).max() <= 1
+    )  # sums of another batch size round otherwise
     assert sample_grid(generator, names, True).size[0] > 8 * SIDE
 
 
@@ -202,10 +222,17 @@ def test_a_column_of_the_grid_is_one_latent_and_rounds_share_latents():
 
     picture = np.asarray(sample_grid(_ShowsLatent(), NAMES, True, columns=4, seed=3))
     cell = 4 * SIDE
-    pixels = np.array([[picture[r * (cell + 2) + 5, -1 - (3 - c) * (cell + 2) - 5, 0] for c in range(4)] for r in range(CLASSES)])
+    pixels = np.array(
+        [
+            [picture[r * (cell + 2) + 5, -1 - (3 - c) * (cell + 2) - 5, 0] for c in range(4)]
+            for r in range(CLASSES)
+        ]
+    )
     np.testing.assert_array_equal(pixels, np.repeat(pixels[:1], CLASSES, axis=0))
     assert len(set(pixels[0])) == 4
-    np.testing.assert_array_equal(picture, np.asarray(sample_grid(_ShowsLatent(), NAMES, True, columns=4, seed=3)))
+    np.testing.assert_array_equal(
+        picture, np.asarray(sample_grid(_ShowsLatent(), NAMES, True, columns=4, seed=3))
+    )
 
 
 def test_the_real_grid_has_the_layout_of_the_sample_grid_and_blanks_where_images_lack():
@@ -221,11 +248,15 @@ def test_the_real_grid_of_findings_takes_pure_cases_first():
     images = np.stack([np.full((1, SIDE, SIDE), value, np.uint8) for value in (10, 200, 20)])
     data = ImageDataset("x", images, labels, ("mass", "nodule"), False)
     picture = np.asarray(real_grid(data, columns=3))
-    assert picture[64 + 2 + 10, 116 + 10, 0] == 200  # second row: 'mass' alone comes before the mixed cases
+    assert (
+        picture[64 + 2 + 10, 116 + 10, 0] == 200
+    )  # second row: 'mass' alone comes before the mixed cases
 
 
 def test_a_grid_is_a_png_for_every_kind_of_data():
-    unconditional = ImageDataset("u", np.zeros((9, 3, 64, 64), np.uint8), np.zeros((9, 0), np.uint8), ())
+    unconditional = ImageDataset(
+        "u", np.zeros((9, 3, 64, 64), np.uint8), np.zeros((9, 0), np.uint8), ()
+    )
     for data in (_data(12, 0), _data(12, 0, exclusive=False), unconditional):
         picture = Image.open(io.BytesIO(png_bytes(real_grid(data))))
         assert picture.format == "PNG"
@@ -250,10 +281,14 @@ def test_an_unknown_classifier_is_a_config_error():
 
 
 def test_class_weights_balance_the_classes():
-    exclusive = np.eye(4, dtype=np.uint8)[np.repeat([0, 1, 2], [60, 30, 10])]  # the fourth class never occurs
+    exclusive = np.eye(4, dtype=np.uint8)[
+        np.repeat([0, 1, 2], [60, 30, 10])
+    ]  # the fourth class never occurs
     weights = class_weights(exclusive, True).numpy()
     np.testing.assert_allclose(weights, [100 / 180, 100 / 90, 100 / 30, 1.0], rtol=1e-6)
-    np.testing.assert_allclose((weights * exclusive.sum(0))[:3], 100 / 3, rtol=1e-6)  # each class weighs the same in all
+    np.testing.assert_allclose(
+        (weights * exclusive.sum(0))[:3], 100 / 3, rtol=1e-6
+    )  # each class weighs the same in all
     findings = np.array([[1, 0], [0, 0], [0, 0], [1, 0], [1, 1]], np.uint8)
     np.testing.assert_allclose(class_weights(findings, False), [2 / 3, 4.0])
     assert class_weights(np.eye(2, dtype=np.uint8)[[0] * 9999 + [1]], True).max() == 100.0
@@ -261,11 +296,16 @@ def test_class_weights_balance_the_classes():
 
 def test_the_loss_is_the_weighted_one():
     rng = np.random.default_rng(0)
-    logits, weights = torch.from_numpy(rng.normal(size=(6, 3))), torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    logits, weights = (
+        torch.from_numpy(rng.normal(size=(6, 3))),
+        torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64),
+    )
     truth = torch.tensor([0, 1, 2, 0, 0, 1])
     labels = functional.one_hot(truth, 3).double()
     each, carried = -logits.log_softmax(1)[range(6), truth], weights[truth]
-    assert classification_loss(logits, labels, weights, True) == pytest.approx(float((each * carried).sum() / carried.sum()))
+    assert classification_loss(logits, labels, weights, True) == pytest.approx(
+        float((each * carried).sum() / carried.sum())
+    )
     p = logits.sigmoid()
     each = -(weights * labels * p.log() + (1 - labels) * (1 - p).log())
     assert classification_loss(logits, labels, weights, False) == pytest.approx(float(each.mean()))
@@ -274,18 +314,24 @@ def test_the_loss_is_the_weighted_one():
 def test_training_uses_the_weights_of_its_own_labels(monkeypatch):
     rng = np.random.default_rng(0)
     labels = np.eye(2, dtype=np.uint8)[np.repeat([0, 1], [190, 10])]
-    images = np.clip(120 + 40 * rng.normal(size=(200, 1, SIDE, SIDE)) + 8 * labels[:, 1, None, None, None], 0, 255).astype(
-        np.uint8
-    )
+    images = np.clip(
+        120 + 40 * rng.normal(size=(200, 1, SIDE, SIDE)) + 8 * labels[:, 1, None, None, None],
+        0,
+        255,
+    ).astype(np.uint8)
     data = ImageDataset("x", images, labels, ("common", "rare"))
     weighted = probabilities(train_classifier(data, 12, 0), data)[:, 1].mean()
-    monkeypatch.setattr(classification, "class_weights", lambda labels, exclusive: torch.ones(labels.shape[1]))
+    monkeypatch.setattr(
+        classification, "class_weights", lambda labels, exclusive: torch.ones(labels.shape[1])
+    )
     assert weighted > probabilities(train_classifier(data, 12, 0), data)[:, 1].mean() + 0.1
 
 
 def test_augmentation_shifts_whole_images_and_repeats_edges():
     rows, columns = np.mgrid[0:32, 0:32]
-    images = torch.from_numpy((8 * rows % 256 + columns).astype(np.uint8))[None, None].repeat(40, 2, 1, 1)
+    images = torch.from_numpy((8 * rows % 256 + columns).astype(np.uint8))[None, None].repeat(
+        40, 2, 1, 1
+    )
     out = augment(images, np.random.default_rng(0))
     seen = set()
     for image in out[:, 1].numpy():
@@ -294,7 +340,11 @@ def test_augmentation_shifts_whole_images_and_repeats_edges():
             for flip in (False, True)
             for dy in range(-2, 3)
             for dx in range(-2, 3)
-            for shifted in [images[0, 0].numpy()[np.clip(np.arange(32) + dy, 0, 31)][:, np.clip(np.arange(32) + dx, 0, 31)]]
+            for shifted in [
+                images[0, 0].numpy()[np.clip(np.arange(32) + dy, 0, 31)][
+                    :, np.clip(np.arange(32) + dx, 0, 31)
+                ]
+            ]
             if (image == (shifted[:, ::-1] if flip else shifted)).all()
         ]
         assert len(found) == 1
@@ -348,19 +398,25 @@ def test_copies_of_real_images_are_worth_as_much_and_images_of_any_class_nothing
     assert good["utility"]["synthetic"]["macro_auc"] > good["utility"]["real"]["macro_auc"] - 0.05
     assert bad["utility"]["real"] == good["utility"]["real"]
     assert 0.3 < bad["utility"]["synthetic"]["macro_auc"] < 0.7
-    assert good["notes"] == bad["notes"] or all("distances rest on" in note for note in good["notes"])
+    assert good["notes"] == bad["notes"] or all(
+        "distances rest on" in note for note in good["notes"]
+    )
     assert good["fidelity"]["extractor"] == "reference classifier (small-cnn, penultimate, 128)"
     assert good["fidelity"]["images"] == 120  # half of 80 + 160 held-out images
     noise = np.random.default_rng(0).integers(0, 256, (200, 1, SIDE, SIDE), dtype=np.uint8)
-    worse = evaluate._fidelity(real, ImageDataset("noise", noise, copies.labels, NAMES), None, copies.labels, [])
+    worse = evaluate._fidelity(
+        real, ImageDataset("noise", noise, copies.labels, NAMES), None, copies.labels, []
+    )
     assert worse["frechet"] > 2 * good["fidelity"]["frechet"]
     assert worse["kernel"] > good["fidelity"]["kernel"]
-    assert worse["frechet_floor"] == good["fidelity"]["frechet_floor"]
+    assert worse["frechet_reference"] == good["fidelity"]["frechet_reference"]
 
 
 def test_test_images_and_labels_never_reach_a_classifier(real):
     rng = np.random.default_rng(0)
-    shuffled = dataclasses.replace(real.test, labels=rng.permutation(real.test.labels), images=255 - real.test.images)
+    shuffled = dataclasses.replace(
+        real.test, labels=rng.permutation(real.test.labels), images=255 - real.test.images
+    )
     other = RealReference(real.train, real.val, shuffled, QUICK, seed=0)
     assert other.metrics["macro_auc"] != real.metrics["macro_auc"]
     for number in range(QUICK.seeds):
@@ -407,11 +463,19 @@ def test_pooled_hospitals_keep_their_institutions():
 # --- the central evaluator -----------------------------------------------------------------------
 
 
-FACTS = {"arm": "federated", "name": "try", "images_seen": 1000, "wall_seconds": 2.5, "bytes_exchanged": 10}
+FACTS = {
+    "arm": "federated",
+    "name": "try",
+    "images_seen": 1000,
+    "wall_seconds": 2.5,
+    "bytes_exchanged": 10,
+}
 
 
 def _evaluator(tmp_path, hospitals, **changes):
-    settings = dataclasses.replace(Settings(seed=4), evaluation=dataclasses.replace(QUICK, **changes))
+    settings = dataclasses.replace(
+        Settings(seed=4), evaluation=dataclasses.replace(QUICK, **changes)
+    )
     return Evaluator(settings, RunFolder.at(tmp_path / "run"), hospitals)
 
 
@@ -420,7 +484,9 @@ def test_a_run_is_evaluated_from_its_first_picture_to_its_last_number(tmp_path, 
     monkeypatch.setattr(
         reference,
         "train_classifier",
-        lambda data, *rest, **how: trained.append(data.name) or train_classifier(data, *rest, **how),
+        lambda data, *rest, **how: (
+            trained.append(data.name) or train_classifier(data, *rest, **how)
+        ),
     )
     hospitals = _hospitals()
     evaluator = _evaluator(tmp_path, hospitals, epochs=3)
@@ -433,17 +499,28 @@ def test_a_run_is_evaluated_from_its_first_picture_to_its_last_number(tmp_path, 
     assert first["fidelity"]["images"] == min(len(evaluator.reference.val), QUICK.images)
     assert trained == ["train"]
     result = evaluator.final(generator, FACTS)
-    assert sorted(trained) == ["synthetic"] * 2 + ["train"] * 2  # the real classifiers are trained once
+    assert (
+        sorted(trained) == ["synthetic"] * 2 + ["train"] * 2
+    )  # the real classifiers are trained once
     assert result == json.loads(evaluator.run.evaluation.read_text())
     assert FACTS.items() <= result.items()
     assert result["label_names"] == list(NAMES)
     assert set(result["utility"]["synthetic"]["per_institution"]) == {"north", "south"}
     assert result["utility"]["test_images"] == sum(len(hospital.test) for hospital in hospitals)
     assert result["utility"]["resampled"] == "patients"
-    assert {"frechet", "frechet_floor", "kernel", "kernel_floor", "images", "floor_images"} <= set(result["fidelity"])
+    assert {
+        "frechet",
+        "frechet_reference",
+        "kernel",
+        "kernel_reference",
+        "images",
+        "reference_images",
+    } <= set(result["fidelity"])
     pictures = sorted(path.name for path in evaluator.run.samples.iterdir())
     assert pictures == ["final.png", "real.png", "round-00005.png", "round-00010.png"]
-    assert (evaluator.run.samples / "round-00005.png").read_bytes() == (evaluator.run.samples / "final.png").read_bytes()
+    assert (evaluator.run.samples / "round-00005.png").read_bytes() == (
+        evaluator.run.samples / "final.png"
+    ).read_bytes()
 
 
 def test_merged_labels_are_the_classifiers_alone_and_the_generator_keeps_its_own(tmp_path):
@@ -468,19 +545,30 @@ def test_findings_are_evaluated_as_well(tmp_path):
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_the_full_suite_has_every_figure_and_the_quick_one_the_same_without_the_costly(exclusive, tmp_path):
+def test_the_full_suite_has_every_figure_and_the_quick_one_the_same_without_the_costly(
+    exclusive, tmp_path
+):
     hospitals = _hospitals(exclusive=exclusive)
-    generator = Generator(ModelSettings(z_dim=8, w_dim=8, channel_base=64, channel_max=8), SIDE, 1, CLASSES)
+    generator = Generator(
+        ModelSettings(z_dim=8, w_dim=8, channel_base=64, channel_max=8), SIDE, 1, CLASSES
+    )
     quick, full = (
-        _evaluator(tmp_path / suite, hospitals, epochs=1, seeds=1, images=200, suite=suite).final(generator, FACTS)
+        _evaluator(tmp_path / suite, hospitals, epochs=1, seeds=1, images=200, suite=suite).final(
+            generator, FACTS
+        )
         for suite in ("quick", "full")
     )
     assert (quick["suite"], full["suite"]) == ("quick", "full")
     groups = [*NAMES] if exclusive else [*NAMES, "no finding"]
     worth, fidelity = full["utility"], full["fidelity"]
     assert worth["train_images"] == 360
-    assert [(row["share"], row["synthetic_images"]) for row in worth["mixed"]] == [(0.5, 180), ("all", 200)]
-    assert any(note.startswith("Real + 1 × synthetic was not measured: ") for note in full["notes"])  # 360 were needed
+    assert [(row["share"], row["synthetic_images"]) for row in worth["mixed"]] == [
+        (0.5, 180),
+        ("all", 200),
+    ]
+    assert any(
+        note.startswith("Real + 1 × synthetic was not measured: ") for note in full["notes"]
+    )  # 360 were needed
     assert "per_institution" not in worth["majority"]
     assert worth["majority"]["macro_auc"] == 0.5
     assert 0 <= worth["real_on_synthetic"]["macro_auc"] <= 1
@@ -491,7 +579,7 @@ def test_the_full_suite_has_every_figure_and_the_quick_one_the_same_without_the_
     assert fidelity["path_length"] > 0
     assert set(full["label_fidelity"]) == {"synthetic", "real"}
     for name in ("frechet", "kernel", "precision", "recall", "density", "coverage"):
-        assert {name, f"{name}_ci", f"{name}_floor"} <= set(fidelity)
+        assert {name, f"{name}_ci", f"{name}_reference"} <= set(fidelity)
     assert quick["label_fidelity"] is None
     assert not {"mixed", "real_on_synthetic"} & set(quick["utility"])
     assert not {"per_class", "per_hospital", "ms_ssim", "path_length"} & set(quick["fidelity"])
@@ -499,9 +587,13 @@ def test_the_full_suite_has_every_figure_and_the_quick_one_the_same_without_the_
     assert {key: fidelity[key] for key in quick["fidelity"]} == quick["fidelity"]
 
 
-def test_a_hospital_is_compared_in_its_own_mix_without_an_image_taken_twice_and_what_that_costs_is_noted(real):
+def test_a_hospital_is_compared_in_its_own_mix_without_an_image_taken_twice_and_what_that_costs_is_noted(
+    real,
+):
     made = _released(real.train)
-    lacking = made.take(np.flatnonzero((made.labels[:, 0] == 0) | (np.cumsum(made.labels[:, 0]) <= 6)))  # six of the first class
+    lacking = made.take(
+        np.flatnonzero((made.labels[:, 0] == 0) | (np.cumsum(made.labels[:, 0]) <= 6))
+    )  # six of the first class
     features = np.random.default_rng(0).normal(size=(len(made), real.held_out_features.shape[1]))
     fair, few = [], []
     evaluate._by_hospital(real, made, features, fair)
@@ -512,11 +604,15 @@ def test_a_hospital_is_compared_in_its_own_mix_without_an_image_taken_twice_and_
     assert all(numbers["images"] <= 100 for numbers in found.values())
 
 
-@pytest.mark.parametrize(("names", "further"), [(NAMES, ["no finding"]), (("alpha", "Normal", "gamma"), [])])
+@pytest.mark.parametrize(
+    ("names", "further"), [(NAMES, ["no finding"]), (("alpha", "Normal", "gamma"), [])]
+)
 def test_images_without_a_finding_are_a_class_unless_a_label_says_so(real, names, further):
     def findings(data):
         labels = data.labels * (np.arange(len(data)) % 3 > 0)[:, None]
-        return dataclasses.replace(data, labels=labels.astype(np.uint8), label_names=names, exclusive=False)
+        return dataclasses.replace(
+            data, labels=labels.astype(np.uint8), label_names=names, exclusive=False
+        )
 
     other = RealReference(findings(real.train), findings(real.val), findings(real.test), QUICK)
     made, features = findings(_released(real.train)), np.random.default_rng(1).normal(size=(240, 4))
@@ -530,7 +626,10 @@ def test_a_diverged_generator_leaves_the_evaluation_as_it_was(tmp_path):
     evaluator = _evaluator(tmp_path, hospitals)
     evaluator.run.path.mkdir(parents=True)
     evaluator.run.evaluation.write_text("before")
-    for look in (lambda broken: evaluator.during(broken, 1, 16), lambda broken: evaluator.final(broken, FACTS)):
+    for look in (
+        lambda broken: evaluator.during(broken, 1, 16),
+        lambda broken: evaluator.final(broken, FACTS),
+    ):
         with pytest.raises(FedganError, match="not finite"):
             look(_Generator(hospitals[0].train, broken=True))
     assert evaluator.run.evaluation.read_text() == "before"

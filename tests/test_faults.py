@@ -12,15 +12,15 @@ import pytest
 import torch
 from flwr.app import Message
 from loopback import HOST, deployment
-from small_federation import NAMES, LocalGrid, NoJudge, error_reply, tiny, write_shards
+from small_federation import NAMES, LocalGrid, NoEvaluator, error_reply, tiny, write_shards
 
 from client.app import app as client_app
 from fedgan import files
 from fedgan.cli import main
 from fedgan.run_folder import RunFolder
+from fedgan.runs.preparation import experiment_of, prepare_run
 from fedgan.training.checkpoint import load_tensors
 from server.federation import Federation
-from server.preparation import experiment_of, prepare_run
 
 SIZES, HOSPITALS = (48, 32, 24), NAMES[:3]
 ALPHA, BETA, GAMMA = HOSPITALS
@@ -41,8 +41,17 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
 ) -> None:
     write_shards(tmp_path / "data", SIZES)
     write_shards(tmp_path / "reference", (40,), names=("delta",))
-    waits = ("min_hospitals=2", "join_timeout=1", "round_timeout=50", "exchange=['generator']")  # few arrays: a request each
-    more = (f"evaluation.root={tmp_path / 'reference'}", "evaluation.suite=quick", *(f"federation.{wait}" for wait in waits))
+    waits = (
+        "min_hospitals=2",
+        "join_timeout=1",
+        "round_timeout=50",
+        "exchange=['generator']",
+    )  # few arrays: a request each
+    more = (
+        f"evaluation.root={tmp_path / 'reference'}",
+        "evaluation.suite=quick",
+        *(f"federation.{wait}" for wait in waits),
+    )
     settings = tiny(tmp_path / "nowhere", *more, rounds=4, kimg=0.144)
     scenario, run = RunFolder.at(tmp_path / "scenario"), RunFolder.at(tmp_path / "run")
     scenario.write_settings(settings)
@@ -51,7 +60,9 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
 
     def own(index: int) -> dict[str, Any]:
         folders = {"data-root": "data", "state-dir": "state"}
-        return {"partition-id": index} | {key: str(tmp_path / folder / HOSPITALS[index]) for key, folder in folders.items()}
+        return {"partition-id": index} | {
+            key: str(tmp_path / folder / HOSPITALS[index]) for key, folder in folders.items()
+        }
 
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "faulty_site"))
     with deployment(place, hospitals=HOSPITALS, node_config=own, start=False) as federation:
@@ -67,12 +78,22 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
 
         def started(number: int) -> int:
             """How many ClientApps a hospital has started: one for each message."""
-            return federation.log(f"clientapp-{number}").read_text().count("Start `flwr-clientapp` process")
+            return (
+                federation.log(f"clientapp-{number}")
+                .read_text()
+                .count("Start `flwr-clientapp` process")
+            )
 
         def begun(number: int, messages: int) -> None:
             """Wait until a hospital works on that message: its process has begun, and has yet to import torch."""
             what = f"hospital {number} to begin its message {messages}"
-            federation.wait(what, lambda: started(number) >= messages, WAIT, f"clientapp-{number}", f"node-{number}")
+            federation.wait(
+                what,
+                lambda: started(number) >= messages,
+                WAIT,
+                f"clientapp-{number}",
+                f"node-{number}",
+            )
 
         # --- gamma is absent; the ClientApp of beta dies in round 1, and is asked again
         federation.start_all(absent=[GAMMA])
@@ -104,7 +125,12 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
         # --- the ServerApp dies in round 4
         begun(2, 6)
         federation.kill_task("serverapp")
-        federation.wait("the SuperLink to notice", lambda: federation.status(submitted) == "finished:failed", WAIT, every=1.0)
+        federation.wait(
+            "the SuperLink to notice",
+            lambda: federation.status(submitted) == "finished:failed",
+            WAIT,
+            every=1.0,
+        )
         assert main(["deploy", "logs", str(submitted)]) != 0
         assert f"fedgan deploy resume {run.path}" in capsys.readouterr().err
         assert main(["deploy", "resume", str(run.path), "--detach"]) == 0, capsys.readouterr().err
@@ -117,7 +143,12 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
         federation.start("filter")
         federation.wait("the filter", lambda: federation.health("filter") == 200, WAIT, "filter")
         federation.kill("superlink")
-        federation.wait("the filter to miss the SuperLink", lambda: federation.health("filter") == 503, WAIT, "filter")
+        federation.wait(
+            "the filter to miss the SuperLink",
+            lambda: federation.health("filter") == 503,
+            WAIT,
+            "filter",
+        )
         federation.start("superlink")
         assert federation.finished(resumed, WAIT) == "finished:completed", federation.tails()
         assert "status=502" in federation.log("filter").read_text()
@@ -132,7 +163,10 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
     assert set(absences[1].values()) <= {"is not online", "did not answer in time"}
     assert absences[2] == {GAMMA: "did not answer in time"}
     assert [absences[place] for place in (0, 3)] == [{}, {}]
-    assert all(set(names) | set(gone) == set(HOSPITALS) for names, gone in zip(here[1:], absences[1:], strict=True))
+    assert all(
+        set(names) | set(gone) == set(HOSPITALS)
+        for names, gone in zip(here[1:], absences[1:], strict=True)
+    )
     (log,) = (tmp_path / "state" / GAMMA).rglob("client.log")
     told = log.read_text()
     assert "the answer of round 3 did not count (missing: did not answer in time)" in told
@@ -142,7 +176,9 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
     replayed = RunFolder.at(tmp_path / "replayed")
     same = tiny(tmp_path / "data", *(f"federation.{wait}" for wait in waits), rounds=4, kimg=0.144)
     prepare_run(same, replayed)
-    again = Federation(replayed.settings(), replayed, experiment_of(replayed), NoJudge(), patient=True)
+    again = Federation(
+        replayed.settings(), replayed, experiment_of(replayed), NoEvaluator(), patient=True
+    )
     again.train(Replay(here))  # type: ignore[arg-type]
     expected, got = (load_tensors(each.checkpoint(4))[0] for each in (replayed, run))
     assert expected.keys() == got.keys()
@@ -166,4 +202,8 @@ class Replay(LocalGrid):
     def _absent(self, number: int, message: Message) -> Message | None:
         asked = round_of(message)
         there = not asked or HOSPITALS[number] in self.here[asked - 1]
-        return None if there else error_reply(message, f"hospital: DataError while training round {asked}")
+        return (
+            None
+            if there
+            else error_reply(message, f"hospital: DataError while training round {asked}")
+        )

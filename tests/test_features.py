@@ -40,7 +40,9 @@ def _random_state(build, seed=0):
     state = {}
     for name, value in shapes.items():
         if value.ndim > 1:
-            state[name] = torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5
+            state[name] = (
+                torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5
+            )
         elif name.endswith(("weight", "running_var")):
             state[name] = torch.ones(value.shape)
         else:
@@ -49,7 +51,9 @@ def _random_state(build, seed=0):
 
 
 def _images(count, channels, side, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, channels, side, side), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(
+        0, 256, (count, channels, side, side), dtype=np.uint8
+    )
 
 
 # --- Inception-v3 --------------------------------------------------------------------------------
@@ -86,14 +90,19 @@ def test_inception_agrees_with_torchvisions_own_preprocessing(extractor, incepti
     network.load_state_dict(inception_state)
     network.fc = torch.nn.Identity()
     images = _images(2, 3, 299)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    mean, std = (
+        torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1),
+        torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1),
+    )
     with torch.inference_mode():
         expected = network((torch.from_numpy(images) / 255 - mean) / std).numpy()
     assert expected.std() > 1e-3
     np.testing.assert_allclose(extractor(images), expected, rtol=1e-3, atol=1e-4 * expected.std())
 
 
-def test_inception_gives_the_same_features_again_in_any_batch_and_for_grey(extractor, inception_state):
+def test_inception_gives_the_same_features_again_in_any_batch_and_for_grey(
+    extractor, inception_state
+):
     images = _images(3, 1, 24)
     features = extractor(images)
     assert features.shape == (3, 2048)
@@ -115,8 +124,14 @@ def test_opening_a_weights_file_leaves_the_random_state_alone(inception_file):
 
 
 def test_the_key_is_the_weights_not_the_file(extractor, inception_state, tmp_path):
-    kept = {name: value for name, value in inception_state.items() if not name.endswith("num_batches_tracked")}
-    save_file(kept, tmp_path / "weights.bin")  # neither the name nor the counters of batch norm matter
+    kept = {
+        name: value
+        for name, value in inception_state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    save_file(
+        kept, tmp_path / "weights.bin"
+    )  # neither the name nor the counters of batch norm matter
     same = extractor_from(tmp_path / "weights.bin")
     assert same.key == extractor.key
     assert same.key.startswith(f"{same.name} sha256:")
@@ -136,14 +151,22 @@ def test_an_inception_file_with_a_bad_weight_is_a_data_error(inception_state, tm
     if damage == "lacking":
         del state[name]
     else:
-        state[name] = torch.zeros(32, 1, 3, 3) if damage == "shape" else torch.full((32, 3, 3, 3), torch.nan)
-    with pytest.raises(DataError, match=r"no Inception-v3 weights file \('Conv2d_1a_3x3\.conv\.weight' should be"):
+        state[name] = (
+            torch.zeros(32, 1, 3, 3) if damage == "shape" else torch.full((32, 3, 3, 3), torch.nan)
+        )
+    with pytest.raises(
+        DataError, match=r"no Inception-v3 weights file \('Conv2d_1a_3x3\.conv\.weight' should be"
+    ):
         InceptionExtractor(state, tmp_path / "weights.pth")
 
 
 def test_the_tensorflow_weights_of_fid_are_refused_with_the_reason(tmp_path):
-    torch.save({inception.MARK: torch.zeros(1), "fc.weight": torch.zeros(1008, 1)}, tmp_path / "fid.pth")
-    with pytest.raises(DataError, match=r"1008 classes.*TensorFlow.*inception_v3_google-0cc3c7bd\.pth"):
+    torch.save(
+        {inception.MARK: torch.zeros(1), "fc.weight": torch.zeros(1008, 1)}, tmp_path / "fid.pth"
+    )
+    with pytest.raises(
+        DataError, match=r"1008 classes.*TensorFlow.*inception_v3_google-0cc3c7bd\.pth"
+    ):
         check_features(tmp_path / "fid.pth")
     torch.save({inception.MARK: torch.zeros(1)}, tmp_path / "headless.pth")
     with pytest.raises(DataError, match="no classes instead of 1000"):
@@ -166,7 +189,9 @@ def test_a_missing_file_names_the_file_to_get_and_that_nothing_is_downloaded(tmp
         check_features(str(tmp_path / "nothing.pth"))
     with pytest.raises(ConfigError, match="no weights file at"):
         check_features(tmp_path)
-    with pytest.raises(ConfigError, match=r"'xrv' needs the path of a weights file.*\n.*densenet121-res224-all"):
+    with pytest.raises(
+        ConfigError, match=r"'xrv' needs the path of a weights file.*\n.*densenet121-res224-all"
+    ):
         check_features("xrv")
 
 
@@ -174,7 +199,10 @@ def test_the_reference_needs_no_file():
     check_features("reference")
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "npy", "safetensors", "unsafe", "module", "list", "no tensors"])
+@pytest.mark.parametrize(
+    "kind",
+    ["empty", "text", "truncated", "npy", "safetensors", "unsafe", "module", "list", "no tensors"],
+)
 def test_an_unreadable_file_is_a_data_error_of_one_line_and_no_code_runs(tmp_path, kind):
     path = tmp_path / "weights.pth"
     torch.save({"weight": torch.zeros(1000)}, path)
@@ -206,14 +234,19 @@ def test_an_unreadable_file_is_a_data_error_of_one_line_and_no_code_runs(tmp_pat
 
 def test_another_network_is_a_data_error_that_names_the_known_ones(tmp_path):
     torch.save(build_classifier("resnet18", 3, 32, 2).state_dict(), tmp_path / "resnet.pth")
-    with pytest.raises(DataError, match=r"none of the networks.*Inception-v3.*SqueezeNet.*torchxrayvision"):
+    with pytest.raises(
+        DataError, match=r"none of the networks.*Inception-v3.*SqueezeNet.*torchxrayvision"
+    ):
         check_features(tmp_path / "resnet.pth")
 
 
 def test_squeezenet_is_known_by_its_content(tmp_path):
     rng = np.random.default_rng(0)
     with open(tmp_path / "weights.bin", "wb") as stream:
-        np.savez(stream, **{name: 0.1 * rng.normal(size=shape) for name, shape in squeezenet_shapes().items()})
+        np.savez(
+            stream,
+            **{name: 0.1 * rng.normal(size=shape) for name, shape in squeezenet_shapes().items()},
+        )
     extractor = extractor_from(tmp_path / "weights.bin")
     assert isinstance(extractor, SqueezeNetExtractor)
     assert extractor.key.startswith("SqueezeNet v1.0 ImageNet")
@@ -255,7 +288,9 @@ def test_xray_features_are_those_of_the_package(tmp_path):
     state = _random_state(lambda: package.models.DenseNet(weights=None))
     network = package.models.DenseNet(weights=None).eval()
     network.load_state_dict(state)
-    torch.save({**state, "op_threshs": torch.zeros(18)}, tmp_path / "xray.pth")  # its published networks carry thresholds
+    torch.save(
+        {**state, "op_threshs": torch.zeros(18)}, tmp_path / "xray.pth"
+    )  # its published networks carry thresholds
     extractor = extractor_from(tmp_path / "xray.pth")
     images = _images(3, 1, 224)
     prepared = package.datasets.normalize(images.astype(np.float32), 255)
@@ -296,7 +331,12 @@ def test_the_key_of_the_reference_follows_its_weights():
 # --- the cache -----------------------------------------------------------------------------------
 
 
-@given(count=st.integers(0, 9), block=st.integers(1, 400), place=st.integers(0, 10_000), by=st.integers(1, 255))
+@given(
+    count=st.integers(0, 9),
+    block=st.integers(1, 400),
+    place=st.integers(0, 10_000),
+    by=st.integers(1, 255),
+)
 @settings(max_examples=40)
 def test_the_hash_follows_every_byte_and_no_block_size(count, block, place, by):
     images = _images(count, 2, 4)
@@ -350,14 +390,20 @@ def test_an_entry_says_nothing_but_hashes_and_the_extractor(tmp_path):
     cache, images = FeatureCache(tmp_path), _images(5, 1, 4)
     cache.features(images, Counter())
     path = cache.path(images_hash(images), Counter().key)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.with_suffix(".json").name, path.name]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        path.with_suffix(".json").name,
+        path.name,
+    ]
     entry = json.loads(path.with_suffix(".json").read_text())
     assert set(entry) == {"format", "images", "extractor", "sha256"}
     assert entry["images"] == images_hash(images)
     assert entry["extractor"] == "counter sha256:0"
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "gone", "no json", "torn json", "list", "foreign", "pickle"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "flipped", "empty", "gone", "no json", "torn json", "list", "foreign", "pickle"],
+)
 def test_a_damaged_entry_is_computed_again_and_mended(tmp_path, damage):
     cache, extractor, images = FeatureCache(tmp_path), Counter(), _images(5, 1, 4)
     features = cache.features(images, extractor)

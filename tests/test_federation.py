@@ -18,12 +18,19 @@ from small_federation import alive_in, federate, processes_of, tiny, write_shard
 from client.app import app
 from fedgan import files
 from fedgan.data.federation import open_hospitals
-from fedgan.errors import ConfigError, DataError, FederationError, FedganError, MachineError, SplitError
+from fedgan.errors import (
+    ConfigError,
+    DataError,
+    FederationError,
+    FedganError,
+    MachineError,
+    SplitError,
+)
 from fedgan.run_folder import RunFolder
+from fedgan.runs import lock
+from fedgan.runs.preparation import check_evaluation, prepare_run
 from fedgan.training.checkpoint import load_generator, load_tensors
 from fedgan.training.trainer import Trainer
-from server import lock
-from server.preparation import check_evaluation, prepare_run
 from simulations import runner
 
 HERE = Path(__file__).parent
@@ -33,7 +40,9 @@ ALL = ("generator", "discriminator", "ema")
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's processes must find faulty_client.py."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    )
 
 
 class Watch:
@@ -61,7 +70,9 @@ def test_a_folder_that_holds_a_run_is_not_begun_again(tmp_path: Path) -> None:
         runner.simulate(settings, run)
 
 
-def test_a_run_that_is_in_use_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_in_use_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.2)
     run = RunFolder.at(tmp_path / "run")
     run.write_settings(tiny(tmp_path))
@@ -89,7 +100,9 @@ def test_temporary_files_of_a_killed_run_are_swept(tmp_path: Path) -> None:
     (run.checkpoints / ".round-00001.json.abc.part").touch()
     (run.checkpoints / "round-00001.json").touch()
     lock.sweep(run)
-    assert [path.name for path in run.checkpoints.iterdir() if path.is_file()] == ["round-00001.json"]
+    assert [path.name for path in run.checkpoints.iterdir() if path.is_file()] == [
+        "round-00001.json"
+    ]
 
 
 def test_what_would_fail_after_the_training_is_refused_before_anything_is_written(
@@ -118,7 +131,9 @@ def test_the_evaluator_s_shards_have_the_hospitals_labels(tmp_path: Path) -> Non
     settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2)
     hospitals = open_hospitals(settings)
     check_evaluation(settings, hospitals, hospitals)
-    renamed = open_hospitals(tiny(tmp_path / "data", "data.label_map='dark=night,bright=day'", hospitals=2))
+    renamed = open_hospitals(
+        tiny(tmp_path / "data", "data.label_map='dark=night,bright=day'", hospitals=2)
+    )
     with pytest.raises(DataError, match=r"evaluation.root: 'alpha' differs"):
         check_evaluation(settings, hospitals, renamed)
 
@@ -127,7 +142,9 @@ def test_the_evaluator_is_given_no_patient_of_the_training(tmp_path: Path) -> No
     settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2)
     hospitals = open_hospitals(settings)
     known = [dataclasses.replace(hospitals[0], test=hospitals[0].train), hospitals[1]]
-    with pytest.raises(SplitError, match="8 patients of the training images are also in 'test'") as caught:
+    with pytest.raises(
+        SplitError, match="8 patients of the training images are also in 'test'"
+    ) as caught:
         check_evaluation(settings, hospitals, known)
     assert "alpha-" not in str(caught.value)
 
@@ -140,7 +157,13 @@ def test_a_run_that_cannot_be_prepared_again_keeps_its_config(tmp_path: Path) ->
         with pytest.raises(DataError, match="no data at"):
             prepare()
         assert run.settings() == settings
-    drawn = tiny(tmp_path, "data.root=''", "evaluation.label_map='x=y'", "data.phantom_images=64", hospitals=2)
+    drawn = tiny(
+        tmp_path,
+        "data.root=''",
+        "evaluation.label_map='x=y'",
+        "data.phantom_images=64",
+        hospitals=2,
+    )
     run.write_settings(drawn)
     with pytest.raises(FedganError, match="label"):
         prepare_run(drawn, run)
@@ -149,9 +172,16 @@ def test_a_run_that_cannot_be_prepared_again_keeps_its_config(tmp_path: Path) ->
 
 def test_the_engine_and_its_children_send_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
-    code = "import server.federation, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
+    code = (
+        "import server.federation, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=runner.engine_environment("/none"), cwd="/", capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", code],
+        env=runner.engine_environment("/none"),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.stdout.split() == ["0"], done.stderr
 
@@ -168,7 +198,10 @@ def test_a_run_is_complete_with_the_evaluation_of_its_last_round(tmp_path: Path)
         assert runner.is_complete(run, settings) == complete
 
 
-@pytest.mark.parametrize(("kind", "advised"), [("ConfigError", False), ("MachineError", False), ("FederationError", True)])
+@pytest.mark.parametrize(
+    ("kind", "advised"),
+    [("ConfigError", False), ("MachineError", False), ("FederationError", True)],
+)
 def test_resuming_is_advised_where_it_can_help(kind: str, advised: bool, tmp_path: Path) -> None:
     failed = {"event": "failed", "kind": kind, "message": "why"}
     with pytest.raises(FedganError, match="why") as caught:
@@ -225,10 +258,16 @@ def test_three_hospitals_from_shards_to_evaluation(tmp_path: Path) -> None:
 
     # the mean is that of the hospitals' models
     tensors, meta = load_tensors(run.checkpoint(2))
-    states = [load_tensors(run.hospital_state(name) / "state-00002.safetensors")[0] for name in ("alpha", "beta", "gamma")]
+    states = [
+        load_tensors(run.hospital_state(name) / "state-00002.safetensors")[0]
+        for name in ("alpha", "beta", "gamma")
+    ]
     weights = np.array([20, 16, 12]) / 48
     for key, tensor in tensors.items():
-        mean = sum(weight * state[key].double().numpy() for weight, state in zip(weights, states, strict=True))
+        mean = sum(
+            weight * state[key].double().numpy()
+            for weight, state in zip(weights, states, strict=True)
+        )
         np.testing.assert_allclose(tensor.numpy(), mean, rtol=1e-6, atol=1e-7)
     assert load_generator(run.checkpoint(2))[1]["label_names"] == ["dark", "bright"]
 
@@ -236,9 +275,20 @@ def test_three_hospitals_from_shards_to_evaluation(tmp_path: Path) -> None:
     lines = files.read_json_lines(run.metrics)
     assert [line["round"] for line in lines] == [1, 2]
     assert [row["name"] for row in lines[0]["hospitals"]] == ["alpha", "beta", "gamma"]
-    assert lines[1]["images_seen"] == meta["images_seen"] == sum(row["images_seen"] for row in lines[1]["hospitals"])
-    assert lines[1]["bytes_exchanged"] == 2 * lines[0]["bytes_exchanged"] == 4 * 3 * 4 * sum(t.numel() for t in tensors.values())
-    assert all((run.samples / name).is_file() for name in ("real.png", "round-00001.png", "round-00002.png", "final.png"))
+    assert (
+        lines[1]["images_seen"]
+        == meta["images_seen"]
+        == sum(row["images_seen"] for row in lines[1]["hospitals"])
+    )
+    assert (
+        lines[1]["bytes_exchanged"]
+        == 2 * lines[0]["bytes_exchanged"]
+        == 4 * 3 * 4 * sum(t.numel() for t in tensors.values())
+    )
+    assert all(
+        (run.samples / name).is_file()
+        for name in ("real.png", "round-00001.png", "round-00002.png", "final.png")
+    )
     evaluation = run.read_json(run.evaluation)
     assert (evaluation["arm"], evaluation["round"]) == ("federated", 2)
     assert evaluation["images_seen"] == meta["images_seen"]
@@ -268,10 +318,15 @@ def test_three_hospitals_from_shards_to_evaluation(tmp_path: Path) -> None:
     ("fault", "message"),
     [
         ("raises", "hospital 2 ('beta') failed in round 2: ValueError while training round 2"),
-        ("dies", "hospital 3 ('gamma') failed in round 2: its process died (killed, or out of memory)"),
+        (
+            "dies",
+            "hospital 3 ('gamma') failed in round 2: its process died (killed, or out of memory)",
+        ),
     ],
 )
-def test_a_hospital_that_fails_fails_the_run_by_name(fault: str, message: str, tmp_path: Path) -> None:
+def test_a_hospital_that_fails_fails_the_run_by_name(
+    fault: str, message: str, tmp_path: Path
+) -> None:
     settings = tiny(write_shards(tmp_path / "data", (40, 32, 24)), rounds=3, kimg=0.06)
     run = RunFolder.at(tmp_path / "run")
     watch = Watch(run)

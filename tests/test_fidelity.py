@@ -15,7 +15,7 @@ from torchvision.models import squeezenet1_0
 
 from fedgan.errors import ConfigError, DataError
 from fedgan.evaluation.features import FIRES, SqueezeNetExtractor, squeezenet_shapes
-from fedgan.evaluation.fidelity import (
+from fedgan.evaluation.metrics.fidelity import (
     MEASURES,
     fidelity,
     frechet_distance,
@@ -42,17 +42,25 @@ def _covariance(rng, dimension):
 def test_frechet_of_diagonal_gaussians_is_the_closed_form():
     a, b, shift = np.array([1.0, 4.0, 0.25]), np.array([9.0, 1.0, 0.0]), np.array([1.0, -2.0, 0.5])
     expected = (shift**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
-    assert frechet_gaussians(shift, np.diag(a), np.zeros(3), np.diag(b)) == pytest.approx(expected, rel=1e-12)
+    assert frechet_gaussians(shift, np.diag(a), np.zeros(3), np.diag(b)) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @settings(max_examples=25)
 @given(SEEDS, st.integers(1, 8))
 def test_frechet_agrees_with_the_matrix_square_root(seed, dimension):
     rng = np.random.default_rng(seed)
-    x, y, mean = _covariance(rng, dimension), _covariance(rng, dimension), rng.normal(size=dimension)
+    x, y, mean = (
+        _covariance(rng, dimension),
+        _covariance(rng, dimension),
+        rng.normal(size=dimension),
+    )
     root = scipy.linalg.sqrtm(x @ y)
     expected = mean @ mean + np.trace(x + y - 2 * np.real(root))
-    assert frechet_gaussians(mean, x, np.zeros(dimension), y) == pytest.approx(expected, rel=1e-6, abs=1e-8)
+    assert frechet_gaussians(mean, x, np.zeros(dimension), y) == pytest.approx(
+        expected, rel=1e-6, abs=1e-8
+    )
 
 
 @settings(max_examples=25)
@@ -68,7 +76,11 @@ def test_frechet_of_a_set_with_itself_is_zero_and_a_shift_costs_its_square(seed,
 @given(SEEDS)
 def test_frechet_is_symmetric_and_moves_with_both_sets(seed):
     rng = np.random.default_rng(seed)
-    x, y, shift = rng.normal(size=(20, 5)), 1 + 2 * rng.normal(size=(30, 5)), 10 * rng.normal(size=5)
+    x, y, shift = (
+        rng.normal(size=(20, 5)),
+        1 + 2 * rng.normal(size=(30, 5)),
+        10 * rng.normal(size=5),
+    )
     distance = frechet_distance(x, y)
     assert frechet_distance(y, x) == pytest.approx(distance, rel=1e-9)
     assert frechet_distance(x + shift, y + shift) == pytest.approx(distance, rel=1e-7)
@@ -78,8 +90,12 @@ def test_frechet_stands_fewer_images_than_features():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(10, 64)), rng.normal(size=(12, 64)) + 1
     cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    roots = np.sqrt(np.maximum(np.real(np.linalg.eigvals(cov_x @ cov_y)), 0))  # of a product of two PSD matrices: real, >= 0
-    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * roots.sum()
+    roots = np.sqrt(
+        np.maximum(np.real(np.linalg.eigvals(cov_x @ cov_y)), 0)
+    )  # of a product of two PSD matrices: real, >= 0
+    expected = (
+        ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * roots.sum()
+    )
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-4)
 
 
@@ -88,7 +104,11 @@ def test_frechet_agrees_with_torchmetrics(count, dimension):
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(count, dimension)), 1.3 * rng.normal(size=(2 * count, dimension)) + 0.2
     theirs = _compute_fid(
-        *(torch.from_numpy(f(a)) for a in (x, y) for f in (lambda a: a.mean(0), lambda a: np.cov(a, rowvar=False)))
+        *(
+            torch.from_numpy(f(a))
+            for a in (x, y)
+            for f in (lambda a: a.mean(0), lambda a: np.cov(a, rowvar=False))
+        )
     )
     assert frechet_distance(x, y) == pytest.approx(float(theirs), rel=1e-4)
 
@@ -98,7 +118,11 @@ def test_frechet_agrees_with_torchmetrics(count, dimension):
 def test_frechet_of_features_is_that_of_their_moments(seed, n, m, dimension):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(n, dimension)) + 3, 2 * rng.normal(size=(m, dimension))
-    moments = [f(a) for a in (x, y) for f in (lambda a: a.mean(0), lambda a: np.atleast_2d(np.cov(a, rowvar=False)))]
+    moments = [
+        f(a)
+        for a in (x, y)
+        for f in (lambda a: a.mean(0), lambda a: np.atleast_2d(np.cov(a, rowvar=False)))
+    ]
     assert frechet_distance(x, y) == pytest.approx(frechet_gaussians(*moments), rel=1e-6, abs=1e-6)
 
 
@@ -128,7 +152,9 @@ def _naive_kernel_distance(x, y):
 def test_kernel_distance_is_the_double_sum_whatever_the_block(seed, n, m, block):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(n, 4)), rng.normal(size=(m, 4)) + 0.5
-    assert kernel_distance(x, y, block) == pytest.approx(_naive_kernel_distance(x, y), rel=1e-8, abs=1e-9)
+    assert kernel_distance(x, y, block) == pytest.approx(
+        _naive_kernel_distance(x, y), rel=1e-8, abs=1e-9
+    )
 
 
 def _rectified(rng, count, dimension, shift=0.0):
@@ -139,9 +165,16 @@ def test_kernel_distance_agrees_with_other_libraries():
     rng = np.random.default_rng(0)
     x, y = _rectified(rng, 400, 48), _rectified(rng, 400, 48, 0.05)
     ours = kernel_distance(x, y)
-    assert ours == pytest.approx(float(poly_mmd(torch.from_numpy(x), torch.from_numpy(y))), rel=1e-4)
+    assert ours == pytest.approx(
+        float(poly_mmd(torch.from_numpy(x), torch.from_numpy(y))), rel=1e-4
+    )
     theirs = torch_fidelity.metric_kid.kernel_mmd(
-        x, y, kid_kernel="poly", kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1.0
+        x,
+        y,
+        kid_kernel="poly",
+        kid_kernel_poly_degree=3,
+        kid_kernel_poly_gamma=None,
+        kid_kernel_poly_coef0=1.0,
     )
     assert ours == pytest.approx(theirs, rel=1e-4)
 
@@ -151,8 +184,14 @@ def test_large_sets_have_the_kernel_distance_of_float64(offset):
     rng = np.random.default_rng(1)
     x, y = _rectified(rng, 2500, 64) + offset, _rectified(rng, 2100, 64, 0.03) + offset
     n, m = len(x), len(y)
-    within = [polynomial_kernel(a, a).sum() - ((np.square(a).mean(1) + 1) ** 3).sum() for a in (x, y)]
-    expected = within[0] / (n * (n - 1)) + within[1] / (m * (m - 1)) - 2 * polynomial_kernel(x, y).sum() / (n * m)
+    within = [
+        polynomial_kernel(a, a).sum() - ((np.square(a).mean(1) + 1) ** 3).sum() for a in (x, y)
+    ]
+    expected = (
+        within[0] / (n * (n - 1))
+        + within[1] / (m * (m - 1))
+        - 2 * polynomial_kernel(x, y).sum() / (n * m)
+    )
     assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-4)
 
 
@@ -163,10 +202,14 @@ def test_kernel_is_cubic_and_normalised_by_the_dimension():
 
 def test_kernel_distance_is_unbiased_and_sees_a_difference():
     rng = np.random.default_rng(1)
-    same = np.array([kernel_distance(rng.normal(size=(30, 6)), rng.normal(size=(40, 6))) for _ in range(300)])
+    same = np.array(
+        [kernel_distance(rng.normal(size=(30, 6)), rng.normal(size=(40, 6))) for _ in range(300)]
+    )
     assert abs(same.mean()) < 3 * same.std() / np.sqrt(len(same))
     assert (same < 0).mean() > 0.2  # an estimate without bias is often negative
-    assert kernel_distance(rng.normal(size=(200, 6)), 1.5 * rng.normal(size=(200, 6))) > 5 * same.std()
+    assert (
+        kernel_distance(rng.normal(size=(200, 6)), 1.5 * rng.normal(size=(200, 6))) > 5 * same.std()
+    )
 
 
 # --- both, with floors ---------------------------------------------------------------------------
@@ -175,30 +218,43 @@ def test_kernel_distance_is_unbiased_and_sees_a_difference():
 def test_a_perfect_generator_stands_at_the_floor_and_a_bad_one_above_it():
     rng = np.random.default_rng(2)
     real = rng.normal(size=(400, 8))
-    good, bad = fidelity(real, rng.normal(size=(500, 8)), seed=0), fidelity(real, rng.normal(size=(500, 8)) + 0.5, seed=0)
-    assert good["frechet"] == pytest.approx(good["frechet_floor"], abs=0.1)
-    assert abs(good["kernel"] - good["kernel_floor"]) < 0.1
-    assert bad["frechet"] > 5 * bad["frechet_floor"]
-    assert bad["kernel"] > 5 * abs(bad["kernel_floor"])
-    assert bad["frechet_floor"] == good["frechet_floor"]  # the floor speaks of the real images alone
+    good, bad = (
+        fidelity(real, rng.normal(size=(500, 8)), seed=0),
+        fidelity(real, rng.normal(size=(500, 8)) + 0.5, seed=0),
+    )
+    assert good["frechet"] == pytest.approx(good["frechet_reference"], abs=0.1)
+    assert abs(good["kernel"] - good["kernel_reference"]) < 0.1
+    assert bad["frechet"] > 5 * bad["frechet_reference"]
+    assert bad["kernel"] > 5 * abs(bad["kernel_reference"])
+    assert (
+        bad["frechet_reference"] == good["frechet_reference"]
+    )  # the floor speaks of the real images alone
 
 
 @pytest.mark.parametrize(("real", "synthetic", "images"), [(101, 500, 50), (400, 30, 30)])
 def test_distance_and_floor_have_the_same_size(real, synthetic, images):
     rng = np.random.default_rng(3)
     numbers = fidelity(rng.normal(size=(real, 3)), rng.normal(size=(synthetic, 3)), seed=0)
-    assert numbers["images"] == numbers["floor_images"] == images
+    assert numbers["images"] == numbers["reference_images"] == images
 
 
 def test_a_copy_of_the_real_images_is_not_compared_with_itself_in_the_floor():
     real = np.random.default_rng(4).normal(size=(60, 3))
-    assert fidelity(real, real, seed=0)["frechet_floor"] > 0
+    assert fidelity(real, real, seed=0)["frechet_reference"] > 0
 
 
 def test_every_measure_has_an_interval_and_a_floor():
     rng = np.random.default_rng(5)
-    found = fidelity(rng.normal(size=(200, 6)), rng.normal(size=(600, 6)) + 0.2, seed=1, splits=2, k=3)
-    assert set(found) == {f"{name}{end}" for name in MEASURES for end in ("", "_ci", "_floor")} | {"images", "floor_images", "k"}
+    found = fidelity(
+        rng.normal(size=(200, 6)), rng.normal(size=(600, 6)) + 0.2, seed=1, splits=2, k=3
+    )
+    assert set(found) == {
+        f"{name}{end}" for name in MEASURES for end in ("", "_ci", "_reference")
+    } | {
+        "images",
+        "reference_images",
+        "k",
+    }
     assert found["k"] == 3
     for name in MEASURES:
         low, high = found[f"{name}_ci"]
@@ -209,8 +265,12 @@ def test_every_measure_has_an_interval_and_a_floor():
 def test_the_same_seed_gives_the_same_numbers():
     rng = np.random.default_rng(6)
     real, synthetic = rng.normal(size=(60, 4)), rng.normal(size=(80, 4))
-    assert fidelity(real, synthetic, seed=3, splits=2) == fidelity(real, synthetic, seed=3, splits=2)
-    assert fidelity(real, synthetic, seed=3, splits=2) != fidelity(real, synthetic, seed=4, splits=2)
+    assert fidelity(real, synthetic, seed=3, splits=2) == fidelity(
+        real, synthetic, seed=3, splits=2
+    )
+    assert fidelity(real, synthetic, seed=3, splits=2) != fidelity(
+        real, synthetic, seed=4, splits=2
+    )
 
 
 @pytest.mark.parametrize("made", [300, 60])
@@ -223,7 +283,9 @@ def test_intervals_hold_the_value_for_fresh_images_about_as_often_as_they_say(ma
 
     rng = np.random.default_rng(7)
     size, draws = min(75, made), 30
-    truth = np.mean([list(measures(real(size), synthetic(size)).values()) for _ in range(150)], axis=0)
+    truth = np.mean(
+        [list(measures(real(size), synthetic(size)).values()) for _ in range(150)], axis=0
+    )
     hits, widths, values = np.zeros(len(MEASURES)), np.zeros(len(MEASURES)), []
     for seed in range(draws):
         found = fidelity(real(150), synthetic(made), seed, splits=4)
@@ -247,10 +309,13 @@ def test_images_of_one_patient_are_not_on_both_sides_of_the_floor():
     patients = np.repeat(np.arange(40), 5)
     real = (3 * rng.normal(size=(40, 4)))[patients] + 0.05 * rng.normal(size=(200, 4))
     synthetic = 3 * rng.normal(size=(300, 4))
-    blind, aware = fidelity(real, synthetic, 0), fidelity(real, synthetic, 0, patients=np.array([f"p{i}" for i in patients]))
-    assert blind["precision_floor"] > 0.8  # the neighbours of an image are of its own patient
-    assert aware["precision_floor"] < blind["precision_floor"] - 0.2
-    assert aware["frechet_floor"] > 1.5 * blind["frechet_floor"]
+    blind, aware = (
+        fidelity(real, synthetic, 0),
+        fidelity(real, synthetic, 0, patients=np.array([f"p{i}" for i in patients])),
+    )
+    assert blind["precision_reference"] > 0.8  # the neighbours of an image are of its own patient
+    assert aware["precision_reference"] < blind["precision_reference"] - 0.2
+    assert aware["frechet_reference"] > 1.5 * blind["frechet_reference"]
     with pytest.raises(ValueError, match="patients do not fit"):
         fidelity(real, synthetic, 0, patients=patients[:-1])
 
@@ -258,8 +323,8 @@ def test_images_of_one_patient_are_not_on_both_sides_of_the_floor():
 def test_too_few_images_for_neighbours_are_said_to_be_undefined():
     rng = np.random.default_rng(10)
     found = fidelity(rng.normal(size=(8, 2)), rng.normal(size=(30, 2)), seed=0)
-    assert [found[f"coverage{end}"] for end in ("", "_ci", "_floor")] == [None] * 3
-    assert found["frechet_floor"] > 0
+    assert [found[f"coverage{end}"] for end in ("", "_ci", "_reference")] == [None] * 3
+    assert found["frechet_reference"] > 0
     with pytest.raises(ValueError, match="four real and two synthetic"):
         fidelity(rng.normal(size=(3, 2)), rng.normal(size=(30, 2)), seed=0)
 
@@ -288,10 +353,15 @@ def test_groups_are_measured_each_on_its_own_rows():
 
 @settings(max_examples=60)
 @given(SEEDS, st.integers(1, 300), st.integers(1, 300), st.integers(1, 3))
-def test_a_label_mix_takes_no_row_twice_and_follows_the_target_or_says_how_far_it_does_not(seed, made, target, width):
+def test_a_label_mix_takes_no_row_twice_and_follows_the_target_or_says_how_far_it_does_not(
+    seed, made, target, width
+):
     rng = np.random.default_rng(seed)
     chance = rng.random(width)
-    have, want = (rng.random((made, width)) < chance).astype(int), rng.integers(0, 2, (target, width))
+    have, want = (
+        (rng.random((made, width)) < chance).astype(int),
+        rng.integers(0, 2, (target, width)),
+    )
     rows, deviation = label_mix_rows(have, want, seed)
     occurring = [v for v in np.unique(want, axis=0) if (have == v).all(1).any()]
     known = sum((want == v).all(1).sum() for v in occurring)
@@ -301,7 +371,9 @@ def test_a_label_mix_takes_no_row_twice_and_follows_the_target_or_says_how_far_i
     if not occurring:
         assert (len(rows), deviation) == (0, 0)
         return
-    asked, supply = (np.array([(labels == v).all(1).sum() for v in occurring]) for labels in (want, have))
+    asked, supply = (
+        np.array([(labels == v).all(1).sum() for v in occurring]) for labels in (want, have)
+    )
     found = np.array([(have[rows] == v).all(1).sum() for v in occurring])
     assert deviation == pytest.approx(np.abs(found / len(rows) - asked / known).sum() / 2)
     total = max(int((supply * known / asked).min() + 1e-9), min(100, target))
@@ -312,14 +384,19 @@ def test_a_label_mix_takes_no_row_twice_and_follows_the_target_or_says_how_far_i
 
 def test_a_label_mix_has_as_many_rows_as_the_rarest_vector_allows():
     have = np.repeat(np.eye(2, dtype=np.uint8), [300, 100], axis=0)
-    rows, deviation = label_mix_rows(have, np.repeat(np.eye(2, dtype=np.uint8), [30, 10], axis=0), seed=0)
+    rows, deviation = label_mix_rows(
+        have, np.repeat(np.eye(2, dtype=np.uint8), [30, 10], axis=0), seed=0
+    )
     assert sorted(rows) == list(range(400))  # the mix is right as it is
     assert deviation == 0
     half, deviation = label_mix_rows(have, np.repeat(np.eye(2), [10, 10], axis=0), seed=0)
     assert len(half) == len(set(half)) == 200
     assert (half < 300).sum() == 100
     rare, deviation = label_mix_rows(have, np.repeat(np.eye(2), [100, 900], axis=0), seed=0)
-    assert (len(rare), deviation) == (111, pytest.approx(0, abs=0.01))  # 11 and 100, though 1,000 real images would fit
+    assert (len(rare), deviation) == (
+        111,
+        pytest.approx(0, abs=0.01),
+    )  # 11 and 100, though 1,000 real images would fit
 
 
 def test_where_the_exact_mix_would_be_tiny_the_rare_vector_gives_all_and_the_deviation_is_told():
@@ -341,13 +418,18 @@ def test_a_perfect_generator_stands_at_the_floor_in_a_mix_that_it_rarely_made():
     found = fidelity(real, synthetic[rows], seed=0, splits=4)
     assert found["images"] == 120
     for name in ("precision", "recall", "density", "coverage"):
-        assert found[name] == pytest.approx(found[f"{name}_floor"], abs=0.08)
+        assert found[name] == pytest.approx(found[f"{name}_reference"], abs=0.08)
 
 
 def test_a_label_mix_of_vectors_that_nobody_made_is_empty():
     assert label_mix_rows(np.array([[1, 0]]), np.array([[0, 1]]), 0).rows.size == 0
     assert missing_share(np.array([[1, 0]]), np.array([[0, 1], [1, 0]])) == 0.5
-    assert sorted(label_mix_rows(np.zeros((4, 0)), np.zeros((9, 0)), 0).rows) == [0, 1, 2, 3]  # no labels: all rows
+    assert sorted(label_mix_rows(np.zeros((4, 0)), np.zeros((9, 0)), 0).rows) == [
+        0,
+        1,
+        2,
+        3,
+    ]  # no labels: all rows
 
 
 # --- SqueezeNet ----------------------------------------------------------------------------------
@@ -356,7 +438,11 @@ def test_a_label_mix_of_vectors_that_nobody_made_is_empty():
 def _random_weights(seed=0):
     rng = np.random.default_rng(seed)
     return {
-        name: (rng.normal(size=shape) * (2 / np.prod(shape[1:])) ** 0.5 if len(shape) > 1 else 0.1 * rng.normal(size=shape))
+        name: (
+            rng.normal(size=shape) * (2 / np.prod(shape[1:])) ** 0.5
+            if len(shape) > 1
+            else 0.1 * rng.normal(size=shape)
+        )
         for name, shape in squeezenet_shapes().items()
     }
 
@@ -374,7 +460,9 @@ def test_squeezenet_agrees_with_torchvisions_layers(tmp_path):
                 state[f"{places[fire]}.{theirs}.{part}"] = weights[f"fire{fire}.{ours}.{part}"]
     network.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
     images = np.random.default_rng(1).integers(0, 256, (3, 3, 227, 227), dtype=np.uint8)
-    bgr = torch.from_numpy(images[:, ::-1].copy()).float() - torch.tensor([104.0, 117.0, 123.0]).view(1, 3, 1, 1)
+    bgr = torch.from_numpy(images[:, ::-1].copy()).float() - torch.tensor(
+        [104.0, 117.0, 123.0]
+    ).view(1, 3, 1, 1)
     with torch.inference_mode():
         expected = network(bgr).mean((2, 3)).numpy() / 100
     extractor = SqueezeNetExtractor(tmp_path / "weights.npz", batch=2)
@@ -395,7 +483,9 @@ def test_a_missing_weights_file_is_a_config_error(tmp_path):
         SqueezeNetExtractor(tmp_path / "nothing.npz")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "lacking", "shape", "nan", "pickle", "npy"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "text", "lacking", "shape", "nan", "pickle", "npy"]
+)
 def test_a_damaged_weights_file_is_a_data_error(tmp_path, damage):
     path = tmp_path / "weights.npz"
     weights = _random_weights()

@@ -34,8 +34,13 @@ def test_a_write_makes_its_folders_and_leaves_only_its_file(tmp_path: Path) -> N
     assert names(place.parent) == ["text.txt"]
 
 
-@pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750), (0o077, 0o600, 0o700)])
-def test_new_files_and_folders_are_as_private_as_the_user_wants(umask: int, file: int, folder: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("umask", "file", "folder"),
+    [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750), (0o077, 0o600, 0o700)],
+)
+def test_new_files_and_folders_are_as_private_as_the_user_wants(
+    umask: int, file: int, folder: int, tmp_path: Path
+) -> None:
     """In a process of its own, because a process reads its umask once."""
     code = """if True:
         from pathlib import Path
@@ -46,12 +51,19 @@ def test_new_files_and_folders_are_as_private_as_the_user_wants(umask: int, file
             files.write_text(stage / "inside", "x")
     """
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, umask=umask, check=True, timeout=60)
-    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("file", "folder", "folder/inside")}
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environ, umask=umask, check=True, timeout=60
+    )
+    modes = {
+        name: (tmp_path / name).stat().st_mode & 0o777
+        for name in ("file", "folder", "folder/inside")
+    }
     assert modes == {"file": file, "folder": folder, "folder/inside": file}
 
 
-def test_a_rename_is_flushed_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rename_is_flushed_with_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced, fsync = [], os.fsync
 
     def spy(handle: int) -> None:
@@ -104,7 +116,11 @@ def test_a_full_disk_is_one_storage_error_and_leaves_the_old_file(
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    owner, name = {"write": (Path, "write_bytes"), "fsync": (os, "fsync"), "replace": (os, "replace")}[refused]
+    owner, name = {
+        "write": (Path, "write_bytes"),
+        "fsync": (os, "fsync"),
+        "replace": (os, "replace"),
+    }[refused]
     monkeypatch.setattr(owner, name, full)
     with pytest.raises(StorageError, match="disk is full: free some space") as caught:
         files.write_text(place, "new")
@@ -119,7 +135,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 64 KiB, where this machine lets a test mount one."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip("no right to mount a small disk here; the same is tested with a simulated one")
     yield place
@@ -141,22 +161,35 @@ def test_a_path_through_a_file_is_a_storage_error(tmp_path: Path) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
 
 
 @given(st.dictionaries(st.text(), json_values, max_size=4))
-def test_finite_json_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, value: dict[str, Any]) -> None:
+def test_finite_json_is_read_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, value: dict[str, Any]
+) -> None:
     place = tmp_path_factory.mktemp("json") / "value.json"
     files.write_json(place, value)
     assert json.loads(place.read_text(encoding="utf-8")) == value
 
 
 def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
-    files.write_json(tmp_path / "value.json", {"a": math.nan, "b": [math.inf, (1.5, -math.inf)], "c": {"d": math.nan}})
-    assert json.loads((tmp_path / "value.json").read_text()) == {"a": None, "b": [None, [1.5, None]], "c": {"d": None}}
+    files.write_json(
+        tmp_path / "value.json",
+        {"a": math.nan, "b": [math.inf, (1.5, -math.inf)], "c": {"d": math.nan}},
+    )
+    assert json.loads((tmp_path / "value.json").read_text()) == {
+        "a": None,
+        "b": [None, [1.5, None]],
+        "c": {"d": None},
+    }
 
 
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
@@ -167,7 +200,9 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
 
 
 @given(cut=st.integers(0, 60))
-def test_wherever_a_line_is_torn_the_lines_before_it_are_read(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+def test_wherever_a_line_is_torn_the_lines_before_it_are_read(
+    tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
     place = tmp_path_factory.mktemp("lines") / "lines.jsonl"
     rows = [{"round": number, "name": "ä"} for number in range(1, 4)]
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -39,7 +39,11 @@ from server.filter.once import Once
 from server.filter.rules import Refused, backward, check, onward
 from server.filter.share import MOST, Shares
 
-SIGNED = [(b"flwr-public-key", base64.b64encode(b"key")), (b"flwr-timestamp", b"t"), (b"flwr-signature", b"s")]
+SIGNED = [
+    (b"flwr-public-key", base64.b64encode(b"key")),
+    (b"flwr-timestamp", b"t"),
+    (b"flwr-signature", b"s"),
+]
 
 # --- rules ------------------------------------------------------------------------------------------------
 
@@ -91,7 +95,9 @@ def test_no_other_path_passes(path: str) -> None:
         assert refused.value.status == 403
 
 
-@pytest.mark.parametrize("path", ["/v1/fleet/pull-messages", "/v1/fleet/activate-node", "/v1/fleet/v2_x/get-run"])
+@pytest.mark.parametrize(
+    "path", ["/v1/fleet/pull-messages", "/v1/fleet/activate-node", "/v1/fleet/v2_x/get-run"]
+)
 def test_the_fleet_api_passes(path: str) -> None:
     check("POST", path.encode(), b"", SIGNED)
     check("GET", b"/health", b"", [])
@@ -106,9 +112,21 @@ def test_the_fleet_api_passes(path: str) -> None:
         ("POST", b"/health", b"", [], 405),
         ("POST", b"/v1/fleet/pull-messages", b"a=b", SIGNED, 403),
         ("POST", b"/v1/fleet/pull-messages", b"", [*SIGNED, (b"upgrade", b"websocket")], 403),
-        ("POST", b"/v1/fleet/pull-messages", b"", [*SIGNED, (b"connection", b"keep-alive, Upgrade")], 403),
+        (
+            "POST",
+            b"/v1/fleet/pull-messages",
+            b"",
+            [*SIGNED, (b"connection", b"keep-alive, Upgrade")],
+            403,
+        ),
         ("GET", b"/health", b"", [(b"upgrade", b"h2c")], 403),
-        ("POST", b"/v1/fleet/x", b"", [*SIGNED, (b"content-length", b"1"), (b"transfer-encoding", b"chunked")], 400),
+        (
+            "POST",
+            b"/v1/fleet/x",
+            b"",
+            [*SIGNED, (b"content-length", b"1"), (b"transfer-encoding", b"chunked")],
+            400,
+        ),
         ("POST", b"/v1/fleet/x", b"", SIGNED[:2], 401),
         ("POST", b"/v1/fleet/x", b"", [*SIGNED, (b"flwr-timestamp", b"another")], 401),
     ],
@@ -149,7 +167,9 @@ def test_only_named_headers_go_on_and_none_of_one_connection_either_way() -> Non
 # --- once -------------------------------------------------------------------------------------------------
 
 
-def signed(key: bytes = b"key", timestamp: str = "t", signature: str = "s") -> list[tuple[bytes, bytes]]:
+def signed(
+    key: bytes = b"key", timestamp: str = "t", signature: str = "s"
+) -> list[tuple[bytes, bytes]]:
     return [
         (b"flwr-public-key", base64.b64encode(key)),
         (b"flwr-timestamp", timestamp.encode()),
@@ -170,7 +190,9 @@ def test_another_spelling_of_the_key_does_not_make_it_another_key() -> None:
     once = Once()
     once.take([(b"flwr-public-key", b"a2V5MQ=="), *signed()[1:]])
     with pytest.raises(Refused, match="replayed"):
-        once.take([(b"flwr-public-key", b"a2V5MR=="), *signed()[1:]])  # its unused bits set: the same bytes
+        once.take(
+            [(b"flwr-public-key", b"a2V5MR=="), *signed()[1:]]
+        )  # its unused bits set: the same bytes
     with pytest.raises(Refused, match="base64"):
         once.take([(b"flwr-public-key", b"!"), *signed()[1:]])
 
@@ -223,11 +245,16 @@ def test_keys_that_the_superlink_has_not_taken_are_counted_by_their_address() ->
     shares.know(signed(b"hospital"))
     with shares.place(signed(b"made up"), "10.0.0.1"), shares.place(signed(b"another"), "10.0.0.1"):
         assert "from this address" in str(refused_by(shares, signed(b"a third"), "10.0.0.1"))
-        with shares.place(signed(b"hospital"), "10.0.0.1"), shares.place(signed(b"not known yet"), "10.0.0.2"):
+        with (
+            shares.place(signed(b"hospital"), "10.0.0.1"),
+            shares.place(signed(b"not known yet"), "10.0.0.2"),
+        ):
             pass
 
 
-def test_a_key_that_the_superlink_has_not_taken_may_send_what_is_short(running: Any, upstream: Upstream) -> None:
+def test_a_key_that_the_superlink_has_not_taken_may_send_what_is_short(
+    running: Any, upstream: Upstream
+) -> None:
     long = b"x" * 100_000
     assert ask(running, "POST", "/v1/fleet/push-object", long, fresh())[0] == 503
     assert not upstream.seen
@@ -265,11 +292,16 @@ def test_no_supernode_meets_its_share() -> None:
 
 
 def test_a_line_of_the_log_holds_no_control_characters_and_is_bounded() -> None:
-    assert clean(b'/a\r\nfake "line\x1b[2J\xff\\', 100) == "/a\\x0d\\x0afake\\x20\\x22line\\x1b[2J\\xff\\x5c"
+    assert (
+        clean(b'/a\r\nfake "line\x1b[2J\xff\\', 100)
+        == "/a\\x0d\\x0afake\\x20\\x22line\\x1b[2J\\xff\\x5c"
+    )
     assert len(clean(b"\x00" * 10_000, 120)) <= 123
     for as_json in (False, True):
         out = io.StringIO()
-        Journal(as_json, out).write("refused", "10.0.0.1", "G" * 99, b"/\n" + b"x" * 9999, 403, "why\nso")
+        Journal(as_json, out).write(
+            "refused", "10.0.0.1", "G" * 99, b"/\n" + b"x" * 9999, 403, "why\nso"
+        )
         assert out.getvalue().count("\n") == 1
         assert len(out.getvalue()) < 350
         assert "/\\x0axxx" in (json.loads(out.getvalue())["path"] if as_json else out.getvalue())
@@ -297,9 +329,21 @@ class Upstream:
             self.pieces += len(message.get("body", b""))
         path = scope["raw_path"].decode()
         if path != "/health":
-            self.seen.append((path, {key.decode(): value.decode() for key, value in scope["headers"]}, len(body)))
-        status = {"/v1/fleet/unknown": 401, "/v1/fleet/locked": 500, "/health": 200 if self.healthy else 500}.get(path, 200)
-        await send({"type": "http.response.start", "status": status, "headers": [(b"x-own", b"1"), (b"keep-alive", b"9")]})
+            self.seen.append(
+                (path, {key.decode(): value.decode() for key, value in scope["headers"]}, len(body))
+            )
+        status = {
+            "/v1/fleet/unknown": 401,
+            "/v1/fleet/locked": 500,
+            "/health": 200 if self.healthy else 500,
+        }.get(path, 200)
+        await send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(b"x-own", b"1"), (b"keep-alive", b"9")],
+            }
+        )
         if path == "/v1/fleet/halves":
             await send({"type": "http.response.body", "body": b"first", "more_body": True})
             end = time.monotonic() + 20
@@ -313,7 +357,9 @@ def serving(app: Any, keys: Path) -> Iterator[int]:
     """An ASGI app over TLS in a thread; yields its port."""
     (port,) = free_ports(1)
     tls = {"ssl_certfile": keys / "server/server.crt", "ssl_keyfile": keys / "server/server.key"}
-    server = uvicorn.Server(uvicorn.Config(app, host=HOST, port=port, lifespan="off", log_level="critical", **tls))
+    server = uvicorn.Server(
+        uvicorn.Config(app, host=HOST, port=port, lifespan="off", log_level="critical", **tls)
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -333,7 +379,14 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 def command(keys: Path, port: int, upstream: int, *more: str) -> list[str]:
     server = keys / "server"
-    tls = ["--certificate", f"{server}/server.crt", "--key", f"{server}/server.key", "--ca", f"{server}/ca.crt"]
+    tls = [
+        "--certificate",
+        f"{server}/server.crt",
+        "--key",
+        f"{server}/server.key",
+        "--ca",
+        f"{server}/ca.crt",
+    ]
     return ["--listen", f"{HOST}:{port}", "--upstream", f"https://{HOST}:{upstream}", *tls, *more]
 
 
@@ -345,11 +398,17 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     (port,) = free_ports(1)
     with serving(upstream, keys) as upstream_port, open(folder / "log", "wb") as log:
         words = command(keys, port, upstream_port, "--max-body-mib", "1", "--json-logs")
-        process = subprocess.Popen([sys.executable, "-m", "server.filter", *words], stdout=log, stderr=log, cwd=REPOSITORY)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "server.filter", *words], stdout=log, stderr=log, cwd=REPOSITORY
+        )
         try:
             until(lambda: b"started" in (folder / "log").read_bytes())
             yield SimpleNamespace(
-                port=port, keys=keys, upstream=upstream, log=(folder / "log").read_text, upstream_port=upstream_port
+                port=port,
+                keys=keys,
+                upstream=upstream,
+                log=(folder / "log").read_text,
+                upstream_port=upstream_port,
             )
             process.terminate()
             assert process.wait(10) == 0
@@ -372,7 +431,9 @@ def upstream(running: Any) -> Upstream:
 
 def fresh(**more: str) -> dict[str, str]:
     """Headers of a request that nobody has sent before."""
-    return {name.decode(): value.decode() for name, value in signed(timestamp=str(time.monotonic_ns()))} | more
+    return {
+        name.decode(): value.decode() for name, value in signed(timestamp=str(time.monotonic_ns()))
+    } | more
 
 
 def connect(running: Any) -> http.client.HTTPSConnection:
@@ -380,7 +441,9 @@ def connect(running: Any) -> http.client.HTTPSConnection:
     return http.client.HTTPSConnection(HOST, running.port, context=context, timeout=20)
 
 
-def ask(running: Any, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, bytes, Any]:
+def ask(
+    running: Any, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+) -> tuple[int, bytes, Any]:
     with contextlib.closing(connect(running)) as connection:
         connection.request(method, path, body, headers or {})
         answer = connection.getresponse()
@@ -403,10 +466,16 @@ def raw(running: Any, request: bytes) -> bytes:
 
 
 def last_refusals(running: Any) -> list[dict[str, Any]]:
-    return [event for line in running.log().splitlines() if (event := json.loads(line))["event"] == "refused"]
+    return [
+        event
+        for line in running.log().splitlines()
+        if (event := json.loads(line))["event"] == "refused"
+    ]
 
 
-def test_a_body_passes_both_ways_without_the_headers_that_are_nobody_s_business(running: Any, upstream: Upstream) -> None:
+def test_a_body_passes_both_ways_without_the_headers_that_are_nobody_s_business(
+    running: Any, upstream: Upstream
+) -> None:
     sent = bytes(range(256)) * 3000
     strange = {
         "X-Forwarded-For": "10.9.9.9",
@@ -417,7 +486,13 @@ def test_a_body_passes_both_ways_without_the_headers_that_are_nobody_s_business(
     }
     ask(running, "POST", "/v1/fleet/send-node-heartbeat", b"", fresh())  # by which the key is known
     upstream.seen.clear()
-    status, body, headers = ask(running, "POST", "/v1/fleet/push-object", sent, fresh(**{"flwr-package-name": "flwr"}, **strange))
+    status, body, headers = ask(
+        running,
+        "POST",
+        "/v1/fleet/push-object",
+        sent,
+        fresh(**{"flwr-package-name": "flwr"}, **strange),
+    )
     assert (status, body) == (200, sent)
     assert headers["x-own"] == "1"
     assert "keep-alive" not in headers
@@ -438,7 +513,9 @@ def test_a_body_passes_both_ways_without_the_headers_that_are_nobody_s_business(
 def test_pieces_pass_as_they_come_in_both_directions(running: Any, upstream: Upstream) -> None:
     def body() -> Iterator[bytes]:
         yield b"a" * 1000
-        until(lambda: upstream.pieces >= 1000)  # the SuperLink has the first piece before the second exists
+        until(
+            lambda: upstream.pieces >= 1000
+        )  # the SuperLink has the first piece before the second exists
         yield b"b" * 1000
 
     with contextlib.closing(connect(running)) as connection:
@@ -449,7 +526,9 @@ def test_pieces_pass_as_they_come_in_both_directions(running: Any, upstream: Ups
         assert answer.read() == b"a" * 1000 + b"b" * 1000
 
 
-def test_too_large_a_body_is_refused_by_its_announcement_and_while_it_comes(running: Any, upstream: Upstream) -> None:
+def test_too_large_a_body_is_refused_by_its_announcement_and_while_it_comes(
+    running: Any, upstream: Upstream
+) -> None:
     status, body, _ = ask(running, "POST", "/v1/fleet/push-object", b"x" * (2**20 + 1), fresh())
     assert (status, json.loads(body)) == (413, {"detail": "body over 1 MiB"})
     assert upstream.pieces == 0
@@ -463,7 +542,9 @@ def test_too_large_a_body_is_refused_by_its_announcement_and_while_it_comes(runn
     assert ask(running, "POST", "/v1/fleet/push-object", b"x" * 2**20, fresh())[0] == 200
 
 
-def test_a_request_passes_once_and_one_that_the_superlink_refused_uses_up_nothing(running: Any, upstream: Upstream) -> None:
+def test_a_request_passes_once_and_one_that_the_superlink_refused_uses_up_nothing(
+    running: Any, upstream: Upstream
+) -> None:
     headers = fresh()
     assert ask(running, "POST", "/v1/fleet/unknown", b"", headers)[0] == 401
     assert ask(running, "POST", "/v1/fleet/push-messages", b"update", headers)[0] == 200
@@ -497,7 +578,10 @@ def test_a_hospital_that_fills_its_share_keeps_nobody_else_out_and_is_heard_agai
 
     with in_thread(command(running.keys, port, running.upstream_port, "--max-at-once", "2")):
         assert [push("pull-messages", key) for key in (b"greedy", b"other")] == [200, 200]
-        threads = [threading.Thread(target=push, args=("push-object", b"greedy", slow_body())) for _ in range(2)]
+        threads = [
+            threading.Thread(target=push, args=("push-object", b"greedy", slow_body()))
+            for _ in range(2)
+        ]
         for thread in threads:
             thread.start()
         until(lambda: upstream.pieces >= 2)
@@ -534,35 +618,59 @@ def test_only_what_the_superlink_answered_with_yes_makes_a_key_known(
 def test_a_superlink_that_is_too_busy_is_asked_again(running: Any, upstream: Upstream) -> None:
     """A SuperNode asks again after a 503 and throws its update away after a 500."""
     assert ask(running, "POST", "/v1/fleet/locked", b"update", fresh())[0] == 503
-    (line,) = [json.loads(line) for line in running.log().splitlines() if "/v1/fleet/locked" in line]
+    (line,) = [
+        json.loads(line) for line in running.log().splitlines() if "/v1/fleet/locked" in line
+    ]
     assert (line["event"], line["status"]) == ("answered", 500)
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/fleet/../control/start-run", "//v1/control/start-run", "https://127.0.0.1/v1/fleet/pull-messages"]
+    "path",
+    [
+        "/v1/fleet/../control/start-run",
+        "//v1/control/start-run",
+        "https://127.0.0.1/v1/fleet/pull-messages",
+    ],
 )
-def test_tricks_are_refused_on_the_wire_and_logged(running: Any, upstream: Upstream, path: str) -> None:
+def test_tricks_are_refused_on_the_wire_and_logged(
+    running: Any, upstream: Upstream, path: str
+) -> None:
     signature = b"".join(b"%s: %s\r\n" % pair for pair in signed())
     assert (
-        raw(running, b"POST %s HTTP/1.1\r\nHost: x\r\n%sContent-Length: 0\r\n\r\n" % (path.encode(), signature)).split()[1]
+        raw(
+            running,
+            b"POST %s HTTP/1.1\r\nHost: x\r\n%sContent-Length: 0\r\n\r\n"
+            % (path.encode(), signature),
+        ).split()[1]
         == b"403"
     )
     assert upstream.seen == []
     refusal = last_refusals(running)[-1]
-    assert (refusal["peer"], refusal["method"], refusal["path"], refusal["status"]) == (HOST, "POST", path, 403)
+    assert (refusal["peer"], refusal["method"], refusal["path"], refusal["status"]) == (
+        HOST,
+        "POST",
+        path,
+        403,
+    )
 
 
 @pytest.mark.parametrize(
     ("request_bytes", "status"),
     [
-        (b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", b"403"),
+        (
+            b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+            b"403",
+        ),
         (b"CONNECT superlink:8000 HTTP/1.1\r\nHost: superlink:8000\r\n\r\n", b"403"),
         (b"TRACE /v1/fleet/pull-messages HTTP/1.1\r\nHost: x\r\n\r\n", b"405"),
         (b"POST /v1/fleet/x\x00y HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
         (b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 30_000 + b"\r\n\r\n", b"431"),
         (b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"y" * 1_000_000, b"400"),
         (b"\x16\x03nonsense\r\n\r\n", b"400"),
-        (b"POST /v1/fleet/x HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", b"400"),
+        (
+            b"POST /v1/fleet/x HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+            b"400",
+        ),
     ],
 )
 def test_malformed_and_unwanted_requests_are_refused_and_logged(
@@ -588,12 +696,17 @@ def test_plain_http_gets_no_service_and_leaves_a_line(running: Any, upstream: Up
 
 def test_a_client_that_trusts_another_ca_leaves_a_line(running: Any, tmp_path: Path) -> None:
     other = ssl.create_default_context(cafile=make_keys(tmp_path / "other", []) / "ca.crt")
-    with socket.create_connection((HOST, running.port), timeout=20) as plain, pytest.raises(ssl.SSLCertVerificationError):
+    with (
+        socket.create_connection((HOST, running.port), timeout=20) as plain,
+        pytest.raises(ssl.SSLCertVerificationError),
+    ):
         other.wrap_socket(plain, server_hostname=HOST)
     until(lambda: "does not trust" in last_refusals(running)[-1]["reason"])
 
 
-def test_health_is_the_superlink_s_and_probes_do_not_multiply(running: Any, upstream: Upstream) -> None:
+def test_health_is_the_superlink_s_and_probes_do_not_multiply(
+    running: Any, upstream: Upstream
+) -> None:
     until(lambda: ask(running, "GET", "/health")[0] == 200)
     assert json.loads(ask(running, "GET", "/health")[1]) == {"filter": "ok", "superlink": "ok"}
     assert ask(running, "HEAD", "/health")[:2] == (200, b"")
@@ -637,7 +750,10 @@ def test_an_upstream_with_another_s_certificate_is_not_spoken_to(
         assert ask(here, "GET", "/health")[0] == 503
         assert ask(here, "POST", "/v1/fleet/push-object", b"x", fresh())[0] == 502
     assert upstream.seen == []
-    assert "failed peer=127.0.0.1 method=POST path=/v1/fleet/push-object status=502" in capsys.readouterr().out
+    assert (
+        "failed peer=127.0.0.1 method=POST path=/v1/fleet/push-object status=502"
+        in capsys.readouterr().out
+    )
 
 
 def test_slow_handshakes_heads_and_too_many_connections_are_ended(
@@ -649,7 +765,10 @@ def test_slow_handshakes_heads_and_too_many_connections_are_ended(
     (port,) = free_ports(1)
     here = SimpleNamespace(port=port, keys=running.keys)
     with in_thread(command(running.keys, port, running.upstream_port)):
-        with socket.create_connection((HOST, port), timeout=10) as silent, contextlib.suppress(ConnectionResetError):
+        with (
+            socket.create_connection((HOST, port), timeout=10) as silent,
+            contextlib.suppress(ConnectionResetError),
+        ):
             assert silent.recv(1) == b""
         with pytest.raises((ssl.SSLError, ConnectionResetError, IndexError)):
             raw(here, b"GET /health HTTP/1.1\r\nHost: x\r\n").split()[1]

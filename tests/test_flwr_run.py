@@ -20,7 +20,8 @@ from small_federation import write_shards
 from fedgan import files
 from fedgan.errors import ConfigError
 from fedgan.run_folder import RunFolder
-from server import app, lock
+from fedgan.runs import lock
+from server import app
 from server.app import find_run, split_overrides
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -33,7 +34,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
         ("training.kimg=2 seed=1", ["training.kimg=2", "seed=1"]),
         ("training.kimg=2, seed=1", ["training.kimg=2", "seed=1"]),
         ("data.quantities=[10, 20,30],seed=1", ["data.quantities=[10, 20,30]", "seed=1"]),
-        ("data.label_map='normal=normal,*=abnormal'", ["data.label_map='normal=normal,*=abnormal'"]),
+        (
+            "data.label_map='normal=normal,*=abnormal'",
+            ["data.label_map='normal=normal,*=abnormal'"],
+        ),
     ],
 )
 def test_overrides_are_separated_before_the_next_key(text: str, parts: list[str]) -> None:
@@ -45,9 +49,15 @@ def test_a_scenario_is_found_in_the_copy_of_the_app(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings, run = find_run({"overrides": "training.kimg=3", "output": str(tmp_path / "run")})
-    assert (settings.name, settings.training.kimg, run.path) == ("three-hospitals", 3.0, tmp_path / "run")
+    assert (settings.name, settings.training.kimg, run.path) == (
+        "three-hospitals",
+        3.0,
+        tmp_path / "run",
+    )
     run.write_settings(settings)
-    assert find_run({"overrides": "training.kimg=9", "output": str(run.path)})[0].training.kimg == 3.0
+    assert (
+        find_run({"overrides": "training.kimg=9", "output": str(run.path)})[0].training.kimg == 3.0
+    )
     assert "scenario and overrides are ignored" in capsys.readouterr().out
     files.write_json(run.look, {"run": "elsewhere"})
     with pytest.raises(ConfigError, match="second look at the run elsewhere"):
@@ -56,7 +66,9 @@ def test_a_scenario_is_found_in_the_copy_of_the_app(
         find_run({"scenario": "nowhere.toml"})
 
 
-def test_flower_s_server_leaves_a_run_alone_that_another_works_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flower_s_server_leaves_a_run_alone_that_another_works_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.2)
     run = RunFolder.at(tmp_path / "run")
     context: Any = SimpleNamespace(run_config={"output": str(run.path)})
@@ -98,14 +110,30 @@ def test_flwr_run_trains_and_evaluates(tmp_path: Path) -> None:
         "evaluation.every=0 evaluation.images=16 evaluation.seeds=1 evaluation.epochs=1 evaluation.bootstrap=10"
     )
     output = tmp_path / "run"
-    command = ["flwr", "run", ".", "--stream", "--federation-config", "num-supernodes=2 client-resources-num-cpus=1"]
+    command = [
+        "flwr",
+        "run",
+        ".",
+        "--stream",
+        "--federation-config",
+        "num-supernodes=2 client-resources-num-cpus=1",
+    ]
     command += ["-c", f'overrides="{tiny}" output="{output}"']
     try:
-        begun = subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=600)
-        listed = subprocess.run(
-            ["flwr", "ls", "--format", "json"], cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=60
+        begun = subprocess.run(
+            command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=600
         )
-        assert json.loads(listed.stdout)["runs"][0]["status"] == "finished:completed", begun.stdout + begun.stderr
+        listed = subprocess.run(
+            ["flwr", "ls", "--format", "json"],
+            cwd=REPOSITORY,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert json.loads(listed.stdout)["runs"][0]["status"] == "finished:completed", (
+            begun.stdout + begun.stderr
+        )
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
             for pid in in_home(home):

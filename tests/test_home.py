@@ -17,17 +17,17 @@ from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings
 from fedgan.errors import ConfigError
 from fedgan.run_folder import RunFolder
+from fedgan.runs import lock
+from fedgan.runs.lock import locked
+from fedgan.runs.preparation import open_prepared
 from fedgan.training.checkpoint import load_tensors, with_prefix
 from fedgan.training.ema import ema_decay
 from fedgan.training.trainer import Trainer
-from server import lock
-from server.lock import locked
-from server.preparation import open_prepared
-from server.strategies import STATE
-from simulations import home
-from simulations.arms import EVERYBODY, FEDERATION, Arm, Job, Start, plan_of
-from simulations.compare import job_is_done, prepare
-from simulations.home import is_trained_at_home, pooled, train_at_home
+from server.aggregation.strategies import STATE
+from simulations.comparison import standalone as home
+from simulations.comparison.compare import job_is_done, prepare
+from simulations.comparison.plan import EVERYBODY, FEDERATION, Arm, Job, Start, plan_of
+from simulations.comparison.standalone import is_trained_standalone, pooled, train_standalone
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,9 @@ def comparison(path: Path, settings: Settings) -> list[Arm]:
     return plan_of(settings, folder)
 
 
-def small(data: Path, *overrides: str, arms: str = "centralized", hospitals: int = 2, rounds: int = 3) -> Settings:
+def small(
+    data: Path, *overrides: str, arms: str = "centralized", hospitals: int = 2, rounds: int = 3
+) -> Settings:
     words = [f"comparison.arms={arms}", "comparison.seeds=1", *overrides]
     return tiny(data, *words, hospitals=hospitals, rounds=rounds, kimg=0.012 * rounds)
 
@@ -56,34 +58,48 @@ def small(data: Path, *overrides: str, arms: str = "centralized", hospitals: int
 def at_end(event_round: int, error: type[BaseException]) -> Callable[[dict[str, Any]], None]:
     """A listener that stops the training when a round has ended."""
 
-    def tell(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "round_end" and event["round"] == event_round:
             raise error
 
-    return tell
+    return on_event
 
 
 def arrays(run: RunFolder, number: int, part: str) -> dict[str, np.ndarray]:
-    return {key: value.numpy() for key, value in with_prefix(load_tensors(run.checkpoint(number))[0], part).items()}
+    return {
+        key: value.numpy()
+        for key, value in with_prefix(load_tensors(run.checkpoint(number))[0], part).items()
+    }
 
 
 def timeless(run: RunFolder) -> list[dict[str, Any]]:
     """The lines of a run without what a clock and the process's memory said."""
     clock = ("seconds", "core_seconds", "peak_memory_bytes")
     return [
-        {key: value for key, value in line.items() if key not in ("wall_seconds", "bytes_exchanged")}
-        | {"hospitals": [{key: value for key, value in row.items() if key not in clock} for row in line["hospitals"]]}
+        {
+            key: value
+            for key, value in line.items()
+            if key not in ("wall_seconds", "bytes_exchanged")
+        }
+        | {
+            "hospitals": [
+                {key: value for key, value in row.items() if key not in clock}
+                for row in line["hospitals"]
+            ]
+        }
         for line in files.read_json_lines(run.metrics)
     ]
 
 
-def test_training_at_home_is_a_federation_of_one_hospital_that_holds_all_the_data(tmp_path: Path) -> None:
+def test_training_at_home_is_a_federation_of_one_hospital_that_holds_all_the_data(
+    tmp_path: Path,
+) -> None:
     data = write_shards(tmp_path / "data", (40,))
     settings = small(data, "evaluation.every=1", hospitals=1, rounds=2)
     federation = RunFolder.at(tmp_path / "federation")
     federate(settings, federation, app)
     (job,) = comparison(tmp_path / "study", settings)[0].jobs
-    train_at_home(job, quiet)
+    train_standalone(job, quiet)
     for number in (1, 2):
         for part in ("ema/", "generator/"):
             ours, theirs = arrays(job.run, number, part), arrays(federation, number, part)
@@ -97,14 +113,17 @@ def test_training_at_home_is_a_federation_of_one_hospital_that_holds_all_the_dat
 
 def test_lines_have_the_keys_of_a_federation_s_lines(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", (40, 24))
-    always = ("training.r1_interval=1", "training.path_length_interval=1")  # so that each round measures everything
+    always = (
+        "training.r1_interval=1",
+        "training.path_length_interval=1",
+    )  # so that each round measures everything
     settings = small(data, *always, arms="centralized,local", rounds=2)
     federation = RunFolder.at(tmp_path / "federation")
     federate(settings, federation, app)
     (line,) = files.read_json_lines(federation.metrics)[-1:]
     arms = comparison(tmp_path / "study", settings)
     for job in [job for arm in arms for job in arm.jobs]:
-        train_at_home(job, quiet)
+        train_standalone(job, quiet)
         own = files.read_json_lines(job.run.metrics)
         assert [row["round"] for row in own] == [1, 2]
         assert own[-1].keys() == line.keys()
@@ -114,7 +133,11 @@ def test_lines_have_the_keys_of_a_federation_s_lines(tmp_path: Path) -> None:
         assert own[-1]["images_seen"] == sum(job.images)
         assert own[-1]["wall_seconds"] >= own[0]["wall_seconds"] > 0
         assert own[-1]["hospitals"][0]["peak_memory_bytes"] > 2**20
-    names = [files.read_json_lines(job.run.metrics)[0]["hospitals"][0]["name"] for arm in arms for job in arm.jobs]
+    names = [
+        files.read_json_lines(job.run.metrics)[0]["hospitals"][0]["name"]
+        for arm in arms
+        for job in arm.jobs
+    ]
     assert names == [EVERYBODY, "alpha", "beta"]
 
 
@@ -123,7 +146,9 @@ def test_pooled_images_are_those_of_all_hospitals_in_their_order(tmp_path: Path)
     arm = comparison(tmp_path / "study", settings)[0]
     hospitals = open_prepared(settings, ComparisonFolder.at(tmp_path / "study"))
     data = pooled(hospitals)
-    expected = np.concatenate([hospital.train.images[np.arange(len(hospital.train))] for hospital in hospitals])
+    expected = np.concatenate(
+        [hospital.train.images[np.arange(len(hospital.train))] for hospital in hospitals]
+    )
     np.testing.assert_array_equal(data.images[np.arange(len(data))], expected)
     assert list(dict.fromkeys(data.institutions.tolist())) == ["alpha", "beta"]
     assert pooled(hospitals[1:]) is hospitals[1].train
@@ -131,26 +156,30 @@ def test_pooled_images_are_those_of_all_hospitals_in_their_order(tmp_path: Path)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_training_that_was_stopped_twice_ends_as_one_that_never_was(error: type[BaseException], tmp_path: Path) -> None:
+def test_a_training_that_was_stopped_twice_ends_as_one_that_never_was(
+    error: type[BaseException], tmp_path: Path
+) -> None:
     settings = small(write_shards(tmp_path / "data", (40, 24)))
     (whole,) = comparison(tmp_path / "whole", settings)[0].jobs
     (broken,) = comparison(tmp_path / "broken", settings)[0].jobs
-    train_at_home(whole, quiet)
+    train_standalone(whole, quiet)
     for number in (1, 2):
         with pytest.raises(error):
-            train_at_home(broken, at_end(number, error))
+            train_standalone(broken, at_end(number, error))
         assert broken.run.last_round() == number
-        assert not is_trained_at_home(broken)
+        assert not is_trained_standalone(broken)
     told: list[dict[str, Any]] = []
-    train_at_home(broken, told.append)
+    train_standalone(broken, told.append)
     assert [event["round"] for event in told if event["event"] == "round_start"] == [3]
     assert told[0]["event"] == "start"
     assert (told[0]["first_round"], told[0]["images_seen"], told[0]["images"]) == (3, 24, 36)
     for number in (1, 2, 3):
-        assert whole.run.checkpoint(number).read_bytes() == broken.run.checkpoint(number).read_bytes()
+        assert (
+            whole.run.checkpoint(number).read_bytes() == broken.run.checkpoint(number).read_bytes()
+        )
     assert _state(whole, 3).read_bytes() == _state(broken, 3).read_bytes()
     assert timeless(whole.run) == timeless(broken.run)
-    assert is_trained_at_home(broken)
+    assert is_trained_standalone(broken)
     assert job_is_done(broken)
 
 
@@ -161,19 +190,19 @@ def _state(job: Job, number: int) -> Path:
 def test_a_training_that_lost_its_last_round_or_its_line_gets_it_again(tmp_path: Path) -> None:
     settings = small(write_shards(tmp_path / "data", (40,)), hospitals=1)
     (job,) = comparison(tmp_path / "study", settings)[0].jobs
-    train_at_home(job, quiet)
+    train_standalone(job, quiet)
     last, lines = job.run.checkpoint(3).read_bytes(), timeless(job.run)
     for path in (job.run.checkpoint(3), job.run.checkpoint(3).with_suffix(".json")):
         path.unlink()
-    assert not is_trained_at_home(job)
-    train_at_home(job, quiet)
+    assert not is_trained_standalone(job)
+    train_standalone(job, quiet)
     assert job.run.checkpoint(3).read_bytes() == last
     assert timeless(job.run) == lines
 
     text = job.run.metrics.read_text()
     job.run.metrics.write_text("".join(text.splitlines(keepends=True)[:2]) + '{"round": 3, "im')
-    assert not is_trained_at_home(job)
-    train_at_home(job, quiet)
+    assert not is_trained_standalone(job)
+    train_standalone(job, quiet)
     assert job.run.metrics.read_text() == text
     assert job.run.checkpoint(3).read_bytes() == last
 
@@ -182,22 +211,29 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_round_before_serves(tmp_path:
     settings = small(write_shards(tmp_path / "data", (40,)), hospitals=1)
     (job,) = comparison(tmp_path / "study", settings)[0].jobs
     (whole,) = comparison(tmp_path / "whole", settings)[0].jobs
-    train_at_home(whole, quiet)
+    train_standalone(whole, quiet)
     with pytest.raises(KeyboardInterrupt):
-        train_at_home(job, at_end(2, KeyboardInterrupt))
+        train_standalone(job, at_end(2, KeyboardInterrupt))
     path = job.run.checkpoint(2)
     path.write_bytes(path.read_bytes()[:-1])
     said: list[str] = []
-    train_at_home(job, lambda event: said.append(str(event.get("text", ""))))
-    assert "round-00002.safetensors is damaged and now round-00002.safetensors.damaged: going on from round 1" in said
+    train_standalone(job, lambda event: said.append(str(event.get("text", ""))))
+    assert (
+        "round-00002.safetensors is damaged and now round-00002.safetensors.damaged: going on from round 1"
+        in said
+    )
     assert job.run.checkpoint(3).read_bytes() == whole.run.checkpoint(3).read_bytes()
 
 
-def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_at_once_in_one_folder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.2)
-    (job,) = comparison(tmp_path / "study", small(write_shards(tmp_path / "data", (40,)), hospitals=1))[0].jobs
+    (job,) = comparison(
+        tmp_path / "study", small(write_shards(tmp_path / "data", (40,)), hospitals=1)
+    )[0].jobs
     with locked(job.run), pytest.raises(ConfigError, match="in use by another fedgan"):
-        train_at_home(job, quiet)
+        train_standalone(job, quiet)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +245,9 @@ def tuning(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Arm]:
         *("evaluation.every=1", "comparison.finetune_share=0.3"),
         *("augment.interval=1", "augment.speed_kimg=0.1", "training.ema_rampup=1"),
     )
-    federated, finetuned = comparison(place / "study", small(data, *words, arms="federated,finetuned"))
+    federated, finetuned = comparison(
+        place / "study", small(data, *words, arms="federated,finetuned")
+    )
     (source,) = federated.jobs
     assert source.kind == FEDERATION
     before = torch.get_num_threads()
@@ -226,7 +264,12 @@ def test_fine_tuning_goes_on_with_the_federation_s_weights_and_with_what_this_ho
     train = Trainer.train
 
     def watched(self: Trainer, *arguments: Any, **more: Any) -> dict[str, float]:
-        facts = {"seen": self.images_seen, "steps": self.steps, "p": self.ada.p, "parts": self.outgoing(self.parts)}
+        facts = {
+            "seen": self.images_seen,
+            "steps": self.steps,
+            "p": self.ada.p,
+            "parts": self.outgoing(self.parts),
+        }
         begun.append(facts)
         return train(self, *arguments, **more)
 
@@ -236,31 +279,44 @@ def test_fine_tuning_goes_on_with_the_federation_s_weights_and_with_what_this_ho
     lines = files.read_json_lines(source.run.metrics)
     for job in finetuned.jobs:
         (name,) = job.members
-        shown = [row["images"] for line in lines for row in line["hospitals"] if row["name"] == name]
+        shown = [
+            row["images"] for line in lines for row in line["hospitals"] if row["name"] == name
+        ]
         assert job.start == Start(source.folder, 2, sum(shown[:2]))
         told: list[dict[str, Any]] = []
-        train_at_home(job, told.append)
+        train_standalone(job, told.append)
         at = begun.pop(0)
-        assert (at["seen"], at["steps"], at["p"]) == (sum(shown[:2]), sum(shown[:2]) // 4, rows[name]["p"])
+        assert (at["seen"], at["steps"], at["p"]) == (
+            sum(shown[:2]),
+            sum(shown[:2]) // 4,
+            rows[name]["p"],
+        )
         for part in ("generator", "discriminator", "ema"):
             own = with_prefix(at["parts"], f"{part}/")
             assert own
             for key, array in own.items():
-                assert np.array_equal(array.ravel(), wanted[f"{part}/{key}"].numpy().ravel()), (part, key)
+                assert np.array_equal(array.ravel(), wanted[f"{part}/{key}"].numpy().ravel()), (
+                    part,
+                    key,
+                )
         (line,) = files.read_json_lines(job.run.metrics)
         assert line["images_seen"] == line["hospitals"][0]["images_seen"] == sum(shown)
         assert line["hospitals"][0]["images"] == shown[2] == sum(job.images)
         assert load_tensors(job.run.checkpoint(1))[1]["images_seen"] == sum(shown)
         start = next(event for event in told if event["event"] == "start")
         assert (start["images_seen"], start["images"]) == (sum(shown[:2]), sum(shown))
-        assert is_trained_at_home(job)
-    assert {rows[job.members[0]]["p"] for job in finetuned.jobs} != {0.2}  # where every augmentation begins
+        assert is_trained_standalone(job)
+    assert {rows[job.members[0]]["p"] for job in finetuned.jobs} != {
+        0.2
+    }  # where every augmentation begins
     one, other = (load_tensors(job.run.checkpoint(1))[0] for job in finetuned.jobs)
     assert any(not torch.equal(tensor, other[key]) for key, tensor in one.items())
     assert any(not torch.equal(tensor, wanted[key]) for key, tensor in one.items())
 
 
-def test_after_a_step_of_fine_tuning_the_average_is_still_near_the_received_one(tuning: tuple[Job, Arm]) -> None:
+def test_after_a_step_of_fine_tuning_the_average_is_still_near_the_received_one(
+    tuning: tuple[Job, Arm],
+) -> None:
     source, finetuned = tuning
     job = finetuned.jobs[0]
     assert job.start is not None
@@ -272,17 +328,33 @@ def test_after_a_step_of_fine_tuning_the_average_is_still_near_the_received_one(
         if kind == "goes on":
             home._take_over(job.start, job.members[0], trainer, True, [])
         else:  # the same weights without the count: what a first step of any training does
-            arrays = {key: tensor.numpy() for key, tensor in received.items() if not key.startswith(STATE)}
+            arrays = {
+                key: tensor.numpy() for key, tensor in received.items() if not key.startswith(STATE)
+            }
             trainer.incoming(arrays)
         trainer.train(4)
-        found[kind] = {part: with_prefix(trainer.outgoing(trainer.parts), f"{part}/") for part in ("ema", "generator")}
+        found[kind] = {
+            part: with_prefix(trainer.outgoing(trainer.parts), f"{part}/")
+            for part in ("ema", "generator")
+        }
     fresh, going = found["begins anew"], found["goes on"]
-    assert all(np.array_equal(array, fresh["generator"][key]) for key, array in fresh["ema"].items())  # nothing is left of it
+    assert all(
+        np.array_equal(array, fresh["generator"][key]) for key, array in fresh["ema"].items()
+    )  # nothing is left of it
     decay = ema_decay(4, 1.25, 1.0, seen)
     assert 0.5 < decay < 1
     for key, average in going["ema"].items():
         before, now = received[f"ema/{key}"].numpy().reshape(average.shape), going["generator"][key]
-        if key.endswith("w_avg"):  # a plain mean of batches, and this is one more of them: the same in both
-            np.testing.assert_allclose(average, before + (fresh["ema"][key] - before) / (seen // 4 + 1), rtol=1e-5, atol=1e-6)
+        if key.endswith(
+            "w_avg"
+        ):  # a plain mean of batches, and this is one more of them: the same in both
+            np.testing.assert_allclose(
+                average,
+                before + (fresh["ema"][key] - before) / (seen // 4 + 1),
+                rtol=1e-5,
+                atol=1e-6,
+            )
             continue
-        np.testing.assert_allclose(average, decay * before + (1 - decay) * now, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            average, decay * before + (1 - decay) * now, rtol=1e-5, atol=1e-6
+        )

@@ -23,13 +23,18 @@ from fedgan.errors import ConfigError, FederationError
 from fedgan.privacy.accounting import Mechanism, epsilon_of
 from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
+from fedgan.runs.preparation import experiment_of
 from fedgan.training.checkpoint import load_tensors
+from server.aggregation.client_level_dp import (
+    LEDGER,
+    equalize_weights,
+    noise_statement,
+    record_round,
+)
+from server.aggregation.strategies import check_strategy, expect, make_strategy
 from server.federation import Federation
-from server.hospital_privacy import LEDGER, charge, even, remark
-from server.preparation import experiment_of
 from server.records import to_record
 from server.roster import Roster
-from server.strategies import check_strategy, expect, make_strategy
 
 SHAPES = {"generator/strength": (1,), "discriminator/w": (40, 50), "ema/b": (7,)}
 HOSPITALS = 3
@@ -41,27 +46,39 @@ def identity() -> None:
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
 
-def settings_of(*overrides: str, hospitals: int = HOSPITALS, data: Path = Path("nowhere"), rounds: int = 2) -> Settings:
+def settings_of(
+    *overrides: str, hospitals: int = HOSPITALS, data: Path = Path("nowhere"), rounds: int = 2
+) -> Settings:
     return tiny(data, *overrides, hospitals=hospitals, rounds=rounds, kimg=0.012 * rounds)
 
 
 def arrays(rng: np.random.Generator, scale: float) -> dict[str, np.ndarray]:
-    return {key: (scale * rng.standard_normal(shape)).astype(np.float32) for key, shape in SHAPES.items()}
+    return {
+        key: (scale * rng.standard_normal(shape)).astype(np.float32)
+        for key, shape in SHAPES.items()
+    }
 
 
 def reply(model: dict[str, np.ndarray], weight: int = 5) -> Message:
     question = Message(RecordDict({"config": ConfigRecord()}), 1, "train")
     question.metadata.__dict__["_message_id"] = "question"
     records = {"arrays": ArrayRecord({key: Array(value) for key, value in model.items()})}
-    return Message(RecordDict(records | {"metrics": MetricRecord({"num_examples": weight})}), reply_to=question)  # type: ignore[arg-type]
+    return Message(
+        RecordDict(records | {"metrics": MetricRecord({"num_examples": weight})}), reply_to=question
+    )  # type: ignore[arg-type]
 
 
 def moved(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    return math.sqrt(sum(float(np.square(one[key].astype(float) - other[key]).sum()) for key in one))
+    return math.sqrt(
+        sum(float(np.square(one[key].astype(float) - other[key]).sum()) for key in one)
+    )
 
 
 def aggregate(
-    settings: Settings, sent: dict[str, np.ndarray], answers: list[dict[str, np.ndarray]], weights: tuple[int, ...] = ()
+    settings: Settings,
+    sent: dict[str, np.ndarray],
+    answers: list[dict[str, np.ndarray]],
+    weights: tuple[int, ...] = (),
 ) -> dict[str, np.ndarray]:
     """What the server makes of these answers."""
     strategy: Any = make_strategy(settings)
@@ -69,8 +86,11 @@ def aggregate(
     members: Any = Roster([])
     members.get_node_ids = lambda: list(range(len(answers)))
     list(strategy.configure_train(1, to_record(sent), ConfigRecord(), members))
-    replies = [reply(model, weight) for model, weight in zip(answers, weights or (1,) * len(answers), strict=True)]
-    record, _ = strategy.aggregate_train(1, even(replies))
+    replies = [
+        reply(model, weight)
+        for model, weight in zip(answers, weights or (1,) * len(answers), strict=True)
+    ]
+    record, _ = strategy.aggregate_train(1, equalize_weights(replies))
     return {key: array.numpy() for key, array in record.items()}
 
 
@@ -83,13 +103,21 @@ def shifted(sent: dict[str, np.ndarray], update: dict[str, np.ndarray]) -> dict[
 
 
 @given(st.integers(0, 10_000), st.floats(0.01, 100.0), st.sampled_from([0.1, 1.0, 10.0]))
-def test_one_hospital_moves_the_sum_by_no_more_than_the_clip(seed: int, size: float, clip: float) -> None:
+def test_one_hospital_moves_the_sum_by_no_more_than_the_clip(
+    seed: int, size: float, clip: float
+) -> None:
     rng = np.random.default_rng(seed)
-    settings = settings_of("privacy.hospital=server", "privacy.hospital_noise_multiplier=0", f"privacy.hospital_clip={clip}")
+    settings = settings_of(
+        "privacy.client_level=server",
+        "privacy.client_noise_multiplier=0",
+        f"privacy.client_clip={clip}",
+    )
     sent = arrays(rng, 1.0)
     others = [shifted(sent, arrays(rng, 0.01)) for _ in range(HOSPITALS - 1)]
     tiny_step = shifted(sent, arrays(rng, 1e-6))  # a hospital that does next to nothing
-    with_it = aggregate(settings, sent, [shifted(sent, arrays(rng, size)), *others], weights=(1000, 1, 1))
+    with_it = aggregate(
+        settings, sent, [shifted(sent, arrays(rng, size)), *others], weights=(1000, 1, 1)
+    )
     without = aggregate(settings, sent, [tiny_step, *others], weights=(1, 1, 1))
     reach = HOSPITALS * moved(with_it, without)
     assert reach <= clip * 1.001 + 1e-3
@@ -97,9 +125,15 @@ def test_one_hospital_moves_the_sum_by_no_more_than_the_clip(seed: int, size: fl
 
 
 @pytest.mark.parametrize("where", ["server", "client"])
-def test_the_noise_has_the_standard_deviation_that_was_told_also_when_a_hospital_has_left(where: str) -> None:
+def test_the_noise_has_the_standard_deviation_that_was_told_also_when_a_hospital_has_left(
+    where: str,
+) -> None:
     clip, noise = 0.5, 4.0
-    words = (f"privacy.hospital={where}", f"privacy.hospital_noise_multiplier={noise}", f"privacy.hospital_clip={clip}")
+    words = (
+        f"privacy.client_level={where}",
+        f"privacy.client_noise_multiplier={noise}",
+        f"privacy.client_clip={clip}",
+    )
     sent = {"generator/w": np.zeros((300, 400), np.float32), "ema/one": np.zeros(1, np.float32)}
     update = {key: np.full(value.shape, 1e-6, np.float32) for key, value in sent.items()}
     for hospitals in (3, 2):
@@ -109,16 +143,22 @@ def test_the_noise_has_the_standard_deviation_that_was_told_also_when_a_hospital
     drawn = []
     for _ in range(2):
         np.random.seed(0)  # whoever seeds numpy's generator does not learn the noise
-        drawn.append(aggregate(settings_of(*words), sent, [shifted(sent, update)] * 3)["generator/w"])
+        drawn.append(
+            aggregate(settings_of(*words), sent, [shifted(sent, update)] * 3)["generator/w"]
+        )
     assert not np.array_equal(*drawn)
 
 
 def test_an_array_without_a_dimension_is_refused_because_it_would_escape() -> None:
-    with pytest.raises(FederationError, match="'a' has no dimension and would escape Flower's clipping"):
-        even([reply({"a": np.array(3, np.float32), "b": np.ones(2, np.float32)})])
+    with pytest.raises(
+        FederationError, match="'a' has no dimension and would escape Flower's clipping"
+    ):
+        equalize_weights([reply({"a": np.array(3, np.float32), "b": np.ones(2, np.float32)})])
 
 
-def visit(sent: dict[str, np.ndarray], model: dict[str, np.ndarray], clip: float | None) -> dict[str, np.ndarray]:
+def visit(
+    sent: dict[str, np.ndarray], model: dict[str, np.ndarray], clip: float | None
+) -> dict[str, np.ndarray]:
     """What leaves a hospital that was sent one model and has made another."""
     config = ConfigRecord({} if clip is None else {CLIP: clip})
     message = Message(RecordDict({"arrays": to_record(sent), "config": config}), 1, "train")
@@ -132,7 +172,10 @@ def visit(sent: dict[str, np.ndarray], model: dict[str, np.ndarray], clip: float
 
 def test_a_hospital_clips_its_own_update_where_it_is_asked_to() -> None:
     rng = np.random.default_rng(3)
-    sent, update = arrays(rng, 100.0), arrays(rng, 2.0)  # some of StyleGAN2's weights have a standard deviation of 100
+    sent, update = (
+        arrays(rng, 100.0),
+        arrays(rng, 2.0),
+    )  # some of StyleGAN2's weights have a standard deviation of 100
     model = shifted(sent, update)
     clipped = visit(sent, model, 1.0)
     assert moved(clipped, sent) == pytest.approx(1.0, rel=1e-2)
@@ -149,29 +192,45 @@ def test_the_wrappers_are_flower_s_own_round_a_plain_mean() -> None:
         "none": flower.FedAvg,
     }
     for where, kind in kinds.items():
-        assert type(make_strategy(settings_of(f"privacy.hospital={where}"))) is kind
+        assert type(make_strategy(settings_of(f"privacy.client_level={where}"))) is kind
     for strategy in ("fedadam", "fedmedian", "krum"):
         with pytest.raises(ConfigError, match="computes something else"):
-            check_strategy(settings_of("privacy.hospital=server", f"federation.strategy={strategy}", hospitals=3))
+            check_strategy(
+                settings_of(
+                    "privacy.client_level=server", f"federation.strategy={strategy}", hospitals=3
+                )
+            )
     with pytest.raises(ConfigError, match="makes none: raise it"):
-        check_strategy(settings_of("privacy.hospital=server", "training.learning_rate=0"))
+        check_strategy(settings_of("privacy.client_level=server", "training.learning_rate=0"))
 
 
 # --- what it costs ---------------------------------------------------------------------------------
 
 
 def test_every_release_is_one_gaussian_mechanism_and_is_never_forgotten(tmp_path: Path) -> None:
-    settings = settings_of("privacy.hospital=server", "privacy.hospital_noise_multiplier=5")
+    settings = settings_of("privacy.client_level=server", "privacy.client_noise_multiplier=5")
     run, told = RunFolder.at(tmp_path), list[dict[str, Any]]()
     for _ in range(4):
-        told.append(charge(settings, run, "x", 3))
+        told.append(record_round(settings, run, "x", 3))
     assert [row["releases"] for row in told] == [1, 2, 3, 4]
     for row in told:
-        assert row["epsilon"] == pytest.approx(epsilon_of([Mechanism(5.0, 1.0, row["releases"])], 1e-5), rel=1e-6)
+        assert row["epsilon"] == pytest.approx(
+            epsilon_of([Mechanism(5.0, 1.0, row["releases"])], 1e-5), rel=1e-6
+        )
         # against the exact curve of the Gaussian mechanism (arXiv 1805.06530, theorem 8)
-        assert row["epsilon"] == pytest.approx(gaussian(5 / math.sqrt(row["releases"]), 1e-5), rel=0.03)
+        assert row["epsilon"] == pytest.approx(
+            gaussian(5 / math.sqrt(row["releases"]), 1e-5), rel=0.03
+        )
     assert told[0]["delta"] == 1e-5
-    assert charge(settings_of("privacy.hospital=server", "privacy.hospital_noise_multiplier=0"), run, "x", 3)["epsilon"] is None
+    assert (
+        record_round(
+            settings_of("privacy.client_level=server", "privacy.client_noise_multiplier=0"),
+            run,
+            "x",
+            3,
+        )["epsilon"]
+        is None
+    )
 
 
 def gaussian(noise: float, delta: float) -> float:
@@ -181,7 +240,9 @@ def gaussian(noise: float, delta: float) -> float:
         def normal(x: float) -> float:
             return 0.5 * math.erfc(-x / math.sqrt(2))
 
-        return normal(0.5 / noise - epsilon * noise) - math.exp(epsilon) * normal(-0.5 / noise - epsilon * noise)
+        return normal(0.5 / noise - epsilon * noise) - math.exp(epsilon) * normal(
+            -0.5 / noise - epsilon * noise
+        )
 
     low, high = 0.0, 100.0
     for _ in range(60):
@@ -191,7 +252,10 @@ def gaussian(noise: float, delta: float) -> float:
 
 
 def test_the_remark_tells_what_the_figures_mean() -> None:
-    text = remark(settings_of("privacy.hospital=server", "privacy.hospital_noise_multiplier=2", rounds=5), 1_000_000)
+    text = noise_statement(
+        settings_of("privacy.client_level=server", "privacy.client_noise_multiplier=2", rounds=5),
+        1_000_000,
+    )
     epsilon = epsilon_of([Mechanism(2.0, 1.0, 5)], 1e-5)
     assert f"5 rounds cost every hospital epsilon = {epsilon:.3g} at delta = 1e-05" in text
     assert "over 1,000,000 numbers the noise is 2,000 times as long" in text
@@ -199,35 +263,61 @@ def test_the_remark_tells_what_the_figures_mean() -> None:
 
 
 @pytest.mark.parametrize("where", ["server", "client"])
-def test_a_run_with_hidden_hospitals_clips_and_adds_noise_and_reports_what_it_cost(where: str, tmp_path: Path) -> None:
+def test_a_run_with_hidden_hospitals_clips_and_adds_noise_and_reports_what_it_cost(
+    where: str, tmp_path: Path
+) -> None:
     clip, noise, data = 0.5, 3.0, write_shards(tmp_path / "data", (40, 24, 16))
-    words = (f"privacy.hospital={where}", f"privacy.hospital_clip={clip}", "privacy.hospital_noise_multiplier=")
+    words = (
+        f"privacy.client_level={where}",
+        f"privacy.client_clip={clip}",
+        "privacy.client_noise_multiplier=",
+    )
     change, lines = {}, {}
     for multiplier in (0.0, noise):
         settings = settings_of(*words[:2], f"{words[2]}{multiplier}", data=data, rounds=1)
         run = RunFolder.at(tmp_path / f"run-{multiplier}")
         federate(settings, run, app)
         begin, end = (load_tensors(run.checkpoint(number))[0] for number in (0, 1))
-        change[multiplier] = np.concatenate([(end[key] - begin[key]).numpy().ravel() for key in begin])
+        change[multiplier] = np.concatenate(
+            [(end[key] - begin[key]).numpy().ravel() for key in begin]
+        )
         (lines[multiplier],) = files.read_json_lines(run.metrics)
-    assert 0.1 * clip < np.linalg.norm(change[0.0]) < 1.01 * clip  # three updates, none of them longer than 0.5
+    assert (
+        0.1 * clip < np.linalg.norm(change[0.0]) < 1.01 * clip
+    )  # three updates, none of them longer than 0.5
     assert change[noise].std() == pytest.approx(noise * clip / 3, rel=0.1)
-    assert lines[0.0]["hospital_privacy"]["epsilon"] is None
-    told = lines[noise]["hospital_privacy"]
-    assert (told["releases"], told["hospitals"], told["clip"], told["noise_multiplier"]) == (1, 3, clip, noise)
-    assert told["epsilon"] == pytest.approx(epsilon_of(Ledger(run.path / LEDGER).mechanisms(), 1e-5))
+    assert lines[0.0]["client_level_dp"]["epsilon"] is None
+    told = lines[noise]["client_level_dp"]
+    assert (told["releases"], told["hospitals"], told["clip"], told["noise_multiplier"]) == (
+        1,
+        3,
+        clip,
+        noise,
+    )
+    assert told["epsilon"] == pytest.approx(
+        epsilon_of(Ledger(run.path / LEDGER).mechanisms(), 1e-5)
+    )
     assert all("loss_g" not in row for line in lines.values() for row in line["hospitals"])
 
 
-def test_a_round_of_hidden_hospitals_that_is_done_again_counts_twice_and_the_remark_comes_once(tmp_path: Path) -> None:
+def test_a_round_of_hidden_hospitals_that_is_done_again_counts_twice_and_the_remark_comes_once(
+    tmp_path: Path,
+) -> None:
     settings = settings_of(
-        "privacy.hospital=server", "privacy.hospital_noise_multiplier=3", data=write_shards(tmp_path / "d", (40, 24, 16))
+        "privacy.client_level=server",
+        "privacy.client_noise_multiplier=3",
+        data=write_shards(tmp_path / "d", (40, 24, 16)),
     )
     run = RunFolder.at(tmp_path / "run")
     federation = federate(settings, run, app)
     run.checkpoint(2).unlink()
     run.checkpoint(2).with_suffix(".json").unlink()
     told: list[dict[str, Any]] = []
-    Federation(run.settings(), run, experiment_of(run), federation.judge, told.append).train(LocalGrid(3, app))  # type: ignore[arg-type]
-    assert [event["event"] for event in told].count("remark") == 1
-    assert [line["hospital_privacy"]["releases"] for line in files.read_json_lines(run.metrics)] == [1, 3]
+    Federation(run.settings(), run, experiment_of(run), federation.evaluator, told.append).train(
+        LocalGrid(3, app)
+    )  # type: ignore[arg-type]
+    assert [event["event"] for event in told].count("note") == 1
+    assert [line["client_level_dp"]["releases"] for line in files.read_json_lines(run.metrics)] == [
+        1,
+        3,
+    ]

@@ -14,22 +14,24 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Message
-from small_federation import LABELS, NAMES, LocalGrid, NoJudge, tiny
+from small_federation import LABELS, NAMES, LocalGrid, NoEvaluator, tiny
 from test_quorum import answered, changed, in_round, lines_of
 
 from client.app import app
 from fedgan.data.shard import write_shard
 from fedgan.evaluation.sampling import generate_images
 from fedgan.run_folder import RunFolder
+from fedgan.runs.preparation import experiment_of, prepare_run
 from fedgan.training.checkpoint import load_generator
 from server.federation import Federation
-from server.preparation import experiment_of, prepare_run
 
 BRIGHTNESS = (54.5, 194.5)  # real means of the two labels
 BAND = 0.33  # of two labels that are told apart; docs/federation.md has what runs measured on either side
 HOSTILE, ROUNDS = 4, 4
 
-Change = Callable[[int, np.ndarray, np.ndarray], np.ndarray]  # round, what was sent, what would have been answered
+Change = Callable[
+    [int, np.ndarray, np.ndarray], np.ndarray
+]  # round, what was sent, what would have been answered
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         noise = np.random.default_rng(number).integers(-14, 15, (size, 1, 16, 16))
         write_shard(
             root / name,
-            (noise + np.array(BRIGHTNESS)[labels.argmax(1), None, None, None]).round().astype(np.uint8),
+            (noise + np.array(BRIGHTNESS)[labels.argmax(1), None, None, None])
+            .round()
+            .astype(np.uint8),
             labels,
             patients=[f"{name}-{row}" for row in range(size)],
             splits=np.array(["train", "train", "test", "val"])[np.arange(size) // 2 % 4],
@@ -81,8 +85,13 @@ def federate_with(change: Change | None, data: Path, folder: Path, *overrides: s
     def fault(number: int, message: Message) -> Message | None:
         if change is None or number != HOSTILE or not in_round(message):
             return None
-        sent = {key: array.numpy() for key, array in message.content.array_records["arrays"].items()}
-        return changed(answered(message, number), lambda key, array: change(in_round(message), sent[key], array))
+        sent = {
+            key: array.numpy() for key, array in message.content.array_records["arrays"].items()
+        }
+        return changed(
+            answered(message, number),
+            lambda key, array: change(in_round(message), sent[key], array),
+        )
 
     easy = (  # what lets the networks learn two shades of grey in a hundred steps
         "training.batch_size=16",
@@ -98,7 +107,7 @@ def federate_with(change: Change | None, data: Path, folder: Path, *overrides: s
     settings = tiny(data, *easy, *overrides, hospitals=len(NAMES), rounds=ROUNDS, kimg=2.4)
     run = RunFolder.at(folder)
     prepare_run(settings, run)
-    federation = Federation(run.settings(), run, experiment_of(run), NoJudge())
+    federation = Federation(run.settings(), run, experiment_of(run), NoEvaluator())
     federation.train(LocalGrid(len(NAMES), app, fault))  # type: ignore[arg-type]
     return run
 
@@ -120,28 +129,42 @@ def test_where_nobody_is_hostile_the_labels_are_heeded(data: Path, tmp_path: Pat
     assert error_of(federate_with(None, data, tmp_path)) < BAND
 
 
-def test_one_hospital_that_turns_its_updates_round_ruins_a_plain_mean(data: Path, tmp_path: Path) -> None:
+def test_one_hospital_that_turns_its_updates_round_ruins_a_plain_mean(
+    data: Path, tmp_path: Path
+) -> None:
     run = federate_with(turned_round, data, tmp_path, "federation.min_hospitals=4")
     assert left_out(run)[0] == []  # no check sees it
     assert error_of(run) > BAND
 
 
-@pytest.mark.parametrize("strategy", [("fedmedian",), ("multikrum", "federation.malicious=1")], ids=lambda words: words[0])
-def test_a_robust_strategy_makes_a_model_as_good_as_nobody_hostile(strategy: Any, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "strategy",
+    [("fedmedian",), ("multikrum", "federation.malicious=1")],
+    ids=lambda words: words[0],
+)
+def test_a_robust_strategy_makes_a_model_as_good_as_nobody_hostile(
+    strategy: Any, data: Path, tmp_path: Path
+) -> None:
     name, *more = strategy
-    alone = "federation.max_update_norm=0"  # whatever the strategy does not find is in the model
+    alone = "federation.max_update_ratio=0"  # whatever the strategy does not find is in the model
     run = federate_with(turned_round, data, tmp_path, f"federation.strategy={name}", alone, *more)
     assert left_out(run) == [[]] * ROUNDS
     assert error_of(run) < BAND
 
 
-def test_what_cannot_be_an_update_is_left_out_and_the_model_is_as_good(data: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_an_update_is_left_out_and_the_model_is_as_good(
+    data: Path, tmp_path: Path
+) -> None:
     run = federate_with(impossible, data, tmp_path, "federation.min_hospitals=4")
-    assert left_out(run) == [[sorted(NAMES)[HOSTILE]]] * ROUNDS  # of one size, they are numbered by name
+    assert (
+        left_out(run) == [[sorted(NAMES)[HOSTILE]]] * ROUNDS
+    )  # of one size, they are numbered by name
     assert error_of(run) < BAND
 
 
-def test_without_the_check_of_lengths_a_huge_update_ruins_the_model(data: Path, tmp_path: Path) -> None:
-    run = federate_with(huge, data, tmp_path, "federation.max_update_norm=0")
+def test_without_the_check_of_lengths_a_huge_update_ruins_the_model(
+    data: Path, tmp_path: Path
+) -> None:
+    run = federate_with(huge, data, tmp_path, "federation.max_update_ratio=0")
     assert left_out(run) == [[]] * ROUNDS
     assert error_of(run) > BAND

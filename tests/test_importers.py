@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedgan.data.importers import Columns, ImportOptions, import_source, read_folder, read_manifest, read_npz
+from fedgan.data.importers import (
+    Columns,
+    ImportOptions,
+    import_source,
+    read_folder,
+    read_manifest,
+    read_npz,
+)
 from fedgan.data.importers.pixels import UnreadableError, decode, fit_square
 from fedgan.data.labels import LabelMap
 from fedgan.errors import ConfigError, DataError, SplitError
@@ -26,7 +33,9 @@ def save_png(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
-def our_pack(path: Path, count: int = 60, card: dict | None = None, **changes: np.ndarray | None) -> Path:
+def our_pack(
+    path: Path, count: int = 60, card: dict | None = None, **changes: np.ndarray | None
+) -> Path:
     arrays = {
         "images": noise(count, 16, 16),
         "label": (np.arange(count) % 3).astype(np.uint8),
@@ -42,11 +51,19 @@ def our_pack(path: Path, count: int = 60, card: dict | None = None, **changes: n
     return path
 
 
-def test_copies_without_a_patient_stay_together_and_copies_across_a_given_split_are_counted(tmp_path):
+def test_copies_without_a_patient_stay_together_and_copies_across_a_given_split_are_counted(
+    tmp_path,
+):
     rng = np.random.default_rng(0)
     images = np.repeat(rng.integers(0, 256, (30, 16, 16), dtype=np.uint8), 2, axis=0)
     bare = our_pack(
-        tmp_path / "bare.npz", images=images, label=np.zeros(60, int), institution=None, split=None, patient=None, name=None
+        tmp_path / "bare.npz",
+        images=images,
+        label=np.zeros(60, int),
+        institution=None,
+        split=None,
+        patient=None,
+        name=None,
     )
     (shard,) = import_source(read_npz(bare), tmp_path / "bare")
     splits = shard.samples.splits
@@ -83,16 +100,27 @@ def test_our_pack_becomes_a_shard_for_each_institution(tmp_path):
     assert np.array_equal(north.samples.splits == "test", split[:40] == 1)
     assert set(south.samples.institutions) == {"St. Mary's / south"}
     assert north.card.label_names == south.card.label_names == ("normal", "a", "b")
-    assert (north.card.licence, south.card.licence, north.card.source) == ("CC BY 4.0", "", "Two towns")
+    assert (north.card.licence, south.card.licence, north.card.source) == (
+        "CC BY 4.0",
+        "",
+        "Two towns",
+    )
     assert north.card.images["val"] > 0
     assert "no" in north.card.resize
     assert north.samples.sources[3] == "3.png"
 
 
 def test_names_of_codes_may_stand_inside_the_pack(tmp_path):
-    pack = our_pack(tmp_path / "pack.npz", labels=np.array(["x", "y", "z"]), institutions=np.array(["one", "two"]))
+    pack = our_pack(
+        tmp_path / "pack.npz",
+        labels=np.array(["x", "y", "z"]),
+        institutions=np.array(["one", "two"]),
+    )
     pack.with_suffix(".json").unlink()
-    assert [shard.name for shard in import_source(read_npz(pack), tmp_path / "out")] == ["one", "two"]
+    assert [shard.name for shard in import_source(read_npz(pack), tmp_path / "out")] == [
+        "one",
+        "two",
+    ]
     bare = our_pack(tmp_path / "bare.npz", institution=None, split=None, patient=None, name=None)
     bare.with_suffix(".json").unlink()
     (shard,) = import_source(read_npz(bare), tmp_path / "bare")
@@ -105,14 +133,18 @@ def test_names_of_codes_may_stand_inside_the_pack(tmp_path):
 def test_a_label_map_merges_classes_and_leaves_the_split_alone(tmp_path):
     pack = our_pack(tmp_path / "pack.npz")
     six = import_source(read_npz(pack), tmp_path / "six")
-    two = import_source(read_npz(pack), tmp_path / "two", ImportOptions(label_map="normal=normal,*=abnormal"))
+    two = import_source(
+        read_npz(pack), tmp_path / "two", ImportOptions(label_map="normal=normal,*=abnormal")
+    )
     for before, after in zip(six, two, strict=True):
         assert after.card.label_names == ("normal", "abnormal")
         assert np.array_equal(after.labels[:, 0], before.labels[:, 0])
         assert np.array_equal(after.labels[:, 1], before.labels[:, 1] | before.labels[:, 2])
         assert np.array_equal(before.samples.splits, after.samples.splits)
     with pytest.raises(DataError, match="no rule for 'a'"):
-        import_source(read_npz(pack), tmp_path / "none", ImportOptions(label_map="normal=normal,b=abnormal"))
+        import_source(
+            read_npz(pack), tmp_path / "none", ImportOptions(label_map="normal=normal,b=abnormal")
+        )
     assert not (tmp_path / "none").exists()
 
 
@@ -122,12 +154,18 @@ def test_the_medmnist_layout_keeps_its_three_splits(tmp_path, columns):
     arrays = {}
     for seed, (split, count) in enumerate(counts.items()):
         arrays[f"{split}_images"] = noise(count, 28, 28, 3, seed=seed)
-        arrays[f"{split}_labels"] = np.arange(count)[:, None] % 2 if columns == 1 else noise(count, 3, seed=seed) % 2
+        arrays[f"{split}_labels"] = (
+            np.arange(count)[:, None] % 2 if columns == 1 else noise(count, 3, seed=seed) % 2
+        )
     np.savez(tmp_path / "dermamnist.npz", **arrays)
-    (tmp_path / "dermamnist.json").write_text(json.dumps({"labels": {str(i): f"l{i}" for i in range(3 if columns > 1 else 2)}}))
+    (tmp_path / "dermamnist.json").write_text(
+        json.dumps({"labels": {str(i): f"l{i}" for i in range(3 if columns > 1 else 2)}})
+    )
     with pytest.raises(DataError, match=r"28×28.*--resolution 32"):
         import_source(read_npz(tmp_path / "dermamnist.npz"), tmp_path / "out")
-    (shard,) = import_source(read_npz(tmp_path / "dermamnist.npz"), tmp_path / "out", ImportOptions(resolution=32))
+    (shard,) = import_source(
+        read_npz(tmp_path / "dermamnist.npz"), tmp_path / "out", ImportOptions(resolution=32)
+    )
     assert shard.card.images == counts
     assert (shard.card.channels, shard.card.exclusive) == (3, columns == 1)
     assert "LANCZOS" in shard.card.resize
@@ -136,14 +174,18 @@ def test_the_medmnist_layout_keeps_its_three_splits(tmp_path, columns):
         wanted = np.eye(2, dtype=np.uint8)[wanted[:, 0]] if columns == 1 else wanted
         assert np.array_equal(shard.labels[shard.rows(split)], wanted)
     first = Image.fromarray(arrays["val_images"][0]).resize((32, 32), Image.Resampling.LANCZOS)
-    assert np.array_equal(shard.images[shard.rows("val")[:1]][0], np.asarray(first).transpose(2, 0, 1))
+    assert np.array_equal(
+        shard.images[shard.rows("val")[:1]][0], np.asarray(first).transpose(2, 0, 1)
+    )
 
 
 def test_fortran_order_and_a_channel_axis_give_the_same_images(tmp_path):
     plain = import_source(read_npz(our_pack(tmp_path / "a.npz")), tmp_path / "a")
     images = np.asfortranarray(noise(60, 16, 16)[..., None])
     other = import_source(read_npz(our_pack(tmp_path / "b.npz", images=images)), tmp_path / "b")
-    assert [shard.card.content_hash for shard in plain] == [shard.card.content_hash for shard in other]
+    assert [shard.card.content_hash for shard in plain] == [
+        shard.card.content_hash for shard in other
+    ]
 
 
 def test_a_pack_keeps_identical_images_and_says_so_unless_asked(tmp_path):
@@ -162,7 +204,10 @@ def test_a_pack_keeps_identical_images_and_says_so_unless_asked(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label": np.full(60, 3, np.uint8)}, "60 images have a label code outside the card's 3 labels"),
+        (
+            {"label": np.full(60, 3, np.uint8)},
+            "60 images have a label code outside the card's 3 labels",
+        ),
         ({"label": np.array(["odd"] * 60)}, "'odd' is not in the card"),
         ({"label": np.zeros(59, np.uint8)}, "59 entries for 60 images"),
         ({"label": np.zeros(60)}, "whole numbers"),
@@ -224,7 +269,10 @@ def test_an_output_that_is_not_empty_is_refused(tmp_path):
 def test_class_folders_count_every_file_they_cannot_use(tmp_path):
     root = tmp_path / "photos"
     for i in range(20):
-        save_png(root / ("cat" if i % 2 else "dog") / f"person{i // 4}_{i}.png", noise(20 + i, 30, seed=i))
+        save_png(
+            root / ("cat" if i % 2 else "dog") / f"person{i // 4}_{i}.png",
+            noise(20 + i, 30, seed=i),
+        )
     save_png(root / "cat" / "deeper" / "person9_0.PNG", noise(16, 16, seed=50))
     save_png(root / "dog" / "copy.png", noise(21, 30, seed=1))  # the pixels of a cat
     save_png(root / "stray.png", noise(16, 16))
@@ -244,16 +292,23 @@ def test_class_folders_count_every_file_they_cannot_use(tmp_path):
     assert shard.card.label_names == ("cat", "dog")
     assert len(np.unique(shard.samples.patients)) == 6
     assert shard.name == "photos"
-    assert [source.startswith("cat/") for source in shard.samples.sources] == (shard.labels[:, 0] == 1).tolist()
+    assert [source.startswith("cat/") for source in shard.samples.sources] == (
+        shard.labels[:, 0] == 1
+    ).tolist()
 
 
 def test_split_folders_keep_their_split(tmp_path):
     for i in range(24):
-        save_png(tmp_path / "x" / ("training", "Test")[i % 3 == 0] / f"c{i % 2}" / f"{i}.png", noise(16, 16, seed=i))
+        save_png(
+            tmp_path / "x" / ("training", "Test")[i % 3 == 0] / f"c{i % 2}" / f"{i}.png",
+            noise(16, 16, seed=i),
+        )
     (shard,) = import_source(read_folder(tmp_path / "x"), tmp_path / "out")
     assert shard.card.images["test"] == 8
     assert shard.card.label_names == ("c0", "c1")
-    assert [source.startswith("Test") for source in shard.samples.sources] == (shard.samples.splits == "test").tolist()
+    assert [source.startswith("Test") for source in shard.samples.sources] == (
+        shard.samples.splits == "test"
+    ).tolist()
 
 
 def test_a_folder_without_usable_images_is_one_clear_error(tmp_path):
@@ -290,28 +345,48 @@ def pictures(folder: Path, count: int) -> list[str]:
 def test_a_manifest_with_one_label_column(tmp_path):
     names = pictures(tmp_path, 30)
     rows = [
-        {"path": name, "label": "mel" if i % 3 else "nv", "patient": f"p{i // 3}", "institution": "AB"[i >= 18], "split": ""}
+        {
+            "path": name,
+            "label": "mel" if i % 3 else "nv",
+            "patient": f"p{i // 3}",
+            "institution": "AB"[i >= 18],
+            "split": "",
+        }
         for i, name in enumerate(names)
     ]
     for i, row in enumerate(rows):
         row["split"] = ("Train", "testing", "valid")[(i // 3) % 3]
     rows[0]["label"], rows[1]["path"], rows[2]["split"], rows[29]["path"] = "", "", "", "gone.png"
     a, b = import_source(read_manifest(manifest(tmp_path / "m.csv", rows)), tmp_path / "out")
-    assert (a.card.skipped, b.card.skipped) == ({"no label": 1, "no path": 1, "no split": 1}, {"missing file": 1})
+    assert (a.card.skipped, b.card.skipped) == (
+        {"no label": 1, "no path": 1, "no split": 1},
+        {"missing file": 1},
+    )
     assert len(a) + len(b) == 26
     assert a.card.label_names == ("mel", "nv")
-    wanted = {row["path"]: {"Train": "train", "testing": "test", "valid": "val"}.get(str(row["split"])) for row in rows}
+    wanted = {
+        row["path"]: {"Train": "train", "testing": "test", "valid": "val"}.get(str(row["split"]))
+        for row in rows
+    }
     for shard in (a, b):
-        assert all(wanted[name] == split for name, split in zip(shard.samples.sources, shard.samples.splits, strict=True))
+        assert all(
+            wanted[name] == split
+            for name, split in zip(shard.samples.sources, shard.samples.splits, strict=True)
+        )
 
 
 def test_a_manifest_with_several_label_columns(tmp_path):
     names = pictures(tmp_path / "images", 12)
-    rows = [{"file": name, "effusion": i % 2, "nodule": (i // 2) % 2, "subject": i // 2} for i, name in enumerate(names)]
+    rows = [
+        {"file": name, "effusion": i % 2, "nodule": (i // 2) % 2, "subject": i // 2}
+        for i, name in enumerate(names)
+    ]
     rows[3]["nodule"], rows[4]["effusion"] = "-1", ""
     columns = Columns("file", ("effusion", "nodule"), patient="subject")
     file = manifest(tmp_path / "findings.csv", rows)
-    (shard,) = import_source(read_manifest(file, columns, root=tmp_path / "images", name="ward 7"), tmp_path / "out")
+    (shard,) = import_source(
+        read_manifest(file, columns, root=tmp_path / "images", name="ward 7"), tmp_path / "out"
+    )
     assert shard.name == "ward-7"
     assert not shard.card.exclusive
     assert shard.card.skipped == {"label neither 0 nor 1": 1, "no label": 1}
@@ -321,19 +396,33 @@ def test_a_manifest_with_several_label_columns(tmp_path):
 
 
 def test_one_hot_columns_are_classes_that_exclude_each_other(tmp_path):
-    rows = [{"path": name, "MEL": i % 2, "NV": 1 - i % 2} for i, name in enumerate(pictures(tmp_path, 10))]
-    (shard,) = import_source(read_manifest(manifest(tmp_path / "m.csv", rows), Columns(labels=("MEL", "NV"))), tmp_path / "out")
+    rows = [
+        {"path": name, "MEL": i % 2, "NV": 1 - i % 2}
+        for i, name in enumerate(pictures(tmp_path, 10))
+    ]
+    (shard,) = import_source(
+        read_manifest(manifest(tmp_path / "m.csv", rows), Columns(labels=("MEL", "NV"))),
+        tmp_path / "out",
+    )
     assert shard.card.exclusive
-    (bare,) = import_source(read_manifest(tmp_path / "m.csv", Columns(labels=())), tmp_path / "bare")
+    (bare,) = import_source(
+        read_manifest(tmp_path / "m.csv", Columns(labels=())), tmp_path / "bare"
+    )
     assert bare.labels.shape == (10, 0)
 
 
 def test_a_manifest_that_cannot_be_read_says_which_column_or_row(tmp_path):
-    rows = [{"path": name, "label": "a", "patiant": i, "split": "holdout"} for i, name in enumerate(pictures(tmp_path, 4))]
+    rows = [
+        {"path": name, "label": "a", "patiant": i, "split": "holdout"}
+        for i, name in enumerate(pictures(tmp_path, 4))
+    ]
     file = manifest(tmp_path / "m.csv", rows)
     for columns, message in (
         (Columns(patient="patient"), "no column 'patient'; did you mean 'patiant'"),
-        (Columns(labels=("finding",)), "no column 'finding': name one of path, label, patiant, split with --label-column"),
+        (
+            Columns(labels=("finding",)),
+            "no column 'finding': name one of path, label, patiant, split with --label-column",
+        ),
         (Columns(), "'holdout' is no split"),
     ):
         with pytest.raises(DataError, match=message):
@@ -402,7 +491,9 @@ def test_two_maps_one_after_the_other_are_their_composition(names, data):
 @given(st.lists(WORDS, min_size=1, max_size=6, unique=True), st.data())
 @settings(max_examples=50)
 def test_a_map_keeps_one_label_an_image_and_every_image(names, data):
-    label_map = LabelMap((*((n, data.draw(WORDS)) for n in names if data.draw(st.booleans())), ("*", "rest")))
+    label_map = LabelMap(
+        (*((n, data.draw(WORDS)) for n in names if data.draw(st.booleans())), ("*", "rest"))
+    )
     labels = np.eye(len(names), dtype=np.uint8)
     mapped, out = label_map.apply(labels, names)
     assert (mapped.sum(axis=1) == 1).all()
@@ -418,6 +509,11 @@ def test_a_map_is_read_as_it_is_written():
     assert label_map.names(["x", "normal", "y"]) == ("normal", "abnormal")
     with pytest.raises(DataError, match="did you mean 'normal'"):
         LabelMap.parse("norml=normal,*=abnormal").names(["normal", "x"])
-    for text, message in (("normal", "is no rule"), ("a=", "is no rule"), ("a=*", "is no rule"), ("a=b,a=c", "two rules")):
+    for text, message in (
+        ("normal", "is no rule"),
+        ("a=", "is no rule"),
+        ("a=*", "is no rule"),
+        ("a=b,a=c", "two rules"),
+    ):
         with pytest.raises(ConfigError, match=message):
             LabelMap.parse(text)

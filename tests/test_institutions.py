@@ -1,4 +1,4 @@
-"""model.institutions: networks that tell hospitals apart, and who asks for a label alone."""
+"""model.hospitals: networks that tell hospitals apart, and who asks for a label alone."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ import torch
 from small_federation import federate, tiny, write_shards
 
 from client.app import app
+from fedgan.audit import audit
+from fedgan.audit.subject import Audited, AuditSettings
 from fedgan.cli.audit import load_audited
 from fedgan.config import ModelSettings, Settings, from_dict, to_dict
 from fedgan.data.federation import open_hospitals
 from fedgan.errors import CheckpointError, ConfigError, FedganError
-from fedgan.evaluation import audit
-from fedgan.evaluation.audit_subject import Audited, AuditSettings
 from fedgan.evaluation.reference import pool_places
 from fedgan.evaluation.sampling import generate_images
-from fedgan.models.discriminator import Discriminator
-from fedgan.models.generator import Generator
-from fedgan.models.institutions import Institutions
+from fedgan.models.stylegan2.discriminator import Discriminator
+from fedgan.models.stylegan2.generator import Generator
+from fedgan.models.stylegan2.hospital_condition import HospitalCondition
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator, load_tensors, save_tensors
 from fedgan.training.trainer import Trainer
 
-APART = ("model.institutions=3", "federation.share_label_counts=true")
-MODEL = ModelSettings(z_dim=4, w_dim=8, channel_base=64, channel_max=8, mapping_layers=1, institutions=3)
+APART = ("model.hospitals=3", "federation.share_label_counts=true")
+MODEL = ModelSettings(
+    z_dim=4, w_dim=8, channel_base=64, channel_max=8, mapping_layers=1, hospitals=3
+)
 SHARES = {0: (60, [60, 0]), 1: (30, [20, 10]), 2: (10, [0, 10])}
 
 
-def hospitals_of(z: torch.Tensor, c: torch.Tensor, institutions: Institutions) -> np.ndarray:
+def hospitals_of(z: torch.Tensor, c: torch.Tensor, institutions: HospitalCondition) -> np.ndarray:
     return institutions(c, z)[:, c.shape[1] :].argmax(1).numpy()
 
 
@@ -40,8 +42,8 @@ def hospitals_of(z: torch.Tensor, c: torch.Tensor, institutions: Institutions) -
 
 
 def test_a_label_s_images_come_from_its_holders_by_their_shares() -> None:
-    institutions = Institutions(2, 3)
-    institutions.know(SHARES, exclusive=True)
+    institutions = HospitalCondition(2, 3)
+    institutions.set_label_counts(SHARES, exclusive=True)
     z = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0))
     for label, expected in ((0, [0.75, 0.25, 0.0]), (1, [0.0, 0.5, 0.5])):
         c = torch.eye(2)[torch.full((len(z),), label)]
@@ -51,8 +53,8 @@ def test_a_label_s_images_come_from_its_holders_by_their_shares() -> None:
 
 
 def test_the_hospital_says_nothing_of_where_a_latent_lies() -> None:
-    institutions = Institutions(2, 3)
-    institutions.know(SHARES, exclusive=True)
+    institutions = HospitalCondition(2, 3)
+    institutions.set_label_counts(SHARES, exclusive=True)
     z = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(1))
     chosen = hospitals_of(z, torch.eye(2)[torch.zeros(len(z), dtype=torch.long)], institutions)
     for hospital in (0, 1):
@@ -63,42 +65,50 @@ def test_the_hospital_says_nothing_of_where_a_latent_lies() -> None:
 
 def test_findings_that_may_come_together_are_weighed_with_those_that_are_absent() -> None:
     """Two hospitals of one size; the first has each finding in a half of its images, the second in a tenth."""
-    institutions = Institutions(2, 2)
-    institutions.know({0: (100, [50, 50]), 1: (100, [10, 10])}, exclusive=False)
+    institutions = HospitalCondition(2, 2)
+    institutions.set_label_counts({0: (100, [50, 50]), 1: (100, [10, 10])}, exclusive=False)
     odds = institutions.odds(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])).numpy()[:, 0]
-    np.testing.assert_allclose(odds, [0.25 / (0.25 + 0.81), 0.25 / (0.25 + 0.09), 0.25 / (0.25 + 0.01)], rtol=1e-6)
+    np.testing.assert_allclose(
+        odds, [0.25 / (0.25 + 0.81), 0.25 / (0.25 + 0.09), 0.25 / (0.25 + 0.01)], rtol=1e-6
+    )
 
 
 def test_a_rare_label_is_its_holders_alone() -> None:
-    institutions = Institutions(2, 2)
-    institutions.know({0: (1_000_000, [1_000_000, 0]), 1: (1, [0, 1])}, exclusive=True)
+    institutions = HospitalCondition(2, 2)
+    institutions.set_label_counts({0: (1_000_000, [1_000_000, 0]), 1: (1, [0, 1])}, exclusive=True)
     assert institutions.odds(torch.eye(2)).tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
 def test_a_label_that_nobody_holds_is_drawn_by_size() -> None:
-    institutions = Institutions(2, 2)
-    institutions.know({0: (30, [30, 0]), 1: (10, [10, 0])}, exclusive=True)
+    institutions = HospitalCondition(2, 2)
+    institutions.set_label_counts({0: (30, [30, 0]), 1: (10, [10, 0])}, exclusive=True)
     assert institutions.odds(torch.eye(2))[1].tolist() == [0.75, 0.25]
 
 
 def test_a_hospital_that_never_came_is_never_drawn() -> None:
-    institutions = Institutions(1, 3)
-    institutions.know({0: (5, [5]), 2: (15, [15])}, exclusive=True)
-    np.testing.assert_allclose(institutions.odds(torch.ones(1, 1)).numpy()[0], [0.25, 0.0, 0.75], atol=1e-9)
+    institutions = HospitalCondition(1, 3)
+    institutions.set_label_counts({0: (5, [5]), 2: (15, [15])}, exclusive=True)
+    np.testing.assert_allclose(
+        institutions.odds(torch.ones(1, 1)).numpy()[0], [0.25, 0.0, 0.75], atol=1e-9
+    )
 
 
 def test_a_latent_and_a_label_are_one_image_in_any_batch() -> None:
     generator = Generator(MODEL, 16, 1, 2).eval()
-    generator.mapping.institutions.know(SHARES, exclusive=True)
+    generator.mapping.hospital_condition.set_label_counts(SHARES, exclusive=True)
     labels = np.eye(2, dtype=np.uint8)[np.arange(40) % 2]
-    whole, cut = (generate_images(generator, labels, seed=3, batch=batch).astype(int) for batch in (64, 7))
+    whole, cut = (
+        generate_images(generator, labels, seed=3, batch=batch).astype(int) for batch in (64, 7)
+    )
     assert np.abs(whole - cut).max() <= 1
 
 
 def test_a_hospital_can_be_named_and_is_seen() -> None:
     generator = Generator(MODEL, 16, 1, 2).eval()
     z, label = torch.randn(1, 4), torch.tensor([[1.0, 0.0]])
-    first, second = (generator(z, torch.cat([label, torch.eye(3)[[k]]], 1), noise="const") for k in (0, 1))
+    first, second = (
+        generator(z, torch.cat([label, torch.eye(3)[[k]]], 1), noise="const") for k in (0, 1)
+    )
     assert (first - second).abs().max() > 1e-3
     with pytest.raises(FedganError, match="does not know the hospitals' shares"):
         generator(z, label)
@@ -107,19 +117,25 @@ def test_a_hospital_can_be_named_and_is_seen() -> None:
 def test_a_discriminator_that_is_asked_about_a_label_weighs_all_hospitals() -> None:
     discriminator = Discriminator(MODEL, 16, 1, 2)
     assert discriminator.mapping is not None
-    discriminator.mapping.institutions.know(SHARES, exclusive=True)
+    discriminator.mapping.hospital_condition.set_label_counts(SHARES, exclusive=True)
     images, label = torch.randn(4, 1, 16, 16), torch.tensor([[1.0, 0.0]]).repeat(4, 1)
     weighed = torch.cat([label, torch.tensor([[0.75, 0.25, 0.0]]).repeat(4, 1)], 1)
-    torch.testing.assert_close(discriminator(images, label), discriminator(images, weighed), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        discriminator(images, label), discriminator(images, weighed), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_an_audit_asks_about_one_hospital_alone() -> None:
     generator, discriminator = Generator(MODEL, 16, 1, 2), Discriminator(MODEL, 16, 1, 2)
     assert discriminator.mapping is not None
     for network in (generator, discriminator):
-        network.mapping.institutions.know(SHARES, exclusive=True)  # type: ignore[union-attr]
+        network.mapping.hospital_condition.set_label_counts(SHARES, exclusive=True)  # type: ignore[union-attr]
     audited = Audited(from_dict({}), generator, discriminator, numbers={"alpha": 0, "gamma": 2})
-    label, images, z = torch.tensor([[0.0, 1.0]]).repeat(4, 1), torch.randn(4, 1, 16, 16), torch.randn(4, 4)
+    label, images, z = (
+        torch.tensor([[0.0, 1.0]]).repeat(4, 1),
+        torch.randn(4, 1, 16, 16),
+        torch.randn(4, 4),
+    )
     named = torch.cat([label, torch.tensor([[0.0, 0.0, 1.0]]).repeat(4, 1)], 1)
     mixed = discriminator(images, label)
     with audited.asked_about("gamma") as alone:
@@ -135,7 +151,7 @@ def test_an_audit_asks_about_one_hospital_alone() -> None:
 
 
 def test_without_institutions_networks_are_what_they_were() -> None:
-    plain = dataclasses.replace(MODEL, institutions=0)
+    plain = dataclasses.replace(MODEL, hospitals=0)
     for label_dim in (0, 2):
         for kind in (Generator, Discriminator):
             names = kind(plain, 16, 1, label_dim).state_dict()
@@ -169,16 +185,28 @@ def test_a_checkpoint_says_who_holds_what(tmp_path: Path) -> None:
     federate(settings, run, app)
     generator, _ = load_generator(run.checkpoint(2))
     sizes = [len(hospital.train) for hospital in open_hospitals(settings)]
-    odds = generator.mapping.institutions.odds(torch.eye(2)).numpy()
+    odds = generator.mapping.hospital_condition.odds(torch.eye(2)).numpy()
     np.testing.assert_allclose(odds, np.tile(np.array(sizes) / sum(sizes), (2, 1)), atol=1e-6)
     tensors, meta = load_tensors(run.checkpoint(2))
-    meta["since"].pop("2")  # as of a hospital that joined and never answered: its column is as the seed gave it
+    meta["since"].pop(
+        "2"
+    )  # as of a hospital that joined and never answered: its column is as the seed gave it
     save_tensors(tmp_path / "without.safetensors", tensors, meta)
-    odds = load_generator(tmp_path / "without.safetensors")[0].mapping.institutions.odds(torch.eye(2)).numpy()
-    np.testing.assert_allclose(odds, np.tile([sizes[0] / sum(sizes[:2]), sizes[1] / sum(sizes[:2]), 0], (2, 1)), atol=1e-6)
+    odds = (
+        load_generator(tmp_path / "without.safetensors")[0]
+        .mapping.hospital_condition.odds(torch.eye(2))
+        .numpy()
+    )
+    np.testing.assert_allclose(
+        odds, np.tile([sizes[0] / sum(sizes[:2]), sizes[1] / sum(sizes[:2]), 0], (2, 1)), atol=1e-6
+    )
     for share in meta["shares"]:
         share["label_counts"] = []
-    save_tensors(run.checkpoint(2), tensors, {key: value for key, value in meta.items() if key not in ("format", "sha256")})
+    save_tensors(
+        run.checkpoint(2),
+        tensors,
+        {key: value for key, value in meta.items() if key not in ("format", "sha256")},
+    )
     with pytest.raises(CheckpointError, match="does not tell the hospitals' shares"):
         load_generator(run.checkpoint(2))
 
@@ -199,13 +227,18 @@ def test_pooled_images_keep_their_hospitals(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "word"),
     [
-        (["model.institutions=2", "federation.share_label_counts=true"], "federation.hospitals = 3"),
-        (["model.institutions=3"], "share_label_counts = true"),
-        (["federation.share_label_counts=true", "privacy.hospital=server"], "and model.institutions"),
+        (["model.hospitals=2", "federation.share_label_counts=true"], "federation.hospitals = 3"),
+        (["model.hospitals=3"], "share_label_counts = true"),
+        (
+            ["federation.share_label_counts=true", "privacy.client_level=server"],
+            "and model.hospitals",
+        ),
         ([*APART, "training.labels=uniform"], "may not hold"),
     ],
 )
-def test_settings_that_could_not_be_drawn_from_are_refused(overrides: list[str], word: str, tmp_path: Path) -> None:
+def test_settings_that_could_not_be_drawn_from_are_refused(
+    overrides: list[str], word: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=word):
         from_dict(to_dict(tiny(tmp_path)), overrides)
 
@@ -219,7 +252,7 @@ def test_an_audit_of_a_run_asks_about_each_hospital_alone(tmp_path: Path) -> Non
     asked: list[tuple[torch.Tensor, list[str]]] = []
 
     def look(of: Audited, *rest: Any) -> None:
-        asked.append((of.generator.mapping.institutions.odds(torch.eye(2)), rest[-1]))
+        asked.append((of.generator.mapping.hospital_condition.odds(torch.eye(2)), rest[-1]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(audit, "too_few", lambda hospital: "")

@@ -26,20 +26,20 @@ from fedgan.evaluation import reference
 from fedgan.evaluation.evaluate import evaluate_synthetic
 from fedgan.evaluation.reference import RealReference
 from fedgan.run_folder import RunFolder
-from server.preparation import evaluation_hospitals
-from simulations import judging
-from simulations.arms import Arm, plan_of
-from simulations.compare import prepare
-from simulations.home import train_at_home
-from simulations.judging import (
-    is_judged,
-    judge_arm,
-    judgement_key,
-    open_bench,
+from fedgan.runs.preparation import evaluation_hospitals
+from simulations.comparison import evaluate as judging
+from simulations.comparison.compare import prepare
+from simulations.comparison.evaluate import (
+    evaluate_arm,
+    evaluation_key,
+    is_arm_evaluated,
+    open_evaluation_context,
     read_scores,
     shares,
     write_real_grid,
 )
+from simulations.comparison.plan import Arm, plan_of
+from simulations.comparison.standalone import train_standalone
 
 LABELS = ("dark", "bright")
 SIDE, IMAGES, ROUNDS = 16, 24, 2
@@ -58,11 +58,16 @@ def write_data(root: Path, other_test: bool = False) -> Path:
     for number, (name, size) in enumerate((("alpha", 96), ("beta", 48))):
         rng = np.random.default_rng(number)
         kinds = np.arange(size) % 2 if name == "alpha" else np.zeros(size, int)
-        splits = np.array(["train", "train", "test", "test", "train", "train", "val", "val"])[np.arange(size) % 8]
+        splits = np.array(["train", "train", "test", "test", "train", "train", "val", "val"])[
+            np.arange(size) % 8
+        ]
         images = rng.integers(0, 128, (size, 1, SIDE, SIDE)) + 100 * kinds[:, None, None, None]
         if other_test and name == "alpha":
             test = splits == "test"
-            images[test], kinds = images[test] + 1, np.where(test, 1 - kinds, kinds)  # a choice by these would go astray
+            images[test], kinds = (
+                images[test] + 1,
+                np.where(test, 1 - kinds, kinds),
+            )  # a choice by these would go astray
         write_shard(
             root / name,
             images.astype(np.uint8),
@@ -79,10 +84,23 @@ def scenario(data: Path, *overrides: str) -> Settings:
     tree: dict[str, Any] = {
         "name": "tiny",
         "data": {"root": str(data), "resolution": SIDE},
-        "model": {"z_dim": 4, "w_dim": 8, "channel_base": 64, "channel_max": 8, "mapping_layers": 1},
+        "model": {
+            "z_dim": 4,
+            "w_dim": 8,
+            "channel_base": 64,
+            "channel_max": 8,
+            "mapping_layers": 1,
+        },
         "training": {"kimg": 0.032, "batch_size": 4, "device": "cpu"},
         "federation": {"hospitals": 2, "rounds": ROUNDS},
-        "evaluation": {"every": 1, "images": IMAGES, "seeds": 2, "epochs": 2, "bootstrap": 10, "suite": "quick"},
+        "evaluation": {
+            "every": 1,
+            "images": IMAGES,
+            "seeds": 2,
+            "epochs": 2,
+            "bootstrap": 10,
+            "suite": "quick",
+        },
         "comparison": {"arms": ["centralized", "local"], "seeds": 1},
     }
     return from_dict(tree, overrides)
@@ -97,7 +115,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> ComparisonFolder:
     prepare(settings, folder, lambda event: None)
     for arm in plan_of(settings, folder):
         for job in arm.jobs:
-            train_at_home(job, lambda event: None)
+            train_standalone(job, lambda event: None)
     return folder
 
 
@@ -127,9 +145,11 @@ def arms_of(folder: ComparisonFolder) -> dict[str, Arm]:
 def judge_all(folder: ComparisonFolder) -> list[str]:
     """Judge every arm; what was said on the way."""
     said: list[str] = []
-    bench = open_bench(folder, said.append)
+    context = open_evaluation_context(folder, said.append)
     for arm in arms_of(folder).values():
-        judge_arm(bench, arm, lambda share, text, name=arm.name: said.append(f"{name}: {text}"))  # type: ignore[misc]
+        evaluate_arm(
+            context, arm, lambda share, text, name=arm.name: said.append(f"{name}: {text}")
+        )  # type: ignore[misc]
     return said
 
 
@@ -139,56 +159,71 @@ def synthetic(run: RunFolder) -> tuple[np.ndarray, np.ndarray]:
 
 
 def written(folder: ComparisonFolder) -> dict[str, int]:
-    return {str(path.relative_to(folder.path)): path.stat().st_mtime_ns for path in folder.path.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder.path)): path.stat().st_mtime_ns
+        for path in folder.path.rglob("*")
+        if path.is_file()
+    }
 
 
 # --- nothing twice ---------------------------------------------------------------------------------
 
 
 def test_an_arm_that_is_judged_is_not_judged_again(judged: ComparisonFolder) -> None:
-    assert all(is_judged(judged.settings(), arm, judged) for arm in arms_of(judged).values())
+    assert all(is_arm_evaluated(judged.settings(), arm, judged) for arm in arms_of(judged).values())
     before = written(judged)
     assert judge_all(judged) == []
     assert written(judged) == before
 
 
-@pytest.mark.parametrize("change", ["evaluation.epochs=3", "evaluation.seeds=3", "evaluation.bootstrap=20"])
+@pytest.mark.parametrize(
+    "change", ["evaluation.epochs=3", "evaluation.seeds=3", "evaluation.bootstrap=20"]
+)
 def test_other_evaluation_settings_are_a_judgement_anew_of_the_same_images(
     change: str, judged: ComparisonFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copy(judged, tmp_path, change, "comparison.arms=centralized")
     arm = arms_of(folder)["centralized"]
-    assert not is_judged(folder.settings(), arm, folder)
+    assert not is_arm_evaluated(folder.settings(), arm, folder)
     drawn: list[int] = []
     generate = judging.generate_images
     monkeypatch.setattr(
         judging,
         "generate_images",
-        lambda generator, labels, *rest, **how: drawn.append(1) or generate(generator, labels, *rest, **how),
+        lambda generator, labels, *rest, **how: (
+            drawn.append(1) or generate(generator, labels, *rest, **how)
+        ),
     )
     images = (arm.folder / "synthetic.npz").stat().st_mtime_ns
     said = judge_all(folder)
     assert "centralized: generating" in said
     assert len(drawn) == ROUNDS  # a point of the curve for each kept round, and no synthetic set
     assert (arm.folder / "synthetic.npz").stat().st_mtime_ns == images
-    assert is_judged(folder.settings(), arm, folder)
+    assert is_arm_evaluated(folder.settings(), arm, folder)
     key, _, value = change.removeprefix("evaluation.").partition("=")
     found = arm.run.read_json(arm.run.evaluation)["utility"]
-    assert (found["steps"], found["seeds"], found["bootstrap"])["esb".index(key[0])] == (4 if key == "epochs" else int(value))
+    assert (found["steps"], found["seeds"], found["bootstrap"])["esb".index(key[0])] == (
+        4 if key == "epochs" else int(value)
+    )
 
 
-def test_what_a_judgement_depends_on_makes_its_key(judged: ComparisonFolder, tmp_path: Path) -> None:
+def test_what_a_judgement_depends_on_makes_its_key(
+    judged: ComparisonFolder, tmp_path: Path
+) -> None:
     settings, arms = judged.settings(), arms_of(judged)
     weights, guests = tmp_path / "weights.npz", write_data(tmp_path / "guests")
     weights.write_bytes(b"one")
 
     def key(*changes: str, name: str = "centralized", folder: ComparisonFolder = judged) -> str:
-        return judgement_key(from_dict(to_dict(settings), changes), arms[name], folder)
+        return evaluation_key(from_dict(to_dict(settings), changes), arms[name], folder)
 
     keys = {key(name=name) for name in arms}
     for change in ("evaluation.psi=0.5", "evaluation.suite=full", "data.root=elsewhere", "seed=1"):
         keys.add(key(change))
-    for content in (b"one", b"other"):  # of one file: the key is about what it holds, not about what it is called
+    for content in (
+        b"one",
+        b"other",
+    ):  # of one file: the key is about what it holds, not about what it is called
         weights.write_bytes(content)
         keys.add(key(f"evaluation.features={weights}"))
     keys.add(key(f"evaluation.root={guests}"))
@@ -196,14 +231,19 @@ def test_what_a_judgement_depends_on_makes_its_key(judged: ComparisonFolder, tmp
     write_data(guests, other_test=True)  # other images in the same place
     keys.add(key(f"evaluation.root={guests}"))
     other = ComparisonFolder(tmp_path / "other")
-    files.write_json(other.hospitals, [row | {"content_hash": "0" * 64} for row in judged.read_json(judged.hospitals)])
+    files.write_json(
+        other.hospitals,
+        [row | {"content_hash": "0" * 64} for row in judged.read_json(judged.hospitals)],
+    )
     keys.add(key(folder=other))
     assert len(keys) == 11
     for change in ("comparison.margin=0.1", "name=x", "evaluation.show_real=all"):
         assert key(change, name="local") == key(name="local")
 
 
-def test_what_another_hand_wrote_over_or_removed_is_judged_again(judged: ComparisonFolder, tmp_path: Path) -> None:
+def test_what_another_hand_wrote_over_or_removed_is_judged_again(
+    judged: ComparisonFolder, tmp_path: Path
+) -> None:
     folder = copy(judged, tmp_path)
     settings, arm = folder.settings(), arms_of(folder)["local"]
     for name in (
@@ -217,14 +257,14 @@ def test_what_another_hand_wrote_over_or_removed_is_judged_again(judged: Compari
         before = path.read_bytes()
         for damage in (lambda path=path: path.write_bytes(b"{}"), path.unlink):
             damage()
-            assert not is_judged(settings, arm, folder), name
-            assert is_judged(settings, arms_of(folder)["centralized"], folder)
+            assert not is_arm_evaluated(settings, arm, folder), name
+            assert is_arm_evaluated(settings, arms_of(folder)["centralized"], folder)
             if name != "evaluation.json":
                 path.write_bytes(before)
-                assert is_judged(settings, arm, folder)
-    judge_arm(open_bench(folder), arm, lambda share, text: None)
+                assert is_arm_evaluated(settings, arm, folder)
+    evaluate_arm(open_evaluation_context(folder), arm, lambda share, text: None)
     assert path.read_bytes() == before
-    assert is_judged(settings, arm, folder)
+    assert is_arm_evaluated(settings, arm, folder)
 
 
 def test_another_checkpoint_is_judged_again(judged: ComparisonFolder, tmp_path: Path) -> None:
@@ -233,16 +273,18 @@ def test_another_checkpoint_is_judged_again(judged: ComparisonFolder, tmp_path: 
     member = arms["local"].jobs[1].run
     for path in (member.checkpoint(ROUNDS), member.checkpoint(ROUNDS).with_suffix(".json")):
         path.unlink()
-    assert is_judged(folder.settings(), arms["centralized"], folder)
-    assert not is_judged(folder.settings(), arms["local"], folder)
+    assert is_arm_evaluated(folder.settings(), arms["centralized"], folder)
+    assert not is_arm_evaluated(folder.settings(), arms["local"], folder)
     before, _ = synthetic(member)
-    judge_arm(open_bench(folder), arms["local"], lambda share, text: None)
+    evaluate_arm(open_evaluation_context(folder), arms["local"], lambda share, text: None)
     after, _ = synthetic(member)
     assert (before != after).any()
 
 
 @pytest.mark.parametrize("damage", ["torn", "empty", "gone"])
-def test_a_synthetic_set_that_is_torn_is_drawn_again(damage: str, judged: ComparisonFolder, tmp_path: Path) -> None:
+def test_a_synthetic_set_that_is_torn_is_drawn_again(
+    damage: str, judged: ComparisonFolder, tmp_path: Path
+) -> None:
     folder = copy(judged, tmp_path, "evaluation.bootstrap=11", "comparison.arms=centralized")
     run = arms_of(folder)["centralized"].run
     before, _ = synthetic(run)
@@ -255,19 +297,21 @@ def test_a_synthetic_set_that_is_torn_is_drawn_again(damage: str, judged: Compar
     np.testing.assert_array_equal(synthetic(run)[0], before)
 
 
-def test_a_damaged_checkpoint_fails_its_own_judgement_and_is_named(judged: ComparisonFolder, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_fails_its_own_judgement_and_is_named(
+    judged: ComparisonFolder, tmp_path: Path
+) -> None:
     folder = copy(judged, tmp_path)
     arm = arms_of(folder)["centralized"]
     path = arm.run.checkpoint(ROUNDS)
     path.with_suffix(".json").write_text('{"sha256": ')
-    assert not is_judged(folder.settings(), arm, folder)
+    assert not is_arm_evaluated(folder.settings(), arm, folder)
     with pytest.raises(CheckpointError, match=r"round-00002\.json is damaged"):
-        judge_arm(open_bench(folder), arm, lambda share, text: None)
+        evaluate_arm(open_evaluation_context(folder), arm, lambda share, text: None)
     shutil.copy(trained_json(judged), path.with_suffix(".json"))
     path.write_bytes(path.read_bytes()[:-1])
     (arm.folder / "judged.json").unlink()
     with pytest.raises(CheckpointError, match=r"round-00002\.safetensors is damaged"):
-        judge_arm(open_bench(folder), arm, lambda share, text: None)
+        evaluate_arm(open_evaluation_context(folder), arm, lambda share, text: None)
 
 
 def trained_json(folder: ComparisonFolder) -> Path:
@@ -278,7 +322,9 @@ def test_an_arm_without_a_round_cannot_be_judged(judged: ComparisonFolder, tmp_p
     folder = copy(judged, tmp_path)
     shutil.rmtree(arms_of(folder)["local"].jobs[0].run.checkpoints)
     with pytest.raises(CheckpointError, match="local, seed 0 has no finished round"):
-        judge_arm(open_bench(folder), arms_of(folder)["local"], lambda share, text: None)
+        evaluate_arm(
+            open_evaluation_context(folder), arms_of(folder)["local"], lambda share, text: None
+        )
 
 
 # --- one evaluator ---------------------------------------------------------------------------------
@@ -288,7 +334,10 @@ def test_all_arms_meet_the_same_evaluator_and_the_same_real_side(judged: Compari
     found = [arm.run.read_json(arm.run.evaluation) for arm in arms_of(judged).values()]
     assert found[0]["evaluator"] == found[1]["evaluator"]
     assert found[0]["utility"]["real"] == found[1]["utility"]["real"]
-    assert all(one["fidelity"]["frechet_floor"] == found[0]["fidelity"]["frechet_floor"] for one in found)
+    assert all(
+        one["fidelity"]["frechet_reference"] == found[0]["fidelity"]["frechet_reference"]
+        for one in found
+    )
     assert all(one["utility"]["synthetic_images"] == IMAGES for one in found)
     assert len(list(judged.reference.glob("classifier-*.safetensors"))) == 2
     for arm in arms_of(judged).values():
@@ -314,15 +363,22 @@ def test_each_hospital_s_own_generator_is_judged_beside_the_union(judged: Compar
     assert (alpha != beta).any()
 
 
-def test_the_full_suite_of_the_scenario_is_quick_for_single_hospitals(judged: ComparisonFolder, tmp_path: Path) -> None:
-    folder = copy(judged, tmp_path, "evaluation.suite=full", "evaluation.seeds=1", "comparison.arms=local")
+def test_the_full_suite_of_the_scenario_is_quick_for_single_hospitals(
+    judged: ComparisonFolder, tmp_path: Path
+) -> None:
+    folder = copy(
+        judged, tmp_path, "evaluation.suite=full", "evaluation.seeds=1", "comparison.arms=local"
+    )
     judge_all(folder)
     local = arms_of(folder)["local"]
     whole = local.run.read_json(local.run.evaluation)
     assert whole["suite"] == "full"
     assert {"mixed", "real_on_synthetic"} <= set(whole["utility"])
     assert whole["label_fidelity"]
-    assert [job.run.read_json(job.run.evaluation)["suite"] for job in local.jobs] == ["quick", "quick"]
+    assert [job.run.read_json(job.run.evaluation)["suite"] for job in local.jobs] == [
+        "quick",
+        "quick",
+    ]
     assert any("several generators" in note for note in whole["notes"])
 
 
@@ -331,17 +387,23 @@ def test_curves_have_a_point_for_each_kept_round(judged: ComparisonFolder) -> No
         points = json.loads((arm.folder / "curve.json").read_text())
         assert [(point["round"], point["images_seen"]) for point in points] == [(1, 16), (2, 32)]
         assert all(np.isfinite(point["frechet"]) for point in points)
-        assert {point["split"] for point in points} == {"train"}  # the validation split is too small here, and it says so
+        assert {point["split"] for point in points} == {
+            "train"
+        }  # the validation split is too small here, and it says so
         assert points[0]["frechet"] != points[1]["frechet"]
 
 
-def test_real_pictures_are_drawn_once_and_only_where_they_are_allowed(judged: ComparisonFolder, tmp_path: Path) -> None:
+def test_real_pictures_are_drawn_once_and_only_where_they_are_allowed(
+    judged: ComparisonFolder, tmp_path: Path
+) -> None:
     folder = copy(judged, tmp_path)
     path = folder.samples / "real.png"
 
     def write(show: str) -> None:
-        folder.write_settings(from_dict(to_dict(folder.settings()), [f"evaluation.show_real={show}"]))
-        write_real_grid(open_bench(folder))
+        folder.write_settings(
+            from_dict(to_dict(folder.settings()), [f"evaluation.show_real={show}"])
+        )
+        write_real_grid(open_evaluation_context(folder))
 
     write("phantoms")  # these come from data.root: whose they are is not known
     assert not path.exists()
@@ -366,26 +428,33 @@ def test_shares_are_in_proportion_and_add_up(sizes: list[int], total: int) -> No
         assert all(abs(count - share) < 1 for count, share in zip(counts, exact, strict=True))
 
 
-def test_the_union_has_each_hospital_s_share_and_its_own_classes_alone(judged: ComparisonFolder) -> None:
-    bench, local = open_bench(judged), arms_of(judged)["local"]
-    parts = [judging._Part.of(bench, job, local) for job in local.jobs]
-    union = judging.union(bench.settings, parts)
+def test_the_union_has_each_hospital_s_share_and_its_own_classes_alone(
+    judged: ComparisonFolder,
+) -> None:
+    context, local = open_evaluation_context(judged), arms_of(judged)["local"]
+    parts = [judging._Part.of(context, job, local) for job in local.jobs]
+    union = judging.union(context.settings, parts)
     assert len(union) == IMAGES
-    first, second = (len(hospital.train) for hospital in bench.hospitals)
+    first, second = (len(hospital.train) for hospital in context.hospitals)
     count = IMAGES * first // (first + second)  # 48 and 24 training images: 16 and 8 of 24
     own = [synthetic(job.run) for job in local.jobs]
     np.testing.assert_array_equal(
-        union.images[np.arange(IMAGES)], np.concatenate([own[0][0][:count], own[1][0][: IMAGES - count]])
+        union.images[np.arange(IMAGES)],
+        np.concatenate([own[0][0][:count], own[1][0][: IMAGES - count]]),
     )
     assert union.labels[:count].sum(0).min() > 0
-    assert union.labels[count:].tolist() == [[1, 0]] * (IMAGES - count)  # beta has dark images alone
+    assert union.labels[count:].tolist() == [[1, 0]] * (
+        IMAGES - count
+    )  # beta has dark images alone
     assert len(own[1][1]) == IMAGES
     assert own[1][1][:, 1].sum() == 0
 
 
-def test_a_picture_of_several_generators_draws_each_class_where_it_is_held(judged: ComparisonFolder) -> None:
-    bench, local = open_bench(judged), arms_of(judged)["local"]
-    parts = [judging._Part.of(bench, job, local) for job in local.jobs]
+def test_a_picture_of_several_generators_draws_each_class_where_it_is_held(
+    judged: ComparisonFolder,
+) -> None:
+    context, local = open_evaluation_context(judged), arms_of(judged)["local"]
+    parts = [judging._Part.of(context, job, local) for job in local.jobs]
     both = judging._ByClass(parts)
     z, c = torch.randn(4, both.z_dim), torch.eye(2)[[0, 1, 0, 1]]
     with torch.inference_mode():
@@ -399,17 +468,23 @@ def test_a_picture_of_several_generators_draws_each_class_where_it_is_held(judge
 
 
 @pytest.mark.parametrize("partition", ["iid", "dirichlet"])
-def test_an_image_s_institution_is_the_hospital_that_it_was_dealt_to(partition: str, tmp_path: Path) -> None:
+def test_an_image_s_institution_is_the_hospital_that_it_was_dealt_to(
+    partition: str, tmp_path: Path
+) -> None:
     folder = ComparisonFolder.at(tmp_path / "study")
-    settings = scenario(write_data(tmp_path / "data"), f"data.partition={partition}", "federation.hospitals=3")
+    settings = scenario(
+        write_data(tmp_path / "data"), f"data.partition={partition}", "federation.hospitals=3"
+    )
     prepare(settings, folder, lambda event: None)
-    bench = open_bench(folder)
-    expected = [(hospital.name, len(hospital.test)) for hospital in bench.hospitals]
+    context = open_evaluation_context(folder)
+    expected = [(hospital.name, len(hospital.test)) for hospital in context.hospitals]
     assert sorted(name for name, _ in expected) == ["hospital-1", "hospital-2", "hospital-3"]
-    names, counts = np.unique(bench.reference.test_places, return_counts=True)
-    assert list(zip(names.tolist(), counts.tolist(), strict=True)) == sorted(row for row in expected if row[1])
-    whole = {name for hospital in bench.hospitals for name in hospital.test.patients.tolist()}
-    assert len(whole) == len(bench.reference.test)
+    names, counts = np.unique(context.reference.test_places, return_counts=True)
+    assert list(zip(names.tolist(), counts.tolist(), strict=True)) == sorted(
+        row for row in expected if row[1]
+    )
+    whole = {name for hospital in context.hospitals for name in hospital.test.patients.tolist()}
+    assert len(whole) == len(context.reference.test)
 
 
 # --- no choice looks at the test split -------------------------------------------------------------
@@ -421,9 +496,15 @@ def test_an_arm_s_figures_choose_nothing_by_the_test_split(
     data = write_data(tmp_path / "data", other_test=True)
     folder = copy(trained, tmp_path, f"data.root={data}")
     assert judge_all(folder)
-    changed, kept = open_bench(folder).reference, open_bench(judged).reference
+    changed, kept = (
+        open_evaluation_context(folder).reference,
+        open_evaluation_context(judged).reference,
+    )
     assert changed.test_hash != kept.test_hash
-    same = (changed.test.images[np.arange(len(changed.test))] == kept.test.images[np.arange(len(kept.test))]).all((1, 2, 3))
+    same = (
+        changed.test.images[np.arange(len(changed.test))]
+        == kept.test.images[np.arange(len(kept.test))]
+    ).all((1, 2, 3))
     assert 0 < same.sum() < len(same)
     for number in range(2):
         name = f"classifier-{number}.safetensors"
@@ -438,7 +519,9 @@ def test_an_arm_s_figures_choose_nothing_by_the_test_split(
         for one, other in zip(ours.jobs, theirs.jobs, strict=True):
             for a, b in zip(synthetic(one.run), synthetic(other.run), strict=True):
                 np.testing.assert_array_equal(a, b)
-        assert (ours.folder / "curve.json").read_bytes() == (theirs.folder / "curve.json").read_bytes()
+        assert (ours.folder / "curve.json").read_bytes() == (
+            theirs.folder / "curve.json"
+        ).read_bytes()
         figures = [arm.run.read_json(arm.run.evaluation)["utility"] for arm in (ours, theirs)]
         assert figures[0]["synthetic"] != figures[1]["synthetic"]
         assert figures[0]["selection"] == figures[1]["selection"]
@@ -464,7 +547,10 @@ def test_every_classifier_of_the_full_suite_is_the_same_whatever_the_test_images
         data = write_data(tmp_path / f"data-{number}", other_test=other)
         settings = scenario(data, "evaluation.suite=full", "evaluation.seeds=1")
         hospitals = evaluation_hospitals(settings, RunFolder(tmp_path))
-        sets = [_pooled([getattr(hospital, split) for hospital in hospitals]) for split in ("train", "val", "test")]
+        sets = [
+            _pooled([getattr(hospital, split) for hospital in hospitals])
+            for split in ("train", "val", "test")
+        ]
         real = RealReference(*sets, settings.evaluation, seed=0)
         evaluate_synthetic(real, dataclasses.replace(real.train, patients=np.empty(0, str)))
         found.append(list(fitted))
@@ -481,7 +567,9 @@ def _pooled(sets: list[ImageDataset]) -> ImageDataset:
 # --- patients --------------------------------------------------------------------------------------
 
 
-def test_a_patient_in_training_and_in_the_evaluators_test_images_is_an_error(trained: ComparisonFolder, tmp_path: Path) -> None:
+def test_a_patient_in_training_and_in_the_evaluators_test_images_is_an_error(
+    trained: ComparisonFolder, tmp_path: Path
+) -> None:
     data = Path(trained.settings().data.root)
     shards = {path.name: path for path in data.iterdir()}
     guests = tmp_path / "guests"
@@ -497,8 +585,10 @@ def test_a_patient_in_training_and_in_the_evaluators_test_images_is_an_error(tra
         name="beta",
     )
     folder = copy(trained, tmp_path, f"evaluation.root={guests}")
-    with pytest.raises(SplitError, match="6 patients of the training images are also in 'test'") as caught:
-        open_bench(folder)
+    with pytest.raises(
+        SplitError, match="6 patients of the training images are also in 'test'"
+    ) as caught:
+        open_evaluation_context(folder)
     assert "beta-" not in str(caught.value)
     assert "evaluation.root" in str(caught.value)
 
@@ -511,16 +601,22 @@ def real_side(folder: Path, **changes: Any) -> RealReference:
         rng = np.random.default_rng(seed)
         kinds = np.arange(count) % 2
         images = rng.integers(0, 128, (count, 1, SIDE, SIDE)) + 100 * kinds[:, None, None, None]
-        return ImageDataset("real", images.astype(np.uint8), np.eye(2, dtype=np.uint8)[kinds], LABELS)
+        return ImageDataset(
+            "real", images.astype(np.uint8), np.eye(2, dtype=np.uint8)[kinds], LABELS
+        )
 
     settings = dataclasses.replace(scenario(Path("nowhere")).evaluation, **changes)
     return RealReference(data(40, 0), data(16, 1), data(16, 2), settings, seed=3, folder=folder)
 
 
-def test_a_kept_real_classifier_serves_the_same_recipe_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kept_real_classifier_serves_the_same_recipe_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained: list[int] = []
     fit = RealReference.fit
-    monkeypatch.setattr(RealReference, "fit", lambda self, *given: trained.append(given[2]) or fit(self, *given))
+    monkeypatch.setattr(
+        RealReference, "fit", lambda self, *given: trained.append(given[2]) or fit(self, *given)
+    )
     first = real_side(tmp_path).scores
     assert trained == [0, 1]
     np.testing.assert_array_equal(real_side(tmp_path).scores, first)

@@ -43,7 +43,11 @@ def keys(tmp_path: Path) -> KeyFolder:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, hidden ones too."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def mode(path: Path) -> int:
@@ -69,17 +73,25 @@ def failing_rename(monkeypatch: pytest.MonkeyPatch, last: str) -> Iterator[None]
 
 
 def test_a_folder_holds_all_that_server_and_hospitals_need(keys: KeyFolder) -> None:
-    hospitals = {f"hospitals/{name}/{file}" for name in NAMES for file in ("node.key", "node.pub", "ca.crt")}
+    hospitals = {
+        f"hospitals/{name}/{file}" for name in NAMES for file in ("node.key", "node.pub", "ca.crt")
+    }
     server = {f"server/{file}" for file in ("server.key", "server.crt", "ca.crt")}
-    assert set(contents(keys.path)) == {"ca/ca.key", "ca.crt", "hospitals.json"} | server | hospitals
+    assert (
+        set(contents(keys.path)) == {"ca/ca.key", "ca.crt", "hospitals.json"} | server | hospitals
+    )
     rows = json.loads((keys.path / "hospitals.json").read_text())
-    assert [set(row) for row in rows] == [{"name", "public_key", "fingerprint", "created", "revoked"}] * 2
+    assert [set(row) for row in rows] == [
+        {"name", "public_key", "fingerprint", "created", "revoked"}
+    ] * 2
     assert [(row["name"], row["public_key"], row["revoked"]) for row in rows] == [
         (name, f"hospitals/{name}/node.pub", None) for name in NAMES
     ]
 
 
-def test_private_keys_and_folders_are_private_from_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_keys_and_folders_are_private_from_the_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original, written, published = os.replace, {}, []
 
     def look(source: Path, target: Path) -> None:
@@ -113,7 +125,9 @@ def test_flower_reads_the_keys_and_openssh_tells_the_same_fingerprint(keys: KeyF
     assert load_ssh_public_key((folder / "node.pub").read_bytes()) == private.public_key()
     assert try_load_public_key(folder / "node.pub").startswith(b"-----BEGIN PUBLIC KEY-----")
     if shutil.which("ssh-keygen"):
-        told = subprocess.run(["ssh-keygen", "-lf", folder / "node.pub"], capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            ["ssh-keygen", "-lf", folder / "node.pub"], capture_output=True, text=True, check=True
+        ).stdout
         assert told.split()[:3] == ["384", keys.registrations()[0].fingerprint, "hospital1"]
 
 
@@ -144,14 +158,20 @@ def handshake(keys: KeyFolder, host: str, authority: Path) -> None:
     assert ends[0].version() in ("TLSv1.2", "TLSv1.3")
 
 
-@pytest.mark.parametrize("host", ["superlink", "filter", "localhost", "127.0.0.1", "fl.example.org", "10.0.0.5"])
+@pytest.mark.parametrize(
+    "host", ["superlink", "filter", "localhost", "127.0.0.1", "fl.example.org", "10.0.0.5"]
+)
 def test_a_hospital_connects_by_each_name_of_the_server(keys: KeyFolder, host: str) -> None:
     handshake(keys, host, keys.hospital("hospital1") / "ca.crt")
 
 
 @pytest.mark.parametrize(
     ("host", "text"),
-    [("other.example.org", "Hostname mismatch"), ("10.0.0.6", "IP address mismatch"), ("example.org", "mismatch")],
+    [
+        ("other.example.org", "Hostname mismatch"),
+        ("10.0.0.6", "IP address mismatch"),
+        ("example.org", "mismatch"),
+    ],
 )
 def test_another_host_name_is_refused(keys: KeyFolder, host: str, text: str) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match=text):
@@ -164,45 +184,82 @@ def test_an_expired_certificate_is_refused_as_expired(tmp_path: Path) -> None:
         handshake(keys, "superlink", keys.authority)
 
 
-def test_a_server_of_another_authority_is_refused_as_unknown(keys: KeyFolder, tmp_path: Path) -> None:
-    with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer certificate"):
+def test_a_server_of_another_authority_is_refused_as_unknown(
+    keys: KeyFolder, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ssl.SSLCertVerificationError, match="unable to get local issuer certificate"
+    ):
         handshake(make(tmp_path / "other"), "superlink", keys.authority)
 
 
-def test_the_server_s_certificate_cannot_sign_and_the_authority_s_signs_no_authority(keys: KeyFolder) -> None:
-    server, authority = map(certificates.read_certificate, (keys.server_certificate, keys.authority))
+def test_the_server_s_certificate_cannot_sign_and_the_authority_s_signs_no_authority(
+    keys: KeyFolder,
+) -> None:
+    server, authority = map(
+        certificates.read_certificate, (keys.server_certificate, keys.authority)
+    )
     assert server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
     assert server.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign is False
-    assert list(server.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [x509.OID_SERVER_AUTH]
+    assert list(server.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == [
+        x509.OID_SERVER_AUTH
+    ]
     constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints)
-    assert (constraints.critical, constraints.value.ca, constraints.value.path_length) == (True, True, 0)
+    assert (constraints.critical, constraints.value.ca, constraints.value.path_length) == (
+        True,
+        True,
+        0,
+    )
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl here")
 def test_openssl_finds_nothing_to_complain_of(keys: KeyFolder) -> None:
-    command = ["openssl", "verify", "-x509_strict", "-purpose", "sslserver", "-verify_hostname", "filter"]
-    found = subprocess.run([*command, "-CAfile", keys.authority, keys.server_certificate], capture_output=True, text=True)
+    command = [
+        "openssl",
+        "verify",
+        "-x509_strict",
+        "-purpose",
+        "sslserver",
+        "-verify_hostname",
+        "filter",
+    ]
+    found = subprocess.run(
+        [*command, "-CAfile", keys.authority, keys.server_certificate],
+        capture_output=True,
+        text=True,
+    )
     assert found.stdout.strip().endswith("server.crt: OK"), found.stderr
 
 
 def test_a_server_certificate_ends_with_its_authority(keys: KeyFolder) -> None:
     keys.rotate_server((), 3650, NOW + timedelta(days=10))
-    server, authority = map(certificates.read_certificate, (keys.server_certificate, keys.authority))
+    server, authority = map(
+        certificates.read_certificate, (keys.server_certificate, keys.authority)
+    )
     assert server.not_valid_after_utc == authority.not_valid_after_utc
 
 
 # --- all or nothing ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("last", ["ca/ca.key", "server/server.crt", "hospital2/node.key", "hospitals.json"])
-def test_a_full_disk_leaves_nothing_of_a_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str) -> None:
-    with failing_rename(monkeypatch, last), pytest.raises(StorageError, match=r"cannot write .*/keys/.*: the disk is full"):
+@pytest.mark.parametrize(
+    "last", ["ca/ca.key", "server/server.crt", "hospital2/node.key", "hospitals.json"]
+)
+def test_a_full_disk_leaves_nothing_of_a_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    with (
+        failing_rename(monkeypatch, last),
+        pytest.raises(StorageError, match=r"cannot write .*/keys/.*: the disk is full"),
+    ):
         make(tmp_path / "keys")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("last", ["hospital4/node.pub", "hospitals.json"])
-def test_a_full_disk_leaves_an_old_folder_as_it_was(keys: KeyFolder, monkeypatch: pytest.MonkeyPatch, last: str) -> None:
+def test_a_full_disk_leaves_an_old_folder_as_it_was(
+    keys: KeyFolder, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
     before, folders = contents(keys.path), sorted(keys.path.rglob("*"))
     with failing_rename(monkeypatch, last), pytest.raises(StorageError, match="the disk is full"):
         keys.add(["hospital3", "hospital4"], NOW)
@@ -217,7 +274,10 @@ def test_what_exists_is_not_overwritten(keys: KeyFolder, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="choose another place with --output"):
         make(keys.authority)
     for name in ("hospital2", "HOSPITAL2"):
-        with pytest.raises(ConfigError, match=f"'{name}' has a key already: a new one is made by fedgan keys rotate"):
+        with pytest.raises(
+            ConfigError,
+            match=f"'{name}' has a key already: a new one is made by fedgan keys rotate",
+        ):
             keys.add(["hospital3", name], NOW)
     assert contents(keys.path) == before
 
@@ -227,7 +287,10 @@ def test_a_hospital_that_joins_later_changes_nothing_of_the_others(keys: KeyFold
     keys.authority_key.unlink()  # it may be kept elsewhere: only certificates need it
     keys.add(["hospital3"], NOW)
     after = contents(keys.path)
-    assert {name for name in before if after.get(name) != before[name]} == {"hospitals.json", "ca/ca.key"}
+    assert {name for name in before if after.get(name) != before[name]} == {
+        "hospitals.json",
+        "ca/ca.key",
+    }
     assert [row.name for row in keys.registrations()] == [*NAMES, "hospital3"]
     handshake(keys, "filter", keys.hospital("hospital3") / "ca.crt")
 
@@ -244,16 +307,42 @@ def test_two_changes_at_once_are_refused(keys: KeyFolder) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [[], ["../evil"], ["a/b"], [".."], [""], ["-x"], ["a b"], ["ä"], ["a\n"], ["x" * 64], ["server"], ["CA"], ["a", "A"]]
+    "names",
+    [
+        [],
+        ["../evil"],
+        ["a/b"],
+        [".."],
+        [""],
+        ["-x"],
+        ["a b"],
+        ["ä"],
+        ["a\n"],
+        ["x" * 64],
+        ["server"],
+        ["CA"],
+        ["a", "A"],
+    ],
 )
-def test_a_name_that_could_lead_elsewhere_or_stands_twice_is_refused(tmp_path: Path, names: list[str]) -> None:
+def test_a_name_that_could_lead_elsewhere_or_stands_twice_is_refused(
+    tmp_path: Path, names: list[str]
+) -> None:
     with pytest.raises(ConfigError):
         KeyFolder.create(tmp_path / "keys", names, (), 365, NOW)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "host", ["https://fl.example.org", "fl.example.org:8443", "", "a..b", "1.2.3.400", "*.org", "fe80::1%eth0"]
+    "host",
+    [
+        "https://fl.example.org",
+        "fl.example.org:8443",
+        "",
+        "a..b",
+        "1.2.3.400",
+        "*.org",
+        "fe80::1%eth0",
+    ],
 )
 def test_a_host_that_is_none_is_refused(tmp_path: Path, host: str) -> None:
     with pytest.raises(ConfigError, match="without https:// and port"):
@@ -261,7 +350,9 @@ def test_a_host_that_is_none_is_refused(tmp_path: Path, host: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["", "{}x", "[1]", '[{"name": "a"}]', '[{"name": "..", "public_key": "a"}]'])
+@pytest.mark.parametrize(
+    "text", ["", "{}x", "[1]", '[{"name": "a"}]', '[{"name": "..", "public_key": "a"}]']
+)
 def test_a_damaged_list_is_named(keys: KeyFolder, text: str) -> None:
     keys.registration_list.write_text(text)
     with pytest.raises(ConfigError, match=r"hospitals\.json is damaged"):
@@ -269,9 +360,12 @@ def test_a_damaged_list_is_named(keys: KeyFolder, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("public_key", "../../x"), ("public_key", "/etc/x"), ("name", "../x"), ("revoked", 3)]
+    ("field", "value"),
+    [("public_key", "../../x"), ("public_key", "/etc/x"), ("name", "../x"), ("revoked", 3)],
 )
-def test_a_list_that_leads_out_of_the_folder_is_refused(keys: KeyFolder, field: str, value: object) -> None:
+def test_a_list_that_leads_out_of_the_folder_is_refused(
+    keys: KeyFolder, field: str, value: object
+) -> None:
     rows = json.loads(keys.registration_list.read_text())
     rows[0][field] = value
     keys.registration_list.write_text(json.dumps(rows))
@@ -289,14 +383,23 @@ def test_a_rotated_key_is_new_and_the_old_public_one_is_kept_as_revoked(keys: Ke
     assert (old.fingerprint, old.revoked) == (old_row.fingerprint, NOW.isoformat())
     assert after[old.public_key] == before["hospitals/hospital1/node.pub"]
     assert new.fingerprint == node_keys.fingerprint(after[new.public_key]) != old.fingerprint
-    assert node_keys.read_private(keys.hospital("hospital1") / "node.key", "hospital1") == after["hospitals/hospital1/node.pub"]
+    assert (
+        node_keys.read_private(keys.hospital("hospital1") / "node.key", "hospital1")
+        == after["hospitals/hospital1/node.pub"]
+    )
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"hospitals/hospital1/node.key", "hospitals/hospital1/node.pub", "hospitals.json"}
+    assert changed == {
+        "hospitals/hospital1/node.key",
+        "hospitals/hospital1/node.pub",
+        "hospitals.json",
+    }
     assert keys.registrations() == (old, keys.registrations()[1], new)
     assert before["hospitals/hospital1/node.key"] not in after.values()
 
 
-def test_a_rotation_that_was_cut_short_is_told_and_mended_by_the_next(keys: KeyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rotation_that_was_cut_short_is_told_and_mended_by_the_next(
+    keys: KeyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = keys.registrations()[0]
     line = (keys.path / old.public_key).read_bytes()
     with failing_rename(monkeypatch, "hospitals.json"), pytest.raises(StorageError):
@@ -304,7 +407,10 @@ def test_a_rotation_that_was_cut_short_is_told_and_mended_by_the_next(keys: KeyF
     assert keys.registrations()[0] == old
     told = key_inspection.inspect(keys.path, NOW).problems
     assert [(problem.found, problem.mend) for problem in told] == [
-        ("the key in hospitals/hospital1 is not the one in hospitals.json", "fedgan keys rotate hospital1")
+        (
+            "the key in hospitals/hospital1 is not the one in hospitals.json",
+            "fedgan keys rotate hospital1",
+        )
     ]
     revoked, _ = keys.rotate_hospital("hospital1", NOW)
     assert revoked.fingerprint == old.fingerprint
@@ -314,7 +420,9 @@ def test_a_rotation_that_was_cut_short_is_told_and_mended_by_the_next(keys: KeyF
 
 def test_a_key_whose_public_half_is_lost_cannot_be_rotated_away(keys: KeyFolder) -> None:
     shutil.rmtree(keys.hospital("hospital1"))
-    with pytest.raises(ConfigError, match=r"put the hospital's node\.pub back as hospitals/hospital1/node\.pub"):
+    with pytest.raises(
+        ConfigError, match=r"put the hospital's node\.pub back as hospitals/hospital1/node\.pub"
+    ):
         keys.rotate_hospital("hospital1", NOW)
 
 
@@ -323,7 +431,10 @@ def test_a_revoked_hospital_is_marked_and_comes_back_with_a_new_key(keys: KeyFol
     assert [each.revoked for each in keys.registrations()] == [NOW.isoformat(), None]
     with pytest.raises(ConfigError, match="was revoked on"):
         keys.revoke("hospital1", NOW)
-    with pytest.raises(ConfigError, match="no hospital 'hospital9' among these keys; there are: hospital1, hospital2"):
+    with pytest.raises(
+        ConfigError,
+        match="no hospital 'hospital9' among these keys; there are: hospital1, hospital2",
+    ):
         keys.revoke("hospital9", NOW)
     old, new = keys.rotate_hospital("hospital1", NOW + timedelta(days=1))
     assert (old.revoked, old.fingerprint) == (row.revoked, row.fingerprint)
@@ -334,7 +445,10 @@ def test_a_rotated_server_is_believed_by_the_hospitals_as_they_are(keys: KeyFold
     before = contents(keys.path)
     keys.rotate_server(["new.example.org"], 90, NOW)
     after = contents(keys.path)
-    assert {name for name in before if before[name] != after[name]} == {"server/server.key", "server/server.crt"}
+    assert {name for name in before if before[name] != after[name]} == {
+        "server/server.key",
+        "server/server.crt",
+    }
     for host in ("superlink", "fl.example.org", "10.0.0.5", "new.example.org"):
         handshake(keys, host, keys.hospital("hospital1") / "ca.crt")
     assert certificates.days_left(certificates.read_certificate(keys.server_certificate), NOW) == 90
@@ -364,14 +478,23 @@ def test_keys_of_hospitals_are_made_without_a_verb_and_listed(fedgan: Run) -> No
     told = json.loads(fedgan("keys", "list", "--json")[1])
     assert [row["name"] for row in told["hospitals"]] == ["north", "south", "west"]
     assert told["server"]["hosts"] == [*certificates.LEAST_HOSTS, "fl.example.org"]
-    assert (told["server"]["days_left"], told["authority"]["days_left"]) in ((364, 3649), (365, 3650))  # in the same second
+    assert (told["server"]["days_left"], told["authority"]["days_left"]) in (
+        (364, 3649),
+        (365, 3650),
+    )  # in the same second
     out = fedgan("keys", "list")[1]
     assert all(row["fingerprint"] in out for row in told["hospitals"])
 
 
 def test_what_is_printed_is_no_secret(fedgan: Run) -> None:
     said, secrets = "", set()
-    for words in (["north"], ["rotate", "north", "--json"], ["rotate", "server"], ["revoke", "north"], ["list", "--json"]):
+    for words in (
+        ["north"],
+        ["rotate", "north", "--json"],
+        ["rotate", "server"],
+        ["revoke", "north"],
+        ["list", "--json"],
+    ):
         _, out, err = fedgan("keys", *words)
         said += out + err
         texts = [path.read_text() for path in Path("keys").rglob("*.key")]
@@ -410,7 +533,10 @@ def test_the_verbs_say_what_a_running_federation_has_to_be_told(fedgan: Run) -> 
         (["east", "--host", "x.org"], "--host and --days go to fedgan keys rotate server"),
         (["rotate", "north", "--days", "3"], "a hospital's key has neither"),
         (["rotate", "east"], "no hospital 'east' among these keys; there are: north"),
-        (["revoke", "north", "--output", "none"], "no folder of keys at none: make one with fedgan keys"),
+        (
+            ["revoke", "north", "--output", "none"],
+            "no folder of keys at none: make one with fedgan keys",
+        ),
         (["list", "--output", "none"], "no folder of keys at none"),
     ],
 )
@@ -447,7 +573,10 @@ def test_doctor_tells_the_days_of_certificates_and_looks_at_keys_by_itself(
 def test_doctor_warns_before_a_certificate_ends_and_fails_after(tmp_path: Path) -> None:
     assert [status for status, _ in checks(make(tmp_path / "fresh", days=31).path)] == ["ok"]
     told = checks(make(tmp_path / "soon", days=30, ago=10).path)
-    assert told[1] in (("warning", "server.crt expires in 19 days"), ("warning", "server.crt expires in 20 days"))
+    assert told[1] in (
+        ("warning", "server.crt expires in 19 days"),
+        ("warning", "server.crt expires in 20 days"),
+    )
     [(status, found)] = checks(make(tmp_path / "late", days=30, ago=40).path)
     assert (status, found[:18]) == ("failed", "server.crt expired")
     [(status, found), *_] = checks(make(tmp_path / "early", ago=-2).path)
@@ -479,7 +608,9 @@ def test_doctor_finds_what_does_not_belong_together(keys: KeyFolder, tmp_path: P
         "hospitals/hospital3 is not in hospitals.json",
     ]
     shutil.copy(other.server_certificate, keys.server_certificate)
-    assert "server/server.crt is not signed by ca.crt: no hospital will connect" in dict(map(reversed, checks(keys.path)))
+    assert "server/server.crt is not signed by ca.crt: no hospital will connect" in dict(
+        map(reversed, checks(keys.path))
+    )
 
 
 def test_doctor_looks_at_a_hospital_s_part_alone(keys: KeyFolder) -> None:
@@ -495,7 +626,9 @@ def test_doctor_looks_at_a_hospital_s_part_alone(keys: KeyFolder) -> None:
 
 
 def test_doctor_names_a_hospital_whose_files_are_gone_unless_it_is_revoked(keys: KeyFolder) -> None:
-    (keys.hospital("hospital1") / "node.key").unlink()  # the hospital has it: the operator need not keep it
+    (
+        keys.hospital("hospital1") / "node.key"
+    ).unlink()  # the hospital has it: the operator need not keep it
     assert [status for status, _ in checks(keys.path)] == ["ok"]
     shutil.rmtree(keys.hospital("hospital1"))
     assert {status for status, _ in checks(keys.path)} == {"failed"}

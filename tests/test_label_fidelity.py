@@ -9,12 +9,14 @@ import pytest
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
 from fedgan.errors import DataError
-from fedgan.evaluation.label_fidelity import label_fidelity
+from fedgan.evaluation.metrics.label_fidelity import label_fidelity
 
 
 def _read(seed, skill, count=200, classes=3):
     rng = np.random.default_rng(seed)
-    asked = np.eye(classes, dtype=np.uint8)[np.r_[np.arange(classes), rng.integers(classes, size=count - classes)]]
+    asked = np.eye(classes, dtype=np.uint8)[
+        np.r_[np.arange(classes), rng.integers(classes, size=count - classes)]
+    ]
     logits = rng.normal(size=(count, classes)) + skill * asked
     return asked, np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
 
@@ -27,7 +29,9 @@ def test_figures_agree_with_scikit_learn_and_are_means_over_classifiers():
     assert found["accuracy_seeds"] == pytest.approx([accuracy_score(truth, one) for one in calls])
     assert found["accuracy"] == pytest.approx(np.mean(found["accuracy_seeds"]))
     recall = np.mean([recall_score(truth, one, average=None) for one in calls], axis=0)
-    auc = np.mean([roc_auc_score(asked, scores, average=None) for scores in (first, second)], axis=0)
+    auc = np.mean(
+        [roc_auc_score(asked, scores, average=None) for scores in (first, second)], axis=0
+    )
     assert [row["recall"] for row in found["per_class"].values()] == pytest.approx(list(recall))
     assert [row["auc"] for row in found["per_class"].values()] == pytest.approx(list(auc))
     assert [row["positives"] for row in found["per_class"].values()] == asked.sum(0).tolist()
@@ -42,8 +46,12 @@ def test_a_generator_that_ignores_one_class_is_seen_in_that_class_alone():
     assert [row["recall"] for row in found["per_class"].values()] == [1.0, 1.0, 0.0]
     assert found["accuracy"] == pytest.approx(2 / 3)
     assert found["per_class"]["c"]["auc"] == 0.5
-    swapped = label_fidelity((0.9 * asked[:, [1, 0, 2]] + 0.1 / 3)[None], asked, ("a", "b", "c"), True)
-    assert swapped["per_class"]["a"]["auc"] < 0.5  # draws the second for the first and the other way round: not flipped
+    swapped = label_fidelity(
+        (0.9 * asked[:, [1, 0, 2]] + 0.1 / 3)[None], asked, ("a", "b", "c"), True
+    )
+    assert (
+        swapped["per_class"]["a"]["auc"] < 0.5
+    )  # draws the second for the first and the other way round: not flipped
 
 
 def test_findings_agree_label_by_label_at_one_half():

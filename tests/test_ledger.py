@@ -29,7 +29,13 @@ from fedgan.privacy.ledger import NAME, JointLedger, Ledger
 from fedgan.run_folder import RunFolder
 
 STEP = Mechanism(1.0, 0.01)
-FACTS = {"run": "a", "kind": "discriminator steps", "unit": "image", "delta": 1e-3, "data": "1" * 64}
+FACTS = {
+    "run": "a",
+    "kind": "discriminator steps",
+    "unit": "image",
+    "delta": 1e-3,
+    "data": "1" * 64,
+}
 GENERATE_ONLY = (Phase.explicit, Phase.generate)
 
 
@@ -66,7 +72,9 @@ def test_entries_come_back_as_they_were_written_and_epsilon_is_that_of_all(tmp_p
 
 
 @pytest.mark.parametrize("kept", [1, 40, -1])
-def test_a_torn_last_line_is_no_entry_and_the_next_one_takes_its_place(tmp_path: Path, kept: int) -> None:
+def test_a_torn_last_line_is_no_entry_and_the_next_one_takes_its_place(
+    tmp_path: Path, kept: int
+) -> None:
     ledger = filled(tmp_path)
     whole = ledger.path.read_bytes()
     line = whole.splitlines()[-1]
@@ -77,13 +85,17 @@ def test_a_torn_last_line_is_no_entry_and_the_next_one_takes_its_place(tmp_path:
     assert [entry.steps for entry in ledger.entries()] == [10, 20, 30, 5]
 
 
-def test_a_crash_between_the_entry_and_its_head_locks_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_between_the_entry_and_its_head_locks_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ledger = filled(tmp_path, 2)
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "_write_head", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             ledger.reserve(STEP, 7, **FACTS)  # type: ignore[arg-type]
-    assert [entry.steps for entry in ledger.entries()] == [10, 20, 7], "what may have been released is counted"
+    assert [entry.steps for entry in ledger.entries()] == [10, 20, 7], (
+        "what may have been released is counted"
+    )
     ledger.reserve(STEP, 8, **FACTS)  # type: ignore[arg-type]
     assert [entry.steps for entry in ledger.entries()] == [10, 20, 7, 8]
 
@@ -102,11 +114,15 @@ while True:
 """
 
 
-def test_a_ledger_whose_writer_was_killed_reads_goes_on_and_holds_all_that_was_paid(tmp_path: Path) -> None:
+def test_a_ledger_whose_writer_was_killed_reads_goes_on_and_holds_all_that_was_paid(
+    tmp_path: Path,
+) -> None:
     """kill -9 at random points: each time the entries of before are a prefix, and no step was paid for that is not in it."""
     ledger, before, rng = Ledger(tmp_path / NAME), [], random.Random(1)
     for _ in range(4):
-        child = subprocess.Popen([sys.executable, "-c", CHILD, str(ledger.path)], stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(ledger.path)], stdout=subprocess.PIPE, text=True
+        )
         assert child.stdout is not None
         assert child.stdout.readline() == "go\n"
         time.sleep(rng.uniform(0.02, 0.3))
@@ -145,7 +161,9 @@ def test_a_changed_line_is_refused(tmp_path: Path) -> None:
     lines = ledger.path.read_text().splitlines(keepends=True)
     for number in range(3):
         changed = [*lines]
-        changed[number] = changed[number].replace('"noise_multiplier": 1.0', '"noise_multiplier": 9.0')
+        changed[number] = changed[number].replace(
+            '"noise_multiplier": 1.0', '"noise_multiplier": 9.0'
+        )
         ledger.path.write_text("".join(changed))
         with pytest.raises(DataError, match="put back the newest copy"):
             ledger.entries()
@@ -199,9 +217,18 @@ def test_a_line_that_is_no_entry_is_refused_with_its_number(tmp_path: Path, line
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("steps", -5), ("steps", 1.5), ("noise_multiplier", float("nan")), ("sample_rate", 1.5), ("delta", 0), ("run", None)],
+    [
+        ("steps", -5),
+        ("steps", 1.5),
+        ("noise_multiplier", float("nan")),
+        ("sample_rate", 1.5),
+        ("delta", 0),
+        ("run", None),
+    ],
 )
-def test_an_entry_that_would_lower_the_account_is_refused(tmp_path: Path, key: str, value: object) -> None:
+def test_an_entry_that_would_lower_the_account_is_refused(
+    tmp_path: Path, key: str, value: object
+) -> None:
     row = vars(filled(tmp_path / "a", 1).entries()[0]) | {key: value}
     (tmp_path / NAME).write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match="line 1: not an entry"):
@@ -223,7 +250,9 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_the_way_out(tmp_path: 
     tmp_path.chmod(0o700)
 
 
-def test_a_read_only_disk_is_an_error_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_disk_is_an_error_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
@@ -232,7 +261,9 @@ def test_a_read_only_disk_is_an_error_with_the_way_out(tmp_path: Path, monkeypat
         Ledger(tmp_path / "shard" / NAME).reserve(STEP, 1, **FACTS)  # type: ignore[arg-type]
 
 
-def test_without_file_locks_a_ledger_is_read_but_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_file_locks_a_ledger_is_read_but_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ledger = filled(tmp_path)
     monkeypatch.setattr(ledger_module, "fcntl", None)
     assert len(ledger.entries()) == 3
@@ -257,11 +288,18 @@ def test_without_file_locks_a_ledger_is_read_but_not_written(tmp_path: Path, mon
     st.floats(0.2, 8.0),
 )
 def test_no_budget_is_ever_exceeded_and_epsilon_never_falls(
-    tmp_path_factory: pytest.TempPathFactory, asked: list[tuple[float, float, int, float]], budget: float
+    tmp_path_factory: pytest.TempPathFactory,
+    asked: list[tuple[float, float, int, float]],
+    budget: float,
 ) -> None:
-    ledger, spent = Ledger(tmp_path_factory.mktemp("shard") / NAME), dict.fromkeys((1e-5, 1e-3), 0.0)
+    ledger, spent = (
+        Ledger(tmp_path_factory.mktemp("shard") / NAME),
+        dict.fromkeys((1e-5, 1e-3), 0.0),
+    )
     for noise, rate, steps, delta in asked:
-        allowed = ledger.reserve(Mechanism(noise, rate), steps, **{**FACTS, "delta": delta}, max_epsilon=budget)  # type: ignore[arg-type]
+        allowed = ledger.reserve(
+            Mechanism(noise, rate), steps, **{**FACTS, "delta": delta}, max_epsilon=budget
+        )  # type: ignore[arg-type]
         assert 0 <= allowed <= steps
         for at, before in spent.items():
             spent[at] = ledger.epsilon(at)
@@ -271,11 +309,18 @@ def test_no_budget_is_ever_exceeded_and_epsilon_never_falls(
         assert entry.epsilon is not None
         assert entry.epsilon <= budget
         assert entry.epsilon >= max(
-            (old.epsilon or 0 for old in ledger.entries()[: ledger.entries().index(entry)] if old.delta >= entry.delta), default=0
+            (
+                old.epsilon or 0
+                for old in ledger.entries()[: ledger.entries().index(entry)]
+                if old.delta >= entry.delta
+            ),
+            default=0,
         )
 
 
-def test_what_is_released_without_noise_is_infinite_for_ever_and_no_budget_allows_it(tmp_path: Path) -> None:
+def test_what_is_released_without_noise_is_infinite_for_ever_and_no_budget_allows_it(
+    tmp_path: Path,
+) -> None:
     ledger = Ledger(tmp_path / NAME)
     assert ledger.reserve(Mechanism(0.0, 0.1), 5, **FACTS, max_epsilon=100.0) == 0  # type: ignore[arg-type]
     assert ledger.reserve(Mechanism(0.0, 0.1), 5, **FACTS) == 5  # type: ignore[arg-type]
@@ -295,7 +340,9 @@ def test_a_wobble_of_the_accountant_neither_lowers_epsilon_nor_lends_steps(
 ) -> None:
     ledger = filled(tmp_path, 2)
     said = ledger.epsilon(1e-3)
-    monkeypatch.setattr(ledger_module, "epsilon_of", lambda mechanisms, delta: 0.9 * epsilon_rdp(mechanisms, delta))
+    monkeypatch.setattr(
+        ledger_module, "epsilon_of", lambda mechanisms, delta: 0.9 * epsilon_rdp(mechanisms, delta)
+    )
     assert ledger.epsilon(1e-3) == said
     assert ledger.epsilon(1e-4) > said > ledger.epsilon(0.1)
     assert ledger.reserve(STEP, 1, **FACTS, max_epsilon=said * 0.99) == 0  # type: ignore[arg-type]
@@ -318,7 +365,9 @@ def test_a_pool_is_charged_equally_by_what_the_poorest_shard_allows(tmp_path: Pa
     budget = poor.epsilon(1e-3) * 1.02
     allowed = JointLedger([rich, poor]).reserve(STEP, 500, **FACTS, max_epsilon=budget)  # type: ignore[arg-type]
     assert 0 < allowed < 500
-    assert rich.entries()[-1].steps == poor.entries()[-1].steps == allowed, "the first was charged no more than was done"
+    assert rich.entries()[-1].steps == poor.entries()[-1].steps == allowed, (
+        "the first was charged no more than was done"
+    )
     assert poor.epsilon(1e-3) <= budget
 
 
@@ -340,8 +389,18 @@ def test_a_shard_that_is_named_twice_is_charged_once(tmp_path: Path) -> None:
 def test_a_shard_with_a_ledger_verifies_and_a_new_import_keeps_the_ledger(tmp_path: Path) -> None:
     def write(seed: int) -> None:
         images = np.random.default_rng(seed).integers(0, 256, (6, 1, 16, 16), dtype=np.uint8)
-        columns = {"patients": [f"p{row}" for row in range(6)], "splits": ["train"] * 4 + ["val", "test"]}
-        write_shard(tmp_path / "north", images, np.zeros((6, 0), np.uint8), **columns, label_names=(), overwrite=True)
+        columns = {
+            "patients": [f"p{row}" for row in range(6)],
+            "splits": ["train"] * 4 + ["val", "test"],
+        }
+        write_shard(
+            tmp_path / "north",
+            images,
+            np.zeros((6, 0), np.uint8),
+            **columns,
+            label_names=(),
+            overwrite=True,
+        )
 
     write(0)
     ledger = filled(tmp_path / "north")
@@ -358,20 +417,30 @@ def test_a_shard_with_a_ledger_verifies_and_a_new_import_keeps_the_ledger(tmp_pa
 # --- fedgan ledger ---------------------------------------------------------------------------------
 
 
-def test_the_command_shows_each_run_and_what_all_of_them_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_shows_each_run_and_what_all_of_them_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ledger = filled(tmp_path / "north", 2)
     ledger.reserve(Mechanism(2.0, 0.02), 7, **{**FACTS, "run": "b"})  # type: ignore[arg-type]
     assert main(["ledger", str(tmp_path / "north"), "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)["ledgers"]
-    assert [(row["run"], row["steps"], row["noise_multiplier"]) for row in told["releases"]] == [("a", 30, 1.0), ("b", 7, 2.0)]
+    assert [(row["run"], row["steps"], row["noise_multiplier"]) for row in told["releases"]] == [
+        ("a", 30, 1.0),
+        ("b", 7, 2.0),
+    ]
     assert told["epsilon"] == ledger.epsilon(1e-3)
-    assert main(["ledger", str(tmp_path / "north" / NAME), "--delta", "1e-5", "--max-epsilon", "3"]) == 0
+    assert (
+        main(["ledger", str(tmp_path / "north" / NAME), "--delta", "1e-5", "--max-epsilon", "3"])
+        == 0
+    )
     text = capsys.readouterr().out
     assert f"epsilon {ledger.epsilon(1e-5):.4g} at delta 1e-05, over 3 entries of 2 runs" in text
     assert "more steps with noise 2 and rate 0.02 fit into epsilon 3" in text
 
 
-def test_the_steps_that_the_command_promises_are_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_steps_that_the_command_promises_are_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     ledger = filled(tmp_path)
     assert main(["ledger", str(tmp_path), "--max-epsilon", "2", "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)["ledgers"]
@@ -379,7 +448,9 @@ def test_the_steps_that_the_command_promises_are_allowed(tmp_path: Path, capsys:
     assert told["steps_left"] == allowed > 0
 
 
-def test_an_infinite_epsilon_is_told_in_words_and_as_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_infinite_epsilon_is_told_in_words_and_as_null(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Ledger(tmp_path / NAME).reserve(Mechanism(0.0, 0.1), 1, **FACTS)  # type: ignore[arg-type]
     assert main(["ledger", str(tmp_path)]) == 0
     assert "in all: epsilon infinite" in capsys.readouterr().out
@@ -387,7 +458,9 @@ def test_an_infinite_epsilon_is_told_in_words_and_as_null(tmp_path: Path, capsys
     assert json.loads(capsys.readouterr().out)["ledgers"][0]["epsilon"] is None
 
 
-def test_a_run_folder_tells_of_each_hospital_wherever_its_shard_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_folder_tells_of_each_hospital_wherever_its_shard_lies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
     filled(data / "north")
     filled(run / "hospitals" / "south")

@@ -15,7 +15,10 @@ def test_what_is_waited_for_in_vain_is_said_with_the_ends_of_the_logs(tmp_path: 
     with deployment(tmp_path, start=False) as federation:
         federation.start("filter")
         federation.wait_log("filter", "listening on")
-        with pytest.raises(AssertionError, match=r"waited 0\.5 s for pigs(.|\n)*filter \(running\)(.|\n)*listening on"):
+        with pytest.raises(
+            AssertionError,
+            match=r"waited 0\.5 s for pigs(.|\n)*filter \(running\)(.|\n)*listening on",
+        ):
             federation.wait("pigs to fly", lambda: False, 0.5, "filter")
         federation.stop("filter")
         assert not federation.alive("filter")

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from fedgan.evaluation import manifold
-from fedgan.evaluation.manifold import manifold_scores
+from fedgan.evaluation.metrics import prdc as manifold
+from fedgan.evaluation.metrics.prdc import manifold_scores
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -37,7 +37,15 @@ def _by_the_papers(real, synthetic, k):
 
 
 @settings(max_examples=40)
-@given(SEEDS, st.integers(8, 60), st.integers(8, 60), st.integers(1, 20), st.integers(1, 7), st.integers(1, 70), st.booleans())
+@given(
+    SEEDS,
+    st.integers(8, 60),
+    st.integers(8, 60),
+    st.integers(1, 20),
+    st.integers(1, 7),
+    st.integers(1, 70),
+    st.booleans(),
+)
 def test_scores_are_those_of_the_papers_whatever_the_block(seed, n, m, dimension, k, block, copies):
     rng = np.random.default_rng(seed)
     real, synthetic = rng.normal(size=(n, dimension)), 1.2 * rng.normal(size=(m, dimension))
@@ -45,15 +53,21 @@ def test_scores_are_those_of_the_papers_whatever_the_block(seed, n, m, dimension
         count = min(n, m) // 2
         synthetic[:count] = real[:count]
         synthetic[-3:] = synthetic[0]
-    assert manifold_scores(real, synthetic, k, block) == pytest.approx(_by_the_papers(real, synthetic, k), abs=1e-12)
+    assert manifold_scores(real, synthetic, k, block) == pytest.approx(
+        _by_the_papers(real, synthetic, k), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("distance", [1e2, 1e4, 1e6])
 def test_decisions_are_those_of_float64_where_float32_is_blind(distance):
     """Two tight clusters far apart: |x|² + |y|² - 2 x·y of a pair is all rounding in float32."""
     rng = np.random.default_rng(0)
-    real, synthetic = (rng.normal(size=(120, 24)) + distance * rng.integers(0, 2, (120, 1)) for _ in range(2))
-    assert manifold_scores(real, synthetic, 5, 50) == pytest.approx(_by_the_papers(real, synthetic, 5), abs=1e-12)
+    real, synthetic = (
+        rng.normal(size=(120, 24)) + distance * rng.integers(0, 2, (120, 1)) for _ in range(2)
+    )
+    assert manifold_scores(real, synthetic, 5, 50) == pytest.approx(
+        _by_the_papers(real, synthetic, 5), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("k", [3, 5])
@@ -70,19 +84,28 @@ def test_precision_and_recall_agree_with_torch_fidelity(k):
     )
     ours = manifold_scores(real, synthetic, k)
     assert 0.05 < ours["precision"] < 0.95 or 0.05 < ours["recall"] < 0.95
-    assert [ours["precision"], ours["recall"]] == pytest.approx([theirs["precision"], theirs["recall"]], rel=1e-4)
+    assert [ours["precision"], ours["recall"]] == pytest.approx(
+        [theirs["precision"], theirs["recall"]], rel=1e-4
+    )
 
 
 def test_identical_sets_are_perfect():
     features = np.random.default_rng(2).normal(size=(100, 8))
     # Each image lies in its own ball and in those of k others: the density of a copy is above 1.
-    assert manifold_scores(features, features, 4) == {"precision": 1, "recall": 1, "density": 5 / 4, "coverage": 1}
+    assert manifold_scores(features, features, 4) == {
+        "precision": 1,
+        "recall": 1,
+        "density": 5 / 4,
+        "coverage": 1,
+    }
 
 
 def test_fresh_images_of_the_same_distribution_have_density_one_and_the_coverage_of_the_formula():
     rng = np.random.default_rng(3)
     n, k, runs = 150, 5, 60
-    scores = [manifold_scores(rng.normal(size=(n, 3)), rng.normal(size=(n, 3)), k) for _ in range(runs)]
+    scores = [
+        manifold_scores(rng.normal(size=(n, 3)), rng.normal(size=(n, 3)), k) for _ in range(runs)
+    ]
     # arXiv 2002.09797, lemma 2: E[coverage] = 1 - (M-1)…(M-k) / ((2M-1)…(2M-k)), E[density] = 1.
     steps = np.arange(1, k + 1)
     expected = 1 - np.prod((n - steps) / (2 * n - steps))
@@ -110,7 +133,9 @@ def test_a_dropped_mode_lowers_recall_and_coverage_but_not_precision():
     rng = np.random.default_rng(6)
     middles = 20 * np.eye(4)[:, :3]
     real = middles[rng.integers(0, 4, 400)] + rng.normal(size=(400, 3))
-    whole, part = (middles[rng.integers(0, modes, 400)] + rng.normal(size=(400, 3)) for modes in (4, 3))
+    whole, part = (
+        middles[rng.integers(0, modes, 400)] + rng.normal(size=(400, 3)) for modes in (4, 3)
+    )
     before, after = manifold_scores(real, whole), manifold_scores(real, part)
     assert after["recall"] < before["recall"] - 0.15
     assert after["coverage"] < before["coverage"] - 0.15
@@ -142,7 +167,9 @@ def test_damaged_images_lower_precision(damage):
 
 def test_a_collapsed_generator_has_precision_without_recall():
     rng = np.random.default_rng(8)
-    scores = manifold_scores(rng.normal(size=(60, 3)), np.zeros((60, 3)))  # 60 equal images, at the middle of the real ones
+    scores = manifold_scores(
+        rng.normal(size=(60, 3)), np.zeros((60, 3))
+    )  # 60 equal images, at the middle of the real ones
     assert scores["precision"] == 1
     assert scores["recall"] == 0
     assert scores["coverage"] < 0.5

@@ -11,11 +11,8 @@ from scipy.stats import gaussian_kde
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch.nn.functional import softplus
 
-from fedgan.config import ModelSettings
-from fedgan.errors import ConfigError, DataError, FedganError
-from fedgan.models.discriminator import Discriminator
-from fedgan.privacy.attacks.density import choose_bandwidth, fit_reduction, log_density
-from fedgan.privacy.attacks.membership import (
+from fedgan.audit.attacks.density import choose_bandwidth, fit_reduction, log_density
+from fedgan.audit.attacks.membership import (
     LEAK_AUC,
     calibrated_scores,
     deal_shadows,
@@ -25,8 +22,11 @@ from fedgan.privacy.attacks.membership import (
     likelihood_ratio_scores,
     score_attack,
 )
-from fedgan.privacy.attacks.nearest import nearest
-from fedgan.privacy.attacks.roc import roc_figures, wilson_interval
+from fedgan.audit.attacks.nearest import nearest
+from fedgan.audit.attacks.roc import roc_figures, wilson_interval
+from fedgan.config import ModelSettings
+from fedgan.errors import ConfigError, DataError, FedganError
+from fedgan.models.stylegan2.discriminator import Discriminator
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -53,7 +53,13 @@ def test_area_and_rates_by_hand():
 
 
 @settings(max_examples=60)
-@given(SEEDS, st.integers(2, 80), st.integers(2, 80), st.integers(0, 3), st.sampled_from([0.0, 0.01, 0.1, 0.3, 1.0]))
+@given(
+    SEEDS,
+    st.integers(2, 80),
+    st.integers(2, 80),
+    st.integers(0, 3),
+    st.sampled_from([0.0, 0.01, 0.1, 0.3, 1.0]),
+)
 def test_area_and_rates_are_those_of_scikit_learn_with_ties_and_without(seed, m, n, digits, rate):
     rng = np.random.default_rng(seed)
     members, others = np.round(rng.normal(0.5, 1, m), digits), np.round(rng.normal(size=n), digits)
@@ -70,7 +76,9 @@ def test_a_weight_is_a_number_of_equal_images(seed, m, n):
     rng = np.random.default_rng(seed)
     members, others = rng.integers(0, 6, m).astype(float), rng.integers(0, 6, n).astype(float)
     often, other_often = rng.integers(1, 4, m), rng.integers(1, 4, n)
-    auc, shares = roc_figures(members, others, (often[None].astype(float), other_often[None].astype(float)), (0.1,))
+    auc, shares = roc_figures(
+        members, others, (often[None].astype(float), other_often[None].astype(float)), (0.1,)
+    )
     whole, (share,) = figures(np.repeat(members, often), np.repeat(others, other_often), (0.1,))
     assert auc[0] == pytest.approx(whole, abs=1e-12)
     assert shares[0, 0] == pytest.approx(share, abs=1e-12)
@@ -79,7 +87,9 @@ def test_a_weight_is_a_number_of_equal_images(seed, m, n):
 def test_scores_turned_round_turn_the_area_round():
     rng = np.random.default_rng(0)
     members, others = rng.normal(1, 1, 50), rng.normal(size=70)
-    assert figures(members, others)[0] == pytest.approx(1 - figures(-members, -others)[0], abs=1e-12)
+    assert figures(members, others)[0] == pytest.approx(
+        1 - figures(-members, -others)[0], abs=1e-12
+    )
 
 
 def test_wilsons_interval_is_the_published_one():
@@ -93,7 +103,10 @@ def test_wilsons_interval_is_the_published_one():
 
 def test_intervals_hold_chance_for_exchangeable_scores_and_not_too_often():
     rng = np.random.default_rng(0)
-    found = [score_attack("noise", rng.normal(size=150), rng.normal(size=150), seed=seed, bootstrap=200) for seed in range(100)]
+    found = [
+        score_attack("noise", rng.normal(size=150), rng.normal(size=150), seed=seed, bootstrap=200)
+        for seed in range(100)
+    ]
     assert 88 <= sum(holds(part.auc_ci, 0.5) for part in found) <= 99
     assert sum(holds(part.tpr_at_1_ci, 0.01) for part in found) >= 88
     assert abs(np.mean([part.auc for part in found]) - 0.5) < 0.01
@@ -102,7 +115,10 @@ def test_intervals_hold_chance_for_exchangeable_scores_and_not_too_often():
 def test_intervals_cover_the_true_area_of_two_normals():
     rng = np.random.default_rng(1)
     truth = 0.7602  # Φ(1 / √2)
-    found = [score_attack("shift", rng.normal(1, 1, 150), rng.normal(size=150), seed=seed, bootstrap=200) for seed in range(100)]
+    found = [
+        score_attack("shift", rng.normal(1, 1, 150), rng.normal(size=150), seed=seed, bootstrap=200)
+        for seed in range(100)
+    ]
     assert 88 <= sum(holds(part.auc_ci, truth) for part in found) <= 99
 
 
@@ -141,9 +157,19 @@ def test_sides_are_matched_in_size_unless_all_shall_count():
 def test_images_of_one_patient_widen_the_interval():
     rng = np.random.default_rng(0)
     patients = np.repeat([f"p{number}" for number in range(40)], 10)
-    members, others = (np.repeat(rng.normal(size=40), 10) + 0.1 * rng.normal(size=400) for _ in range(2))
+    members, others = (
+        np.repeat(rng.normal(size=40), 10) + 0.1 * rng.normal(size=400) for _ in range(2)
+    )
     alone = score_attack("a", members, others, seed=0, bootstrap=300)
-    together = score_attack("a", members, others, seed=0, bootstrap=300, member_groups=patients, non_member_groups=patients)
+    together = score_attack(
+        "a",
+        members,
+        others,
+        seed=0,
+        bootstrap=300,
+        member_groups=patients,
+        non_member_groups=patients,
+    )
     assert alone.auc == together.auc
     assert np.diff(together.auc_ci) > 2 * np.diff(alone.auc_ci)
 
@@ -162,7 +188,9 @@ def test_wrong_scores_are_refused_with_the_attack_named():
 
 def cloud(seed, count, features=24):
     """Features of correlated directions, as extractors give them."""
-    mix = np.random.default_rng(99).normal(size=(features, features)) * np.geomspace(1, 0.05, features)
+    mix = np.random.default_rng(99).normal(size=(features, features)) * np.geomspace(
+        1, 0.05, features
+    )
     return np.random.default_rng(seed).normal(size=(count, features)) @ mix.T
 
 
@@ -184,18 +212,30 @@ ATTACKS = {
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_planted_leak_is_found_and_fresh_data_are_not(attack):
-    members, others, fresh, reference = (cloud(seed, count) for seed, count in ((0, 400), (1, 400), (2, 400), (3, 800)))
+    members, others, fresh, reference = (
+        cloud(seed, count) for seed, count in ((0, 400), (1, 400), (2, 400), (3, 800))
+    )
     synthetic, leaked = leaking(members)
     score = ATTACKS[attack]
-    planted, new, outside = (score(x, synthetic, reference) for x in (members[leaked], fresh, others))
+    planted, new, outside = (
+        score(x, synthetic, reference) for x in (members[leaked], fresh, others)
+    )
     caught = score_attack(attack, planted, outside, seed=0, bootstrap=300, match=False)
     assert caught.auc >= LEAK_AUC
     assert (caught.members, caught.non_members) == (60, 400)
-    assert holds(score_attack(attack, new, outside, seed=0, bootstrap=300, level=0.983, match=False).auc_ci, 0.5)
+    assert holds(
+        score_attack(attack, new, outside, seed=0, bootstrap=300, level=0.983, match=False).auc_ci,
+        0.5,
+    )
     # Nothing is found where nothing leaks: the same attack on synthetic images that copy nobody.
     clean = cloud(11, 800)
     found = score_attack(
-        attack, score(members, clean, reference), score(others, clean, reference), seed=0, bootstrap=300, level=0.99
+        attack,
+        score(members, clean, reference),
+        score(others, clean, reference),
+        seed=0,
+        bootstrap=300,
+        level=0.99,
     )
     assert holds(found.auc_ci, 0.5)
 
@@ -209,7 +249,10 @@ def test_the_ratio_finds_rare_members_whom_a_plain_density_passes_over():
     synthetic = np.concatenate([copies, rng.normal(size=(900, 2))])
     plain, ratio = (
         figures(score(members[rare]), score(others))[0]
-        for score in (lambda x: density_scores(x, synthetic), lambda x: density_ratio_scores(x, synthetic, reference))
+        for score in (
+            lambda x: density_scores(x, synthetic),
+            lambda x: density_ratio_scores(x, synthetic, reference),
+        )
     )
     assert plain < 0.6
     assert ratio > 0.85
@@ -233,7 +276,9 @@ def test_the_density_is_that_of_scipy():
     base, points = rng.normal(size=(300, 3)), 2 * rng.normal(size=(50, 3))
     white = np.linalg.cholesky(np.linalg.inv(np.cov(base.T)))  # so that scipy's bandwidth is ours
     base, points = base @ white, points @ white
-    assert log_density(points, base, 0.4) == pytest.approx(gaussian_kde(base.T, 0.4).logpdf(points.T), abs=1e-9)
+    assert log_density(points, base, 0.4) == pytest.approx(
+        gaussian_kde(base.T, 0.4).logpdf(points.T), abs=1e-9
+    )
 
 
 def test_the_density_is_finite_far_away_and_whatever_the_block(monkeypatch):
@@ -241,13 +286,16 @@ def test_the_density_is_finite_far_away_and_whatever_the_block(monkeypatch):
     points = np.concatenate([base[:30], np.full((1, 3), 1e4)])
     whole = log_density(points, base, 0.05)
     assert np.isfinite(whole).all()
-    monkeypatch.setattr("fedgan.privacy.attacks.density.BLOCK", 7)
+    monkeypatch.setattr("fedgan.audit.attacks.density.BLOCK", 7)
     assert log_density(points, base, 0.05) == pytest.approx(whole, abs=1e-9)
 
 
 def test_the_bandwidth_shrinks_with_more_images_and_is_near_the_best_for_a_normal():
     rng = np.random.default_rng(0)
-    few, many = choose_bandwidth(rng.normal(size=(50, 1))), choose_bandwidth(rng.normal(size=(2000, 1)))
+    few, many = (
+        choose_bandwidth(rng.normal(size=(50, 1))),
+        choose_bandwidth(rng.normal(size=(2000, 1))),
+    )
     assert many < few
     assert many == pytest.approx(1.06 * 2000**-0.2, rel=0.6)
 
@@ -304,28 +352,47 @@ def overfitted():
     return discriminator, members, labels
 
 
-@pytest.mark.parametrize("companions", [None, (pictures(5, 40), np.eye(2)[np.arange(40) % 2])], ids=["alone", "companions"])
+@pytest.mark.parametrize(
+    "companions",
+    [None, (pictures(5, 40), np.eye(2)[np.arange(40) % 2])],
+    ids=["alone", "companions"],
+)
 def test_an_overfitted_discriminator_knows_its_members(overfitted, companions):
     discriminator, members, labels = overfitted
     c = np.eye(2)[np.arange(100) % 2]
     inside = discriminator_scores(discriminator, members, labels, companions=companions)
-    outside, fresh = (discriminator_scores(discriminator, pictures(seed, 100), c, companions=companions) for seed in (6, 7))
+    outside, fresh = (
+        discriminator_scores(discriminator, pictures(seed, 100), c, companions=companions)
+        for seed in (6, 7)
+    )
     assert figures(inside, outside)[0] >= LEAK_AUC
-    assert holds(score_attack("discriminator", fresh, outside, seed=0, bootstrap=200, match=False).auc_ci, 0.5)
+    assert holds(
+        score_attack("discriminator", fresh, outside, seed=0, bootstrap=200, match=False).auc_ci,
+        0.5,
+    )
 
 
-@pytest.mark.parametrize("companions", [None, (pictures(5, 9), np.eye(2)[np.arange(9) % 2])], ids=["alone", "companions"])
+@pytest.mark.parametrize(
+    "companions", [None, (pictures(5, 9), np.eye(2)[np.arange(9) % 2])], ids=["alone", "companions"]
+)
 def test_a_score_does_not_depend_on_the_images_beside_it(overfitted, companions):
     discriminator, images, labels = overfitted
     whole = discriminator_scores(discriminator, images, labels, companions=companions)
     single = discriminator_scores(discriminator, images, labels, batch=1, companions=companions)
-    turned = discriminator_scores(discriminator, images[::-1], labels[::-1], batch=5, companions=companions)
+    turned = discriminator_scores(
+        discriminator, images[::-1], labels[::-1], batch=5, companions=companions
+    )
     assert whole == pytest.approx(single, abs=1e-4)
     assert whole == pytest.approx(turned[::-1], abs=1e-4)
     if companions is None:
         with torch.inference_mode():
             alone = [
-                float(discriminator(torch.from_numpy(images[[row]]) / 127.5 - 1, torch.from_numpy(labels[[row]]).float()))
+                float(
+                    discriminator(
+                        torch.from_numpy(images[[row]]) / 127.5 - 1,
+                        torch.from_numpy(labels[[row]]).float(),
+                    )
+                )
                 for row in range(4)
             ]
         assert whole[:4] == pytest.approx(alone, abs=1e-4)
@@ -346,7 +413,9 @@ def test_a_discriminator_without_labels_and_minibatch_std_is_scored_as_it_judges
     discriminator, images = Discriminator(model, 8, 1, 0), pictures(0, 6)
     with torch.no_grad():
         logits = discriminator(torch.from_numpy(images) / 127.5 - 1, torch.zeros(6, 0)).numpy()
-    scores = discriminator_scores(discriminator, images, np.zeros((6, 0)), batch=4, companions=(images, np.zeros((6, 0))))
+    scores = discriminator_scores(
+        discriminator, images, np.zeros((6, 0)), batch=4, companions=(images, np.zeros((6, 0)))
+    )
     assert scores == pytest.approx(logits, abs=1e-5)
 
 
@@ -379,11 +448,19 @@ def test_every_row_is_in_half_of_the_shadows_and_patients_stay_whole(seed, rows,
     if groups is None:
         assert (np.abs(2 * inside.sum(1) - rows) <= 1).all()
     else:
-        assert all((inside[:, groups == group] == inside[:, groups == group][:, :1]).all() for group in set(groups))
+        assert all(
+            (inside[:, groups == group] == inside[:, groups == group][:, :1]).all()
+            for group in set(groups)
+        )
 
 
 def test_shadows_that_cannot_be_dealt_are_refused():
-    for rows, shadows, groups in ((10, 3, None), (10, 0, None), (10, 2, np.zeros(10)), (0, 2, None)):
+    for rows, shadows, groups in (
+        (10, 3, None),
+        (10, 0, None),
+        (10, 2, np.zeros(10)),
+        (0, 2, None),
+    ):
         with pytest.raises(ConfigError, match="even number of models"):
             deal_shadows(rows, shadows, 0, groups)
 
@@ -418,7 +495,9 @@ def test_calibration_uses_only_shadows_that_never_saw_the_image():
 def test_the_likelihood_ratio_is_at_chance_where_training_leaves_no_trace(shadows):
     target, scores, inside, member = shadowed(1, shadows, gain=0.0)
     ratio = likelihood_ratio_scores(target, scores, inside)
-    assert holds(score_attack("lira", ratio[member], ratio[~member], seed=0, bootstrap=200).auc_ci, 0.5)
+    assert holds(
+        score_attack("lira", ratio[member], ratio[~member], seed=0, bootstrap=200).auc_ci, 0.5
+    )
 
 
 def test_the_likelihood_ratio_is_the_log_of_two_normal_densities():

@@ -38,14 +38,20 @@ EASY = (  # what lets the networks learn three shades of grey in 750 steps; no w
 def write_hospitals(root: Path) -> None:
     for number, (name, counts) in enumerate(HELD.items()):
         labels, rng = np.repeat(np.arange(3), counts), np.random.default_rng(number)
-        ramp = np.linspace(-12, 12, 32)[None, None, None, :] * rng.choice([-1, 1], (len(labels), 1, 1, 1))
-        films = BRIGHTNESS[labels, None, None, None] + ramp + rng.normal(0, 6, (len(labels), 1, 32, 32))
+        ramp = np.linspace(-12, 12, 32)[None, None, None, :] * rng.choice(
+            [-1, 1], (len(labels), 1, 1, 1)
+        )
+        films = (
+            BRIGHTNESS[labels, None, None, None] + ramp + rng.normal(0, 6, (len(labels), 1, 32, 32))
+        )
         write_shard(
             root / name,
             films.round().clip(0, 255).astype(np.uint8),
             np.eye(3, dtype=np.uint8)[labels],
             patients=[f"{name}-{row}" for row in range(len(labels))],
-            splits=np.array(["train", "train", "train", "test", "train", "train", "train", "val"])[np.arange(len(labels)) % 8],
+            splits=np.array(["train", "train", "train", "test", "train", "train", "train", "val"])[
+                np.arange(len(labels)) % 8
+            ],
             label_names=LABELS,
             name=name,
         )

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedgan.config import ModelSettings
-from fedgan.models import layers
-from fedgan.models.discriminator import Discriminator
-from fedgan.models.generator import Generator, SynthesisLayer, ToRGB
+from fedgan.models.stylegan2 import layers
+from fedgan.models.stylegan2.discriminator import Discriminator
+from fedgan.models.stylegan2.generator import Generator, SynthesisLayer, ToRGB
 from fedgan.training.losses import path_lengths, r1_penalty
 
 SMALL = ModelSettings(z_dim=8, w_dim=8, channel_base=64, channel_max=8)
@@ -36,7 +36,11 @@ def relative_error(ours: Tensor, theirs: np.ndarray) -> float:
 def take_parameters(network: nn.Module, vectors: dict[str, np.ndarray], prefix: str) -> None:
     """Copy every recorded parameter into the module of the same name; each trained parameter must be covered."""
     targets = dict(network.named_parameters()) | dict(network.named_buffers())
-    recorded = {key[len(prefix) :].replace("/", "."): value for key, value in vectors.items() if key.startswith(prefix)}
+    recorded = {
+        key[len(prefix) :].replace("/", "."): value
+        for key, value in vectors.items()
+        if key.startswith(prefix)
+    }
     assert {name for name, _ in network.named_parameters()} <= recorded.keys()
     with torch.no_grad():
         for name, value in recorded.items():
@@ -53,7 +57,9 @@ def recorded_generator(reference_vectors):
 
 @pytest.fixture
 def recorded_discriminator(reference_vectors):
-    discriminator = Discriminator(ModelSettings(channel_base=512, channel_max=32, minibatch_std_group=4), 32, 3, 3)
+    discriminator = Discriminator(
+        ModelSettings(channel_base=512, channel_max=32, minibatch_std_group=4), 32, 3, 3
+    )
     take_parameters(discriminator, reference_vectors, "param/D/")
     return discriminator
 
@@ -61,21 +67,36 @@ def recorded_discriminator(reference_vectors):
 def test_mapping_and_truncation_give_the_recorded_w(recorded_generator, reference_vectors):
     z, c = (torch.from_numpy(reference_vectors[key]) for key in ("in/z", "in/c"))
     assert relative_error(recorded_generator.mapping(z, c), reference_vectors["out/w"]) < 1e-4
-    assert relative_error(recorded_generator.styles(z, c, psi=0.7)[:, 0], reference_vectors["out/w_psi_0.7"]) < 1e-4
+    assert (
+        relative_error(
+            recorded_generator.styles(z, c, psi=0.7)[:, 0], reference_vectors["out/w_psi_0.7"]
+        )
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("noise", ["none", "const"])
 def test_synthesis_gives_the_recorded_images(recorded_generator, reference_vectors, noise):
     z, c = (torch.from_numpy(reference_vectors[key]) for key in ("in/z", "in/c"))
-    recorded = reference_vectors["out/image_no_noise" if noise == "none" else "out/image_const_noise"]
+    recorded = reference_vectors[
+        "out/image_no_noise" if noise == "none" else "out/image_const_noise"
+    ]
     assert relative_error(recorded_generator(z, c, noise=noise), recorded) < 1e-4
 
 
 def test_path_length_gives_the_recorded_numbers(recorded_generator, reference_vectors):
-    ws = torch.from_numpy(reference_vectors["out/w"]).unsqueeze(1).repeat(1, recorded_generator.synthesis.num_ws, 1)
+    ws = (
+        torch.from_numpy(reference_vectors["out/w"])
+        .unsqueeze(1)
+        .repeat(1, recorded_generator.synthesis.num_ws, 1)
+    )
     ws.requires_grad_(True)
     # The recorded noise has unit variance; `path_lengths` divides it by the square root of H·W itself.
-    lengths = path_lengths(recorded_generator.synthesis(ws, "const"), ws, torch.from_numpy(reference_vectors["in/pl_noise"]))
+    lengths = path_lengths(
+        recorded_generator.synthesis(ws, "const"),
+        ws,
+        torch.from_numpy(reference_vectors["in/pl_noise"]),
+    )
     assert relative_error(lengths, reference_vectors["out/pl_length_per_image"]) < 1e-4
 
 
@@ -126,22 +147,35 @@ def test_upsampling_equals_its_definition(side, channels, seed):
     assert torch.allclose(layers.upsample(x), plain_fir(x, up=2, down=1), atol=1e-12)
 
 
-@given(side=st.integers(2, 9), kernel=st.sampled_from([1, 3]), bias=st.booleans(), seed=st.integers(0, 99))
+@given(
+    side=st.integers(2, 9),
+    kernel=st.sampled_from([1, 3]),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=30)
 def test_a_halving_convolution_is_blur_then_convolution_with_stride_2(side, kernel, bias, seed):
     """The blur at full size with the convolution's padding as its own margin, then the kernel at every second place."""
-    conv = layers.Conv(3, 5, kernel, seeded(seed), bias=bias, down=True, input_gain=1.3).double().requires_grad_(False)
+    conv = (
+        layers.Conv(3, 5, kernel, seeded(seed), bias=bias, down=True, input_gain=1.3)
+        .double()
+        .requires_grad_(False)
+    )
     if bias:
         conv.bias.normal_(generator=seeded(seed + 1))
     x = torch.randn(2, 3, 2 * side, 2 * side, generator=seeded(seed + 2), dtype=torch.float64)
     margin = kernel // 2
     blurred = plain_fir(F.pad(x, (margin, margin, margin, margin)), up=1, down=1)
-    plain = F.conv2d(blurred, conv.weight * 1.3 / math.sqrt(3 * kernel * kernel), conv.bias)[:, :, ::2, ::2]
+    plain = F.conv2d(blurred, conv.weight * 1.3 / math.sqrt(3 * kernel * kernel), conv.bias)[
+        :, :, ::2, ::2
+    ]
     assert conv(x).shape == (2, 5, side, side)
     assert torch.allclose(conv(x), plain, atol=1e-12)
 
 
-def plain_modulated_conv(x: Tensor, layer: SynthesisLayer | ToRGB, style: Tensor, demodulate: bool) -> Tensor:
+def plain_modulated_conv(
+    x: Tensor, layer: SynthesisLayer | ToRGB, style: Tensor, demodulate: bool
+) -> Tensor:
     """Equations 1 to 3 of arXiv 1912.04958, one image at a time: scale the weights, then convolve."""
     images = []
     for image, s in zip(x, style, strict=True):
@@ -150,7 +184,9 @@ def plain_modulated_conv(x: Tensor, layer: SynthesisLayer | ToRGB, style: Tensor
             weight = weight / (weight.square().sum(dim=(1, 2, 3), keepdim=True) + 1e-8).sqrt()
         if layer.up:
             # Twice the side: zeros between samples, full correlation with the flipped kernel, then the low-pass.
-            wide = image.new_zeros(1, image.shape[0], 2 * image.shape[1] + 3, 2 * image.shape[2] + 3)
+            wide = image.new_zeros(
+                1, image.shape[0], 2 * image.shape[1] + 3, 2 * image.shape[2] + 3
+            )
             wide[0, :, 2:-2:2, 2:-2:2] = image
             raised = F.conv2d(wide, weight.flip(2, 3))
             fir = (4 * layers.fir_kernel()).to(x.dtype).expand(raised.shape[1], 1, 4, 4)
@@ -228,16 +264,23 @@ def test_networks_work_at_each_size_and_with_each_kind_of_label(label_dim, chann
 
 def test_the_largest_resolution_can_be_built_and_run():
     tiny = ModelSettings(z_dim=4, w_dim=4, channel_base=1024, channel_max=2)
-    images = Generator(tiny, 1024, 1, 2, seeded())(torch.randn(1, 4), torch.ones(1, 2), noise="none")
+    images = Generator(tiny, 1024, 1, 2, seeded())(
+        torch.randn(1, 4), torch.ones(1, 2), noise="none"
+    )
     assert images.shape == (1, 1, 1024, 1024)
     assert Discriminator(tiny, 1024, 1, 2, seeded())(images, torch.ones(1, 2)).shape == (1,)
 
 
 def test_labels_change_images_and_logits():
-    generator, discriminator = Generator(SMALL, 16, 3, 3, seeded()), Discriminator(SMALL, 16, 3, 3, seeded())
+    generator, discriminator = (
+        Generator(SMALL, 16, 3, 3, seeded()),
+        Discriminator(SMALL, 16, 3, 3, seeded()),
+    )
     z = torch.randn(1, 8, generator=seeded(5))
     first, second = torch.tensor([[1.0, 0, 0]]), torch.tensor([[0, 1.0, 1.0]])
-    assert not torch.allclose(generator(z, first, noise="none"), generator(z, second, noise="none"), atol=1e-3)
+    assert not torch.allclose(
+        generator(z, first, noise="none"), generator(z, second, noise="none"), atol=1e-3
+    )
     image = torch.randn(1, 3, 16, 16, generator=seeded(6))
     assert not torch.allclose(discriminator(image, first), discriminator(image, second), atol=1e-5)
 
@@ -252,7 +295,9 @@ def test_truncation_moves_w_to_its_average():
 
 
 def test_constants_do_not_travel():
-    names = set(Generator(SMALL, 32, 3, 2, seeded()).state_dict()) | set(Discriminator(SMALL, 32, 3, 2, seeded()).state_dict())
+    names = set(Generator(SMALL, 32, 3, 2, seeded()).state_dict()) | set(
+        Discriminator(SMALL, 32, 3, 2, seeded()).state_dict()
+    )
     assert not [name for name in names if name.endswith(("fir", "noise_const"))]
     assert "mapping.w_avg" in names
 
@@ -265,11 +310,16 @@ def test_every_layer_learns_at_the_same_speed():
 
 
 def test_bfloat16_stays_close_to_float32():
-    generator, discriminator = Generator(SMALL, 16, 3, 2, seeded()), Discriminator(SMALL, 16, 3, 2, seeded())
+    generator, discriminator = (
+        Generator(SMALL, 16, 3, 2, seeded()),
+        Discriminator(SMALL, 16, 3, 2, seeded()),
+    )
     z, c = torch.randn(8, 8, generator=seeded(1)), torch.ones(8, 2)
     exact = generator(z, c, noise="const")
     logits = discriminator(exact, c)
     generator.dtype = discriminator.dtype = torch.bfloat16
     assert generator(z, c, noise="const").dtype == torch.float32
     assert (generator(z, c, noise="const") - exact).abs().max() < 0.1 * exact.abs().max()
-    assert (discriminator(exact, c) - logits).abs().max() < 0.1 * max(1.0, logits.abs().max().item())
+    assert (discriminator(exact, c) - logits).abs().max() < 0.1 * max(
+        1.0, logits.abs().max().item()
+    )

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgan.errors import ConfigError, DataError
-from fedgan.evaluation import paired
-from fedgan.evaluation.paired import (
+from fedgan.evaluation.arms import paired
+from fedgan.evaluation.arms.paired import (
     bootstrap_auc,
     compare_arms,
     difference,
@@ -20,7 +20,7 @@ from fedgan.evaluation.paired import (
     paired_difference,
     standard_families,
 )
-from fedgan.evaluation.utility import statistics, utility
+from fedgan.evaluation.metrics.utility import statistics, utility
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -36,7 +36,10 @@ def _arms(rng, count, skill_a=1.0, skill_b=1.0, shared=0.0):
     truth = np.r_[np.ones(count // 2), np.zeros(count - count // 2)]
     common = np.sqrt(shared) * rng.normal(size=count)
     noise = [common + np.sqrt(1 - shared) * rng.normal(size=count) for _ in range(2)]
-    (a, labels), (b, _) = (_binary(truth, skill * truth + part) for skill, part in zip((skill_a, skill_b), noise, strict=True))
+    (a, labels), (b, _) = (
+        _binary(truth, skill * truth + part)
+        for skill, part in zip((skill_a, skill_b), noise, strict=True)
+    )
     return a, b, labels
 
 
@@ -58,7 +61,9 @@ def test_macro_auc_is_the_one_of_utility(seed, exclusive, levels):
     scores = rng.integers(levels, size=(2, 25, 3)) / levels  # few levels: many ties
     weights = np.r_[np.ones((1, 25)), rng.integers(0, 4, (5, 25))].astype(float)
     expected = statistics(scores, labels, weights, exclusive)
-    whole = np.isfinite(expected["auc"][:, :3]).all(1)  # utility leaves the other resamples out, here they are NaN
+    whole = np.isfinite(expected["auc"][:, :3]).all(
+        1
+    )  # utility leaves the other resamples out, here they are NaN
     found = macro_auc(scores, labels, weights)
     np.testing.assert_allclose(found[whole], expected["macro_auc"][whole], atol=1e-12)
     if np.isfinite(expected["auc"][0, :3]).all():
@@ -94,7 +99,9 @@ def test_identical_scores_differ_by_nothing():
     assert (row["difference"], row["ci"], row["p_value"]) == (0.0, [0.0, 0.0], 1.0)
     assert row["non_inferior"]
     assert not row["better"]
-    assert not _compare(a, a, labels, margin=0.0)["non_inferior"]  # the interval has to lie above, not on, the margin
+    assert not _compare(a, a, labels, margin=0.0)[
+        "non_inferior"
+    ]  # the interval has to lie above, not on, the margin
 
 
 @settings(max_examples=20, deadline=None)
@@ -112,7 +119,9 @@ def test_a_planted_difference_is_found():
     a, b, labels = _arms(rng, 400, 2.0, 0.5)
     row = _compare(a, b, labels)
     assert row["better"]
-    assert row["p_value"] == pytest.approx(2 / 401)  # no resample contradicts it, and yet it is not 0
+    assert row["p_value"] == pytest.approx(
+        2 / 401
+    )  # no resample contradicts it, and yet it is not 0
     worse = _compare(b, a, labels)
     assert not worse["better"]
     assert not worse["non_inferior"]
@@ -131,7 +140,10 @@ def _null_p_values(repeats, people, images, by_patient):
     found = []
     for repeat in range(repeats):
         truth = np.repeat(np.r_[np.ones(people // 2), np.zeros(people // 2)], images)
-        noise = [np.repeat(rng.normal(size=people), images) + 0.05 * rng.normal(size=people * images) for _ in range(2)]
+        noise = [
+            np.repeat(rng.normal(size=people), images) + 0.05 * rng.normal(size=people * images)
+            for _ in range(2)
+        ]
         (a, labels), (b, _) = (_binary(truth, truth + part) for part in noise)
         groups = np.repeat(np.arange(people), images) if by_patient else np.arange(people * images)
         found.append(_compare(a, b, labels, groups, bootstrap=199, seed=repeat)["p_value"])
@@ -141,7 +153,9 @@ def _null_p_values(repeats, people, images, by_patient):
 def test_p_values_are_about_uniform_where_the_arms_are_equally_good():
     found = _null_p_values(300, 100, 1, by_patient=True)
     for level in (0.05, 0.25, 0.5, 0.75):
-        assert abs((found <= level).mean() - level) < 3.5 * np.sqrt(level * (1 - level) / 300) + 0.015
+        assert (
+            abs((found <= level).mean() - level) < 3.5 * np.sqrt(level * (1 - level) / 300) + 0.015
+        )
 
 
 def test_resampling_images_of_the_same_patients_one_by_one_claims_too_much():
@@ -152,7 +166,9 @@ def test_resampling_images_of_the_same_patients_one_by_one_claims_too_much():
 def test_pairing_narrows_the_interval_of_like_arms():
     a, b, labels = _arms(np.random.default_rng(6), 300, shared=0.9)
     groups = np.arange(300)
-    first, second, other = (bootstrap_auc(arm, labels, groups, 1000, seed) for arm, seed in ((a, 0), (b, 0), (b, 1)))
+    first, second, other = (
+        bootstrap_auc(arm, labels, groups, 1000, seed) for arm, seed in ((a, 0), (b, 0), (b, 1))
+    )
     width = [np.ptp(difference(first, auc, 0.02)["ci"]) for auc in (second, other)]
     assert width[0] < 0.6 * width[1]
 
@@ -181,10 +197,18 @@ def test_the_spread_of_the_difference_is_delongs(shared):
 def test_undefined_is_none_and_never_a_claim():
     rng = np.random.default_rng(8)
     labels = np.eye(2, dtype=np.uint8)[[0] * 6]  # one class alone
-    row = paired_difference(rng.random((1, 6, 2)), rng.random((2, 6, 2)), labels, True, np.arange(6), 0.02, 50, 0)
-    assert [row[key] for key in ("difference", "ci", "p_value", "non_inferior", "better")] == [None] * 5
-    rare = np.eye(4, dtype=np.uint8)[[0, 0, 0, 1, 2, 3]]  # three quarters of the resamples lack one of three single images
-    few = paired_difference(rng.random((1, 6, 4)), rng.random((2, 6, 4)), rare, True, np.arange(6), 0.02, 400, 0)
+    row = paired_difference(
+        rng.random((1, 6, 2)), rng.random((2, 6, 2)), labels, True, np.arange(6), 0.02, 50, 0
+    )
+    assert [row[key] for key in ("difference", "ci", "p_value", "non_inferior", "better")] == [
+        None
+    ] * 5
+    rare = np.eye(4, dtype=np.uint8)[
+        [0, 0, 0, 1, 2, 3]
+    ]  # three quarters of the resamples lack one of three single images
+    few = paired_difference(
+        rng.random((1, 6, 4)), rng.random((2, 6, 4)), rare, True, np.arange(6), 0.02, 400, 0
+    )
     assert few["difference"] is not None
     assert [few[key] for key in ("ci", "p_value", "non_inferior", "better")] == [None] * 4
 
@@ -193,9 +217,13 @@ def test_differences_by_generator_seed_average_to_the_difference():
     rng = np.random.default_rng(9)
     a, b = (np.concatenate([_arms(rng, 60)[0] for _ in range(4)]) for _ in range(2))
     labels = _arms(rng, 60)[2]
-    row = paired_difference(a, b, labels, True, np.arange(60), 0.02, 20, 0, seeds_a=[0, 0, 1, 1], seeds_b=[1, 1, 0, 0])
+    row = paired_difference(
+        a, b, labels, True, np.arange(60), 0.02, 20, 0, seeds_a=[0, 0, 1, 1], seeds_b=[1, 1, 0, 0]
+    )
     assert [one["seed"] for one in row["seed_differences"]] == [0, 1]
-    assert np.mean([one["difference"] for one in row["seed_differences"]]) == pytest.approx(row["difference"])
+    assert np.mean([one["difference"] for one in row["seed_differences"]]) == pytest.approx(
+        row["difference"]
+    )
     ones = np.ones((1, 60))
     by_hand = macro_auc(a[:2], labels, ones) - macro_auc(b[2:], labels, ones)
     assert row["seed_differences"][0]["difference"] == pytest.approx(by_hand[0])
@@ -210,15 +238,33 @@ def test_only_seeds_that_both_arms_have_are_compared():
     labels, groups = _arms(rng, 60)[2], np.arange(60)
     families = {"f": [("a", "b"), ("a", "c"), ("a", "real")]}
     seeds = {"a": [0, 0, 1, 1], "b": [1, 2, 2, 1], "c": [3, 3, 4, 4]}
-    row, disjoint, real = compare_arms({"a": a, "b": b, "c": b, "real": b}, families, labels, True, groups, 0.02, 400, 0, seeds)
+    row, disjoint, real = compare_arms(
+        {"a": a, "b": b, "c": b, "real": b}, families, labels, True, groups, 0.02, 400, 0, seeds
+    )
     expected = paired_difference(a[2:], b[[0, 3]], labels, True, groups, 0.02, 400, 0)
-    assert [row[key] for key in ("difference", "ci", "p_value")] == [expected[key] for key in ("difference", "ci", "p_value")]
+    assert [row[key] for key in ("difference", "ci", "p_value")] == [
+        expected[key] for key in ("difference", "ci", "p_value")
+    ]
     assert row["seeds"] == [1]
     assert row["seed_differences"] == [{"seed": 1, "difference": pytest.approx(row["difference"])}]
-    assert (disjoint["difference"], disjoint["ci"], disjoint["p_holm"], disjoint["seeds"]) == (None, None, None, [])
-    assert (real["seeds"], real["seed_differences"]) == ([0, 1], None)  # real images have no generator
-    assert real["difference"] == paired_difference(a, b, labels, True, groups, 0.02, 20, 0)["difference"]
-    assert paired_difference(a, b, labels, True, groups, 0.02, 400, 0, seeds["a"], seeds["b"]).items() <= row.items()
+    assert (disjoint["difference"], disjoint["ci"], disjoint["p_holm"], disjoint["seeds"]) == (
+        None,
+        None,
+        None,
+        [],
+    )
+    assert (real["seeds"], real["seed_differences"]) == (
+        [0, 1],
+        None,
+    )  # real images have no generator
+    assert (
+        real["difference"]
+        == paired_difference(a, b, labels, True, groups, 0.02, 20, 0)["difference"]
+    )
+    assert (
+        paired_difference(a, b, labels, True, groups, 0.02, 400, 0, seeds["a"], seeds["b"]).items()
+        <= row.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -246,8 +292,15 @@ def test_holm_is_the_closed_test_of_bonferroni(p_values):
     count = len(p_values)
     adjusted = holm(p_values)
     for index in range(count):
-        sets = [chosen for size in range(1, count + 1) for chosen in combinations(range(count), size) if index in chosen]
-        closed = max(min(1.0, len(chosen) * min(p_values[one] for one in chosen)) for chosen in sets)
+        sets = [
+            chosen
+            for size in range(1, count + 1)
+            for chosen in combinations(range(count), size)
+            if index in chosen
+        ]
+        closed = max(
+            min(1.0, len(chosen) * min(p_values[one] for one in chosen)) for chosen in sets
+        )
         assert adjusted[index] == pytest.approx(closed)
     assert all(raw <= after <= 1 for raw, after in zip(p_values, adjusted, strict=True))
     order = np.argsort(p_values, kind="stable")
@@ -256,7 +309,9 @@ def test_holm_is_the_closed_test_of_bonferroni(p_values):
 
 def test_holm_of_nothing_and_of_a_known_example():
     assert holm([]) == []
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # statsmodels' multipletests
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx(
+        [0.03, 0.06, 0.06, 0.02]
+    )  # statsmodels' multipletests
 
 
 def test_comparisons_are_corrected_inside_each_family_and_a_missing_arm_stays_visible():
@@ -264,10 +319,16 @@ def test_comparisons_are_corrected_inside_each_family_and_a_missing_arm_stays_vi
     a, b, labels = _arms(rng, 300, 1.5, 0.7)
     arms = {"federated": a, "local": b, "unused": b}
     families = {
-        "federation": [("federated", "local"), ("federated", "centralized"), ("local", "federated")],
+        "federation": [
+            ("federated", "local"),
+            ("federated", "centralized"),
+            ("local", "federated"),
+        ],
         "again": [("federated", "local")],
     }
-    rows = compare_arms(arms, families, labels, True, np.arange(300), 0.02, 300, 0, {"federated": [0], "local": [0]})
+    rows = compare_arms(
+        arms, families, labels, True, np.arange(300), 0.02, 300, 0, {"federated": [0], "local": [0]}
+    )
     assert [(row["family"], row["a"], row["b"]) for row in rows] == [
         *(("federation", *pair) for pair in families["federation"]),
         ("again", "federated", "local"),
@@ -275,10 +336,14 @@ def test_comparisons_are_corrected_inside_each_family_and_a_missing_arm_stays_vi
     first, missing, back, again = rows
     expected = paired_difference(a, b, labels, True, np.arange(300), 0.02, 300, 0, [0], [0])
     assert {key: first[key] for key in expected} == expected
-    assert (first["p_holm"], back["p_holm"]) == pytest.approx((2 * first["p_value"], 2 * back["p_value"]))  # two were measured
+    assert (first["p_holm"], back["p_holm"]) == pytest.approx(
+        (2 * first["p_value"], 2 * back["p_value"])
+    )  # two were measured
     assert again["p_holm"] == again["p_value"]
     assert first["metric"] == "macro_auc"
-    assert [missing[key] for key in ("difference", "ci", "p_value", "p_holm", "better", "non_inferior")] == [None] * 6
+    assert [
+        missing[key] for key in ("difference", "ci", "p_value", "p_holm", "better", "non_inferior")
+    ] == [None] * 6
 
 
 def test_better_holds_after_the_correction():
@@ -289,15 +354,21 @@ def test_better_holds_after_the_correction():
         if single["better"] and single["p_value"] > 0.02:
             break
     assert single["better"]
-    rows = compare_arms({"a": a, "b": b}, {"f": [("a", "b")] * 5}, labels, True, np.arange(120), 0.02, 300, 0)
+    rows = compare_arms(
+        {"a": a, "b": b}, {"f": [("a", "b")] * 5}, labels, True, np.arange(120), 0.02, 300, 0
+    )
     assert [row["better"] for row in rows] == [False] * 5
 
 
 def test_a_large_family_can_still_show_a_plain_difference():
     a, b, labels = _arms(np.random.default_rng(14), 200, 4.0, 0.0)
-    rows = compare_arms({"a": a, "b": b}, {"f": [("a", "b")] * 12}, labels, True, np.arange(200), 0.02, 100, 0)
+    rows = compare_arms(
+        {"a": a, "b": b}, {"f": [("a", "b")] * 12}, labels, True, np.arange(200), 0.02, 100, 0
+    )
     assert rows[0]["p_value"] == pytest.approx(2 / 1201)
-    assert all(row["better"] and row["p_holm"] < 0.05 for row in rows)  # 100 resamples: 12 × 2 / 101 would be 0.24
+    assert all(
+        row["better"] and row["p_holm"] < 0.05 for row in rows
+    )  # 100 resamples: 12 × 2 / 101 would be 0.24
 
 
 def test_standard_families_ask_the_two_questions():
@@ -320,5 +391,7 @@ def test_standard_families_ask_the_two_questions():
     rivals = ["centralized", "local", "local: a", "coalition a"]  # the last with the whole budget
     asked = [(one, other) for one in ("federated", "fedadam", "finetuned") for other in rivals]
     assert families["federation"] == [*asked, ("local", "centralized")]
-    assert families["against real"] == [(one, "real") for one in ("centralized", "federated", "fedadam", "local", "finetuned")]
+    assert families["against real"] == [
+        (one, "real") for one in ("centralized", "federated", "fedadam", "local", "finetuned")
+    ]
     assert standard_families(rows[1:3]) == {"federation": [("federated", "centralized")]}

@@ -15,19 +15,23 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from small_federation import LocalGrid, NoJudge, tiny, write_shards
+from small_federation import LocalGrid, NoEvaluator, tiny, write_shards
 
 from client.app import app
 from fedgan import files
 from fedgan.errors import FederationError
-from fedgan.parcel import KIND, seal, unseal
+from fedgan.exchange.bundle import KIND, seal, unseal
 from fedgan.run_folder import RunFolder
+from fedgan.runs.preparation import experiment_of, prepare_run
 from server.federation import Federation
 from server.parcels import Parcels
-from server.preparation import experiment_of, prepare_run
 
-NUMBERS = st.sampled_from([np.dtype(kind) for kind in (np.float32, np.float16, np.uint16, np.uint32)])
-ARRAYS = NUMBERS.flatmap(lambda kind: hnp.arrays(kind, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)))
+NUMBERS = st.sampled_from(
+    [np.dtype(kind) for kind in (np.float32, np.float16, np.uint16, np.uint32)]
+)
+ARRAYS = NUMBERS.flatmap(
+    lambda kind: hnp.arrays(kind, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
+)
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=12), ARRAYS, max_size=5))
@@ -70,13 +74,17 @@ BAD = {
     "a shape of another size": with_header(told(shape=[3])),
     "a kind of number that is unknown": with_header(told(dtype="OBJECT")),
     "a kind that numpy has not": with_header(told(dtype="F8_E4M3", shape=[8])),
-    "two in one place": with_header(told() | {"y": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}),
+    "two in one place": with_header(
+        told() | {"y": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    ),
     "a pickle": pickle.dumps({"x": 1}),
 }
 
 
 @pytest.mark.parametrize("data", BAD.values(), ids=BAD)
-def test_bytes_that_are_no_parcel_are_refused_in_words_that_tell_nothing_of_them(data: bytes) -> None:
+def test_bytes_that_are_no_parcel_are_refused_in_words_that_tell_nothing_of_them(
+    data: bytes,
+) -> None:
     with pytest.raises(FederationError, match=r"^bytes that are no parcel of arrays$"):
         unseal(data)
 
@@ -91,12 +99,18 @@ def test_a_parcel_may_not_be_far_larger_than_the_one_it_answers() -> None:
             unseal(data, sent)
 
 
-def test_hospitals_that_are_elsewhere_are_sent_one_array_which_is_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hospitals_that_are_elsewhere_are_sent_one_array_which_is_packed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name in ("run_id", "task_id", "node_id"):
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
-    record = ArrayRecord({"a": Array(np.ones(3, np.float32)), "b": Array(np.zeros((2, 2), np.float32))})
+    record = ArrayRecord(
+        {"a": Array(np.ones(3, np.float32)), "b": Array(np.zeros((2, 2), np.float32))}
+    )
     parcels = Parcels()
-    sent = [parcels.close(Message(RecordDict({"arrays": record}), node, "train")) for node in (1, 2)]
+    sent = [
+        parcels.close(Message(RecordDict({"arrays": record}), node, "train")) for node in (1, 2)
+    ]
     assert [list(message.content["arrays"]) for message in sent] == [[KIND], [KIND]]
     assert sent[0].content["arrays"] is sent[1].content["arrays"]
     assert unseal(sent[0].content.array_records["arrays"][KIND].data)["b"].shape == (2, 2)
@@ -114,7 +128,9 @@ class Tampering(LocalGrid):
         reply, number = self.replies[key], self.nodes[message.metadata.dst_node_id]
         if number == 1 and not reply.has_error() and "arrays" in reply.content.array_records:
             assert list(reply.content["arrays"]) == [KIND]
-            reply.content["arrays"] = ArrayRecord({KIND: Array("uint8", (len(self.data),), KIND, self.data)})
+            reply.content["arrays"] = ArrayRecord(
+                {KIND: Array("uint8", (len(self.data),), KIND, self.data)}
+            )
             self.tampered += 1
 
 
@@ -126,16 +142,28 @@ class Tampering(LocalGrid):
             seal({f"a{number}": np.zeros(0, np.float32) for number in range(5000)}),
             "answered with a parcel of arrays that is far larger",
         ),
-        (with_header({"../../../etc/passwd": told()["x"]}), "answered with other arrays than were sent"),
+        (
+            with_header({"../../../etc/passwd": told()["x"]}),
+            "answered with other arrays than were sent",
+        ),
     ],
     ids=["header", "number", "names"],
 )
-def test_a_hospital_with_a_bad_parcel_is_named_and_the_round_goes_on(data: bytes, words: str, tmp_path: Path) -> None:
-    settings = tiny(write_shards(tmp_path / "data", (48, 32, 24)), "federation.min_hospitals=2", rounds=1, kimg=0.036)
+def test_a_hospital_with_a_bad_parcel_is_named_and_the_round_goes_on(
+    data: bytes, words: str, tmp_path: Path
+) -> None:
+    settings = tiny(
+        write_shards(tmp_path / "data", (48, 32, 24)),
+        "federation.min_hospitals=2",
+        rounds=1,
+        kimg=0.036,
+    )
     run = RunFolder.at(tmp_path / "run")
     prepare_run(settings, run)
     grid = Tampering(data)
-    Federation(run.settings(), run, experiment_of(run), NoJudge(), patient=True).train(grid)  # type: ignore[arg-type]
+    Federation(run.settings(), run, experiment_of(run), NoEvaluator(), reconnecting=True).train(
+        grid
+    )  # type: ignore[arg-type]
     (line,) = files.read_json_lines(run.metrics)
     assert [row["name"] for row in line["hospitals"]] == ["alpha", "gamma"]
     ((why),) = [row["why"] for row in line["absent"] if row["name"] == "beta"]

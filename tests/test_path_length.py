@@ -9,8 +9,8 @@ from torchmetrics.functional.image import perceptual_path_length as theirs
 
 from fedgan.config import ModelSettings
 from fedgan.errors import FedganError
-from fedgan.evaluation.path_length import _draw, perceptual_path_length, slerp
-from fedgan.models.generator import Generator
+from fedgan.evaluation.metrics.path_length import _draw, perceptual_path_length, slerp
+from fedgan.models.stylegan2.generator import Generator
 
 
 class Toy(torch.nn.Module):
@@ -57,7 +57,9 @@ def test_a_linear_generator_has_the_closed_form(epsilon):
     ends, _, _ = _draw(200, 6, 2, seed=3)
     step = (ends[1] - ends[0]) @ weight[:6] * 127.5
     expected = float(step.square().sum(1).mean())
-    assert perceptual_path_length(generator, LABELS, flat, 200, 3, epsilon) == pytest.approx(expected, rel=1e-3)
+    assert perceptual_path_length(generator, LABELS, flat, 200, 3, epsilon) == pytest.approx(
+        expected, rel=1e-3
+    )
 
 
 def test_it_agrees_with_torchmetrics():
@@ -77,18 +79,26 @@ def test_it_agrees_with_torchmetrics():
             return ((a - b) * 127.5).flatten(1).square().sum(1)
 
     expected, _, _ = theirs(
-        Theirs(), 64, epsilon=1e-2, lower_discard=None, upper_discard=None, sim_net=Distance(), interpolation_method="lerp"
+        Theirs(),
+        64,
+        epsilon=1e-2,
+        lower_discard=None,
+        upper_discard=None,
+        sim_net=Distance(),
+        interpolation_method="lerp",
     )
-    assert perceptual_path_length(generator, LABELS, flat, 64, 5, 1e-2) == pytest.approx(float(expected), rel=1e-4)
+    assert perceptual_path_length(generator, LABELS, flat, 64, 5, 1e-2) == pytest.approx(
+        float(expected), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("space", ["w", "z"])
 def test_a_smooth_generator_has_shorter_paths_than_a_jumpy_one(space):
     weight, smooth = _linear()
     jumpy = Toy(lambda w: 0.3 * torch.sin(20 * (w @ weight)))
-    assert perceptual_path_length(smooth, LABELS, flat, 100, 0, space=space) * 3 < perceptual_path_length(
-        jumpy, LABELS, flat, 100, 0, space=space
-    )
+    assert perceptual_path_length(
+        smooth, LABELS, flat, 100, 0, space=space
+    ) * 3 < perceptual_path_length(jumpy, LABELS, flat, 100, 0, space=space)
 
 
 def test_a_great_circle_has_its_own_length():
@@ -97,7 +107,9 @@ def test_a_great_circle_has_its_own_length():
     ends, _, _ = _draw(50, 6, 2, seed=1)
     a, b = (x / x.norm(dim=1, keepdim=True) for x in ends)
     expected = float((a * b).sum(1).acos().square().mean())
-    assert perceptual_path_length(generator, LABELS, flat, 50, 1, 1e-2, space="z") == pytest.approx(expected, rel=1e-2)
+    assert perceptual_path_length(generator, LABELS, flat, 50, 1, 1e-2, space="z") == pytest.approx(
+        expected, rel=1e-2
+    )
 
 
 def test_slerp_starts_and_ends_where_it_should():
@@ -110,7 +122,10 @@ def test_slerp_starts_and_ends_where_it_should():
 
 def test_a_constant_generator_has_no_length_and_neither_has_a_saturated_one():
     assert perceptual_path_length(Toy(lambda w: torch.zeros(len(w), 16)), LABELS, flat, 10, 0) == 0
-    assert perceptual_path_length(Toy(lambda w: 5 + 0.01 * torch.cat([w, w], 1)), LABELS, flat, 10, 0) == 0  # all clamped
+    assert (
+        perceptual_path_length(Toy(lambda w: 5 + 0.01 * torch.cat([w, w], 1)), LABELS, flat, 10, 0)
+        == 0
+    )  # all clamped
 
 
 def test_a_path_holds_its_label_and_labels_follow_the_rows_given():
@@ -145,10 +160,19 @@ def test_what_does_not_fit_is_refused():
     for options in ({"space": "v"}, {"epsilon": 0.0}, {"samples": 0}):
         with pytest.raises(ValueError, match="path length needs"):
             perceptual_path_length(
-                **{"generator": generator, "labels": LABELS, "features": flat, "samples": 4, "seed": 0} | options
+                **{
+                    "generator": generator,
+                    "labels": LABELS,
+                    "features": flat,
+                    "samples": 4,
+                    "seed": 0,
+                }
+                | options
             )
     with pytest.raises(FedganError, match="diverged"):
-        perceptual_path_length(Toy(lambda w: torch.full((len(w), 16), torch.nan)), LABELS, flat, 4, 0)
+        perceptual_path_length(
+            Toy(lambda w: torch.full((len(w), 16), torch.nan)), LABELS, flat, 4, 0
+        )
 
 
 def test_the_batch_does_not_change_the_value():

@@ -64,7 +64,9 @@ def test_a_film_depends_on_its_generator_alone() -> None:
 
 @pytest.mark.parametrize("label", LESION_LABELS)
 @pytest.mark.parametrize(("fine", "coarse"), [(64, 32), (256, 64)])
-def test_a_lesion_is_the_same_picture_at_every_resolution(label: str, fine: int, coarse: int) -> None:
+def test_a_lesion_is_the_same_picture_at_every_resolution(
+    label: str, fine: int, coarse: int
+) -> None:
     for hospital in range(3):
         large, large_truth = draw_lesion(label, rng(3, hospital), fine, lesion_look(hospital))
         small, small_truth = draw_lesion(label, rng(3, hospital), coarse, lesion_look(hospital))
@@ -76,7 +78,9 @@ def test_a_lesion_is_the_same_picture_at_every_resolution(label: str, fine: int,
 
 @pytest.mark.parametrize("findings", [(), *[(label,) for label in CHEST_LABELS], CHEST_LABELS])
 @pytest.mark.parametrize(("fine", "coarse"), [(64, 32), (256, 64)])
-def test_a_film_is_the_same_picture_at_every_resolution(findings: tuple[str, ...], fine: int, coarse: int) -> None:
+def test_a_film_is_the_same_picture_at_every_resolution(
+    findings: tuple[str, ...], fine: int, coarse: int
+) -> None:
     for hospital in range(3):
         large, _ = draw_chest(findings, rng(3, hospital), fine, chest_look(hospital))
         small, _ = draw_chest(findings, rng(3, hospital), coarse, chest_look(hospital))
@@ -115,22 +119,35 @@ def test_each_lesion_has_its_colours() -> None:
 
     colour = {label: middle(label) for label in LESION_LABELS}
     redness = {label: value[0] - value[1:].mean() for label, value in colour.items()}
-    assert min(redness["vasc"], redness["akiec"]) > max(redness["nv"], redness["df"], redness["bcc"], redness["mel"])
+    assert min(redness["vasc"], redness["akiec"]) > max(
+        redness["nv"], redness["df"], redness["bcc"], redness["mel"]
+    )
     assert colour["df"].mean() > colour["nv"].mean() > colour["mel"].mean()
-    assert colour["bkl"][0] - colour["bkl"][2] > colour["nv"][0] - colour["nv"][2]  # waxy yellow against brown
+    assert (
+        colour["bkl"][0] - colour["bkl"][2] > colour["nv"][0] - colour["nv"][2]
+    )  # waxy yellow against brown
 
 
 def test_skin_tone_hair_and_ruler_are_as_told() -> None:
     pictures = [draw_lesion("nv", rng(7, seed), 32, lesion_look(seed % 3)) for seed in range(40)]
     tones = [truth["tone"] for _, truth in pictures]
-    border = [np.median(picture[4:-4, 4:-4].reshape(-1, 3), axis=0).mean() for picture, _ in pictures]
+    border = [
+        np.median(picture[4:-4, 4:-4].reshape(-1, 3), axis=0).mean() for picture, _ in pictures
+    ]
     assert np.corrcoef(tones, border)[0, 1] < -0.7
     assert {truth["ruler"] for _, truth in pictures} == {True, False}
     assert len({truth["hairs"] for _, truth in pictures}) > 3
 
 
 @pytest.mark.parametrize(
-    ("finding", "least"), [("effusion", 40), ("consolidation", 25), ("nodule", 12), ("cardiomegaly", 30), ("pneumothorax", -12)]
+    ("finding", "least"),
+    [
+        ("effusion", 40),
+        ("consolidation", 25),
+        ("nodule", 12),
+        ("cardiomegaly", 30),
+        ("pneumothorax", -12),
+    ],
 )
 def test_a_finding_is_where_the_truth_says(finding: str, least: float) -> None:
     """Inside its mask the film differs from the lungs of the same person on the same film without it."""
@@ -196,7 +213,9 @@ def test_noise_is_the_same_field_on_every_board(seed: int, band: str) -> None:
 
 @settings(max_examples=30)
 @given(st.floats(-0.7, 0.7), st.floats(-0.7, 0.7), st.floats(0, np.pi), st.floats(0.004, 0.05))
-def test_a_stroke_covers_its_area_at_every_width(x: float, y: float, angle: float, half_width: float) -> None:
+def test_a_stroke_covers_its_area_at_every_width(
+    x: float, y: float, angle: float, half_width: float
+) -> None:
     """Length times width, also where the line is thinner than a pixel (its round ends add a little)."""
     board = canvas(32)
     half = 0.25 * np.array([np.cos(angle), np.sin(angle)])
@@ -224,11 +243,19 @@ def test_sizes_fall_and_add_up(images: int, hospitals: int) -> None:
 
 @settings(max_examples=25)
 @given(st.sampled_from(KINDS), st.integers(200, 1500), st.integers(1, 5), st.integers(0, 1000))
-def test_every_label_is_in_every_split_and_at_two_hospitals(kind: str, images: int, hospitals: int, seed: int) -> None:
+def test_every_label_is_in_every_split_and_at_two_hospitals(
+    kind: str, images: int, hospitals: int, seed: int
+) -> None:
     dealt = deal(kind, hospital_sizes(images, hospitals), seed)
     labels = LESION_LABELS if kind == "lesions" else CHEST_LABELS
     for split in ("train", "val", "test"):
-        seen = {label for patients in dealt for patient in patients if patient["split"] == split for label in patient["labels"]}
+        seen = {
+            label
+            for patients in dealt
+            for patient in patients
+            if patient["split"] == split
+            for label in patient["labels"]
+        }
         assert seen == set(labels)
     for label in labels:
         holders = sum(any(label in patient["labels"] for patient in patients) for patients in dealt)
@@ -262,12 +289,16 @@ def test_shards_are_whole_and_tell_the_truth(tmp_path: Path, kind: str) -> None:
         assert shard.card.exclusive == (kind == "lesions")
         assert shard.card.channels == (3 if kind == "lesions" else 1)
         truths = [json.loads(line) for line in (shard.path / TRUTH).read_text().splitlines()]
-        told = [{truth["label"]} if kind == "lesions" else set(truth["findings"]) for truth in truths]
+        told = [
+            {truth["label"]} if kind == "lesions" else set(truth["findings"]) for truth in truths
+        ]
         names = [{shard.card.label_names[k] for k in np.flatnonzero(row)} for row in shard.labels]
         assert told == names
         assert set(shard.samples.splits) == {"train", "val", "test"}
         everyone += sorted(set(shard.samples.patients))
-    assert len(everyone) == len(set(everyone)) < 120  # a patient has one hospital, and some have several images
+    assert (
+        len(everyone) == len(set(everyone)) < 120
+    )  # a patient has one hospital, and some have several images
     union = np.concatenate([shard.labels[shard.samples.splits == "test"] for shard in shards])
     assert union.any(axis=0).all()
     means = [shard.labels.mean(axis=0) for shard in shards]
@@ -276,7 +307,9 @@ def test_shards_are_whole_and_tell_the_truth(tmp_path: Path, kind: str) -> None:
 
 
 def test_films_without_finding_have_no_label(tmp_path: Path) -> None:
-    labels = np.concatenate([Shard.open(path).labels for path in write_phantoms(tmp_path, "chest", 60, 16)])
+    labels = np.concatenate(
+        [Shard.open(path).labels for path in write_phantoms(tmp_path, "chest", 60, 16)]
+    )
     counts = labels.sum(axis=1)
     assert (counts == 0).any()
     assert (counts > 1).any()
@@ -284,13 +317,20 @@ def test_films_without_finding_have_no_label(tmp_path: Path) -> None:
 
 def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
     def hashes(folder: str, seed: int) -> list[str]:
-        return [Shard.open(path).card.content_hash for path in write_phantoms(tmp_path / folder, "lesions", 30, 16, seed=seed)]
+        return [
+            Shard.open(path).card.content_hash
+            for path in write_phantoms(tmp_path / folder, "lesions", 30, 16, seed=seed)
+        ]
 
     first = hashes("a", 0)
     assert first == hashes("b", 0)
     assert not set(first) & set(hashes("c", 1))
-    assert (tmp_path / "a/north/samples.csv").read_bytes() == (tmp_path / "b/north/samples.csv").read_bytes()
-    assert (tmp_path / "a/north" / TRUTH).read_bytes() == (tmp_path / "b/north" / TRUTH).read_bytes()
+    assert (tmp_path / "a/north/samples.csv").read_bytes() == (
+        tmp_path / "b/north/samples.csv"
+    ).read_bytes()
+    assert (tmp_path / "a/north" / TRUTH).read_bytes() == (
+        tmp_path / "b/north" / TRUTH
+    ).read_bytes()
 
 
 def test_images_of_one_patient_show_one_person() -> None:
@@ -304,9 +344,15 @@ def test_looks_differ_between_hospitals() -> None:
     """The same lesion and the same film, photographed by each hospital's own device, differ in brightness or colour."""
     for first in range(3):
         for second in range(first):
-            skins = [draw_lesion("nv", rng(15), 32, lesion_look(k), patient=rng(16))[0] for k in (first, second)]
+            skins = [
+                draw_lesion("nv", rng(15), 32, lesion_look(k), patient=rng(16))[0]
+                for k in (first, second)
+            ]
             assert np.abs(skins[0].astype(float) - skins[1].astype(float)).mean() > 5
-            films = [draw_chest([], rng(15), 32, chest_look(k), patient=rng(16))[0] for k in (first, second)]
+            films = [
+                draw_chest([], rng(15), 32, chest_look(k), patient=rng(16))[0]
+                for k in (first, second)
+            ]
             assert np.abs(films[0].astype(float) - films[1].astype(float)).mean() > 3
 
 

@@ -15,17 +15,26 @@ from browser import CONTRAST, SIZES, Browser, open_browser
 from card_runs import make_run as make_card_run
 from hypothesis import given
 from hypothesis import strategies as st
-from privacy_runs import ATTACKS, audit, copy_figures, hospital_audit, read_lines, spent, write_lines, write_run
+from privacy_runs import (
+    ATTACKS,
+    audit,
+    copy_figures,
+    hospital_audit,
+    read_lines,
+    spent,
+    write_lines,
+    write_run,
+)
 from test_report import HOSPITALS, Page, page_of
 
 from fedgan import files
+from fedgan.audit.audit import signs
 from fedgan.config import Settings, to_dict
-from fedgan.evaluation.audit import signs
-from fedgan.report import format as text
 from fedgan.report.cards import write_cards
-from fedgan.report.privacy.findings import Audit
-from fedgan.report.privacy.guarantee import attack_bound, share
-from fedgan.report.run_data import clean
+from fedgan.report.html import format as text
+from fedgan.report.run.data import clean
+from fedgan.report.run.privacy.findings import Audit
+from fedgan.report.run.privacy.guarantee import attack_bound, share
 from fedgan.run_folder import RunFolder
 
 PRIVATE = {"epsilon": 10.0, "label_noise": 20.0, "max_epsilon": 12.0}
@@ -52,7 +61,9 @@ def paragraph(html: str, key: str) -> str:
 # --- the guarantee -------------------------------------------------------------------------------
 
 
-def test_a_run_without_privacy_and_without_an_audit_says_plainly_that_it_has_neither(tmp_path: Path) -> None:
+def test_a_run_without_privacy_and_without_an_audit_says_plainly_that_it_has_neither(
+    tmp_path: Path,
+) -> None:
     words = words_of(write_run(tmp_path))
     assert "There is no guarantee: this run was trained without differential privacy." in words
     assert "No audit was run" in words
@@ -66,7 +77,13 @@ def test_every_hospital_has_its_epsilon_with_delta_noise_and_sampling_rate(tmp_p
     words = words_of(write_run(tmp_path, PRIVATE))
     for i, name in enumerate(HOSPITALS):
         told = spent(i, 10)
-        row = [name, *(text.significant(told[key], 3) for key in ("epsilon", "delta", "noise_multiplier", "sample_rate"))]
+        row = [
+            name,
+            *(
+                text.significant(told[key], 3)
+                for key in ("epsilon", "delta", "noise_multiplier", "sample_rate")
+            ),
+        ]
         assert " ".join(row) in words
     assert "ε from 3.21 to 9.87 for one image" in words
 
@@ -98,17 +115,32 @@ def test_an_epsilon_never_stands_without_what_it_means(tmp_path: Path) -> None:
 
 
 def test_the_unit_and_what_is_composed_follow_the_settings(tmp_path: Path) -> None:
-    run = write_run(tmp_path, {"epsilon": 8.0, "unit": "patient", "images_per_patient": 3, "r_t_noise": 4.0, "delta": 1e-6})
+    run = write_run(
+        tmp_path,
+        {
+            "epsilon": 8.0,
+            "unit": "patient",
+            "images_per_patient": 3,
+            "r_t_noise": 4.0,
+            "delta": 1e-6,
+        },
+    )
     words = words_of(run)
     assert "One patient with all their images, of which a step looks at 3 at most" in words
-    assert "signs of the discriminator on real images, released with a noise multiplier of 4" in words
+    assert (
+        "signs of the discriminator on real images, released with a noise multiplier of 4" in words
+    )
     assert "No counts of labels were released." in words
     assert "Here δ = 1e−06." in words
     assert "A patient with several images" not in words
 
 
-@pytest.mark.parametrize(("asked", "labels"), [("uniform", ("a", "b")), ("data", ())], ids=["uniform", "no labels"])
-def test_noise_for_label_counts_that_nothing_asks_for_releases_none(asked: str, labels: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "labels"), [("uniform", ("a", "b")), ("data", ())], ids=["uniform", "no labels"]
+)
+def test_noise_for_label_counts_that_nothing_asks_for_releases_none(
+    asked: str, labels: tuple[str, ...], tmp_path: Path
+) -> None:
     run = write_run(tmp_path, PRIVATE, training={"labels": asked})
     rows = run.read_json(run.hospitals)
     for row in rows:
@@ -145,8 +177,14 @@ def test_one_infinite_ledger_is_named(tmp_path: Path) -> None:
 
 
 def test_the_curve_has_a_line_a_hospital_and_the_limit(tmp_path: Path) -> None:
-    html, free = (part_of(write_run(tmp_path / str(i), PRIVATE | {"max_epsilon": most})) for i, most in enumerate((12.0, 0.0)))
-    chart, other = (part[part.index('aria-labelledby="privacy-epsilon-title') :].split("</svg>")[0] for part in (html, free))
+    html, free = (
+        part_of(write_run(tmp_path / str(i), PRIVATE | {"max_epsilon": most}))
+        for i, most in enumerate((12.0, 0.0))
+    )
+    chart, other = (
+        part[part.index('aria-labelledby="privacy-epsilon-title') :].split("</svg>")[0]
+        for part in (html, free)
+    )
     assert chart.count("<polyline") == 3
     assert ("most allowed" in chart, "asked for" in chart) == (True, False)
     assert ("most allowed" in other, "asked for" in other) == (False, True)
@@ -180,17 +218,26 @@ def test_a_round_without_an_epsilon_states_no_guarantee(tmp_path: Path) -> None:
 def test_hospital_level_noise_is_told_as_what_it_is(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     lines = read_lines(run)
-    lines[-1]["hospital_privacy"] = {"epsilon": 31.4, "delta": 1e-5, "noise_multiplier": 1.2, "clip": 1.0, "releases": 10}
-    lines[-1]["hospital_privacy"] |= {"hospitals": 3}
+    lines[-1]["client_level_dp"] = {
+        "epsilon": 31.4,
+        "delta": 1e-5,
+        "noise_multiplier": 1.2,
+        "clip": 1.0,
+        "releases": 10,
+    }
+    lines[-1]["client_level_dp"] |= {"hospitals": 3}
     write_lines(run, lines)
     words = words_of(run)
     assert "There is no guarantee for an image or a patient" in words
     assert "ε = 31.4 and δ = 1e−05 over 10 releases" in words
     assert "not from the server" in words
-    assert "over a million 1,200 times. delta = 1/3 would allow one hospital to be given away whole." in words
+    assert (
+        "over a million 1,200 times. delta = 1/3 would allow one hospital to be given away whole."
+        in words
+    )
     assert "no guarantee at all" not in words
     assert "hidden only as part of their hospital" in words
-    lines[-1]["hospital_privacy"] |= {"epsilon": None, "noise_multiplier": 0.0}
+    lines[-1]["client_level_dp"] |= {"epsilon": None, "noise_multiplier": 0.0}
     write_lines(run, lines)
     words = words_of(run)
     assert "at an infinite ε, which is no guarantee" in words
@@ -198,8 +245,10 @@ def test_hospital_level_noise_is_told_as_what_it_is(tmp_path: Path) -> None:
 
 
 def test_hospitals_that_are_to_be_hidden_are_told_of_before_the_first_round(tmp_path: Path) -> None:
-    run = write_run(tmp_path, {"hospital": "server"})
-    assert "are to be hidden" not in words_of(run), "rounds were done, and none of them hid a hospital"
+    run = write_run(tmp_path, {"client_level": "server"})
+    assert "are to be hidden" not in words_of(run), (
+        "rounds were done, and none of them hid a hospital"
+    )
     write_lines(run, [])
     words = words_of(run)
     assert "Whole hospitals are to be hidden, but no round has finished" in words
@@ -212,7 +261,10 @@ def test_an_epsilon_of_dealt_hospitals_is_of_this_run_alone(tmp_path: Path) -> N
     html = page_of(run)
     assert "all private runs" not in html
     words = words_of(run)
-    assert "counted over this run alone: dealt hospitals exist in this run only, and other runs on the same images" in words
+    assert (
+        "counted over this run alone: dealt hospitals exist in this run only, and other runs on the same images"
+        in words
+    )
     assert "All steps of the discriminator in this run alone" in words
     assert "earlier private runs included" not in words
     assert "Nor does one of other runs" in words
@@ -220,7 +272,10 @@ def test_an_epsilon_of_dealt_hospitals_is_of_this_run_alone(tmp_path: Path) -> N
 
 def test_the_table_of_hospitals_has_epsilon_only_where_privacy_was_on(tmp_path: Path) -> None:
     private, plain = page_of(write_run(tmp_path / "a", PRIVATE)), page_of(write_run(tmp_path / "b"))
-    sizes = [html[html.index("Images and patients in each split</caption>") :].split("</table>")[0] for html in (private, plain)]
+    sizes = [
+        html[html.index("Images and patients in each split</caption>") :].split("</table>")[0]
+        for html in (private, plain)
+    ]
     for name, epsilon in zip(HOSPITALS, ("9.87", "6.54", "3.21"), strict=True):
         row = sizes[0][sizes[0].index(f">{name}</th>") :].split("</tr>")[0]
         assert row.strip().endswith(f'<td class="n">{epsilon}</td>')
@@ -267,18 +322,30 @@ def test_a_large_epsilon_is_said_to_exclude_next_to_nothing(tmp_path: Path) -> N
 # --- the audit -----------------------------------------------------------------------------------
 
 
-def test_every_figure_of_the_audit_is_on_the_page_beside_the_one_of_held_out_images(tmp_path: Path) -> None:
+def test_every_figure_of_the_audit_is_on_the_page_beside_the_one_of_held_out_images(
+    tmp_path: Path,
+) -> None:
     content = audit()
     words = words_of(write_run(tmp_path, content=content))
     for hospital in content["hospitals"]:
         for found in hospital["copies"].values():
-            for key, ci in (("copying_share", "copying_ci"), ("memorised_matched", "memorised_matched_ci")):
+            for key, ci in (
+                ("copying_share", "copying_ci"),
+                ("memorised_matched", "memorised_matched_ci"),
+            ):
                 assert f"{text.decimal(found[key])} {text.interval(found[ci])}" in words
             pair = [("copying_share", "copying_ci"), ("held_out_share", "held_out_ci")]
-            assert " ".join(f"{text.decimal(found[key])} {text.interval(found[ci])}" for key, ci in pair) in words
+            assert (
+                " ".join(
+                    f"{text.decimal(found[key])} {text.interval(found[ci])}" for key, ci in pair
+                )
+                in words
+            )
         for row in hospital["membership"]:
             pair = [("auc", "auc_ci"), ("null_auc", "null_auc_ci")]
-            figures = " ".join(f"{text.decimal(row[key])} {text.interval(row[ci])}" for key, ci in pair)
+            figures = " ".join(
+                f"{text.decimal(row[key])} {text.interval(row[ci])}" for key, ci in pair
+            )
             figures += f" {text.decimal(row['leak_auc'])} 2.1 % (0.3–5.8) 1.3 % (0.1–4.3) 180 / 170"
             assert f"{hospital['name']}, {row['attack']} {figures}" in words
         for figure in ("12.17", "12.21", "0.522", "0.508"):
@@ -288,9 +355,14 @@ def test_every_figure_of_the_audit_is_on_the_page_beside_the_one_of_held_out_ima
 def test_a_rate_that_nobody_has_the_images_for_takes_no_column(tmp_path: Path) -> None:
     content = audit()
     assert "Found at 0.1 %" not in words_of(write_run(tmp_path / "few", content=content))
-    content["hospitals"][0]["membership"][0] |= {"tpr_at_01": 0.0042, "tpr_at_01_ci": [0.001, 0.009]}
+    content["hospitals"][0]["membership"][0] |= {
+        "tpr_at_01": 0.0042,
+        "tpr_at_01_ci": [0.001, 0.009],
+    }
     words = words_of(write_run(tmp_path / "many", content=content))
-    assert words.count("Found at 0.1 %") == 1, "under inference alone, where the discriminator stands"
+    assert words.count("Found at 0.1 %") == 1, (
+        "under inference alone, where the discriminator stands"
+    )
     assert "0.4 % (0.1–0.9)" in words
 
 
@@ -298,24 +370,43 @@ def test_the_three_heads_hold_the_evidence_that_belongs_to_them(tmp_path: Path) 
     html = part_of(write_run(tmp_path, content=audit()))
     parts = {key: paragraph(html, key) for key in ("singling-out", "linkability", "inference")}
     assert [head for head in HEADS if f">{head}</h3>" in html] == list(HEADS)
-    for words in ("Copies among the synthetic images", "Training images that a copy repeats", "projections"):
+    for words in (
+        "Copies among the synthetic images",
+        "Training images that a copy repeats",
+        "projections",
+    ):
         assert words in parts["singling-out"]
     assert "Whose images the synthetic ones lie nearer to" in parts["linkability"]
-    assert [parts[key].count('<svg class="chart"') for key in parts] == [4, 2, 4], "a chart for each figure"
-    homes = {attack: [key for key, part in parts.items() if f"{HOSPITALS[0]}, {attack}</th>" in part] for attack in ATTACKS}
+    assert [parts[key].count('<svg class="chart"') for key in parts] == [4, 2, 4], (
+        "a chart for each figure"
+    )
+    homes = {
+        attack: [key for key, part in parts.items() if f"{HOSPITALS[0]}, {attack}</th>" in part]
+        for attack in ATTACKS
+    }
     assert homes["distance"] == ["linkability"]
-    assert {tuple(home) for attack, home in homes.items() if attack != "distance"} == {("inference",)}
+    assert {tuple(home) for attack, home in homes.items() if attack != "distance"} == {
+        ("inference",)
+    }
     for part in parts.values():
         assert part.count("stand here because") == 1
 
 
-def test_a_clean_headline_says_how_much_of_it_is_blind_and_where_patients_are_few(tmp_path: Path) -> None:
+def test_a_clean_headline_says_how_much_of_it_is_blind_and_where_patients_are_few(
+    tmp_path: Path,
+) -> None:
     few = hospital_audit(HOSPITALS[2]) | {"held_out_patients": 17}
     words = words_of(write_run(tmp_path, content=audit(hospital_audit(HOSPITALS[0]), few)))
     # of each hospital's nine: the features, the density and its ratio
     assert "none of 18 figures of 2 hospitals" in words
-    assert "6 of these figures come from a search or an attack that did not see the planted leak either." in words
-    assert f"Held-out patients are few at {HOSPITALS[2]} (17): only a gross leak would show there." in words
+    assert (
+        "6 of these figures come from a search or an attack that did not see the planted leak either."
+        in words
+    )
+    assert (
+        f"Held-out patients are few at {HOSPITALS[2]} (17): only a gross leak would show there."
+        in words
+    )
 
 
 def test_notes_that_several_hospitals_and_attacks_share_are_told_once(tmp_path: Path) -> None:
@@ -328,8 +419,14 @@ def test_notes_that_several_hospitals_and_attacks_share_are_told_once(tmp_path: 
 def test_whether_an_excess_counts_can_be_read_and_intervals_say_their_level(tmp_path: Path) -> None:
     words = words_of(write_run(tmp_path, content=audit()))
     near = copy_figures(0.047, False)
-    pair = [("near_training_share", "near_training_ci"), ("near_held_out_share", "near_held_out_ci")]
-    assert " ".join(f"{text.decimal(near[key])} {text.interval(near[ci])}" for key, ci in pair) in words
+    pair = [
+        ("near_training_share", "near_training_ci"),
+        ("near_held_out_share", "near_held_out_ci"),
+    ]
+    assert (
+        " ".join(f"{text.decimal(near[key])} {text.interval(near[ci])}" for key, ci in pair)
+        in words
+    )
     assert f"{HOSPITALS[0]}, negative: copies by pixels – – – – – +0.002 97% of 100" in words
     assert "Intervals are of 95 %, of membership in the negative control of 99.4 %" in words
 
@@ -346,12 +443,20 @@ def test_a_leak_is_the_headline_with_its_figures(tmp_path: Path) -> None:
     html = part_of(write_run(tmp_path, content=audit(hospital_audit(HOSPITALS[0]), leaking)))
     words = Page(html).words
     assert words.index("Evidence of a leak: 8 of 18 figures") < words.index("Controls")
-    assert f"share of copies (pixels) at {HOSPITALS[1]}: 0.210 (0.196–0.226), held-out real images 0.050" in words
+    assert (
+        f"share of copies (pixels) at {HOSPITALS[1]}: 0.210 (0.196–0.226), held-out real images 0.050"
+        in words
+    )
     assert f"Not audited: {HOSPITALS[2]}." in words
 
 
-@pytest.mark.parametrize(("share", "auc"), list(itertools.product((0.047, 0.08, 0.12, 0.3), (0.45, 0.54, 0.56, 0.6, 0.9))))
-def test_the_page_and_the_audit_call_the_same_figures_signs_of_a_leak(share: float, auc: float) -> None:
+@pytest.mark.parametrize(
+    ("share", "auc"),
+    list(itertools.product((0.047, 0.08, 0.12, 0.3), (0.45, 0.54, 0.56, 0.6, 0.9))),
+)
+def test_the_page_and_the_audit_call_the_same_figures_signs_of_a_leak(
+    share: float, auc: float
+) -> None:
     numbers = hospital_audit("a", share, auc)
     out = [figure for figure in Audit(audit(numbers)).figures if figure.stands_out]
     assert len(out) == len(signs(numbers))
@@ -361,24 +466,42 @@ def test_images_that_are_near_to_everybody_are_no_sign_of_copies_on_the_page_eit
     blurred, copying = (hospital_audit("a") for _ in range(2))
     blurred["copies"] = {"pixels": copy_figures(0.3, False, near_held_out=0.28)}
     copying["copies"] = {"pixels": copy_figures(0.3, False)}
-    told = [[figure.measure for figure in Audit(audit(part)).figures if figure.stands_out] for part in (blurred, copying)]
+    told = [
+        [figure.measure for figure in Audit(audit(part)).figures if figure.stands_out]
+        for part in (blurred, copying)
+    ]
     assert told == [[], ["share of copies (pixels)"]]
     assert [len(signs(part)) for part in (blurred, copying)] == [0, 1]
 
 
-def test_an_audit_that_failed_its_controls_is_not_valid_and_its_figures_are_grey(tmp_path: Path) -> None:
+def test_an_audit_that_failed_its_controls_is_not_valid_and_its_figures_are_grey(
+    tmp_path: Path,
+) -> None:
     failed = hospital_audit(HOSPITALS[1], share=0.3, auc=0.9, positive=False)
     run = write_run(tmp_path, content=audit(hospital_audit(HOSPITALS[0]), failed))
     html = part_of(run)
     words = Page(html).words
-    assert words.split("Privacy: guarantee and evidence")[1].strip().startswith("This audit is not valid:")
-    assert f"at {HOSPITALS[1]} the positive control did not pass (no space finds the planted copies)" in words
+    assert (
+        words.split("Privacy: guarantee and evidence")[1]
+        .strip()
+        .startswith("This audit is not valid:")
+    )
+    assert (
+        f"at {HOSPITALS[1]} the positive control did not pass (no space finds the planted copies)"
+        in words
+    )
     assert "Evidence of a leak" not in words
     assert html.count('class="invalid"') == 3
     assert html.count("(not valid)</caption>") == 7
     assert "not-valid.csv" in html
-    assert f"{HOSPITALS[0]} passed passed 0.999 0.297 / 0.300 extractor features 0.993 500 / 180 97" in words
-    assert f"{HOSPITALS[1]} NOT passed passed 0.712 0.297 / 0.300 pixels, extractor features 0.993" in words
+    assert (
+        f"{HOSPITALS[0]} passed passed 0.999 0.297 / 0.300 extractor features 0.993 500 / 180 97"
+        in words
+    )
+    assert (
+        f"{HOSPITALS[1]} NOT passed passed 0.712 0.297 / 0.300 pixels, extractor features 0.993"
+        in words
+    )
     assert 'class="invalid"' not in part_of(write_run(tmp_path / "valid", content=audit()))
 
 
@@ -388,13 +511,27 @@ def test_an_audit_that_failed_its_controls_is_not_valid_and_its_figures_are_grey
         ({"valid": False}, "does not say that it is valid"),
         ({"valid": None}, "does not say that it is valid"),
         ({"hospitals": []}, "no hospital was audited"),
-        ({"hospitals": [hospital_audit("a") | {"valid": False}]}, "the audit of a does not say that it is valid"),
-        ({"hospitals": [hospital_audit("a") | {"controls": None, "notes": ["too few"]}]}, "no control was run at a (too few)"),
-        ({"hospitals": [hospital_audit("a") | {"controls": {"positive": {"passed": True}}}]}, "the negative control was not run"),
-        ({"hospitals": [hospital_audit("a", negative=False)]}, "the negative control did not pass (halves differ)"),
+        (
+            {"hospitals": [hospital_audit("a") | {"valid": False}]},
+            "the audit of a does not say that it is valid",
+        ),
+        (
+            {"hospitals": [hospital_audit("a") | {"controls": None, "notes": ["too few"]}]},
+            "no control was run at a (too few)",
+        ),
+        (
+            {"hospitals": [hospital_audit("a") | {"controls": {"positive": {"passed": True}}}]},
+            "the negative control was not run",
+        ),
+        (
+            {"hospitals": [hospital_audit("a", negative=False)]},
+            "the negative control did not pass (halves differ)",
+        ),
     ],
 )
-def test_an_audit_is_valid_only_when_everything_in_it_says_so(change: dict[str, Any], reason: str) -> None:
+def test_an_audit_is_valid_only_when_everything_in_it_says_so(
+    change: dict[str, Any], reason: str
+) -> None:
     found = Audit(audit() | change)
     assert not found.valid
     assert reason in found.headline()
@@ -411,8 +548,13 @@ def test_the_page_says_which_round_was_audited_and_when_the_run_went_on(tmp_path
 
 def test_a_blind_space_is_told_as_blind(tmp_path: Path) -> None:
     html = part_of(write_run(tmp_path, content=audit()))
-    rows = re.findall(r'<th scope="row">([^<]*)</th>(.*?)</tr>', paragraph(html, "singling-out"), re.DOTALL)
-    sees = {name.split(", ")[1]: re.findall(r"<td[^>]*>([^<]*)</td>", cells)[-1] for name, cells in rows[:3]}
+    rows = re.findall(
+        r'<th scope="row">([^<]*)</th>(.*?)</tr>', paragraph(html, "singling-out"), re.DOTALL
+    )
+    sees = {
+        name.split(", ")[1]: re.findall(r"<td[^>]*>([^<]*)</td>", cells)[-1]
+        for name, cells in rows[:3]
+    }
     assert sees == {"pixels": "yes", "extractor features": "no", "contrastive embedding": "yes"}
 
 
@@ -423,7 +565,9 @@ def test_hospitals_with_too_few_images_have_a_reason_and_no_number(tmp_path: Pat
         "projection": None,
         "controls": None,
         "valid": False,
-        "notes": ["20 training and 9 held-out images are too few to measure anything: 30 of each are needed."],
+        "notes": [
+            "20 training and 9 held-out images are too few to measure anything: 30 of each are needed."
+        ],
     }
     words = words_of(write_run(tmp_path, content=audit(few)))
     assert "20 training and 9 held-out images are too few" in words
@@ -441,7 +585,9 @@ def test_a_damaged_audit_is_told_and_is_no_evidence(tmp_path: Path, damage: byte
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -461,7 +607,9 @@ def test_whatever_an_audit_holds_its_verdict_can_be_read(data: st.DataObject) ->
     found = Audit(clean(content))
     assert found.headline()
     assert found.notes is not None
-    assert not found.valid or (content["valid"] is True and all(h["valid"] is True for h in content["hospitals"]))
+    assert not found.valid or (
+        content["valid"] is True and all(h["valid"] is True for h in content["hospitals"])
+    )
 
 
 # --- what the page is ----------------------------------------------------------------------------
@@ -473,8 +621,16 @@ def variants(folder: Path) -> dict[str, RunFolder]:
         "plain": write_run(folder / "plain"),
         "private": write_run(folder / "private", PRIVATE, audit()),
         "noiseless": write_run(folder / "noiseless", {"noise_multiplier": 0.0}),
-        "invalid": write_run(folder / "invalid", PRIVATE, audit(hospital_audit(HOSPITALS[0], 0.3, 0.8, positive=False))),
-        "leak": write_run(folder / "leak", {"epsilon": 3.0, "unit": "patient"}, audit(hospital_audit(HOSPITALS[0], 0.3, 0.8))),
+        "invalid": write_run(
+            folder / "invalid",
+            PRIVATE,
+            audit(hospital_audit(HOSPITALS[0], 0.3, 0.8, positive=False)),
+        ),
+        "leak": write_run(
+            folder / "leak",
+            {"epsilon": 3.0, "unit": "patient"},
+            audit(hospital_audit(HOSPITALS[0], 0.3, 0.8)),
+        ),
     }
 
 
@@ -490,7 +646,9 @@ def test_the_word_is_evidence_and_never_the_other_one(runs: dict[str, RunFolder]
         assert "evidence" in page
 
 
-def test_the_page_stays_small_and_holds_no_path_and_no_picture_of_the_audit(runs: dict[str, RunFolder]) -> None:
+def test_the_page_stays_small_and_holds_no_path_and_no_picture_of_the_audit(
+    runs: dict[str, RunFolder],
+) -> None:
     part = part_of(runs["private"])
     assert len(part) < 120_000
     assert "<img" not in part
@@ -503,7 +661,10 @@ def test_hostile_names_in_an_audit_are_text(tmp_path: Path) -> None:
     content = audit(hospital_audit(hostile))
     content["hospitals"][0]["copies"][hostile] = copy_figures(0.1, False)
     content["hospitals"][0]["membership"][0]["attack"] = hostile
-    content["hospitals"][0]["controls"]["positive"]["copies"][hostile] = {"passed": False, "found_share": 0.1}
+    content["hospitals"][0]["controls"]["positive"]["copies"][hostile] = {
+        "passed": False,
+        "found_share": 0.1,
+    }
     run = write_run(tmp_path, content=content)
     html = page_of(run)
     assert "<script" not in html
@@ -518,7 +679,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.mark.parametrize("name", ["private", "invalid"])
-@pytest.mark.parametrize(("scheme", "size"), [("light", "desktop"), ("dark", "phone"), ("dark", "desktop"), ("light", "phone")])
+@pytest.mark.parametrize(
+    ("scheme", "size"),
+    [("light", "desktop"), ("dark", "phone"), ("dark", "desktop"), ("light", "phone")],
+)
 def test_the_privacy_page_fits_its_window_and_can_be_read(
     browser: Browser, runs: dict[str, RunFolder], name: str, scheme: str, size: str
 ) -> None:
@@ -527,7 +691,9 @@ def test_the_privacy_page_fits_its_window_and_can_be_read(
     browser.run("for (const part of document.querySelectorAll('details')) part.open = true")
     assert browser.run("return document.documentElement.scrollWidth") == SIZES[size][0]
     assert browser.run(CONTRAST)[1] == []
-    levels = browser.run("return [...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))")
+    levels = browser.run(
+        "return [...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))"
+    )
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
     ids = browser.run("return [...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) == len(set(ids))
@@ -545,7 +711,10 @@ def card_of(run: RunFolder) -> tuple[dict[str, Any], str]:
 
 def private_card(path: Path, content: dict[str, Any] | None) -> RunFolder:
     run = make_card_run(path, privacy=PRIVATE)
-    rows = [{"name": name, "images_seen": 500, **spent(i, 10)} for i, name in enumerate(("north", "south"))]
+    rows = [
+        {"name": name, "images_seen": 500, **spent(i, 10)}
+        for i, name in enumerate(("north", "south"))
+    ]
     files.write_text(run.metrics, json.dumps(read_lines_or_one(run) | {"hospitals": rows}) + "\n")
     if content is not None:
         files.write_json(run.audit, content)
@@ -558,26 +727,47 @@ def read_lines_or_one(run: RunFolder) -> dict[str, Any]:
 
 
 def test_the_card_tells_epsilon_with_its_terms_and_what_an_audit_found(tmp_path: Path) -> None:
-    facts, page = card_of(private_card(tmp_path, audit(hospital_audit("north"), hospital_audit("south", 0.3, 0.8))))
+    facts, page = card_of(
+        private_card(tmp_path, audit(hospital_audit("north"), hospital_audit("south", 0.3, 0.8)))
+    )
     privacy = facts["privacy"]
     for i, row in enumerate(privacy["guarantee"]["hospitals"]):
         told = spent(i, 10)
         assert {key: row[key] for key in told} == told
-        assert f"| {row['name']} | {text.significant(told['epsilon'])} | {text.significant(told['delta'])} |" in page
-    for words in ("Neighbouring relation: ", "Accountant: Opacus", "not cryptographic", "Evidence of a leak", "Not protected:"):
+        assert (
+            f"| {row['name']} | {text.significant(told['epsilon'])} | {text.significant(told['delta'])} |"
+            in page
+        )
+    for words in (
+        "Neighbouring relation: ",
+        "Accountant: Opacus",
+        "not cryptographic",
+        "Evidence of a leak",
+        "Not protected:",
+    ):
         assert words in page
     worst = {row["measure"]: row for row in privacy["audit"]["figures"]}
     assert worst["share of copies (pixels)"]["hospital"] == "south"
-    assert "| share of copies (pixels) | south | 0.300 (0.286–0.316) | 0.050 (0.028–0.087) | yes |" in page
-    assert not any("No differential privacy" in line or "no attack was run. Not" in line for line in privacy["unknown"][:-1])
+    assert (
+        "| share of copies (pixels) | south | 0.300 (0.286–0.316) | 0.050 (0.028–0.087) | yes |"
+        in page
+    )
+    assert not any(
+        "No differential privacy" in line or "no attack was run. Not" in line
+        for line in privacy["unknown"][:-1]
+    )
     assert "anonym" not in page.lower()
 
 
 def test_the_card_of_an_invalid_audit_has_no_figure_of_it(tmp_path: Path) -> None:
-    facts, page = card_of(private_card(tmp_path, audit(hospital_audit("north", 0.3, positive=False))))
+    facts, page = card_of(
+        private_card(tmp_path, audit(hospital_audit("north", 0.3, positive=False)))
+    )
     assert facts["privacy"]["audit"]["figures"] == []
     assert "This audit is not valid" in page
-    assert any("the audit that was run is not valid" in line for line in facts["privacy"]["unknown"])
+    assert any(
+        "the audit that was run is not valid" in line for line in facts["privacy"]["unknown"]
+    )
 
 
 def test_the_card_without_privacy_and_audit_claims_neither(tmp_path: Path) -> None:
@@ -589,10 +779,24 @@ def test_the_card_without_privacy_and_audit_claims_neither(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_the_card_of_hidden_hospitals_tells_what_hid_them_and_what_travelled(private: bool, tmp_path: Path) -> None:
-    run = make_card_run(tmp_path, privacy={"hospital": "server", **(PRIVATE if private else {})})
-    spent_by_hospitals = {"epsilon": 31.4, "delta": 1e-5, "noise_multiplier": 2.0, "clip": 1.0, "releases": 10, "hospitals": 2}
-    files.write_text(run.metrics, json.dumps(read_lines_or_one(run) | {"hospital_privacy": spent_by_hospitals}) + "\n")
+def test_the_card_of_hidden_hospitals_tells_what_hid_them_and_what_travelled(
+    private: bool, tmp_path: Path
+) -> None:
+    run = make_card_run(
+        tmp_path, privacy={"client_level": "server", **(PRIVATE if private else {})}
+    )
+    spent_by_hospitals = {
+        "epsilon": 31.4,
+        "delta": 1e-5,
+        "noise_multiplier": 2.0,
+        "clip": 1.0,
+        "releases": 10,
+        "hospitals": 2,
+    }
+    files.write_text(
+        run.metrics,
+        json.dumps(read_lines_or_one(run) | {"client_level_dp": spent_by_hospitals}) + "\n",
+    )
     facts, page = card_of(run)
     privacy = facts["privacy"]
     held = privacy["guarantee"]["hospital_level"]
@@ -605,7 +809,9 @@ def test_the_card_of_hidden_hospitals_tells_what_hid_them_and_what_travelled(pri
     assert any("of an image or a patient" in line for line in privacy["unknown"]) is not private
 
 
-def test_the_card_of_a_private_run_tells_that_losses_of_the_generator_travelled(tmp_path: Path) -> None:
+def test_the_card_of_a_private_run_tells_that_losses_of_the_generator_travelled(
+    tmp_path: Path,
+) -> None:
     facts, _ = card_of(private_card(tmp_path, None))
     assert "losses of the generator, and epsilon with its delta" in facts["privacy"]["known"][0]
     assert facts["privacy"]["guarantee"]["hospital_level"] == {"statement": ""}

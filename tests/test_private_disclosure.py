@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_federation import LocalGrid, NoJudge, write_shards
+from small_federation import LocalGrid, NoEvaluator, write_shards
 from test_dp_step import images_of, settings_of
 from test_private_federation import private
 
-from client import site as site_module
+from client import hospital as site_module
 from client.app import app
-from client.site import Order, bound
+from client.hospital import TrainRequest, apply_epsilon_cap
 from fedgan import files
-from fedgan.cli import wanted
+from fedgan.cli import label_sampling as wanted
 from fedgan.config import Settings, to_dict
 from fedgan.data.federation import describe_hospitals
 from fedgan.data.shard import Shard
@@ -33,12 +33,12 @@ from fedgan.report.cards.figures import data_limits
 from fedgan.report.comparison import classes
 from fedgan.report.comparison import hospitals as comparison_hospitals
 from fedgan.report.comparison.data import Comparison
-from fedgan.report.run_data import load
-from fedgan.report.sections import hospitals as hospitals_section
-from fedgan.report.sections import provenance
+from fedgan.report.run import hospitals as hospitals_section
+from fedgan.report.run import provenance
+from fedgan.report.run.data import load
 from fedgan.run_folder import RunFolder
+from fedgan.runs.preparation import data_key, experiment_of, open_prepared, prepare_run
 from server.federation import Federation
-from server.preparation import data_key, experiment_of, open_prepared, prepare_run
 
 # --- what promises nothing ---------------------------------------------------------------------------
 
@@ -46,7 +46,15 @@ from server.preparation import data_key, experiment_of, open_prepared, prepare_r
 def test_a_delta_above_one_in_n_is_refused(tmp_path):
     def begin(delta: float) -> PrivateStep:
         settings = settings_of(f"privacy.delta={delta}", "privacy.unit=patient")
-        return PrivateStep(settings, images_of(20, patients=10), 5, 50, Ledger(tmp_path / "l"), "run", torch.device("cpu"))
+        return PrivateStep(
+            settings,
+            images_of(20, patients=10),
+            5,
+            50,
+            Ledger(tmp_path / "l"),
+            "run",
+            torch.device("cpu"),
+        )
 
     with pytest.raises(ConfigError, match=r"privacy\.delta = 0\.11 is more than 1/n") as found:
         begin(0.11)
@@ -57,27 +65,35 @@ def test_a_delta_above_one_in_n_is_refused(tmp_path):
 # --- a hospital's own bound --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("servers", "own", "counts"), [(0.0, "3", 3.0), (8.0, 3, 3.0), (2.0, 3.0, 2.0)])
+@pytest.mark.parametrize(
+    ("servers", "own", "counts"), [(0.0, "3", 3.0), (8.0, 3, 3.0), (2.0, 3.0, 2.0)]
+)
 def test_the_smaller_of_a_hospitals_bound_and_the_servers_counts(servers, own, counts):
-    order = Order(settings_of(f"privacy.max_epsilon={servers}"), "e", "run")
-    assert bound(order, {"max-epsilon": own}).settings.privacy.max_epsilon == counts
-    assert bound(order, {}) == order
+    request = TrainRequest(settings_of(f"privacy.max_epsilon={servers}"), "e", "run")
+    assert apply_epsilon_cap(request, {"max-epsilon": own}).settings.privacy.max_epsilon == counts
+    assert apply_epsilon_cap(request, {}) == request
 
 
 def test_a_bound_in_another_spelling_is_refused():
     with pytest.raises(ConfigError, match="has max_epsilon: it is written max-epsilon"):
-        bound(Order(settings_of(), "e", "run"), {"max_epsilon": 3})
+        apply_epsilon_cap(TrainRequest(settings_of(), "e", "run"), {"max_epsilon": 3})
 
 
 @pytest.mark.parametrize("own", ["0", -1, "nan", "inf", "much"])
 def test_a_bound_that_is_no_number_above_zero_is_refused(own):
     with pytest.raises(ConfigError, match="give a number above 0"):
-        bound(Order(settings_of(), "e", "run"), {"max-epsilon": own})
+        apply_epsilon_cap(TrainRequest(settings_of(), "e", "run"), {"max-epsilon": own})
 
 
-def steps_by_rdp(epsilon: float, delta: float, spent: list[Mechanism], step: Mechanism, most: int) -> int:
+def steps_by_rdp(
+    epsilon: float, delta: float, spent: list[Mechanism], step: Mechanism, most: int
+) -> int:
     def costs(steps: int) -> float:
-        return epsilon_rdp([*spent, dataclasses.replace(step, steps=steps)], delta) if spent or steps else 0.0
+        return (
+            epsilon_rdp([*spent, dataclasses.replace(step, steps=steps)], delta)
+            if spent or steps
+            else 0.0
+        )
 
     return max((steps for steps in range(most + 1) if costs(steps) <= epsilon), default=0)
 
@@ -104,15 +120,19 @@ def bounded_nodes(monkeypatch):
 
 def train(settings: Settings, run: RunFolder) -> Federation:
     prepare_run(settings, run)
-    federation = Federation(run.settings(), run, experiment_of(run), NoJudge())
+    federation = Federation(run.settings(), run, experiment_of(run), NoEvaluator())
     federation.train(LocalGrid(settings.federation.hospitals, app))  # type: ignore[arg-type]
     return federation
 
 
 def test_a_hospital_with_a_bound_refuses_a_run_without_privacy(tmp_path, bounded_nodes):
     run = RunFolder(tmp_path / "run")
-    settings = private(write_shards(tmp_path / "data", (48,)), "privacy.noise_multiplier=-1", hospitals=1)
-    with pytest.raises(FederationError, match="ConfigError while holding the order against its own max-epsilon"):
+    settings = private(
+        write_shards(tmp_path / "data", (48,)), "privacy.noise_multiplier=-1", hospitals=1
+    )
+    with pytest.raises(
+        FederationError, match="ConfigError while holding the order against its own max-epsilon"
+    ):
         train(settings, run)
     (log,) = run.path.glob("hospitals/*/client.log")
     assert "max-epsilon = 0.3, and the run has no privacy" in log.read_text()
@@ -121,32 +141,52 @@ def test_a_hospital_with_a_bound_refuses_a_run_without_privacy(tmp_path, bounded
 def test_a_hospital_stops_at_its_own_bound_though_the_server_asks_for_more(tmp_path, bounded_nodes):
     run, data = RunFolder(tmp_path / "run"), write_shards(tmp_path / "data", (48,))
     train(private(data, "privacy.noise_multiplier=3", rounds=1, hospitals=1), run)
-    assert [row["name"] for row in run.read_json(run.checkpoint(run.last_round()).with_suffix(".json"))["exhausted"]] == ["alpha"]
+    assert [
+        row["name"]
+        for row in run.read_json(run.checkpoint(run.last_round()).with_suffix(".json"))["exhausted"]
+    ] == ["alpha"]
     assert 0 < Ledger(data / "alpha" / "privacy-ledger.jsonl").epsilon(1e-3) <= 0.3
 
 
 # --- labels of what is generated -----------------------------------------------------------------------
 
 
-def told(exclusive: bool, *overrides: str) -> dict:
-    return {"label_names": ["a", "b"], "exclusive": exclusive, "settings": to_dict(settings_of(*overrides))}
+def reported_metrics(exclusive: bool, *overrides: str) -> dict:
+    return {
+        "label_names": ["a", "b"],
+        "exclusive": exclusive,
+        "settings": to_dict(settings_of(*overrides)),
+    }
 
 
 def test_a_private_run_draws_labels_that_tell_nothing_of_the_real_ones(tmp_path):
-    found = wanted.wanted_labels(told(exclusive=False), tmp_path, 9, wanted.Choice(), seed=0)
-    assert {tuple(row): int(n) for row, n in zip(*np.unique(found, axis=0, return_counts=True), strict=True)} == {
+    found = wanted.requested_labels(
+        reported_metrics(exclusive=False), tmp_path, 9, wanted.Choice(), seed=0
+    )
+    assert {
+        tuple(row): int(n)
+        for row, n in zip(*np.unique(found, axis=0, return_counts=True), strict=True)
+    } == {
         (0, 0): 3,
         (0, 1): 3,
         (1, 0): 3,
     }
-    assert wanted.Choice().words(False, private=True) == "every label alone, and none, equally often"
+    assert (
+        wanted.Choice().words(False, private=True) == "every label alone, and none, equally often"
+    )
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
 @pytest.mark.parametrize("source", ["mix", "shards/alpha"])
-def test_the_real_mix_of_a_private_run_is_refused_with_what_to_use_instead(tmp_path, exclusive, source):
-    with pytest.raises(ConfigError, match=r"does not cover real labels.*--mix, --label or --vector"):
-        wanted.wanted_labels(told(exclusive), tmp_path, 9, wanted.Choice(labels_from=source), seed=0)
+def test_the_real_mix_of_a_private_run_is_refused_with_what_to_use_instead(
+    tmp_path, exclusive, source
+):
+    with pytest.raises(
+        ConfigError, match=r"does not cover real labels.*--mix, --label or --vector"
+    ):
+        wanted.requested_labels(
+            reported_metrics(exclusive), tmp_path, 9, wanted.Choice(labels_from=source), seed=0
+        )
 
 
 # --- what a checkpoint says of its images ---------------------------------------------------------------
@@ -156,16 +196,26 @@ def phantoms(root: Path) -> Path:
     """The shard of `write_shards` with the card of a drawn one."""
     shard = write_shards(root, (48,)) / "alpha"
     card = json.loads((shard / "card.json").read_text())
-    files.write_json(shard / "card.json", card | {"source": "procedural lesions phantoms, seed 0, hospital 1 of 1"})
+    files.write_json(
+        shard / "card.json",
+        card | {"source": "procedural lesions phantoms, seed 0, hospital 1 of 1"},
+    )
     return root
 
 
-@pytest.mark.parametrize(("write", "drawn"), [(phantoms, True), (lambda root: write_shards(root, (48,)), False)])
+@pytest.mark.parametrize(
+    ("write", "drawn"), [(phantoms, True), (lambda root: write_shards(root, (48,)), False)]
+)
 def test_a_checkpoint_says_whether_all_hospitals_hold_drawn_phantoms(tmp_path, write, drawn):
-    settings = private(write(tmp_path / "data"), "privacy.noise_multiplier=-1", rounds=1, hospitals=1)
+    settings = private(
+        write(tmp_path / "data"), "privacy.noise_multiplier=-1", rounds=1, hospitals=1
+    )
     run = RunFolder(tmp_path / "run")
     train(settings, run)
-    assert [run.read_json(run.checkpoint(n).with_suffix(".json"))["drawn"] for n in (0, 1)] == [drawn, drawn]
+    assert [run.read_json(run.checkpoint(n).with_suffix(".json"))["drawn"] for n in (0, 1)] == [
+        drawn,
+        drawn,
+    ]
 
 
 # --- hashes and counts ------------------------------------------------------------------------------------
@@ -184,7 +234,9 @@ def test_a_private_run_publishes_no_hash_and_no_label_count_of_its_images(prepar
     run, data = prepared
     for row in run.read_json(run.hospitals):
         assert row["content_hash"] is None
-        assert row["counts"] == {split: {"dark": None, "bright": None} for split in ("train", "val", "test")}
+        assert row["counts"] == {
+            split: {"dark": None, "bright": None} for split in ("train", "val", "test")
+        }
         assert row["images"]["train"] in (24, 16)
     hashes = [Shard.open(data / name).card.content_hash for name in ("alpha", "beta")]
     for path in [path for path in run.path.rglob("*") if path.is_file()]:
@@ -205,7 +257,10 @@ def test_the_keyed_hash_tells_changed_images_and_needs_the_runs_own_key(prepared
 
 def test_a_run_without_privacy_and_drawn_phantoms_keep_their_counts_and_hashes(tmp_path):
     open_run, drawn_run = RunFolder(tmp_path / "open"), RunFolder(tmp_path / "drawn")
-    prepare_run(private(write_shards(tmp_path / "a", (48,)), "privacy.noise_multiplier=-1", hospitals=1), open_run)
+    prepare_run(
+        private(write_shards(tmp_path / "a", (48,)), "privacy.noise_multiplier=-1", hospitals=1),
+        open_run,
+    )
     prepare_run(private(phantoms(tmp_path / "b"), hospitals=1), drawn_run)
     for run in (open_run, drawn_run):
         (row,), sources = run.read_json(run.hospitals), run.read_json(run.environment)["sources"]
@@ -218,7 +273,9 @@ def test_page_and_cards_say_what_is_withheld(prepared):
     data = load(run)
     words = provenance.SECTION.render(data)
     assert words.count("withheld: privacy") == 4  # a hash of each hospital and of each source
-    assert "class counts of the hospitals: withheld: privacy" in hospitals_section.SECTION.render(data)
+    assert "class counts of the hospitals: withheld: privacy" in hospitals_section.SECTION.render(
+        data
+    )
     rows = hospital_rows(data)
     assert {row["content_hash"] for row in [*rows, *source_rows(data)]} == {"withheld: privacy"}
     assert totals(rows)["train_classes"] == {"dark": None, "bright": None}

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message
 from rich.console import Console
-from small_federation import NAMES, LocalGrid, NoJudge, error_reply, federate, tiny, write_shards
+from small_federation import (
+    NAMES,
+    LocalGrid,
+    NoEvaluator,
+    error_reply,
+    federate,
+    tiny,
+    write_shards,
+)
 
 from client.app import app
 from fedgan import files
@@ -23,12 +31,12 @@ from fedgan.privacy.accounting import Mechanism, epsilon_of
 from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
+from fedgan.runs.budget import deal
+from fedgan.runs.preparation import experiment_of, prepare_run
 from fedgan.training.checkpoint import load_tensors
+from server.aggregation.strategies import too_few
 from server.federation import Federation
-from server.lines import plain_numbers
-from server.preparation import experiment_of, prepare_run
-from server.rounds import deal
-from server.strategies import too_few
+from server.metrics import plain_numbers
 from simulations import runner
 
 SIZES = (48, 32, 16)  # half of each is the training split: 24, 16, 8
@@ -39,7 +47,12 @@ STEP = Mechanism(1.0, BATCH / sum(HELD), 1)
 STEPS = 3  # of a round
 DELTA = 1e-3  # of every hospital, so that all have the same budget in steps
 PRIVATE = (
-    *("model.minibatch_std_group=0", "augment.mode=none", "training.r1_gamma=0", "training.labels=uniform"),
+    *(
+        "model.minibatch_std_group=0",
+        "augment.mode=none",
+        "training.r1_gamma=0",
+        "training.labels=uniform",
+    ),
     *(f"training.batch_size={BATCH}", "federation.batch=shared", "training.path_length_weight=0"),
 )
 
@@ -60,13 +73,25 @@ def private(data: Path, *overrides: str, rounds: int = ROUNDS, hospitals: int = 
 
 def spend(data: Path, name: str, steps: int) -> None:
     """Another run has done so many steps on this shard before."""
-    facts = {"run": "earlier", "kind": "discriminator steps", "unit": "image", "delta": DELTA, "data": "x"}
-    assert Ledger(data / name / LEDGER).reserve(Mechanism(1.0, STEP.sample_rate, 1), steps, **facts) == steps  # type: ignore[arg-type]
+    facts = {
+        "run": "earlier",
+        "kind": "discriminator steps",
+        "unit": "image",
+        "delta": DELTA,
+        "data": "x",
+    }
+    assert (
+        Ledger(data / name / LEDGER).reserve(Mechanism(1.0, STEP.sample_rate, 1), steps, **facts)
+        == steps
+    )  # type: ignore[arg-type]
 
 
 def budget(steps: int) -> float:
     """An epsilon that allows a hospital just so many steps."""
-    each = [epsilon_of([Mechanism(STEP.noise_multiplier, STEP.sample_rate, count)], DELTA) for count in (steps, steps + 1)]
+    each = [
+        epsilon_of([Mechanism(STEP.noise_multiplier, STEP.sample_rate, count)], DELTA)
+        for count in (steps, steps + 1)
+    ]
     assert each[0] < each[1]
     return sum(each) / 2
 
@@ -75,7 +100,9 @@ def lines_of(run: RunFolder) -> list[dict[str, Any]]:
     def refuse(word: str) -> None:
         raise ValueError(f"{word} is no JSON")
 
-    return [json.loads(line, parse_constant=refuse) for line in run.metrics.read_text().splitlines()]
+    return [
+        json.loads(line, parse_constant=refuse) for line in run.metrics.read_text().splitlines()
+    ]
 
 
 def rows_of(run: RunFolder, name: str) -> list[dict[str, Any]]:
@@ -85,24 +112,37 @@ def rows_of(run: RunFolder, name: str) -> list[dict[str, Any]]:
 def fail_in(round_number: int, hospital: int | None = None) -> Any:
     def fault(number: int, message: Message) -> Any:
         at = message.content.config_records["config"].get("round")
-        return error_reply(message, "gone") if at == round_number and hospital in (None, number) else None
+        return (
+            error_reply(message, "gone")
+            if at == round_number and hospital in (None, number)
+            else None
+        )
 
     return fault
 
 
 def asked(grid: LocalGrid, hospital: int) -> list[int]:
     """Rounds that a hospital was asked to train."""
-    mine = [message for message in grid.sent if grid.nodes.get(message.metadata.dst_node_id) == hospital]
-    return [int(message.content.config_records["config"].get("round", 0)) for message in mine if "arrays" in message.content]  # type: ignore[arg-type]
+    mine = [
+        message for message in grid.sent if grid.nodes.get(message.metadata.dst_node_id) == hospital
+    ]
+    return [
+        int(message.content.config_records["config"].get("round", 0))
+        for message in mine
+        if "arrays" in message.content
+    ]  # type: ignore[arg-type]
 
 
-def go_on(run: RunFolder, grid: LocalGrid) -> None:
-    Federation(run.settings(), run, experiment_of(run), NoJudge()).train(grid)  # type: ignore[arg-type]
+def restore_progress(run: RunFolder, grid: LocalGrid) -> None:
+    Federation(run.settings(), run, experiment_of(run), NoEvaluator()).train(grid)  # type: ignore[arg-type]
 
 
 def mean_model(run: RunFolder, number: int, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The mean of the models of these hospitals, by the size of their training splits."""
-    states = [load_tensors(run.hospital_state(name) / f"state-{number:05d}.safetensors")[0] for name in names]
+    states = [
+        load_tensors(run.hospital_state(name) / f"state-{number:05d}.safetensors")[0]
+        for name in names
+    ]
     weights = np.array([HELD[NAMES.index(name)] for name in names], float)
     keys = [key for key in states[0] if key.startswith(("generator/", "discriminator/", "ema/"))]
     found = zip(states, weights / weights.sum(), strict=True)
@@ -112,7 +152,9 @@ def mean_model(run: RunFolder, number: int, names: Sequence[str]) -> dict[str, n
 
 def assert_model(run: RunFolder, number: int, expected: dict[str, np.ndarray]) -> None:
     for key, tensor in load_tensors(run.checkpoint(number))[0].items():
-        np.testing.assert_allclose(tensor.numpy(), expected[key].reshape(tensor.shape), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            tensor.numpy(), expected[key].reshape(tensor.shape), rtol=1e-5, atol=1e-6
+        )
 
 
 # --- budgets ---------------------------------------------------------------------------------------
@@ -130,8 +172,10 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Path, 
     with pytest.raises(FederationError, match="in round 3"):
         federate(settings, run, app, fail_in(3, hospital=2))
     grid = LocalGrid(3, app)
-    grid.nodes = {node: number for node, number in grid.nodes.items() if number != 1}  # beta's machine is off
-    go_on(run, grid)
+    grid.nodes = {
+        node: number for node, number in grid.nodes.items() if number != 1
+    }  # beta's machine is off
+    restore_progress(run, grid)
     return run, data, grid
 
 
@@ -142,7 +186,9 @@ def test_a_hospital_whose_budget_is_spent_leaves_and_the_others_go_on_as_dealt(
     settings, dealt = run.settings(), deal(run.settings(), HELD)
     lines = lines_of(run)
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
-    assert [[row["name"] for row in line["hospitals"]] for line in lines] == [[*NAMES[:3]]] * 2 + [["alpha", "gamma"]] * 2
+    assert [[row["name"] for row in line["hospitals"]] for line in lines] == [[*NAMES[:3]]] * 2 + [
+        ["alpha", "gamma"]
+    ] * 2
     beta = rows_of(run, "beta")
     assert [row.get("exhausted") for row in beta] == [None, 1.0]
     assert [row["images"] for row in beta] == [dealt.images[0][1], dealt.batches[1]]
@@ -154,18 +200,25 @@ def test_a_hospital_whose_budget_is_spent_leaves_and_the_others_go_on_as_dealt(
     counts = np.cumsum([sum(row["images"] for row in line["hospitals"]) for line in lines])
     assert [line["images_seen"] for line in lines] == counts.tolist()
     ledger = Ledger(data / "beta" / LEDGER)
-    assert max(entry.epsilon for entry in ledger.entries() if entry.epsilon) <= settings.privacy.max_epsilon
+    assert (
+        max(entry.epsilon for entry in ledger.entries() if entry.epsilon)
+        <= settings.privacy.max_epsilon
+    )
     assert beta[-1]["epsilon"] == pytest.approx(epsilon_of(ledger.mechanisms(), DELTA))
     assert (run.hospital_state("beta") / "state-00002.safetensors").is_file()
 
 
-def test_rounds_after_a_hospital_has_left_are_the_mean_of_the_others(stopped: tuple[RunFolder, Path, LocalGrid]) -> None:
+def test_rounds_after_a_hospital_has_left_are_the_mean_of_the_others(
+    stopped: tuple[RunFolder, Path, LocalGrid],
+) -> None:
     run, _, _ = stopped
     assert_model(run, 2, mean_model(run, 2, NAMES[:3]))
     assert_model(run, 4, mean_model(run, 4, ("alpha", "gamma")))
 
 
-def test_a_resumed_run_knows_who_has_left_and_neither_asks_nor_waits_for_it(stopped: tuple[RunFolder, Path, LocalGrid]) -> None:
+def test_a_resumed_run_knows_who_has_left_and_neither_asks_nor_waits_for_it(
+    stopped: tuple[RunFolder, Path, LocalGrid],
+) -> None:
     run, _, grid = stopped
     assert asked(grid, 0) == asked(grid, 2) == [3, 4]
     assert asked(grid, 1) == []
@@ -173,9 +226,13 @@ def test_a_resumed_run_knows_who_has_left_and_neither_asks_nor_waits_for_it(stop
     assert gone == {"name": "beta", "number": 1, "images": 16, "units": 0, "round": 2}
 
 
-def test_a_round_that_is_done_again_is_charged_again(stopped: tuple[RunFolder, Path, LocalGrid]) -> None:
+def test_a_round_that_is_done_again_is_charged_again(
+    stopped: tuple[RunFolder, Path, LocalGrid],
+) -> None:
     run, data, _ = stopped
-    entries = Ledger(data / "alpha" / LEDGER).entries()  # alpha had trained round 3 when gamma failed in it
+    entries = Ledger(
+        data / "alpha" / LEDGER
+    ).entries()  # alpha had trained round 3 when gamma failed in it
     assert [entry.steps for entry in entries] == [STEPS] * (ROUNDS + 1)
     assert [entry.steps for entry in Ledger(data / "gamma" / LEDGER).entries()] == [STEPS] * ROUNDS
     spent = [entry.epsilon or 0.0 for entry in entries]
@@ -190,7 +247,9 @@ def test_a_hospital_that_is_allowed_no_step_changes_nothing(tmp_path: Path) -> N
     federate(private(data, f"privacy.max_epsilon={budget(40)}", rounds=1), run, app)
     (row,) = rows_of(run, "beta")
     assert (row["images"], row["images_seen"], row["exhausted"]) == (0, 0, 1.0)
-    assert lines_of(run)[0]["images_seen"] == sum(deal(run.settings(), HELD).images[0][place] for place in (0, 2))
+    assert lines_of(run)[0]["images_seen"] == sum(
+        deal(run.settings(), HELD).images[0][place] for place in (0, 2)
+    )
     assert_model(run, 1, mean_model(run, 1, ("alpha", "gamma")))
     assert [entry.run for entry in Ledger(data / "beta" / LEDGER).entries()] == ["earlier"]
 
@@ -203,13 +262,16 @@ def test_when_every_budget_is_spent_the_run_is_over_and_says_why(tmp_path: Path)
     federation = federate(private(data, f"privacy.max_epsilon={limit}"), run, app)
     last, line = run.last_round(), lines_of(run)[-1]
     assert last == line["round"] == 2
-    assert [[row["images"] for row in line["hospitals"]] for line in lines_of(run)] == [[9, 6, 2], [3, 2]]
+    assert [[row["images"] for row in line["hospitals"]] for line in lines_of(run)] == [
+        [9, 6, 2],
+        [3, 2],
+    ]
     assert line["exhausted"] == sorted(NAMES[:3])
     assert line["ended"] == "the privacy budget of every hospital is spent"
-    judge: Any = federation.judge
-    assert judge.looked == [last]
+    evaluator: Any = federation.evaluator
+    assert evaluator.looked == [last]
     told: list[dict[str, Any]] = []
-    federation.tell = told.append
+    federation.on_event = told.append
     federation.conclude()
     assert told[-1]["result"]["round"] == last
     assert told[-1]["result"]["images_seen"] == line["images_seen"]
@@ -219,7 +281,7 @@ def test_when_every_budget_is_spent_the_run_is_over_and_says_why(tmp_path: Path)
     files.write_json(run.evaluation, told[-1]["result"])
     assert runner.is_complete(run, settings)
     grid = LocalGrid(3, app)
-    go_on(run, grid)
+    restore_progress(run, grid)
     assert grid.sent == []
     words = [event["message"] for event in _resumed(run)]
     assert words == [f"{run.path} is complete: {last} rounds and the evaluation are done"]
@@ -231,7 +293,9 @@ def _resumed(run: RunFolder) -> list[dict[str, Any]]:
     return told
 
 
-def test_a_run_ends_with_an_evaluation_when_too_few_are_left_for_krum_and_costs_nobody_a_second_round(tmp_path: Path) -> None:
+def test_a_run_ends_with_an_evaluation_when_too_few_are_left_for_krum_and_costs_nobody_a_second_round(
+    tmp_path: Path,
+) -> None:
     data = write_shards(tmp_path / "data", (16, 16, 16))
     spend(data, "beta", 400)
     settings = private(data, "federation.strategy=krum", f"privacy.max_epsilon={budget(40)}")
@@ -239,19 +303,22 @@ def test_a_run_ends_with_an_evaluation_when_too_few_are_left_for_krum_and_costs_
     federation = federate(settings, run, app)
     (line,) = lines_of(run)
     assert line["exhausted"] == ["beta"]
-    assert line["ended"] == "krum needs 3 hospitals, and 2 are left: the privacy budget of beta is spent"
+    assert (
+        line["ended"]
+        == "krum needs 3 hospitals, and 2 are left: the privacy budget of beta is spent"
+    )
     begin, kept = (load_tensors(run.checkpoint(number))[0] for number in (0, 1))
     assert all(begin[key].equal(kept[key]) for key in begin)
     before = Ledger(data / "alpha" / LEDGER).entries()
-    judge: Any = federation.judge
-    assert judge.looked == [1]
+    evaluator: Any = federation.evaluator
+    assert evaluator.looked == [1]
     told: list[dict[str, Any]] = []
-    federation.tell = told.append
+    federation.on_event = told.append
     federation.conclude()
     assert told[-1]["result"]["round"] == 1
     assert runner.is_trained(run, run.settings())
     grid = LocalGrid(3, app)
-    go_on(run, grid)  # a resumed run asks nobody any more
+    restore_progress(run, grid)  # a resumed run asks nobody any more
     assert grid.sent == []
     assert Ledger(data / "alpha" / LEDGER).entries() == before
 
@@ -259,12 +326,17 @@ def test_a_run_ends_with_an_evaluation_when_too_few_are_left_for_krum_and_costs_
 def test_the_sentence_of_an_early_end_counts_who_is_left() -> None:
     settings = tiny(Path("x"), "federation.strategy=krum", hospitals=4)
     assert too_few(settings, []) == too_few(settings, ["a"]) == ""
-    assert too_few(settings, ["a", "b"]) == "krum needs 3 hospitals, and 2 are left: the privacy budget of a, b is spent"
+    assert (
+        too_few(settings, ["a", "b"])
+        == "krum needs 3 hospitals, and 2 are left: the privacy budget of a, b is spent"
+    )
     assert "and 1 is left" in too_few(settings, ["a", "b", "c"])
     plain = tiny(Path("x"), hospitals=4)
     assert too_few(plain, ["a", "b", "c"]) == ""
     for each in (settings, plain):
-        assert too_few(each, ["a", "b", "c", "d"]) == "the privacy budget of every hospital is spent"
+        assert (
+            too_few(each, ["a", "b", "c", "d"]) == "the privacy budget of every hospital is spent"
+        )
 
 
 # --- what a simulation can tell beforehand ----------------------------------------------------------
@@ -279,13 +351,21 @@ LABELS = ("training.labels=data", "privacy.label_noise=1")
             ("federation.batch=each", "training.batch_size=18", "federation.rounds=1"),
             "batch_size = 18 is more than the 16 images of 'beta'",
         ),
-        (("privacy.delta=0.05",), r"privacy\.delta = 0\.05 is more than 1/n of the n images of 'alpha'"),
+        (
+            ("privacy.delta=0.05",),
+            r"privacy\.delta = 0\.05 is more than 1/n of the n images of 'alpha'",
+        ),
         (
             ("privacy.noise_multiplier=-1", "privacy.epsilon=1", *LABELS),
             "no noise keeps 12 steps .* release labels with more noise",
         ),
         (
-            ("privacy.noise_multiplier=-1", "privacy.epsilon=2", "augment.mode=ada", "privacy.r_t_noise=0.2"),
+            (
+                "privacy.noise_multiplier=-1",
+                "privacy.epsilon=2",
+                "augment.mode=ada",
+                "privacy.r_t_noise=0.2",
+            ),
             "privacy.r_t_noise = 0.2 leaves nothing for the gradient",
         ),
     ],
@@ -300,13 +380,17 @@ def test_what_a_private_hospital_would_refuse_a_simulation_says_in_its_own_words
         runner.simulate(private(data, *overrides), run)
     assert "\n" not in str(found.value)
     assert not run.config.exists()
-    prepare_run(private(data, *overrides), run)  # a deployed server's own shards say nothing of the hospitals' ones
+    prepare_run(
+        private(data, *overrides), run
+    )  # a deployed server's own shards say nothing of the hospitals' ones
 
 
 def test_a_ledger_in_another_unit_is_refused_before_the_simulation_starts(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES)
     spend(data, "gamma", 1)
-    with pytest.raises(ConfigError, match=r"counts what was released for each image.*set privacy\.unit = 'image'"):
+    with pytest.raises(
+        ConfigError, match=r"counts what was released for each image.*set privacy\.unit = 'image'"
+    ):
         runner.simulate(private(data, "privacy.unit=patient"), RunFolder.at(tmp_path / "run"))
     assert len(Ledger(data / "gamma" / LEDGER).entries()) == 1
 
@@ -314,22 +398,38 @@ def test_a_ledger_in_another_unit_is_refused_before_the_simulation_starts(tmp_pa
 def test_what_can_be_trained_passes_the_check_and_enters_nothing(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES)
     spend(data, "gamma", 1)
-    words = ("privacy.noise_multiplier=-1", "privacy.epsilon=8", "training.labels=data", "privacy.label_noise=20")
+    words = (
+        "privacy.noise_multiplier=-1",
+        "privacy.epsilon=8",
+        "training.labels=data",
+        "privacy.label_noise=20",
+    )
     hospitals = prepare_run(private(data, *words), RunFolder.at(tmp_path / "run"), simulated=True)
     assert [hospital.name for hospital in hospitals] == [*NAMES[:3]]
     assert not (data / "alpha" / LEDGER).exists()
     assert len(Ledger(data / "gamma" / LEDGER).entries()) == 1
 
 
-def test_equal_noise_is_what_the_hospital_needs_that_needs_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "noise_for", lambda epsilon, delta, rate, steps, others: 1 + rate)  # the real one takes seconds
+def test_equal_noise_is_what_the_hospital_needs_that_needs_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        step, "noise_for", lambda epsilon, delta, rate, steps, others: 1 + rate
+    )  # the real one takes seconds
     data = write_shards(tmp_path / "data", SIZES)
-    words = ("privacy.noise_multiplier=-1", "privacy.epsilon=4", "federation.batch=each", "training.batch_size=4")
+    words = (
+        "privacy.noise_multiplier=-1",
+        "privacy.epsilon=4",
+        "federation.batch=each",
+        "training.batch_size=4",
+    )
     found = {}
     for split in ("by_size", "equal"):
         run = RunFolder.at(tmp_path / split)
         federate(private(data, *words, f"privacy.noise_split={split}", rounds=1), run, app)
-        found[split] = {row["name"]: row["noise_multiplier"] for row in lines_of(run)[0]["hospitals"]}
+        found[split] = {
+            row["name"]: row["noise_multiplier"] for row in lines_of(run)[0]["hospitals"]
+        }
     assert found["by_size"] == {name: 1 + 4 / size for name, size in zip(NAMES, HELD, strict=False)}
     assert found["equal"] == dict.fromkeys(NAMES[:3], 1 + 4 / min(HELD))
 
@@ -346,7 +446,9 @@ def test_a_round_that_is_done_again_gets_a_new_line(tmp_path: Path) -> None:
     again = rows_of(run, "alpha")
     assert again[0] == first[0]
     assert again[1]["epsilon"] > first[1]["epsilon"]
-    assert again[1]["epsilon"] == pytest.approx(epsilon_of(Ledger(data / "alpha" / LEDGER).mechanisms(), DELTA))
+    assert again[1]["epsilon"] == pytest.approx(
+        epsilon_of(Ledger(data / "alpha" / LEDGER).mechanisms(), DELTA)
+    )
 
 
 # --- what is told ----------------------------------------------------------------------------------
@@ -355,7 +457,12 @@ ALWAYS = {"round", "images", "images_seen", "threads"}
 COST = {"epsilon", "delta", "noise_multiplier", "sample_rate"}
 OWN = {"loss_g", "d_accuracy", "p"}  # of the generator's own images, and of settings
 OPEN = {"loss_d", "r1", "r_t", "seconds", "core_seconds", "peak_memory_bytes"}
-PLAIN = ("model.minibatch_std_group=0", "training.path_length_weight=0", "training.r1_interval=1", "training.batch_size=6")
+PLAIN = (
+    "model.minibatch_std_group=0",
+    "training.path_length_weight=0",
+    "training.r1_interval=1",
+    "training.batch_size=6",
+)
 
 
 @pytest.mark.parametrize(
@@ -363,16 +470,21 @@ PLAIN = ("model.minibatch_std_group=0", "training.path_length_weight=0", "traini
     [
         (PLAIN, ALWAYS | OWN | OPEN),
         ((*PRIVATE, "privacy.noise_multiplier=1"), ALWAYS | OWN | COST),
-        ((*PRIVATE, "privacy.noise_multiplier=1", "augment.mode=ada", "privacy.r_t_noise=5"), ALWAYS | OWN | COST | {"r_t"}),
-        ((*PLAIN, "privacy.hospital=server"), ALWAYS),
-        ((*PRIVATE, "privacy.noise_multiplier=1", "privacy.hospital=client"), ALWAYS | COST),
+        (
+            (*PRIVATE, "privacy.noise_multiplier=1", "augment.mode=ada", "privacy.r_t_noise=5"),
+            ALWAYS | OWN | COST | {"r_t"},
+        ),
+        ((*PLAIN, "privacy.client_level=server"), ALWAYS),
+        ((*PRIVATE, "privacy.noise_multiplier=1", "privacy.client_level=client"), ALWAYS | COST),
     ],
     ids=["open", "private", "noisy signs", "hidden hospital", "both"],
 )
 def test_nothing_that_was_measured_on_real_images_leaves_a_private_hospital(
     overrides: tuple[str, ...], facts: set[str], tmp_path: Path
 ) -> None:
-    settings = tiny(write_shards(tmp_path / "data", SIZES[:1]), *overrides, hospitals=1, rounds=1, kimg=0.018)
+    settings = tiny(
+        write_shards(tmp_path / "data", SIZES[:1]), *overrides, hospitals=1, rounds=1, kimg=0.018
+    )
     run, replies = RunFolder.at(tmp_path / "run"), list[Message]()
 
     def listening(message: Message, context: Any) -> Message:
@@ -382,7 +494,9 @@ def test_nothing_that_was_measured_on_real_images_leaves_a_private_hospital(
     federate(settings, run, listening)  # type: ignore[arg-type]
     hello, trained = (reply.content for reply in replies)
     shape = {"label_names", "exclusive", "channels", "resolution"}
-    assert set(hello["hospital"]) == {"number", "name", "images", "drawn"} | shape  # `drawn`: what the shard's card says
+    assert (
+        set(hello["hospital"]) == {"number", "name", "images", "drawn"} | shape
+    )  # `drawn`: what the shard's card says
     assert hello["hospital"]["drawn"] is False
     assert set(trained) == {"arrays", "metrics", "facts"}
     assert set(trained["metrics"]) == {"num_examples"}
@@ -399,7 +513,9 @@ def test_an_infinite_epsilon_is_null(tmp_path: Path) -> None:
     (row,) = rows_of(run, "alpha")
     assert row["epsilon"] is None
     assert row["noise_multiplier"] == 0
-    assert plain_numbers(ConfigRecord({"epsilon": float("inf"), "p": float("nan"), "loss_g": 1.0})) == {
+    assert plain_numbers(
+        ConfigRecord({"epsilon": float("inf"), "p": float("nan"), "loss_g": 1.0})
+    ) == {
         "epsilon": None,
         "loss_g": 1.0,
     }  # type: ignore[arg-type]
@@ -408,10 +524,15 @@ def test_an_infinite_epsilon_is_null(tmp_path: Path) -> None:
 
 def test_progress_shows_the_largest_epsilon_and_whose_budget_is_spent() -> None:
     line: dict[str, Any] = {"round": 2, "images_seen": 3000, "mean": {"loss_g": 1.0}}
-    private_line = line | {"hospitals": [{"name": "a", "epsilon": 1.234}, {"name": "b", "epsilon": 2.5, "exhausted": 1.0}]}
+    private_line = line | {
+        "hospitals": [
+            {"name": "a", "epsilon": 1.234},
+            {"name": "b", "epsilon": 2.5, "exhausted": 1.0},
+        ]
+    }
     assert round_text(private_line, 9).endswith("  ε 2.5  budget spent: b")
     assert "ε" not in round_text(line | {"hospitals": [{"name": "a"}]}, 9)
-    hidden = line | {"hospitals": [{"name": "a"}], "hospital_privacy": {"epsilon": 7.0}}
+    hidden = line | {"hospitals": [{"name": "a"}], "client_level_dp": {"epsilon": 7.0}}
     assert round_text(hidden, 9).endswith("  ε 7")
     for lines, there in (([private_line], True), ([line], False)):
         console = Console(width=120)
@@ -425,7 +546,12 @@ def test_progress_shows_the_largest_epsilon_and_whose_budget_is_spent() -> None:
 
 @pytest.mark.slow
 def test_three_phantom_hospitals_end_within_their_epsilon(tmp_path: Path) -> None:
-    tight = ("data.root=", "data.phantom_images=150", "privacy.epsilon=10", "privacy.noise_multiplier=-1")
+    tight = (
+        "data.root=",
+        "data.phantom_images=150",
+        "privacy.epsilon=10",
+        "privacy.noise_multiplier=-1",
+    )
     words = (*tight, "training.labels=data", "privacy.label_noise=20", "training.batch_size=12")
     settings = tiny(tmp_path, *PRIVATE, *words, rounds=2, kimg=0.24)
     run = RunFolder.at(tmp_path / "run")
@@ -439,7 +565,11 @@ def test_three_phantom_hospitals_end_within_their_epsilon(tmp_path: Path) -> Non
         assert row["delta"] == 1 / images
         (ledger,) = run.path.glob(f"**/{row['name']}/{LEDGER}")
         spent = Ledger(ledger)
-        assert [entry.kind for entry in spent.entries()] == ["label counts", "discriminator steps", "discriminator steps"]
+        assert [entry.kind for entry in spent.entries()] == [
+            "label counts",
+            "discriminator steps",
+            "discriminator steps",
+        ]
         assert row["epsilon"] == pytest.approx(epsilon_of(spent.mechanisms(), 1 / images), rel=1e-9)
         assert 0 < row["epsilon"] <= 10
         assert "loss_d" not in row

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedgan.audit.attacks import projection
+from fedgan.audit.attacks.projection import null_projection_gap, project, projection_gap
 from fedgan.config import ModelSettings
 from fedgan.errors import DataError, FedganError
-from fedgan.models.generator import Generator
-from fedgan.privacy.attacks import projection
-from fedgan.privacy.attacks.projection import null_projection_gap, project, projection_gap
+from fedgan.models.stylegan2.generator import Generator
 
 SIDE = 8
 MODEL = ModelSettings(z_dim=8, w_dim=8, channel_base=64, channel_max=8)
@@ -32,7 +32,9 @@ def make_generator(seed, label_dim=2):
 def own_images(generator, count, seed):
     """What the generator makes, (N, 1, SIDE, SIDE) uint8, and the labels."""
     z = torch.randn(count, generator.z_dim, generator=torch.Generator().manual_seed(seed))
-    labels = np.eye(max(generator.label_dim, 1))[np.arange(count) % max(generator.label_dim, 1)][:, : generator.label_dim]
+    labels = np.eye(max(generator.label_dim, 1))[np.arange(count) % max(generator.label_dim, 1)][
+        :, : generator.label_dim
+    ]
     with torch.no_grad():
         images = generator(z, torch.from_numpy(labels).float(), noise="const")
     return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).numpy(), labels
@@ -54,7 +56,9 @@ def test_it_finds_the_latents_of_the_generators_own_images(generator):
     images, labels = own_images(generator, 12, 50)
     start, _ = project(generator, images, labels, steps=0)
     distances, ws = project(generator, images, labels, steps=150)
-    assert (images == 255).any()  # white that the generator overshoots: the distance must not ask it to come back
+    assert (
+        images == 255
+    ).any()  # white that the generator overshoots: the distance must not ask it to come back
     assert (distances < 0.2 * start).all()
     assert (distances < 1).all()  # grey levels; rounding alone is 0.3
     with torch.no_grad():
@@ -151,7 +155,9 @@ def test_large_images_are_compared_with_candidates_at_a_smaller_size(generator, 
     full, _ = project(generator, images, labels, steps=0)
     monkeypatch.setattr(projection, "CANDIDATE_SIDE", 4)
     small, _ = project(generator, images, labels, steps=0)
-    assert (small >= full - 1e-4).all()  # the choice at full size is the best one; the small one is near it
+    assert (
+        small >= full - 1e-4
+    ).all()  # the choice at full size is the best one; the small one is near it
     assert small.mean() < 1.5 * full.mean()
 
 
@@ -159,9 +165,13 @@ def test_large_images_are_compared_with_candidates_at_a_smaller_size(generator, 
 
 
 def test_gap_and_area_by_hand():
-    found = projection_gap(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0, 8.0]), seed=0, bootstrap=50)
+    found = projection_gap(
+        np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0, 8.0]), seed=0, bootstrap=50
+    )
     assert (found.gap, found.median_gap) == (3.0, 3.0)
-    assert found.auc == pytest.approx((4 + 3.5 + 3) / 12)  # 1 is below all four; 2 ties with one; 3 is below three
+    assert found.auc == pytest.approx(
+        (4 + 3.5 + 3) / 12
+    )  # 1 is below all four; 2 ties with one; 3 is below three
     assert (found.train_mean, found.held_out_mean, found.images) == (2.0, 5.0, (3, 4))
     assert holds(found.gap_ci, 3.0)
     assert holds(found.median_gap_ci, 3.0)
@@ -179,7 +189,10 @@ def test_a_weighted_median_is_the_median_of_repeated_values(seed, count):
 
 def test_the_gap_of_images_of_one_distribution_is_zero():
     rng = np.random.default_rng(0)
-    found = [projection_gap(rng.gamma(4, 2, 120), rng.gamma(4, 2, 90), seed, bootstrap=200) for seed in range(100)]
+    found = [
+        projection_gap(rng.gamma(4, 2, 120), rng.gamma(4, 2, 90), seed, bootstrap=200)
+        for seed in range(100)
+    ]
     for interval, value in (("gap_ci", 0), ("median_gap_ci", 0), ("auc_ci", 0.5)):
         assert 86 <= sum(holds(getattr(part, interval), value) for part in found) <= 100
     halves = [null_projection_gap(rng.gamma(4, 2, 201), seed, bootstrap=200) for seed in range(60)]
@@ -192,21 +205,30 @@ def test_images_of_one_patient_widen_the_gaps_interval_and_stay_in_one_half():
     patients = np.repeat(np.arange(30), 8)
     train, held_out = (np.repeat(rng.gamma(4, 2, 30), 8) for _ in range(2))
     alone = projection_gap(train, held_out, 0, bootstrap=300)
-    together = projection_gap(train, held_out, 0, bootstrap=300, train_groups=patients, held_out_groups=patients)
+    together = projection_gap(
+        train, held_out, 0, bootstrap=300, train_groups=patients, held_out_groups=patients
+    )
     assert alone.gap == together.gap
     assert np.diff(together.gap_ci) > 2 * np.diff(alone.gap_ci)
-    null = null_projection_gap(np.repeat([1.0, 2.0], 40), 0, bootstrap=20, groups=np.repeat([0, 1], 40))
+    null = null_projection_gap(
+        np.repeat([1.0, 2.0], 40), 0, bootstrap=20, groups=np.repeat([0, 1], 40)
+    )
     assert abs(null.gap) == 1.0
 
 
-def test_a_generator_that_knows_its_training_images_by_heart_has_a_gap_and_another_has_none(generator):
+def test_a_generator_that_knows_its_training_images_by_heart_has_a_gap_and_another_has_none(
+    generator,
+):
     """Training images are its own, with grain; held-out ones are a like generator's. Of two sets of those, none is nearer."""
     rng = np.random.default_rng(0)
     (own, labels), (foreign, _), (more, _) = (
-        own_images(maker, 24, seed) for maker, seed in ((generator, 60), (make_generator(4), 61), (make_generator(4), 62))
+        own_images(maker, 24, seed)
+        for maker, seed in ((generator, 60), (make_generator(4), 61), (make_generator(4), 62))
     )
     own = np.clip(own + rng.integers(-3, 4, own.shape), 0, 255).astype(np.uint8)
-    by_heart, held_out, others = (project(generator, images, labels, steps=60)[0] for images in (own, foreign, more))
+    by_heart, held_out, others = (
+        project(generator, images, labels, steps=60)[0] for images in (own, foreign, more)
+    )
     overfitted = projection_gap(by_heart, held_out, seed=0, bootstrap=300)
     assert overfitted.gap_ci[0] > 5
     assert overfitted.median_gap_ci[0] > 0

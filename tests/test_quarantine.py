@@ -13,13 +13,19 @@ import pytest
 from PIL import Image
 from test_audit import pixels_of, small_run
 
+from fedgan.audit import release_filter as release_filter
+from fedgan.audit.attacks.copy_controls import plant_copies
+from fedgan.audit.release_filter import (
+    DistanceThreshold,
+    ReleaseFilter,
+    check_release_filter,
+    distance_thresholds,
+    redraw_seed,
+)
 from fedgan.config import from_dict
 from fedgan.data.federation import Hospital, open_hospitals
 from fedgan.data.phantoms import write_phantoms
 from fedgan.errors import ConfigError, DataError, FedganError
-from fedgan.evaluation import quarantine
-from fedgan.evaluation.quarantine import Fence, Quarantine, check_quarantine, fences_of, redraw_seed
-from fedgan.privacy.attacks.copy_controls import plant_copies
 from fedgan.run_folder import RunFolder
 
 Run = Callable[..., tuple[int, str, str]]
@@ -33,32 +39,36 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> list[Hospital]:
 
 
 @pytest.fixture(scope="module")
-def fences(hospitals: list[Hospital]) -> list[Fence]:
-    return fences_of(hospitals)
+def thresholds(hospitals: list[Hospital]) -> list[DistanceThreshold]:
+    return distance_thresholds(hospitals)
 
 
 @pytest.fixture(scope="module")
-def fresh(fences: list[Fence], tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+def fresh(
+    thresholds: list[DistanceThreshold], tmp_path_factory: pytest.TempPathFactory
+) -> np.ndarray:
     """Phantoms that lie outside both fences."""
     root = tmp_path_factory.mktemp("fresh")
     write_phantoms(root, "lesions", 90, 32, hospitals=1, seed=1)
     images = pixels_of(open_hospitals(from_dict({"federation": {"hospitals": 1}}), root)[0].train)
-    near = [fence.within(fence.space.rows(images)) for fence in fences]
+    near = [fence.within(fence.space.rows(images)) for fence in thresholds]
     return images[~(near[0] | near[1])]
 
 
 def test_exactly_the_planted_copies_are_dropped_and_drawn_again(
-    hospitals: list[Hospital], fences: list[Fence], fresh: np.ndarray
+    hospitals: list[Hospital], thresholds: list[DistanceThreshold], fresh: np.ndarray
 ) -> None:
     clean, spare = fresh[:30], fresh[30:]
-    images, planted, _ = plant_copies(clean, hospitals[1].train.images, 0.3, np.random.default_rng(0))
+    images, planted, _ = plant_copies(
+        clean, hospitals[1].train.images, 0.3, np.random.default_rng(0)
+    )
     asked: list[tuple[int, list[int]]] = []
 
     def draw(labels: np.ndarray, seed: int, places: np.ndarray) -> np.ndarray:
         asked.append((seed, places.tolist()))
         return images[places] if seed == 7 else spare[places % len(spare)]
 
-    kept = Quarantine(fences, draw, 7)
+    kept = ReleaseFilter(thresholds, draw, 7)
     found, seeds, first = kept.images(np.zeros((30, 7), np.uint8), np.arange(30))
     assert asked == [(7, list(range(30))), (redraw_seed(7, 1), np.flatnonzero(planted).tolist())]
     assert np.array_equal(found[~planted], clean[~planted])
@@ -70,7 +80,9 @@ def test_exactly_the_planted_copies_are_dropped_and_drawn_again(
     assert kept.dropped[hospitals[0].name] == 0
 
 
-def test_a_generator_that_only_copies_is_given_up(hospitals: list[Hospital], fences: list[Fence]) -> None:
+def test_a_generator_that_only_copies_is_given_up(
+    hospitals: list[Hospital], thresholds: list[DistanceThreshold]
+) -> None:
     copies = pixels_of(hospitals[0].train)[:4]
     draws: list[int] = []
 
@@ -78,14 +90,21 @@ def test_a_generator_that_only_copies_is_given_up(hospitals: list[Hospital], fen
         draws.append(seed)
         return copies[places]
 
-    with pytest.raises(FedganError, match=r"4 of 4 images came too near .* 20 times in a row: this generator copies"):
-        Quarantine(fences, draw, 0).images(np.zeros((4, 7), np.uint8), np.arange(4))
-    assert len(set(draws)) == len(draws) == quarantine.MOST_DRAWS
+    with pytest.raises(
+        FedganError,
+        match=r"4 of 4 images came too near .* 20 times in a row: this generator copies",
+    ):
+        ReleaseFilter(thresholds, draw, 0).images(np.zeros((4, 7), np.uint8), np.arange(4))
+    assert len(set(draws)) == len(draws) == release_filter.MOST_DRAWS
 
 
-def test_a_fence_keeps_the_closest_of_a_hundred_held_out_images_back(hospitals: list[Hospital], fences: list[Fence]) -> None:
-    for hospital, fence in zip(hospitals, fences, strict=True):
-        held = [fence.within(fence.space.rows(part.images)) for part in (hospital.val, hospital.test)]
+def test_a_fence_keeps_the_closest_of_a_hundred_held_out_images_back(
+    hospitals: list[Hospital], thresholds: list[DistanceThreshold]
+) -> None:
+    for hospital, fence in zip(hospitals, thresholds, strict=True):
+        held = [
+            fence.within(fence.space.rows(part.images)) for part in (hospital.val, hospital.test)
+        ]
         assert np.concatenate(held).sum() == 1  # of fewer than 200: the closest one
         assert fence.within(fence.space.rows(hospital.train.images)).all()
 
@@ -94,15 +113,15 @@ def test_a_hospital_without_held_out_images_has_no_fence(hospitals: list[Hospita
     first = hospitals[0]
     none = first.val.take(np.arange(0))
     with pytest.raises(DataError, match="has no held-out image"):
-        fences_of([Hospital(first.name, first.train, none, none)])
+        distance_thresholds([Hospital(first.name, first.train, none, none)])
 
 
 def test_a_filter_by_private_images_is_refused_under_privacy() -> None:
-    check_quarantine(from_dict({}))
-    check_quarantine(from_dict({"privacy": {"noise_multiplier": 0.0}}))
+    check_release_filter(from_dict({}))
+    check_release_filter(from_dict({"privacy": {"noise_multiplier": 0.0}}))
     for privacy in ({"epsilon": 10.0}, {"noise_multiplier": 1.0}):
         with pytest.raises(ConfigError, match="no longer be covered by the epsilon"):
-            check_quarantine(from_dict({"privacy": privacy}))
+            check_release_filter(from_dict({"privacy": privacy}))
 
 
 # --- the command -------------------------------------------------------------------------------------
@@ -114,7 +133,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def pictures(folder: Path) -> np.ndarray:
-    return np.stack([np.asarray(Image.open(path), np.int64) for path in sorted(folder.rglob("*.png"))])
+    return np.stack(
+        [np.asarray(Image.open(path), np.int64) for path in sorted(folder.rglob("*.png"))]
+    )
 
 
 def seeds_of(folder: Path) -> list[int]:
@@ -128,17 +149,21 @@ def test_a_quarantined_release_says_what_was_dropped_and_what_it_is_worth(
     words = ["generate", "--release", finished.path, "--images", "28", "--seed", "3"]
     assert fedgan(*words, "--output", "plain")[0] == 0
     (hospital,) = open_hospitals(finished.settings(), finished.path / "shards")
-    space = quarantine.pixel_space(hospital.train.images.shape[1:])
+    space = release_filter.pixel_space(hospital.train.images.shape[1:])
     rows = space.rows(pictures(Path("plain")).transpose(0, 3, 1, 2).astype(np.uint8))
-    distances = quarantine.nearest(rows, space.rows(hospital.train.images), moves=space.moves)[0]
+    distances = release_filter.nearest(rows, space.rows(hospital.train.images), moves=space.moves)[
+        0
+    ]
     fence = float(np.quantile(distances, 0.2))
-    monkeypatch.setattr(quarantine, "quarantine_threshold", lambda *_, **__: fence)
-    monkeypatch.setattr(quarantine, "MOST_DRAWS", 500)  # images of one class of an untrained generator are much alike
+    monkeypatch.setattr(release_filter, "quarantine_threshold", lambda *_, **__: fence)
+    monkeypatch.setattr(
+        release_filter, "MOST_DRAWS", 500
+    )  # images of one class of an untrained generator are much alike
     code, out, err = fedgan(*words, "--quarantine", "--output", "kept")
     assert code == 0, err
     dropped = distances <= fence
     assert dropped.sum() == 6
-    card = json.loads(Path("kept/dataset_card.json").read_text())["quarantine"]
+    card = json.loads(Path("kept/dataset_card.json").read_text())["release_filter"]
     assert card["replaced"] == dropped.sum()
     assert card["dropped"] == {hospital.name: card["drawn"] - 28}
     assert (card["hospitals_compared"], card["hospitals_trained"]) == (1, 1)
@@ -148,18 +173,33 @@ def test_a_quarantined_release_says_what_was_dropped_and_what_it_is_worth(
     assert "without quarantine" in text
     assert f"quarantine  {card['replaced']} images drawn again" in out
     # what was not dropped is as it was; what was can be drawn again by the seed of its row
-    before, after, seeds = pictures(Path("plain")), pictures(Path("kept")), np.array(seeds_of(Path("kept")))
+    before, after, seeds = (
+        pictures(Path("plain")),
+        pictures(Path("kept")),
+        np.array(seeds_of(Path("kept"))),
+    )
     assert np.array_equal(seeds != 3, dropped)
     assert np.abs(before[~dropped] - after[~dropped]).max() <= 1
     place = int(np.flatnonzero(dropped)[0])
-    again = ["generate", finished.path, "--images", "28", "--seed", str(seeds[place]), "--output", "again"]
+    again = [
+        "generate",
+        finished.path,
+        "--images",
+        "28",
+        "--seed",
+        str(seeds[place]),
+        "--output",
+        "again",
+    ]
     assert fedgan(*again)[0] == 0
     assert np.abs(pictures(Path("again"))[place] - after[place]).max() <= 1
 
 
 def test_a_release_without_quarantine_says_nothing_of_one(fedgan: Run, finished: RunFolder) -> None:
-    assert fedgan("generate", "--release", finished.path, "--images", "7", "--output", "plain")[0] == 0
-    assert json.loads(Path("plain/dataset_card.json").read_text())["quarantine"] is None
+    assert (
+        fedgan("generate", "--release", finished.path, "--images", "7", "--output", "plain")[0] == 0
+    )
+    assert json.loads(Path("plain/dataset_card.json").read_text())["release_filter"] is None
     assert "Quarantine" not in Path("plain/dataset_card.md").read_text()
     assert set(seeds_of(Path("plain"))) == {0}
 
@@ -172,7 +212,9 @@ def test_a_release_without_quarantine_says_nothing_of_one(fedgan: Run, finished:
         (["--release", "--quarantine", "--shards", "nowhere"], 3, "no data at nowhere"),
     ],
 )
-def test_what_cannot_be_filtered_is_one_line(words: list[str], code: int, text: str, fedgan: Run, finished: RunFolder) -> None:
+def test_what_cannot_be_filtered_is_one_line(
+    words: list[str], code: int, text: str, fedgan: Run, finished: RunFolder
+) -> None:
     found, out, err = fedgan("generate", finished.path, "--images", "7", "--output", "out", *words)
     assert (found, out) == (code, "")
     assert text in err
@@ -182,6 +224,8 @@ def test_what_cannot_be_filtered_is_one_line(words: list[str], code: int, text: 
 def test_a_private_run_is_not_filtered(fedgan: Run, tmp_path: Path) -> None:
     changed: dict[str, Any] = {"privacy": {"epsilon": 10.0}}
     run = small_run(tmp_path / "private", **changed)
-    code, _, err = fedgan("generate", "--release", "--quarantine", run.path, "--images", "7", "--output", "out")
+    code, _, err = fedgan(
+        "generate", "--release", "--quarantine", run.path, "--images", "7", "--output", "out"
+    )
     assert code == 2
     assert "covered by the epsilon" in err

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from fedgan.deployment.certificates import now
 from fedgan.deployment.key_folder import KeyFolder
 from fedgan.errors import ConfigError
-from server import register
+from server.operator import register
 
 
 @dataclass
@@ -26,12 +26,25 @@ class SuperLink:
         return SimpleNamespace(nodes_info=self.nodes)
 
     def RegisterNode(self, request: Any) -> None:
-        assert request.public_key not in [node.public_key for node in self.nodes], "Public key already in use"
+        assert request.public_key not in [node.public_key for node in self.nodes], (
+            "Public key already in use"
+        )
         number = len(self.nodes) + 1
-        self.nodes.append(SimpleNamespace(public_key=request.public_key, node_id=number, name=request.name, status="registered"))
+        self.nodes.append(
+            SimpleNamespace(
+                public_key=request.public_key,
+                node_id=number,
+                name=request.name,
+                status="registered",
+            )
+        )
 
     def UnregisterNode(self, request: Any) -> None:
-        (node,) = (node for node in self.nodes if node.node_id == request.node_id and node.status != "unregistered")
+        (node,) = (
+            node
+            for node in self.nodes
+            if node.node_id == request.node_id and node.status != "unregistered"
+        )
         node.status = "unregistered"
 
     @property
@@ -58,7 +71,10 @@ def test_a_revoked_key_is_let_go_and_a_rotated_one_replaced(keys: KeyFolder) -> 
     keys.revoke("south", now())
     assert register.agree(keys, superlink) == ["unregistered south: its key is revoked"]
     keys.rotate_hospital("north", now())
-    assert register.agree(keys, superlink) == ["unregistered north: its key is revoked", "registered north"]
+    assert register.agree(keys, superlink) == [
+        "unregistered north: its key is revoked",
+        "registered north",
+    ]
     assert superlink.admitted == ["north"]
     assert register.agree(keys, superlink) == []
 
@@ -70,7 +86,9 @@ def test_a_key_that_was_revoked_before_it_was_ever_registered_is_not(keys: KeyFo
 
 
 def test_a_key_on_no_list_is_left_alone(keys: KeyFolder) -> None:
-    superlink = SuperLink([SimpleNamespace(public_key=b"by hand", node_id=7, name="guest", status="online")])
+    superlink = SuperLink(
+        [SimpleNamespace(public_key=b"by hand", node_id=7, name="guest", status="online")]
+    )
     register.agree(keys, superlink)
     assert superlink.admitted == ["guest", "north", "south"]
 
@@ -88,9 +106,13 @@ def test_a_superlink_that_does_not_come_up_is_waited_for_no_longer_than_asked(
 ) -> None:
     code = register.main(["--keys", str(keys.path), "--superlink", "127.0.0.1:9", "--wait", "0.1"])
     assert code == 5
-    assert capsys.readouterr().err.startswith("register: no SuperLink answers at 127.0.0.1:9 (waited 0 s: ")
+    assert capsys.readouterr().err.startswith(
+        "register: no SuperLink answers at 127.0.0.1:9 (waited 0 s: "
+    )
 
 
-def test_a_folder_without_keys_is_told_how_to_get_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_keys_is_told_how_to_get_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert register.main(["--keys", str(tmp_path)]) == 2
     assert "fedgan keys NAME" in capsys.readouterr().err

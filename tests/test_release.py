@@ -21,14 +21,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedgan import files
-from fedgan.cli import release, wanted
+from fedgan.cli import label_sampling as wanted
+from fedgan.cli import release
 from fedgan.errors import ConfigError
 
 Run = Callable[..., tuple[int, str, str]]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -46,7 +51,9 @@ def card_of(folder: Path) -> dict[str, Any]:
 def test_a_release_has_the_mix_that_was_asked_for(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     mix = ["--mix", "normal=0.5,covid=0.3,pneumonia=0.2"]
-    code, out, err = fedgan("generate", "--release", run.path, "--images", "12", "--output", "out", *mix)
+    code, out, err = fedgan(
+        "generate", "--release", run.path, "--images", "12", "--output", "out", *mix
+    )
     assert (code, err) == (0, "")
     assert "normal 6, pneumonia 2, covid 4" in out
     rows, card = table(tmp_path / "out"), card_of(tmp_path / "out")
@@ -64,13 +71,23 @@ def test_sha256sum_finds_every_file_as_it_was_written(fedgan: Run, tmp_path: Pat
     assert fedgan("generate", "--release", run.path, "--images", "4", "--output", "out")[0] == 0
     held = contents(tmp_path / "out")
     lines = held.pop("SHA256SUMS").decode().splitlines()
-    assert dict(line.split("  ")[::-1] for line in lines) == {n: hashlib.sha256(data).hexdigest() for n, data in held.items()}
-    assert {"labels.csv", "dataset_card.md", "dataset_card.json", "images/000/00000.png"} <= held.keys()
+    assert dict(line.split("  ")[::-1] for line in lines) == {
+        n: hashlib.sha256(data).hexdigest() for n, data in held.items()
+    }
+    assert {
+        "labels.csv",
+        "dataset_card.md",
+        "dataset_card.json",
+        "images/000/00000.png",
+    } <= held.keys()
     if tool := shutil.which("sha256sum"):
         check = [tool, "--strict", "--quiet", "-c", "SHA256SUMS"]
         assert subprocess.run(check, cwd=tmp_path / "out", timeout=60).returncode == 0
         (tmp_path / "out" / "labels.csv").write_text("file\n")
-        assert subprocess.run(check, cwd=tmp_path / "out", timeout=60, capture_output=True).returncode != 0
+        assert (
+            subprocess.run(check, cwd=tmp_path / "out", timeout=60, capture_output=True).returncode
+            != 0
+        )
 
 
 @pytest.mark.parametrize("words", [["--release"], []])
@@ -86,16 +103,22 @@ def test_each_png_is_marked_as_synthetic(words: list[str], fedgan: Run, tmp_path
         assert (text["synthetic"], text["Software"]) == ("true", "fedgan")
         assert "Synthetic" in text["Description"]
         packet = text["XML:com.adobe.xmp"]
-        tree = ElementTree.fromstring(packet[packet.index("<x:xmpmeta") : packet.index("<?xpacket end")])
+        tree = ElementTree.fromstring(
+            packet[packet.index("<x:xmpmeta") : packet.index("<?xpacket end")]
+        )
         (kind,) = tree.iter("{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType")
         assert kind.text == "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 
-def test_images_lie_in_folders_of_a_bounded_size(fedgan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(release, "SHELF", 2)
+def test_images_lie_in_folders_of_a_bounded_size(
+    fedgan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(release, "FILES_PER_FOLDER", 2)
     run = make_run(tmp_path / "run")
     assert fedgan("generate", "--release", run.path, "--images", "5", "--output", "out")[0] == 0
-    shelves = {path.name: len(list(path.iterdir())) for path in (tmp_path / "out" / "images").iterdir()}
+    shelves = {
+        path.name: len(list(path.iterdir())) for path in (tmp_path / "out" / "images").iterdir()
+    }
     assert shelves == {"000": 2, "001": 2, "002": 1}
     assert all((tmp_path / "out" / row["file"]).is_file() for row in table(tmp_path / "out"))
 
@@ -104,13 +127,28 @@ def test_the_same_seed_gives_the_same_bytes_in_another_place(fedgan: Run, tmp_pa
     run = make_run(tmp_path / "run")
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         place = tmp_path / f"deep {name}" / name
-        assert fedgan("generate", "--release", run.path, "--images", "6", "--output", place, "--seed", seed)[0] == 0
+        assert (
+            fedgan(
+                "generate",
+                "--release",
+                run.path,
+                "--images",
+                "6",
+                "--output",
+                place,
+                "--seed",
+                seed,
+            )[0]
+            == 0
+        )
     a, b, c = (contents(tmp_path / f"deep {name}" / name) for name in "abc")
     assert a == b
     assert a["images/000/00000.png"] != c["images/000/00000.png"]
 
 
-def test_a_release_tells_no_path_no_patient_and_no_file_of_a_hospital(fedgan: Run, tmp_path: Path) -> None:
+def test_a_release_tells_no_path_no_patient_and_no_file_of_a_hospital(
+    fedgan: Run, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run", description=f"Made of {SECRET}/patient-7.dcm")
     assert fedgan("generate", "--release", run.path, "--images", "2", "--output", "out")[0] == 0
     for name, data in contents(tmp_path / "out").items():
@@ -118,16 +156,25 @@ def test_a_release_tells_no_path_no_patient_and_no_file_of_a_hospital(fedgan: Ru
             assert word not in data, f"{word!r} in {name}"
 
 
-def test_a_release_tells_no_count_that_is_small_and_no_hash_of_a_hospital(fedgan: Run, tmp_path: Path) -> None:
+def test_a_release_tells_no_count_that_is_small_and_no_hash_of_a_hospital(
+    fedgan: Run, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run")
     held = run.read_json(run.evaluation)
     held["label_fidelity"] = {
-        "real": {"per_class": {"covid": {"auc": 0.7, "positives": 7}, "normal": {"auc": 0.8, "positives": 61}}}
+        "real": {
+            "per_class": {
+                "covid": {"auc": 0.7, "positives": 7},
+                "normal": {"auc": 0.8, "positives": 61},
+            }
+        }
     }
     files.write_json(run.evaluation, held)
     assert fedgan("generate", "--release", run.path, "--images", "2", "--output", "out")[0] == 0
     card, page = card_of(tmp_path / "out"), (tmp_path / "out" / "dataset_card.md").read_text()
-    assert [row["value"] for row in card["metrics"]["other"] if row["name"].startswith("label_fidelity")] == [0.7, 0.8, 61]
+    assert [
+        row["value"] for row in card["metrics"]["other"] if row["name"].startswith("label_fidelity")
+    ] == [0.7, 0.8, 61]
     limits = "\n".join(card["limits"])
     assert "Classes of which a hospital had fewer than 10 training images: pneumonia." in limits
     assert "Class 'covid' has fewer than 10 positive real test images" in limits
@@ -138,13 +185,22 @@ def test_a_release_tells_no_count_that_is_small_and_no_hash_of_a_hospital(fedgan
     assert "Counts of fewer than 10 real images are not told." in page
 
 
-def test_the_card_says_what_it_was_drawn_with_and_leaves_the_licence_open(fedgan: Run, tmp_path: Path) -> None:
+def test_the_card_says_what_it_was_drawn_with_and_leaves_the_licence_open(
+    fedgan: Run, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run")
     words = ["--psi", "0.7", "--seed", "5", "--labels-from", "mix", "--created", "2031-05-06"]
-    assert fedgan("generate", "--release", run.path, "--images", "20", "--output", "out", *words)[0] == 0
+    assert (
+        fedgan("generate", "--release", run.path, "--images", "20", "--output", "out", *words)[0]
+        == 0
+    )
     card, page = card_of(tmp_path / "out"), (tmp_path / "out" / "dataset_card.md").read_text()
     digest = hashlib.sha256(run.checkpoint(1).read_bytes()).hexdigest()
-    assert (card["generator"]["checkpoint_sha256"], card["generator"]["seed"], card["generator"]["psi"]) == (digest, 5, 0.7)
+    assert (
+        card["generator"]["checkpoint_sha256"],
+        card["generator"]["seed"],
+        card["generator"]["psi"],
+    ) == (digest, 5, 0.7)
     assert card["label_mix_asked"] == "as in the run's training images"
     assert card["licences"] == ["CC BY 4.0"]
     assert card["without_licence"] == ["south"]
@@ -153,14 +209,33 @@ def test_the_card_says_what_it_was_drawn_with_and_leaves_the_licence_open(fedgan
     assert "the releasing institution" in blanks["licence of this set"]["sentence"]
     assert "date" not in blanks
     assert card["created"] == "2031-05-06"
-    for text in ("Every image is synthetic", digest, "2031-05-06", "psi was 0.9 there and is 0.7 here", "642 other images"):
+    for text in (
+        "Every image is synthetic",
+        digest,
+        "2031-05-06",
+        "psi was 0.9 there and is 0.7 here",
+        "642 other images",
+    ):
         assert text in page
     assert any("'covid'" in line and "0.553" in line for line in card["limits"])
 
 
 def test_a_class_that_the_mix_leaves_out_is_named(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    assert fedgan("generate", "--release", run.path, "--images", "2", "--output", "out", "--label", "covid")[0] == 0
+    assert (
+        fedgan(
+            "generate",
+            "--release",
+            run.path,
+            "--images",
+            "2",
+            "--output",
+            "out",
+            "--label",
+            "covid",
+        )[0]
+        == 0
+    )
     card = card_of(tmp_path / "out")
     assert card["counts"] == {"normal": 0, "pneumonia": 0, "covid": 2}
     assert "No image of normal, pneumonia is in this set" in card["limits"][0]
@@ -169,7 +244,10 @@ def test_a_class_that_the_mix_leaves_out_is_named(fedgan: Run, tmp_path: Path) -
 def test_labels_that_occur_together_are_counted_each(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", exclusive=False)
     words = ["--vector", "1,0,1", "--vector", "0,0,0"]
-    assert fedgan("generate", "--release", run.path, "--images", "5", "--output", "out", *words)[0] == 0
+    assert (
+        fedgan("generate", "--release", run.path, "--images", "5", "--output", "out", *words)[0]
+        == 0
+    )
     card = card_of(tmp_path / "out")
     assert (card["counts"], card["unlabelled"]) == ({"normal": 3, "pneumonia": 0, "covid": 3}, 2)
 
@@ -182,7 +260,9 @@ def test_a_model_without_labels_can_be_released(fedgan: Run, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "environment.json", "hospitals.json"])
-def test_a_run_with_damaged_files_is_released_with_blanks(name: str, fedgan: Run, tmp_path: Path) -> None:
+def test_a_run_with_damaged_files_is_released_with_blanks(
+    name: str, fedgan: Run, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "run")
     (run.path / name).write_text("{")
     assert fedgan("generate", "--release", run.path, "--images", "2", "--output", "out")[0] == 0
@@ -198,8 +278,14 @@ def test_a_run_with_damaged_files_is_released_with_blanks(name: str, fedgan: Run
         (["--release", "--format", "shard"], "a shard has no place for the marks"),
         (["--release", "--created", "yesterday"], "write a date such as"),
         (["--created", "2031-05-06"], "give --release as well"),
-        (["--mix", "normal=0.5,flu=0.5"], "no class 'flu'; the model knows normal, pneumonia, covid"),
-        (["--mix", "normal=-1,covid=2"], "a share is a number of at least 0; the model knows normal"),
+        (
+            ["--mix", "normal=0.5,flu=0.5"],
+            "no class 'flu'; the model knows normal, pneumonia, covid",
+        ),
+        (
+            ["--mix", "normal=-1,covid=2"],
+            "a share is a number of at least 0; the model knows normal",
+        ),
         (["--mix", "normal=0,covid=0"], "no share above zero; the model knows normal"),
         (["--mix", "normal=nan"], "a share is a number"),
         (["--mix", "normal=1e999"], "a share is a number"),
@@ -224,12 +310,16 @@ def test_what_a_release_cannot_be_is_one_line_and_leaves_nothing(
 def test_a_bare_checkpoint_is_not_released(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     run.config.unlink()
-    code, _, err = fedgan("generate", "--release", run.checkpoint(1), "--images", "2", "--output", "out")
+    code, _, err = fedgan(
+        "generate", "--release", run.checkpoint(1), "--images", "2", "--output", "out"
+    )
     assert code == 2
     assert "lies in no run folder" in err
 
 
-def test_a_release_that_fails_at_the_end_leaves_nothing(fedgan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_that_fails_at_the_end_leaves_nothing(
+    fedgan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path / "run")
 
     def fails(folder: Path) -> str:
@@ -246,7 +336,9 @@ def test_a_release_that_fails_at_the_end_leaves_nothing(fedgan: Run, tmp_path: P
 
 
 @given(st.integers(1, 20_000), st.lists(st.fractions(0, 1000), min_size=1, max_size=12).filter(any))
-def test_counts_add_up_and_are_within_one_of_their_shares(images: int, shares: list[Fraction]) -> None:
+def test_counts_add_up_and_are_within_one_of_their_shares(
+    images: int, shares: list[Fraction]
+) -> None:
     counts = wanted.deal(images, shares)
     assert sum(counts) == images
     for count, share in zip(counts, shares, strict=True):
@@ -254,7 +346,11 @@ def test_counts_add_up_and_are_within_one_of_their_shares(images: int, shares: l
         assert share > 0 or count == 0
 
 
-@given(st.dictionaries(st.sampled_from(LABELS), st.floats(0, 1e6), min_size=1).filter(lambda mix: any(mix.values())))
+@given(
+    st.dictionaries(st.sampled_from(LABELS), st.floats(0, 1e6), min_size=1).filter(
+        lambda mix: any(mix.values())
+    )
+)
 def test_a_mix_is_read_as_it_was_written(mix: dict[str, float]) -> None:
     text = " , ".join(f"{name} = {share!r}" for name, share in mix.items())
     read = wanted.parsed_mix([text], LABELS)
@@ -272,7 +368,9 @@ def test_a_mix_for_a_model_without_labels_is_refused() -> None:
 
 def test_a_mix_makes_one_hot_vectors(tmp_path: Path) -> None:
     meta = {"label_names": list(LABELS), "exclusive": True}
-    vectors = wanted.wanted_labels(meta, tmp_path, 10, wanted.Choice(mix=["covid=1,normal=2"]), seed=0)
+    vectors = wanted.requested_labels(
+        meta, tmp_path, 10, wanted.Choice(mix=["covid=1,normal=2"]), seed=0
+    )
     assert vectors.dtype == np.uint8
     assert vectors.sum(axis=1).tolist() == [1] * 10
     assert vectors.sum(axis=0).tolist() == [7, 0, 3]
@@ -281,4 +379,7 @@ def test_a_mix_makes_one_hot_vectors(tmp_path: Path) -> None:
 def test_hashes_come_by_path_and_without_their_own_file(tmp_path: Path) -> None:
     for name in ("b.txt", "a/c.txt", "SHA256SUMS"):
         files.write_text(tmp_path / name, name)
-    assert [line.split("  ")[1] for line in release.hashes(tmp_path).splitlines()] == ["a/c.txt", "b.txt"]
+    assert [line.split("  ")[1] for line in release.hashes(tmp_path).splitlines()] == [
+        "a/c.txt",
+        "b.txt",
+    ]

@@ -25,9 +25,9 @@ from fedgan.config import describe, from_dict, to_dict
 from fedgan.errors import ConfigError
 from fedgan.evaluation.grids import draw_grid
 from fedgan.report import write_report
-from fedgan.report.page import build_page
-from fedgan.report.run_data import RunData, clean, tree, trees
-from fedgan.report.tables import csv_link
+from fedgan.report.html.tables import csv_link
+from fedgan.report.run.data import RunData, clean, tree, trees
+from fedgan.report.run.page import build_page
 from fedgan.run_folder import RunFolder
 
 LABELS = ["nevus", "melanoma", "keratosis", "basal cell", "actinic", "dermatofibroma", "vascular"]
@@ -58,7 +58,9 @@ def write_grid(path: Path, names: list[str], rng: np.random.Generator) -> None:
     draw_grid(names, blobs(len(names), 4, rng)).save(path, compress_level=1)
 
 
-def result(rng: np.random.Generator, level: float, hospitals: list[str], labels: list[str]) -> dict[str, Any]:
+def result(
+    rng: np.random.Generator, level: float, hospitals: list[str], labels: list[str]
+) -> dict[str, Any]:
     """The numbers of one classifier, in the format of evaluation.json."""
 
     def auc(centre: float, width: float = 0.02) -> dict[str, Any]:
@@ -85,7 +87,9 @@ def result(rng: np.random.Generator, level: float, hospitals: list[str], labels:
     }
 
 
-def make_evaluation(hospitals: list[str], labels: list[str], rng: np.random.Generator) -> dict[str, Any]:
+def make_evaluation(
+    hospitals: list[str], labels: list[str], rng: np.random.Generator
+) -> dict[str, Any]:
     return {
         "arm": "federated",
         "name": "three-hospitals",
@@ -107,18 +111,20 @@ def make_evaluation(hospitals: list[str], labels: list[str], rng: np.random.Gene
         "fidelity": {
             "extractor": EXTRACTOR,
             "frechet": 31.47,
-            "frechet_floor": 2.63,
+            "frechet_reference": 2.63,
             "kernel": 0.0812,
-            "kernel_floor": 0.0009,
+            "kernel_reference": 0.0009,
             "images": 290,
-            "floor_images": 290,
+            "reference_images": 290,
             "real": "validation and test images",
         },
         "notes": ["The floor was measured on the test split, which is small."],
     }
 
 
-def make_rounds(hospitals: list[str], rounds: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+def make_rounds(
+    hospitals: list[str], rounds: int, rng: np.random.Generator
+) -> list[dict[str, Any]]:
     lines = []
     for n in range(1, rounds + 1):
         age = n / rounds
@@ -172,7 +178,10 @@ def make_hospitals(hospitals: list[str], labels: list[str]) -> list[dict[str, An
         rows.append(
             {
                 "name": name,
-                "counts": {split: dict(zip(labels, map(int, n), strict=True)) for split, n in counts.items()},
+                "counts": {
+                    split: dict(zip(labels, map(int, n), strict=True))
+                    for split, n in counts.items()
+                },
                 "images": {split: int(n.sum()) for split, n in counts.items()},
                 "patients": {split: int(n.sum()) // 2 for split, n in counts.items()},
                 "content_hash": f"sha256:{i}3f5a9c2e81b07d4{i}",
@@ -182,7 +191,11 @@ def make_hospitals(hospitals: list[str], labels: list[str]) -> list[dict[str, An
 
 
 def make_run(
-    path: Path, hospitals: list[str] = HOSPITALS, labels: list[str] = LABELS, rounds: int = ROUNDS, pictures: bool = True
+    path: Path,
+    hospitals: list[str] = HOSPITALS,
+    labels: list[str] = LABELS,
+    rounds: int = ROUNDS,
+    pictures: bool = True,
 ) -> RunFolder:
     """A finished run of ten rounds, written as the other rooms of the house write it."""
     rng = np.random.default_rng(7)
@@ -198,7 +211,13 @@ def make_run(
         "python": "3.11.9",
         "packages": {"torch": "2.15.0", "flwr": "1.41.0", "numpy": "2.4.1"},
         "machine": {"processor": "x86_64", "cores": 2, "accelerator": None},
-        "sources": [{"name": "phantoms", "licence": "Apache-2.0", "source": "dermatoscopy archive of a county"}],
+        "sources": [
+            {
+                "name": "phantoms",
+                "licence": "Apache-2.0",
+                "source": "dermatoscopy archive of a county",
+            }
+        ],
     }
     files.write_json(run.environment, environment)
     files.write_json(run.hospitals, make_hospitals(hospitals, labels))
@@ -312,7 +331,15 @@ def test_every_number_of_the_evaluation_is_on_the_page(run: RunFolder, page: Pag
         assert f"{result['balanced_accuracy']:.3f}" in page.words
         for entry in [e for f in figures for e in f["per_class"].values()]:
             assert f"{entry['auc']:.3f}" in page.words
-    for text in ("31.47", "2.63", "0.0812", "0.0009", EXTRACTOR, "12.0 ×", "The floor was measured on the test split"):
+    for text in (
+        "31.47",
+        "2.63",
+        "0.0812",
+        "0.0009",
+        EXTRACTOR,
+        "12.0 ×",
+        "The floor was measured on the test split",
+    ):
         assert text in page.words
 
 
@@ -335,7 +362,9 @@ def test_each_class_has_a_real_and_a_synthetic_picture_and_rounds_are_spread(pag
     for label in LABELS:
         assert f"4 real images of class {label}" in alts
         assert f"4 synthetic images of class {label}" in alts
-    assert [alt for alt in alts if "after round" in alt] == [f"Synthetic images after round {n}" for n in (2, 4, 6, 8, 10)]
+    assert [alt for alt in alts if "after round" in alt] == [
+        f"Synthetic images after round {n}" for n in (2, 4, 6, 8, 10)
+    ]
 
 
 def test_real_images_that_are_somebodys_are_not_shown_unless_asked_for(copied: RunFolder) -> None:
@@ -357,7 +386,8 @@ def test_merged_labels_are_the_classifiers_alone(copied: RunFolder) -> None:
     page = Page(page_of(copied))
     counts = [hospital["counts"]["train"] for hospital in copied.read_json(copied.hospitals)]
     mix = "; ".join(
-        f"{name}: a {count['a']:,}, melanoma {count['melanoma']:,}" for name, count in zip(HOSPITALS, counts, strict=True)
+        f"{name}: a {count['a']:,}, melanoma {count['melanoma']:,}"
+        for name, count in zip(HOSPITALS, counts, strict=True)
     )
     assert f"{mix}." in page.words
     for label in ("a", "melanoma"):
@@ -367,7 +397,9 @@ def test_merged_labels_are_the_classifiers_alone(copied: RunFolder) -> None:
         assert f"4 synthetic images of class {label}" in page.values("alt")
         assert f"AUC, {label}" not in page.words
     for label in ("malignant", "benign"):
-        assert f"AUC, {label} {merged['utility']['real']['per_class'][label]['auc']:.3f}" in page.words
+        assert (
+            f"AUC, {label} {merged['utility']['real']['per_class'][label]['auc']:.3f}" in page.words
+        )
         assert f"images of class {label}" not in " ".join(page.values("alt"))
     assert " 0%" not in page.words
     assert "Not in the macro mean" not in page.words
@@ -395,7 +427,11 @@ def test_the_page_needs_nothing_from_outside(html: str, page: Page) -> None:
     style = html[html.index("<style>") : html.index("</style>")]
     assert "url(" not in style
     assert "@import" not in style
-    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name in ("style", "srcset", "action")]
+    assert not [
+        name
+        for _, name, _ in page.attributes
+        if name.startswith("on") or name in ("style", "srcset", "action")
+    ]
     assert len(html.encode()) < 3_000_000
 
 
@@ -414,8 +450,15 @@ def test_tables_have_scoped_heads_and_a_caption(page: Page) -> None:
 
 
 def test_csv_links_hold_the_rows_of_the_table(page: Page) -> None:
-    links = [value for tag, name, value in page.attributes if tag == "a" and value.startswith("data:text/csv")]
-    tables = [list(csv.reader(io.StringIO(unquote(link.split(",", 1)[1]).removeprefix("\ufeff")))) for link in links]
+    links = [
+        value
+        for tag, name, value in page.attributes
+        if tag == "a" and value.startswith("data:text/csv")
+    ]
+    tables = [
+        list(csv.reader(io.StringIO(unquote(link.split(",", 1)[1]).removeprefix("\ufeff"))))
+        for link in links
+    ]
     utility = next(rows for rows in tables if rows[0][0] == "Measure" and "Real" in rows[0])
     assert utility[1][:4] == ["Macro AUC", "0.971", "0.954–0.985", "0.913"]
     assert utility[1][5] == "-0.058"
@@ -423,7 +466,18 @@ def test_csv_links_hold_the_rows_of_the_table(page: Page) -> None:
 
 
 def test_a_spreadsheet_gets_no_formula_out_of_a_name() -> None:
-    given = ["=1+2", "@here", "-0.5", "+cmd", "−0.25", "[−0.1, +0.2]", "−0.1 to −0.05", "0.1–0.2", "a − b", "−x"]
+    given = [
+        "=1+2",
+        "@here",
+        "-0.5",
+        "+cmd",
+        "−0.25",
+        "[−0.1, +0.2]",
+        "−0.1 to −0.05",
+        "0.1–0.2",
+        "a − b",
+        "−x",
+    ]
     link = str(csv_link("x", ["name"], [[cell] for cell in given]))
     rows = list(csv.reader(io.StringIO(unquote(unescape(link).split("utf-8,")[1].split('"')[0]))))
     plain = ["-0.5", "'+cmd", "-0.25", "[-0.1, +0.2]", "'-0.1 to -0.05", "0.1–0.2", "a − b", "−x"]
@@ -431,7 +485,9 @@ def test_a_spreadsheet_gets_no_formula_out_of_a_name() -> None:
     assert rows[0] == ["\ufeffname"]
 
 
-def test_writing_twice_gives_the_same_page_and_leaves_nothing_beside_it(run: RunFolder, html: str) -> None:
+def test_writing_twice_gives_the_same_page_and_leaves_nothing_beside_it(
+    run: RunFolder, html: str
+) -> None:
     assert page_of(run) == html
     assert not list(run.path.glob(".*"))
 
@@ -442,7 +498,12 @@ HOSTILE = '</title><script>alert(1)</script>"><img src=x onerror=alert(2)> {{ 7*
 
 
 def test_hostile_names_are_shown_as_text(tmp_path: Path) -> None:
-    run = make_run(tmp_path, hospitals=[HOSTILE, "\ud800 \x00\u202egnp.exe", "C"], labels=[HOSTILE + "1", "b", "c"], rounds=3)
+    run = make_run(
+        tmp_path,
+        hospitals=[HOSTILE, "\ud800 \x00\u202egnp.exe", "C"],
+        labels=[HOSTILE + "1", "b", "c"],
+        rounds=3,
+    )
     run.write_settings(from_dict({"name": HOSTILE, "description": HOSTILE}))
     html = page_of(run)
     page = Page(html)
@@ -473,9 +534,15 @@ def test_a_run_that_has_only_begun_says_what_is_not_there(tmp_path: Path) -> Non
     assert "holds real images" not in page.words
 
 
-@pytest.mark.parametrize("name", ["environment.json", "hospitals.json", "metrics.jsonl", "evaluation.json", "samples"])
-@pytest.mark.parametrize("damage", [None, b"", b'{"utility": ', b"\xff\xfe\x00", b"[1, null]", b"7"])
-def test_a_missing_or_damaged_file_takes_its_own_part_only(copied: RunFolder, name: str, damage: bytes | None) -> None:
+@pytest.mark.parametrize(
+    "name", ["environment.json", "hospitals.json", "metrics.jsonl", "evaluation.json", "samples"]
+)
+@pytest.mark.parametrize(
+    "damage", [None, b"", b'{"utility": ', b"\xff\xfe\x00", b"[1, null]", b"7"]
+)
+def test_a_missing_or_damaged_file_takes_its_own_part_only(
+    copied: RunFolder, name: str, damage: bytes | None
+) -> None:
     run = copied
     for path in run.samples.glob("*.png") if name == "samples" else [run.path / name]:
         path.unlink()
@@ -497,16 +564,28 @@ def test_no_page_where_there_is_no_run(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_numbers_that_are_null_or_not_finite_become_a_dash_and_are_listed(copied: RunFolder) -> None:
+def test_numbers_that_are_null_or_not_finite_become_a_dash_and_are_listed(
+    copied: RunFolder,
+) -> None:
     run = copied
     evaluation = run.read_json(run.evaluation)
     evaluation["utility"]["synthetic"] |= {"macro_auc": None, "macro_auc_ci": None}
-    evaluation["utility"]["real"]["per_class"]["melanoma"] = {"auc": math.nan, "auc_ci": [None, 1], "positives": 0}
+    evaluation["utility"]["real"]["per_class"]["melanoma"] = {
+        "auc": math.nan,
+        "auc_ci": [None, 1],
+        "positives": 0,
+    }
     run.evaluation.write_text(json.dumps(evaluation))  # json writes NaN; files.write_json would not
     page = Page(page_of(run))
-    assert "What a classifier trained only on images of this federated generator reaches has not been measured" in page.words
+    assert (
+        "What a classifier trained only on images of this federated generator reaches has not been measured"
+        in page.words
+    )
     assert "utility › synthetic › macro_auc" in page.words
-    assert not re.search(r"\b(nan|NaN|None|null|inf)\b", page.words.replace("Numbers that are null in evaluation.json", ""))
+    assert not re.search(
+        r"\b(nan|NaN|None|null|inf)\b",
+        page.words.replace("Numbers that are null in evaluation.json", ""),
+    )
 
 
 def test_a_run_that_was_stopped_says_so_and_repeated_rounds_count_once(copied: RunFolder) -> None:
@@ -523,7 +602,14 @@ def test_a_run_that_was_stopped_says_so_and_repeated_rounds_count_once(copied: R
 
 def test_absolute_paths_stay_off_the_page(copied: RunFolder) -> None:
     run = copied
-    run.write_settings(from_dict({"data": {"root": "/home/secret-person/shards"}, "evaluation": {"root": "C:\\secret\\real"}}))
+    run.write_settings(
+        from_dict(
+            {
+                "data": {"root": "/home/secret-person/shards"},
+                "evaluation": {"root": "C:\\secret\\real"},
+            }
+        )
+    )
     page = Page(page_of(run))
     assert "secret" not in page.words
     assert "…/shards" in page.words
@@ -532,7 +618,11 @@ def test_absolute_paths_stay_off_the_page(copied: RunFolder) -> None:
 
 def test_labels_that_stand_together_are_shown_as_shares(tmp_path: Path) -> None:
     run = make_run(
-        tmp_path, labels=[f"finding {i}" for i in range(14)], hospitals=[f"H{i}" for i in range(8)], rounds=2, pictures=False
+        tmp_path,
+        labels=[f"finding {i}" for i in range(14)],
+        hospitals=[f"H{i}" for i in range(8)],
+        rounds=2,
+        pictures=False,
     )
     rows = run.read_json(run.hospitals)
     for row in rows:
@@ -550,8 +640,12 @@ def test_a_large_run_stays_small(tmp_path: Path) -> None:
     run = make_run(tmp_path, labels=["a"], hospitals=hospitals, rounds=1, pictures=False)
     run.write_settings(from_dict({"data": {"resolution": 64}}))
     files.write_json(run.evaluation, make_evaluation(hospitals, labels, rng))
-    files.write_text(run.metrics, "".join(json.dumps(line) + "\n" for line in make_rounds(hospitals, 600, rng)))
-    noise = draw_grid(labels, [rng.integers(0, 256, (8, 3, 64, 64), dtype=np.uint8) for _ in labels])
+    files.write_text(
+        run.metrics, "".join(json.dumps(line) + "\n" for line in make_rounds(hospitals, 600, rng))
+    )
+    noise = draw_grid(
+        labels, [rng.integers(0, 256, (8, 3, 64, 64), dtype=np.uint8) for _ in labels]
+    )
     run.samples.mkdir()
     noise.save(run.samples / "real.png", compress_level=0)
     for name in ("final", *(f"round-{n:05d}" for n in range(7))):
@@ -563,14 +657,22 @@ def test_a_large_run_stays_small(tmp_path: Path) -> None:
 
 scraps = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Every path in a tree of dicts and lists."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else []
+    )
     return [path] + [p for key, item in items for p in places(item, (*path, key))]
 
 
@@ -580,7 +682,9 @@ def replaced(value: Any, path: tuple[Any, ...], scrap: Any) -> Any:
         return scrap
     if isinstance(value, dict):
         return value | {path[0]: replaced(value[path[0]], path[1:], scrap)}
-    return [replaced(item, path[1:], scrap) if i == path[0] else item for i, item in enumerate(value)]
+    return [
+        replaced(item, path[1:], scrap) if i == path[0] else item for i, item in enumerate(value)
+    ]
 
 
 @settings(max_examples=25)
@@ -593,7 +697,9 @@ def test_no_content_of_the_files_stops_the_page(data: st.DataObject) -> None:
         "rounds": make_rounds(HOSPITALS[:2], 2, rng),
     }
     for _ in range(data.draw(st.integers(1, 3))):
-        sound = replaced(sound, data.draw(st.sampled_from([p for p in places(sound) if p])), data.draw(scraps))
+        sound = replaced(
+            sound, data.draw(st.sampled_from([p for p in places(sound) if p])), data.draw(scraps)
+        )
     assert isinstance(sound, dict)
     run = RunData(
         settings=from_dict({}),

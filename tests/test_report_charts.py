@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedgan.evaluation.grids import draw_grid
-from fedgan.report import format as text
-from fedgan.report.charts import (
+from fedgan.report.html import format as text
+from fedgan.report.html.charts import (
     ASIDE,
     GUTTER,
     LEFT,
@@ -31,8 +31,17 @@ from fedgan.report.charts import (
     scatter_chart,
     stacked_bars,
 )
-from fedgan.report.pictures import MOST_BYTES, data_uri, open_grid
-from fedgan.report.scales import Scale, log_range, log_span, log_ticks, nice_ticks, span, spread_out, thin
+from fedgan.report.html.pictures import MOST_BYTES, data_uri, open_grid
+from fedgan.report.html.scales import (
+    Scale,
+    log_range,
+    log_span,
+    log_ticks,
+    nice_ticks,
+    span,
+    spread_out,
+    thin,
+)
 
 ordinary = st.floats(-1e12, 1e12).map(lambda x: text.number(x) or 0.0)
 positive = st.floats(1e-9, 1e9)
@@ -59,9 +68,13 @@ def test_a_span_holds_its_values_and_has_a_width(values: list[float]) -> None:
 
 
 @given(
-    values=st.lists(ordinary, min_size=2, max_size=20), start=st.sampled_from([0.0, 200.0]), stop=st.sampled_from([100.0, 300.0])
+    values=st.lists(ordinary, min_size=2, max_size=20),
+    start=st.sampled_from([0.0, 200.0]),
+    stop=st.sampled_from([100.0, 300.0]),
 )
-def test_a_scale_is_monotone_and_stays_on_its_axis(values: list[float], start: float, stop: float) -> None:
+def test_a_scale_is_monotone_and_stays_on_its_axis(
+    values: list[float], start: float, stop: float
+) -> None:
     scale = Scale(*span(values), start, stop)
     places = [scale(value) for value in sorted(values)]
     assert places == sorted(places, reverse=stop < start)
@@ -120,7 +133,9 @@ def test_places_are_spread_in_order_inside_their_range(places: list[float], gap:
     assert all(after - before >= room - 0.11 for before, after in itertools.pairwise(found))
     assert all(0 <= place <= 300 for place in found)
     if all(after - before >= gap for before, after in itertools.pairwise(sorted(places))):
-        assert found == [round(place, 1) for place in sorted(places)], "what is apart stays where it is"
+        assert found == [round(place, 1) for place in sorted(places)], (
+            "what is apart stays where it is"
+        )
 
 
 @given(values=st.lists(ordinary, min_size=1, max_size=900))
@@ -138,18 +153,28 @@ def test_thinning_keeps_order_ends_and_extremes(values: list[float]) -> None:
 
 
 def test_a_line_goes_through_its_points_in_order() -> None:
-    svg = line_chart("k", "Title", "Words.", [Line("mean", [(1000, 1.0), (2000, 3.0), (4000, 2.0)])], "images seen")
+    svg = line_chart(
+        "k",
+        "Title",
+        "Words.",
+        [Line("mean", [(1000, 1.0), (2000, 3.0), (4000, 2.0)])],
+        "images seen",
+    )
     (line,) = marks(svg, "polyline", "line")
     places = [tuple(map(float, pair.split(","))) for pair in line.get("points", "").split()]
     (x0, y0), (x1, y1), (x2, y2) = places
     assert x0 < x1 < x2
     assert y1 < y2 < y0, "a larger value stands higher"
-    assert math.isclose((x2 - x1) / (x1 - x0), 2.0, rel_tol=0.02), "the axis is linear in images seen"
+    assert math.isclose((x2 - x1) / (x1 - x0), 2.0, rel_tol=0.02), (
+        "the axis is linear in images seen"
+    )
     assert len(marks(svg, "circle", "mark")) == 3
 
 
 def test_a_chart_has_a_title_a_description_and_own_ids() -> None:
-    svg = line_chart("a-key", "Loss <of> G", "Falls & rises.", [Line("m", [(1, 1), (2, 2)])], "images seen")
+    svg = line_chart(
+        "a-key", "Loss <of> G", "Falls & rises.", [Line("m", [(1, 1), (2, 2)])], "images seen"
+    )
     root = parsed(svg)
     assert [child.tag for child in root][:2] == ["title", "desc"]
     assert [child.text for child in root][:2] == ["Loss <of> G", "Falls & rises."]
@@ -172,7 +197,14 @@ def test_an_empty_chart_says_so(lines: list[Line]) -> None:
 
 @given(ys=st.lists(ordinary, min_size=1, max_size=30), reference=ordinary)
 def test_no_place_of_a_chart_is_outside_its_frame(ys: list[float], reference: float) -> None:
-    svg = line_chart("k", "t", "d", [Line("m", [(100.0 * i, y) for i, y in enumerate(ys)])], "x", [("floor", reference)])
+    svg = line_chart(
+        "k",
+        "t",
+        "d",
+        [Line("m", [(100.0 * i, y) for i, y in enumerate(ys)])],
+        "x",
+        [("floor", reference)],
+    )
     width, height = map(float, parsed(svg).get("viewBox", "").split()[2:])
     for element in parsed(svg).iter():
         for names, limit in ((("x", "x1", "x2", "cx"), width), (("y", "y1", "y2", "cy"), height)):
@@ -181,7 +213,10 @@ def test_no_place_of_a_chart_is_outside_its_frame(ys: list[float], reference: fl
 
 def test_dots_lie_by_value_and_intervals_around_them() -> None:
     rows = [
-        Row("nevus", [Dot("real", 0.9, (0.85, 0.95), "real"), Dot("synthetic", 0.8, None, "synthetic")]),
+        Row(
+            "nevus",
+            [Dot("real", 0.9, (0.85, 0.95), "real"), Dot("synthetic", 0.8, None, "synthetic")],
+        ),
         Row("other", []),
     ]
     svg = dot_chart("k", "t", "d", rows, "AUC", (0.5, 1.0))
@@ -195,10 +230,20 @@ def test_dots_lie_by_value_and_intervals_around_them() -> None:
 
 
 def test_single_values_lie_small_below_their_mean_and_are_spoken() -> None:
-    svg = dot_chart("k", "t", "d", [Row("federated", [Dot("AUC", 0.8, (0.7, 0.9), "a2", [0.75, 0.85])])], "AUC", (0.5, 1.0))
+    svg = dot_chart(
+        "k",
+        "t",
+        "d",
+        [Row("federated", [Dot("AUC", 0.8, (0.7, 0.9), "a2", [0.75, 0.85])])],
+        "AUC",
+        (0.5, 1.0),
+    )
     (mark,) = marks(svg, "path", "mark")
     x, y = map(float, re.match(r"M([\d.]+) ([\d.]+)", mark.get("d", "")).groups())  # type: ignore[union-attr]
-    singles = [(float(e.get("cx", 0)), float(e.get("cy", 0)), float(e.get("r", 0))) for e in marks(svg, "circle", "single")]
+    singles = [
+        (float(e.get("cx", 0)), float(e.get("cy", 0)), float(e.get("r", 0)))
+        for e in marks(svg, "circle", "single")
+    ]
     assert len(singles) == 2
     assert singles[0][0] < x < singles[1][0]
     assert all(cy > y and r < 3 for _, cy, r in singles)
@@ -206,17 +251,38 @@ def test_single_values_lie_small_below_their_mean_and_are_spoken() -> None:
 
 
 def test_a_vertical_reference_stands_at_its_value_with_its_label_above_the_rows() -> None:
-    svg = dot_chart("k", "t", "d", [Row("a", [Dot("AUC", 0.8)]), Row("b", [])], "AUC", (0.5, 1.0), [("real images", 0.8)])
+    svg = dot_chart(
+        "k",
+        "t",
+        "d",
+        [Row("a", [Dot("AUC", 0.8)]), Row("b", [])],
+        "AUC",
+        (0.5, 1.0),
+        [("real images", 0.8)],
+    )
     (line,) = marks(svg, "line", "reference")
     (mark,) = marks(svg, "circle", "mark")
     assert float(line.get("x1", 0)) == float(line.get("x2", 1)) == float(mark.get("cx", 0))
     label = next(e for e in parsed(svg).iter("text") if e.text == "real images")
-    assert float(label.get("y", 0)) < float(line.get("y1", 0)) < float(mark.get("cy", 0)) < float(line.get("y2", 0))
+    assert (
+        float(label.get("y", 0))
+        < float(line.get("y1", 0))
+        < float(mark.get("cy", 0))
+        < float(line.get("y2", 0))
+    )
 
 
 @given(values=st.lists(ordinary, min_size=1, max_size=9), reference=ordinary)
-def test_no_place_of_a_dot_chart_is_outside_its_frame(values: list[float], reference: float) -> None:
-    rows = [Row("all", [Dot(str(i), v, (v - 1, v + 1), f"a{i % 8 + 1}", [v]) for i, v in enumerate(values)]), Row("none", [])]
+def test_no_place_of_a_dot_chart_is_outside_its_frame(
+    values: list[float], reference: float
+) -> None:
+    rows = [
+        Row(
+            "all",
+            [Dot(str(i), v, (v - 1, v + 1), f"a{i % 8 + 1}", [v]) for i, v in enumerate(values)],
+        ),
+        Row("none", []),
+    ]
     svg = dot_chart("k", "t", "d", rows, "x", None, [("here", reference)])
     width, height = map(float, parsed(svg).get("viewBox", "").split()[2:])
     for element in parsed(svg).iter():
@@ -225,7 +291,14 @@ def test_no_place_of_a_dot_chart_is_outside_its_frame(values: list[float], refer
 
 
 def test_marks_of_one_row_do_not_cover_each_other_however_many_they_are() -> None:
-    svg = dot_chart("k", "t", "d", [Row("a", [Dot(str(i), 0.5, None, f"h{i + 1}") for i in range(6)])], "x", (0.0, 1.0))
+    svg = dot_chart(
+        "k",
+        "t",
+        "d",
+        [Row("a", [Dot(str(i), 0.5, None, f"h{i + 1}") for i in range(6)])],
+        "x",
+        (0.0, 1.0),
+    )
     ys = sorted(float(e.get("cy", 0)) for e in marks(svg, "circle", "mark"))
     assert len(ys) == 6
     assert min(np.diff(ys)) >= 8.5
@@ -238,9 +311,17 @@ def test_every_arm_has_a_shape_of_its_own() -> None:
 
 
 @given(low=st.floats(1.0, 1e12), ratio=st.floats(1, 1e5))
-def test_the_axis_of_bytes_has_two_ticks_at_least_and_their_labels_have_room(low: float, ratio: float) -> None:
-    svg = scatter_chart("k", "t", "d", [Point("a", low, 0.1), Point("b", low * ratio, 0.2)], "x", text.size)
-    ticks = [e for e in parsed(svg).iter("text") if e.get("class") == "tick" and e.get("text-anchor") == "middle"]
+def test_the_axis_of_bytes_has_two_ticks_at_least_and_their_labels_have_room(
+    low: float, ratio: float
+) -> None:
+    svg = scatter_chart(
+        "k", "t", "d", [Point("a", low, 0.1), Point("b", low * ratio, 0.2)], "x", text.size
+    )
+    ticks = [
+        e
+        for e in parsed(svg).iter("text")
+        if e.get("class") == "tick" and e.get("text-anchor") == "middle"
+    ]
     places = [float(e.get("x", 0)) for e in ticks]
     assert len(places) >= 2
     assert all(after - before >= 44 for before, after in itertools.pairwise(places))
@@ -249,12 +330,22 @@ def test_the_axis_of_bytes_has_two_ticks_at_least_and_their_labels_have_room(low
     assert span[0] < low <= low * ratio < span[1]
 
 
-@given(xs=st.lists(st.sampled_from([1e6, 1.1e6, 5e8]), min_size=1, max_size=20), gap=st.floats(-1, 1))
+@given(
+    xs=st.lists(st.sampled_from([1e6, 1.1e6, 5e8]), min_size=1, max_size=20), gap=st.floats(-1, 1)
+)
 def test_numbers_never_touch_and_marks_keep_order_and_place(xs: list[float], gap: float) -> None:
     xs = sorted(xs)
-    points = [Point(str(i), x, gap + i / 9, (gap - 1, gap + i), f"a{i % 8 + 1}") for i, x in enumerate(xs)]
-    chart = parsed(scatter_chart("k", "t", "d", points, "x", text.size, [("equal", 0.0), ("margin", 0.02)]))
-    numbers = [(str(e.text), float(e.get("x", 0))) for e in chart.iter("text") if e.get("class") == "strong"]
+    points = [
+        Point(str(i), x, gap + i / 9, (gap - 1, gap + i), f"a{i % 8 + 1}") for i, x in enumerate(xs)
+    ]
+    chart = parsed(
+        scatter_chart("k", "t", "d", points, "x", text.size, [("equal", 0.0), ("margin", 0.02)])
+    )
+    numbers = [
+        (str(e.text), float(e.get("x", 0)))
+        for e in chart.iter("text")
+        if e.get("class") == "strong"
+    ]
     assert [words for words, _ in numbers] == [str(i + 1) for i in range(len(xs))]
     assert all(
         after - before >= (12.9 if len(xs) < 10 else len(words) * 8)
@@ -275,7 +366,13 @@ def test_numbers_never_touch_and_marks_keep_order_and_place(xs: list[float], gap
 
 @given(values=st.lists(st.integers(0, 10**6), min_size=1, max_size=8))
 def test_bars_divide_one_length_by_share(values: list[int]) -> None:
-    svg = stacked_bars("k", "t", "d", [Row("A", values=values, note=str(sum(values)))], [f"c{i}" for i in range(len(values))])
+    svg = stacked_bars(
+        "k",
+        "t",
+        "d",
+        [Row("A", values=values, note=str(sum(values)))],
+        [f"c{i}" for i in range(len(values))],
+    )
     bars = list(parsed(svg).iter("rect"))
     if sum(values) == 0:
         assert not bars
@@ -295,15 +392,23 @@ def test_names_are_escaped_and_long_ones_cut_but_kept() -> None:
     titles = [e.text for e in parsed(svg).iter("title")]
     assert name in titles
     assert "<b>" not in legend([(name, "h1")], "line")
-    rows = [Row(f"local of county hospital {place}", [Dot("x", 0.5)]) for place in ("north", "south")]
-    shown = [e[-1].tail for e in parsed(dot_chart("k", "t", "d", rows, "x")).iter() if "name" in e.get("class", "").split()]
+    rows = [
+        Row(f"local of county hospital {place}", [Dot("x", 0.5)]) for place in ("north", "south")
+    ]
+    shown = [
+        e[-1].tail
+        for e in parsed(dot_chart("k", "t", "d", rows, "x")).iter()
+        if "name" in e.get("class", "").split()
+    ]
     assert shown == ["local of…tal north", "local of…tal south"], "both ends, so that they differ"
 
 
 # --- numbers as text -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [None, "12", True, math.nan, math.inf, -math.inf, [1], {}, 10**400])
+@pytest.mark.parametrize(
+    "value", [None, "12", True, math.nan, math.inf, -math.inf, [1], {}, 10**400]
+)
 def test_what_is_no_number_is_a_dash(value: object) -> None:
     for show in (text.whole, text.decimal, text.signed, text.duration, text.size, text.interval):
         assert show(value) == text.DASH
@@ -312,7 +417,12 @@ def test_what_is_no_number_is_a_dash(value: object) -> None:
 def test_numbers_read_as_people_write_them() -> None:
     assert text.whole(12000) == "12,000"
     assert text.decimal(0.91349) == "0.913"
-    assert [text.significant(v) for v in (31.4711, 0.0034123, -3.1e-7, 12345.6)] == ["31.47", "0.003412", "−3.1e−07", "12,346"]
+    assert [text.significant(v) for v in (31.4711, 0.0034123, -3.1e-7, 12345.6)] == [
+        "31.47",
+        "0.003412",
+        "−3.1e−07",
+        "12,346",
+    ]
     assert text.signed(-0.0581) == "−0.058"
     assert text.interval([0.93, 0.89], 2) == "0.89–0.93"
     assert [text.duration(s) for s in (4.24, 59.6, 221.4, 3600, 4320)] == [
@@ -322,8 +432,21 @@ def test_numbers_read_as_people_write_them() -> None:
         "1 h 0 min",
         "1 h 12 min",
     ]
-    assert [text.size(b) for b in (0, 812, 48.2e6, 999.6e6, 1.214e9)] == ["0 B", "812 B", "48.2 MB", "1 GB", "1.21 GB"]
-    assert [text.short(v) for v in (0, 0.25, 500, 20000, 1.5e6, -2e3)] == ["0", "0.25", "500", "20k", "1.5M", "−2k"]
+    assert [text.size(b) for b in (0, 812, 48.2e6, 999.6e6, 1.214e9)] == [
+        "0 B",
+        "812 B",
+        "48.2 MB",
+        "1 GB",
+        "1.21 GB",
+    ]
+    assert [text.short(v) for v in (0, 0.25, 500, 20000, 1.5e6, -2e3)] == [
+        "0",
+        "0.25",
+        "500",
+        "20k",
+        "1.5M",
+        "−2k",
+    ]
     assert text.labels([100000.5, 100001.0]) == ["100.0005k", "100.001k"]
 
 
@@ -331,8 +454,12 @@ def test_numbers_read_as_people_write_them() -> None:
 
 
 @pytest.mark.parametrize("side", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("names", [["a", "b", "c", "d", "e", "f", "g"], ["only"], ["no finding", "x", "y"], [""] * 4])
-def test_a_grid_of_the_evaluator_comes_apart_into_its_images(tmp_path: Path, side: int, names: list[str]) -> None:
+@pytest.mark.parametrize(
+    "names", [["a", "b", "c", "d", "e", "f", "g"], ["only"], ["no finding", "x", "y"], [""] * 4]
+)
+def test_a_grid_of_the_evaluator_comes_apart_into_its_images(
+    tmp_path: Path, side: int, names: list[str]
+) -> None:
     rng = np.random.default_rng(side)
     channels = 1 if names[0] == "only" else 3
     images = [rng.integers(0, 256, (3, channels, side, side), dtype=np.uint8) for _ in names]

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_federation import NoJudge, alive_in, error_reply, federate, processes_of, tiny, write_shards
+from small_federation import (
+    NoEvaluator,
+    alive_in,
+    error_reply,
+    federate,
+    processes_of,
+    tiny,
+    write_shards,
+)
 from watchdog import watchdog
 
 from client.app import app
@@ -20,18 +28,24 @@ from fedgan import files
 from fedgan.config import Settings
 from fedgan.errors import CheckpointError, ConfigError, FederationError, StorageError
 from fedgan.run_folder import RunFolder
+from fedgan.runs import lock
+from fedgan.runs.preparation import experiment_of, prepare_run
+from fedgan.runs.round_state import load_state
 from fedgan.training.checkpoint import load_tensors
-from server import lock
-from server.checkpoints import load_state
 from server.federation import Federation
-from server.preparation import experiment_of, prepare_run
 from simulations import runner
 
 HERE = Path(__file__).parent
 
 
 def small(tmp_path: Path, *overrides: str, rounds: int = 3) -> Settings:
-    return tiny(write_shards(tmp_path / "data", (24, 16)), *overrides, hospitals=2, rounds=rounds, kimg=0.008 * rounds)
+    return tiny(
+        write_shards(tmp_path / "data", (24, 16)),
+        *overrides,
+        hospitals=2,
+        rounds=rounds,
+        kimg=0.008 * rounds,
+    )
 
 
 def same_end(one: RunFolder, other: RunFolder, last: int) -> bool:
@@ -39,20 +53,36 @@ def same_end(one: RunFolder, other: RunFolder, last: int) -> bool:
     pairs = [(one.checkpoint(last), other.checkpoint(last))]
     for path in sorted(one.path.glob(f"hospitals/*/state-{last:05d}.safetensors")):
         pairs.append((path, other.path / path.relative_to(one.path)))
-    lines = [[_timeless(line) for line in files.read_json_lines(run.metrics)] for run in (one, other)]
-    return len(pairs) > 1 and all(a.read_bytes() == b.read_bytes() for a, b in pairs) and lines[0] == lines[1]
+    lines = [
+        [_timeless(line) for line in files.read_json_lines(run.metrics)] for run in (one, other)
+    ]
+    return (
+        len(pairs) > 1
+        and all(a.read_bytes() == b.read_bytes() for a, b in pairs)
+        and lines[0] == lines[1]
+    )
 
 
 def _timeless(line: dict[str, Any]) -> dict[str, Any]:
     """A line without what a clock and the evaluator said."""
     spent = ("seconds", "core_seconds", "peak_memory_bytes")
-    rows = [{key: value for key, value in row.items() if key not in spent} for row in line["hospitals"]]
-    return {key: value for key, value in line.items() if key not in ("wall_seconds", "samples", "fidelity")} | {"hospitals": rows}
+    rows = [
+        {key: value for key, value in row.items() if key not in spent} for row in line["hospitals"]
+    ]
+    return {
+        key: value
+        for key, value in line.items()
+        if key not in ("wall_seconds", "samples", "fidelity")
+    } | {"hospitals": rows}
 
 
 def fail_in(round_number: int) -> Any:
     def fault(number: int, message: Any) -> Any:
-        return error_reply(message, "gone") if message.content.config_records["config"].get("round") == round_number else None
+        return (
+            error_reply(message, "gone")
+            if message.content.config_records["config"].get("round") == round_number
+            else None
+        )
 
     return fault
 
@@ -92,7 +122,9 @@ def test_a_damaged_checkpoint_says_so_and_the_round_before_serves(tmp_path: Path
     path.write_bytes(path.read_bytes()[:-1])
     said: list[str] = []
     load_state(run, experiment_of(run), lambda event: said.append(event["text"]))
-    assert said == ["round-00002.safetensors is damaged and now round-00002.safetensors.damaged: going on from round 1"]
+    assert said == [
+        "round-00002.safetensors is damaged and now round-00002.safetensors.damaged: going on from round 1"
+    ]
     federate(settings, run, app)
     assert same_end(whole, run, 2)
 
@@ -112,9 +144,9 @@ def test_a_round_whose_line_was_lost_gets_it_with_its_evaluation(tmp_path: Path)
     federate(settings, run, app)
     lines = files.read_json_lines(run.metrics)
     files.write_text(run.metrics, json.dumps(lines[0]) + '\n{"round": 2, "ima')
-    judge = NoJudge()
-    Federation(run.settings(), run, experiment_of(run), judge).conclude()
-    assert judge.looked == [2]
+    evaluator = NoEvaluator()
+    Federation(run.settings(), run, experiment_of(run), evaluator).conclude()
+    assert evaluator.looked == [2]
     assert files.read_json_lines(run.metrics) == lines
 
 
@@ -124,7 +156,7 @@ def test_an_unfinished_run_is_not_concluded(tmp_path: Path) -> None:
     with pytest.raises(FederationError):
         federate(settings, run, app, fail_in(2))
     with pytest.raises(FederationError, match="round 1 of 2 is the last that is complete"):
-        Federation(run.settings(), run, experiment_of(run), NoJudge()).conclude()
+        Federation(run.settings(), run, experiment_of(run), NoEvaluator()).conclude()
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,10 +202,14 @@ def start(run: RunFolder, data: Path, verb: str, client: str) -> subprocess.Pope
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     command = [sys.executable, "-c", SCRIPT, str(run.path), str(data), verb, client]
     environ = os.environ | {"PYTHONPATH": path}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environ, start_new_session=True
+    )
 
 
-def stop_in_round(process: subprocess.Popen[str], run: RunFolder, round_number: int, number: signal.Signals) -> set[int]:
+def stop_in_round(
+    process: subprocess.Popen[str], run: RunFolder, round_number: int, number: signal.Signals
+) -> set[int]:
     """Wait until hospitals train a round, send the signal, wait for the end; the sessions that the run had."""
     assert process.stdout
     with watchdog(process):
@@ -206,7 +242,9 @@ def gone(sessions: set[int], seconds: float = 10) -> bool:
 def test_a_run_that_was_interrupted_and_killed_ends_as_one_that_never_was(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", (40, 24))
     whole, broken = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "broken")
-    federate(tiny(data, hospitals=2, rounds=3, kimg=0.06), whole, app)  # without Ray: the same bytes
+    federate(
+        tiny(data, hospitals=2, rounds=3, kimg=0.06), whole, app
+    )  # without Ray: the same bytes
 
     # Ctrl-C in round 2, in which every hospital sleeps for some seconds first
     process = start(broken, data, "simulate", "faulty_client:slow")
@@ -225,12 +263,20 @@ def test_a_run_that_was_interrupted_and_killed_ends_as_one_that_never_was(tmp_pa
 
     runner.resume(broken)
     assert same_end(whole, broken, 3)
-    assert load_tensors(broken.checkpoint(3))[1]["images_seen"] == load_tensors(whole.checkpoint(3))[1]["images_seen"]
-    assert broken.read_json(broken.evaluation)["images_seen"] == load_tensors(whole.checkpoint(3))[1]["images_seen"]
+    assert (
+        load_tensors(broken.checkpoint(3))[1]["images_seen"]
+        == load_tensors(whole.checkpoint(3))[1]["images_seen"]
+    )
+    assert (
+        broken.read_json(broken.evaluation)["images_seen"]
+        == load_tensors(whole.checkpoint(3))[1]["images_seen"]
+    )
 
 
 @pytest.mark.slow
-def test_two_at_once_in_one_run_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_at_once_in_one_run_folder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.2)
     data = write_shards(tmp_path / "data", (40, 24))
     run = RunFolder.at(tmp_path / "run")

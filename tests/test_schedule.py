@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from watchdog import watchdog
 
-from simulations import schedule
-from simulations.schedule import Task, core_groups, run_tasks
+from simulations.comparison import scheduler as schedule
+from simulations.comparison.scheduler import Task, core_groups, run_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = '''
@@ -26,7 +26,7 @@ WORKER = '''
 import os, sys, time
 from pathlib import Path
 from fedgan.errors import DataError
-from simulations.process import serve
+from simulations.comparison.worker import serve
 
 what, place, cores = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 
@@ -68,7 +68,9 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def task(name: str, place: Path, what: str = "do", **changes: Any) -> Task:
-    return Task(name, "worker", (what, str(place)), place.parent / "logs" / f"{name}.log", **changes)
+    return Task(
+        name, "worker", (what, str(place)), place.parent / "logs" / f"{name}.log", **changes
+    )
 
 
 def one_group() -> list[tuple[int, ...]]:
@@ -78,8 +80,14 @@ def one_group() -> list[tuple[int, ...]]:
 # --- cores -----------------------------------------------------------------------------------------
 
 
-@given(cores=st.integers(1, 64), threads=st.integers(0, 70), slots=st.one_of(st.none(), st.integers(1, 70)))
-def test_groups_of_cores_share_none_and_are_of_one_size(cores: int, threads: int, slots: int | None) -> None:
+@given(
+    cores=st.integers(1, 64),
+    threads=st.integers(0, 70),
+    slots=st.one_of(st.none(), st.integers(1, 70)),
+)
+def test_groups_of_cores_share_none_and_are_of_one_size(
+    cores: int, threads: int, slots: int | None
+) -> None:
     mine = set(range(3, 3 + cores))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "usable_cores", lambda: cores)
@@ -112,7 +120,11 @@ def test_tasks_run_heaviest_first_and_after_what_they_build_on(worker: Path) -> 
     ]
     told: list[dict[str, Any]] = []
     run_tasks(tasks, one_group(), told.append)
-    assert [event["task"] for event in told if event["event"] == "task_start"] == ["heavy", "light", "after"]
+    assert [event["task"] for event in told if event["event"] == "task_start"] == [
+        "heavy",
+        "light",
+        "after",
+    ]
     assert all(one.done and not one.failure for one in tasks)
     assert [(event["event"], event["task"]) for event in told[:3]] == [
         ("task_start", "heavy"),
@@ -122,7 +134,10 @@ def test_tasks_run_heaviest_first_and_after_what_they_build_on(worker: Path) -> 
     assert "chatter of a library" in tasks[2].log.read_text()
     begun = [event for event in told if event["event"] == "begun"]
     group = one_group()[0]
-    assert all((event["cores"], event["threads"], event["affinity"]) == (str(group[0]), "1", list(group)) for event in begun)
+    assert all(
+        (event["cores"], event["threads"], event["affinity"]) == (str(group[0]), "1", list(group))
+        for event in begun
+    )
 
 
 def test_tasks_run_side_by_side(worker: Path) -> None:
@@ -151,7 +166,10 @@ def test_a_task_that_fails_keeps_its_reason_and_the_others_go_on(worker: Path) -
     failures = {one.name: one.failure for one in tasks}
     assert failures["bad"] == "DataError: the shard is torn: import it again"
     assert failures["worse"] == "ZeroDivisionError: ZeroDivisionError"
-    assert failures["mute"] == "its process ended without a word (exit status 9; out of memory?); see mute.log"
+    assert (
+        failures["mute"]
+        == "its process ended without a word (exit status 9; out of memory?); see mute.log"
+    )
     assert failures["child"] == "'bad', which it builds on, failed"
     assert failures["grandchild"] == "'child', which it builds on, failed"
     assert failures["good"] == ""
@@ -164,11 +182,15 @@ def test_a_task_that_fails_keeps_its_reason_and_the_others_go_on(worker: Path) -
     assert "second line" in tasks[0].log.read_text()
 
 
-def test_a_task_with_a_failure_of_before_is_not_begun_and_fails_its_dependents(worker: Path) -> None:
+def test_a_task_with_a_failure_of_before_is_not_begun_and_fails_its_dependents(
+    worker: Path,
+) -> None:
     tasks = [task("bad", worker, failure="no disk"), task("child", worker, after=("bad",))]
     told: list[dict[str, Any]] = []
     run_tasks(tasks, one_group(), told.append)
-    assert told == [{"event": "task_end", "task": "child", "failure": "'bad', which it builds on, failed"}]
+    assert told == [
+        {"event": "task_end", "task": "child", "failure": "'bad', which it builds on, failed"}
+    ]
     assert tasks[1].failure == told[0]["failure"]
 
 
@@ -182,11 +204,13 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_ctrl_c_ends_every_process_and_lets_each_finish_what_it_must(worker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_every_process_and_lets_each_finish_what_it_must(
+    worker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tasks = [task("one", worker, "wait"), task("two", worker, "wait")]
     pids: list[int] = []
 
-    def tell(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "begun":
             pids.append(event["pid"])
         if len(pids) == 2:
@@ -196,11 +220,17 @@ def test_ctrl_c_ends_every_process_and_lets_each_finish_what_it_must(worker: Pat
     begun = time.monotonic()
     heard: list[str] = []
     close, stop = schedule._close, schedule._stop
-    monkeypatch.setattr(schedule, "_close", lambda task: heard.append(f"told {task.name}") or close(task))
+    monkeypatch.setattr(
+        schedule, "_close", lambda task: heard.append(f"told {task.name}") or close(task)
+    )
     monkeypatch.setattr(schedule, "_stop", lambda task: heard.append("waited") or stop(task))
     with pytest.raises(KeyboardInterrupt):
-        run_tasks(tasks, one_group() * 2, tell)
-    assert heard[:3] == ["told one", "told two", "waited"]  # one that is slow to end keeps no other from hearing of it
+        run_tasks(tasks, one_group() * 2, on_event)
+    assert heard[:3] == [
+        "told one",
+        "told two",
+        "waited",
+    ]  # one that is slow to end keeps no other from hearing of it
     assert len(pids) == 2
     assert not any(is_alive(pid) for pid in pids)
     assert sorted(path.name for path in worker.iterdir()) == sorted(f"ended-{pid}" for pid in pids)
@@ -208,30 +238,32 @@ def test_ctrl_c_ends_every_process_and_lets_each_finish_what_it_must(worker: Pat
     assert not any(one.done for one in tasks)
 
 
-def test_a_process_that_does_not_heed_is_killed(worker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_does_not_heed_is_killed(
+    worker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(schedule, "ENDING_SECONDS", 0.5)
     (worker.parent / "worker.py").write_text(
-        WORKER.replace("time.sleep(120)", "signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(120)").replace(
-            "import os,", "import signal, os,"
-        )
+        WORKER.replace(
+            "time.sleep(120)", "signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(120)"
+        ).replace("import os,", "import signal, os,")
     )
     pids: list[int] = []
 
-    def tell(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "begun":
             pids.append(event["pid"])
             time.sleep(0.3)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_tasks([task("deaf", worker, "wait")], one_group(), tell)
+        run_tasks([task("deaf", worker, "wait")], one_group(), on_event)
     assert not is_alive(pids[0])
 
 
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from simulations.schedule import Task, core_groups, run_tasks
+from simulations.comparison.scheduler import Task, core_groups, run_tasks
 place = Path(sys.argv[1])
 tasks = [Task("one", "worker", ("wait", str(place)), place.parent / "one.log")]
 run_tasks(tasks, core_groups(1, 1), lambda event: print(json.dumps(event), flush=True))
@@ -252,7 +284,9 @@ def test_a_killed_schedule_leaves_no_process_behind(background: bool, worker: Pa
     )
     assert process.stdout
     with watchdog(process):
-        pid = next(event["pid"] for event in map(json.loads, process.stdout) if event["event"] == "begun")
+        pid = next(
+            event["pid"] for event in map(json.loads, process.stdout) if event["event"] == "begun"
+        )
         time.sleep(0.3)
         process.kill()
         process.stdout.close()

@@ -17,24 +17,24 @@ from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFI
 from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
-from small_federation import NAMES, LocalGrid, NoJudge, error_reply, tiny, write_shards
+from small_federation import NAMES, LocalGrid, NoEvaluator, error_reply, tiny, write_shards
 
 import client.secure
-import server.secure
+import server.aggregation.secure
 from client.app import app
-from client.outbound import Gate
+from client.gate import Gate
+from client.hospital import SIMULATION, TrainRequest, check_secure
 from client.secure import check_question
-from client.site import SIMULATION, Order, check_secure
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError
-from fedgan.privacy.masking import MODULUS, apply_mean, levels, mask_numbers, ranges, scale
-from fedgan.privacy.outbound import NAME, OutboundLog
+from fedgan.exchange.masking import MODULUS, apply_mean, levels, mask_numbers, ranges, scale
+from fedgan.exchange.outbound_log import NAME, OutboundLog
 from fedgan.run_folder import RunFolder
+from fedgan.runs.preparation import experiment_of, prepare_run
 from fedgan.training.checkpoint import load_tensors
+from server.aggregation.secure import check_mean
+from server.aggregation.strategies import check_strategy, too_few
 from server.federation import Federation
-from server.preparation import experiment_of, prepare_run
-from server.secure import check_mean
-from server.strategies import check_strategy, too_few
 
 PARTS = ("generator/", "discriminator/", "ema/")
 SIZES = (40, 24, 16, 8)
@@ -49,32 +49,48 @@ def stage_of(message: Message) -> str:
 
 def lose(number: int, stage: str) -> Fault:
     """A hospital whose process dies when it is asked this."""
-    return lambda who, message: error_reply(message, "gone", 8) if (who, stage_of(message)) == (number, stage) else None
+    return lambda who, message: (
+        error_reply(message, "gone", 8) if (who, stage_of(message)) == (number, stage) else None
+    )
 
 
 class Tried:
     """A federation that was trained, with all that the server got and said."""
 
     def __init__(
-        self, folder: Path, *overrides: str, hospitals: int = 3, rounds: int = 1, answer: Answer = app, fault: Fault | None = None
+        self,
+        folder: Path,
+        *overrides: str,
+        hospitals: int = 3,
+        rounds: int = 1,
+        answer: Answer = app,
+        fault: Fault | None = None,
     ) -> None:
         self.data = write_shards(folder / "data", SIZES[:hospitals])
-        self.settings = tiny(self.data, *overrides, hospitals=hospitals, rounds=rounds, kimg=0.04 * rounds)
+        self.settings = tiny(
+            self.data, *overrides, hospitals=hospitals, rounds=rounds, kimg=0.04 * rounds
+        )
         self.run = RunFolder.at(folder / "run")
         prepare_run(self.settings, self.run)
         self.replies: list[tuple[int, str, Message]] = []
         self.said: list[dict[str, Any]] = []
-        self.grid = LocalGrid(hospitals, lambda message, context: self._keep(answer, message, context), fault)  # type: ignore[arg-type]
+        self.grid = LocalGrid(
+            hospitals, lambda message, context: self._keep(answer, message, context), fault
+        )  # type: ignore[arg-type]
 
     def _keep(self, answer: Answer, message: Message, context: Context) -> Message:
         stage = stage_of(message)
-        with mock.patch.object(TaskIdentity, "_run_id", None):  # a simulated hospital has none, and can only answer
+        with mock.patch.object(
+            TaskIdentity, "_run_id", None
+        ):  # a simulated hospital has none, and can only answer
             reply = answer(message, context)
         self.replies.append((int(context.node_config["partition-id"]), stage, copy.deepcopy(reply)))
         return reply
 
     def train(self) -> Tried:
-        Federation(self.run.settings(), self.run, experiment_of(self.run), NoJudge(), self.said.append).train(self.grid)  # type: ignore[arg-type]
+        Federation(
+            self.run.settings(), self.run, experiment_of(self.run), NoEvaluator(), self.said.append
+        ).train(self.grid)  # type: ignore[arg-type]
         return self
 
     def model(self, round_number: int = 1) -> dict[str, np.ndarray]:
@@ -88,15 +104,21 @@ class Tried:
 
     def masked(self, number: int) -> dict[str, np.ndarray]:
         """What the server got of this hospital's change."""
-        (reply,) = [r for who, stage, r in self.replies if (who, stage) == (number, Stage.COLLECT_MASKED_VECTORS)]
+        (reply,) = [
+            r
+            for who, stage, r in self.replies
+            if (who, stage) == (number, Stage.COLLECT_MASKED_VECTORS)
+        ]
         return {key: array.numpy() for key, array in reply.content.array_records["masked"].items()}
 
     @property
     def remarks(self) -> str:
-        return "\n".join(event["text"] for event in self.said if event["event"] == "remark")
+        return "\n".join(event["text"] for event in self.said if event["event"] == "note")
 
 
-def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], limit: float = 2e-6) -> None:
+def assert_same(
+    got: dict[str, np.ndarray], expected: dict[str, np.ndarray], limit: float = 2e-6
+) -> None:
     """Equal to `limit` of each array's largest number, and to 1e-4 in all."""
     assert set(got) == set(expected)
     for key, array in expected.items():
@@ -110,13 +132,23 @@ def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], lim
 
 
 @given(st.integers(3, 40), st.floats(0.001, 300), st.floats(1e-4, 1), st.integers(0, 99))
-def test_scaled_changes_of_any_weights_come_back_as_their_mean(n: int, std: float, step: float, seed: int) -> None:
+def test_scaled_changes_of_any_weights_come_back_as_their_mean(
+    n: int, std: float, step: float, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     master = {"w": rng.normal(0, std, (7, 5)).astype(np.float32), "zero": np.zeros(3, np.float32)}
-    changes = [{key: rng.normal(0, step, array.shape).astype(np.float32) for key, array in master.items()} for _ in range(n)]
+    changes = [
+        {key: rng.normal(0, step, array.shape).astype(np.float32) for key, array in master.items()}
+        for _ in range(n)
+    ]
     spans, fine = ranges(master, 4.0), levels(n)
-    rounded = [[np.rint((a + 1) / 2 * fine) / fine * 2 - 1 for a in scale(change, spans)[0]] for change in changes]
-    model, clipped = apply_mean(master, [np.mean(parts, axis=0) for parts in zip(*rounded, strict=True)], spans)
+    rounded = [
+        [np.rint((a + 1) / 2 * fine) / fine * 2 - 1 for a in scale(change, spans)[0]]
+        for change in changes
+    ]
+    model, clipped = apply_mean(
+        master, [np.mean(parts, axis=0) for parts in zip(*rounded, strict=True)], spans
+    )
     assert clipped < 0.5
     assert n * fine <= 2**31
     for key, array in master.items():
@@ -149,12 +181,17 @@ def test_a_change_that_is_not_finite_is_not_masked() -> None:
 
 
 def test_masks_are_uniform_numbers_that_take_all_of_the_secret() -> None:
-    one, other = (mask_numbers(bytes(30) + end, MODULUS, [(1,), (50, 1000)]) for end in (b"ab", b"ba"))
+    one, other = (
+        mask_numbers(bytes(30) + end, MODULUS, [(1,), (50, 1000)]) for end in (b"ab", b"ba")
+    )
     assert [array.shape for array in one] == [(1,), (50, 1000)]
     assert np.array_equal(one[1], mask_numbers(bytes(30) + b"ab", MODULUS, [(1,), (50, 1000)])[1])
     assert one[0] != one[1][0, 0]
     # Flower folds a seed to 32 bits by XOR of its words: these two would give the same mask
-    folded = [mask_numbers(b"abcd" + rest, MODULUS, [(1000,)])[0] for rest in (b"abcd" + bytes(4), bytes(4) + b"abcd")]
+    folded = [
+        mask_numbers(b"abcd" + rest, MODULUS, [(1000,)])[0]
+        for rest in (b"abcd" + bytes(4), bytes(4) + b"abcd")
+    ]
     assert not np.array_equal(*folded)
     for array in (one[1], other[1], (one[1] - other[1]) % MODULUS):
         assert abs(array.mean() / MODULUS - 0.5) < 0.01
@@ -168,28 +205,43 @@ def test_a_secure_run_is_fedavg_large_weights_included(tmp_path: Path) -> None:
     plain = Tried(tmp_path / "plain", rounds=2).train()
     secure = Tried(tmp_path / "secure", "federation.secure=true", rounds=2).train()
     assert_same(secure.model(1), plain.model(1))
-    assert_same(secure.model(2), plain.model(2), 1e-4)  # two trainings from models that differ in the last bit
+    assert_same(
+        secure.model(2), plain.model(2), 1e-4
+    )  # two trainings from models that differ in the last bit
     assert max(array.std() for array in plain.model(0).values()) > 70
     assert any(np.abs(change).max() > 1e-3 for change in plain.change(0).values())
     lines = [run.run.metrics.read_text().count("\n") for run in (plain, secure)]
     assert lines == [2, 2]
-    assert "max_update_norm = 10 cannot see" in secure.remarks
+    assert "max_update_ratio = 10 cannot see" in secure.remarks
 
 
 @pytest.mark.parametrize("rule", ["equal", "sum", "damped", "damped federation.local_images=equal"])
-def test_changes_that_weigh_alike_are_averaged_or_summed_under_the_mask(rule: str, tmp_path: Path) -> None:
+def test_changes_that_weigh_alike_are_averaged_or_summed_under_the_mask(
+    rule: str, tmp_path: Path
+) -> None:
     words = (*f"federation.weights={rule}".split(), "federation.exchange=generator,discriminator")
     plain = Tried(tmp_path / "plain", *words).train().model()
     secure = Tried(tmp_path / "secure", *words, "federation.secure=true").train().model()
-    averages = [key for key in plain if key.endswith("w_avg")]  # of those that weigh alike under the mask, by size in clear
+    averages = [
+        key for key in plain if key.endswith("w_avg")
+    ]  # of those that weigh alike under the mask, by size in clear
     assert averages
-    assert_same(*({key: array for key, array in model.items() if key not in averages} for model in (secure, plain)))
+    assert_same(
+        *(
+            {key: array for key, array in model.items() if key not in averages}
+            for model in (secure, plain)
+        )
+    )
 
 
 @pytest.mark.parametrize("rule", ["sum", "damped"])
 def test_a_sum_is_of_those_that_counted(rule: str, tmp_path: Path) -> None:
     """Lost while it trains: its masks come off, and the others' changes are summed."""
-    words = (f"federation.weights={rule}", "federation.exchange=generator,discriminator", "federation.secure=true")
+    words = (
+        f"federation.weights={rule}",
+        "federation.exchange=generator,discriminator",
+        "federation.secure=true",
+    )
     fault = lose(3, Stage.COLLECT_MASKED_VECTORS)
     tried = Tried(tmp_path, *words, "federation.min_hospitals=3", hospitals=4, fault=fault).train()
     changes = [tried.change(number) for number in range(3)]
@@ -212,26 +264,34 @@ def correlation(tried: Tried, number: int) -> float:
     masked, change = tried.masked(number), tried.change(number)
     spans = ranges(tried.model(0), tried.settings.federation.secure_range)
     fine, share = levels(3), SIZES[number] / SIZES[0]
-    got = np.concatenate([(masked[key].ravel() / fine * 2 - 1) * spans[key] / share for key in change])
+    got = np.concatenate(
+        [(masked[key].ravel() / fine * 2 - 1) * spans[key] / share for key in change]
+    )
     true = np.concatenate([change[key].ravel() for key in change])
     return float(np.corrcoef(got, true)[0, 1])
 
 
-def test_what_the_server_gets_of_a_hospital_says_nothing_of_its_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_server_gets_of_a_hospital_says_nothing_of_its_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried = Tried(tmp_path / "masked", "federation.secure=true").train()
     size = sum(array.size for array in tried.model(0).values())
     for number in range(3):
         assert abs(correlation(tried, number)) < 5 / np.sqrt(size)
         arrived = np.concatenate([array.ravel() for array in tried.masked(number).values()])
         assert abs(arrived.mean() / MODULUS - 0.5) < 0.05
-        (reply,) = [r for who, stage, r in tried.replies if who == number and stage == Stage.COLLECT_MASKED_VECTORS]
+        (reply,) = [
+            r
+            for who, stage, r in tried.replies
+            if who == number and stage == Stage.COLLECT_MASKED_VECTORS
+        ]
         assert set(reply.content) == {"masked", "metrics", "facts"}
 
     # the same figure without masks: it would be seen
     def no_masks(seed: bytes, num_range: int, shapes: Any) -> list[np.ndarray]:
         return [np.zeros(shape, np.int64) for shape in shapes]
 
-    for end in (client.secure._flower, server.secure._flower):
+    for end in (client.secure._flower, server.aggregation.secure._flower):
         monkeypatch.setattr(end, "pseudo_rand_gen", no_masks)
     bare = Tried(tmp_path / "bare", "federation.secure=true").train()
     assert all(correlation(bare, number) > 0.9 for number in range(3))
@@ -239,7 +299,11 @@ def test_what_the_server_gets_of_a_hospital_says_nothing_of_its_change(tmp_path:
 
 def test_a_hospital_lost_while_it_trains_is_left_out_of_the_mean(tmp_path: Path) -> None:
     def at_training(who: int, message: Message) -> Message | None:
-        return error_reply(message, "gone", 8) if who == 1 and message.metadata.message_type == "train" else None
+        return (
+            error_reply(message, "gone", 8)
+            if who == 1 and message.metadata.message_type == "train"
+            else None
+        )
 
     plain = Tried(tmp_path / "plain", "federation.min_hospitals=2", fault=at_training).train()
     secure = Tried(
@@ -255,18 +319,30 @@ def test_a_hospital_lost_while_it_trains_is_left_out_of_the_mean(tmp_path: Path)
 def test_a_hospital_lost_after_it_has_answered_still_counts(tmp_path: Path) -> None:
     plain = Tried(tmp_path / "plain").train()
     secure = Tried(
-        tmp_path / "secure", "federation.secure=true", "federation.min_hospitals=2", fault=lose(2, Stage.UNMASK)
+        tmp_path / "secure",
+        "federation.secure=true",
+        "federation.min_hospitals=2",
+        fault=lose(2, Stage.UNMASK),
     ).train()
     assert_same(secure.model(), plain.model())
 
 
 @pytest.mark.parametrize("stage", [Stage.SETUP, Stage.SHARE_KEYS])
-def test_a_hospital_lost_before_the_masks_are_agreed_on_ends_a_round_of_three(tmp_path: Path, stage: str) -> None:
-    tried = Tried(tmp_path, "federation.secure=true", "federation.min_hospitals=2", fault=lose(1, stage))
-    with pytest.raises(FederationError, match=r"hospital 2 \('beta'\) failed in round 1: its process died.*masks were agreed on"):
+def test_a_hospital_lost_before_the_masks_are_agreed_on_ends_a_round_of_three(
+    tmp_path: Path, stage: str
+) -> None:
+    tried = Tried(
+        tmp_path, "federation.secure=true", "federation.min_hospitals=2", fault=lose(1, stage)
+    )
+    with pytest.raises(
+        FederationError,
+        match=r"hospital 2 \('beta'\) failed in round 1: its process died.*masks were agreed on",
+    ):
         tried.train()
     assert not tried.run.checkpoint(1).exists()
-    assert not any(stage == Stage.COLLECT_MASKED_VECTORS for _, stage, _ in tried.replies)  # nobody trained for nothing
+    assert not any(
+        stage == Stage.COLLECT_MASKED_VECTORS for _, stage, _ in tried.replies
+    )  # nobody trained for nothing
 
 
 @pytest.mark.parametrize("stage", [Stage.SETUP, Stage.SHARE_KEYS])
@@ -284,7 +360,12 @@ def test_of_four_the_other_three_agree_anew(tmp_path: Path, stage: str) -> None:
 
 
 def test_a_round_of_two_is_not_begun(tmp_path: Path) -> None:
-    tried = Tried(tmp_path, "federation.secure=true", "federation.min_hospitals=2", "federation.join_timeout=1")
+    tried = Tried(
+        tmp_path,
+        "federation.secure=true",
+        "federation.min_hospitals=2",
+        "federation.join_timeout=1",
+    )
     del tried.grid.nodes[998]
     with pytest.raises(FederationError, match="takes 3 hospitals, and 2 have joined"):
         tried.train()
@@ -293,7 +374,9 @@ def test_a_round_of_two_is_not_begun(tmp_path: Path) -> None:
 
 def test_too_few_left_to_unmask_is_an_error_that_names_who_is_missing(tmp_path: Path) -> None:
     tried = Tried(tmp_path, "federation.secure=true", fault=lose(0, Stage.UNMASK))
-    with pytest.raises(FederationError, match=r"cannot be read.*hospital 1 \('alpha'\): its process died"):
+    with pytest.raises(
+        FederationError, match=r"cannot be read.*hospital 1 \('alpha'\): its process died"
+    ):
         tried.train()
     assert not tried.run.checkpoint(1).exists()
 
@@ -312,22 +395,32 @@ def tamper(number: int, stage: str, change: Callable[[RecordDict], None]) -> Ans
 
 def other_dtype(content: RecordDict) -> None:
     masked = content.array_records["masked"]
-    content["masked"] = ArrayRecord({key: Array(array.numpy().astype(np.int64)) for key, array in masked.items()})
+    content["masked"] = ArrayRecord(
+        {key: Array(array.numpy().astype(np.int64)) for key, array in masked.items()}
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda content: content.metric_records["metrics"].update({"num_examples": 99}), "claims num_examples = 99"),
+        (
+            lambda content: content.metric_records["metrics"].update({"num_examples": 99}),
+            "claims num_examples = 99",
+        ),
         (lambda content: content.array_records["masked"].pop("factor"), "other masked arrays"),
         (other_dtype, "no masked array of the shape"),
         (lambda content: content.config_records["facts"].pop("images"), "does not tell"),
     ],
 )
-def test_an_answer_that_must_not_count_is_left_out_before_the_sum(tmp_path: Path, change: Any, words: str) -> None:
+def test_an_answer_that_must_not_count_is_left_out_before_the_sum(
+    tmp_path: Path, change: Any, words: str
+) -> None:
     more = ("federation.secure=true", "federation.min_hospitals=2")
     tried = Tried(tmp_path, *more, answer=tamper(0, Stage.COLLECT_MASKED_VECTORS, change)).train()
-    assert f"in round 1 hospital 1 ('alpha') {'answered' if 'masked' in words else words.split()[0]}" in tried.remarks
+    assert (
+        f"in round 1 hospital 1 ('alpha') {'answered' if 'masked' in words else words.split()[0]}"
+        in tried.remarks
+    )
     assert words in tried.remarks
     weights = [SIZES[1], SIZES[2]]
     for key, array in tried.model(0).items():
@@ -343,8 +436,16 @@ def swap_shares(content: RecordDict) -> None:
 @pytest.mark.parametrize(
     ("stage", "change", "words"),
     [
-        (Stage.SETUP, lambda content: content.config_records["keys"].pop("pk1"), "'alpha'.*does not fit"),
-        (Stage.SHARE_KEYS, lambda content: content.config_records["keys"].update({"ctxts": [b"no"]}), "'alpha'.*does not fit"),
+        (
+            Stage.SETUP,
+            lambda content: content.config_records["keys"].pop("pk1"),
+            "'alpha'.*does not fit",
+        ),
+        (
+            Stage.SHARE_KEYS,
+            lambda content: content.config_records["keys"].update({"ctxts": [b"no"]}),
+            "'alpha'.*does not fit",
+        ),
         (
             Stage.UNMASK,
             lambda content: content.config_records["keys"].update({"shares": [b"", b"", b""]}),
@@ -374,17 +475,25 @@ def test_a_hospital_that_was_allowed_no_step_is_not_summed(tmp_path: Path) -> No
         content.config_records["facts"].update({"images": 0.0, "exhausted": 1.0})
 
     more = ("federation.secure=true", "federation.min_hospitals=2")
-    tried = Tried(tmp_path / "two", *more, answer=tamper(2, Stage.COLLECT_MASKED_VECTORS, spent)).train()
+    tried = Tried(
+        tmp_path / "two", *more, answer=tamper(2, Stage.COLLECT_MASKED_VECTORS, spent)
+    ).train()
     for key, array in tried.model(0).items():
-        mean = np.average([tried.change(number)[key] for number in (0, 1)], axis=0, weights=[SIZES[0], SIZES[1]])
+        mean = np.average(
+            [tried.change(number)[key] for number in (0, 1)], axis=0, weights=[SIZES[0], SIZES[1]]
+        )
         assert np.allclose(tried.model()[key] - array, mean, atol=1e-4)
     # where the sum takes all three, there is none: a round that changes nothing, and the run is over
-    tried = Tried(tmp_path / "all", more[0], answer=tamper(2, Stage.COLLECT_MASKED_VECTORS, spent), rounds=2).train()
+    tried = Tried(
+        tmp_path / "all", more[0], answer=tamper(2, Stage.COLLECT_MASKED_VECTORS, spent), rounds=2
+    ).train()
     assert_same(tried.model(1), tried.model(0), 0.0)
     assert "federation.secure needs 3 hospitals, and 2 are left" in tried.run.metrics.read_text()
 
 
-def test_numbers_that_were_cut_off_are_told_as_a_sum_and_in_the_hospital_s_own_log(tmp_path: Path) -> None:
+def test_numbers_that_were_cut_off_are_told_as_a_sum_and_in_the_hospital_s_own_log(
+    tmp_path: Path,
+) -> None:
     tried = Tried(tmp_path, "federation.secure=true", "federation.secure_range=0.001").train()
     assert "numbers of a hospital's change were cut off" in tried.remarks
     logs = [path.read_text() for path in tmp_path.rglob("client.log")]
@@ -407,12 +516,25 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Message]:
     return found
 
 
-def test_the_outbound_log_has_the_four_messages_of_a_round(asked: dict[str, Message], tmp_path: Path) -> None:
+def test_the_outbound_log_has_the_four_messages_of_a_round(
+    asked: dict[str, Message], tmp_path: Path
+) -> None:
     tried = Tried(tmp_path, "federation.secure=true").train()
     entries = OutboundLog(tried.data / "alpha" / NAME).read().entries
-    assert [entry.message for entry in entries] == ["query.hello", "train", "train", "train", "train"]
+    assert [entry.message for entry in entries] == [
+        "query.hello",
+        "train",
+        "train",
+        "train",
+        "train",
+    ]
     names = [[record["name"] for record in entry.records] for entry in entries[1:]]
-    assert [sorted(each) for each in names] == [["keys"], ["keys"], ["facts", "masked", "metrics"], ["keys"]]
+    assert [sorted(each) for each in names] == [
+        ["keys"],
+        ["keys"],
+        ["facts", "masked", "metrics"],
+        ["keys"],
+    ]
     (public,) = entries[1].records
     (reply,) = [r for who, stage, r in tried.replies if (who, stage) == (0, Stage.SETUP)]
     assert public["values"].keys() == {"pk1", "pk2"}
@@ -422,8 +544,12 @@ def test_the_outbound_log_has_the_four_messages_of_a_round(asked: dict[str, Mess
 
 def let_answer(message: Message, monkeypatch: pytest.MonkeyPatch, said: RecordDict) -> str:
     """What leaves where Flower's mod, or anything else behind the gate, makes this answer."""
-    monkeypatch.setattr("client.secure.secaggplus_mod", lambda inner, context, train: Message(said, reply_to=inner))
-    context = Context(run_id=1, node_id=1, node_config={"partition-id": 0}, state=RecordDict(), run_config={})
+    monkeypatch.setattr(
+        "client.secure.secaggplus_mod", lambda inner, context, train: Message(said, reply_to=inner)
+    )
+    context = Context(
+        run_id=1, node_id=1, node_config={"partition-id": 0}, state=RecordDict(), run_config={}
+    )
     context.state["secaggplus_state"] = ConfigRecord({})
     with mock.patch.dict(os.environ, {SIMULATION: "1"}):
         reply = app(copy.deepcopy(message), context)
@@ -449,20 +575,37 @@ def test_what_is_not_listed_for_a_message_does_not_leave(
     assert let_answer(asked[stage], monkeypatch, said) == f"hospital: refused to send {what}"
 
 
-def test_a_model_in_clear_does_not_leave_in_a_secure_round(asked: dict[str, Message], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_clear_does_not_leave_in_a_secure_round(
+    asked: dict[str, Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
     message = asked[Stage.COLLECT_MASKED_VECTORS]
-    monkeypatch.setattr("client.secure._masked", lambda said, question: ArrayRecord({"ema/x": Array(np.zeros(1, np.float32))}))
+    monkeypatch.setattr(
+        "client.secure._masked",
+        lambda said, question: ArrayRecord({"ema/x": Array(np.zeros(1, np.float32))}),
+    )
     said = RecordDict({RECORD_KEY_CONFIGS: ConfigRecord({})})
-    assert let_answer(message, monkeypatch, said) == "hospital: refused to send an array that is not listed"
+    assert (
+        let_answer(message, monkeypatch, said)
+        == "hospital: refused to send an array that is not listed"
+    )
     monkeypatch.setattr("client.secure.MASKED", "arrays")
-    monkeypatch.setattr("client.secure._masked", lambda said, question: question.content.array_records["arrays"])
-    assert let_answer(message, monkeypatch, said) == "hospital: refused to send a record that is not listed"
+    monkeypatch.setattr(
+        "client.secure._masked", lambda said, question: question.content.array_records["arrays"]
+    )
+    assert (
+        let_answer(message, monkeypatch, said)
+        == "hospital: refused to send a record that is not listed"
+    )
 
 
-def test_a_round_that_is_not_the_protocol_s_has_no_answer(asked: dict[str, Message], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_that_is_not_the_protocol_s_has_no_answer(
+    asked: dict[str, Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
     message = copy.deepcopy(asked[Stage.COLLECT_MASKED_VECTORS])
     del message.content[RECORD_KEY_CONFIGS]
-    assert let_answer(message, monkeypatch, RecordDict()).startswith("hospital: KeyError while answering")
+    assert let_answer(message, monkeypatch, RecordDict()).startswith(
+        "hospital: KeyError while answering"
+    )
 
 
 NUMBERS = {Key.CLIPPING_RANGE: 1.0, Key.TARGET_RANGE: levels(3), Key.MOD_RANGE: MODULUS}
@@ -479,7 +622,10 @@ UNMASK = {Key.ACTIVE_NODE_ID_LIST: [1, 2], Key.DEAD_NODE_ID_LIST: [3]}
         (Stage.SETUP, SETUP | {Key.CLIPPING_RANGE: 8.0}),
         (Stage.SHARE_KEYS, {"1": [b"", b""], "2": [b"", b""], Key.STAGE: "share_keys"}),
         (Stage.UNMASK, UNMASK | {Key.DEAD_NODE_ID_LIST: [2, 3]}),  # both secrets of 2
-        (Stage.UNMASK, {Key.ACTIVE_NODE_ID_LIST: [2, 3], Key.DEAD_NODE_ID_LIST: [1]}),  # its own first key
+        (
+            Stage.UNMASK,
+            {Key.ACTIVE_NODE_ID_LIST: [2, 3], Key.DEAD_NODE_ID_LIST: [1]},
+        ),  # its own first key
     ],
 )
 def test_a_hospital_refuses_questions_that_would_show_it(stage: str, question: Any) -> None:
@@ -513,9 +659,13 @@ def test_a_hospital_that_insists_takes_part_in_a_secure_run(tmp_path: Path) -> N
     assert not any(reply.has_error() for _, _, reply in tried.replies)
 
 
-def test_a_hospital_that_insists_tells_a_run_in_clear_one_reason_and_nothing_else(tmp_path: Path) -> None:
+def test_a_hospital_that_insists_tells_a_run_in_clear_one_reason_and_nothing_else(
+    tmp_path: Path,
+) -> None:
     tried = Tried(tmp_path, answer=insisting(1))
-    with pytest.raises(FederationError, match="ConfigError while holding the order against its own require-secure"):
+    with pytest.raises(
+        FederationError, match="ConfigError while holding the order against its own require-secure"
+    ):
         tried.train()
     (reply,) = [reply for who, _, reply in tried.replies if who == 1]
     assert reply.has_error()
@@ -535,17 +685,27 @@ def test_no_round_in_clear_leaves_a_hospital_that_insists(tmp_path: Path, gate: 
 
     tried = Tried(tmp_path, answer=keep).train()
     ((message, context),) = handed
-    honest = next(reply for who, _, reply in tried.replies if who == 1 and "arrays" in reply.content)
+    honest = next(
+        reply for who, _, reply in tried.replies if who == 1 and "arrays" in reply.content
+    )
     if gate is not app:
-        gate.train()(lambda message, context: Message(copy.deepcopy(honest.content), reply_to=message))
+        gate.train()(
+            lambda message, context: Message(copy.deepcopy(honest.content), reply_to=message)
+        )
     log = OutboundLog(tried.data / NAMES[1] / NAME)
     before = len(log.read().entries)
     with mock.patch.dict(os.environ, {SIMULATION: "1"}):
         assert not gate(copy.deepcopy(message), context).has_error()
         refusal = insisting(1, gate)(message, context)
-    doing = "holding the order against its own require-secure" if gate is app else "checking what leaves"
+    doing = (
+        "holding the order against its own require-secure"
+        if gate is app
+        else "checking what leaves"
+    )
     assert str(refusal.error.reason).startswith(f"hospital: ConfigError while {doing}")
-    assert len(log.read().entries) == before + 1  # the answer that left without the rule; the refusal is in the node's own folder
+    assert (
+        len(log.read().entries) == before + 1
+    )  # the answer that left without the rule; the refusal is in the node's own folder
 
 
 @pytest.mark.parametrize(
@@ -558,11 +718,16 @@ def test_no_round_in_clear_leaves_a_hospital_that_insists(tmp_path: Path, gate: 
         ({"Require-Secure": False}, "it is written require-secure"),
     ],
 )
-def test_a_rule_that_could_be_misread_refuses(tmp_path: Path, node: dict[str, Any], words: str) -> None:
+def test_a_rule_that_could_be_misread_refuses(
+    tmp_path: Path, node: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
-        check_secure(Order(tiny(tmp_path), "e", "run"), node)
-    check_secure(Order(tiny(tmp_path), "e", "run"), {"require-secure": False})
-    check_secure(Order(tiny(tmp_path, "federation.secure=true"), "e", "run"), {"require-secure": "True"})
+        check_secure(TrainRequest(tiny(tmp_path), "e", "run"), node)
+    check_secure(TrainRequest(tiny(tmp_path), "e", "run"), {"require-secure": False})
+    check_secure(
+        TrainRequest(tiny(tmp_path, "federation.secure=true"), "e", "run"),
+        {"require-secure": "True"},
+    )
 
 
 # --- settings ----------------------------------------------------------------------------------------
@@ -573,19 +738,25 @@ def test_a_rule_that_could_be_misread_refuses(tmp_path: Path, node: dict[str, An
     [
         (["federation.strategy=fedmedian"], "choose fedavg or fedprox"),
         (["federation.wire=fp16"], "leave federation.wire = 'fp32'"),
-        (["privacy.hospital=server"], "choose one of the two"),
+        (["privacy.client_level=server"], "choose one of the two"),
         (["federation.hospitals=2"], "among 3 or more"),
         (["federation.hospitals=4", "federation.min_hospitals=2"], "is no majority"),
     ],
 )
-def test_settings_that_need_single_updates_are_refused(tmp_path: Path, overrides: list[str], words: str) -> None:
+def test_settings_that_need_single_updates_are_refused(
+    tmp_path: Path, overrides: list[str], words: str
+) -> None:
     settings = tiny(tmp_path, "federation.secure=true", *overrides)
     with pytest.raises(ConfigError, match=words):
         check_strategy(settings)
 
 
 def test_what_secure_aggregation_can_serve_is_taken(tmp_path: Path) -> None:
-    for more in ([], ["federation.min_hospitals=2"], ["federation.strategy=fedprox", "training.proximal_mu=0.1"]):
+    for more in (
+        [],
+        ["federation.min_hospitals=2"],
+        ["federation.strategy=fedprox", "training.proximal_mu=0.1"],
+    ):
         settings: Settings = tiny(tmp_path, "federation.secure=true", *more)
         check_strategy(settings)
         assert too_few(settings, []) == ""

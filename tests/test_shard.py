@@ -16,13 +16,22 @@ from fedgan.errors import DataError, SplitError, StorageError
 NAMES = ("normal", "abnormal", "other")
 
 
-def make_shard(path: Path, count: int = 12, resolution: int = 16, channels: int = 1, seed: int = 0, **changes: object) -> Shard:
+def make_shard(
+    path: Path,
+    count: int = 12,
+    resolution: int = 16,
+    channels: int = 1,
+    seed: int = 0,
+    **changes: object,
+) -> Shard:
     rng = np.random.default_rng(seed)
     arguments: dict = {
         "images": rng.integers(0, 256, (count, channels, resolution, resolution), dtype=np.uint8),
         "labels": np.eye(3, dtype=np.uint8)[np.arange(count) % 3],
         "patients": [f"p{i // 2}" for i in range(count)],
-        "splits": ["train" if i // 2 < 4 else "val" if i // 2 < 5 else "test" for i in range(count)],
+        "splits": [
+            "train" if i // 2 < 4 else "val" if i // 2 < 5 else "test" for i in range(count)
+        ],
         "label_names": NAMES,
         **changes,
     }
@@ -34,20 +43,46 @@ def edit_card(path: Path, **changes: object) -> None:
     (path / "card.json").write_text(json.dumps({**card, **changes}))
 
 
-@given(st.integers(1, 40), st.sampled_from([1, 3]), st.sampled_from([16, 32]), st.integers(0, 4), st.booleans(), st.data())
+@given(
+    st.integers(1, 40),
+    st.sampled_from([1, 3]),
+    st.sampled_from([16, 32]),
+    st.integers(0, 4),
+    st.booleans(),
+    st.data(),
+)
 @settings(max_examples=15)
-def test_a_shard_comes_back_as_it_was_written(tmp_path_factory, count, channels, resolution, label_dim, exclusive, data):
+def test_a_shard_comes_back_as_it_was_written(
+    tmp_path_factory, count, channels, resolution, label_dim, exclusive, data
+):
     rng = np.random.default_rng(count)
     exclusive = exclusive or label_dim == 0
     codes = rng.integers(0, max(label_dim, 1), count)
-    labels = np.eye(label_dim, dtype=np.uint8)[codes] if exclusive and label_dim else rng.integers(0, 2, (count, label_dim))
-    text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
+    labels = (
+        np.eye(label_dim, dtype=np.uint8)[codes]
+        if exclusive and label_dim
+        else rng.integers(0, 2, (count, label_dim))
+    )
+    text = st.text(
+        st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8
+    )
     patients = [f"{i}{data.draw(text)}" for i in range(count)]
-    splits = data.draw(st.lists(st.sampled_from(["train", "val", "test"]), min_size=count, max_size=count))
+    splits = data.draw(
+        st.lists(st.sampled_from(["train", "val", "test"]), min_size=count, max_size=count)
+    )
     images = rng.integers(0, 256, (count, channels, resolution, resolution), dtype=np.uint8)
     names = [f"label {i}, with comma" for i in range(label_dim)]
     path = tmp_path_factory.mktemp("round") / "north"
-    write_shard(path, images, labels, patients=patients, splits=splits, label_names=names, exclusive=exclusive, licence="CC")
+    write_shard(
+        path,
+        images,
+        labels,
+        patients=patients,
+        splits=splits,
+        label_names=names,
+        exclusive=exclusive,
+        licence="CC",
+    )
     shard = Shard.open(path, verify=True)
     assert isinstance(shard.images, np.memmap)
     assert not shard.images.flags.writeable
@@ -56,7 +91,11 @@ def test_a_shard_comes_back_as_it_was_written(tmp_path_factory, count, channels,
     assert shard.samples.patients.tolist() == patients
     assert shard.samples.splits.tolist() == splits
     assert set(shard.samples.institutions) == {"north"}
-    assert (shard.card.label_names, shard.card.exclusive, shard.card.licence) == (tuple(names), exclusive, "CC")
+    assert (shard.card.label_names, shard.card.exclusive, shard.card.licence) == (
+        tuple(names),
+        exclusive,
+        "CC",
+    )
     for split in ("train", "val", "test"):
         rows = np.array(splits) == split
         assert shard.card.images[split] == rows.sum()
@@ -67,12 +106,18 @@ def test_a_shard_comes_back_as_it_was_written(tmp_path_factory, count, channels,
 
 def test_the_content_hash_follows_the_content_and_not_the_place(tmp_path):
     first = make_shard(tmp_path / "a")
-    copy = make_shard(tmp_path / "deep" / "b", sources=[f"/elsewhere/{i}.png" for i in range(12)], name="other-name")
+    copy = make_shard(
+        tmp_path / "deep" / "b",
+        sources=[f"/elsewhere/{i}.png" for i in range(12)],
+        name="other-name",
+    )
     assert first.card.content_hash == copy.card.content_hash == copy.hash_content()
     hashes = {
         first.card.content_hash,
         make_shard(tmp_path / "c", seed=1).card.content_hash,
-        make_shard(tmp_path / "d", labels=np.eye(3, dtype=np.uint8)[(np.arange(12) + 1) % 3]).card.content_hash,
+        make_shard(
+            tmp_path / "d", labels=np.eye(3, dtype=np.uint8)[(np.arange(12) + 1) % 3]
+        ).card.content_hash,
         make_shard(tmp_path / "e", patients=[f"q{i // 2}" for i in range(12)]).card.content_hash,
         make_shard(tmp_path / "f", splits=["train"] * 12).card.content_hash,
     }
@@ -81,7 +126,10 @@ def test_the_content_hash_follows_the_content_and_not_the_place(tmp_path):
 
 def test_chunks_give_the_same_shard_as_one_array(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (12, 1, 16, 16), dtype=np.uint8)
-    whole, parts = make_shard(tmp_path / "a", images=images), make_shard(tmp_path / "b", images=iter([images[:5], images[5:]]))
+    whole, parts = (
+        make_shard(tmp_path / "a", images=images),
+        make_shard(tmp_path / "b", images=iter([images[:5], images[5:]])),
+    )
     assert (tmp_path / "a/images.npy").read_bytes() == (tmp_path / "b/images.npy").read_bytes()
     assert whole.card.content_hash == parts.card.content_hash
     assert np.array_equal(np.load(tmp_path / "a/images.npy", allow_pickle=False), images)
@@ -191,7 +239,10 @@ def test_a_label_outside_the_card_is_refused(tmp_path):
     with pytest.raises(DataError, match="0 or 1"):
         Shard.open(tmp_path / "b")
     with pytest.raises(DataError, match="1 images have not exactly one label"):
-        make_shard(tmp_path / "c", labels=np.concatenate([np.eye(3, dtype=np.uint8)[[0] * 11], [[1, 1, 0]]]))
+        make_shard(
+            tmp_path / "c",
+            labels=np.concatenate([np.eye(3, dtype=np.uint8)[[0] * 11], [[1, 1, 0]]]),
+        )
 
 
 @pytest.mark.parametrize("resolution", [8, 24, 48])
@@ -223,7 +274,9 @@ def test_samples_must_have_a_row_an_image_and_a_known_split(tmp_path):
     with ShardWriter(tmp_path / "a", 1, 16) as writer:
         writer.append(images)
         with pytest.raises(DataError, match="3 images and 2 samples"):
-            writer.finish(np.zeros((2, 0)), Samples(column, column, column, column), name="a", label_names=())
+            writer.finish(
+                np.zeros((2, 0)), Samples(column, column, column, column), name="a", label_names=()
+            )
     with pytest.raises(DataError, match="'holdout' is no split"):
         make_shard(tmp_path / "b", splits=["holdout"] * 12)
 

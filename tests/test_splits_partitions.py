@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from fedgan.config import Settings, from_dict
 from fedgan.data import partitions
-from fedgan.data.federation import area_mean, describe_hospitals, open_hospital, open_hospitals, partition_record
+from fedgan.data.federation import (
+    area_mean,
+    describe_hospitals,
+    open_hospital,
+    open_hospitals,
+    partition_record,
+)
 from fedgan.data.shard import Shard, write_shard
 from fedgan.data.splits import check_splits, make_splits
 from fedgan.errors import ConfigError, DataError, SplitError
@@ -27,10 +33,16 @@ def tables(draw: st.DrawFn, least_patients: int = 1) -> tuple[np.ndarray, np.nda
     rows = np.repeat(np.arange(count), rng.integers(1, 5, count))
     rng.shuffle(rows)
     homes = rng.integers(0, 3, count)
-    return np.char.add("p", rows.astype(str)), np.char.add("h", homes[rows].astype(str)), rng.integers(0, 4, len(rows))
+    return (
+        np.char.add("p", rows.astype(str)),
+        np.char.add("h", homes[rows].astype(str)),
+        rng.integers(0, 4, len(rows)),
+    )
 
 
-def assert_whole_patients(patients: np.ndarray, parts: list[np.ndarray], cover: bool = True) -> None:
+def assert_whole_patients(
+    patients: np.ndarray, parts: list[np.ndarray], cover: bool = True
+) -> None:
     together = np.concatenate(parts)
     assert len(np.unique(together)) == len(together)
     if cover:
@@ -49,7 +61,9 @@ def test_splits_never_part_a_patient(table, seed, has_test):
     patients, institutions, classes = table
     given = None
     if has_test:
-        tested = [hashlib.sha256(patient.encode()).digest()[0] < 60 for patient in patients.tolist()]
+        tested = [
+            hashlib.sha256(patient.encode()).digest()[0] < 60 for patient in patients.tolist()
+        ]
         given = np.where(tested, "test", "train")
     splits = make_splits(patients, institutions, classes, given, seed)
     check_splits(patients, splits, "here")
@@ -64,7 +78,9 @@ def test_splits_do_not_depend_on_the_order_of_rows(table, seed, random):
     patients, institutions, classes = table
     order = np.array(random.sample(range(len(patients)), len(patients)))
     splits = make_splits(patients, institutions, classes, seed=seed)
-    assert np.array_equal(splits[order], make_splits(patients[order], institutions[order], classes[order], seed=seed))
+    assert np.array_equal(
+        splits[order], make_splits(patients[order], institutions[order], classes[order], seed=seed)
+    )
 
 
 @given(tables(least_patients=20), st.integers(0, 5))
@@ -75,7 +91,10 @@ def test_each_institution_is_divided_in_proportion(table, seed):
     for name in np.unique(institutions):
         inside = institutions == name
         count = len(np.unique(patients[inside]))
-        found = {split: len(np.unique(patients[inside & (splits == split)])) for split in ("train", "val", "test")}
+        found = {
+            split: len(np.unique(patients[inside & (splits == split)]))
+            for split in ("train", "val", "test")
+        }
         assert found["train"] >= 1
         if count >= 3:
             assert found["test"] == max(1, round(0.2 * count))
@@ -114,11 +133,21 @@ def test_iid_is_a_disjoint_cover_of_equal_parts(table, hospitals, seed):
     parts = partitions.iid(patients, hospitals, seed)
     assert len(parts) == hospitals
     assert_whole_patients(patients, parts)
-    assert all(abs(len(part) - len(patients) / hospitals) <= 4 for part in parts)  # 4: the images of the largest patient
-    assert all(np.array_equal(a, b) for a, b in zip(parts, partitions.iid(patients, hospitals, seed), strict=True))
+    assert all(
+        abs(len(part) - len(patients) / hospitals) <= 4 for part in parts
+    )  # 4: the images of the largest patient
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(parts, partitions.iid(patients, hospitals, seed), strict=True)
+    )
 
 
-@given(tables(least_patients=25), st.integers(1, 4), st.sampled_from([0.1, 0.5, 10.0]), st.integers(0, 3))
+@given(
+    tables(least_patients=25),
+    st.integers(1, 4),
+    st.sampled_from([0.1, 0.5, 10.0]),
+    st.integers(0, 3),
+)
 @FAST
 def test_dirichlet_is_a_disjoint_cover_without_an_empty_hospital(table, hospitals, alpha, seed):
     patients, _, classes = table
@@ -136,7 +165,11 @@ def test_institutions_are_a_disjoint_cover(table):
     assert all(set(institutions[part]) == {name} for name, part in zip(names, parts, strict=True))
 
 
-@given(tables(least_patients=12), st.lists(st.integers(4, 12), min_size=1, max_size=4), st.integers(0, 3))
+@given(
+    tables(least_patients=12),
+    st.lists(st.integers(4, 12), min_size=1, max_size=4),
+    st.integers(0, 3),
+)
 @FAST
 def test_fixed_quantities_are_disjoint_and_never_more_than_asked(table, quantities, seed):
     patients, _, _ = table
@@ -149,7 +182,11 @@ def test_fixed_quantities_are_disjoint_and_never_more_than_asked(table, quantiti
 
 def test_fixed_quantities_are_met_exactly_by_patients_of_one_image():
     patients = np.arange(100).astype(str)
-    assert [len(part) for part in partitions.fixed_quantities(patients, [10, 30, 60], 0)] == [10, 30, 60]
+    assert [len(part) for part in partitions.fixed_quantities(patients, [10, 30, 60], 0)] == [
+        10,
+        30,
+        60,
+    ]
     with pytest.raises(DataError, match="asks for 101 images"):
         partitions.fixed_quantities(patients, [1, 100], 0)
     with pytest.raises(DataError, match="leaves a hospital empty"):
@@ -203,7 +240,9 @@ def scenario(*overrides: str) -> Settings:
     return from_dict({}, ["training.batch_size=4", *overrides])
 
 
-def hospital_shard(path: Path, count: int, seed: int, labels: np.ndarray | None = None, **changes: object) -> Shard:
+def hospital_shard(
+    path: Path, count: int, seed: int, labels: np.ndarray | None = None, **changes: object
+) -> Shard:
     rng = np.random.default_rng(seed)
     labels = np.eye(3, dtype=np.uint8)[rng.integers(0, 3, count)] if labels is None else labels
     patients = np.array([f"{path.name}-{i // 2}" for i in range(count)])
@@ -251,11 +290,18 @@ def test_a_shard_each_the_largest_first(root):
 
 
 def test_label_map_and_resolution_apply_on_opening(root):
-    hospitals = open_hospitals(scenario("data.label_map=normal=normal,*=ill", "data.resolution=16"), root)
+    hospitals = open_hospitals(
+        scenario("data.label_map=normal=normal,*=ill", "data.resolution=16"), root
+    )
     shard = Shard.open(root / "small")
     train = hospitals[2].train
     images, labels = train.batch(np.arange(len(train)))
-    blocks = shard.images[shard.rows("train")].astype(float).reshape(-1, 1, 16, 2, 16, 2).mean(axis=(3, 5))
+    blocks = (
+        shard.images[shard.rows("train")]
+        .astype(float)
+        .reshape(-1, 1, 16, 2, 16, 2)
+        .mean(axis=(3, 5))
+    )
     assert train.resolution == 16
     assert np.abs(images.numpy() - blocks).max() <= 0.5
     assert train.label_names == ("normal", "ill")
@@ -276,13 +322,27 @@ def test_the_area_mean_rounds_to_the_nearest(factor, seed):
 @pytest.mark.parametrize("partition", ["iid", "dirichlet", "quantities"])
 def test_a_pool_is_dealt_by_patient_and_recorded(root, partition):
     config = scenario(
-        f"data.partition={partition}", "federation.hospitals=4", "data.quantities=10,20,30,40", "data.resolution=16", "seed=3"
+        f"data.partition={partition}",
+        "federation.hospitals=4",
+        "data.quantities=10,20,30,40",
+        "data.resolution=16",
+        "seed=3",
     )
     hospitals = open_hospitals(config, root)
-    assert sorted(hospital.name for hospital in hospitals) == ["hospital-1", "hospital-2", "hospital-3", "hospital-4"]
-    assert [len(h.train) for h in hospitals] == sorted((len(h.train) for h in hospitals), reverse=True)
+    assert sorted(hospital.name for hospital in hospitals) == [
+        "hospital-1",
+        "hospital-2",
+        "hospital-3",
+        "hospital-4",
+    ]
+    assert [len(h.train) for h in hospitals] == sorted(
+        (len(h.train) for h in hospitals), reverse=True
+    )
     shards = {path.name: Shard.open(path) for path in root.iterdir()}
-    owners = [{p for split in ("train", "val", "test") for p in h.split(split).patients} for h in hospitals]
+    owners = [
+        {p for split in ("train", "val", "test") for p in h.split(split).patients}
+        for h in hospitals
+    ]
     for split in ("train", "val", "test"):
         dealt = sum(len(h.split(split)) for h in hospitals)
         held = sum(len(shard.rows(split)) for shard in shards.values())
@@ -293,17 +353,28 @@ def test_a_pool_is_dealt_by_patient_and_recorded(root, partition):
         assert entry["name"] == hospital.name
         for split, parts in entry["rows"].items():
             found = [shards[name].samples.patients[rows] for name, rows in parts.items()]
-            assert sorted(np.concatenate([*found, []]).tolist()) == sorted(hospital.split(split).patients.tolist())
-            assert all((shards[name].samples.splits[rows] == split).all() for name, rows in parts.items())
+            assert sorted(np.concatenate([*found, []]).tolist()) == sorted(
+                hospital.split(split).patients.tolist()
+            )
+            assert all(
+                (shards[name].samples.splits[rows] == split).all() for name, rows in parts.items()
+            )
     again = open_hospitals(config, root)
     assert describe_hospitals(again) == describe_hospitals(hospitals)
-    other = open_hospitals(scenario(f"data.partition={partition}", "federation.hospitals=4", "data.quantities=10,20,30,40"), root)
+    other = open_hospitals(
+        scenario(
+            f"data.partition={partition}", "federation.hospitals=4", "data.quantities=10,20,30,40"
+        ),
+        root,
+    )
     assert {h.train.content_hash for h in other}.isdisjoint(h.train.content_hash for h in hospitals)
 
 
 def test_one_hospital_that_holds_all_data_holds_every_row(root):
     (hospital,) = open_hospitals(scenario("data.partition=iid", "federation.hospitals=1"), root)
-    assert len(hospital.train) == sum(Shard.open(path).card.images["train"] for path in root.iterdir())
+    assert len(hospital.train) == sum(
+        Shard.open(path).card.images["train"] for path in root.iterdir()
+    )
 
 
 def test_one_shard_with_several_institutions_is_parted_by_them(tmp_path):
@@ -317,7 +388,10 @@ def test_one_shard_with_several_institutions_is_parted_by_them(tmp_path):
 
 
 def test_patient_numbers_that_collide_between_hospitals_are_kept_apart(tmp_path):
-    for name, splits in (("a", ["train"] * 20 + ["test"] * 4), ("b", ["test"] * 4 + ["train"] * 20)):
+    for name, splits in (
+        ("a", ["train"] * 20 + ["test"] * 4),
+        ("b", ["test"] * 4 + ["train"] * 20),
+    ):
         hospital_shard(tmp_path / name, 24, 0, patients=[f"{i}" for i in range(24)], splits=splits)
     hospitals = open_hospitals(scenario("data.partition=iid", "federation.hospitals=2"), tmp_path)
     for hospital in hospitals:
@@ -348,7 +422,10 @@ def test_what_does_not_fit_is_one_clear_error(root, tmp_path):
         open_hospitals(scenario("data.label_map=normal=normal,a=a"), root)
     hospital_shard(tmp_path / "lone" / "a", 30, 0)
     with pytest.raises(DataError, match=r"raise data\.alpha"):
-        open_hospitals(scenario("data.partition=dirichlet", "federation.hospitals=9", "data.alpha=0.001"), tmp_path / "lone")
+        open_hospitals(
+            scenario("data.partition=dirichlet", "federation.hospitals=9", "data.alpha=0.001"),
+            tmp_path / "lone",
+        )
 
 
 def test_hospitals_that_do_not_fit_together_are_named(tmp_path):
@@ -367,8 +444,17 @@ def test_a_class_that_no_hospital_holds_is_an_error(tmp_path):
     hospital_shard(tmp_path / "b", 30, 1, labels=two)
     with pytest.raises(DataError, match="no hospital holds the class 'b'"):
         open_hospitals(scenario("federation.hospitals=2"), tmp_path)
-    assert len(open_hospitals(scenario("federation.hospitals=2", "data.label_map=normal=normal,*=ill"), tmp_path)) == 2
-    assert open_hospital(scenario(), tmp_path / "a").name == "a"  # a hospital alone cannot know what others hold
+    assert (
+        len(
+            open_hospitals(
+                scenario("federation.hospitals=2", "data.label_map=normal=normal,*=ill"), tmp_path
+            )
+        )
+        == 2
+    )
+    assert (
+        open_hospital(scenario(), tmp_path / "a").name == "a"
+    )  # a hospital alone cannot know what others hold
     hospital_shard(tmp_path / "c", 30, 2, splits=["test"] * 30)
     with pytest.raises(DataError, match="'c' has no image in its training split"):
         open_hospitals(scenario("federation.hospitals=3"), tmp_path)

@@ -17,11 +17,18 @@ from client.app import app
 from fedgan.config import STRATEGIES
 from fedgan.errors import CheckpointError, ConfigError, FederationError
 from fedgan.run_folder import RunFolder
+from fedgan.runs.budget import deal_images, round_totals
 from fedgan.training.checkpoint import load_tensors
-from server.lines import mean_of
+from server.aggregation.strategies import (
+    aggregate,
+    check_strategy,
+    expect,
+    make_strategy,
+    restore_strategy,
+    strategy_state,
+)
+from server.metrics import mean_of
 from server.records import to_record
-from server.rounds import deal_images, round_totals
-from server.strategies import aggregate, check_strategy, expect, make_strategy, restore_strategy, strategy_state
 
 CLASSES = {
     "fedavg": flower.FedAvg,
@@ -47,10 +54,18 @@ def arrays_of(run: RunFolder, round_number: int) -> dict[str, np.ndarray]:
     return {key: tensor.numpy() for key, tensor in tensors.items() if key.startswith(PARTS)}
 
 
-def local_models(run: RunFolder, round_number: int, names: tuple[str, ...]) -> list[dict[str, np.ndarray]]:
+def local_models(
+    run: RunFolder, round_number: int, names: tuple[str, ...]
+) -> list[dict[str, np.ndarray]]:
     """The hospitals' own models after training a round, before aggregation."""
-    states = [load_tensors(run.hospital_state(name) / f"state-{round_number:05d}.safetensors")[0] for name in names]
-    return [{key: tensor.numpy() for key, tensor in state.items() if key.startswith(PARTS)} for state in states]
+    states = [
+        load_tensors(run.hospital_state(name) / f"state-{round_number:05d}.safetensors")[0]
+        for name in names
+    ]
+    return [
+        {key: tensor.numpy() for key, tensor in state.items() if key.startswith(PARTS)}
+        for state in states
+    ]
 
 
 # --- what the classes do ---------------------------------------------------------------------------
@@ -62,7 +77,9 @@ def test_every_name_has_its_flower_class() -> None:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_round_aggregates_as_the_strategy_says(name: str, tmp_path: Path) -> None:
-    settings = tiny(write_shards(tmp_path / "data", (48, 24, 16)), *overrides(name), rounds=1, kimg=0.012)
+    settings = tiny(
+        write_shards(tmp_path / "data", (48, 24, 16)), *overrides(name), rounds=1, kimg=0.012
+    )
     assert type(make_strategy(settings)) is CLASSES[name]
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
@@ -84,7 +101,9 @@ def test_a_round_aggregates_as_the_strategy_says(name: str, tmp_path: Path) -> N
                 expected = mean
             case "krum":
                 expected = next(model for model in stack if np.allclose(model, array, atol=1e-6))
-            case "fedadam" | "fedyogi" if key.startswith("ema/") or key.endswith("w_avg"):  # averages already
+            case "fedadam" | "fedyogi" if key.startswith("ema/") or key.endswith(
+                "w_avg"
+            ):  # averages already
                 expected = mean
             case "fedadam" | "fedyogi":
                 delta = mean - before[key]
@@ -96,7 +115,9 @@ def test_a_round_aggregates_as_the_strategy_says(name: str, tmp_path: Path) -> N
 
 
 def test_krum_takes_one_hospital_whole(tmp_path: Path) -> None:
-    settings = tiny(write_shards(tmp_path / "data", (48, 24, 16)), *overrides("krum"), rounds=1, kimg=0.012)
+    settings = tiny(
+        write_shards(tmp_path / "data", (48, 24, 16)), *overrides("krum"), rounds=1, kimg=0.012
+    )
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
     after = arrays_of(run, 1)
@@ -109,13 +130,24 @@ def test_krum_takes_one_hospital_whole(tmp_path: Path) -> None:
 
 def five_answers(sent: np.ndarray, seed: int) -> tuple[list[Message], np.ndarray]:
     """One hospital that turned round, then four that agree but for a little; and what each changed."""
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # Flower makes no message without
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = (
+        1  # Flower makes no message without
+    )
     rng = np.random.default_rng(seed)
     way = rng.standard_normal(sent.shape) * 0.01
-    changes = np.stack([-way] + [way + rng.standard_normal(sent.shape) * 0.001 for _ in range(4)]).astype(np.float32)
+    changes = np.stack(
+        [-way] + [way + rng.standard_normal(sent.shape) * 0.001 for _ in range(4)]
+    ).astype(np.float32)
     answers = [
         Message(
-            RecordDict({"arrays": to_record({"w": sent + change}), "metrics": MetricRecord({"num_examples": 9})}), node, "train"
+            RecordDict(
+                {
+                    "arrays": to_record({"w": sent + change}),
+                    "metrics": MetricRecord({"num_examples": 9}),
+                }
+            ),
+            node,
+            "train",
         )
         for node, change in enumerate(changes)
     ]
@@ -129,7 +161,9 @@ def test_krum_leaves_out_who_turned_round_however_large_the_weights_and_whoever_
 ) -> None:
     """StyleGAN2's mapping networks hold weights of standard deviation 100, and a round changes them by hundredths."""
     sent = (np.random.default_rng(1).standard_normal((256, 256)) * 100).astype(np.float32)
-    settings = tiny(tmp_path, f"federation.strategy={name}", "federation.malicious=1", hospitals=hospitals)
+    settings = tiny(
+        tmp_path, f"federation.strategy={name}", "federation.malicious=1", hospitals=hospitals
+    )
     strategy = make_strategy(settings)
     for seed in range(8):  # a choice by chance is right once in a while
         answers, changes = five_answers(sent, seed)
@@ -145,7 +179,13 @@ def test_krum_leaves_out_who_turned_round_however_large_the_weights_and_whoever_
 
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedyogi"])
 def test_moments_of_the_server_survive_a_restart(name: str, tmp_path: Path) -> None:
-    settings = tiny(write_shards(tmp_path / "data", (24, 16)), *overrides(name), hospitals=2, rounds=3, kimg=0.024)
+    settings = tiny(
+        write_shards(tmp_path / "data", (24, 16)),
+        *overrides(name),
+        hospitals=2,
+        rounds=3,
+        kimg=0.024,
+    )
     whole, broken = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "broken")
     federate(settings, whole, app)
 
@@ -186,15 +226,24 @@ def test_moments_have_no_place_in_a_strategy_without_memory(tmp_path: Path) -> N
         (["federation.strategy=fedtrimmedavg", "federation.trim=0"], "guards against nobody"),
         (["federation.strategy=fedtrimmedavg"], "cuts nobody away of 3 hospitals.*needs 5"),
         (
-            ["federation.strategy=fedtrimmedavg", "federation.trim=0.34", "federation.min_hospitals=2"],
+            [
+                "federation.strategy=fedtrimmedavg",
+                "federation.trim=0.34",
+                "federation.min_hospitals=2",
+            ],
             "no model of fewer than 3 answers",
         ),
         (["federation.strategy=krum", "federation.malicious=1"], "5 hospitals"),
-        (["federation.strategy=multikrum", "federation.min_hospitals=2"], "no model of fewer than 3 answers"),
+        (
+            ["federation.strategy=multikrum", "federation.min_hospitals=2"],
+            "no model of fewer than 3 answers",
+        ),
         (['federation.exchange=["discriminator"]'], "neither generator nor ema"),
     ],
 )
-def test_settings_that_a_strategy_cannot_serve_are_refused(override: list[str], word: str, tmp_path: Path) -> None:
+def test_settings_that_a_strategy_cannot_serve_are_refused(
+    override: list[str], word: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=word):
         check_strategy(tiny(tmp_path, *override))
 
@@ -217,7 +266,9 @@ def test_rounds_add_up_to_the_budget_in_whole_batches(kimg: float, rounds: int, 
     batch=st.integers(1, 64),
     equal=st.booleans(),
 )
-def test_shares_of_hospitals_add_up_without_drift(sizes: list[int], batches: list[int], batch: int, equal: bool) -> None:
+def test_shares_of_hospitals_add_up_without_drift(
+    sizes: list[int], batches: list[int], batch: int, equal: bool
+) -> None:
     totals = [count * batch for count in batches]
     rows = deal_images(sizes, totals, batch, equal)
     assert [sum(row) for row in rows] == totals
@@ -230,5 +281,9 @@ def test_shares_of_hospitals_add_up_without_drift(sizes: list[int], batches: lis
 
 
 def test_means_are_weighted_by_the_images_of_the_round() -> None:
-    rows = [{"images": 30, "loss_g": 1.0, "r1": 0.5}, {"images": 10, "loss_g": 3.0}, {"images": 0, "r_t": 9.0}]
+    rows = [
+        {"images": 30, "loss_g": 1.0, "r1": 0.5},
+        {"images": 10, "loss_g": 3.0},
+        {"images": 0, "r_t": 9.0},
+    ]
     assert mean_of(rows) == {"loss_g": 1.5, "r1": 0.5}

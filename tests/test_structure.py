@@ -10,17 +10,20 @@ from hypothesis import strategies as st
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from fedgan.data.dataset import Rows
-from fedgan.evaluation.structure import WEIGHTS, intra_class_ms_ssim, ms_ssim, scales
+from fedgan.evaluation.metrics.ms_ssim import WEIGHTS, intra_class_ms_ssim, ms_ssim, scales
 
 
 def _images(rng, count, channels, height, width=None):
     """Smooth random images in [0, 255]."""
     coarse = torch.from_numpy(rng.uniform(0, 255, (count, channels, 6, 6)))
-    return torch.nn.functional.interpolate(coarse, (height, width or height), mode="bilinear").numpy()
+    return torch.nn.functional.interpolate(
+        coarse, (height, width or height), mode="bilinear"
+    ).numpy()
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "channels", "count"), [(176, 200, 1, 5), (176, 176, 3, 5), (64, 64, 3, 3), (32, 48, 1, 2)]
+    ("height", "width", "channels", "count"),
+    [(176, 200, 1, 5), (176, 176, 3, 5), (64, 64, 3, 3), (32, 48, 1, 2)],
 )
 def test_ms_ssim_agrees_with_torchmetrics(height, width, channels, count):
     rng = np.random.default_rng(0)
@@ -35,7 +38,9 @@ def test_ms_ssim_agrees_with_torchmetrics(height, width, channels, count):
     np.testing.assert_allclose(ms_ssim(a, b), theirs.numpy(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("side", "count"), [(11, 1), (22, 2), (43, 2), (44, 3), (88, 4), (175, 4), (176, 5), (512, 5)])
+@pytest.mark.parametrize(
+    ("side", "count"), [(11, 1), (22, 2), (43, 2), (44, 3), (88, 4), (175, 4), (176, 5), (512, 5)]
+)
 def test_as_many_scales_as_hold_the_window(side, count):
     assert scales(side, 600) == scales(600, side) == count
 
@@ -53,7 +58,10 @@ def test_an_image_is_one_with_itself_and_similarity_has_no_direction(seed, heigh
 def test_the_more_noise_the_less_similar_and_an_inverse_is_not_similar_at_all():
     rng = np.random.default_rng(1)
     image = _images(rng, 1, 1, 64)
-    values = [ms_ssim(image, np.clip(image + rng.normal(0, sd, image.shape), 0, 255))[0] for sd in (0, 5, 20, 80)]
+    values = [
+        ms_ssim(image, np.clip(image + rng.normal(0, sd, image.shape), 0, 255))[0]
+        for sd in (0, 5, 20, 80)
+    ]
     assert values == sorted(values, reverse=True)
     assert ms_ssim(image, 255 - image)[0] == 0  # a negative mean has no real power
 
@@ -62,7 +70,9 @@ def test_flat_images_of_unlike_brightness_differ_in_luminance_alone():
     a, b = np.full((1, 1, 32, 32), 100.0), np.full((1, 1, 32, 32), 200.0)
     c1 = (0.01 * 255) ** 2
     luminance = (2 * 100 * 200 + c1) / (100**2 + 200**2 + c1)
-    assert ms_ssim(a, b)[0] == pytest.approx(luminance ** (WEIGHTS[1] / (WEIGHTS[0] + WEIGHTS[1])), rel=1e-4)
+    assert ms_ssim(a, b)[0] == pytest.approx(
+        luminance ** (WEIGHTS[1] / (WEIGHTS[0] + WEIGHTS[1])), rel=1e-4
+    )
 
 
 def test_uint8_and_float_images_are_the_same_to_it():
@@ -70,7 +80,10 @@ def test_uint8_and_float_images_are_the_same_to_it():
     np.testing.assert_array_equal(ms_ssim(a, b), ms_ssim(a.astype(np.float64), torch.from_numpy(b)))
 
 
-@pytest.mark.parametrize("shapes", [((1, 1, 32, 32), (1, 1, 32, 31)), ((1, 32, 32), (1, 32, 32)), ((1, 1, 8, 8), (1, 1, 8, 8))])
+@pytest.mark.parametrize(
+    "shapes",
+    [((1, 1, 32, 32), (1, 1, 32, 31)), ((1, 32, 32), (1, 32, 32)), ((1, 1, 8, 8), (1, 1, 8, 8))],
+)
 def test_images_that_do_not_fit_are_refused(shapes):
     with pytest.raises(ValueError, match="MS-SSIM needs"):
         ms_ssim(*(np.zeros(shape) for shape in shapes))
@@ -99,14 +112,18 @@ def test_a_collapsed_class_stands_out():
 def test_pairs_are_of_different_images_of_one_class_and_the_mean_is_of_all_pairs():
     images, labels = _classes()
     rows = np.arange(20, 26)
-    found = intra_class_ms_ssim(Rows(images, rows), labels[rows], ("a", "b", "c"), True, pairs=1500)["b"]
+    found = intra_class_ms_ssim(
+        Rows(images, rows), labels[rows], ("a", "b", "c"), True, pairs=1500
+    )["b"]
     every = [ms_ssim(images[[i]], images[[j]])[0] for i in rows for j in rows if i != j]
     assert found == pytest.approx(np.mean(every), abs=4 * np.std(every) / 1500**0.5)
 
 
 def test_the_seed_alone_decides_the_pairs():
     images, labels = _classes()
-    first, again, other = (intra_class_ms_ssim(images, labels, "abc", True, 20, seed) for seed in (0, 0, 1))
+    first, again, other = (
+        intra_class_ms_ssim(images, labels, "abc", True, 20, seed) for seed in (0, 0, 1)
+    )
     assert first == again != other
 
 
@@ -118,5 +135,8 @@ def test_findings_that_occur_together_count_in_each_class_and_normal_images_in_t
     assert found["a"] > 0.9
     assert found["b"] > 0.9
     assert found["no finding"] < 0.7
-    assert set(intra_class_ms_ssim(images, labels, ("a", "Normal"), False, pairs=5)) == {"a", "Normal"}  # a label says it
+    assert set(intra_class_ms_ssim(images, labels, ("a", "Normal"), False, pairs=5)) == {
+        "a",
+        "Normal",
+    }  # a label says it
     assert set(intra_class_ms_ssim(images, labels, ("a", "b"), True, pairs=5)) == {"a", "b"}

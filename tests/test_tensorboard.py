@@ -22,7 +22,12 @@ def line(number: int, **more: object) -> dict[str, object]:
         {"name": "north", "num_examples": 5, "loss_g": 1.0 * number, "epsilon": None},
         {"name": "../south/ward", "num_examples": 3, "loss_g": 3.0},
     ]
-    found = {"round": number, "images_seen": 100 * number, "wall_seconds": 2.5 * number, "bytes_exchanged": 4000 * number}
+    found = {
+        "round": number,
+        "images_seen": 100 * number,
+        "wall_seconds": 2.5 * number,
+        "bytes_exchanged": 4000 * number,
+    }
     return found | {"mean": {"loss_g": 2.0}, "hospitals": rows} | more
 
 
@@ -30,13 +35,23 @@ def line(number: int, **more: object) -> dict[str, object]:
 def run(tmp_path: Path) -> RunFolder:
     found = RunFolder.at(tmp_path / "run")
     found.write_settings(Settings(name="small"))
-    lines = [line(1), line(2, fidelity={"frechet": 12.5, "extractor": "reference", "images": 64}, samples="round-00002.png")]
+    lines = [
+        line(1),
+        line(
+            2,
+            fidelity={"frechet": 12.5, "extractor": "reference", "images": 64},
+            samples="round-00002.png",
+        ),
+    ]
     files.write_text(found.metrics, "".join(json.dumps(row) + "\n" for row in lines))
     return found
 
 
 def test_each_number_of_a_round_has_its_place(run: RunFolder) -> None:
-    found = {(place, tag, step): value for place, tag, value, step in scalars(files.read_json_lines(run.metrics))}
+    found = {
+        (place, tag, step): value
+        for place, tag, value, step in scalars(files.read_json_lines(run.metrics))
+    }
     assert found["federation", "total/bytes_exchanged", 2] == 8000
     assert [found["federation", "round/bytes", step] for step in (1, 2)] == [4000, 4000]
     assert found["federation", "training/loss_g", 1] == 2.0
@@ -54,16 +69,25 @@ def test_a_run_is_written_for_tensorboard(fedgan: Run, run: RunFolder, tmp_path:
     assert code == 0, err
     assert "tensorboard events" in out
     assert run.report.is_file()
-    assert sorted(path.name for path in (tmp_path / "events").iterdir()) == ["1-north", "2-_south_ward", "federation"]
+    assert sorted(path.name for path in (tmp_path / "events").iterdir()) == [
+        "1-north",
+        "2-_south_ward",
+        "federation",
+    ]
     events = EventAccumulator(str(tmp_path / "events" / "1-north"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("training/loss_g")] == [(1, 1.0), (2, 2.0)]
+    assert [(event.step, event.value) for event in events.Scalars("training/loss_g")] == [
+        (1, 1.0),
+        (2, 2.0),
+    ]
     code, _, err = fedgan("report", run.path, "--tensorboard", "events")
     assert code == 2
     assert "events is not empty" in err
 
 
-def test_without_the_extra_the_error_says_what_to_install(fedgan: Run, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_says_what_to_install(
+    fedgan: Run, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     code, _, err = fedgan("report", run.path, "--tensorboard", "events")
     assert code == 7

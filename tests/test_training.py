@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from fedgan.config import ModelSettings, Settings, from_dict, to_dict
 from fedgan.data.dataset import ImageDataset, pool
 from fedgan.errors import CheckpointError, ConfigError, DataError, FedganError, MachineError
-from fedgan.models.discriminator import Discriminator
-from fedgan.models.generator import Generator
+from fedgan.models.stylegan2.discriminator import Discriminator
+from fedgan.models.stylegan2.generator import Generator
 from fedgan.training import losses
 from fedgan.training.checkpoint import load_generator, load_tensors, save_tensors
 from fedgan.training.ema import ema_decay, ema_update
@@ -45,9 +45,15 @@ def tiny_settings(*overrides: str) -> Settings:
     return from_dict(tree, overrides)
 
 
-def tiny_dataset(n: int = 40, labels: int = 3, channels: int = 3, exclusive: bool = True, seed: int = 0) -> ImageDataset:
+def tiny_dataset(
+    n: int = 40, labels: int = 3, channels: int = 3, exclusive: bool = True, seed: int = 0
+) -> ImageDataset:
     rng = np.random.default_rng(seed)
-    hot = np.eye(labels, dtype=np.uint8)[rng.integers(labels, size=n)] if labels else np.zeros((n, 0), np.uint8)
+    hot = (
+        np.eye(labels, dtype=np.uint8)[rng.integers(labels, size=n)]
+        if labels
+        else np.zeros((n, 0), np.uint8)
+    )
     if labels and not exclusive:
         hot = rng.integers(0, 2, (n, labels)).astype(np.uint8)
     images = rng.integers(0, 256, (n, channels, 16, 16), dtype=np.uint8)
@@ -56,8 +62,12 @@ def tiny_dataset(n: int = 40, labels: int = 3, channels: int = 3, exclusive: boo
 
 def same_state(a: Trainer, b: Trainer) -> bool:
     (left, plain_left), (right, plain_right) = a.state_dict(), b.state_dict()
-    equal = left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-    return equal and json.dumps(plain_left, sort_keys=True) == json.dumps(plain_right, sort_keys=True)
+    equal = left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
+    return equal and json.dumps(plain_left, sort_keys=True) == json.dumps(
+        plain_right, sort_keys=True
+    )
 
 
 # --- losses against finite differences, in float64 ------------------------------------------------
@@ -70,7 +80,9 @@ def directional(f, x: torch.Tensor, direction: torch.Tensor, step: float = 1e-5)
 def test_r1_is_the_squared_gradient_and_its_own_gradient_is_right():
     discriminator = Discriminator(SMALL, 16, 1, 2, torch.Generator().manual_seed(0)).double()
     discriminator.dtype = torch.float64
-    images = torch.randn(2, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(
+        2, 1, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     c = torch.eye(2, dtype=torch.float64)
     seen = images.clone().requires_grad_(True)
     penalty = losses.r1_penalty(discriminator(seen, c), seen)
@@ -87,12 +99,16 @@ def test_r1_is_the_squared_gradient_and_its_own_gradient_is_right():
             up[image] += shift
             down[image] -= shift
             with torch.no_grad():
-                squares[image] += ((discriminator(up, c).sum() - discriminator(down, c).sum()) / 2e-5).square()
+                squares[image] += (
+                    (discriminator(up, c).sum() - discriminator(down, c).sum()) / 2e-5
+                ).square()
     assert torch.allclose(penalty.detach(), squares, rtol=1e-5)
 
     # Its gradient by the weights: second derivatives.
     weight = discriminator.b16.conv0.weight
-    direction = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    direction = torch.randn(
+        weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
     (gradient,) = torch.autograd.grad(penalty.sum(), weight)
 
     def at(shifted: torch.Tensor) -> torch.Tensor:
@@ -128,7 +144,10 @@ def test_path_length_is_the_norm_of_the_jacobian_product_and_its_gradient_is_rig
         for coordinate in range(6):
             shift = torch.zeros_like(ws)
             shift[:, layer, coordinate] = 1e-5
-            up, down = ((generator.synthesis(ws + sign * shift, "const") * noise / 16).sum(dim=(1, 2, 3)) for sign in (1, -1))
+            up, down = (
+                (generator.synthesis(ws + sign * shift, "const") * noise / 16).sum(dim=(1, 2, 3))
+                for sign in (1, -1)
+            )
             squares += ((up - down) / 2e-5).detach().square()
     assert torch.allclose(lengths_at(ws).detach(), (squares / depth).sqrt(), rtol=1e-5)
 
@@ -145,7 +164,11 @@ def test_path_length_is_the_norm_of_the_jacobian_product_and_its_gradient_is_rig
             weight.copy_(kept)
         return value
 
-    assert math.isclose(float((gradient * direction).sum()), directional(at, weight.detach().clone(), direction), rel_tol=1e-4)
+    assert math.isclose(
+        float((gradient * direction).sum()),
+        directional(at, weight.detach().clone(), direction),
+        rel_tol=1e-4,
+    )
 
 
 def test_adversarial_losses_are_cross_entropies():
@@ -165,10 +188,14 @@ def test_lazy_adam_moves_and_forgets_in_an_interval_as_before(interval, beta, ra
 
 
 def test_trainer_gives_adam_the_correction_and_names_no_integer_beta():
-    trainer = Trainer(tiny_settings("training.path_length_interval=4", "training.r1_interval=16"), tiny_dataset())
+    trainer = Trainer(
+        tiny_settings("training.path_length_interval=4", "training.r1_interval=16"), tiny_dataset()
+    )
     assert math.isclose(trainer.g_adam.param_groups[0]["lr"], 0.0025 * 4 / 5)
     assert math.isclose(trainer.d_adam.param_groups[0]["betas"][1], 0.99 ** (16 / 17))
-    plain = Trainer(tiny_settings("training.path_length_weight=0", "training.r1_gamma=0"), tiny_dataset())
+    plain = Trainer(
+        tiny_settings("training.path_length_weight=0", "training.r1_gamma=0"), tiny_dataset()
+    )
     assert plain.g_adam.param_groups[0]["lr"] == plain.d_adam.param_groups[0]["lr"] == 0.0025
 
 
@@ -191,9 +218,15 @@ def test_ema_follows_quickly_in_the_beginning_and_no_slower_than_its_half_life()
 def test_ema_is_the_weighted_mean_of_old_and_new():
     old, new = (Generator(SMALL, 16, 1, 2, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     new.mapping.w_avg.fill_(3.0)
-    expected = {name: 0.9 * a + 0.1 * dict(new.named_parameters())[name] for name, a in old.named_parameters()}
+    expected = {
+        name: 0.9 * a + 0.1 * dict(new.named_parameters())[name]
+        for name, a in old.named_parameters()
+    }
     ema_update(old, new, 0.9)
-    assert all(torch.allclose(parameter, expected[name], rtol=1e-5, atol=1e-5) for name, parameter in old.named_parameters())
+    assert all(
+        torch.allclose(parameter, expected[name], rtol=1e-5, atol=1e-5)
+        for name, parameter in old.named_parameters()
+    )
     assert torch.equal(old.mapping.w_avg, new.mapping.w_avg)
 
 
@@ -222,7 +255,10 @@ def test_sampler_differs_between_hospitals_and_goes_on_from_its_state():
 
 def test_stopping_saving_loading_and_going_on_is_going_on(tmp_path):
     settings_, dataset = tiny_settings("augment.mirror=true"), tiny_dataset()
-    undisturbed, stopped = Trainer(settings_, dataset, stream=2), Trainer(settings_, dataset, stream=2)
+    undisturbed, stopped = (
+        Trainer(settings_, dataset, stream=2),
+        Trainer(settings_, dataset, stream=2),
+    )
     undisturbed.train(72)  # past both regularisers, an ADA window's middle, a pass over the data
     undisturbed.train(72)
     stopped.train(72)
@@ -241,18 +277,25 @@ def test_a_budget_cut_into_rounds_is_the_same_budget():
     for images in (1, 50, 12, 37):  # no multiples of the batch
         cut.train(images)
     assert whole.images_seen == cut.images_seen == 104
-    assert all(np.array_equal(a, cut.outgoing(["generator"])[name]) for name, a in whole.outgoing(["generator"]).items())
+    assert all(
+        np.array_equal(a, cut.outgoing(["generator"])[name])
+        for name, a in whole.outgoing(["generator"]).items()
+    )
 
 
 def test_hospitals_start_alike_and_draw_differently():
     settings_, dataset = tiny_settings(), tiny_dataset()
     first, second = Trainer(settings_, dataset, stream=0), Trainer(settings_, dataset, stream=1)
     parts = ("generator", "discriminator", "ema")
-    assert all(np.array_equal(a, second.outgoing(parts)[name]) for name, a in first.outgoing(parts).items())
+    assert all(
+        np.array_equal(a, second.outgoing(parts)[name]) for name, a in first.outgoing(parts).items()
+    )
     first.train(8)
     second.train(8)
     name = "generator/synthesis.b16.conv1.weight"
-    assert not np.array_equal(first.outgoing(["generator"])[name], second.outgoing(["generator"])[name])
+    assert not np.array_equal(
+        first.outgoing(["generator"])[name], second.outgoing(["generator"])[name]
+    )
 
 
 def test_training_changes_every_parameter_and_reports_what_it_did():
@@ -282,7 +325,10 @@ def test_training_changes_every_parameter_and_reports_what_it_did():
     ids=["unconditional", "multi-label", "bfloat16"],
 )
 def test_every_kind_of_data_trains(labels, channels, exclusive, precision):
-    trainer = Trainer(tiny_settings(f"training.precision={precision}"), tiny_dataset(40, labels, channels, exclusive))
+    trainer = Trainer(
+        tiny_settings(f"training.precision={precision}"),
+        tiny_dataset(40, labels, channels, exclusive),
+    )
     assert math.isfinite(trainer.train(40)["loss_d"])
 
 
@@ -290,7 +336,9 @@ def test_generator_labels_follow_the_hospitals_own_mix():
     dataset = tiny_dataset(400, 3)
     dataset.labels[:] = 0
     dataset.labels[np.arange(400), np.where(np.arange(400) < 300, 0, 2)] = 1
-    drawn = torch.cat([Trainer(tiny_settings(), dataset, stream=s)._fake_labels(400) for s in range(5)]).mean(dim=0)
+    drawn = torch.cat(
+        [Trainer(tiny_settings(), dataset, stream=s)._fake_labels(400) for s in range(5)]
+    ).mean(dim=0)
     assert drawn[1] == 0
     assert abs(float(drawn[0]) - 0.75) < 0.05
 
@@ -303,7 +351,10 @@ def test_what_travels_has_a_dimension_is_float32_sorted_and_comes_back():
     assert all(array.dtype == np.float32 and array.ndim >= 1 for array in arrays.values())
     assert not [name for name in arrays if "fir" in name or "noise_const" in name]
     b.incoming(arrays)
-    assert all(np.array_equal(array, b.outgoing(["generator", "discriminator", "ema"])[name]) for name, array in arrays.items())
+    assert all(
+        np.array_equal(array, b.outgoing(["generator", "discriminator", "ema"])[name])
+        for name, array in arrays.items()
+    )
 
 
 def test_a_model_that_does_not_fit_changes_nothing():
@@ -315,7 +366,10 @@ def test_a_model_that_does_not_fit_changes_nothing():
         trainer.incoming(wrong)
     with pytest.raises(CheckpointError, match="unknown part"):
         trainer.incoming({"labels/x": np.zeros(1, np.float32)})
-    assert all(np.array_equal(array, trainer.outgoing(["generator", "discriminator"])[name]) for name, array in before.items())
+    assert all(
+        np.array_equal(array, trainer.outgoing(["generator", "discriminator"])[name])
+        for name, array in before.items()
+    )
 
 
 def test_proximal_term_adds_mu_times_the_distance():
@@ -331,12 +385,17 @@ def test_proximal_term_adds_mu_times_the_distance():
 
 def test_the_proximal_pull_keeps_a_hospital_near_the_model_it_was_given():
     def distance(mu: float) -> float:
-        trainer = Trainer(tiny_settings(f"training.proximal_mu={mu}", "training.learning_rate=0.01"), tiny_dataset())
+        trainer = Trainer(
+            tiny_settings(f"training.proximal_mu={mu}", "training.learning_rate=0.01"),
+            tiny_dataset(),
+        )
         start = trainer.outgoing(["discriminator"])
         trainer.incoming(start | trainer.outgoing(["generator"]))
         trainer.train(160)
         end = trainer.outgoing(["discriminator"])
-        return sum(float(np.square(end[name] - start[name]).sum()) for name in start if ".conv" in name)
+        return sum(
+            float(np.square(end[name] - start[name]).sum()) for name in start if ".conv" in name
+        )
 
     assert distance(100.0) < distance(0.0)
 
@@ -370,7 +429,9 @@ def test_wrong_resolution_device_and_state_are_named(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="40 images"):
         Trainer(tiny_settings(), tiny_dataset(32), stream=1).load(tmp_path / "state.safetensors")
     with pytest.raises(CheckpointError, match="another model"):
-        Trainer(tiny_settings("model.w_dim=5"), tiny_dataset(), stream=1).load(tmp_path / "state.safetensors")
+        Trainer(tiny_settings("model.w_dim=5"), tiny_dataset(), stream=1).load(
+            tmp_path / "state.safetensors"
+        )
 
 
 def test_a_shard_that_changed_under_a_run_is_noticed_and_nothing_is_half_loaded():
@@ -388,8 +449,12 @@ def test_a_shard_that_changed_under_a_run_is_noticed_and_nothing_is_half_loaded(
     with pytest.raises(CheckpointError, match="another model"):
         fresh.load_state_dict((broken, plain))
     with pytest.raises(CheckpointError, match="lacks 'sampler'"):
-        fresh.load_state_dict((tensors, {key: value for key, value in plain.items() if key != "sampler"}))
-    assert all(np.array_equal(array, fresh.outgoing(["generator"])[name]) for name, array in before.items())
+        fresh.load_state_dict(
+            (tensors, {key: value for key, value in plain.items() if key != "sampler"})
+        )
+    assert all(
+        np.array_equal(array, fresh.outgoing(["generator"])[name]) for name, array in before.items()
+    )
     with pytest.raises(DataError, match="no training image"):
         Trainer(tiny_settings(), dataset.take(np.empty(0, np.int64)))
 
@@ -398,7 +463,9 @@ def test_the_average_w_is_near_the_mean_of_w_after_a_short_training():
     trainer = Trainer(tiny_settings("training.style_mixing=0"), tiny_dataset(labels=0))
     trainer.train(320)
     mapping = trainer.generator.mapping
-    mean = mapping(torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(4000, 0)).mean(dim=0)
+    mean = mapping(
+        torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(4000, 0)
+    ).mean(dim=0)
     assert torch.linalg.vector_norm(mapping.w_avg - mean) < 0.3 * torch.linalg.vector_norm(mean)
 
 
@@ -427,8 +494,16 @@ def test_checkpoints_without_their_json_or_with_other_bytes_do_not_count(tmp_pat
 def test_a_checkpoint_gives_back_the_generator_that_made_it(tmp_path):
     trainer = Trainer(tiny_settings(), tiny_dataset())
     trainer.train(16)
-    arrays = {name: torch.from_numpy(array) for name, array in trainer.outgoing(["generator", "ema"]).items()}
-    meta = {"settings": to_dict(trainer.settings), "resolution": 16, "channels": 3, "label_names": ["a", "b", "c"]}
+    arrays = {
+        name: torch.from_numpy(array)
+        for name, array in trainer.outgoing(["generator", "ema"]).items()
+    }
+    meta = {
+        "settings": to_dict(trainer.settings),
+        "resolution": 16,
+        "channels": 3,
+        "label_names": ["a", "b", "c"],
+    }
     save_tensors(tmp_path / "round-00001.safetensors", arrays, meta)
     generator, _ = load_generator(tmp_path / "round-00001.safetensors")
     z, c = torch.randn(2, 4), torch.eye(3)[:2]

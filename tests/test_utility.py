@@ -9,14 +9,30 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score, roc_curve
+from sklearn.metrics import (
+    average_precision_score,
+    balanced_accuracy_score,
+    f1_score,
+    roc_auc_score,
+    roc_curve,
+)
 from torchmetrics.functional import classification as tm
 
-from fedgan.evaluation import bootstrap, curves
-from fedgan.evaluation.bootstrap import clusters, interval, resamples
-from fedgan.evaluation.curves import average_precision, sensitivity_at_specificity, weighted_auc
-from fedgan.evaluation.decisions import balanced_accuracy, calibration_error, called, f1_scores
-from fedgan.evaluation.utility import FIGURES, majority_scores, statistics, utility
+from fedgan.evaluation.metrics import bootstrap
+from fedgan.evaluation.metrics import ranking as curves
+from fedgan.evaluation.metrics.bootstrap import clusters, interval, resamples
+from fedgan.evaluation.metrics.ranking import (
+    average_precision,
+    sensitivity_at_specificity,
+    weighted_auc,
+)
+from fedgan.evaluation.metrics.thresholded import (
+    balanced_accuracy,
+    calibration_error,
+    called,
+    f1_scores,
+)
+from fedgan.evaluation.metrics.utility import FIGURES, majority_scores, statistics, utility
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -32,7 +48,11 @@ def _scored(seed, count, levels):
     rng = np.random.default_rng(seed)
     scores = rng.integers(levels, size=count) / levels  # few levels: many ties
     positive = np.r_[True, False, rng.random(count - 2) < 0.4]
-    return scores, positive, np.c_[np.ones((4, 2)), rng.integers(0, 4, (4, count - 2))].astype(float)
+    return (
+        scores,
+        positive,
+        np.c_[np.ones((4, 2)), rng.integers(0, 4, (4, count - 2))].astype(float),
+    )
 
 
 # --- figures of one class ------------------------------------------------------------------------
@@ -56,18 +76,24 @@ def test_average_precision_agrees_with_scikit_learn_ties_included(seed, count, l
 
 @settings(max_examples=60)
 @given(SEEDS, st.integers(3, 60), st.sampled_from([2, 5, 10**6]))
-def test_sensitivity_at_90_is_the_best_point_of_the_curve_with_that_specificity(seed, count, levels):
+def test_sensitivity_at_90_is_the_best_point_of_the_curve_with_that_specificity(
+    seed, count, levels
+):
     scores, positive, weights = _scored(seed, count, levels)
     expected = []
     for row in weights:
         alarms, found, _ = roc_curve(positive, scores, sample_weight=row, drop_intermediate=False)
         expected.append(found[alarms <= 0.1 + 1e-9].max())
-    np.testing.assert_allclose(sensitivity_at_specificity(scores, positive, weights), expected, atol=1e-12)
+    np.testing.assert_allclose(
+        sensitivity_at_specificity(scores, positive, weights), expected, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("negatives", [10, 30, 70, 190])
 def test_exactly_a_tenth_of_false_alarms_is_allowed(negatives):
-    scores = np.r_[np.arange(negatives), negatives - negatives // 10 - 0.5]  # a tenth of the negatives above the positive
+    scores = np.r_[
+        np.arange(negatives), negatives - negatives // 10 - 0.5
+    ]  # a tenth of the negatives above the positive
     positive = np.arange(negatives + 1) == negatives
     assert sensitivity_at_specificity(scores, positive, np.ones((1, negatives + 1)))[0] == 1.0
     scores[-1] -= 1
@@ -96,7 +122,10 @@ def test_an_inverted_classifier_has_one_minus_the_auc_and_is_not_flipped_back():
     truth = rng.random(200) < 0.3
     p = 1 / (1 + np.exp(-rng.normal(size=200) - truth))
     labels = np.c_[~truth, truth].astype(np.uint8)
-    good, bad = (utility(np.c_[1 - q, q][None], labels, ("no", "yes"), True, np.arange(200), 100, 0) for q in (p, 1 - p))
+    good, bad = (
+        utility(np.c_[1 - q, q][None], labels, ("no", "yes"), True, np.arange(200), 100, 0)
+        for q in (p, 1 - p)
+    )
     assert bad["macro_auc"] == pytest.approx(1 - good["macro_auc"])
     assert bad["macro_auc"] < bad["macro_auc_ci"][1] < 0.5
     assert bad["per_class"]["yes"]["auc"] < 0.5
@@ -129,9 +158,13 @@ def test_balanced_accuracy_of_exclusive_classes_agrees_with_scikit_learn(seed, c
 
 
 def test_balanced_accuracy_of_findings_is_the_mean_of_sensitivity_and_specificity():
-    labels = np.array([[1, 0], [1, 0], [0, 0], [0, 0]], np.uint8)  # the second finding never occurs: left out
+    labels = np.array(
+        [[1, 0], [1, 0], [0, 0], [0, 0]], np.uint8
+    )  # the second finding never occurs: left out
     scores = np.array([[0.9, 0.1], [0.4, 0.1], [0.2, 0.9], [0.1, 0.1]])
-    assert balanced_accuracy(scores, labels, np.ones((1, 4)), False)[0] == pytest.approx((0.5 + 1.0) / 2)
+    assert balanced_accuracy(scores, labels, np.ones((1, 4)), False)[0] == pytest.approx(
+        (0.5 + 1.0) / 2
+    )
 
 
 @settings(max_examples=30)
@@ -148,16 +181,26 @@ def test_f1_agrees_with_scikit_learn(seed, exclusive):
 
 
 def test_f1_of_a_label_that_never_occurs_is_undefined_and_of_one_never_found_is_zero():
-    f1 = f1_scores(np.array([[1.0, 0, 0], [0, 0, 0]]), np.array([[0, 1, 0], [0, 0, 0]], np.uint8), np.ones((1, 2)))[0]
+    f1 = f1_scores(
+        np.array([[1.0, 0, 0], [0, 0, 0]]),
+        np.array([[0, 1, 0], [0, 0, 0]], np.uint8),
+        np.ones((1, 2)),
+    )[0]
     np.testing.assert_array_equal(f1, [np.nan, 0.0, np.nan])
 
 
 def test_calibration_error_of_known_answers():
     labels = np.eye(2, dtype=np.uint8)[np.r_[np.zeros(8, int), np.ones(2, int)]]
     once = np.ones((1, 10))
-    assert calibration_error(np.tile([0.8, 0.2], (10, 1)), labels, once, True)[0] == pytest.approx(0.0)
-    assert calibration_error(np.tile([1.0, 0.0], (10, 1)), labels, once, True)[0] == pytest.approx(0.2)
-    assert calibration_error(np.tile([0.7, 0.3], (10, 1)), labels, once, False)[0] == pytest.approx(0.1)
+    assert calibration_error(np.tile([0.8, 0.2], (10, 1)), labels, once, True)[0] == pytest.approx(
+        0.0
+    )
+    assert calibration_error(np.tile([1.0, 0.0], (10, 1)), labels, once, True)[0] == pytest.approx(
+        0.2
+    )
+    assert calibration_error(np.tile([0.7, 0.3], (10, 1)), labels, once, False)[0] == pytest.approx(
+        0.1
+    )
 
 
 # --- against torchmetrics ------------------------------------------------------------------------
@@ -170,13 +213,21 @@ def test_every_figure_agrees_with_torchmetrics(exclusive):
     if not exclusive:
         labels, scores = (rng.random((300, 4)) < 0.3).astype(np.uint8), rng.random((300, 4)) * 0.998
         scores = 0.6 * scores + 0.3 * labels
-    found = {key: value[0] for key, value in statistics(scores[None], labels, np.ones((1, 300)), exclusive).items()}
+    found = {
+        key: value[0]
+        for key, value in statistics(scores[None], labels, np.ones((1, 300)), exclusive).items()
+    }
     p, truth = torch.from_numpy(scores), torch.from_numpy(labels.astype(np.int64))
     if exclusive:
         target = truth.argmax(1)
         auc, ap, f1, recall = (
             measure(p, target, 4, average="none")
-            for measure in (tm.multiclass_auroc, tm.multiclass_average_precision, tm.multiclass_f1_score, tm.multiclass_recall)
+            for measure in (
+                tm.multiclass_auroc,
+                tm.multiclass_average_precision,
+                tm.multiclass_f1_score,
+                tm.multiclass_recall,
+            )
         )
         balanced = recall.mean()
         ece = tm.multiclass_calibration_error(p, target, 4, n_bins=15)
@@ -193,7 +244,12 @@ def test_every_figure_agrees_with_torchmetrics(exclusive):
             )
         )
         balanced = (recall + specificity).mean() / 2
-        ece = torch.stack([tm.binary_calibration_error(p[:, k].contiguous(), truth[:, k], n_bins=15) for k in range(4)]).mean()
+        ece = torch.stack(
+            [
+                tm.binary_calibration_error(p[:, k].contiguous(), truth[:, k], n_bins=15)
+                for k in range(4)
+            ]
+        ).mean()
         sensitivity = tm.multilabel_sensitivity_at_specificity(p, truth, 4, 0.9)[0]
     expected = {"auc": auc, "auprc": ap, "f1": f1, "sensitivity": sensitivity}
     for key, value in expected.items():
@@ -203,8 +259,12 @@ def test_every_figure_agrees_with_torchmetrics(exclusive):
         assert found[key] == pytest.approx(float(value.mean()), abs=1e-6)
     assert found["balanced_accuracy"] == pytest.approx(float(balanced), abs=1e-6)
     assert found["ece"] == pytest.approx(float(ece), abs=1e-6)
-    assert found["micro_auc"] == pytest.approx(float(tm.multilabel_auroc(p, truth, 4, average="micro")), abs=1e-6)
-    assert found["micro_auprc"] == pytest.approx(float(tm.multilabel_average_precision(p, truth, 4, average="micro")), abs=1e-6)
+    assert found["micro_auc"] == pytest.approx(
+        float(tm.multilabel_auroc(p, truth, 4, average="micro")), abs=1e-6
+    )
+    assert found["micro_auprc"] == pytest.approx(
+        float(tm.multilabel_average_precision(p, truth, 4, average="micro")), abs=1e-6
+    )
 
 
 # --- bootstrap -----------------------------------------------------------------------------------
@@ -216,7 +276,9 @@ def test_a_resample_takes_or_leaves_a_patient_whole(monkeypatch):
     places = np.array(["x", "x", "x", "x", "x", "y"])
     groups = clusters(patients, places, 6)
     assert groups[0] == groups[1]
-    assert len(set(groups)) == 5  # two unknown patients are two; 'a' of another institution is another person
+    assert (
+        len(set(groups)) == 5
+    )  # two unknown patients are two; 'a' of another institution is another person
     weights = np.concatenate(list(resamples(groups, 200, seed=0)))
     assert weights.shape == (200, 6)
     np.testing.assert_array_equal(weights[:, 0], weights[:, 1])
@@ -280,9 +342,13 @@ def test_figures_are_means_over_seeds_and_classes():
     rng = np.random.default_rng(6)
     labels, first = _classes(rng, 90, 3)
     second = _classes(np.random.default_rng(7), 90, 3, skill=0.0)[1]
-    figures = utility(np.stack([first, second]), labels, ("a", "b", "c"), True, np.arange(90), 100, 0)
+    figures = utility(
+        np.stack([first, second]), labels, ("a", "b", "c"), True, np.arange(90), 100, 0
+    )
     each = [roc_auc_score(labels, scores, average=None) for scores in (first, second)]
-    np.testing.assert_allclose([row["auc"] for row in figures["per_class"].values()], np.mean(each, axis=0))
+    np.testing.assert_allclose(
+        [row["auc"] for row in figures["per_class"].values()], np.mean(each, axis=0)
+    )
     assert figures["macro_auc"] == pytest.approx(np.mean(each))
     np.testing.assert_allclose(figures["macro_auc_seeds"], np.mean(each, axis=1))
     assert figures["macro_auc_ci"][0] < figures["macro_auc"] < figures["macro_auc_ci"][1]
@@ -305,14 +371,20 @@ def test_a_class_without_test_images_is_null_and_outside_the_macro_mean():
     rng = np.random.default_rng(9)
     labels, scores = _classes(rng, 60, 3)
     keep = labels[:, 2] == 0
-    figures = utility(scores[None, keep], labels[keep], ("a", "b", "gone"), True, np.arange(keep.sum()), 50, 0)
+    figures = utility(
+        scores[None, keep], labels[keep], ("a", "b", "gone"), True, np.arange(keep.sum()), 50, 0
+    )
     gone = figures["per_class"]["gone"]
     assert gone.pop("positives") == 0
     assert set(gone) == {"auc", "auc_ci", "auprc", "auprc_ci", "f1", "sensitivity_at_90"}
     assert set(gone.values()) == {None}
     for key in ("auprc", "f1"):
-        assert figures[f"macro_{key}"] == pytest.approx(np.mean([figures["per_class"][name][key] for name in "ab"]))
-    assert figures["macro_auc"] == pytest.approx(np.mean([figures["per_class"][name]["auc"] for name in "ab"]))
+        assert figures[f"macro_{key}"] == pytest.approx(
+            np.mean([figures["per_class"][name][key] for name in "ab"])
+        )
+    assert figures["macro_auc"] == pytest.approx(
+        np.mean([figures["per_class"][name]["auc"] for name in "ab"])
+    )
 
 
 def test_one_class_alone_has_no_auc_at_all():
@@ -342,8 +414,16 @@ def test_every_figure_has_an_interval_around_it_and_all_is_json():
     labels, scores = _classes(rng, 120, 3)
     figures = utility(scores[None], labels, ("a", "b", "c"), True, np.arange(120) // 2, 100, 0)
     assert json.loads(json.dumps(figures)) == figures
-    assert set(figures) == {*FIGURES, *(f"{key}_ci" for key in FIGURES), "macro_auc_seeds", "per_class", "images"}
-    for key in set(FIGURES) - {"ece"}:  # resampling adds noise to a calibration error: its interval lies higher
+    assert set(figures) == {
+        *FIGURES,
+        *(f"{key}_ci" for key in FIGURES),
+        "macro_auc_seeds",
+        "per_class",
+        "images",
+    }
+    for key in set(FIGURES) - {
+        "ece"
+    }:  # resampling adds noise to a calibration error: its interval lies higher
         low, high = figures[f"{key}_ci"]
         assert 0 <= low < figures[key] < high <= 1
     assert figures["ece_ci"][0] < figures["ece_ci"][1]
@@ -352,7 +432,9 @@ def test_every_figure_has_an_interval_around_it_and_all_is_json():
 @pytest.mark.parametrize("exclusive", [True, False])
 def test_the_majority_row_is_at_chance(exclusive):
     rng = np.random.default_rng(15)
-    train, test = (np.eye(3, dtype=np.uint8)[rng.choice(3, 100, p=[0.6, 0.3, 0.1])] for _ in range(2))
+    train, test = (
+        np.eye(3, dtype=np.uint8)[rng.choice(3, 100, p=[0.6, 0.3, 0.1])] for _ in range(2)
+    )
     scores = majority_scores(train, 100, exclusive)
     np.testing.assert_allclose(scores[0, 7], train.mean(0))
     figures = utility(scores, test, ("a", "b", "c"), exclusive, np.arange(100), 50, 0)
@@ -361,14 +443,18 @@ def test_the_majority_row_is_at_chance(exclusive):
     assert figures["macro_auprc"] == pytest.approx(1 / 3)
     assert figures["sensitivity_at_90"] == 0.0
     assert figures["balanced_accuracy"] == pytest.approx(1 / 3 if exclusive else 0.5)
-    assert figures["macro_f1"] == pytest.approx(f1_score(test.argmax(1), np.zeros(100, int), average="macro", zero_division=0))
+    assert figures["macro_f1"] == pytest.approx(
+        f1_score(test.argmax(1), np.zeros(100, int), average="macro", zero_division=0)
+    )
     assert majority_scores(np.zeros((0, 2)), 4, True).tolist() == np.zeros((1, 4, 2)).tolist()
 
 
 def test_a_label_that_says_normal_is_not_doubled():
     rng = np.random.default_rng(11)
     labels = (rng.random((40, 2)) < 0.4).astype(np.uint8)
-    figures = utility(rng.random((1, 40, 2)), labels, ("No_Finding", "mass"), False, np.arange(40), 20, 0)
+    figures = utility(
+        rng.random((1, 40, 2)), labels, ("No_Finding", "mass"), False, np.arange(40), 20, 0
+    )
     assert list(figures["per_class"]) == ["No_Finding", "mass"]
 
 

@@ -12,18 +12,25 @@ from torch import nn
 from fedgan.config import from_dict, to_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError
-from fedgan.models.discriminator import Discriminator
+from fedgan.models.stylegan2.discriminator import Discriminator
 from fedgan.privacy.validator import check_modules, check_private, check_start, refusals
+from fedgan.runs.round_state import initial_state
 from fedgan.training.checkpoint import save_tensors
 from fedgan.training.start import begin_training
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
-from server.checkpoints import initial_state
 from server.roster import Member
 
 TREE = {
     "data": {"resolution": 16},
-    "model": {"z_dim": 4, "w_dim": 8, "channel_base": 64, "channel_max": 8, "mapping_layers": 1, "minibatch_std_group": 0},
+    "model": {
+        "z_dim": 4,
+        "w_dim": 8,
+        "channel_base": 64,
+        "channel_max": 8,
+        "mapping_layers": 1,
+        "minibatch_std_group": 0,
+    },
     "augment": {"mode": "none"},
     "training": {"batch_size": 4, "device": "cpu", "r1_gamma": 0.0, "labels": "uniform"},
     "privacy": {"noise_multiplier": 1.0},
@@ -35,17 +42,42 @@ def settings_of(*overrides: str):
 
 
 def images_of(channels: int = 1) -> ImageDataset:
-    return ImageDataset("clinic", np.zeros((20, channels, 16, 16), np.uint8), np.eye(2, dtype=np.uint8)[[0, 1] * 10], ("a", "b"))
+    return ImageDataset(
+        "clinic",
+        np.zeros((20, channels, 16, 16), np.uint8),
+        np.eye(2, dtype=np.uint8)[[0, 1] * 10],
+        ("a", "b"),
+    )
 
 
 REFUSED = [
     ("model.minibatch_std_group=4", "minibatch_std_group = 4", "other images", "set it to 0"),
     ("augment.mode=ada", "augment.mode = 'ada'", "signs on real images", "privacy.r_t_noise"),
-    ("training.r1_gamma=0.5", "training.r1_gamma = 0.5", "outside the clipped loss", "privacy.r1 = true"),
-    ("training.r1_gamma=-1", "training.r1_gamma = -1", "outside the clipped loss", "privacy.r1 = true"),
+    (
+        "training.r1_gamma=0.5",
+        "training.r1_gamma = 0.5",
+        "outside the clipped loss",
+        "privacy.r1 = true",
+    ),
+    (
+        "training.r1_gamma=-1",
+        "training.r1_gamma = -1",
+        "outside the clipped loss",
+        "privacy.r1 = true",
+    ),
     ("training.sampling=shuffle", "training.sampling = 'shuffle'", "Poisson", "use 'auto'"),
-    ("training.labels=data", "training.labels = 'data'", "counts of real labels", "privacy.label_noise"),
-    ("privacy.epsilon=3", "privacy.epsilon and privacy.noise_multiplier", "how much noise", "one of them"),
+    (
+        "training.labels=data",
+        "training.labels = 'data'",
+        "counts of real labels",
+        "privacy.label_noise",
+    ),
+    (
+        "privacy.epsilon=3",
+        "privacy.epsilon and privacy.noise_multiplier",
+        "how much noise",
+        "one of them",
+    ),
 ]
 
 
@@ -81,7 +113,9 @@ def test_pictures_of_private_training_images_are_refused_and_those_of_drawn_or_o
         check_private(settings_of("evaluation.show_real=all", "data.root=/clinic"))
     check_private(settings_of("evaluation.show_real=all"))
     check_private(settings_of("evaluation.show_real=none", "data.root=/clinic"))
-    check_private(settings_of("evaluation.show_real=all", "data.root=/clinic", "evaluation.root=/elsewhere"))
+    check_private(
+        settings_of("evaluation.show_real=all", "data.root=/clinic", "evaluation.root=/elsewhere")
+    )
 
 
 def test_all_holes_are_told_at_once():
@@ -121,7 +155,13 @@ class Mixing(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.BatchNorm2d(4), nn.BatchNorm2d(4).eval(), nn.SyncBatchNorm(4), nn.InstanceNorm2d(4, track_running_stats=True)]
+    "layer",
+    [
+        nn.BatchNorm2d(4),
+        nn.BatchNorm2d(4).eval(),
+        nn.SyncBatchNorm(4),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+    ],
 )
 def test_layers_with_statistics_over_a_batch_are_refused_by_name(layer):
     with pytest.raises(ConfigError, match=rf"between \({type(layer).__name__}\).*GroupNorm"):
@@ -174,7 +214,9 @@ def origin(**of: object) -> dict:
         ({}, "does not say"),
     ],
 )
-def test_a_warm_start_that_may_know_private_images_is_refused_unless_it_is_declared_public(told, why):
+def test_a_warm_start_that_may_know_private_images_is_refused_unless_it_is_declared_public(
+    told, why
+):
     with pytest.raises(ConfigError, match=why) as found:
         check_start(settings_of(), Path("/elsewhere/round.safetensors"), told)
     assert "/elsewhere" not in str(found.value)
@@ -193,10 +235,18 @@ def test_pooled_and_federated_training_ask_alike_where_a_start_comes_from(tmp_pa
     open_settings = settings_of("privacy.noise_multiplier=-1")
     donor = Trainer(open_settings, images_of())
     path = tmp_path / "round-00001.safetensors"
-    save_tensors(path, donor.state_dict()[0], {"settings": to_dict(open_settings), "drawn": drawn, "label_names": ["a"]})
+    save_tensors(
+        path,
+        donor.state_dict()[0],
+        {"settings": to_dict(open_settings), "drawn": drawn, "label_names": ["a"]},
+    )
     settings = settings_of(f"training.warm_start={path}", "federation.hospitals=1")
     begin = {"planned_images": 40, "ledgers": [tmp_path / "ledger.jsonl"], "run": "run"}
-    members = [Member(**{name: value for name, value in MEMBER.items() if name in Member.__dataclass_fields__})]
+    members = [
+        Member(
+            **{name: value for name, value in MEMBER.items() if name in Member.__dataclass_fields__}
+        )
+    ]
     pooled = begin_training(settings, images_of(), **begin)
     if not drawn:
         with pytest.raises(ConfigError, match="public_start"):

@@ -17,12 +17,12 @@ from torch import nn
 from client.app import app
 from fedgan.data.federation import open_hospitals
 from fedgan.errors import ConfigError
-from fedgan.models.generator import Generator
+from fedgan.models.stylegan2.generator import Generator
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
 from fedgan.training.trainer import Trainer
 from fedgan.training.variates import ControlVariates
-from server.strategies import check_strategy
+from server.aggregation.strategies import check_strategy
 
 ON = "federation.control_variates=true"
 ALIKE = (ON, "federation.local_images=equal", "training.kimg=0.96")
@@ -30,7 +30,12 @@ PARTS = ("generator", "discriminator")
 
 
 def mean_of(models: list[dict[str, np.ndarray]], weights: np.ndarray) -> dict[str, np.ndarray]:
-    return {key: sum(w * model[key] for w, model in zip(weights, models, strict=True)).astype(np.float32) for key in models[0]}
+    return {
+        key: sum(w * model[key] for w, model in zip(weights, models, strict=True)).astype(
+            np.float32
+        )
+        for key in models[0]
+    }
 
 
 @hypothesis_settings(max_examples=20)
@@ -60,7 +65,9 @@ def test_hospitals_that_pull_apart_meet_at_the_optimum_of_all(
                 control.apply({"net": net}, 1 / steps)
         x = float(share @ [net.weight.item() for net in nets])
         total = share @ [control.corrections["net"][0].item() for control in variates]
-        assert abs(total) < 1e-9, "corrections move hospitals against each other, and the mean not at all"
+        assert abs(total) < 1e-9, (
+            "corrections move hospitals against each other, and the mean not at all"
+        )
     assert x == pytest.approx(best, abs=1e-3)
 
 
@@ -68,7 +75,14 @@ def test_without_corrections_they_do_not_meet_there() -> None:
     """The algebra above would prove nothing if the mean of long rounds were right as it is."""
     x, a, optima = 5.0, np.array([2.0, 0.5]), np.array([1.0, -1.0])
     for _ in range(100):
-        x = float(np.mean([optimum + (x - optimum) * (1 - 0.1 * slope) ** 4 for slope, optimum in zip(a, optima, strict=True)]))
+        x = float(
+            np.mean(
+                [
+                    optimum + (x - optimum) * (1 - 0.1 * slope) ** 4
+                    for slope, optimum in zip(a, optima, strict=True)
+                ]
+            )
+        )
     assert abs(x - (a @ optima) / a.sum()) > 0.05
 
 
@@ -80,7 +94,9 @@ def test_a_round_adds_the_whole_correction_however_many_steps_it_has() -> None:
     sent = {key: array + np.float32(0.25) for key, array in made.items()}
     trainer.incoming(sent)
     trainer.train(40)
-    parameters = {f"{part}/{name}" for part in PARTS for name, _ in trainer.parts[part].named_parameters()}
+    parameters = {
+        f"{part}/{name}" for part in PARTS for name, _ in trainer.parts[part].named_parameters()
+    }
     for key, array in trainer.outgoing(PARTS).items():
         if key in parameters:
             np.testing.assert_allclose(array, sent[key] + 0.25, atol=1e-4, err_msg=key)
@@ -97,13 +113,20 @@ def test_the_first_model_that_arrives_corrects_nothing() -> None:
 def test_who_goes_on_without_the_setting_goes_on_without_corrections() -> None:
     trainer = Trainer(tiny_settings(ON), tiny_dataset())
     for _ in range(2):
-        trainer.incoming({key: array + np.float32(1) for key, array in trainer.outgoing(PARTS).items()})
+        trainer.incoming(
+            {key: array + np.float32(1) for key, array in trainer.outgoing(PARTS).items()}
+        )
     state = trainer.state_dict()
-    plain, corrected = Trainer(tiny_settings(), tiny_dataset()), Trainer(tiny_settings(ON), tiny_dataset())
+    plain, corrected = (
+        Trainer(tiny_settings(), tiny_dataset()),
+        Trainer(tiny_settings(ON), tiny_dataset()),
+    )
     for other in (plain, corrected):
         other.load_state_dict(state)
     assert not plain._variates.corrections
-    corrected.incoming(trainer.outgoing(PARTS) | {key: array + 1 for key, array in trainer.outgoing(PARTS).items()})
+    corrected.incoming(
+        trainer.outgoing(PARTS) | {key: array + 1 for key, array in trainer.outgoing(PARTS).items()}
+    )
     for part in PARTS:  # a state is not changed by who loads it
         kept = state[0][f"variates/{part}/000"]
         torch.testing.assert_close(kept, torch.ones_like(kept), atol=1e-3, rtol=0)
@@ -111,16 +134,24 @@ def test_who_goes_on_without_the_setting_goes_on_without_corrections() -> None:
 
 def test_corrections_go_on_after_a_restart() -> None:
     def rounds(restart: bool) -> dict[str, np.ndarray]:
-        hospitals = [Trainer(tiny_settings(ON), tiny_dataset(seed=number), stream=number) for number in range(2)]
+        hospitals = [
+            Trainer(tiny_settings(ON), tiny_dataset(seed=number), stream=number)
+            for number in range(2)
+        ]
         sent = hospitals[0].outgoing(PARTS)
         for number in range(3):
             for hospital in hospitals:
                 hospital.incoming(sent)
                 hospital.train(8)
-            sent = mean_of([hospital.outgoing(PARTS) for hospital in hospitals], np.array([0.5, 0.5]))
+            sent = mean_of(
+                [hospital.outgoing(PARTS) for hospital in hospitals], np.array([0.5, 0.5])
+            )
             if restart and number == 1:
                 states = [hospital.state_dict() for hospital in hospitals]
-                hospitals = [Trainer(tiny_settings(ON), tiny_dataset(seed=number), stream=number) for number in range(2)]
+                hospitals = [
+                    Trainer(tiny_settings(ON), tiny_dataset(seed=number), stream=number)
+                    for number in range(2)
+                ]
                 for hospital, state in zip(hospitals, states, strict=True):
                     hospital.load_state_dict(state)
         return sent
@@ -144,10 +175,12 @@ def test_corrections_go_on_after_a_restart() -> None:
         ("federation.local_images=proportional", "numbers of steps"),
         ("federation.min_hospitals=2", "without some"),
         ("privacy.noise_multiplier=1", "may stop"),
-        ("privacy.hospital=server", "may stop"),
+        ("privacy.client_level=server", "may stop"),
     ],
 )
-def test_settings_under_which_corrections_do_not_cancel_out_are_refused(other: str, why: str) -> None:
+def test_settings_under_which_corrections_do_not_cancel_out_are_refused(
+    other: str, why: str
+) -> None:
     with pytest.raises(ConfigError, match=f"control_variates.*{why}"):
         check_strategy(tiny_settings(*ALIKE, other))
     check_strategy(tiny_settings(*ALIKE))
@@ -159,11 +192,18 @@ def test_hospitals_of_a_federation_correct_by_what_came_of_their_last_round(tmp_
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
     sent = load_tensors(run.checkpoint(1))[0]
-    channels, label_dim = open_hospitals(settings)[0].train.channels, sent["generator/mapping.embed.weight"].shape[1]
-    names = [name for name, _ in Generator(settings.model, 16, channels, label_dim).named_parameters()]
+    channels, label_dim = (
+        open_hospitals(settings)[0].train.channels,
+        sent["generator/mapping.embed.weight"].shape[1],
+    )
+    names = [
+        name for name, _ in Generator(settings.model, 16, channels, label_dim).named_parameters()
+    ]
     for hospital in ("alpha", "beta", "gamma"):
         folder = run.hospital_state(hospital)
-        own, then = (load_tensors(folder / f"state-0000{number}.safetensors")[0] for number in (1, 2))
+        own, then = (
+            load_tensors(folder / f"state-0000{number}.safetensors")[0] for number in (1, 2)
+        )
         for place, name in enumerate(names):
             key = f"generator/{name}"
             moved = (sent[key].reshape(own[key].shape) - own[key]).reshape(-1)

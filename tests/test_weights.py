@@ -21,24 +21,39 @@ from fedgan.errors import ConfigError
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator, load_tensors
 from fedgan.training.ema import ema_decay
+from server.aggregation.strategies import aggregate, check_strategy, make_strategy
+from server.aggregation.weights import columns, shares
 from server.records import to_record
-from server.strategies import aggregate, check_strategy, make_strategy
-from server.weights import columns, shares
 
 EMBED = "generator/mapping.embed.weight"
 
 
 def answers_of(sizes: list[int], models: list[dict[str, np.ndarray]]) -> list[Message]:
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # Flower makes no message without
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = (
+        1  # Flower makes no message without
+    )
     return [
-        Message(RecordDict({"arrays": to_record(model), "metrics": MetricRecord({"num_examples": size})}), node, "train")
+        Message(
+            RecordDict(
+                {"arrays": to_record(model), "metrics": MetricRecord({"num_examples": size})}
+            ),
+            node,
+            "train",
+        )
         for node, (size, model) in enumerate(zip(sizes, models, strict=True))
     ]
 
 
-def merged(settings: Settings, sent: dict[str, np.ndarray], sizes: list[int], changes: list[dict[str, np.ndarray]]):  # type: ignore[no-untyped-def]
+def merged(
+    settings: Settings,
+    sent: dict[str, np.ndarray],
+    sizes: list[int],
+    changes: list[dict[str, np.ndarray]],
+):  # type: ignore[no-untyped-def]
     """What the model moves by."""
-    models = [{key: (sent[key] + change[key]).astype(np.float32) for key in sent} for change in changes]
+    models = [
+        {key: (sent[key] + change[key]).astype(np.float32) for key in sent} for change in changes
+    ]
     made = aggregate(make_strategy(settings), settings, 1, answers_of(sizes, models), sent)
     assert made is not None
     return {key: made[key] - sent[key] for key in sent}
@@ -54,26 +69,48 @@ def settings_of(root: Path, *overrides: str, hospitals: int = 3) -> Settings:
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=5), st.integers(0, 2**31))
 def test_every_rule_moves_the_model_by_its_own_weights(sizes: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
-    sent = {"generator/w": rng.standard_normal((3, 4)).astype(np.float32), "generator/mapping.w_avg": np.zeros(4, np.float32)}
-    changes = [{key: rng.standard_normal(array.shape) for key, array in sent.items()} for _ in sizes]
+    sent = {
+        "generator/w": rng.standard_normal((3, 4)).astype(np.float32),
+        "generator/mapping.w_avg": np.zeros(4, np.float32),
+    }
+    changes = [
+        {key: rng.standard_normal(array.shape) for key, array in sent.items()} for _ in sizes
+    ]
     n = np.array(sizes, float)
-    wanted = {"size": n / n.sum(), "root": np.sqrt(n) / np.sqrt(n).sum(), "equal": np.full(len(n), 1 / len(n)), "sum": n * 0 + 1}
+    wanted = {
+        "size": n / n.sum(),
+        "root": np.sqrt(n) / np.sqrt(n).sum(),
+        "equal": np.full(len(n), 1 / len(n)),
+        "sum": n * 0 + 1,
+    }
     wanted["damped"] = n * 0 + math.hypot(*n) / n.sum()
     for rule, weights in wanted.items():
         settings = settings_of(Path(), f"federation.weights={rule}", hospitals=len(sizes))
         moved = merged(settings, sent, sizes, changes)
         by_rule = sum(w * change["generator/w"] for w, change in zip(weights, changes, strict=True))
         np.testing.assert_allclose(moved["generator/w"], by_rule, atol=1e-5)
-        average = sum(w * change["generator/mapping.w_avg"] for w, change in zip(n / n.sum(), changes, strict=True))
+        average = sum(
+            w * change["generator/mapping.w_avg"]
+            for w, change in zip(n / n.sum(), changes, strict=True)
+        )
         np.testing.assert_allclose(moved["generator/mapping.w_avg"], average, atol=1e-5)
 
 
-@pytest.mark.parametrize("words", [(), ("federation.local_images=equal",), ("federation.batch=shared",)])
-def test_a_damped_sum_counts_the_hospitals_by_their_steps(words: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words", [(), ("federation.local_images=equal",), ("federation.batch=shared",)]
+)
+def test_a_damped_sum_counts_the_hospitals_by_their_steps(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
     """Sixteen hospitals that take as many steps count as sixteen, and one of them with all the images as nearly one."""
     sizes = [10_000] + [10] * 15
     settings = settings_of(
-        tmp_path, "federation.weights=damped", "training.batch_size=16", "training.kimg=1", *words, hospitals=16
+        tmp_path,
+        "federation.weights=damped",
+        "training.batch_size=16",
+        "training.kimg=1",
+        *words,
+        hospitals=16,
     )
     sent = {"generator/w": np.zeros(3, np.float32)}
     moved = merged(settings, sent, sizes, [{"generator/w": np.ones(3)}] * 16)["generator/w"]
@@ -84,7 +121,10 @@ def test_a_damped_sum_counts_the_hospitals_by_their_steps(words: tuple[str, ...]
 def test_one_hospital_is_itself_to_the_bit(rule: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sent = {"generator/w": (rng.standard_normal((64, 64)) * 100).astype(np.float32)}
-    model = {"generator/w": sent["generator/w"] + rng.standard_normal((64, 64)).astype(np.float32) * 0.001}
+    model = {
+        "generator/w": sent["generator/w"]
+        + rng.standard_normal((64, 64)).astype(np.float32) * 0.001
+    }
     settings = settings_of(tmp_path, f"federation.weights={rule}", hospitals=1)
     made = aggregate(make_strategy(settings), settings, 1, answers_of([7], [dict(model)]), sent)
     assert made is not None
@@ -97,7 +137,10 @@ def test_a_label_s_row_is_its_holders_own(rule: str, tmp_path: Path) -> None:
     held = np.array([[1, 0, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0]])
     sent = {EMBED: np.random.default_rng(3).standard_normal((5, 4)).astype(np.float32)}
     sent["ema/mapping.embed.weight"] = sent[EMBED] + 1
-    changes = [{EMBED: np.random.default_rng(number).standard_normal((5, 4)) * row} for number, row in enumerate(held)]
+    changes = [
+        {EMBED: np.random.default_rng(number).standard_normal((5, 4)) * row}
+        for number, row in enumerate(held)
+    ]
     for change in changes:  # an average moves everywhere: towards the model that arrived
         change["ema/mapping.embed.weight"] = change[EMBED] * 0.1 + 0.01
     settings = settings_of(tmp_path, f"federation.weights={rule}", "federation.label_rows=true")
@@ -108,7 +151,9 @@ def test_a_label_s_row_is_its_holders_own(rule: str, tmp_path: Path) -> None:
     ):
         for label in range(3):
             holders = held[:, label] * weights / (held[:, label] * weights).sum()
-            expected = sum(w * change[key][:, label] for w, change in zip(holders, changes, strict=True))
+            expected = sum(
+                w * change[key][:, label] for w, change in zip(holders, changes, strict=True)
+            )
             np.testing.assert_allclose(moved[key][:, label], expected, atol=1e-5)
 
 
@@ -124,8 +169,14 @@ def test_columns_that_nobody_moved_keep_their_weights() -> None:
         (["federation.label_rows=true", "federation.strategy=krum"], "takes none"),
         (["federation.weights=root", "federation.secure=true"], "hides from the server"),
         (["federation.label_rows=true", "federation.secure=true"], "hides from the server"),
-        (["federation.weights=sum", "privacy.hospital=server"], "further than privacy.hospital"),
-        (["federation.weights=damped", "privacy.hospital=client"], "further than privacy.hospital"),
+        (
+            ["federation.weights=sum", "privacy.client_level=server"],
+            "further than privacy.client_level",
+        ),
+        (
+            ["federation.weights=damped", "privacy.client_level=client"],
+            "further than privacy.client_level",
+        ),
         (["federation.label_rows=true", "federation.weights=sum"], "takes no mean"),
         (["federation.label_rows=true", "federation.weights=damped"], "takes no mean"),
         (["federation.label_rows=true", "training.labels=uniform"], "does not hold"),
@@ -133,7 +184,9 @@ def test_columns_that_nobody_moved_keep_their_weights() -> None:
         (["federation.strategy=fedavgm", "federation.server_momentum=0"], "server_momentum > 0"),
     ],
 )
-def test_weights_are_refused_where_they_could_not_hold(overrides: list[str], word: str, tmp_path: Path) -> None:
+def test_weights_are_refused_where_they_could_not_hold(
+    overrides: list[str], word: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=word):
         check_strategy(settings_of(tmp_path, *overrides, hospitals=5))
 
@@ -142,11 +195,19 @@ def test_weights_are_refused_where_they_could_not_hold(overrides: list[str], wor
 
 
 def test_a_federation_adds_up_what_its_hospitals_changed(tmp_path: Path) -> None:
-    settings = tiny(write_shards(tmp_path / "data", (48, 24, 16)), "federation.weights=sum", rounds=2, kimg=0.048)
+    settings = tiny(
+        write_shards(tmp_path / "data", (48, 24, 16)),
+        "federation.weights=sum",
+        rounds=2,
+        kimg=0.048,
+    )
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
     before, after = (load_tensors(run.checkpoint(number))[0] for number in (1, 2))
-    states = [load_tensors(run.hospital_state(name) / "state-00002.safetensors")[0] for name in ("alpha", "beta", "gamma")]
+    states = [
+        load_tensors(run.hospital_state(name) / "state-00002.safetensors")[0]
+        for name in ("alpha", "beta", "gamma")
+    ]
     for key in before:
         if key.startswith(("generator/", "discriminator/")) and not key.endswith("w_avg"):
             expected = before[key].double() + sum(
@@ -168,18 +229,31 @@ def test_an_average_that_does_not_travel_is_the_server_s(tmp_path: Path) -> None
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
     states = [load_tensors(run.checkpoint(number)) for number in range(3)]
-    average = {key: tensor.numpy() for key, tensor in states[0][0].items() if key.startswith("ema/")}
+    average = {
+        key: tensor.numpy() for key, tensor in states[0][0].items() if key.startswith("ema/")
+    }
     assert average
     for (_, before), (tensors, meta) in itertools.pairwise(states):
-        decay = ema_decay(meta["images_seen"] - before["images_seen"], 0.02, 0.05, before["images_seen"])
+        decay = ema_decay(
+            meta["images_seen"] - before["images_seen"], 0.02, 0.05, before["images_seen"]
+        )
         for key in average:
             now = tensors["generator/" + key.removeprefix("ema/")].numpy()
-            average[key] = now if key.endswith("w_avg") else decay * average[key] + (1 - decay) * now
+            average[key] = (
+                now if key.endswith("w_avg") else decay * average[key] + (1 - decay) * now
+            )
             np.testing.assert_allclose(tensors[key].numpy(), average[key], rtol=1e-5, atol=1e-6)
     judged = load_generator(run.checkpoint(2))[0].state_dict()
-    assert all(np.array_equal(judged[key.removeprefix("ema/")].numpy(), states[2][0][key].numpy()) for key in average)
-    numbers = sum(tensor.numel() for key, tensor in states[2][0].items() if not key.startswith("ema/"))
-    assert states[2][1]["bytes_exchanged"] == 2 * 2 * 2 * 4 * numbers  # rounds, hospitals, directions, float32
+    assert all(
+        np.array_equal(judged[key.removeprefix("ema/")].numpy(), states[2][0][key].numpy())
+        for key in average
+    )
+    numbers = sum(
+        tensor.numel() for key, tensor in states[2][0].items() if not key.startswith("ema/")
+    )
+    assert (
+        states[2][1]["bytes_exchanged"] == 2 * 2 * 2 * 4 * numbers
+    )  # rounds, hospitals, directions, float32
 
 
 def test_the_server_s_average_survives_a_restart(tmp_path: Path) -> None:
@@ -204,11 +278,23 @@ def test_the_server_s_average_survives_a_restart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedyogi"])
 def test_no_server_optimiser_steps_beyond_a_running_average(name: str, tmp_path: Path) -> None:
-    settings = tiny(write_shards(tmp_path / "data", (24, 16)), f"federation.strategy={name}", hospitals=2, rounds=3, kimg=0.072)
+    settings = tiny(
+        write_shards(tmp_path / "data", (24, 16)),
+        f"federation.strategy={name}",
+        hospitals=2,
+        rounds=3,
+        kimg=0.072,
+    )
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
     merged = load_tensors(run.checkpoint(3))[0]
-    states = [load_tensors(run.hospital_state(name) / "state-00003.safetensors")[0] for name in ("alpha", "beta")]
+    states = [
+        load_tensors(run.hospital_state(name) / "state-00003.safetensors")[0]
+        for name in ("alpha", "beta")
+    ]
     for key in filter(lambda key: key.startswith("ema/"), merged):
-        low, high = torch.minimum(*(state[key] for state in states)), torch.maximum(*(state[key] for state in states))
+        low, high = (
+            torch.minimum(*(state[key] for state in states)),
+            torch.maximum(*(state[key] for state in states)),
+        )
         assert ((merged[key] >= low - 1e-5) & (merged[key] <= high + 1e-5)).all()

@@ -17,14 +17,14 @@ from client.app import app
 from client.wire import received as received_by_hospital
 from fedgan import files
 from fedgan.errors import ConfigError, FederationError
+from fedgan.exchange.number_formats import DTYPES, answer, pack, restore, unpack
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
 from fedgan.training.trainer import Trainer
-from fedgan.training.wire import DTYPES, answer, pack, restore, unpack
+from server.aggregation.strategies import check_strategy
+from server.aggregation.weights import is_average
 from server.records import check_reply, to_record
 from server.roster import Member
-from server.strategies import check_strategy
-from server.weights import is_average
 from server.wire import inward, outward, outward_bytes
 
 SHARE = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # of a number, that rounding may move it by
@@ -48,14 +48,20 @@ def arrays_of(run: RunFolder, round_number: int) -> dict[str, np.ndarray]:
 
 
 def message(arrays: dict[str, np.ndarray]) -> Message:
-    return Message(RecordDict({"arrays": to_record(arrays), "config": ConfigRecord({"round": 3})}), 100, "train")
+    return Message(
+        RecordDict({"arrays": to_record(arrays), "config": ConfigRecord({"round": 3})}),
+        100,
+        "train",
+    )
 
 
 def reply(arrays: dict[str, np.ndarray]) -> Message:
     question = message({})
     question.metadata.__dict__["_message_id"] = "question"
     records = {"arrays": ArrayRecord({key: Array(value) for key, value in arrays.items()})}
-    return Message(RecordDict(records | {"metrics": MetricRecord({"num_examples": 5})}), reply_to=question)  # type: ignore[arg-type]
+    return Message(
+        RecordDict(records | {"metrics": MetricRecord({"num_examples": 5})}), reply_to=question
+    )  # type: ignore[arg-type]
 
 
 # --- packing ---------------------------------------------------------------------------------------
@@ -69,7 +75,9 @@ def test_numbers_of_the_wire_come_back_to_the_bit(bits: np.ndarray) -> None:
         wide = np.where(np.isfinite(wide), wide, np.float32(0))
         packed = pack({"g/w": wide}, wire)["g/w"]
         assert (packed.dtype, packed.shape) == (DTYPES[wire], bits.shape)
-        assert np.array_equal(unpack({"g/w": packed}, wire)["g/w"].view(np.uint32), wide.view(np.uint32))
+        assert np.array_equal(
+            unpack({"g/w": packed}, wire)["g/w"].view(np.uint32), wide.view(np.uint32)
+        )
 
 
 @BITS16
@@ -77,18 +85,34 @@ def test_numbers_of_the_wire_come_back_to_the_bit(bits: np.ndarray) -> None:
 def test_rounding_moves_a_number_by_its_share_at_most(wire: str, array: np.ndarray) -> None:
     found = unpack(pack({"g/w": array}, wire), wire)["g/w"]
     assert found.dtype == np.float32
-    assert (np.abs(found.astype(np.float64) - array) <= SHARE[wire] * np.abs(array.astype(np.float64)) + STEP[wire]).all()
+    assert (
+        np.abs(found.astype(np.float64) - array)
+        <= SHARE[wire] * np.abs(array.astype(np.float64)) + STEP[wire]
+    ).all()
 
 
 def test_bf16_is_the_upper_half_of_float32_rounded_to_the_even_one_of_two() -> None:
     numbers = np.array([1.0, -2.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 3e38], np.float32)
-    assert pack({"w": numbers}, "bf16")["w"].tolist() == [0x3F80, 0xC000, 0x3F80, 0x3F82, 0x3F81, 0x7F62]
+    assert pack({"w": numbers}, "bf16")["w"].tolist() == [
+        0x3F80,
+        0xC000,
+        0x3F80,
+        0x3F82,
+        0x3F81,
+        0x7F62,
+    ]
 
 
 def test_float32_travels_as_it_is() -> None:
-    sent, trained = {"w": np.array([0.1, np.nan], np.float32)}, {"w": np.array([0.3, 1e38], np.float32)}
+    sent, trained = (
+        {"w": np.array([0.1, np.nan], np.float32)},
+        {"w": np.array([0.3, 1e38], np.float32)},
+    )
     assert pack(sent, "fp32")["w"] is sent["w"]
-    assert restore(answer(trained, sent, "fp32", False), sent, sent, "fp32", False)["w"] is trained["w"]
+    assert (
+        restore(answer(trained, sent, "fp32", False), sent, sent, "fp32", False)["w"]
+        is trained["w"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,7 +124,9 @@ def test_float32_travels_as_it_is() -> None:
         ("bf16", -np.inf, "not finite: the training diverged"),
     ],
 )
-def test_what_the_wire_cannot_hold_is_an_error_that_names_the_array(wire: str, value: float, words: str) -> None:
+def test_what_the_wire_cannot_hold_is_an_error_that_names_the_array(
+    wire: str, value: float, words: str
+) -> None:
     good, bad = np.ones(3, np.float32), np.array([1, value], np.float32)
     with pytest.raises(FederationError) as caught:
         pack({"ema/good": good, "generator/bad": bad}, wire)
@@ -109,10 +135,16 @@ def test_what_the_wire_cannot_hold_is_an_error_that_names_the_array(wire: str, v
 
 
 def test_an_array_of_another_wire_is_refused() -> None:
-    with pytest.raises(FederationError, match=r"'ema/w' came as float32, and federation.wire = 'fp16' travels as float16"):
+    with pytest.raises(
+        FederationError,
+        match=r"'ema/w' came as float32, and federation.wire = 'fp16' travels as float16",
+    ):
         unpack({"ema/w": np.ones(2, np.float32)}, "fp16")
     with pytest.raises(FederationError, match="came as float16"):
-        received_by_hospital(message({"ema/w": np.ones(2, np.float16)}), tiny(Path("nowhere"), "federation.wire=bf16"))
+        received_by_hospital(
+            message({"ema/w": np.ones(2, np.float16)}),
+            tiny(Path("nowhere"), "federation.wire=bf16"),
+        )
 
 
 # --- the algebra -----------------------------------------------------------------------------------
@@ -121,7 +153,9 @@ def test_an_array_of_another_wire_is_refused() -> None:
 @BITS16
 @pytest.mark.parametrize("delta", [True, False])
 @given(array=weights)
-def test_hospitals_that_change_nothing_leave_the_master_as_it_is(wire: str, delta: bool, array: np.ndarray) -> None:
+def test_hospitals_that_change_nothing_leave_the_master_as_it_is(
+    wire: str, delta: bool, array: np.ndarray
+) -> None:
     master = {"g/w": array}
     for _ in range(5):
         sent = unpack(pack(master, wire), wire)
@@ -132,20 +166,33 @@ def test_hospitals_that_change_nothing_leave_the_master_as_it_is(wire: str, delt
 
 
 @BITS16
-@given(st.integers(0, 10_000), st.integers(1, 5), st.sampled_from([1e-3, 1.0, 100.0]), st.sampled_from([1e-4, 1e-2, 1.0]))
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 5),
+    st.sampled_from([1e-3, 1.0, 100.0]),
+    st.sampled_from([1e-4, 1e-2, 1.0]),
+)
 def test_the_mean_is_that_of_the_changes_but_for_their_rounding(
     wire: str, seed: int, hospitals: int, scale: float, size: float
 ) -> None:
     rng = np.random.default_rng(seed)
     master = {"g/w": (scale * rng.standard_normal(50)).astype(np.float32)}
     sent = unpack(pack(master, wire), wire)
-    trained = [{"g/w": sent["g/w"] + (size * rng.standard_normal(50)).astype(np.float32)} for _ in range(hospitals)]
-    models = [restore(answer(model, sent, wire, True), master, sent, wire, True) for model in trained]
+    trained = [
+        {"g/w": sent["g/w"] + (size * rng.standard_normal(50)).astype(np.float32)}
+        for _ in range(hospitals)
+    ]
+    models = [
+        restore(answer(model, sent, wire, True), master, sent, wire, True) for model in trained
+    ]
     changes = [model["g/w"].astype(np.float64) - sent["g/w"] for model in trained]
     exact = master["g/w"] + np.mean(changes, axis=0)
     found = np.mean([model["g/w"].astype(np.float64) for model in models], axis=0)
     float32 = 2.0**-23 * max(np.abs(model["g/w"]).max() for model in [*trained, *models])
-    assert (np.abs(found - exact) <= SHARE[wire] * np.mean(np.abs(changes), axis=0) + STEP[wire] + float32).all()
+    assert (
+        np.abs(found - exact)
+        <= SHARE[wire] * np.mean(np.abs(changes), axis=0) + STEP[wire] + float32
+    ).all()
 
 
 @BITS16
@@ -168,11 +215,17 @@ def test_an_answer_is_held_against_the_dtype_of_the_wire() -> None:
     sent = {"ema/w": np.ones(3, np.float32)}
     check_reply(member, reply({"ema/w": np.ones(3, np.float16)}), sent, "fp16")
     check_reply(member, reply({"ema/w": np.full(3, 0x3F80, np.uint16)}), sent, "bf16")
-    with pytest.raises(FederationError, match=r"'ema/w' as float32 \(3,\), sent was float16 \(3,\)"):
+    with pytest.raises(
+        FederationError, match=r"'ema/w' as float32 \(3,\), sent was float16 \(3,\)"
+    ):
         check_reply(member, reply(sent), sent, "fp16")
     with pytest.raises(FederationError, match=r"'ema/w' as uint16 \(2,\), sent was uint16 \(3,\)"):
         check_reply(member, reply({"ema/w": np.ones(2, np.uint16)}), sent, "bf16")
-    for wire, bad in (("fp16", np.float16(np.inf)), ("bf16", np.uint16(0x7FC0)), ("bf16", np.uint16(0xFF80))):
+    for wire, bad in (
+        ("fp16", np.float16(np.inf)),
+        ("bf16", np.uint16(0x7FC0)),
+        ("bf16", np.uint16(0xFF80)),
+    ):
         with pytest.raises(FederationError, match="values that are not finite"):
             check_reply(member, reply({"ema/w": np.array([bad] * 3)}), sent, wire)
 
@@ -187,16 +240,24 @@ def test_the_server_sends_nothing_that_the_wire_cannot_hold(tmp_path: Path) -> N
     assert dict(sent.content.config_records["config"]) == {"round": 3}
     assert (sent.metadata.dst_node_id, sent.metadata.message_type) == (100, "train")
     assert outward_bytes(settings, master) == 8
-    back = inward(settings, [reply({"ema/w": np.full(3, 2, np.float16)})], {"ema/w": master["ema/w"]})[0]
+    back = inward(
+        settings, [reply({"ema/w": np.full(3, 2, np.float16)})], {"ema/w": master["ema/w"]}
+    )[0]
     assert back.content.array_records["arrays"]["ema/w"].numpy().tolist() == [2, 2, 2]
     assert back.content.metric_records["metrics"]["num_examples"] == 5
 
 
-@pytest.mark.parametrize("override", ["federation.wire=fp16", "federation.wire=bf16", "federation.delta=true"])
-def test_hospitals_that_clip_their_own_models_send_them_whole(override: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"leave federation.wire = 'fp32' and federation.delta = false"):
-        check_strategy(tiny(tmp_path, override, "privacy.hospital=client"))
-    check_strategy(tiny(tmp_path, override, "privacy.hospital=server"))
+@pytest.mark.parametrize(
+    "override", ["federation.wire=fp16", "federation.wire=bf16", "federation.delta=true"]
+)
+def test_hospitals_that_clip_their_own_models_send_them_whole(
+    override: str, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"leave federation.wire = 'fp32' and federation.delta = false"
+    ):
+        check_strategy(tiny(tmp_path, override, "privacy.client_level=client"))
+    check_strategy(tiny(tmp_path, override, "privacy.client_level=server"))
 
 
 @pytest.mark.parametrize(
@@ -213,13 +274,20 @@ def test_hospitals_that_clip_their_own_models_send_them_whole(override: str, tmp
 def test_a_strategy_aggregates_what_the_hospitals_changed_onto_the_master(
     strategy: str, wire: str, delta: bool, tmp_path: Path
 ) -> None:
-    words = (f"federation.strategy={strategy}", f"federation.wire={wire}", f"federation.delta={str(delta).lower()}")
+    words = (
+        f"federation.strategy={strategy}",
+        f"federation.wire={wire}",
+        f"federation.delta={str(delta).lower()}",
+    )
     settings = tiny(write_shards(tmp_path / "data", (48, 24, 16)), *words, rounds=1, kimg=0.012)
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
     master, after = arrays_of(run, 0), arrays_of(run, 1)
     sent = unpack(pack(master, wire), wire)
-    states = [load_tensors(run.hospital_state(name) / "state-00001.safetensors")[0] for name in ("alpha", "beta", "gamma")]
+    states = [
+        load_tensors(run.hospital_state(name) / "state-00001.safetensors")[0]
+        for name in ("alpha", "beta", "gamma")
+    ]
     fits: list[np.ndarray] = []  # of each array, whether each expectation is met
     for key in after:
         trained = np.stack([state[key].double().numpy() for state in states])
@@ -235,19 +303,36 @@ def test_a_strategy_aggregates_what_the_hospitals_changed_onto_the_master(
             case "fedadam" if is_average(key):  # no optimiser steps beyond an average
                 expected = [mean]
             case "fedadam":
-                expected = [0.01 * np.sqrt(1 - 0.99**2) / (1 - 0.9**2) * 0.1 * mean / (0.1 * np.abs(mean) + 1e-3)]
+                expected = [
+                    0.01
+                    * np.sqrt(1 - 0.99**2)
+                    / (1 - 0.9**2)
+                    * 0.1
+                    * mean
+                    / (0.1 * np.abs(mean) + 1e-3)
+                ]
         # What rounding on the way up may do: to a change with delta, to the model without.
-        slack = SHARE.get(wire, 0) * np.abs(change if delta else trained).max(axis=0) + 1e-6 * (1 + np.abs(master[key]))
-        fits.append(np.array([(np.abs(after[key] - master[key] - one) <= slack).all() for one in expected]))
+        slack = SHARE.get(wire, 0) * np.abs(change if delta else trained).max(axis=0) + 1e-6 * (
+            1 + np.abs(master[key])
+        )
+        fits.append(
+            np.array([(np.abs(after[key] - master[key] - one) <= slack).all() for one in expected])
+        )
         assert after[key].dtype == np.float32
     assert np.all(fits, axis=0).any()
 
 
 def test_rounds_without_training_leave_the_model_where_float32_does(tmp_path: Path) -> None:
     data, models = write_shards(tmp_path / "data", (16, 16)), []
-    for number, words in enumerate(([], ["federation.wire=bf16", "federation.delta=true"], ["federation.wire=fp16"])):
+    for number, words in enumerate(
+        ([], ["federation.wire=bf16", "federation.delta=true"], ["federation.wire=fp16"])
+    ):
         run = RunFolder.at(tmp_path / str(number))
-        federate(tiny(data, *words, "training.learning_rate=0", hospitals=2, rounds=3, kimg=0.024), run, app)
+        federate(
+            tiny(data, *words, "training.learning_rate=0", hospitals=2, rounds=3, kimg=0.024),
+            run,
+            app,
+        )
         models.append(arrays_of(run, 3))
     still = [key for key in models[0] if not key.startswith("ema/") and not key.endswith("w_avg")]
     assert len(still) > 20
@@ -259,16 +344,32 @@ def test_half_the_bytes_travel_and_are_counted(tmp_path: Path) -> None:
     data, counted = write_shards(tmp_path / "data", (16, 16)), {}
     for wire in ("fp32", "fp16", "bf16"):
         run = RunFolder.at(tmp_path / wire)
-        federate(tiny(data, f"federation.wire={wire}", "federation.delta=true", hospitals=2, rounds=2, kimg=0.016), run, app)
+        federate(
+            tiny(
+                data,
+                f"federation.wire={wire}",
+                "federation.delta=true",
+                hospitals=2,
+                rounds=2,
+                kimg=0.016,
+            ),
+            run,
+            app,
+        )
         counted[wire] = [line["bytes_exchanged"] for line in files.read_json_lines(run.metrics)]
     numbers = sum(array.size for array in arrays_of(run, 2).values())
-    assert counted["fp32"] == [16 * numbers, 32 * numbers]  # two hospitals, two directions, four bytes
+    assert counted["fp32"] == [
+        16 * numbers,
+        32 * numbers,
+    ]  # two hospitals, two directions, four bytes
     assert counted["fp16"] == counted["bf16"] == [8 * numbers, 16 * numbers]
 
 
 def test_a_run_of_rounded_differences_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     words = ("federation.wire=bf16", "federation.delta=true")
-    settings = tiny(write_shards(tmp_path / "data", (24, 16)), *words, hospitals=2, rounds=3, kimg=0.024)
+    settings = tiny(
+        write_shards(tmp_path / "data", (24, 16)), *words, hospitals=2, rounds=3, kimg=0.024
+    )
     whole, broken = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "broken")
     federate(settings, whole, app)
 
@@ -286,7 +387,13 @@ def test_a_run_of_rounded_differences_goes_on_as_if_it_had_not_stopped(tmp_path:
 def test_a_model_that_outgrows_fp16_ends_the_run_by_name_and_it_can_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = tiny(write_shards(tmp_path / "data", (16, 16)), "federation.wire=fp16", hospitals=2, rounds=2, kimg=0.016)
+    settings = tiny(
+        write_shards(tmp_path / "data", (16, 16)),
+        "federation.wire=fp16",
+        hospitals=2,
+        rounds=2,
+        kimg=0.016,
+    )
     run = RunFolder.at(tmp_path / "run")
     usual = Trainer.outgoing
 
@@ -304,9 +411,14 @@ def test_a_model_that_outgrows_fp16_ends_the_run_by_name_and_it_can_go_on(
         "hospital 2 ('beta') failed in round 2: FederationError while giving out its model in the numbers of federation.wire"
     )
     told_at_home = (run.hospital_state("beta") / "client.log").read_text()
-    assert "'generator/mapping.w_avg' holds a number beyond what fp16 can: set federation.wire = 'bf16' or 'fp32'" in told_at_home
+    assert (
+        "'generator/mapping.w_avg' holds a number beyond what fp16 can: set federation.wire = 'bf16' or 'fp32'"
+        in told_at_home
+    )
     assert run.last_round() == 1
     assert [line["round"] for line in files.read_json_lines(run.metrics)] == [1]
-    run.write_settings(tiny(tmp_path / "data", "federation.wire=bf16", hospitals=2, rounds=2, kimg=0.016))
+    run.write_settings(
+        tiny(tmp_path / "data", "federation.wire=bf16", hospitals=2, rounds=2, kimg=0.016)
+    )
     federate(run.settings(), run, app)
     assert run.last_round() == 2

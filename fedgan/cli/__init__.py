@@ -12,7 +12,20 @@ import click
 import typer
 
 import fedgan
-from fedgan.cli import audit, compare, console, data, deploy, doctor, help, keys, ledger, outbound, outputs, runs
+from fedgan.cli import (
+    audit,
+    compare,
+    console,
+    data,
+    deploy,
+    doctor,
+    help,
+    keys,
+    ledger,
+    outbound,
+    outputs,
+    runs,
+)
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 unexpected failure; 2 scenario, key or usage; 3 data; 4 checkpoint; 5 federation; "
@@ -51,7 +64,9 @@ app.command(
 app.command(
     epilog="Example: fedgan ledger data/north\n\nExample: fedgan ledger data/north --delta 1e-4 --max-epsilon 10",
 )(ledger.ledger)
-app.command(epilog="Example: fedgan outbound data/north\n\nExample: fedgan outbound runs/demo --json")(outbound.outbound)
+app.command(
+    epilog="Example: fedgan outbound data/north\n\nExample: fedgan outbound runs/demo --json"
+)(outbound.outbound)
 app.add_typer(data.app, name="data")
 app.add_typer(keys.app, name="keys")
 app.add_typer(deploy.app, name="deploy")
@@ -69,10 +84,16 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="On an error print the traceback too; allowed anywhere on the line.")
+        bool,
+        typer.Option(
+            "--debug", help="On an error print the traceback too; allowed anywhere on the line."
+        ),
     ] = False,
 ) -> None:
     """Options before the verb. `main` looks for --debug itself, so that it may stand anywhere."""
@@ -85,12 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     command = help.build(app)
     try:  # not command.main(), which would swallow Ctrl-C and print errors in its own ways
-        with console.sigterm_as_ctrl_c(), command.make_context("fedgan", words or ["--help"]) as context:
+        with (
+            console.sigterm_as_ctrl_c(),
+            command.make_context("fedgan", words or ["--help"]) as context,
+        ):
             command.invoke(context)
     except click.exceptions.Exit as ending:
         return ending.exit_code
     except click.UsageError as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # `fedgan data` alone; click < 8.2 has no such class
+        if (
+            type(error).__name__ == "NoArgsIsHelpError"
+        ):  # `fedgan data` alone; click < 8.2 has no such class
             typer.echo(error.format_message())
             return 0
         console.report_failure(_usage_text(error), "UsageError", 2, as_json)
@@ -105,5 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _usage_text(error: click.UsageError) -> str:
     verb = error.ctx.command_path if error.ctx else "fedgan"
-    message = re.sub(r"( Did you mean [^?]*\?)\1", r"\1", error.format_message())  # typer and click both suggest
+    message = re.sub(
+        r"( Did you mean [^?]*\?)\1", r"\1", error.format_message()
+    )  # typer and click both suggest
     return f"{message} (see {verb} --help)"

@@ -16,41 +16,79 @@ from fedgan.cli.runs import checkpoint_of, runner
 from fedgan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from fedgan.audit.audit import HospitalAudit
+    from fedgan.audit.subject import Audited, Say
     from fedgan.config import Settings
     from fedgan.data.federation import Hospital
-    from fedgan.evaluation.audit import HospitalAudit
-    from fedgan.evaluation.audit_subject import Audited, Say
     from fedgan.run_folder import RunFolder
 
 Shards = Annotated[
     Path | None,
-    typer.Option("--shards", metavar="DIR", help="The hospitals' shards, or one hospital's, where they lie elsewhere by now."),
+    typer.Option(
+        "--shards",
+        metavar="DIR",
+        help="The hospitals' shards, or one hospital's, where they lie elsewhere by now.",
+    ),
 ]
 
 
 def audit(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that fedgan simulate wrote.")],
-    images: Annotated[int, typer.Option("--images", "-n", min=50, help="Synthetic images drawn for each hospital.")] = 2000,
+    run_path: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run folder that fedgan simulate wrote.")
+    ],
+    images: Annotated[
+        int,
+        typer.Option("--images", "-n", min=50, help="Synthetic images drawn for each hospital."),
+    ] = 2000,
     shadows: Annotated[
-        int, typer.Option("--shadows", min=0, help="Shadow trainings for each hospital, an even number; they cost most.")
+        int,
+        typer.Option(
+            "--shadows",
+            min=0,
+            help="Shadow trainings for each hospital, an even number; they cost most.",
+        ),
     ] = 0,
     shadow_kimg: Annotated[
-        float, typer.Option("--shadow-kimg", min=0.001, help="Images that one shadow is shown, in thousands.")
+        float,
+        typer.Option(
+            "--shadow-kimg", min=0.001, help="Images that one shadow is shown, in thousands."
+        ),
     ] = 2.0,
     hospital: Annotated[
-        list[str] | None, typer.Option("--hospital", metavar="NAME", help="Audit this hospital alone; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--hospital", metavar="NAME", help="Audit this hospital alone; may be repeated."
+        ),
     ] = None,
     shards: Shards = None,
     projected: Annotated[
-        int, typer.Option("--projected", min=0, help="Training images, and as many held-out ones, to project; 0: none.")
+        int,
+        typer.Option(
+            "--projected",
+            min=0,
+            help="Training images, and as many held-out ones, to project; 0: none.",
+        ),
     ] = 64,
     embedding_steps: Annotated[
-        int, typer.Option("--embedding-steps", min=1, help="Steps that the contrastive copy detector is trained for.")
+        int,
+        typer.Option(
+            "--embedding-steps",
+            min=1,
+            help="Steps that the contrastive copy detector is trained for.",
+        ),
     ] = 300,
     psi: Annotated[
-        float, typer.Option("--psi", min=0.0, max=1.0, help="Truncation of the images that are audited: that of the release.")
+        float,
+        typer.Option(
+            "--psi",
+            min=0.0,
+            max=1.0,
+            help="Truncation of the images that are audited: that of the release.",
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed; the same seed gives the same numbers.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Seed; the same seed gives the same numbers.")
+    ] = 0,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -72,23 +110,33 @@ def audit(
     run = RunFolder.at(run_path)
     checkpoint = checkpoint_of(run.path)
     if shadows % 2:
-        raise ConfigError(f"--shadows {shadows}: shadow models come in pairs that share the images: give an even number")
+        raise ConfigError(
+            f"--shadows {shadows}: shadow models come in pairs that share the images: give an even number"
+        )
     if output is not None:
         console.refuse_existing(output, "the audit")
     runner()  # has a message of its own where there is no repository
-    from fedgan.evaluation.audit import audit_hospitals, report_of
-    from fedgan.evaluation.audit_subject import AuditSettings
-    from server.lock import locked
+    from fedgan.audit.audit import audit_hospitals, report_of
+    from fedgan.audit.subject import AuditSettings
+    from fedgan.runs.lock import locked
 
     chosen = AuditSettings(
-        seed, images, projected, embedding_steps=embedding_steps, shadows=shadows, shadow_kimg=shadow_kimg, psi=psi
+        seed,
+        images,
+        projected,
+        embedding_steps=embedding_steps,
+        shadows=shadows,
+        shadow_kimg=shadow_kimg,
+        psi=psi,
     )
     with locked(run), console.stdout_for_results():
         settings = run.settings()
         hospitals = chosen_hospitals(opened_hospitals(settings, run, shards), hospital or [])
         if shadows:
             total = shadows * len(hospitals)
-            console.note(f"{total} shadow trainings of {shadow_kimg:g} kimg: {total * shadow_kimg:g} kimg in all")
+            console.note(
+                f"{total} shadow trainings of {shadow_kimg:g} kimg: {total * shadow_kimg:g} kimg in all"
+            )
         audited, meta = load_audited(checkpoint, settings)
         with told(len(hospitals)) as say:
             found = audit_hospitals(audited, hospitals, chosen, say)
@@ -97,7 +145,7 @@ def audit(
         pictures = write_pictures(run, found)
         files.write_json(place, report)
         if output is None and run.report.is_file():
-            from fedgan.report.page import write_report
+            from fedgan.report.run.page import write_report
 
             write_report(run)
     _tell(report, place, pictures, as_json)
@@ -106,7 +154,7 @@ def audit(
 def opened_hospitals(settings: Settings, run: RunFolder, shards: Path | None) -> list[Hospital]:
     """The hospitals as the run opened them, or those whose shards lie in `shards`. Raises `DataError` where there are none."""
     from fedgan.data.federation import find_shards, open_hospital
-    from server.preparation import open_prepared, shards_of
+    from fedgan.runs.preparation import open_prepared, shards_of
 
     if shards is not None:
         return [open_hospital(settings, path) for path in find_shards(shards)]
@@ -124,30 +172,38 @@ def chosen_hospitals(hospitals: Sequence[Hospital], names: Sequence[str]) -> lis
     known = [hospital.name for hospital in hospitals]
     for name in names:
         if name not in known:
-            raise ConfigError(f"--hospital {name}: the run has no such hospital; it has {', '.join(known)}")
+            raise ConfigError(
+                f"--hospital {name}: the run has no such hospital; it has {', '.join(known)}"
+            )
     return [hospital for hospital in hospitals if not names or hospital.name in names]
 
 
 def load_audited(checkpoint: Path, settings: Settings) -> tuple[Audited, dict[str, Any]]:
     """The generator of a checkpoint, its discriminator where that travels, and the checkpoint's meta."""
-    from fedgan.evaluation.audit_subject import Audited
-    from fedgan.models.discriminator import Discriminator
+    from fedgan.audit.subject import Audited
+    from fedgan.models.stylegan2.discriminator import Discriminator
+    from fedgan.runs.evaluator import evaluation_device
     from fedgan.training.checkpoint import load_generator, load_into, load_tensors, with_prefix
-    from server.evaluator import evaluation_device
 
     device = evaluation_device(settings)
     generator, meta = load_generator(checkpoint, device)
     discriminator = None
     if weights := with_prefix(load_tensors(checkpoint)[0], "discriminator/"):
-        discriminator = Discriminator(settings.model, meta["resolution"], meta["channels"], len(meta["label_names"]))
+        discriminator = Discriminator(
+            settings.model, meta["resolution"], meta["channels"], len(meta["label_names"])
+        )
         load_into(discriminator, weights, f"checkpoint {checkpoint}")
         if discriminator.mapping is not None:
-            discriminator.mapping.institutions = generator.mapping.institutions
+            discriminator.mapping.hospital_condition = generator.mapping.hospital_condition
         discriminator = discriminator.eval().requires_grad_(False).to(device)
     numbers = {}
-    if settings.model.institutions and len(meta["shares"]) > 1:
-        known = generator.mapping.institutions.known  # not those whose answers are in no model
-        numbers = {share["name"]: share["number"] for share in meta["shares"] if share["number"] in known}
+    if settings.model.hospitals and len(meta["shares"]) > 1:
+        known = (
+            generator.mapping.hospital_condition.known
+        )  # not those whose answers are in no model
+        numbers = {
+            share["name"]: share["number"] for share in meta["shares"] if share["number"] in known
+        }
     return Audited(settings, generator, discriminator, device, numbers), meta
 
 
@@ -181,25 +237,29 @@ def told(hospitals: int) -> Iterator[Say]:
 
 
 def _tell(report: dict[str, Any], place: Path, pictures: list[Path], as_json: bool) -> None:
-    from fedgan.evaluation.audit import headline
+    from fedgan.audit.audit import headline
 
     result = {
         "audit": str(place),
         "valid": report["valid"],
         "headline": headline(report),
         "hospitals": {
-            hospital["name"]: {"valid": hospital["valid"], "signs": hospital["signs"]} for hospital in report["hospitals"]
+            hospital["name"]: {"valid": hospital["valid"], "signs": hospital["signs"]}
+            for hospital in report["hospitals"]
         },
         "pictures": [str(folder) for folder in pictures],
     }
     lines = [headline_text(report), *(hospital_text(hospital) for hospital in report["hospitals"])]
-    lines += [f"pictures    {console.shown(folder)}: show patients, keep them in the hospital" for folder in pictures]
+    lines += [
+        f"pictures    {console.shown(folder)}: show patients, keep them in the hospital"
+        for folder in pictures
+    ]
     console.emit(result, as_json, "\n".join([*lines, f"audit       {console.shown(place)}"]))
 
 
 def headline_text(report: dict[str, Any]) -> str:
     """The verdict, a line each."""
-    from fedgan.evaluation.audit import headline
+    from fedgan.audit.audit import headline
 
     return "\n".join(f"verdict     {line}" for line in headline(report).splitlines())
 
@@ -211,7 +271,10 @@ def hospital_text(hospital: dict[str, Any]) -> str:
         for space, found in hospital["copies"].items()
         if found
     ]
-    attacks = [f"{row['attack']} {row['auc']:.2f} (held-out {row['null_auc']:.2f})" for row in hospital["membership"]]
+    attacks = [
+        f"{row['attack']} {row['auc']:.2f} (held-out {row['null_auc']:.2f})"
+        for row in hospital["membership"]
+    ]
     lines = [f"copies      {hospital['name']}: {', '.join(copies) or 'not measured'}"]
     lines.append(f"membership  {hospital['name']}, AUC: {', '.join(attacks) or 'not measured'}")
     return "\n".join(lines)

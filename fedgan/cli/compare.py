@@ -20,17 +20,28 @@ if TYPE_CHECKING:
 
 def compare(
     scenario: Annotated[
-        Path, typer.Argument(metavar="SCENARIO.toml", help="The study, e.g. simulations/three_hospitals_compare.toml.")
+        Path,
+        typer.Argument(
+            metavar="SCENARIO.toml",
+            help="The study, e.g. simulations/three_hospitals_compare.toml.",
+        ),
     ],
     seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, help="Trainings of each arm. [default: comparison.seeds]")
+        int | None,
+        typer.Option("--seeds", min=1, help="Trainings of each arm. [default: comparison.seeds]"),
     ] = None,
     overrides: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Comparison folder to write. [default: runs/NAME]")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Comparison folder to write. [default: runs/NAME]"
+        ),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Most trainings at once. [default: as many as the cores hold]")
+        int | None,
+        typer.Option(
+            "--jobs", min=1, help="Most trainings at once. [default: as many as the cores hold]"
+        ),
     ] = None,
     as_json: console.Json = False,
 ) -> None:
@@ -44,7 +55,7 @@ def compare(
     settings = load_scenario(scenario, words)
     folder = ComparisonFolder.at(output or Path("runs") / folder_name(settings.name))
     try:
-        import simulations.compare
+        import simulations.comparison.compare
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("simulations", "server", "client"):
             raise
@@ -54,7 +65,7 @@ def compare(
     from fedgan.report.comparison.page import write_comparison
 
     with stoppable(folder), console.stdout_for_results(), CompareProgress() as progress:
-        found = simulations.compare.compare(settings, folder, progress.on_event, jobs)
+        found = simulations.comparison.compare.compare(settings, folder, progress.on_event, jobs)
         page = write_comparison(folder.path)
         write_comparison_cards(folder.path)
     console.emit(headline(found, page), as_json, headline_text(found, page))
@@ -74,7 +85,9 @@ def headline(found: dict[str, Any], page: Path) -> dict[str, Any]:
         "report": str(page),
         "answer": found["answer"],
         "summary": [{key: row.get(key) for key in keys} for row in found["summary"]],
-        "failed": [f"{row['name']}, seed {row['seed']}" for row in found["arms"] if row["status"] != "done"],
+        "failed": [
+            f"{row['name']}, seed {row['seed']}" for row in found["arms"] if row["status"] != "done"
+        ],
     }
 
 
@@ -96,4 +109,6 @@ def stoppable(folder: ComparisonFolder) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise console.Interrupted("stopped; the same command goes on, and keeps what is finished") from None
+        raise console.Interrupted(
+            "stopped; the same command goes on, and keeps what is finished"
+        ) from None

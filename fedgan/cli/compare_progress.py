@@ -1,6 +1,6 @@
 """Progress of a comparison: a bar for the stage and one for each job that runs on a terminal, plain lines elsewhere.
 
-`simulations/compare.py` says which events there are. `ComparisonState` follows them and knows nothing of screens.
+`simulations/comparison/compare.py` says which events there are. `ComparisonState` follows them and knows nothing of screens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from typing import Any
 from fedgan.cli import console
 
 QUIET_SECONDS = 20.0
-STAGES = {"training": "training the arms", "judging": "judging the arms", "comparing": "comparing the arms"}
+STAGES = {
+    "training": "training the arms",
+    "judging": "judging the arms",
+    "comparing": "comparing the arms",
+}
 PREPARING = {"phantoms": "drawing phantoms", "hospitals": "opening the hospitals' shards"}
 
 
@@ -24,7 +28,9 @@ class ComparisonState:
 
     stage: str = "preparing"
     weights: dict[str, float] = field(default_factory=dict)
-    shares: dict[str, float] = field(default_factory=dict)  # of each job that has begun or ended, from 0 to 1
+    shares: dict[str, float] = field(
+        default_factory=dict
+    )  # of each job that has begun or ended, from 0 to 1
     running: list[str] = field(default_factory=list)
     doing: dict[str, str] = field(default_factory=dict)
 
@@ -68,14 +74,31 @@ class CompareProgress:
     def __enter__(self) -> CompareProgress:
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                Progress,
+                TaskProgressColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
 
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+            )
             self.bars = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
             self.bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.bars:
             self.bars.stop()
 
@@ -101,7 +124,11 @@ class CompareProgress:
             if name not in self._tasks:
                 self._tasks[name] = self.bars.add_task(f"  {name}", total=1.0)
             text = state.doing.get(name, "")
-            self.bars.update(self._tasks[name], completed=state.shares[name], description=f"  {name} {text}".rstrip())
+            self.bars.update(
+                self._tasks[name],
+                completed=state.shares[name],
+                description=f"  {name} {text}".rstrip(),
+            )
         for name in [name for name in self._tasks if name and name not in state.running]:
             self.bars.remove_task(self._tasks.pop(name))
 
@@ -118,5 +145,7 @@ class CompareProgress:
             ending = f"failed: {event['failure']}" if event["failure"] else "done"
             return f"{state.share:>4.0%}  {event['task']}: {ending}"
         if kind in ("round_end", "step") and time.monotonic() - self._said > QUIET_SECONDS:
-            return f"{state.share:>4.0%}  " + ", ".join(f"{name} {state.shares[name]:.0%}" for name in state.running)
+            return f"{state.share:>4.0%}  " + ", ".join(
+                f"{name} {state.shares[name]:.0%}" for name in state.running
+            )
         return ""

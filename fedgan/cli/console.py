@@ -72,7 +72,9 @@ def stoppable(run: RunFolder) -> Iterator[None]:
     except KeyboardInterrupt:
         begun = run.config.is_file()
         raise Interrupted(
-            f"stopped; continue with: fedgan resume {shown(run.path)}" if begun else "stopped before the run began"
+            f"stopped; continue with: fedgan resume {shown(run.path)}"
+            if begun
+            else "stopped before the run began"
         ) from None
 
 
@@ -88,13 +90,19 @@ def describe_failure(error: BaseException, debug: bool) -> tuple[str, str, int]:
     if isinstance(error, OSError) and error.errno in _DISK:
         error = files.storage_error(Path(str(error.filename or "the output")), error)
     if isinstance(error, ModuleNotFoundError):
-        error = MachineError(f"the package '{error.name}' is missing: pip install -e . in the repository (see fedgan doctor)")
+        error = MachineError(
+            f"the package '{error.name}' is missing: pip install -e . in the repository (see fedgan doctor)"
+        )
     if isinstance(error, FedganError):
         return str(error), type(error).__name__, error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "stopped", "Interrupted", INTERRUPTED
     if isinstance(error, MemoryError):
-        return "out of memory: lower training.batch_size, data.resolution or federation.hospitals", "MemoryError", 1
+        return (
+            "out of memory: lower training.batch_size, data.resolution or federation.hospitals",
+            "MemoryError",
+            1,
+        )
     advice = "" if debug else " (run again with --debug for the traceback)"
     first_line = (str(error).strip().splitlines() or ["no message"])[0]
     return f"unexpected {type(error).__name__}: {first_line}{advice}", type(error).__name__, 1
@@ -111,17 +119,25 @@ def fail(error: BaseException, as_json: bool, debug: bool) -> int:
 
 def report_failure(message: str, kind: str, exit_code: int, as_json: bool) -> None:
     """Write one error to stderr, as a line or as a JSON object."""
-    note(json.dumps({"error": message, "kind": kind, "exit_code": exit_code}) if as_json else f"fedgan: {message}")
+    note(
+        json.dumps({"error": message, "kind": kind, "exit_code": exit_code})
+        if as_json
+        else f"fedgan: {message}"
+    )
 
 
 def refuse_existing(output: Path, what: str) -> None:
     """Raise `ConfigError` unless `output` is absent or an empty folder, `StorageError` where it cannot be written."""
     if output.is_dir() and any(output.iterdir()):
-        raise ConfigError(f"{shown(output)} is not empty: choose another place for {what} with --output, or remove it")
+        raise ConfigError(
+            f"{shown(output)} is not empty: choose another place for {what} with --output, or remove it"
+        )
     place = output.absolute()
     while not place.exists():
         place = place.parent
     if not place.is_dir():
         raise StorageError(f"{shown(place)} is a file: choose a folder for {what} with --output")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise StorageError(f"{shown(place)} cannot be written: choose another place for {what} with --output")
+        raise StorageError(
+            f"{shown(place)} cannot be written: choose another place for {what} with --output"
+        )

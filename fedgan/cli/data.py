@@ -57,17 +57,54 @@ class Kind(StrEnum):
     CHEST = "chest"
 
 
-Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; must be absent or empty.")]
-Name = Annotated[str, typer.Option("--name", help="Institution where the source names none. [default: the source's name]")]
-Resolution = Annotated[int, typer.Option("--resolution", "-r", min=0, help="Side in pixels, a power of two; 0: as the source.")]
-Colour = Annotated[Channels, typer.Option("--channels", help="auto: as the source.")]
-Crop = Annotated[bool, typer.Option("--crop", help="Take the central square first; else the aspect ratio is not preserved.")]
-Map = Annotated[str, typer.Option("--label-map", metavar="RULES", help="Merge labels, e.g. 'normal=normal,*=abnormal'.")]
-Repeated = Annotated[
-    Duplicates, typer.Option("--duplicates", help="Images with the pixels of an earlier one; auto: skip, but keep in an .npz.")
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="DIR", help="Folder to write; must be absent or empty."),
 ]
-Val = Annotated[float, typer.Option("--val", help="Share of the (training) patients for validation where the source has none.")]
-Test = Annotated[float, typer.Option("--test", help="Share of the patients for the test where the source has no split.")]
+Name = Annotated[
+    str,
+    typer.Option(
+        "--name", help="Institution where the source names none. [default: the source's name]"
+    ),
+]
+Resolution = Annotated[
+    int,
+    typer.Option(
+        "--resolution", "-r", min=0, help="Side in pixels, a power of two; 0: as the source."
+    ),
+]
+Colour = Annotated[Channels, typer.Option("--channels", help="auto: as the source.")]
+Crop = Annotated[
+    bool,
+    typer.Option(
+        "--crop", help="Take the central square first; else the aspect ratio is not preserved."
+    ),
+]
+Map = Annotated[
+    str,
+    typer.Option(
+        "--label-map", metavar="RULES", help="Merge labels, e.g. 'normal=normal,*=abnormal'."
+    ),
+]
+Repeated = Annotated[
+    Duplicates,
+    typer.Option(
+        "--duplicates",
+        help="Images with the pixels of an earlier one; auto: skip, but keep in an .npz.",
+    ),
+]
+Val = Annotated[
+    float,
+    typer.Option(
+        "--val", help="Share of the (training) patients for validation where the source has none."
+    ),
+]
+Test = Annotated[
+    float,
+    typer.Option(
+        "--test", help="Share of the patients for the test where the source has no split."
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the splits.")]
 Licence = Annotated[str, typer.Option("--licence", help="Licence of the images, for the card.")]
 
@@ -79,7 +116,12 @@ Licence = Annotated[str, typer.Option("--licence", help="Licence of the images, 
     "Example: fedgan data import npz dermamnist.npz --resolution 32 --output data/derma",
 )
 def import_npz(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="An .npz pack; names of its codes in a .json beside it.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="An .npz pack; names of its codes in a .json beside it."
+        ),
+    ],
     output: Output,
     name: Name = "",
     resolution: Resolution = 0,
@@ -97,7 +139,9 @@ def import_npz(
     from fedgan.data.importers import ImportOptions, read_npz
 
     console.refuse_existing(output, "the shards")
-    options = ImportOptions(resolution, channels, crop, label_map, duplicates, val, test, seed, licence)
+    options = ImportOptions(
+        resolution, channels, crop, label_map, duplicates, val, test, seed, licence
+    )
     _import(read_npz(source, name), output, options, as_json)
 
 
@@ -107,10 +151,20 @@ def import_npz(
     "Example: fedgan data import folder xrays --patient '(person[0-9]+)_' --channels grey --resolution 64 --output data/xrays",
 )
 def import_folder(
-    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="FOLDER/class/*.png|jpg, or FOLDER/train/class/*.png|jpg.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="FOLDER/class/*.png|jpg, or FOLDER/train/class/*.png|jpg."
+        ),
+    ],
     output: Output,
     patient: Annotated[
-        str, typer.Option("--patient", metavar="REGEX", help="Finds the patient in a file name: one group in round brackets.")
+        str,
+        typer.Option(
+            "--patient",
+            metavar="REGEX",
+            help="Finds the patient in a file name: one group in round brackets.",
+        ),
     ] = "",
     name: Name = "",
     resolution: Resolution = 0,
@@ -128,7 +182,9 @@ def import_folder(
     from fedgan.data.importers import ImportOptions, read_folder
 
     console.refuse_existing(output, "the shards")
-    options = ImportOptions(resolution, channels, crop, label_map, duplicates, val, test, seed, licence)
+    options = ImportOptions(
+        resolution, channels, crop, label_map, duplicates, val, test, seed, licence
+    )
     _import(read_folder(source, name, patient), output, options, as_json)
 
 
@@ -139,22 +195,40 @@ def import_folder(
     "--resolution 128 --output data/chest",
 )
 def import_csv(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="A CSV with a header, one row an image.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A CSV with a header, one row an image.")
+    ],
     output: Output,
     root: Annotated[
-        Path | None, typer.Option("--root", metavar="DIR", help="Folder that paths start from. [default: the CSV's folder]")
+        Path | None,
+        typer.Option(
+            "--root",
+            metavar="DIR",
+            help="Folder that paths start from. [default: the CSV's folder]",
+        ),
     ] = None,
-    path_column: Annotated[str, typer.Option("--path-column", help="Column with the image's path.")] = "path",
+    path_column: Annotated[
+        str, typer.Option("--path-column", help="Column with the image's path.")
+    ] = "path",
     label_column: Annotated[
         list[str] | None,
-        typer.Option("--label-column", help="One column of class names, or several of 0 and 1. [default: label]"),
+        typer.Option(
+            "--label-column",
+            help="One column of class names, or several of 0 and 1. [default: label]",
+        ),
     ] = None,
-    patient_column: Annotated[str, typer.Option("--patient-column", help="[default: patient, where there is one]")] = "",
+    patient_column: Annotated[
+        str, typer.Option("--patient-column", help="[default: patient, where there is one]")
+    ] = "",
     institution_column: Annotated[
         str, typer.Option("--institution-column", help="[default: institution, where there is one]")
     ] = "",
-    split_column: Annotated[str, typer.Option("--split-column", help="[default: split, where there is one]")] = "",
-    unconditional: Annotated[bool, typer.Option("--unconditional", help="Take no label at all.")] = False,
+    split_column: Annotated[
+        str, typer.Option("--split-column", help="[default: split, where there is one]")
+    ] = "",
+    unconditional: Annotated[
+        bool, typer.Option("--unconditional", help="Take no label at all.")
+    ] = False,
     name: Name = "",
     resolution: Resolution = 0,
     channels: Colour = Channels.AUTO,
@@ -173,7 +247,9 @@ def import_csv(
     console.refuse_existing(output, "the shards")
     labels = () if unconditional else tuple(label_column or ["label"])
     columns = Columns(path_column, labels, patient_column, institution_column, split_column)
-    options = ImportOptions(resolution, channels, crop, label_map, duplicates, val, test, seed, licence)
+    options = ImportOptions(
+        resolution, channels, crop, label_map, duplicates, val, test, seed, licence
+    )
     _import(read_manifest(source, columns, root, name), output, options, as_json)
 
 
@@ -183,11 +259,21 @@ def import_csv(
 )
 def phantoms(
     output: Output,
-    kind: Annotated[Kind, typer.Option("--kind", help="Dermatoscopic lesions (7 classes) or chest radiographs.")] = Kind.LESIONS,
-    images: Annotated[int, typer.Option("--images", "-n", min=1, help="Images over all hospitals.")] = 3000,
-    resolution: Annotated[int, typer.Option("--resolution", "-r", min=1, help="Side in pixels, a power of two.")] = 32,
-    hospitals: Annotated[int, typer.Option("--hospitals", min=1, help="Number of hospitals, a shard each.")] = 3,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed draws the same images.")] = 0,
+    kind: Annotated[
+        Kind, typer.Option("--kind", help="Dermatoscopic lesions (7 classes) or chest radiographs.")
+    ] = Kind.LESIONS,
+    images: Annotated[
+        int, typer.Option("--images", "-n", min=1, help="Images over all hospitals.")
+    ] = 3000,
+    resolution: Annotated[
+        int, typer.Option("--resolution", "-r", min=1, help="Side in pixels, a power of two.")
+    ] = 32,
+    hospitals: Annotated[
+        int, typer.Option("--hospitals", min=1, help="Number of hospitals, a shard each.")
+    ] = 3,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="The same seed draws the same images.")
+    ] = 0,
     as_json: console.Json = False,
 ) -> None:
     """Draw phantom images of known truth, each hospital with its own scanner, label mix and size."""
@@ -196,7 +282,10 @@ def phantoms(
 
     console.refuse_existing(output, "the shards")
     with staged_folder(output) as stage:
-        names = [path.name for path in write_phantoms(stage, kind.value, images, resolution, hospitals, seed)]
+        names = [
+            path.name
+            for path in write_phantoms(stage, kind.value, images, resolution, hospitals, seed)
+        ]
     _tell(output, [Shard.open(output / name) for name in names], as_json)
 
 
@@ -206,11 +295,24 @@ def phantoms(
 def show(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of shards, or one shard.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="PNG", help="The contact sheet. [default: DIR/contact-sheet.png]")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="PNG",
+            help="The contact sheet. [default: DIR/contact-sheet.png]",
+        ),
     ] = None,
-    sheet: Annotated[bool, typer.Option("--sheet/--no-sheet", help="Write the contact sheet.")] = True,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every image and compare with the card's content hash.")] = False,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Which images stand on the sheet.")] = 0,
+    sheet: Annotated[
+        bool, typer.Option("--sheet/--no-sheet", help="Write the contact sheet.")
+    ] = True,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read every image and compare with the card's content hash."),
+    ] = False,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Which images stand on the sheet.")
+    ] = 0,
     as_json: console.Json = False,
 ) -> None:
     """Show images per class, institution and split, what to beware of, and a contact sheet.
@@ -224,14 +326,22 @@ def show(
 
     shards = [Shard.open(path, verify) for path in find_shards(source)]
     warnings = warnings_of(shards)
-    place = write_contact_sheet(output or source / "contact-sheet.png", shards, seed=seed) if sheet else None
+    place = (
+        write_contact_sheet(output or source / "contact-sheet.png", shards, seed=seed)
+        if sheet
+        else None
+    )
     result: dict[str, Any] = {
         "root": str(source),
         "shards": [_card(shard) for shard in shards],
         "warnings": warnings,
         "contact_sheet": str(place) if place else None,
     }
-    lines = [_table(shards), *(f"! {warning}" for warning in warnings), *([f"wrote {console.shown(place)}"] if place else [])]
+    lines = [
+        _table(shards),
+        *(f"! {warning}" for warning in warnings),
+        *([f"wrote {console.shown(place)}"] if place else []),
+    ]
     console.emit(result, as_json, "\n".join(lines))
 
 
@@ -252,7 +362,9 @@ def _tell(output: Path, shards: Sequence[Shard], as_json: bool) -> None:
     for shard in shards:
         images = ", ".join(f"{count:,} {split}" for split, count in shard.card.images.items())
         lines.append(f"wrote {console.shown(shard.path)}: {len(shard):,} images ({images})")
-        lines += [f"  skipped: {reason} ({count:,})" for reason, count in shard.card.skipped.items()]
+        lines += [
+            f"  skipped: {reason} ({count:,})" for reason, count in shard.card.skipped.items()
+        ]
     notes = list(dict.fromkeys(note for shard in shards for note in shard.card.notes))
     lines += [f"  {note}" for note in notes]
     keys = (
@@ -261,8 +373,14 @@ def _tell(output: Path, shards: Sequence[Shard], as_json: bool) -> None:
         f"federation.hospitals={len(shards)}",
     )
     lines.append(f"look at it: fedgan data show {console.shown(output)}")
-    lines.append("train on it: fedgan simulate SCENARIO.toml " + " ".join(f"--set {key}" for key in keys))
-    console.emit({"root": str(output), "shards": [_card(shard) for shard in shards]}, as_json, "\n".join(lines))
+    lines.append(
+        "train on it: fedgan simulate SCENARIO.toml " + " ".join(f"--set {key}" for key in keys)
+    )
+    console.emit(
+        {"root": str(output), "shards": [_card(shard) for shard in shards]},
+        as_json,
+        "\n".join(lines),
+    )
 
 
 def _card(shard: Shard) -> dict[str, Any]:
@@ -291,7 +409,10 @@ def _table(shards: Sequence[Shard]) -> str:
         numbers = [*row.counts.values(), sum(row.counts.values())]
         cells = [f"{number:,}" if number else "·" for number in numbers]
         table.add_row(
-            row.institution if row.institution != before else "", row.label or "images", *cells, end_section=not row.label
+            row.institution if row.institution != before else "",
+            row.label or "images",
+            *cells,
+            end_section=not row.label,
         )
         before = row.institution
     text = io.StringIO()

@@ -19,7 +19,7 @@ from fedgan.config import load_scenario, to_dict
 from fedgan.errors import ConfigError, FederationError, FedganError, MachineError
 
 if TYPE_CHECKING:
-    from server.superlink import Run, SuperLink
+    from server.operator.superlink import Run, SuperLink
 
 RUNS = "/runs"  # where the ServerApp's container keeps run folders
 
@@ -31,21 +31,49 @@ app = typer.Typer(
 )
 
 Address = Annotated[
-    str, typer.Option("--superlink", metavar="HOST:PORT", envvar="FEDGAN_SUPERLINK", help="The SuperLink's own address.")
+    str,
+    typer.Option(
+        "--superlink",
+        metavar="HOST:PORT",
+        envvar="FEDGAN_SUPERLINK",
+        help="The SuperLink's own address.",
+    ),
 ]
 Authority = Annotated[
-    Path, typer.Option("--ca", metavar="FILE", envvar="FEDGAN_CA", help="The certificate that the SuperLink is known by.")
+    Path,
+    typer.Option(
+        "--ca",
+        metavar="FILE",
+        envvar="FEDGAN_CA",
+        help="The certificate that the SuperLink is known by.",
+    ),
 ]
 Wait = Annotated[
-    float, typer.Option("--wait", metavar="SECONDS", min=0, help="How long a SuperLink may take that is being started.")
+    float,
+    typer.Option(
+        "--wait",
+        metavar="SECONDS",
+        min=0,
+        help="How long a SuperLink may take that is being started.",
+    ),
 ]
 Output = Annotated[
     str | None,
-    typer.Option("--output", "-o", metavar="RUN", help="Run folder on the server's disk, absolute. [default: /runs/NAME]"),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="RUN",
+        help="Run folder on the server's disk, absolute. [default: /runs/NAME]",
+    ),
 ]
-Detach = Annotated[bool, typer.Option("--detach", help="Come back as soon as the SuperLink has the run.")]
+Detach = Annotated[
+    bool, typer.Option("--detach", help="Come back as soon as the SuperLink has the run.")
+]
 Number = Annotated[
-    int | None, typer.Argument(metavar="[NUMBER]", help="A run as the SuperLink numbers it. [default: the newest]")
+    int | None,
+    typer.Argument(
+        metavar="[NUMBER]", help="A run as the SuperLink numbers it. [default: the newest]"
+    ),
 ]
 LOCAL, CA = "localhost:8000", Path("keys/ca.crt")
 
@@ -55,7 +83,10 @@ LOCAL, CA = "localhost:8000", Path("keys/ca.crt")
     "Example: fedgan deploy run study.toml --detach --json",
 )
 def run(
-    scenario: Annotated[Path, typer.Argument(metavar="SCENARIO.toml", help="The study, as `fedgan simulate` takes it.")],
+    scenario: Annotated[
+        Path,
+        typer.Argument(metavar="SCENARIO.toml", help="The study, as `fedgan simulate` takes it."),
+    ],
     overrides: Overrides = None,
     output: Output = None,
     superlink: Address = LOCAL,
@@ -70,18 +101,26 @@ def run(
     """
     settings = load_scenario(scenario, overrides or [])
     with _repository():
-        from server.preparation import check_deployable
+        from fedgan.runs.preparation import check_deployable
     check_deployable(settings)
     place = _absolute(output or f"{RUNS}/{folder_name(settings.name)}")
-    config: dict[str, str | bool] = {"settings": json.dumps(to_dict(settings)), "output": place, "deployed": True}
+    config: dict[str, str | bool] = {
+        "settings": json.dumps(to_dict(settings)),
+        "output": place,
+        "deployed": True,
+    }
     with _connected(superlink, ca, wait) as link:
-        console.note(f"{settings.name}: {settings.training.kimg:g} kimg in {settings.federation.rounds} rounds → {place}")
+        console.note(
+            f"{settings.name}: {settings.training.kimg:g} kimg in {settings.federation.rounds} rounds → {place}"
+        )
         _submit(link, config, detach, as_json)
 
 
 @app.command(epilog="Example: fedgan deploy resume /runs/short")
 def resume(
-    run_path: Annotated[str, typer.Argument(metavar="RUN", help="Run folder on the server's disk, absolute.")],
+    run_path: Annotated[
+        str, typer.Argument(metavar="RUN", help="Run folder on the server's disk, absolute.")
+    ],
     superlink: Address = LOCAL,
     ca: Authority = CA,
     wait: Wait = 15.0,
@@ -89,29 +128,53 @@ def resume(
     as_json: console.Json = False,
 ) -> None:
     """Continue a deployed run that was stopped or has failed, from its last whole round."""
-    config: dict[str, str | bool] = {"scenario": "", "settings": "", "output": _absolute(run_path), "deployed": True}
+    config: dict[str, str | bool] = {
+        "scenario": "",
+        "settings": "",
+        "output": _absolute(run_path),
+        "deployed": True,
+    }
     with _connected(superlink, ca, wait) as link:
         _submit(link, config, detach, as_json)
 
 
 @app.command(epilog="Example: fedgan deploy status\n\nExample: fedgan deploy status --json")
 def status(
-    number: Number = None, superlink: Address = LOCAL, ca: Authority = CA, wait: Wait = 15.0, as_json: console.Json = False
+    number: Number = None,
+    superlink: Address = LOCAL,
+    ca: Authority = CA,
+    wait: Wait = 15.0,
+    as_json: console.Json = False,
 ) -> None:
     """Show the hospitals and the runs that the SuperLink knows."""
     with _connected(superlink, ca, wait) as link:
         nodes, runs = link.nodes(), link.runs() if number is None else [link.run(number)]
     hospitals = _columns([("hospital", "is")] + [(node.name, node.status) for node in nodes])
     lines = hospitals if nodes else ["no hospital is registered: fedgan deploy register"]
-    lines += ["", *_columns([("run", "is", "since", "folder")] + [(str(r.number), r.text, r.submitted, r.output) for r in runs])]
+    lines += [
+        "",
+        *_columns(
+            [("run", "is", "since", "folder")]
+            + [(str(r.number), r.text, r.submitted, r.output) for r in runs]
+        ),
+    ]
     lines += [f"{row.number}: {row.details}" for row in runs if row.details]
-    told = {"hospitals": [{"name": node.name, "status": node.status} for node in nodes], "runs": list(map(_told, runs))}
+    told = {
+        "hospitals": [{"name": node.name, "status": node.status} for node in nodes],
+        "runs": list(map(_told, runs)),
+    }
     console.emit(told, as_json, "\n".join(lines))
 
 
-@app.command(epilog="Example: fedgan deploy logs\n\nExample: fedgan deploy logs --json | grep round_end")
+@app.command(
+    epilog="Example: fedgan deploy logs\n\nExample: fedgan deploy logs --json | grep round_end"
+)
 def logs(
-    number: Number = None, superlink: Address = LOCAL, ca: Authority = CA, wait: Wait = 15.0, as_json: console.Json = False
+    number: Number = None,
+    superlink: Address = LOCAL,
+    ca: Authority = CA,
+    wait: Wait = 15.0,
+    as_json: console.Json = False,
 ) -> None:
     """Show a run's log from its beginning to the run's end, and end with its exit status; --json: its events, a line each."""
     from fedgan.cli.progress import Progress
@@ -129,7 +192,7 @@ def logs(
 
     with _connected(superlink, ca, wait) as link:
         which = _chosen(link, number).number
-        from server.following import follow
+        from server.operator.follow import follow
 
         with _left_alone(which):
             found = follow(link, which, show, console.note)
@@ -138,13 +201,19 @@ def logs(
 
 @app.command(epilog="Example: fedgan deploy stop")
 def stop(
-    number: Number = None, superlink: Address = LOCAL, ca: Authority = CA, wait: Wait = 15.0, as_json: console.Json = False
+    number: Number = None,
+    superlink: Address = LOCAL,
+    ca: Authority = CA,
+    wait: Wait = 15.0,
+    as_json: console.Json = False,
 ) -> None:
     """Stop a run; whole rounds are kept."""
     with _connected(superlink, ca, wait) as link:
         chosen = _chosen(link, number)
         if chosen.over:
-            raise ConfigError(f"run {chosen.number} is over ({chosen.text}): there is nothing to stop")
+            raise ConfigError(
+                f"run {chosen.number} is over ({chosen.text}): there is nothing to stop"
+            )
         link.stop(chosen.number)
         after = link.run(chosen.number)
     advice = f"; go on with: fedgan deploy resume {after.output}" if after.output else ""
@@ -153,7 +222,9 @@ def stop(
 
 @app.command(epilog="Example: fedgan deploy register --keys keys --superlink superlink:8000")
 def register(
-    keys: Annotated[Path, typer.Option("--keys", metavar="DIR", help="The folder that `fedgan keys` made.")] = Path("keys"),
+    keys: Annotated[
+        Path, typer.Option("--keys", metavar="DIR", help="The folder that `fedgan keys` made.")
+    ] = Path("keys"),
     superlink: Address = LOCAL,
     wait: Wait = 15.0,
     as_json: console.Json = False,
@@ -162,9 +233,13 @@ def register(
     from fedgan.deployment.key_folder import KeyFolder
 
     with _repository():
-        from server.register import register as agree
+        from server.operator.register import register as agree
     lines = agree(KeyFolder.open(keys), superlink, wait)
-    console.emit({"changes": lines}, as_json, "\n".join(lines) or "the SuperLink agrees with the list: nothing to do")
+    console.emit(
+        {"changes": lines},
+        as_json,
+        "\n".join(lines) or "the SuperLink agrees with the list: nothing to do",
+    )
 
 
 # --- what the verbs share ------------------------------------------------------------------------
@@ -180,12 +255,14 @@ def _submit(link: SuperLink, config: Mapping[str, str | bool], detach: bool, as_
         raise console.Interrupted(
             "stopped while the run was being submitted; whether the SuperLink has it: fedgan deploy status"
         ) from None
-    console.note(f"run {number}; look at it: fedgan deploy logs {number}; stop it: fedgan deploy stop {number}")
+    console.note(
+        f"run {number}; look at it: fedgan deploy logs {number}; stop it: fedgan deploy stop {number}"
+    )
     if detach:
         console.emit({"run": number, "output": config["output"]}, as_json, str(number))
         return
     from fedgan.cli.progress import Progress
-    from server.following import follow
+    from server.operator.follow import follow
 
     ending = dict[str, Any]()
     with _left_alone(number), Progress() as progress:
@@ -197,11 +274,15 @@ def _submit(link: SuperLink, config: Mapping[str, str | bool], detach: bool, as_
             if event:
                 progress.on_event(event)
 
-        found = follow(link, number, show, lambda text: progress.on_event({"event": "remark", "text": text}))
+        found = follow(
+            link, number, show, lambda text: progress.on_event({"event": "note", "text": text})
+        )
     _check(found, ending)
     page = ending.get("report") or ""
     told = _told(found) | {"report": page}
-    where = f"on the server's disk:\nrun         {found.output}" + (f"\nreport      {page}" if page else "")
+    where = f"on the server's disk:\nrun         {found.output}" + (
+        f"\nreport      {page}" if page else ""
+    )
     console.emit(told, as_json, f"run {number} is complete, {where}")
 
 
@@ -214,11 +295,18 @@ def _check(run: Run, ending: Mapping[str, Any]) -> None:
     if run.sub_status == "stopped":
         raise FederationError(f"run {run.number} was stopped\n{advice}")
     if ending.get("event") != "failed":
-        raise FederationError(f"run {run.number} is {run.text}: {run.details or 'the ServerApp gave no reason'}\n{advice}")
-    name, message = str(ending.get("kind")), (str(ending.get("message")).strip().splitlines() or ["no reason given"])[0]
+        raise FederationError(
+            f"run {run.number} is {run.text}: {run.details or 'the ServerApp gave no reason'}\n{advice}"
+        )
+    name, message = (
+        str(ending.get("kind")),
+        (str(ending.get("message")).strip().splitlines() or ["no reason given"])[0],
+    )
     kind = getattr(fedgan.errors, name, None)
     if isinstance(kind, type) and issubclass(kind, FedganError):
-        mended_first = issubclass(kind, ConfigError | MachineError)  # resuming alone would fail in the same way
+        mended_first = issubclass(
+            kind, ConfigError | MachineError
+        )  # resuming alone would fail in the same way
         raise kind(f"{message}\n{look if mended_first else advice}")
     raise FederationError(f"the ServerApp failed with {name}: {message}\n{advice}")
 
@@ -229,13 +317,17 @@ def _chosen(link: SuperLink, number: int | None) -> Run:
         return link.run(number)
     runs = link.runs()
     if not runs:
-        raise ConfigError(f"the SuperLink at {link.address} knows no run: begin one with fedgan deploy run SCENARIO.toml")
+        raise ConfigError(
+            f"the SuperLink at {link.address} knows no run: begin one with fedgan deploy run SCENARIO.toml"
+        )
     return runs[0]
 
 
 def _absolute(output: str) -> str:
     if not output.startswith("/"):
-        raise ConfigError(f"'{output}' is no absolute path on the server's disk: write e.g. {RUNS}/{folder_name(output)}")
+        raise ConfigError(
+            f"'{output}' is no absolute path on the server's disk: write e.g. {RUNS}/{folder_name(output)}"
+        )
     return output
 
 
@@ -247,7 +339,10 @@ def _told(run: Run) -> dict[str, Any]:
 
 def _columns(table: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
 
 
 @contextlib.contextmanager
@@ -276,6 +371,6 @@ def _repository() -> Iterator[None]:
 @contextlib.contextmanager
 def _connected(address: str, authority: Path, seconds: float) -> Iterator[SuperLink]:
     with _repository():
-        from server.superlink import connected
+        from server.operator.superlink import connected
     with connected(address, authority, seconds) as link:
         yield link

@@ -55,12 +55,19 @@ class Check:
 
 def doctor(
     scenario: Annotated[
-        Path | None, typer.Argument(metavar="[SCENARIO.toml]", help="Default: simulations/three_hospitals.toml.")
+        Path | None,
+        typer.Argument(
+            metavar="[SCENARIO.toml]", help="Default: simulations/three_hospitals.toml."
+        ),
     ] = None,
     overrides: Overrides = None,
     keys: Annotated[
         Path | None,
-        typer.Option("--keys", metavar="DIR", help="A folder of fedgan keys, or a hospital's part. [default: keys, if there]"),
+        typer.Option(
+            "--keys",
+            metavar="DIR",
+            help="A folder of fedgan keys, or a hospital's part. [default: keys, if there]",
+        ),
     ] = None,
     as_json: console.Json = False,
 ) -> None:
@@ -97,8 +104,15 @@ def doctor(
 def python_check() -> Check:
     """Python 3.11 or newer."""
     if sys.version_info < (3, 11):  # noqa: UP036 - the doctor is there for machines that are not as they should be
-        return Check("Python", "failed", platform.python_version(), "install Python 3.11 or newer and make the .venv anew")
-    return Check("Python", "ok", f"{platform.python_version()} at {console.shown(Path(sys.prefix))}")
+        return Check(
+            "Python",
+            "failed",
+            platform.python_version(),
+            "install Python 3.11 or newer and make the .venv anew",
+        )
+    return Check(
+        "Python", "ok", f"{platform.python_version()} at {console.shown(Path(sys.prefix))}"
+    )
 
 
 def package_checks() -> list[Check]:
@@ -114,7 +128,11 @@ def package_checks() -> list[Check]:
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
             again = f"pip install --force-reinstall {'torch torchvision' if module.startswith('torch') else distribution}"
-            checks.append(Check(distribution, "failed", f"{version}, but it cannot be imported: {reason}", again))
+            checks.append(
+                Check(
+                    distribution, "failed", f"{version}, but it cannot be imported: {reason}", again
+                )
+            )
         else:
             checks.append(Check(distribution, "ok", version))
     return checks
@@ -128,7 +146,9 @@ def cpu_check() -> Check:
     native = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
     bf16 = "bf16 native" if native else "bf16 not native"
     return Check(
-        "CPU", "ok", f"{usable_cores()} cores, {torch.backends.cpu.get_cpu_capability()}, {bf16 if flags else 'bf16 unknown'}"
+        "CPU",
+        "ok",
+        f"{usable_cores()} cores, {torch.backends.cpu.get_cpu_capability()}, {bf16 if flags else 'bf16 unknown'}",
     )
 
 
@@ -139,7 +159,10 @@ def memory_check() -> Check:
         return Check("memory", "ok", "unknown on this system")
     status: Literal["ok", "failed"] = "ok" if free >= LEAST_MEMORY else "failed"
     return Check(
-        "memory", status, f"{free / GIB:.1f} GiB free", "" if status == "ok" else "close other programs: 2 GiB are needed"
+        "memory",
+        status,
+        f"{free / GIB:.1f} GiB free",
+        "" if status == "ok" else "close other programs: 2 GiB are needed",
     )
 
 
@@ -149,9 +172,15 @@ def gpu_check(settings: Settings) -> Check:
 
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
-        return Check("GPU", "ok", f"{card.name}, {card.total_memory / GIB:.0f} GiB, {torch.cuda.device_count()} in all")
+        return Check(
+            "GPU",
+            "ok",
+            f"{card.name}, {card.total_memory / GIB:.0f} GiB, {torch.cuda.device_count()} in all",
+        )
     if settings.training.device == "cuda":
-        return Check("GPU", "failed", "none", "the scenario asks for one: --set training.device=auto")
+        return Check(
+            "GPU", "failed", "none", "the scenario asks for one: --set training.device=auto"
+        )
     return Check("GPU", "ok", "none; training runs on the CPU")
 
 
@@ -159,9 +188,19 @@ def disk_check(place: Path) -> Check:
     """Free space where runs are written."""
     free = shutil.disk_usage(place).free
     if not os.access(place, os.W_OK):
-        return Check("disk", "failed", "this folder cannot be written", "run in another folder, or give --output")
+        return Check(
+            "disk",
+            "failed",
+            "this folder cannot be written",
+            "run in another folder, or give --output",
+        )
     if free < LEAST_DISK:
-        return Check("disk", "failed", f"{free / GIB:.1f} GiB free", "free some space: a run needs about 1 GiB")
+        return Check(
+            "disk",
+            "failed",
+            f"{free / GIB:.1f} GiB free",
+            "free some space: a run needs about 1 GiB",
+        )
     return Check("disk", "ok", f"{free / GIB:.1f} GiB free")
 
 
@@ -173,7 +212,14 @@ def port_checks() -> list[Check]:
             checks.append(Check("loopback", "ok", "ports on 127.0.0.1 can be opened"))
     except OSError as error:
         found = f"no port on 127.0.0.1 can be opened: {error.strerror}"
-        checks.append(Check("loopback", "failed", found, "Flower's simulation needs them: allow it in the firewall or sandbox"))
+        checks.append(
+            Check(
+                "loopback",
+                "failed",
+                found,
+                "Flower's simulation needs them: allow it in the firewall or sandbox",
+            )
+        )
     with socket.socket() as knock:
         knock.settimeout(0.5)
         taken = knock.connect_ex(("127.0.0.1", FLOWER_PORT)) == 0
@@ -194,10 +240,15 @@ def key_checks(folder: Path | None) -> list[Check]:
     except FedganError as error:
         return [Check("keys", "failed", str(error))]
     problems = [
-        Check("keys", "failed" if problem.grave else "warning", problem.found, problem.mend) for problem in inspection.problems
+        Check("keys", "failed" if problem.grave else "warning", problem.found, problem.mend)
+        for problem in inspection.problems
     ]
     return [
-        *([] if any(problem.grave for problem in inspection.problems) else [Check("keys", "ok", inspection.found)]),
+        *(
+            []
+            if any(problem.grave for problem in inspection.problems)
+            else [Check("keys", "ok", inspection.found)]
+        ),
         *problems,
     ]
 
@@ -207,7 +258,9 @@ def training_check(settings: Settings) -> tuple[Check, dict[str, Any] | None]:
     try:
         looks = _images_of(settings)
         threads, slots = share_cores(settings.federation.threads, settings.federation.participants)
-        measured = probe.measure(settings, looks.channels, looks.labels, looks.exclusive, slots, threads)
+        measured = probe.measure(
+            settings, looks.channels, looks.labels, looks.exclusive, slots, threads
+        )
     except FedganError as error:
         return Check("training", "failed", str(error)), None
     seconds = probe.predict(settings, measured, looks.sizes, slots)
@@ -216,7 +269,11 @@ def training_check(settings: Settings) -> tuple[Check, dict[str, Any] | None]:
         f"{measured.memory / 2**20:.0f} MiB each\n{'':24}{settings.name} takes about {_minutes(seconds['all'])}: training "
         f"{_minutes(seconds['training'])}, evaluation {_minutes(seconds['evaluation'])}, start {seconds['start']:.0f} s"
     )
-    return Check("training", "ok", found), {**asdict(measured), "at_once": slots, "seconds": seconds}
+    return Check("training", "ok", found), {
+        **asdict(measured),
+        "at_once": slots,
+        "seconds": seconds,
+    }
 
 
 @dataclass(frozen=True)
@@ -235,14 +292,21 @@ def _images_of(settings: Settings) -> Looks:
 
         hospitals = open_hospitals(settings)
         first = hospitals[0].train
-        return Looks(first.channels, first.label_dim, first.exclusive, tuple(len(hospital.train) for hospital in hospitals))
+        return Looks(
+            first.channels,
+            first.label_dim,
+            first.exclusive,
+            tuple(len(hospital.train) for hospital in hospitals),
+        )
     from fedgan.data.phantoms import CHEST_LABELS, LESION_LABELS
     from fedgan.data.phantoms.writer import hospital_sizes
 
     lesions = settings.data.phantoms == "lesions"
     sizes = hospital_sizes(settings.data.phantom_images, settings.federation.hospitals)
     train = tuple(round(0.7 * size) for size in sizes)
-    return Looks(3 if lesions else 1, len(LESION_LABELS if lesions else CHEST_LABELS), lesions, train)
+    return Looks(
+        3 if lesions else 1, len(LESION_LABELS if lesions else CHEST_LABELS), lesions, train
+    )
 
 
 def _cpu_flags() -> set[str]:
@@ -250,7 +314,14 @@ def _cpu_flags() -> set[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return set()
-    return next((set(line.split(":", 1)[1].split()) for line in lines if line.lower().startswith(("flags", "features"))), set())
+    return next(
+        (
+            set(line.split(":", 1)[1].split())
+            for line in lines
+            if line.lower().startswith(("flags", "features"))
+        ),
+        set(),
+    )
 
 
 def _free_memory() -> int | None:
@@ -270,7 +341,9 @@ def _free_memory() -> int | None:
 
 def _line(check: Check) -> str:
     mark = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}[check.status]
-    return f"{mark}  {check.name:<13} {check.found}" + (f"\n                        → {check.mend}" if check.mend else "")
+    return f"{mark}  {check.name:<13} {check.found}" + (
+        f"\n                        → {check.mend}" if check.mend else ""
+    )
 
 
 def _minutes(seconds: float) -> str:

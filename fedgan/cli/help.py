@@ -34,7 +34,9 @@ def _restore(command: click.Command) -> None:
     hints = typing.get_type_hints(inspect.unwrap(command.callback), include_extras=True)
     for parameter in command.params:
         declared = [
-            extra for extra in getattr(hints.get(parameter.name or ""), "__metadata__", ()) if isinstance(extra, ArgumentInfo)
+            extra
+            for extra in getattr(hints.get(parameter.name or ""), "__metadata__", ())
+            if isinstance(extra, ArgumentInfo)
         ]
         if declared and declared[0].help and not getattr(parameter, "help", None):
             # not `parameter.help = …`: click would then list the argument a second time

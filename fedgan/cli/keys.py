@@ -31,7 +31,9 @@ class _CreateUnlessSaidOtherwise(TyperGroup):
             meant = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.7)
             if meant:  # a slip of the finger must not found a hospital
                 rest = " ".join(args)
-                ctx.fail(f"No such command '{args[0]}'. Did you mean '{meant[0]}'? For a hospital: fedgan keys create {rest}")
+                ctx.fail(
+                    f"No such command '{args[0]}'. Did you mean '{meant[0]}'? For a hospital: fedgan keys create {rest}"
+                )
             args = ["create", *args]
         return super().parse_args(ctx, args)
 
@@ -45,15 +47,27 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Hospitals: letters, digits, - and _.")]
+Names = Annotated[
+    list[str], typer.Argument(metavar="NAME...", help="Hospitals: letters, digits, - and _.")
+]
 Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder of keys.")]
 Hosts = Annotated[
     list[str] | None,
-    typer.Option("--host", metavar="NAME|IP", help="Hospitals reach the server by this name or address; may be repeated."),
+    typer.Option(
+        "--host",
+        metavar="NAME|IP",
+        help="Hospitals reach the server by this name or address; may be repeated.",
+    ),
 ]
 Days = Annotated[
     int | None,
-    typer.Option("--days", metavar="DAYS", min=1, max=3650, help=f"How long the server's certificate holds. [default: {DAYS}]"),
+    typer.Option(
+        "--days",
+        metavar="DAYS",
+        min=1,
+        max=3650,
+        help=f"How long the server's certificate holds. [default: {DAYS}]",
+    ),
 ]
 
 
@@ -96,7 +110,12 @@ def create(
     epilog="Example: fedgan keys rotate hospital1\n\nExample: fedgan keys rotate server --host fl.example.org --days 180",
 )
 def rotate(
-    name: Annotated[str, typer.Argument(metavar="NAME|server", help="A hospital, or `server` for the server's certificate.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|server", help="A hospital, or `server` for the server's certificate."
+        ),
+    ],
     output: Folder = Path("keys"),
     hosts: Hosts = None,
     days: Days = None,
@@ -112,16 +131,25 @@ def rotate(
     folder = KeyFolder.open(output)
     if name == SERVER:
         folder.rotate_server(hosts or [], days or DAYS, now())
-        lines = [f"new key and certificate in {console.shown(output / SERVER)}: {_server_line(folder)}"]
-        lines.append("restart SuperLink and filter; hospitals need nothing new, their ca.crt is the same")
+        lines = [
+            f"new key and certificate in {console.shown(output / SERVER)}: {_server_line(folder)}"
+        ]
+        lines.append(
+            "restart SuperLink and filter; hospitals need nothing new, their ca.crt is the same"
+        )
     else:
         if hosts or days:
             raise ConfigError(
                 "--host and --days belong to certificates, i.e. to fedgan keys rotate server: a hospital's key has neither"
             )
         old, new = folder.rotate_hospital(name, now())
-        lines = [f"new key in {console.shown(folder.hospital(name))}: {new.fingerprint}", f"revoked: {old.fingerprint}"]
-        lines.append(f"bring {console.shown(folder.hospital(name))} to the hospital, which then restarts its SuperNode")
+        lines = [
+            f"new key in {console.shown(folder.hospital(name))}: {new.fingerprint}",
+            f"revoked: {old.fingerprint}",
+        ]
+        lines.append(
+            f"bring {console.shown(folder.hospital(name))} to the hospital, which then restarts its SuperNode"
+        )
         lines += _to_apply(folder, [new], [old])
     console.emit(_told(folder), as_json, "\n".join(lines))
 
@@ -143,7 +171,9 @@ def revoke(
     console.emit(_told(folder), as_json, "\n".join(lines))
 
 
-@app.command("list", epilog="Example: fedgan keys list\n\nExample: fedgan keys list --output keys --json")
+@app.command(
+    "list", epilog="Example: fedgan keys list\n\nExample: fedgan keys list --output keys --json"
+)
 def list_keys(
     keys: Folder = Path("keys"),
     as_json: console.Json = False,
@@ -158,10 +188,17 @@ def list_keys(
         print_, ends = row["fingerprint"], f"{row['expires'][:10]} ({row['days_left']} days)"
         table.append((label, f"{print_[:30]}...", row["created"][:10], ends, ""))
     for row in told["hospitals"]:
-        table.append((row["name"], row["fingerprint"], row["created"][:10], "", (row["revoked"] or "")[:10]))
+        table.append(
+            (row["name"], row["fingerprint"], row["created"][:10], "", (row["revoked"] or "")[:10])
+        )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    console.emit(told, as_json, "\n".join([*lines, f"the server is {', '.join(told[SERVER]['hosts'])}"]))
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+    console.emit(
+        told, as_json, "\n".join([*lines, f"the server is {', '.join(told[SERVER]['hosts'])}"])
+    )
 
 
 # --- what the verbs share ------------------------------------------------------------------------
@@ -192,10 +229,17 @@ def _server_line(folder: KeyFolder) -> str:
     return f"{', '.join(certificates.hosts_of(certificate))}, until {certificate.not_valid_after_utc:%Y-%m-%d}"
 
 
-def _to_apply(folder: KeyFolder, admitted: Sequence[Registration], refused: Sequence[Registration]) -> list[str]:
+def _to_apply(
+    folder: KeyFolder, admitted: Sequence[Registration], refused: Sequence[Registration]
+) -> list[str]:
     """What a federation that runs has to be told, by fedgan or by hand."""
     lines = ["a running federation learns of it by `fedgan deploy register`, or by hand:"]
-    lines += ["  flwr supernode unregister NODE_ID SUPERLINK   (the number that its registration printed)" for _ in refused]
+    lines += [
+        "  flwr supernode unregister NODE_ID SUPERLINK   (the number that its registration printed)"
+        for _ in refused
+    ]
     for row in admitted:
-        lines.append(f"  flwr supernode register {console.shown(folder.path / row.public_key)} SUPERLINK --name {row.name}")
+        lines.append(
+            f"  flwr supernode register {console.shown(folder.path / row.public_key)} SUPERLINK --name {row.name}"
+        )
     return lines

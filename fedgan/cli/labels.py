@@ -20,7 +20,11 @@ def named_vectors(names: Sequence[str], label_names: Sequence[str]) -> np.ndarra
     for row, name in enumerate(names):
         if name not in label_names:
             near = difflib.get_close_matches(name, label_names, n=1, cutoff=0.5)
-            advice = f"did you mean '{near[0]}'?" if near else f"it knows {', '.join(label_names) or 'no labels'}"
+            advice = (
+                f"did you mean '{near[0]}'?"
+                if near
+                else f"it knows {', '.join(label_names) or 'no labels'}"
+            )
             raise DataError(f"the model knows no label '{name}'; {advice}")
         vectors[row, list(label_names).index(name)] = 1
     return vectors
@@ -40,7 +44,9 @@ def parsed_vectors(texts: Sequence[str], label_names: Sequence[str], exclusive: 
             )
         vectors[row] = [int(part) for part in parts]
         if exclusive and vectors[row].sum() != 1:
-            raise ConfigError(f"--vector {text}: this model's classes exclude each other, so exactly one number must be 1")
+            raise ConfigError(
+                f"--vector {text}: this model's classes exclude each other, so exactly one number must be 1"
+            )
     return vectors
 
 

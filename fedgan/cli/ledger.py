@@ -21,20 +21,34 @@ HEADS = ("run", "released", "noise", "rate", "steps", "unit", "epsilon", "delta"
 def ledger(
     path: Annotated[
         Path,
-        typer.Argument(metavar="PATH", help="A shard, a hospital's state-dir, a folder of shards, a run, or a ledger file."),
+        typer.Argument(
+            metavar="PATH",
+            help="A shard, a hospital's state-dir, a folder of shards, a run, or a ledger file.",
+        ),
     ],
     delta: Annotated[
-        float | None, typer.Option("--delta", metavar="DELTA", help="Tell epsilon at this delta; else at that of the last entry.")
+        float | None,
+        typer.Option(
+            "--delta",
+            metavar="DELTA",
+            help="Tell epsilon at this delta; else at that of the last entry.",
+        ),
     ] = None,
     max_epsilon: Annotated[
         float | None,
-        typer.Option("--max-epsilon", metavar="EPSILON", help="Tell how many more steps like the last ones fit in."),
+        typer.Option(
+            "--max-epsilon",
+            metavar="EPSILON",
+            help="Tell how many more steps like the last ones fit in.",
+        ),
     ] = None,
     as_json: console.Json = False,
 ) -> None:
     """Show what each run released of a hospital's images and what all of it costs; check that no entry changed or is missing."""
     if delta is not None and not 0 < delta < 1:
-        raise ConfigError(f"--delta {delta:g}: epsilon has a meaning for 0 < delta < 1 only, e.g. one over the number of images")
+        raise ConfigError(
+            f"--delta {delta:g}: epsilon has a meaning for 0 < delta < 1 only, e.g. one over the number of images"
+        )
     if max_epsilon is not None and not max_epsilon > 0:
         raise ConfigError(f"--max-epsilon {max_epsilon:g}: give a budget above 0")
     found = [_account(ledger, delta, max_epsilon) for ledger in find_ledgers(path)]
@@ -48,8 +62,10 @@ def find_ledgers(path: Path) -> list[Ledger]:
     if path.is_file():
         return [Ledger(path)]
     ledgers = [Ledger(place / NAME) for place in places_of(path)]
-    # a run's own, of its hospitals as units (server/hospital_privacy.py)
-    ledgers = [Ledger(file) for file in sorted(path.glob("hospital-ledger.jsonl"))] + [each for each in ledgers if each.exists()]
+    # a run's own, of its hospitals as units (server/aggregation/client_level_dp.py)
+    ledgers = [Ledger(file) for file in sorted(path.glob("hospital-ledger.jsonl"))] + [
+        each for each in ledgers if each.exists()
+    ]
     if not ledgers:
         raise DataError(
             f"no privacy ledger at {console.shown(path)}: give a shard that was trained on with privacy, the state-dir of a "
@@ -94,22 +110,40 @@ def _account(ledger: Ledger, delta: float | None, max_epsilon: float | None) -> 
     }
     if max_epsilon is not None and entries and at is not None:
         last = entries[-1].mechanism
-        account |= {"max_epsilon": max_epsilon, "steps_left": 0 if total > max_epsilon else _left(entries, at, max_epsilon)}
-        account |= {"steps_like": {"noise_multiplier": last.noise_multiplier, "sample_rate": last.sample_rate}}
+        account |= {
+            "max_epsilon": max_epsilon,
+            "steps_left": 0 if total > max_epsilon else _left(entries, at, max_epsilon),
+        }
+        account |= {
+            "steps_like": {
+                "noise_multiplier": last.noise_multiplier,
+                "sample_rate": last.sample_rate,
+            }
+        }
     return account
 
 
 def _left(entries: list[Entry], delta: float, max_epsilon: float) -> int:
     from fedgan.privacy.accounting import steps_within
 
-    return steps_within(max_epsilon, delta, [entry.mechanism for entry in entries], entries[-1].mechanism, 10**8)
+    return steps_within(
+        max_epsilon, delta, [entry.mechanism for entry in entries], entries[-1].mechanism, 10**8
+    )
 
 
 def _releases(entries: list[Entry]) -> list[dict[str, Any]]:
     """One row for entries in succession that differ in nothing but their steps; `epsilon` is that after the last of them."""
 
     def alike(entry: Entry) -> tuple[Any, ...]:
-        return entry.run, entry.kind, entry.noise_multiplier, entry.sample_rate, entry.unit, entry.delta, entry.data
+        return (
+            entry.run,
+            entry.kind,
+            entry.noise_multiplier,
+            entry.sample_rate,
+            entry.unit,
+            entry.delta,
+            entry.data,
+        )
 
     rows = []
     for _, group in itertools.groupby(entries, alike):
@@ -138,21 +172,42 @@ def _text(account: dict[str, Any]) -> str:
         return f"{lines[0]}\n  nothing was released yet"
     table = [HEADS]
     for row in account["releases"]:
-        numbers = (f"{row['noise_multiplier']:.4g}", f"{row['sample_rate']:.4g}", f"{row['steps']:,}")
-        table.append((row["run"], row["kind"], *numbers, row["unit"], _number(row["epsilon"]), f"{row['delta']:.3g}"))
+        numbers = (
+            f"{row['noise_multiplier']:.4g}",
+            f"{row['sample_rate']:.4g}",
+            f"{row['steps']:,}",
+        )
+        table.append(
+            (
+                row["run"],
+                row["kind"],
+                *numbers,
+                row["unit"],
+                _number(row["epsilon"]),
+                f"{row['delta']:.3g}",
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines += [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
     runs, entries = account["runs"], account["entries"]
     over = f"{entries} {'entry' if entries == 1 else 'entries'} of {runs} {'run' if runs == 1 else 'runs'}"
     total = f"epsilon {_number(account['epsilon'])} at delta {account['delta']:.3g}"
     lines.append(f"  in all: {total}, over {over}; no entry is missing or changed")
     lines.append("  runs without privacy are not entered: nothing bounds what they gave away")
     if account["contents"] > 1:
-        lines.append(f"  the shard's content changed: {account['contents']} versions of it share this account")
+        lines.append(
+            f"  the shard's content changed: {account['contents']} versions of it share this account"
+        )
     if "steps_left" in account:
         like = account["steps_like"]
         step = f"noise {like['noise_multiplier']:.4g} and rate {like['sample_rate']:.4g}"
-        lines.append(f"  {account['steps_left']:,} more steps with {step} fit into epsilon {account['max_epsilon']:g}")
+        lines.append(
+            f"  {account['steps_left']:,} more steps with {step} fit into epsilon {account['max_epsilon']:g}"
+        )
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from fedgan.cli.ledger import places_of
 from fedgan.errors import DataError
 
 if TYPE_CHECKING:
-    from fedgan.privacy.outbound import Entry, OutboundLog, Record
+    from fedgan.exchange.outbound_log import Entry, OutboundLog, Record
 
 HEADS = ("time", "experiment", "round", "message", "arrays", "values", "bytes", "sha256", "")
 SHORT = 12  # digits of a hash that a table shows
@@ -21,7 +21,11 @@ SHORT = 12  # digits of a hash that a table shows
 
 def outbound(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A shard, a hospital's state-dir, a folder of shards, a run, or a log file.")
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="A shard, a hospital's state-dir, a folder of shards, a run, or a log file.",
+        ),
     ],
     as_json: console.Json = False,
 ) -> None:
@@ -30,13 +34,15 @@ def outbound(
     found = [_account(log, only) for log in find_logs(path)]
     found = [account for account in found if account["messages"] or only is None]
     if not found:
-        raise DataError(f"no message of this run is in the outbound logs at {console.shown(path)}: did it begin?")
+        raise DataError(
+            f"no message of this run is in the outbound logs at {console.shown(path)}: did it begin?"
+        )
     console.emit({"logs": found}, as_json, "\n\n".join(map(_text, found)))
 
 
 def find_logs(path: Path) -> list[OutboundLog]:
     """The outbound logs at `path`, sorted. Raises `DataError` where there is none."""
-    from fedgan.privacy.outbound import NAME, OutboundLog
+    from fedgan.exchange.outbound_log import NAME, OutboundLog
 
     files = [path] if path.is_file() else [place / NAME for place in places_of(path)]
     logs = [log for log in map(OutboundLog, files) if log.numbers()]
@@ -69,7 +75,9 @@ def _account(log: OutboundLog, only: str | None) -> dict[str, Any]:
         "messages": [asdict(entry) for entry in entries],
         "totals": {
             "messages": len(entries),
-            "errors": sum(record["kind"] == "error" for entry in entries for record in entry.records),
+            "errors": sum(
+                record["kind"] == "error" for entry in entries for record in entry.records
+            ),
             "experiments": len({entry.experiment for entry in entries}),
             "bytes": sum(entry.bytes for entry in entries),
         },
@@ -98,7 +106,11 @@ def _text(account: dict[str, Any]) -> str:
     table = [HEADS, *(_row(message) for message in account["messages"])]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [account["path"]]
-    lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines += [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
     totals = account["totals"]
     errors = f", {totals['errors']} of them errors" if totals["errors"] else ""
     lines.append(f"  in all: {totals['messages']:,} messages{errors}, {totals['bytes']:,} bytes")
@@ -107,9 +119,13 @@ def _text(account: dict[str, Any]) -> str:
     if account["changed_lines"]:
         lines.append(f"  changed after they were written: {', '.join(account['changed_lines'])}")
     if account["unfinished_lines"]:
-        lines.append(f"  no entries: {account['unfinished_lines']} lines (what was never finished was not sent)")
+        lines.append(
+            f"  no entries: {account['unfinished_lines']} lines (what was never finished was not sent)"
+        )
     if missing := account["missing_parts"]:
-        lines.append(f"  not here: {len(missing)} parts of this log, {missing[0]} the first of them (moved away?)")
+        lines.append(
+            f"  not here: {len(missing)} parts of this log, {missing[0]} the first of them (moved away?)"
+        )
     return "\n".join(lines)
 
 
@@ -117,7 +133,11 @@ def _row(message: dict[str, Any]) -> tuple[str, ...]:
     records: list[Record] = message["records"]
     arrays = sum(len(record["arrays"]) for record in records if record["kind"] == "arrays")
     errors = [record["values"] for record in records if record["kind"] == "error"]
-    values = 0 if errors else sum(len(record["values"]) for record in records if record["kind"] == "values")
+    values = (
+        0
+        if errors
+        else sum(len(record["values"]) for record in records if record["kind"] == "values")
+    )
     return (
         message["time"],
         message["experiment"],

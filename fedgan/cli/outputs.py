@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedgan import files
-from fedgan.cli import console, release, wanted
+from fedgan.cli import console, release
+from fedgan.cli import label_sampling as wanted
 from fedgan.cli.audit import Shards
 from fedgan.cli.runs import checkpoint_of, headline, headline_text, runner
 from fedgan.config import Settings, from_dict, to_dict
@@ -37,48 +38,95 @@ class Format(StrEnum):
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that fedgan simulate wrote.")]
 RunOrComparison = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Run folder that fedgan simulate wrote, or folder that fedgan compare wrote.")
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="Run folder that fedgan simulate wrote, or folder that fedgan compare wrote.",
+    ),
 ]
 
 
 def generate(
     source: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder (its newest round) or a .safetensors file.")
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT",
+            help="Run folder (its newest round) or a .safetensors file.",
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write; must be absent or empty.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder to write; must be absent or empty."
+        ),
+    ],
     images: Annotated[int, typer.Option("--images", "-n", min=1, help="Number of images in all.")],
-    label: Annotated[list[str] | None, typer.Option("--label", help="Class to draw; may be repeated, shared out evenly.")] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", help="Class to draw; may be repeated, shared out evenly."),
+    ] = None,
     vector: Annotated[
-        list[str] | None, typer.Option("--vector", metavar="1,0,1", help="Label vector to draw; may be repeated.")
+        list[str] | None,
+        typer.Option("--vector", metavar="1,0,1", help="Label vector to draw; may be repeated."),
     ] = None,
     labels_from: Annotated[
         str | None,
         typer.Option(
-            "--labels-from", metavar="mix|SHARD", help="Labels as in the run's training images (mix), or of a shard's images."
+            "--labels-from",
+            metavar="mix|SHARD",
+            help="Labels as in the run's training images (mix), or of a shard's images.",
         ),
     ] = None,
     mix: Annotated[
         list[str] | None,
-        typer.Option("--mix", metavar="CLASS=SHARE,…", help="Share of each class, e.g. normal=0.7,pneumonia=0.3; 0 where none."),
+        typer.Option(
+            "--mix",
+            metavar="CLASS=SHARE,…",
+            help="Share of each class, e.g. normal=0.7,pneumonia=0.3; 0 where none.",
+        ),
     ] = None,
     psi: Annotated[
-        float, typer.Option("--psi", min=0.0, max=1.0, help="Truncation: 1 none, smaller is more typical, less varied.")
+        float,
+        typer.Option(
+            "--psi",
+            min=0.0,
+            max=1.0,
+            help="Truncation: 1 none, smaller is more typical, less varied.",
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the latents; the same seed gives the same images.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images that are drawn at once.")] = 64,
-    form: Annotated[Format, typer.Option("--format", help="PNG files with labels.csv, or one shard.")] = Format.PNG,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", min=0, help="Seed of the latents; the same seed gives the same images."
+        ),
+    ] = 0,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Images that are drawn at once.")
+    ] = 64,
+    form: Annotated[
+        Format, typer.Option("--format", help="PNG files with labels.csv, or one shard.")
+    ] = Format.PNG,
     as_release: Annotated[
-        bool, typer.Option("--release", help="A set to hand on: PNG files in folders, labels.csv, a card, hashes.")
-    ] = False,
-    quarantine: Annotated[
         bool,
         typer.Option(
-            "--quarantine", help="With --release: drop and redraw images too near to a training image; utility is measured again."
+            "--release", help="A set to hand on: PNG files in folders, labels.csv, a card, hashes."
+        ),
+    ] = False,
+    release_filter: Annotated[
+        bool,
+        typer.Option(
+            "--quarantine",
+            help="With --release: drop and redraw images too near to a training image; utility is measured again.",
         ),
     ] = False,
     shards: Shards = None,
     created: Annotated[
-        str | None, typer.Option("--created", metavar="DATE", help="Date to state in the card of --release, e.g. 2026-05-31.")
+        str | None,
+        typer.Option(
+            "--created",
+            metavar="DATE",
+            help="Date to state in the card of --release, e.g. 2026-05-31.",
+        ),
     ] = None,
     as_json: console.Json = False,
 ) -> None:
@@ -91,8 +139,10 @@ def generate(
     choice = wanted.Choice(label or [], vector or [], labels_from, mix or [])
     if created is not None and not as_release:
         raise ConfigError("--created stands in the card of a release: give --release as well")
-    if (quarantine or shards) and not (as_release and quarantine):
-        raise ConfigError("--quarantine filters a release, and --shards says what it compares with: give --release --quarantine")
+    if (release_filter or shards) and not (as_release and release_filter):
+        raise ConfigError(
+            "--quarantine filters a release, and --shards says what it compares with: give --release --quarantine"
+        )
     if as_release:
         release.check_release(form is Format.PNG, created)
     console.refuse_existing(output, "the images")
@@ -101,22 +151,42 @@ def generate(
     from fedgan.training.checkpoint import load_generator
 
     generator, meta = load_generator(checkpoint)
-    vectors = wanted.wanted_labels(meta, checkpoint, images, choice, seed)
-    kept = release.guarded(run, generator, meta, vectors, shards, psi=psi, seed=seed, batch=batch) if run and quarantine else None
+    vectors = wanted.requested_labels(meta, checkpoint, images, choice, seed)
+    kept = (
+        release.filtered_release(
+            run, generator, meta, vectors, shards, psi=psi, seed=seed, batch=batch
+        )
+        if run and release_filter
+        else None
+    )
     filtered = None
     with _folder(output) as folder:
         chunks = kept.chunks() if kept else _chunks(generator, vectors, psi, seed, batch)
         if form is Format.SHARD:
             _write_shard(folder, chunks, meta, vectors, psi=psi, seed=seed)
         else:
-            _write_pngs(folder, chunks, meta, vectors, shelf=release.SHELF if run else 0)
+            _write_pngs(folder, chunks, meta, vectors, shelf=release.FILES_PER_FOLDER if run else 0)
         if run:
-            asked = choice.words(bool(meta["exclusive"]), labelled=bool(meta["label_names"]), private=wanted.is_private(meta))
-            filtered = kept.facts() if kept else None
-            release.write_papers(
-                folder, run, meta, vectors, asked=asked, seed=seed, psi=psi, created=created, quarantine=filtered
+            asked = choice.words(
+                bool(meta["exclusive"]),
+                labelled=bool(meta["label_names"]),
+                private=wanted.is_private(meta),
             )
-    counts = {name: int(vectors[:, column].sum()) for column, name in enumerate(meta["label_names"])}
+            filtered = kept.facts() if kept else None
+            release.write_card_and_checksums(
+                folder,
+                run,
+                meta,
+                vectors,
+                asked=asked,
+                seed=seed,
+                psi=psi,
+                created=created,
+                release_filter=filtered,
+            )
+    counts = {
+        name: int(vectors[:, column].sum()) for column, name in enumerate(meta["label_names"])
+    }
     result = {
         "output": str(output.resolve()),
         "checkpoint": str(checkpoint),
@@ -128,20 +198,37 @@ def generate(
     if run:
         result["card"] = str(output.resolve() / "dataset_card.md")
     if filtered:
-        result["quarantine"] = filtered
+        result["release_filter"] = filtered
     told = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
     line = f"{images} synthetic images in {console.shown(output)}{f' ({told})' if told else ''}"
-    papers = f"\ncard        {console.shown(output / 'dataset_card.md')}: its blanks are yours to fill" if run else ""
-    console.emit(result, as_json, line + (f"\n{release.quarantine_text(filtered)}" if filtered else "") + papers)
+    papers = (
+        f"\ncard        {console.shown(output / 'dataset_card.md')}: its blanks are yours to fill"
+        if run
+        else ""
+    )
+    console.emit(
+        result,
+        as_json,
+        line + (f"\n{release.release_filter_text(filtered)}" if filtered else "") + papers,
+    )
 
 
 def evaluate(
     run_path: Run,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change an evaluation.* key, with --output.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change an evaluation.* key, with --output."
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Write a second look there and leave the run as it is.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Write a second look there and leave the run as it is.",
+        ),
     ] = None,
     as_json: console.Json = False,
 ) -> None:
@@ -151,7 +238,7 @@ def evaluate(
     looked at with other classifiers, features or merged labels. An arm of a comparison always needs --output.
     """
     from fedgan.report.cards.collect import comparison_of
-    from fedgan.report.page import write_report
+    from fedgan.report.run.page import write_report
     from fedgan.run_folder import RunFolder
 
     run = RunFolder.at(run_path)
@@ -164,15 +251,25 @@ def evaluate(
             "give --output DIR for a second look"
         )
     if overrides and output is None:
-        raise ConfigError("--set would make the run's evaluation.json differ from its config.toml: give --output DIR as well")
+        raise ConfigError(
+            "--set would make the run's evaluation.json differ from its config.toml: give --output DIR as well"
+        )
     if stray := [text for text in overrides or [] if not text.strip().startswith("evaluation.")]:
-        raise ConfigError(f"'{stray[0]}' is no evaluation.* key: the training of a finished run cannot be changed")
+        raise ConfigError(
+            f"'{stray[0]}' is no evaluation.* key: the training of a finished run cannot be changed"
+        )
     runner()  # has a message of its own where there is no repository
-    from server.lock import locked
-    from server.preparation import with_absolute_paths
+    from fedgan.runs.lock import locked
+    from fedgan.runs.preparation import with_absolute_paths
 
-    settings = with_absolute_paths(from_dict(to_dict(run.settings()), overrides or [], source=str(run.config)))
-    with locked(run), console.stdout_for_results(), nullcontext(run.path) if output is None else _folder(output) as folder:
+    settings = with_absolute_paths(
+        from_dict(to_dict(run.settings()), overrides or [], source=str(run.config))
+    )
+    with (
+        locked(run),
+        console.stdout_for_results(),
+        nullcontext(run.path) if output is None else _folder(output) as folder,
+    ):
         place = RunFolder(folder)
         if output is not None:
             _prepare_look(run, settings, place)
@@ -201,7 +298,7 @@ def report(
     """
     from fedgan.comparison_folder import ComparisonFolder
     from fedgan.report.comparison.page import write_comparison
-    from fedgan.report.page import write_report
+    from fedgan.report.run.page import write_report
     from fedgan.report.tensorboard import write_tensorboard
 
     run = ComparisonFolder.at(run_path)
@@ -233,7 +330,9 @@ def cards(
     run.settings()
     written = write_comparison_cards(run.path) if _is_comparison(run) else write_cards(run)
     result = {"run": str(run.path), "cards": [str(path) for path in written]}
-    console.emit(result, as_json, "\n".join(f"card        {console.shown(path)}" for path in written))
+    console.emit(
+        result, as_json, "\n".join(f"card        {console.shown(path)}" for path in written)
+    )
 
 
 def _is_comparison(run: ComparisonFolder) -> bool:
@@ -245,7 +344,11 @@ def _prepare_look(run: RunFolder, settings: Settings, place: RunFolder) -> None:
     """Fill `place` with what the page needs of the run, under other settings of the evaluator."""
     files.write_json(place.look, {"run": str(run.path)})
     place.write_settings(settings)
-    for source, target in ((run.environment, place.environment), (run.hospitals, place.hospitals), (run.metrics, place.metrics)):
+    for source, target in (
+        (run.environment, place.environment),
+        (run.hospitals, place.hospitals),
+        (run.metrics, place.metrics),
+    ):
         if source.is_file():
             files.write_bytes(target, source.read_bytes())
     for picture in sorted(run.samples.glob("*.png")):
@@ -254,14 +357,19 @@ def _prepare_look(run: RunFolder, settings: Settings, place: RunFolder) -> None:
 
 def _evaluate(run: RunFolder, settings: Settings, place: RunFolder) -> None:
     """The final evaluation of the run's newest round, written to `place`; its name and budget are those of the run."""
+    from fedgan.runs.evaluator import Evaluator
+    from fedgan.runs.preparation import evaluation_hospitals
     from fedgan.training.checkpoint import load_generator
-    from server.evaluator import Evaluator
-    from server.preparation import evaluation_hospitals
 
     generator, meta = load_generator(checkpoint_of(run.path))
-    budget = {key: meta[key] for key in ("round", "images_seen", "wall_seconds", "bytes_exchanged", "label_names")}
+    budget = {
+        key: meta[key]
+        for key in ("round", "images_seen", "wall_seconds", "bytes_exchanged", "label_names")
+    }
     facts = {"arm": _arm_of(run), "name": settings.name, **budget}
-    Evaluator(settings, place, evaluation_hospitals(settings, run), progress=console.note).final(generator, facts)
+    Evaluator(settings, place, evaluation_hospitals(settings, run), progress=console.note).final(
+        generator, facts
+    )
 
 
 def _arm_of(run: RunFolder) -> str | None:
@@ -294,11 +402,15 @@ def _chunks(generator: Any, vectors: np.ndarray, psi: float, seed: int, batch: i
     latents = draw_latents(len(vectors), generator.z_dim, seed)
     for start in range(0, len(vectors), CHUNK):
         rows = slice(start, start + CHUNK)
-        images = generate_images(generator, vectors[rows], seed, psi, batch, device, latents=latents[rows])
+        images = generate_images(
+            generator, vectors[rows], seed, psi, batch, device, latents=latents[rows]
+        )
         yield start, images, np.full(len(images), seed)
 
 
-def _write_pngs(folder: Path, chunks: Chunks, meta: dict[str, Any], vectors: np.ndarray, shelf: int = 0) -> None:
+def _write_pngs(
+    folder: Path, chunks: Chunks, meta: dict[str, Any], vectors: np.ndarray, shelf: int = 0
+) -> None:
     """One PNG an image and labels.csv: file, a column a label, seed, index. `shelf`: images in a sub-folder; 0: none."""
     from PIL import Image
 
@@ -318,7 +430,9 @@ def _write_pngs(folder: Path, chunks: Chunks, meta: dict[str, Any], vectors: np.
     files.write_text(folder / "labels.csv", table.getvalue())
 
 
-def _write_shard(folder: Path, chunks: Chunks, meta: dict[str, Any], vectors: np.ndarray, psi: float, seed: int) -> None:
+def _write_shard(
+    folder: Path, chunks: Chunks, meta: dict[str, Any], vectors: np.ndarray, psi: float, seed: int
+) -> None:
     """A shard whose images are all in the training split; each image is its own patient, because it shows none."""
     from fedgan.data.shard import write_shard
 

@@ -48,15 +48,21 @@ class Measured:
     device: str
 
 
-def measure(settings: Settings, channels: int, labels: int, exclusive: bool, at_once: int, threads: int) -> Measured:
+def measure(
+    settings: Settings, channels: int, labels: int, exclusive: bool, at_once: int, threads: int
+) -> Measured:
     """Train `at_once` hospitals side by side for five seconds. Raises `MachineError` when a process fails."""
-    question = json.dumps(dataclasses.asdict(Probe(to_dict(settings), channels, labels, exclusive, threads)))
+    question = json.dumps(
+        dataclasses.asdict(Probe(to_dict(settings), channels, labels, exclusive, threads))
+    )
     command = [sys.executable, "-m", "fedgan.cli.probe"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     children = [subprocess.Popen(command, text=True, **pipes) for _ in range(at_once)]  # type: ignore[call-overload]
     try:
         for child in children:  # all begin before the first is waited for
-            with contextlib.suppress(BrokenPipeError):  # it is dead already: its exit status tells below
+            with contextlib.suppress(
+                BrokenPipeError
+            ):  # it is dead already: its exit status tells below
                 child.stdin.write(question)
                 child.stdin.close()
             child.stdin = None
@@ -64,17 +70,23 @@ def measure(settings: Settings, channels: int, labels: int, exclusive: bool, at_
         for child in children:
             out, complaint = child.communicate(timeout=TIMEOUT)
             if child.returncode:
-                raise MachineError(f"the training probe failed: {(complaint.strip().splitlines() or ['killed'])[-1]}")
+                raise MachineError(
+                    f"the training probe failed: {(complaint.strip().splitlines() or ['killed'])[-1]}"
+                )
             answers.append(json.loads(out))
     except subprocess.TimeoutExpired:
-        raise MachineError(f"the training probe gave no answer in {TIMEOUT:.0f} s: lower model.* or data.resolution") from None
+        raise MachineError(
+            f"the training probe gave no answer in {TIMEOUT:.0f} s: lower model.* or data.resolution"
+        ) from None
     finally:
         for child in children:
             child.kill()
             child.wait()
     return Measured(
         images_per_second=sum(answer["images_per_second"] for answer in answers) / at_once,
-        classifier_images_per_second=sum(answer["classifier_images_per_second"] for answer in answers),
+        classifier_images_per_second=sum(
+            answer["classifier_images_per_second"] for answer in answers
+        ),
         memory=max(answer["memory"] for answer in answers),
         device=answers[0]["device"],
     )
@@ -88,14 +100,31 @@ def busiest_share(shares: Sequence[float], slots: int) -> float:
     return max(loads)
 
 
-def predict(settings: Settings, measured: Measured, sizes: Sequence[int], slots: int) -> dict[str, float]:
+def predict(
+    settings: Settings, measured: Measured, sizes: Sequence[int], slots: int
+) -> dict[str, float]:
     """Seconds that the scenario will take: `start`, `training`, `evaluation`, `all`. `sizes`: training images a hospital."""
-    weights = [1.0] * len(sizes) if settings.federation.local_images == "equal" else [float(size) for size in sizes]
+    weights = (
+        [1.0] * len(sizes)
+        if settings.federation.local_images == "equal"
+        else [float(size) for size in sizes]
+    )
     share = busiest_share([weight / sum(weights) for weight in weights], slots)
     training = settings.training.kimg * 1000 * share / measured.images_per_second
-    shown = 2 * settings.evaluation.seeds * settings.evaluation.epochs * sum(sizes)  # a real and a synthetic classifier a seed
-    evaluation = shown / measured.classifier_images_per_second if measured.classifier_images_per_second else 0.0
-    return {"start": START_SECONDS, "training": training, "evaluation": evaluation, "all": START_SECONDS + training + evaluation}
+    shown = (
+        2 * settings.evaluation.seeds * settings.evaluation.epochs * sum(sizes)
+    )  # a real and a synthetic classifier a seed
+    evaluation = (
+        shown / measured.classifier_images_per_second
+        if measured.classifier_images_per_second
+        else 0.0
+    )
+    return {
+        "start": START_SECONDS,
+        "training": training,
+        "evaluation": evaluation,
+        "all": START_SECONDS + training + evaluation,
+    }
 
 
 # --- the child -----------------------------------------------------------------------------------
@@ -116,16 +145,21 @@ def _answer(probe: Probe) -> dict[str, Any]:
     from fedgan.training.trainer import Trainer, resolve_device
 
     trainer = Trainer(settings, dataset, resolve_device(settings.training.device).type)
-    trainer.train(settings.training.batch_size)  # the first step is slow: memory, threads, oneDNN's kernels
+    trainer.train(
+        settings.training.batch_size
+    )  # the first step is slow: memory, threads, oneDNN's kernels
     images, seconds, steps = 0.0, 0.0, 0
-    whole = settings.training.r1_interval  # regularisation is lazy: only whole cycles show its true share
+    whole = (
+        settings.training.r1_interval
+    )  # regularisation is lazy: only whole cycles show its true share
     while seconds < SECONDS or (steps % whole and seconds < 3 * SECONDS):
         done = trainer.train(settings.training.batch_size)
         images, seconds, steps = images + done["images"], seconds + done["seconds"], steps + 1
     return {
         "images_per_second": images / seconds,
         "classifier_images_per_second": _classifier_rate(dataset),
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024),
         "device": trainer.device.type,
     }
 
@@ -155,11 +189,15 @@ def _random_images(probe: Probe, resolution: int) -> Any:
         labels = np.eye(probe.labels, dtype=np.uint8)[np.arange(IMAGES) % probe.labels]
     else:
         labels = rng.integers(0, 2, (IMAGES, probe.labels), dtype=np.uint8)
-    return ImageDataset("probe", images, labels, tuple(f"label-{n}" for n in range(probe.labels)), probe.exclusive)
+    return ImageDataset(
+        "probe", images, labels, tuple(f"label-{n}" for n in range(probe.labels)), probe.exclusive
+    )
 
 
 def _with(settings: Settings, section: str, **values: Any) -> Settings:
-    return dataclasses.replace(settings, **{section: dataclasses.replace(getattr(settings, section), **values)})
+    return dataclasses.replace(
+        settings, **{section: dataclasses.replace(getattr(settings, section), **values)}
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-PREPARING = {"phantoms": "drawing phantoms", "hospitals": "opening the hospitals' shards", "engine": "starting Flower"}
+PREPARING = {
+    "phantoms": "drawing phantoms",
+    "hospitals": "opening the hospitals' shards",
+    "engine": "starting Flower",
+}
 COLUMNS = ("loss_g", "loss_d", "r_t", "p")
 QUIET_SECONDS = 20.0  # between two plain lines inside a round
 SHOWN_ROUNDS = 8
@@ -54,7 +58,7 @@ class RunState:
             self.shown[event["hospital"]] = event["images"]
         elif kind == "evaluation":
             self.stage = "final evaluation" if event["final"] else "sampling"
-        elif kind == "note":
+        elif kind == "status":
             self.stage = event["text"]
         elif kind == "round_end":
             self.lines.append(event["line"])
@@ -86,7 +90,9 @@ class Progress:
     def __init__(self, quietly: bool = False) -> None:
         self.state = RunState()
         self.as_json = events.wants_json()
-        self.screen = Screen(self.state) if sys.stderr.isatty() and not (quietly or self.as_json) else None
+        self.screen = (
+            Screen(self.state) if sys.stderr.isatty() and not (quietly or self.as_json) else None
+        )
         self._said = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -94,7 +100,12 @@ class Progress:
             self.screen.live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.screen:
             self.screen.refresh()
             self.screen.live.stop()
@@ -106,7 +117,7 @@ class Progress:
             return
         text = self.in_words(event)
         if self.screen:
-            if event.get("event") == "remark":
+            if event.get("event") == "note":
                 self.screen.live.console.print(event["text"], highlight=False)
             self.screen.refresh()
         elif text:
@@ -122,18 +133,20 @@ class Progress:
     def _plain(self, event: dict[str, Any]) -> str:
         """The line that an event is worth where there is no terminal; most are worth none."""
         kind, state = event.get("event"), self.state
-        if kind in ("preparing", "evaluation", "note"):
+        if kind in ("preparing", "evaluation", "status"):
             return f"{state.stage} ..."
         if kind == "start":
             rounds = f"rounds {event['first_round']} to {state.rounds}"
-            return f"hospitals {', '.join(event['hospitals'])}: {rounds}, {state.images} images in all"
+            return (
+                f"hospitals {', '.join(event['hospitals'])}: {rounds}, {state.images} images in all"
+            )
         if kind == "progress" and time.monotonic() - self._said > QUIET_SECONDS:
             return f"round {state.round}/{state.rounds}: " + ", ".join(
                 f"{name} {share:.0%}" for name, share in state.hospital_shares().items()
             )
         if kind == "round_end":
             return round_text(event["line"], state.rounds)
-        if kind == "remark":
+        if kind == "note":
             return str(event["text"])
         return str(event["message"]) if kind == "complete" else ""
 
@@ -144,7 +157,13 @@ class Screen:
     def __init__(self, state: RunState) -> None:
         from rich.console import Console
         from rich.live import Live
-        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as Bars
 
         self.state = state
@@ -158,13 +177,19 @@ class Screen:
         self.bars = Bars(*columns)
         self.run = self.bars.add_task("preparing", total=None)
         self.tasks: dict[str, Any] = {}
-        self.live = Live(get_renderable=self.picture, console=Console(stderr=True), refresh_per_second=4)
+        self.live = Live(
+            get_renderable=self.picture, console=Console(stderr=True), refresh_per_second=4
+        )
 
     def refresh(self) -> None:
         """Bring the bars up to date with the state."""
         state = self.state
-        title = f"round {state.round}/{state.rounds}, {state.stage}" if state.rounds else state.stage
-        self.bars.update(self.run, description=title, completed=state.images_now, total=state.images or None)
+        title = (
+            f"round {state.round}/{state.rounds}, {state.stage}" if state.rounds else state.stage
+        )
+        self.bars.update(
+            self.run, description=title, completed=state.images_now, total=state.images or None
+        )
         for name, share in state.hospital_shares().items():
             if name not in self.tasks:
                 self.tasks[name] = self.bars.add_task(f"  {name}", total=1.0)
@@ -176,7 +201,10 @@ class Screen:
         """What stands on the screen now."""
         from rich.console import Group
 
-        return Group(*([rounds_table(self.state.lines[-SHOWN_ROUNDS:])] if self.state.lines else []), self.bars)
+        return Group(
+            *([rounds_table(self.state.lines[-SHOWN_ROUNDS:])] if self.state.lines else []),
+            self.bars,
+        )
 
 
 def rounds_table(lines: list[dict[str, Any]]) -> Table:
@@ -189,10 +217,15 @@ def rounds_table(lines: list[dict[str, Any]]) -> Table:
         table.add_column(title, justify="right")
     for line in lines:
         mean = line.get("mean") or {}
-        numbers = [_number(mean.get(name)) for name in COLUMNS] + ([privacy_text(line)] if private else [])
+        numbers = [_number(mean.get(name)) for name in COLUMNS] + (
+            [privacy_text(line)] if private else []
+        )
         distance = (line.get("fidelity") or {}).get("frechet")
         table.add_row(
-            str(line["round"]), f"{line['images_seen'] / 1000:.1f}", *numbers, "" if distance is None else f"{distance:.3g}"
+            str(line["round"]),
+            f"{line['images_seen'] / 1000:.1f}",
+            *numbers,
+            "" if distance is None else f"{distance:.3g}",
         )
     return table
 
@@ -211,7 +244,11 @@ def round_text(line: dict[str, Any], rounds: int) -> str:
 
 def privacy_text(line: dict[str, Any]) -> str:
     """The largest ε of the round's hospitals, ∞ where one adds no noise; empty without privacy."""
-    found = [row["epsilon"] for row in [*(line.get("hospitals") or []), line.get("hospital_privacy") or {}] if "epsilon" in row]
+    found = [
+        row["epsilon"]
+        for row in [*(line.get("hospitals") or []), line.get("client_level_dp") or {}]
+        if "epsilon" in row
+    ]
     if not found:
         return ""
     return "∞" if None in found else f"{max(found):.3g}"

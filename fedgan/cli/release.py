@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import PngImagePlugin
 
-    from fedgan.evaluation.quarantine import Quarantine
+    from fedgan.audit.release_filter import ReleaseFilter
 
-SHELF = 1000  # images in one folder
+FILES_PER_FOLDER = 1000  # images in one folder
 SUMS = "SHA256SUMS"
 DESCRIPTION = "Synthetic image drawn by a generative model; not taken of a patient."
 # The IPTC's word for an image made by a model that was trained on images
@@ -83,7 +83,7 @@ def run_of(checkpoint: Path) -> RunFolder:
     return run
 
 
-def write_papers(
+def write_card_and_checksums(
     folder: Path,
     run: RunFolder,
     meta: dict[str, Any],
@@ -93,7 +93,7 @@ def write_papers(
     seed: int,
     psi: float,
     created: str | None,
-    quarantine: dict[str, Any] | None = None,
+    release_filter: dict[str, Any] | None = None,
 ) -> None:
     """Write the card and, last, the hashes beside the images and labels.csv that lie in `folder`.
 
@@ -106,39 +106,59 @@ def write_papers(
 
     release = Release(
         images=len(wanted),
-        counts={name: int(wanted[:, column].sum()) for column, name in enumerate(meta["label_names"])},
+        counts={
+            name: int(wanted[:, column].sum()) for column, name in enumerate(meta["label_names"])
+        },
         unlabelled=int((wanted.sum(axis=1) == 0).sum()),
         asked=asked,
         seed=seed,
         psi=psi,
         meta=meta,
         created=created,
-        quarantine=quarantine,
+        release_filter=release_filter,
     )
     write_card(folder, "dataset_card", "card_release.md.j2", release_facts(collect(run), release))
     files.write_text(folder / SUMS, hashes(folder))
 
 
-class Guarded:
+class FilteredRelease:
     """A release that is drawn past the fences of the hospitals, and whose utility is measured with and without them."""
 
-    def __init__(self, quarantine: Quarantine, vectors: np.ndarray, hospitals: Sequence[Any], run: RunFolder) -> None:
+    def __init__(
+        self,
+        release_filter: ReleaseFilter,
+        vectors: np.ndarray,
+        hospitals: Sequence[Any],
+        run: RunFolder,
+    ) -> None:
 
         from fedgan.evaluation.mixing import stratified_rows
 
-        self.quarantine, self.vectors, self.hospitals, self.run = quarantine, vectors, hospitals, run
+        self.release_filter, self.vectors, self.hospitals, self.run = (
+            release_filter,
+            vectors,
+            hospitals,
+            run,
+        )
         self.settings = run.settings()
         most = min(len(vectors), self.settings.evaluation.images)
-        self._measured = stratified_rows(vectors, most, self.settings.seed)  # places on which utility is measured
+        self._measured = stratified_rows(
+            vectors, most, self.settings.seed
+        )  # places on which utility is measured
         self._before: list[np.ndarray] = []
         self._after: list[np.ndarray] = []
 
     def chunks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(number of the first, images, seed of each) a chunk at a time, as `generate` writes them."""
-        from fedgan.evaluation.quarantine import in_chunks
+        from fedgan.audit.release_filter import in_chunks
 
-        for start, images, seeds, first in in_chunks(self.quarantine, self.vectors, SHELF):
-            inside = self._measured[(self._measured >= start) & (self._measured < start + len(images))] - start
+        for start, images, seeds, first in in_chunks(
+            self.release_filter, self.vectors, FILES_PER_FOLDER
+        ):
+            inside = (
+                self._measured[(self._measured >= start) & (self._measured < start + len(images))]
+                - start
+            )
             self._before.append(first[inside])
             self._after.append(images[inside])
             yield start, images, seeds
@@ -147,22 +167,28 @@ class Guarded:
         """What the filter did, for the card; after `chunks` has ended. Trains classifiers."""
         import numpy as np
 
+        from fedgan.audit.release_filter import MOST_DRAWS, PERCENTILE, utility_before_and_after
         from fedgan.data.dataset import ImageDataset
-        from fedgan.evaluation.quarantine import MOST_DRAWS, PERCENTILE, utility_before_and_after
         from fedgan.evaluation.reference import RealReference, pool_places
-        from server.evaluator import evaluation_device
+        from fedgan.runs.evaluator import evaluation_device
 
-        known, filtered = self.run.read_json(self.run.hospitals) or [], self.quarantine
+        known, filtered = self.run.read_json(self.run.hospitals) or [], self.release_filter
         train, val, test = (
-            pool_places([(hospital.name, getattr(hospital, split)) for hospital in self.hospitals], split)
+            pool_places(
+                [(hospital.name, getattr(hospital, split)) for hospital in self.hospitals], split
+            )
             for split in ("train", "val", "test")
         )
         settings, labels = self.settings, self.vectors[self._measured]
         before, after = (
-            ImageDataset("synthetic", np.concatenate(part), labels, train.label_names, train.exclusive)
+            ImageDataset(
+                "synthetic", np.concatenate(part), labels, train.label_names, train.exclusive
+            )
             for part in (self._before, self._after)
         )
-        reference = RealReference(train, val, test, settings.evaluation, settings.seed, evaluation_device(settings))
+        reference = RealReference(
+            train, val, test, settings.evaluation, settings.seed, evaluation_device(settings)
+        )
         return {
             "space": "pixels",
             "percentile": PERCENTILE,
@@ -176,7 +202,7 @@ class Guarded:
         }
 
 
-def guarded(
+def filtered_release(
     run: RunFolder,
     generator: Any,
     meta: dict[str, Any],
@@ -186,41 +212,54 @@ def guarded(
     psi: float,
     seed: int,
     batch: int,
-) -> Guarded:
+) -> FilteredRelease:
     """The filter of `--quarantine`, ready to draw. Raises where the hospitals' images are not at hand, or under privacy."""
+    from fedgan.audit.release_filter import ReleaseFilter, check_release_filter, distance_thresholds
     from fedgan.cli.audit import opened_hospitals
     from fedgan.cli.runs import runner
-    from fedgan.evaluation.quarantine import Quarantine, check_quarantine, fences_of
     from fedgan.evaluation.sampling import draw_latents, generate_images
 
     runner()  # has a message of its own where there is no repository
-    from server.evaluator import evaluation_device
+    from fedgan.runs.evaluator import evaluation_device
 
     settings = run.settings()
-    check_quarantine(settings)
+    check_release_filter(settings)
     hospitals = opened_hospitals(settings, run, shards)
     device = evaluation_device(settings)
-    latents = functools.lru_cache(maxsize=2)(lambda own_seed: draw_latents(len(vectors), generator.z_dim, own_seed))
+    latents = functools.lru_cache(maxsize=2)(
+        lambda own_seed: draw_latents(len(vectors), generator.z_dim, own_seed)
+    )
 
     def draw(labels: np.ndarray, own_seed: int, places: np.ndarray) -> np.ndarray:
-        return generate_images(generator, labels, own_seed, psi, batch, device, latents=latents(own_seed)[places])
+        return generate_images(
+            generator, labels, own_seed, psi, batch, device, latents=latents(own_seed)[places]
+        )
 
     held = hospitals[0].train
-    if (held.label_names, held.images.shape[1:]) != (tuple(meta["label_names"]), (meta["channels"], *2 * (meta["resolution"],))):
+    if (held.label_names, held.images.shape[1:]) != (
+        tuple(meta["label_names"]),
+        (meta["channels"], *2 * (meta["resolution"],)),
+    ):
         raise DataError(
             f"the shard of '{held.name}' differs from the model in labels, channels or size: give the run's own shards"
         )
-    return Guarded(Quarantine(fences_of(hospitals), draw, seed), vectors, hospitals, run)
+    return FilteredRelease(
+        ReleaseFilter(distance_thresholds(hospitals), draw, seed), vectors, hospitals, run
+    )
 
 
-def quarantine_text(facts: dict[str, Any]) -> str:
+def release_filter_text(facts: dict[str, Any]) -> str:
     """What the filter did, in two lines."""
     dropped = ", ".join(f"{name} {count}" for name, count in facts["dropped"].items())
-    lines = [f"quarantine  {facts['replaced']} images drawn again; too near to a training image of: {dropped}"]
+    lines = [
+        f"quarantine  {facts['replaced']} images drawn again; too near to a training image of: {dropped}"
+    ]
     if utility := facts["utility"]:
         before, after = (utility[name]["macro_auc"] for name in ("unfiltered", "quarantined"))
         if before is not None and after is not None:
-            lines.append(f"macro AUC   {after:.3f} of classifiers trained on this set, {before:.3f} without quarantine")
+            lines.append(
+                f"macro AUC   {after:.3f} of classifiers trained on this set, {before:.3f} without quarantine"
+            )
     return "\n".join(lines)
 
 
@@ -229,5 +268,7 @@ def hashes(folder: Path) -> str:
     lines = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS):
         with open(path, "rb") as stream:
-            lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {path.relative_to(folder).as_posix()}\n")
+            lines.append(
+                f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {path.relative_to(folder).as_posix()}\n"
+            )
     return "".join(lines)

@@ -19,9 +19,16 @@ if TYPE_CHECKING:
 REPOSITORY = "this needs the repository, not the installed library alone: clone it, then pip install -e . in it"
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set one key of the scenario; may be repeated. All keys: fedgan settings."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set one key of the scenario; may be repeated. All keys: fedgan settings.",
+    ),
 ]
-Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="RUN", help="Run folder to write. [default: runs/NAME]")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="RUN", help="Run folder to write. [default: runs/NAME]"),
+]
 
 
 def demo(output: Output = None, overrides: Overrides = None, as_json: console.Json = False) -> None:
@@ -45,7 +52,12 @@ def demo(output: Output = None, overrides: Overrides = None, as_json: console.Js
 
 
 def simulate(
-    scenario: Annotated[Path, typer.Argument(metavar="SCENARIO.toml", help="The study, e.g. simulations/three_hospitals.toml.")],
+    scenario: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SCENARIO.toml", help="The study, e.g. simulations/three_hospitals.toml."
+        ),
+    ],
     overrides: Overrides = None,
     output: Output = None,
     as_json: console.Json = False,
@@ -62,7 +74,9 @@ def simulate(
 
 
 def resume(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder that was stopped or killed.")],
+    run_path: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run folder that was stopped or killed.")
+    ],
     as_json: console.Json = False,
 ) -> None:
     """Continue a stopped or killed run from its last whole round."""
@@ -81,9 +95,17 @@ def resume(
 def settings(as_json: console.Json = False) -> None:
     """List every key of a scenario with its default and its meaning."""
     rows = describe()
-    result = {"settings": [{"key": key, "default": _plain(default), "meaning": text} for key, text, default in rows]}
+    result = {
+        "settings": [
+            {"key": key, "default": _plain(default), "meaning": text} for key, text, default in rows
+        ]
+    }
     width = max(len(key) for key, _, _ in rows)
-    console.emit(result, as_json, "\n".join(f"{key:<{width}}  {text} [{_plain(default)!r}]" for key, text, default in rows))
+    console.emit(
+        result,
+        as_json,
+        "\n".join(f"{key:<{width}}  {text} [{_plain(default)!r}]" for key, text, default in rows),
+    )
 
 
 def headline(run: RunFolder) -> dict[str, Any]:
@@ -102,7 +124,7 @@ def headline(run: RunFolder) -> dict[str, Any]:
         "synthetic_macro_auc": synthetic.get("macro_auc"),
         "synthetic_macro_auc_ci": synthetic.get("macro_auc_ci"),
         "frechet": fidelity.get("frechet"),
-        "frechet_floor": fidelity.get("frechet_floor"),
+        "frechet_reference": fidelity.get("frechet_reference"),
         "extractor": fidelity.get("extractor"),
     }
 
@@ -112,26 +134,38 @@ def headline_text(numbers: dict[str, Any]) -> str:
     lines = []
     if numbers["images_seen"] is not None:
         minutes, mebibytes = numbers["wall_seconds"] / 60, numbers["bytes_exchanged"] / 2**20
-        lines.append(f"trained     {numbers['images_seen'] / 1000:.1f} kimg in {minutes:.1f} min, {mebibytes:.0f} MiB exchanged")
+        lines.append(
+            f"trained     {numbers['images_seen'] / 1000:.1f} kimg in {minutes:.1f} min, {mebibytes:.0f} MiB exchanged"
+        )
     for name, title in (("real", "real images"), ("synthetic", "synthetic images only")):
         if numbers[f"{name}_macro_auc"] is not None:
             low, high = numbers[f"{name}_macro_auc_ci"] or (None, None)
-            interval = f" (95 % interval {low:.3f} to {high:.3f})" if low is not None and high is not None else ""
+            interval = (
+                f" (95 % interval {low:.3f} to {high:.3f})"
+                if low is not None and high is not None
+                else ""
+            )
             lines.append(
                 f"macro AUC   {numbers[f'{name}_macro_auc']:.3f}{interval}, classifier trained on {title}, tested on real"
             )
     if numbers["frechet"] is not None:
         floor = (
-            f", {numbers['frechet_floor']:.3g} between halves of the real images" if numbers["frechet_floor"] is not None else ""
+            f", {numbers['frechet_reference']:.3g} between halves of the real images"
+            if numbers["frechet_reference"] is not None
+            else ""
         )
-        lines.append(f"Fréchet     {numbers['frechet']:.3g}{floor} (features: {numbers['extractor']})")
+        lines.append(
+            f"Fréchet     {numbers['frechet']:.3g}{floor} (features: {numbers['extractor']})"
+        )
     return "\n".join([*lines, f"report      {console.shown(Path(numbers['report']))}"])
 
 
 def _begin(settings: Settings, run: RunFolder, as_json: bool) -> None:
     if run.config.is_file():
         there = console.shown(run.path)
-        raise ConfigError(f"{there} already holds a run: continue it with fedgan resume {there}, or choose another --output")
+        raise ConfigError(
+            f"{there} already holds a run: continue it with fedgan resume {there}, or choose another --output"
+        )
     console.refuse_existing(run.path, "the run")
     engine = runner()
     from fedgan.cli.progress import Progress
@@ -146,7 +180,7 @@ def _begin(settings: Settings, run: RunFolder, as_json: bool) -> None:
 
 def _finish(run: RunFolder, as_json: bool) -> None:
     from fedgan.report.cards import write_cards
-    from fedgan.report.page import write_report
+    from fedgan.report.run.page import write_report
 
     write_report(run)
     write_cards(run)
@@ -203,7 +237,9 @@ def checkpoint_of(path: Path) -> Path:
 
     if path.suffix == ".safetensors":
         if not path.is_file():
-            raise CheckpointError(f"no checkpoint at {console.shown(path)}: give a .safetensors file or a run folder")
+            raise CheckpointError(
+                f"no checkpoint at {console.shown(path)}: give a .safetensors file or a run folder"
+            )
         return path
     run = RunFolder.at(path)
     run.refuse_look()
@@ -211,5 +247,7 @@ def checkpoint_of(path: Path) -> Path:
     run.settings()
     newest = run.last_round()
     if newest is None:
-        raise CheckpointError(f"{console.shown(run.path)} has no finished round yet: fedgan resume {console.shown(run.path)}")
+        raise CheckpointError(
+            f"{console.shown(run.path)} has no finished round yet: fedgan resume {console.shown(run.path)}"
+        )
     return run.checkpoint(newest)

@@ -16,7 +16,9 @@ PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (225, 225, 225)
 TEXT_SIZE = 13
 
 
-def write_contact_sheet(path: str | Path, shards: Sequence[Shard], per_cell: int = 0, seed: int = 0) -> Path:
+def write_contact_sheet(
+    path: str | Path, shards: Sequence[Shard], per_cell: int = 0, seed: int = 0
+) -> Path:
     """Draw `contact_sheet` and write it as PNG to `path`, atomically. Raises `StorageError`."""
     path, sheet = Path(path).expanduser(), contact_sheet(shards, per_cell, seed)
     with files.atomic_path(path) as temporary:
@@ -49,16 +51,27 @@ def contact_sheet(shards: Sequence[Shard], per_cell: int = 0, seed: int = 0) -> 
         for line, text in enumerate(_heading(shard)):
             draw.text((x, MARGIN + line * (TEXT_SIZE + 4)), text, INK, font)
         for line, label in enumerate(rows):
-            _draw_cell(sheet, shard, label, (x, top + line * (tile + 8)), tile, group, per_cell, seed)
+            _draw_cell(
+                sheet, shard, label, (x, top + line * (tile + 8)), tile, group, per_cell, seed
+            )
     return sheet
 
 
 def _draw_cell(
-    sheet: Image.Image, shard: Shard, label: str, corner: tuple[int, int], tile: int, group: int, per_cell: int, seed: int
+    sheet: Image.Image,
+    shard: Shard,
+    label: str,
+    corner: tuple[int, int],
+    tile: int,
+    group: int,
+    per_cell: int,
+    seed: int,
 ) -> None:
     x, y = corner
     names = shard.card.label_names
-    held = np.flatnonzero(shard.labels[:, names.index(label)] if label in names else _unlabelled(shard))
+    held = np.flatnonzero(
+        shard.labels[:, names.index(label)] if label in names else _unlabelled(shard)
+    )
     if not len(held):
         ImageDraw.Draw(sheet).rectangle((x, y + tile // 2, x + group - 1, y + tile // 2 + 1), FAINT)
         return
@@ -68,11 +81,15 @@ def _draw_cell(
 
 
 def _tile(image: np.ndarray, side: int) -> Image.Image:
-    picture = Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)).convert("RGB")
+    picture = Image.fromarray(
+        image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
+    ).convert("RGB")
     if picture.width == side:
         return picture
     # small images are enlarged without smoothing: a person must see the pixels that the network sees
-    return picture.resize((side, side), Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS)
+    return picture.resize(
+        (side, side), Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
+    )
 
 
 def _heading(shard: Shard) -> tuple[str, str]:

@@ -78,7 +78,9 @@ class ImageDataset:
     content_hash: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.labels) != self.images.shape[0] or self.labels.shape[1:] != (len(self.label_names),):
+        if len(self.labels) != self.images.shape[0] or self.labels.shape[1:] != (
+            len(self.label_names),
+        ):
             raise DataError(
                 f"hospital '{self.name}': {self.images.shape[0]} images, labels of shape {self.labels.shape} "
                 f"and {len(self.label_names)} label names do not fit together: import the shard again"
@@ -122,7 +124,10 @@ def pool(datasets: Sequence[ImageDataset], name: str = "pooled") -> ImageDataset
     """All images of several hospitals as one dataset. Raises `DataError` when their labels or sizes differ."""
     first = datasets[0]
     for other in datasets[1:]:
-        if other.label_names != first.label_names or other.images.shape[1:] != first.images.shape[1:]:
+        if (
+            other.label_names != first.label_names
+            or other.images.shape[1:] != first.images.shape[1:]
+        ):
             raise DataError(
                 f"hospitals '{first.name}' and '{other.name}' differ in labels or image size: "
                 "import both with the same label names, channels and resolution"

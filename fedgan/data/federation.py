@@ -124,14 +124,18 @@ def _members(hospitals: list[Hospital], members: Sequence[str]) -> list[Hospital
     known = [hospital.name for hospital in hospitals]
     for name in members:
         if name not in known:
-            raise ConfigError(f"federation.members names '{name}', but the hospitals are {', '.join(known)}")
+            raise ConfigError(
+                f"federation.members names '{name}', but the hospitals are {', '.join(known)}"
+            )
     return [hospital for hospital in hospitals if not members or hospital.name in members]
 
 
 def open_shard(path: str | Path, settings: Settings) -> Shard:
     """One shard with the settings' label map and resolution applied: what a hospital on its own opens."""
     shard = Shard.open(path)
-    labels, names = LabelMap.parse(settings.data.label_map).apply(shard.labels, shard.card.label_names)
+    labels, names = LabelMap.parse(settings.data.label_map).apply(
+        shard.labels, shard.card.label_names
+    )
     held, wanted = shard.card.resolution, settings.data.resolution
     images: Any = shard.images
     if wanted > held:
@@ -149,7 +153,9 @@ def open_shards(settings: Settings, root: str | Path | None = None) -> list[Shar
     """The shards under `root` (default `settings.data.root`), by folder name, mapped and resized, checked against each other."""
     place = root or settings.data.root
     if not place:
-        raise ConfigError("data.root is empty: add --set data.root=FOLDER, a folder that `fedgan data import` wrote")
+        raise ConfigError(
+            "data.root is empty: add --set data.root=FOLDER, a folder that `fedgan data import` wrote"
+        )
     shards = [open_shard(path, settings) for path in find_shards(place)]
     first = shards[0]
     for other in shards[1:]:
@@ -164,9 +170,13 @@ def open_shards(settings: Settings, root: str | Path | None = None) -> list[Shar
 def open_hospital(settings: Settings, path: str | Path) -> Hospital:
     """The hospital of one shard folder, as its own client sees it. Raises `DataError` when it has no training image."""
     shard = open_shard(path, settings)
-    hospital = _hospital(shard.name, [shard], {split: shard.rows(split) for split in SPLITS}, dealt=False)
+    hospital = _hospital(
+        shard.name, [shard], {split: shard.rows(split) for split in SPLITS}, dealt=False
+    )
     if not len(hospital.train):
-        raise DataError(f"hospital '{hospital.name}' has no image in its training split: nothing can be trained")
+        raise DataError(
+            f"hospital '{hospital.name}' has no image in its training split: nothing can be trained"
+        )
     return hospital
 
 
@@ -176,8 +186,12 @@ def find_shards(root: str | Path) -> list[Path]:
     if (root / "card.json").is_file():
         return [root]
     if not root.is_dir():
-        raise DataError(f"no data at {root}: give a folder that `fedgan data import` or `fedgan data phantoms` wrote")
-    found = sorted(path.parent for path in root.glob("*/card.json") if not path.parent.name.startswith("."))
+        raise DataError(
+            f"no data at {root}: give a folder that `fedgan data import` or `fedgan data phantoms` wrote"
+        )
+    found = sorted(
+        path.parent for path in root.glob("*/card.json") if not path.parent.name.startswith(".")
+    )
     if not found:
         raise DataError(
             f"{root} holds no shard (no sub-folder with a card.json): run `fedgan data import` or `fedgan data phantoms`"
@@ -199,7 +213,12 @@ def describe_hospitals(hospitals: Sequence[Hospital], key: str = "") -> list[dic
     for hospital in hospitals:
         splits = {split: hospital.split(split) for split in SPLITS}
         counts = {
-            split: {label: int(n) for label, n in zip(data.label_names, data.labels.sum(axis=0, dtype=np.int64), strict=True)}
+            split: {
+                label: int(n)
+                for label, n in zip(
+                    data.label_names, data.labels.sum(axis=0, dtype=np.int64), strict=True
+                )
+            }
             for split, data in splits.items()
         }
         content = hospital.train.content_hash
@@ -207,9 +226,13 @@ def describe_hospitals(hospitals: Sequence[Hospital], key: str = "") -> list[dic
         rows.append(
             {
                 "name": hospital.name,
-                "counts": {split: dict.fromkeys(labels) for split, labels in counts.items()} if hidden else counts,
+                "counts": {split: dict.fromkeys(labels) for split, labels in counts.items()}
+                if hidden
+                else counts,
                 "images": {split: len(data) for split, data in splits.items()},
-                "patients": {split: len(np.unique(data.patients)) for split, data in splits.items()},
+                "patients": {
+                    split: len(np.unique(data.patients)) for split, data in splits.items()
+                },
                 "content_hash": None if hidden else content,
                 **({"content_check": _keyed(key, content + repr(counts))} if hidden else {}),
             }
@@ -226,7 +249,10 @@ def partition_record(hospitals: Sequence[Hospital]) -> list[dict[str, Any]]:
     return [
         {
             "name": hospital.name,
-            "rows": {split: {shard: rows.tolist() for shard, rows in parts.items()} for split, parts in hospital.dealt.items()},
+            "rows": {
+                split: {shard: rows.tolist() for shard, rows in parts.items()}
+                for split, parts in hospital.dealt.items()
+            },
         }
         for hospital in hospitals
         if hospital.dealt is not None
@@ -244,10 +270,17 @@ def _natural(shards: Sequence[Shard], wanted: int) -> list[Hospital]:
         if len(names) > 1:
             splits = shard.samples.splits
             return [
-                _hospital(folder_name(name), [shard], {split: rows[splits[rows] == split] for split in SPLITS})
+                _hospital(
+                    folder_name(name),
+                    [shard],
+                    {split: rows[splits[rows] == split] for split in SPLITS},
+                )
                 for name, rows in zip(names, parts, strict=True)
             ]
-    return [_hospital(shard.name, [shard], {split: shard.rows(split) for split in SPLITS}, dealt=False) for shard in shards]
+    return [
+        _hospital(shard.name, [shard], {split: shard.rows(split) for split in SPLITS}, dealt=False)
+        for shard in shards
+    ]
 
 
 def _dealt(shards: Sequence[Shard], settings: Settings) -> list[Hospital]:
@@ -260,18 +293,25 @@ def _dealt(shards: Sequence[Shard], settings: Settings) -> list[Hospital]:
     rows = {split: np.flatnonzero(splits == split) for split in SPLITS}
     train = rows["train"]
     if not len(train):
-        raise DataError("the data has no image in its training split: import it with a train split, or with none at all")
+        raise DataError(
+            "the data has no image in its training split: import it with a train split, or with none at all"
+        )
     if data.partition == "iid":
         parts = partitions.iid(patients[train], count, seed)
         shares, groups = np.full((1, count), 1 / count), np.zeros_like(classes)
     elif data.partition == "dirichlet":
         # a hospital holds a batch at least, or a quarter of an even share where there are so few images
         minimum = max(1, min(settings.training.batch_size, len(train) // (4 * count)))
-        parts_shares = partitions.dirichlet_shares(patients[train], classes[train], count, data.alpha, seed, minimum)
+        parts_shares = partitions.dirichlet_shares(
+            patients[train], classes[train], count, data.alpha, seed, minimum
+        )
         parts = partitions.deal_by_shares(patients[train], classes[train], parts_shares, seed)
         # a class that train does not hold has no share of its own: it is dealt evenly
         missing = max(0, int(classes.max()) + 1 - len(parts_shares))
-        shares, groups = np.concatenate([parts_shares, np.full((missing, count), 1 / count)]), classes
+        shares, groups = (
+            np.concatenate([parts_shares, np.full((missing, count), 1 / count)]),
+            classes,
+        )
     else:
         parts = partitions.fixed_quantities(patients[train], data.quantities, seed)
         shares = np.array([data.quantities], float) / sum(data.quantities)
@@ -279,8 +319,14 @@ def _dealt(shards: Sequence[Shard], settings: Settings) -> list[Hospital]:
     dealt = {"train": [train[part] for part in parts]}
     for split in ("val", "test"):
         held = rows[split]
-        dealt[split] = [held[part] for part in partitions.deal_by_shares(patients[held], groups[held], shares, seed)]
-    return [_hospital(f"hospital-{n + 1}", shards, {split: dealt[split][n] for split in SPLITS}) for n in range(count)]
+        dealt[split] = [
+            held[part]
+            for part in partitions.deal_by_shares(patients[held], groups[held], shares, seed)
+        ]
+    return [
+        _hospital(f"hospital-{n + 1}", shards, {split: dealt[split][n] for split in SPLITS})
+        for n in range(count)
+    ]
 
 
 def _pooled_patients(shards: Sequence[Shard]) -> np.ndarray:
@@ -290,10 +336,14 @@ def _pooled_patients(shards: Sequence[Shard]) -> np.ndarray:
     pairs = np.unique(np.stack([ids, splits]), axis=1)
     if len(np.unique(pairs[0])) == pairs.shape[1]:
         return ids
-    return np.concatenate([np.char.add(f"{number}/", shard.samples.patients) for number, shard in enumerate(shards)])
+    return np.concatenate(
+        [np.char.add(f"{number}/", shard.samples.patients) for number, shard in enumerate(shards)]
+    )
 
 
-def _hospital(name: str, shards: Sequence[Shard], rows: Mapping[str, np.ndarray], dealt: bool = True) -> Hospital:
+def _hospital(
+    name: str, shards: Sequence[Shard], rows: Mapping[str, np.ndarray], dealt: bool = True
+) -> Hospital:
     """A hospital of some rows of the pool of `shards`."""
     pooled = pool([shard.dataset() for shard in shards], name)
     if len(shards) > 1:
@@ -325,9 +375,17 @@ def _hospital(name: str, shards: Sequence[Shard], rows: Mapping[str, np.ndarray]
 def _check_training(hospitals: Sequence[Hospital]) -> None:
     for hospital in hospitals:
         if not len(hospital.train):
-            raise DataError(f"hospital '{hospital.name}' has no image in its training split: leave it out or import it again")
-    held = np.sum([hospital.train.labels.sum(axis=0, dtype=np.int64) for hospital in hospitals], axis=0)
-    missing = [name for name, count in zip(hospitals[0].train.label_names, np.atleast_1d(held), strict=True) if not count]
+            raise DataError(
+                f"hospital '{hospital.name}' has no image in its training split: leave it out or import it again"
+            )
+    held = np.sum(
+        [hospital.train.labels.sum(axis=0, dtype=np.int64) for hospital in hospitals], axis=0
+    )
+    missing = [
+        name
+        for name, count in zip(hospitals[0].train.label_names, np.atleast_1d(held), strict=True)
+        if not count
+    ]
     if missing:
         raise DataError(
             f"no hospital holds the class '{missing[0]}' in its training split ({len(missing)} in all): "

@@ -30,7 +30,9 @@ class LabelMap:
         for part in filter(None, (part.strip() for part in text.split(","))):
             source, equals, target = (piece.strip() for piece in part.partition("="))
             if not equals or not source or not target or target == WILDCARD:
-                raise ConfigError(f"'{part}' is no rule of a label map: write source=target, e.g. normal=normal,*=abnormal")
+                raise ConfigError(
+                    f"'{part}' is no rule of a label map: write source=target, e.g. normal=normal,*=abnormal"
+                )
             if source in rules:
                 raise ConfigError(f"the label map has two rules for '{source}': keep one")
             rules[source] = target
@@ -55,8 +57,14 @@ class LabelMap:
         for source, _ in self.rules:
             if source != WILDCARD and source not in labels:
                 near = difflib.get_close_matches(source, labels, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else f": the labels are {', '.join(labels)}"
-                raise DataError(f"the label map has a rule for '{source}', which the data does not know{hint}")
+                hint = (
+                    f"; did you mean '{near[0]}'?"
+                    if near
+                    else f": the labels are {', '.join(labels)}"
+                )
+                raise DataError(
+                    f"the label map has a rule for '{source}', which the data does not know{hint}"
+                )
         reached = [self.target(label) for label in labels]
         order = self.targets if self.rules else tuple(dict.fromkeys(reached))
         return tuple(name for name in order if name in reached)

@@ -24,21 +24,38 @@ def by_institution(institutions: np.ndarray) -> tuple[list[str], list[np.ndarray
 def iid(patients: np.ndarray, hospitals: int, seed: int) -> list[np.ndarray]:
     """Random hospitals of equal size, as far as whole patients allow."""
     _enough_patients(patients, hospitals)
-    return deal_by_shares(patients, np.zeros(len(patients), np.int64), np.full((1, hospitals), 1 / hospitals), seed)
+    return deal_by_shares(
+        patients, np.zeros(len(patients), np.int64), np.full((1, hospitals), 1 / hospitals), seed
+    )
 
 
 def dirichlet(
-    patients: np.ndarray, classes: np.ndarray, hospitals: int, alpha: float, seed: int, minimum: int = 1
+    patients: np.ndarray,
+    classes: np.ndarray,
+    hospitals: int,
+    alpha: float,
+    seed: int,
+    minimum: int = 1,
 ) -> list[np.ndarray]:
     """Label skew: each class is dealt by shares drawn from Dirichlet(alpha, …, alpha) (arXiv 1909.06335).
 
     `classes` (N,) int from `row_classes`. A draw that leaves a hospital fewer than `minimum` images is drawn again.
     """
-    return deal_by_shares(patients, classes, dirichlet_shares(patients, classes, hospitals, alpha, seed, minimum), seed)
+    return deal_by_shares(
+        patients,
+        classes,
+        dirichlet_shares(patients, classes, hospitals, alpha, seed, minimum),
+        seed,
+    )
 
 
 def dirichlet_shares(
-    patients: np.ndarray, classes: np.ndarray, hospitals: int, alpha: float, seed: int, minimum: int = 1
+    patients: np.ndarray,
+    classes: np.ndarray,
+    hospitals: int,
+    alpha: float,
+    seed: int,
+    minimum: int = 1,
 ) -> np.ndarray:
     """The first draw (G, hospitals), each row a point of the simplex, that leaves no hospital fewer than `minimum` images."""
     _enough_patients(patients, hospitals)
@@ -46,7 +63,9 @@ def dirichlet_shares(
     groups = int(classes.max(initial=0)) + 1
     for _ in range(ATTEMPTS):
         shares = rng.dirichlet(np.full(hospitals, alpha), size=groups)
-        if np.isfinite(shares).all() and all(len(rows) >= minimum for rows in deal_by_shares(patients, classes, shares, seed)):
+        if np.isfinite(shares).all() and all(
+            len(rows) >= minimum for rows in deal_by_shares(patients, classes, shares, seed)
+        ):
             return shares
     raise DataError(
         f"Dirichlet(alpha = {alpha:g}) leaves one of {hospitals} hospitals under {minimum} images in {ATTEMPTS} draws: "
@@ -54,7 +73,9 @@ def dirichlet_shares(
     )
 
 
-def deal_by_shares(patients: np.ndarray, classes: np.ndarray, shares: np.ndarray, seed: int) -> list[np.ndarray]:
+def deal_by_shares(
+    patients: np.ndarray, classes: np.ndarray, shares: np.ndarray, seed: int
+) -> list[np.ndarray]:
     """Deal the patients of each class in random order by `shares` (G, hospitals), measured in images.
 
     A patient goes where the middle of its images falls, so a share is met to within one patient.
@@ -70,7 +91,9 @@ def deal_by_shares(patients: np.ndarray, classes: np.ndarray, shares: np.ndarray
     return [np.flatnonzero(hospital[codes] == number) for number in range(shares.shape[1])]
 
 
-def fixed_quantities(patients: np.ndarray, quantities: Sequence[int], seed: int) -> list[np.ndarray]:
+def fixed_quantities(
+    patients: np.ndarray, quantities: Sequence[int], seed: int
+) -> list[np.ndarray]:
     """Hospitals of given numbers of images; whole patients are added at random while they fit.
 
     A hospital never gets more than it asked for. Raises `DataError` when the pool is too small or a hospital stays empty.
@@ -112,12 +135,16 @@ def row_classes(labels: np.ndarray, exclusive: bool) -> np.ndarray:
     return np.where(labels.any(axis=1), rarity.argmin(axis=1), label_dim).astype(np.int64)
 
 
-def patient_table(patients: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def patient_table(
+    patients: np.ndarray, classes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Patient number of each row (N,), images of each patient (P,), and each patient's most frequent class (P,)."""
     names, codes = np.unique(patients.astype(str), return_inverse=True)
     sizes = np.bincount(codes, minlength=len(names))
     # sort (patient, class) pairs by how often they occur: the last pair of a patient is its most frequent class
-    pairs, times = np.unique(np.stack([codes, classes.astype(np.int64)]), axis=1, return_counts=True)
+    pairs, times = np.unique(
+        np.stack([codes, classes.astype(np.int64)]), axis=1, return_counts=True
+    )
     order = np.lexsort((-pairs[1], times, pairs[0]))
     groups = np.zeros(len(names), np.int64)
     groups[pairs[0][order]] = pairs[1][order]
@@ -127,4 +154,6 @@ def patient_table(patients: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray
 def _enough_patients(patients: np.ndarray, hospitals: int) -> None:
     found = len(np.unique(patients.astype(str)))
     if found < hospitals:
-        raise DataError(f"{found} patients cannot be dealt to {hospitals} hospitals: lower federation.hospitals")
+        raise DataError(
+            f"{found} patients cannot be dealt to {hospitals} hospitals: lower federation.hospitals"
+        )

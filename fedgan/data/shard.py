@@ -46,7 +46,16 @@ from fedgan.data.shard_files import (
 from fedgan.data.splits import check_splits
 from fedgan.errors import DataError, FedganError
 
-__all__ = ["Card", "Samples", "Shard", "ShardWriter", "check_shard_resolution", "folder_name", "staged_folder", "write_shard"]
+__all__ = [
+    "Card",
+    "Samples",
+    "Shard",
+    "ShardWriter",
+    "check_shard_resolution",
+    "folder_name",
+    "staged_folder",
+    "write_shard",
+]
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,11 @@ class Shard:
         card = read_card(path)
         images = read_array(path / "images.npy", memory_map=True)
         labels = read_array(path / "labels.npy")
-        if images.dtype != np.uint8 or images.shape[1:] != (card.channels, card.resolution, card.resolution):
+        if images.dtype != np.uint8 or images.shape[1:] != (
+            card.channels,
+            card.resolution,
+            card.resolution,
+        ):
             raise DataError(
                 f"{path / 'images.npy'} holds {images.dtype} of shape {images.shape}, but the card says uint8 of "
                 f"(N, {card.channels}, {card.resolution}, {card.resolution}): import the shard again"
@@ -81,7 +94,9 @@ class Shard:
         check_splits(samples.patients, samples.splits, str(path))
         shard = Shard(path, card, images, labels, samples)
         if verify and shard.hash_content() != card.content_hash:
-            raise DataError(f"{path}: the images or labels are not those that the card was written for: import the shard again")
+            raise DataError(
+                f"{path}: the images or labels are not those that the card was written for: import the shard again"
+            )
         return shard
 
     def __len__(self) -> int:
@@ -127,25 +142,41 @@ class ShardWriter:
     Raises `DataError` when `path` exists already (unless `overwrite`) and `StorageError` when the disk is full.
     """
 
-    def __init__(self, path: str | Path, channels: int, resolution: int, overwrite: bool = False) -> None:
-        self.path, self.channels, self.resolution, self.overwrite = Path(path), channels, resolution, overwrite
+    def __init__(
+        self, path: str | Path, channels: int, resolution: int, overwrite: bool = False
+    ) -> None:
+        self.path, self.channels, self.resolution, self.overwrite = (
+            Path(path),
+            channels,
+            resolution,
+            overwrite,
+        )
         check_shard_resolution(resolution, str(path))
         if self.path.exists() and not overwrite:
-            raise DataError(f"{self.path} exists already: choose another --output or remove it first")
+            raise DataError(
+                f"{self.path} exists already: choose another --output or remove it first"
+            )
         self.count = 0
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> ShardWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part"))
+            self.folder = Path(
+                tempfile.mkdtemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".part")
+            )
             self._stream = open(self.folder / "images.npy", "wb")
             self._stream.write(npy_header((0, self.channels, self.resolution, self.resolution)))
         except OSError as error:
             raise files.storage_error(self.path, error) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             self._stream.close()
         except OSError as problem:  # what was buffered finds the disk full a second time
@@ -157,7 +188,11 @@ class ShardWriter:
     def append(self, images: np.ndarray) -> None:
         """Add images (n, C, H, W) uint8 at the end."""
         images = np.ascontiguousarray(images)
-        if images.dtype != np.uint8 or images.shape[1:] != (self.channels, self.resolution, self.resolution):
+        if images.dtype != np.uint8 or images.shape[1:] != (
+            self.channels,
+            self.resolution,
+            self.resolution,
+        ):
             raise DataError(
                 f"{self.path}: images of {images.dtype} {images.shape} do not fit a shard of uint8 "
                 f"(n, {self.channels}, {self.resolution}, {self.resolution})"
@@ -187,9 +222,13 @@ class ShardWriter:
         """Write labels, samples and card, put the folder in its place and open it."""
         labels = np.ascontiguousarray(labels, dtype=np.uint8).reshape(len(labels), len(label_names))
         if not self.count:
-            raise DataError(f"{self.path}: no image is left to write; see the reasons of the skipped files")
+            raise DataError(
+                f"{self.path}: no image is left to write; see the reasons of the skipped files"
+            )
         if len(samples) != self.count:
-            raise DataError(f"{self.path}: {self.count} images and {len(samples)} samples do not fit together")
+            raise DataError(
+                f"{self.path}: {self.count} images and {len(samples)} samples do not fit together"
+            )
         check_labels(labels, self.count, tuple(label_names), exclusive, str(self.path))
         check_splits(samples.patients, samples.splits, str(self.path))
         shape = (self.count, self.channels, self.resolution, self.resolution)
@@ -214,7 +253,9 @@ class ShardWriter:
             os.fsync(self._stream.fileno())
             np.save(self.folder / "labels.npy", labels, allow_pickle=False)
             write_samples(self.folder / "samples.csv", samples)
-            files.write_json(self.folder / "card.json", {"format": FORMAT, **dataclasses.asdict(card)})
+            files.write_json(
+                self.folder / "card.json", {"format": FORMAT, **dataclasses.asdict(card)}
+            )
             self._move_in_place()
         except OSError as error:
             raise files.storage_error(self.path, error) from error
@@ -270,7 +311,9 @@ def write_shard(
     blank = np.full(count, "", dtype=str)
     samples = Samples(
         patients=np.asarray(patients).astype(str),
-        institutions=np.full(count, name) if institutions is None else np.asarray(institutions).astype(str),
+        institutions=np.full(count, name)
+        if institutions is None
+        else np.asarray(institutions).astype(str),
         splits=np.asarray(splits).astype(str),
         sources=blank if sources is None else np.asarray(sources).astype(str),
     )
@@ -303,7 +346,9 @@ def staged_folder(output: Path) -> Iterator[Path]:
     Raises `DataError` when `output` exists and is not empty, and `StorageError` when the disk refuses.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"{output} exists and is not empty: choose another --output or remove it first")
+        raise DataError(
+            f"{output} exists and is not empty: choose another --output or remove it first"
+        )
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=".part"))

@@ -19,7 +19,9 @@ from fedgan.errors import DataError
 
 FORMAT = "fedgan-shard-1"
 COLUMNS = ("row", "patient", "institution", "split", "source")
-PHANTOMS = re.compile(r"procedural \w+ phantoms\b")  # how the source of drawn images begins (phantoms/writer.py)
+PHANTOMS = re.compile(
+    r"procedural \w+ phantoms\b"
+)  # how the source of drawn images begins (phantoms/writer.py)
 HEADER_BYTES = 128
 CHUNK_ROWS = 256
 
@@ -38,7 +40,9 @@ class Samples:
 
     def take(self, rows: np.ndarray) -> Samples:
         """The same columns for some rows."""
-        return Samples(self.patients[rows], self.institutions[rows], self.splits[rows], self.sources[rows])
+        return Samples(
+            self.patients[rows], self.institutions[rows], self.splits[rows], self.sources[rows]
+        )
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ class Card:
     content_hash: str = ""
 
 
-def count_samples(labels: np.ndarray, samples: Samples, label_names: Sequence[str]) -> dict[str, Any]:
+def count_samples(
+    labels: np.ndarray, samples: Samples, label_names: Sequence[str]
+) -> dict[str, Any]:
     """The card's `images`, `patients`, `counts` and `institutions`. With several labels an image counts for each."""
 
     def per_split(rows: np.ndarray) -> dict[str, dict[str, int]]:
@@ -75,9 +81,13 @@ def count_samples(labels: np.ndarray, samples: Samples, label_names: Sequence[st
     everything = np.ones(len(labels), bool)
     return {
         "images": {split: int((samples.splits == split).sum()) for split in SPLITS},
-        "patients": {split: len(np.unique(samples.patients[samples.splits == split])) for split in SPLITS},
+        "patients": {
+            split: len(np.unique(samples.patients[samples.splits == split])) for split in SPLITS
+        },
         "counts": per_split(everything),
-        "institutions": {str(i): per_split(samples.institutions == i) for i in np.unique(samples.institutions)},
+        "institutions": {
+            str(i): per_split(samples.institutions == i) for i in np.unique(samples.institutions)
+        },
     }
 
 
@@ -97,22 +107,32 @@ def check_shard_resolution(resolution: int, where: str) -> None:
 def read_card(path: Path) -> Card:
     """`card.json` of the shard in folder `path`. Raises `DataError`."""
     if not path.is_dir():
-        raise DataError(f"no shard at {path}: give a folder that `fedgan data import` or `fedgan data phantoms` wrote")
+        raise DataError(
+            f"no shard at {path}: give a folder that `fedgan data import` or `fedgan data phantoms` wrote"
+        )
     file = path / "card.json"
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
         if tree["format"] != FORMAT:
-            raise DataError(f"{file} has the format '{tree['format']}', this version reads '{FORMAT}': import the shard again")
+            raise DataError(
+                f"{file} has the format '{tree['format']}', this version reads '{FORMAT}': import the shard again"
+            )
         known = {item.name for item in dataclasses.fields(Card)}
         card = Card(**{key: value for key, value in tree.items() if key in known})
-        card = dataclasses.replace(card, label_names=tuple(map(str, card.label_names)), notes=tuple(card.notes))
+        card = dataclasses.replace(
+            card, label_names=tuple(map(str, card.label_names)), notes=tuple(card.notes)
+        )
         check_shard_resolution(int(card.resolution), str(file))
         if card.name != folder_name(card.name):  # it names folders of a run
-            raise DataError(f"{file}: the name must be letters, digits, '.', '-' or '_', e.g. '{folder_name(card.name)}'")
+            raise DataError(
+                f"{file}: the name must be letters, digits, '.', '-' or '_', e.g. '{folder_name(card.name)}'"
+            )
     except FileNotFoundError:
         raise DataError(f"{path} is no shard: it has no card.json") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file} is damaged ({type(error).__name__}): import the shard again") from None
+        raise DataError(
+            f"{file} is damaged ({type(error).__name__}): import the shard again"
+        ) from None
     return card
 
 
@@ -126,7 +146,9 @@ def read_array(file: Path, memory_map: bool = False) -> np.ndarray:
         raise DataError(f"{file} is truncated or damaged: import the shard again") from None
 
 
-def check_labels(labels: np.ndarray, count: int, label_names: Sequence[str], exclusive: bool, where: str) -> None:
+def check_labels(
+    labels: np.ndarray, count: int, label_names: Sequence[str], exclusive: bool, where: str
+) -> None:
     """Raise `DataError` unless `labels` are (count, K) of 0 and 1 that fit the card."""
     if labels.dtype != np.uint8 or labels.shape != (count, len(label_names)):
         raise DataError(
@@ -136,11 +158,15 @@ def check_labels(labels: np.ndarray, count: int, label_names: Sequence[str], exc
     if len(set(label_names)) != len(label_names):
         raise DataError(f"{where}: the card names a label twice: give each label its own name")
     if labels.size and labels.max() > 1:
-        raise DataError(f"{where}: labels must be 0 or 1 (multi-hot), one holds {labels.max()}: import the shard again")
+        raise DataError(
+            f"{where}: labels must be 0 or 1 (multi-hot), one holds {labels.max()}: import the shard again"
+        )
     if exclusive and label_names:
         wrong = int((labels.sum(axis=1) != 1).sum())
         if wrong:
-            raise DataError(f"{where}: {wrong} images have not exactly one label, but the card calls labels exclusive")
+            raise DataError(
+                f"{where}: {wrong} images have not exactly one label, but the card calls labels exclusive"
+            )
 
 
 def is_drawn(source: Any) -> bool:
@@ -160,10 +186,18 @@ def read_samples(file: Path, count: int) -> Samples:
     except (OSError, UnicodeDecodeError, csv.Error):
         raise DataError(f"{file} is damaged: import the shard again") from None
     if tuple(header) != COLUMNS:
-        raise DataError(f"{file} must have the columns {', '.join(COLUMNS)}: import the shard again")
-    if len(rows) != count or any(len(row) != len(COLUMNS) or row[0] != str(i) for i, row in enumerate(rows)):
-        raise DataError(f"{file} has {len(rows)} rows for {count} images, or rows out of order: import the shard again")
-    _, patients, institutions, splits, sources = (np.array(column, dtype=str) for column in zip(*rows, strict=True))
+        raise DataError(
+            f"{file} must have the columns {', '.join(COLUMNS)}: import the shard again"
+        )
+    if len(rows) != count or any(
+        len(row) != len(COLUMNS) or row[0] != str(i) for i, row in enumerate(rows)
+    ):
+        raise DataError(
+            f"{file} has {len(rows)} rows for {count} images, or rows out of order: import the shard again"
+        )
+    _, patients, institutions, splits, sources = (
+        np.array(column, dtype=str) for column in zip(*rows, strict=True)
+    )
     return Samples(patients, institutions, splits, sources)
 
 
@@ -179,7 +213,12 @@ def write_samples(file: Path, samples: Samples) -> None:
 def npy_header(shape: tuple[int, ...]) -> bytes:
     """A .npy header (format 1.0) of always the same length, so that the count can be set after the last image."""
     text = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).encode("latin1")
-    return b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little") + text.ljust(HEADER_BYTES - 11) + b"\n"
+    return (
+        b"\x93NUMPY\x01\x00"
+        + (HEADER_BYTES - 10).to_bytes(2, "little")
+        + text.ljust(HEADER_BYTES - 11)
+        + b"\n"
+    )
 
 
 def chunks(images: ImageArray) -> Iterator[np.ndarray]:

@@ -52,14 +52,22 @@ def _known_patients(dataset: ImageDataset) -> set[tuple[str, str]]:
     if len(dataset.patients) != count:
         return set()
     places = dataset.institutions if len(dataset.institutions) == count else np.full(count, "")
-    pairs = zip(np.asarray(places, str).tolist(), np.asarray(dataset.patients, str).tolist(), strict=True)
-    return {(place, patient) for place, patient in pairs if patient and not patient.startswith(OWN_PATIENT)}
+    pairs = zip(
+        np.asarray(places, str).tolist(), np.asarray(dataset.patients, str).tolist(), strict=True
+    )
+    return {
+        (place, patient)
+        for place, patient in pairs
+        if patient and not patient.startswith(OWN_PATIENT)
+    }
 
 
 def check_shares(val: float, test: float) -> None:
     """Raise `DataError` unless both shares are at least 0 and leave something for train."""
     if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
-        raise DataError(f"the split shares val = {val:g} and test = {test:g} must be at least 0 and below 1 together")
+        raise DataError(
+            f"the split shares val = {val:g} and test = {test:g} must be at least 0 and below 1 together"
+        )
 
 
 def make_splits(
@@ -94,7 +102,9 @@ def make_splits(
         check_splits(patients, splits, "the source's own split")
         share = 0.0 if (splits == "val").any() else val
     training = np.unique(codes[splits == "train"])
-    splits[np.isin(codes, _chosen(training, homes, groups, patients, codes, share, seed, "val"))] = "val"
+    splits[
+        np.isin(codes, _chosen(training, homes, groups, patients, codes, share, seed, "val"))
+    ] = "val"
     return splits
 
 
@@ -104,7 +114,9 @@ def unit_hash(*parts: object) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def _patients(patients: np.ndarray, institutions: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _patients(
+    patients: np.ndarray, institutions: np.ndarray, classes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Patient number of each row (N,), and each patient's institution number and class (P,)."""
     names, codes = np.unique(patients.astype(str), return_inverse=True)
     homes = np.unique(institutions, return_inverse=True)[1]
@@ -134,7 +146,10 @@ def _chosen(
         kinds, sizes = np.unique(groups[here], return_counts=True)
         several = here[np.isin(groups[here], kinds[sizes > 1])] if len(kinds) > 1 else here
         # systematic sampling: every (n / wanted)-th of the list sorted by class gives each class its share to within one patient
-        line = sorted(several.tolist(), key=lambda code: (groups[code], unit_hash(seed, purpose, names[code]), names[code]))
+        line = sorted(
+            several.tolist(),
+            key=lambda code: (groups[code], unit_hash(seed, purpose, names[code]), names[code]),
+        )
         wanted = min(max(1, round(share * len(here))), len(line), len(here) - 1)
         picked += [line[int((i + 0.5) * len(line) / wanted)] for i in range(wanted)]
     return np.array(picked, np.int64)

@@ -21,8 +21,15 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedgan.errors import ConfigError
 
 AUTHORITY_DAYS = 3650
-LEAST_HOSTS = ("superlink", "filter", "localhost", "127.0.0.1")  # as docker-compose.yml and the tests call the server
-BACKDATED = timedelta(hours=1)  # so that a hospital whose clock is a little behind can connect at once
+LEAST_HOSTS = (
+    "superlink",
+    "filter",
+    "localhost",
+    "127.0.0.1",
+)  # as docker-compose.yml and the tests call the server
+BACKDATED = timedelta(
+    hours=1
+)  # so that a hospital whose clock is a little behind can connect at once
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 
@@ -37,27 +44,41 @@ def new_authority(moment: datetime) -> tuple[ec.EllipticCurvePrivateKey, x509.Ce
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     # each authority has a name of its own: a certificate of another one is then told as "unknown issuer", not as "bad signature"
     name = _name(f"fedgan authority {identifier.digest.hex()[:16]}")
-    builder = _builder(name, name, key.public_key(), moment, moment + timedelta(days=AUTHORITY_DAYS))
+    builder = _builder(
+        name, name, key.public_key(), moment, moment + timedelta(days=AUTHORITY_DAYS)
+    )
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_usage(signs_certificates=True), critical=True)
-    builder = builder.add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False)
+    builder = builder.add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier), critical=False
+    )
     return key, builder.sign(key, hashes.SHA384())
 
 
 def issue_server(
-    authority_key: ec.EllipticCurvePrivateKey, authority: x509.Certificate, hosts: Sequence[str], days: int, moment: datetime
+    authority_key: ec.EllipticCurvePrivateKey,
+    authority: x509.Certificate,
+    hosts: Sequence[str],
+    days: int,
+    moment: datetime,
 ) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     """A new key and its certificate for `hosts`; it ends after `days`, or with the authority where that comes first."""
     names = list(dict.fromkeys(map(_general_name, hosts)))
     key = ec.generate_private_key(ec.SECP384R1())
     end = min(moment + timedelta(days=days), authority.not_valid_after_utc)
     builder = _builder(_name("fedgan server"), authority.subject, key.public_key(), moment, end)
-    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    builder = builder.add_extension(
+        x509.BasicConstraints(ca=False, path_length=None), critical=True
+    )
     builder = builder.add_extension(_usage(signs_certificates=False), critical=True)
-    builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    builder = builder.add_extension(
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
+    )
     builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     signer = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    builder = builder.add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(signer), critical=False)
+    builder = builder.add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(signer), critical=False
+    )
     return key, builder.sign(authority_key, hashes.SHA384())
 
 
@@ -102,7 +123,9 @@ def certificate_bytes(certificate: x509.Certificate) -> bytes:
 
 def key_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
     """The private key of an authority or a server as PEM (PKCS #8, no password: servers start by themselves)."""
-    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
 
 
 def read_certificate(path: Path) -> x509.Certificate:
@@ -122,17 +145,29 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:  # TypeError: it has a password
-        raise ConfigError(f"{path} is no private key in PEM without a password: put it back from a copy") from error
+        raise ConfigError(
+            f"{path} is no private key in PEM without a password: put it back from a copy"
+        ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ConfigError(f"{path} is no key of an elliptic curve: put back the one that fedgan keys made")
+        raise ConfigError(
+            f"{path} is no key of an elliptic curve: put back the one that fedgan keys made"
+        )
     return key
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, moment: datetime, end: datetime
+    subject: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    moment: datetime,
+    end: datetime,
 ) -> x509.CertificateBuilder:
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(key)
-    builder = builder.serial_number(x509.random_serial_number()).not_valid_before(moment - BACKDATED).not_valid_after(end)
+    builder = (
+        builder.serial_number(x509.random_serial_number())
+        .not_valid_before(moment - BACKDATED)
+        .not_valid_after(end)
+    )
     return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
 
 
@@ -165,4 +200,6 @@ def _general_name(host: str) -> x509.GeneralName:
     else:
         if "%" not in host:  # fe80::1%eth0: the zone has no place in a certificate
             return x509.IPAddress(address)
-    raise ConfigError(f"'{host}' is no host: give a DNS name or an IP address alone, without https:// and port")
+    raise ConfigError(
+        f"'{host}' is no host: give a DNS name or an IP address alone, without https:// and port"
+    )

@@ -39,11 +39,15 @@ class KeyFolder:
     def open(cls, path: Path) -> KeyFolder:
         """The folder at `path`. Raises `ConfigError` where there is none."""
         if not (path / "hospitals.json").is_file():
-            raise ConfigError(f"no folder of keys at {path}: make one with fedgan keys NAME … --output {path}")
+            raise ConfigError(
+                f"no folder of keys at {path}: make one with fedgan keys NAME … --output {path}"
+            )
         return cls(path)
 
     @classmethod
-    def create(cls, path: Path, names: Sequence[str], hosts: Sequence[str], days: int, moment: datetime) -> KeyFolder:
+    def create(
+        cls, path: Path, names: Sequence[str], hosts: Sequence[str], days: int, moment: datetime
+    ) -> KeyFolder:
         """Make an authority, a server certificate for `hosts` beside the usual ones, and a key for each name.
 
         Raises `ConfigError` where `path` holds anything, or a name or host cannot be used. Nothing is left behind then.
@@ -51,12 +55,17 @@ class KeyFolder:
         registrations.check_names(names, ())
         certificates.check_hosts(hosts)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ConfigError(f"{path} exists and is no folder of keys: choose another place with --output")
+            raise ConfigError(
+                f"{path} exists and is no folder of keys: choose another place with --output"
+            )
         with _stage(path.resolve().parent, f".{path.name}.", path) as stage:
             folder = cls(stage)
             folder._write_authority_and_server([*certificates.LEAST_HOSTS, *hosts], days, moment)
             folder._folder("hospitals")
-            rows = [_write_hospital(stage / "hospitals" / name, name, folder.authority, moment) for name in names]
+            rows = [
+                _write_hospital(stage / "hospitals" / name, name, folder.authority, moment)
+                for name in names
+            ]
             files.write_text(folder.registration_list, registrations.as_text(rows))
             os.rename(stage, path.resolve())
         return cls(path)
@@ -103,7 +112,9 @@ class KeyFolder:
             registrations.check_names(names, [*(row.name for row in rows), *there])
             moved: list[Path] = []
             with _stage(self.path, ".new.", self.path / "hospitals") as stage:
-                new = tuple(_write_hospital(stage / name, name, self.authority, moment) for name in names)
+                new = tuple(
+                    _write_hospital(stage / name, name, self.authority, moment) for name in names
+                )
                 try:
                     for name in names:
                         os.rename(stage / name, self.hospital(name))
@@ -127,7 +138,9 @@ class KeyFolder:
             private, public = node_keys.new_node_key(name)
             place = f"hospitals/{name}/node.pub"
             new = Registration(name, place, node_keys.fingerprint(public), moment.isoformat())
-            rows[index] = old = replace(old, public_key=kept, revoked=old.revoked or moment.isoformat())
+            rows[index] = old = replace(
+                old, public_key=kept, revoked=old.revoked or moment.isoformat()
+            )
             _replace_together(
                 (self.hospital(name) / "node.key", private, True),
                 (self.path / place, public, False),
@@ -143,11 +156,18 @@ class KeyFolder:
                 raise ConfigError(
                     f"{self.authority_key} is not here: put it back for as long as this takes, it signs certificates"
                 )
-            signing, authority = certificates.read_key(self.authority_key), certificates.read_certificate(self.authority)
+            signing, authority = (
+                certificates.read_key(self.authority_key),
+                certificates.read_certificate(self.authority),
+            )
             if authority.public_key() != signing.public_key():
-                raise ConfigError(f"{self.authority_key} is not the key of {self.authority}: put back the one that is")
+                raise ConfigError(
+                    f"{self.authority_key} is not the key of {self.authority}: put back the one that is"
+                )
             if certificates.days_left(authority, moment) < 0:
-                raise ConfigError(f"{self.authority} has expired: make a new folder with fedgan keys NAME … --output DIR")
+                raise ConfigError(
+                    f"{self.authority} has expired: make a new folder with fedgan keys NAME … --output DIR"
+                )
             before = certificates.hosts_of(certificates.read_certificate(self.server_certificate))
             key, certificate = certificates.issue_server(
                 signing, authority, [*certificates.LEAST_HOSTS, *before, *hosts], days, moment
@@ -163,12 +183,16 @@ class KeyFolder:
             rows = list(self.registrations())
             index = registrations.newest(rows, name)
             if rows[index].revoked:
-                raise ConfigError(f"the key of hospital '{name}' was revoked on {rows[index].revoked} already")
+                raise ConfigError(
+                    f"the key of hospital '{name}' was revoked on {rows[index].revoked} already"
+                )
             rows[index] = replace(rows[index], revoked=moment.isoformat())
             files.write_text(self.registration_list, registrations.as_text(rows))
         return rows[index]
 
-    def _write_authority_and_server(self, hosts: Sequence[str], days: int, moment: datetime) -> None:
+    def _write_authority_and_server(
+        self, hosts: Sequence[str], days: int, moment: datetime
+    ) -> None:
         self._folder("ca")
         self._folder("server")
         signing, authority = certificates.new_authority(moment)
@@ -209,7 +233,9 @@ class KeyFolder:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another fedgan keys is changing {self.path}: try again when it has ended") from None
+            raise ConfigError(
+                f"another fedgan keys is changing {self.path}: try again when it has ended"
+            ) from None
         else:
             yield
         finally:
@@ -222,8 +248,12 @@ def _write_hospital(folder: Path, name: str, authority: Path, moment: datetime) 
     private, public = node_keys.new_node_key(name)
     files.write_bytes(folder / "node.key", private, private=True)
     files.write_bytes(folder / "node.pub", public)
-    files.write_bytes(folder / "ca.crt", certificates.certificate_bytes(certificates.read_certificate(authority)))
-    return Registration(name, f"hospitals/{name}/node.pub", node_keys.fingerprint(public), moment.isoformat())
+    files.write_bytes(
+        folder / "ca.crt", certificates.certificate_bytes(certificates.read_certificate(authority))
+    )
+    return Registration(
+        name, f"hospitals/{name}/node.pub", node_keys.fingerprint(public), moment.isoformat()
+    )
 
 
 @contextlib.contextmanager

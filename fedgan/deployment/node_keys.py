@@ -16,7 +16,11 @@ from fedgan.errors import ConfigError
 def new_node_key(comment: str) -> tuple[bytes, bytes]:
     """A new private key, and the line of its public key, which ends with `comment`."""
     key = ec.generate_private_key(ec.SECP384R1())
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
     return private, public_line(key.public_key(), comment)
 
 
@@ -52,12 +56,18 @@ def read_private(path: Path, comment: str = "") -> bytes:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
-        raise ConfigError(f"{path} is no private key of OpenSSH without a password: put it back from a copy") from error
+        raise ConfigError(
+            f"{path} is no private key of OpenSSH without a password: put it back from a copy"
+        ) from error
     _check_curve(key, path)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     return public_line(key.public_key(), comment)
 
 
 def _check_curve(key: object, path: Path) -> None:
-    if not isinstance(key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise ConfigError(f"{path} is no key of the curve P-384: the SuperNode needs one that fedgan keys made")
+    if not isinstance(
+        key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey
+    ) or not isinstance(key.curve, ec.SECP384R1):
+        raise ConfigError(
+            f"{path} is no key of the curve P-384: the SuperNode needs one that fedgan keys made"
+        )

@@ -59,7 +59,9 @@ def check_names(names: Sequence[str], there: Sequence[str]) -> None:
     Case makes no difference: names become folders, on whatever disk.
     """
     if not names:
-        raise ConfigError("name at least one hospital, e.g. fedgan keys hospital1 hospital2 hospital3")
+        raise ConfigError(
+            "name at least one hospital, e.g. fedgan keys hospital1 hospital2 hospital3"
+        )
     seen: set[str] = set()
     taken = {name.casefold() for name in there}
     for name in names:
@@ -71,7 +73,9 @@ def check_names(names: Sequence[str], there: Sequence[str]) -> None:
         if name.casefold() in seen:
             raise ConfigError(f"hospital '{name}' is named twice")
         if name.casefold() in taken:
-            raise ConfigError(f"hospital '{name}' has a key already: a new one is made by fedgan keys rotate {name}")
+            raise ConfigError(
+                f"hospital '{name}' has a key already: a new one is made by fedgan keys rotate {name}"
+            )
         seen.add(name.casefold())
 
 
@@ -80,5 +84,9 @@ def _check_row(row: Registration) -> None:
     texts = (row.name, row.public_key, row.fingerprint, row.created)
     if not all(isinstance(text, str) for text in texts) or not isinstance(row.revoked, str | None):
         raise ValueError("a value that is no text")
-    if not _NAME.fullmatch(row.name) or Path(row.public_key).is_absolute() or ".." in Path(row.public_key).parts:
+    if (
+        not _NAME.fullmatch(row.name)
+        or Path(row.public_key).is_absolute()
+        or ".." in Path(row.public_key).parts
+    ):
         raise ValueError("a name or place that no fedgan keys writes")

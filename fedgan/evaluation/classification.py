@@ -28,10 +28,14 @@ FORWARD_PIXELS = 256 * 64**2  # pixels that go through a classifier at once when
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
 WARM_UP = 0.2  # share of the steps
-MOST_WEIGHT = 100.0  # of a class: keeps a class of two or three images from ruling every batch that it is in
+MOST_WEIGHT = (
+    100.0  # of a class: keeps a class of two or three images from ruling every batch that it is in
+)
 CHECKS = 8  # of the validation loss, evenly spaced over the second half of the steps, the last one at their end
 PATIENCE = 4  # checks without a lower loss after which training stops
-SYNTHETIC_VALIDATION = 0.1  # share of a synthetic set that is kept aside to choose among its classifiers
+SYNTHETIC_VALIDATION = (
+    0.1  # share of a synthetic set that is kept aside to choose among its classifiers
+)
 SELECTION = "none: the network after the last step"
 SELECTION_BY_VALIDATION = (
     f"the network with the lowest class-weighted loss on the validation images at {CHECKS} checks, evenly spaced over the second "
@@ -54,7 +58,9 @@ def class_weights(labels: np.ndarray, exclusive: bool) -> torch.Tensor:
     return torch.from_numpy(np.where(present, np.minimum(weights, MOST_WEIGHT), 1.0)).float()
 
 
-def classification_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, exclusive: bool) -> torch.Tensor:
+def classification_loss(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, exclusive: bool
+) -> torch.Tensor:
     """Weighted cross-entropy (exclusive) or binary cross-entropy of logits and labels (B, K) with weights (K,); a scalar."""
     if exclusive:
         return functional.cross_entropy(logits, labels.argmax(1), weight=weights)
@@ -71,7 +77,9 @@ def augment(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     shift = most + rng.integers(-most, most + 1, size=(2, count, 1))[:, :, 0]
     flipped = rng.random(count) < 0.5
     # Slices of the padded batch: several times as fast as one gather by index, and in one thread as fast as in many.
-    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (most, most), (most, most)), mode="edge").transpose(0, 2, 3, 1)
+    padded = np.pad(
+        images.numpy(), ((0, 0), (0, 0), (most, most), (most, most)), mode="edge"
+    ).transpose(0, 2, 3, 1)
     out = np.empty((count, height, width, channels), np.uint8)
     for row, (top, left, flip) in enumerate(zip(*shift.tolist(), flipped.tolist(), strict=True)):
         window = padded[row, top : top + height, left : left + width]
@@ -94,14 +102,20 @@ def split_for_validation(
     Raises `DataError` for those, for another share and for fewer than two images.
     """
     if any(patient and not str(patient).startswith(OWN_PATIENT) for patient in dataset.patients):
-        raise DataError(f"'{dataset.name}' has patients: a split by image would part their images; use its validation split")
+        raise DataError(
+            f"'{dataset.name}' has patients: a split by image would part their images; use its validation split"
+        )
     if not 0 < share <= 0.5 or len(dataset) < 2:
-        raise DataError(f"no share of {share:g} can be kept aside of {len(dataset)} images: at least two, and a share up to 0.5")
+        raise DataError(
+            f"no share of {share:g} can be kept aside of {len(dataset)} images: at least two, and a share up to 0.5"
+        )
     _, kind, counts = np.unique(dataset.labels, axis=0, return_inverse=True, return_counts=True)
     several = np.flatnonzero(counts[kind.reshape(-1)] > 1)
     if len(several) == 0:
         several = np.arange(len(dataset))
-    kept = several[stratified_rows(dataset.labels[several], max(1, int(share * len(several))), seed)]
+    kept = several[
+        stratified_rows(dataset.labels[several], max(1, int(share * len(several))), seed)
+    ]
     rest = np.setdiff1d(np.arange(len(dataset)), kept)
     return dataset.take(rest), dataset.take(kept, f"{dataset.name}, kept aside")
 
@@ -129,15 +143,23 @@ def train_classifier(
     """
     if len(dataset) == 0:
         raise DataError(f"'{dataset.name}' has no image to train a classifier on: check its splits")
-    if validation is not None and (len(validation) == 0 or validation.label_names != dataset.label_names):
-        raise DataError(f"'{validation.name}' cannot validate a classifier of '{dataset.name}': give images with the same labels")
+    if validation is not None and (
+        len(validation) == 0 or validation.label_names != dataset.label_names
+    ):
+        raise DataError(
+            f"'{validation.name}' cannot validate a classifier of '{dataset.name}': give images with the same labels"
+        )
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = build_classifier(name, dataset.channels, dataset.resolution, dataset.label_dim)
-    classifier = classifier.to(device=torch.device(device), memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    classifier = classifier.to(
+        device=torch.device(device), memory_format=torch.channels_last
+    ).train()  # type: ignore[call-overload]
     weights = class_weights(dataset.labels, dataset.exclusive).to(device)
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = torch.optim.AdamW(
+        classifier.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+    )
     best, checked = _Best(), check_steps(steps, checks)
     for step, index in enumerate(_index_stream(len(dataset), steps, rng)):
         for group in optimizer.param_groups:
@@ -166,7 +188,9 @@ def check_steps(steps: int, checks: int = CHECKS) -> frozenset[int]:
     return frozenset(round(steps * (0.5 + 0.5 * (check + 1) / checks)) for check in range(checks))
 
 
-def validation_loss(classifier: Classifier, validation: ImageDataset, weights: torch.Tensor, device: str = "cpu") -> float:
+def validation_loss(
+    classifier: Classifier, validation: ImageDataset, weights: torch.Tensor, device: str = "cpu"
+) -> float:
     """The training loss, class weights (K,) of the training labels included, over all validation images, none augmented."""
     classifier.eval()
     logits = _forward(classifier.forward, validation.images, device)
@@ -186,7 +210,9 @@ class _Best:
     def see(self, loss: float, classifier: Classifier) -> None:
         if loss < self.loss:
             self.loss, self.misses = loss, 0
-            self.weights = {key: value.detach().clone() for key, value in classifier.state_dict().items()}
+            self.weights = {
+                key: value.detach().clone() for key, value in classifier.state_dict().items()
+            }
         else:
             self.misses += 1
 
@@ -209,13 +235,21 @@ def penultimate(classifier: Classifier, images: ImageArray, device: str = "cpu")
     return _forward(classifier.features, images, device).double().numpy()
 
 
-def _forward(function: Callable[[torch.Tensor], torch.Tensor], images: ImageArray, device: str) -> torch.Tensor:
+def _forward(
+    function: Callable[[torch.Tensor], torch.Tensor], images: ImageArray, device: str
+) -> torch.Tensor:
     parts = []
     with torch.inference_mode():
         step = max(1, min(256, FORWARD_PIXELS // images.shape[2] ** 2))
         for start in range(0, images.shape[0], step):
-            block = torch.from_numpy(np.ascontiguousarray(images[np.arange(start, min(start + step, images.shape[0]))]))
-            parts.append(function(to_float(block.to(device)).contiguous(memory_format=torch.channels_last)).float().cpu())
+            block = torch.from_numpy(
+                np.ascontiguousarray(images[np.arange(start, min(start + step, images.shape[0]))])
+            )
+            parts.append(
+                function(to_float(block.to(device)).contiguous(memory_format=torch.channels_last))
+                .float()
+                .cpu()
+            )
     return torch.cat(parts)
 
 

@@ -22,14 +22,20 @@ from fedgan.evaluation.classification import (
     split_for_validation,
 )
 from fedgan.evaluation.features import ReferenceExtractor
-from fedgan.evaluation.fidelity import Numbers, fidelity, grouped_fidelity, label_mix_rows, missing_share
-from fedgan.evaluation.label_fidelity import label_fidelity
+from fedgan.evaluation.metrics.fidelity import (
+    Numbers,
+    fidelity,
+    grouped_fidelity,
+    label_mix_rows,
+    missing_share,
+)
+from fedgan.evaluation.metrics.label_fidelity import label_fidelity
+from fedgan.evaluation.metrics.ms_ssim import WINDOW, intra_class_ms_ssim
+from fedgan.evaluation.metrics.path_length import perceptual_path_length
+from fedgan.evaluation.metrics.utility import NO_FINDING, majority_scores, names_normal, utility
 from fedgan.evaluation.mixing import SHARES, mixed_set, stratified_rows
-from fedgan.evaluation.path_length import perceptual_path_length
 from fedgan.evaluation.reference import RealReference, merged
 from fedgan.evaluation.sampling import to_float
-from fedgan.evaluation.structure import WINDOW, intra_class_ms_ssim
-from fedgan.evaluation.utility import NO_FINDING, majority_scores, names_normal, utility
 
 FEWEST_TEST_IMAGES = 2
 FEWEST_HELD_OUT = 4
@@ -40,20 +46,24 @@ PATHS = 512  # of the perceptual path length
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluationResult:
     """`numbers`: the evaluator's part of evaluation.json; `scores` (S, N, K): probabilities of the real test images."""
 
     numbers: dict[str, Any]
     scores: np.ndarray | None
 
 
-def evaluate_synthetic(reference: RealReference, synthetic: ImageDataset, generator: Any = None) -> Judged:
+def evaluate_synthetic(
+    reference: RealReference, synthetic: ImageDataset, generator: Any = None
+) -> EvaluationResult:
     """Everything that evaluation.json says about a synthetic set: label_names, suite, utility, fidelity, label_fidelity, notes.
 
     `generator` made the set and gives its path length; None for a set of several generators. What cannot be computed is
     None, with a sentence in `notes`. Raises `FedganError` for data that do not fit.
     """
-    made_labels = synthetic.labels  # the generator's own, which evaluation.label_map may merge for the classifiers
+    made_labels = (
+        synthetic.labels
+    )  # the generator's own, which evaluation.label_map may merge for the classifiers
     synthetic = merged(synthetic, reference.settings.label_map)
     notes: list[str] = []
     worth, scores, reading = _utility(reference, synthetic, notes)
@@ -65,7 +75,7 @@ def evaluate_synthetic(reference: RealReference, synthetic: ImageDataset, genera
         "label_fidelity": reading,
         "notes": notes,
     }
-    return Judged(numbers, scores)
+    return EvaluationResult(numbers, scores)
 
 
 # --- utility ---------------------------------------------------------------------------------------
@@ -77,7 +87,9 @@ def _utility(
     """The utility block, the scores of the synthetic-only classifiers, and the label fidelity."""
     settings, test = reference.settings, reference.test
     if not reference.has_classes:
-        notes.append("The images have no classes to tell apart: there is no classifier and no utility.")
+        notes.append(
+            "The images have no classes to tell apart: there is no classifier and no utility."
+        )
         return None, None, None
     if len(test) < FEWEST_TEST_IMAGES:
         notes.append("The real test split has fewer than two images: utility cannot be measured.")
@@ -90,7 +102,9 @@ def _utility(
         "seeds": settings.seeds,
         "steps": reference.steps,
         "batch": BATCH,
-        "selection": SELECTION_BY_VALIDATION if reference.validation is not None and aside else SELECTION,
+        "selection": SELECTION_BY_VALIDATION
+        if reference.validation is not None and aside
+        else SELECTION,
         "validation": _declared(reference, aside),
         "bootstrap": settings.bootstrap,
         "resampled": _resampled(test),
@@ -122,7 +136,9 @@ def synthetic_only(reference: RealReference, synthetic: ImageDataset) -> tuple[n
     return reference.score(classifiers, reference.test), len(validation) if validation else 0
 
 
-def _mixed(reference: RealReference, synthetic: ImageDataset, notes: list[str]) -> list[dict[str, Any]]:
+def _mixed(
+    reference: RealReference, synthetic: ImageDataset, notes: list[str]
+) -> list[dict[str, Any]]:
     """Utility of classifiers trained on all real and some synthetic images, a row a share."""
     rows = []
     for share in SHARES:
@@ -132,20 +148,31 @@ def _mixed(reference: RealReference, synthetic: ImageDataset, notes: list[str]) 
             notes.append(f"Real + {share} × synthetic was not measured: {error}.")
             continue
         reference.say(f"training on real + {share} × synthetic")
-        classifiers = [reference.fit(both, reference.validation, number) for number in range(reference.settings.seeds)]
+        classifiers = [
+            reference.fit(both, reference.validation, number)
+            for number in range(reference.settings.seeds)
+        ]
         figures = reference.utility(reference.score(classifiers, reference.test))
-        rows.append({"share": share, "synthetic_images": len(both) - len(reference.train), **figures})
+        rows.append(
+            {"share": share, "synthetic_images": len(both) - len(reference.train), **figures}
+        )
     return rows
 
 
 def _read(reference: RealReference, synthetic: ImageDataset) -> dict[str, Any]:
     """What real-trained classifiers read in synthetic images: `utility` on them, and label fidelity beside that of real ones."""
-    part = synthetic.take(stratified_rows(synthetic.labels, min(len(synthetic), READ_IMAGES), reference.seed))
+    part = synthetic.take(
+        stratified_rows(synthetic.labels, min(len(synthetic), READ_IMAGES), reference.seed)
+    )
     classifiers = [reference.classifier(number) for number in range(reference.settings.seeds)]
-    scores = np.stack([probabilities(classifier, part, reference.device) for classifier in classifiers])
+    scores = np.stack(
+        [probabilities(classifier, part, reference.device) for classifier in classifiers]
+    )
     names, exclusive, bootstrap = part.label_names, part.exclusive, reference.settings.bootstrap
     return {
-        "utility": utility(scores, part.labels, names, exclusive, np.arange(len(part)), bootstrap, reference.seed),
+        "utility": utility(
+            scores, part.labels, names, exclusive, np.arange(len(part)), bootstrap, reference.seed
+        ),
         "synthetic": label_fidelity(scores, part.labels, names, exclusive),
         "real": label_fidelity(reference.scores, reference.test.labels, names, exclusive),
     }
@@ -153,14 +180,22 @@ def _read(reference: RealReference, synthetic: ImageDataset) -> dict[str, Any]:
 
 def _declared(reference: RealReference, aside: int) -> str:
     """Which images classifiers were chosen on, in words."""
-    real = f"{len(reference.val)} images of the real validation split" if len(reference.val) else "none"
+    real = (
+        f"{len(reference.val)} images of the real validation split"
+        if len(reference.val)
+        else "none"
+    )
     synthetic = f"{aside} synthetic images kept aside" if aside else "none"
-    return f"trained on real or mixed images: {real}; trained on synthetic images alone: {synthetic}"
+    return (
+        f"trained on real or mixed images: {real}; trained on synthetic images alone: {synthetic}"
+    )
 
 
 def _resampled(test: ImageDataset) -> str:
     """What the bootstrap drew: patients, images, or patients where they are known."""
-    known = [bool(patient) and not str(patient).startswith(OWN_PATIENT) for patient in test.patients]
+    known = [
+        bool(patient) and not str(patient).startswith(OWN_PATIENT) for patient in test.patients
+    ]
     if not any(known):
         return "images"
     return "patients" if all(known) else "patients where they are known"
@@ -172,11 +207,15 @@ def _class_notes(metrics: dict[str, Any]) -> list[str]:
     for label, row in metrics["per_class"].items():
         if row["auc"] is None:
             what = "positive" if row["positives"] == 0 else "negative"
-            notes.append(f"'{label}' has no {what} image in the real test split: its AUC is null and not in the macro mean.")
+            notes.append(
+                f"'{label}' has no {what} image in the real test split: its AUC is null and not in the macro mean."
+            )
     for place, inside in metrics["per_institution"].items():
         undefined = [label for label, row in inside["per_class"].items() if row["auc"] is None]
         if inside["macro_auc"] is None:
-            notes.append(f"Inside {place} no class has both positive and negative test images: its AUC is null.")
+            notes.append(
+                f"Inside {place} no class has both positive and negative test images: its AUC is null."
+            )
         elif undefined:
             notes.append(
                 f"Inside {place} the AUC is undefined for {', '.join(undefined)}: its macro mean is over the other classes."
@@ -188,7 +227,11 @@ def _class_notes(metrics: dict[str, Any]) -> list[str]:
 
 
 def _fidelity(
-    reference: RealReference, synthetic: ImageDataset, generator: Any, made_labels: np.ndarray, notes: list[str]
+    reference: RealReference,
+    synthetic: ImageDataset,
+    generator: Any,
+    made_labels: np.ndarray,
+    notes: list[str],
 ) -> dict[str, Any] | None:
     if not reference.can_extract:
         notes.append(
@@ -200,7 +243,11 @@ def _fidelity(
         notes.append("Fewer than four held-out real images: distances cannot be measured.")
         return None
     reference.say("measuring distances")
-    features, extractor, k = reference.extractor(synthetic.images), reference.extractor, reference.settings.neighbours
+    features, extractor, k = (
+        reference.extractor(synthetic.images),
+        reference.extractor,
+        reference.settings.neighbours,
+    )
     real, patients = reference.held_out_features, reference.held_out_groups
     measured = fidelity(real, features, reference.seed, k=k, patients=patients)
     if int(str(measured["images"])) <= features.shape[1]:
@@ -243,15 +290,23 @@ def _by_hospital(
 ) -> dict[str, Numbers | None]:
     """Fidelity for each hospital: its held-out images against synthetic ones in its own mix of labels."""
     held = reference.held_out
-    places = np.asarray(held.institutions) if len(held.institutions) == len(held) else np.full(len(held), held.name)
+    places = (
+        np.asarray(held.institutions)
+        if len(held.institutions) == len(held)
+        else np.full(len(held), held.name)
+    )
     rows = {}
     for place in np.unique(places):
         real = np.flatnonzero(places == place)
         mix = label_mix_rows(synthetic.labels, held.labels[real], reference.seed)
         rows[str(place)] = (real, mix.rows)
-        notes += _mix_notes(str(place), len(mix.rows), mix.deviation, min(len(real) // 2, len(synthetic)))
+        notes += _mix_notes(
+            str(place), len(mix.rows), mix.deviation, min(len(real) // 2, len(synthetic))
+        )
         if lacking := missing_share(synthetic.labels, held.labels[real]):
-            notes.append(f"{lacking:.0%} of the real images of {place} have labels that no synthetic image has.")
+            notes.append(
+                f"{lacking:.0%} of the real images of {place} have labels that no synthetic image has."
+            )
     return _grouped(reference, features, rows, notes, "hospital")
 
 
@@ -279,26 +334,43 @@ def _grouped(
     what: str,
 ) -> dict[str, Numbers | None]:
     k = reference.settings.neighbours
-    found = grouped_fidelity(reference.held_out_features, features, rows, reference.seed, k=k, patients=reference.held_out_groups)
+    found = grouped_fidelity(
+        reference.held_out_features,
+        features,
+        rows,
+        reference.seed,
+        k=k,
+        patients=reference.held_out_groups,
+    )
     if missing := [name for name, numbers in found.items() if numbers is None]:
-        notes.append(f"Fidelity by {what} was not measured for {', '.join(missing)}: fewer than {2 * k} images on a side.")
+        notes.append(
+            f"Fidelity by {what} was not measured for {', '.join(missing)}: fewer than {2 * k} images on a side."
+        )
     return found
 
 
-def _structure(reference: RealReference, synthetic: ImageDataset, notes: list[str]) -> dict[str, dict[str, float | None]] | None:
+def _structure(
+    reference: RealReference, synthetic: ImageDataset, notes: list[str]
+) -> dict[str, dict[str, float | None]] | None:
     """MS-SSIM of random pairs inside each class, of synthetic images and beside them of real training images."""
     train = reference.train
     if train.resolution < WINDOW:
-        notes.append(f"MS-SSIM was not measured: images below {WINDOW} pixels have no scale that fits.")
+        notes.append(
+            f"MS-SSIM was not measured: images below {WINDOW} pixels have no scale that fits."
+        )
         return None
     real, made = (
-        intra_class_ms_ssim(data.images, data.labels, data.label_names, data.exclusive, seed=reference.seed)
+        intra_class_ms_ssim(
+            data.images, data.labels, data.label_names, data.exclusive, seed=reference.seed
+        )
         for data in (train, synthetic)
     )
     return {name: {"synthetic": made.get(name), "real": real.get(name)} for name in real}
 
 
-def _path_length(reference: RealReference, generator: Any, labels: np.ndarray, notes: list[str]) -> float | None:
+def _path_length(
+    reference: RealReference, generator: Any, labels: np.ndarray, notes: list[str]
+) -> float | None:
     if generator is None:
         notes.append("The images come from several generators: there is no one path length.")
         return None
@@ -306,6 +378,13 @@ def _path_length(reference: RealReference, generator: Any, labels: np.ndarray, n
     if isinstance(extractor, ReferenceExtractor):
         network = extractor.classifier.features
         return perceptual_path_length(
-            generator, labels, lambda x: network(to_float(x)), PATHS, reference.seed, device=reference.device
+            generator,
+            labels,
+            lambda x: network(to_float(x)),
+            PATHS,
+            reference.seed,
+            device=reference.device,
         )
-    return perceptual_path_length(generator, labels, extractor.features, PATHS, reference.seed, device=reference.device)
+    return perceptual_path_length(
+        generator, labels, extractor.features, PATHS, reference.seed, device=reference.device
+    )

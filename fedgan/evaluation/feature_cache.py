@@ -38,7 +38,9 @@ class FeatureCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def get(self, images_hash: str, extractor_key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    def get(
+        self, images_hash: str, extractor_key: str, compute: Callable[[], np.ndarray]
+    ) -> np.ndarray:
         """The features (N, D) that are kept for these images and this extractor; else `compute()`, which is then kept.
 
         A damaged, torn or foreign entry is computed again and replaced. Raises `StorageError` where the folder cannot be
@@ -62,7 +64,10 @@ class FeatureCache:
 
     def path(self, images_hash: str, extractor_key: str) -> Path:
         """The `.npy` of an entry, there or not."""
-        return self.folder / f"{hashlib.sha256(f'{FORMAT} {images_hash} {extractor_key}'.encode()).hexdigest()}.npy"
+        return (
+            self.folder
+            / f"{hashlib.sha256(f'{FORMAT} {images_hash} {extractor_key}'.encode()).hexdigest()}.npy"
+        )
 
 
 def _entry(data: bytes, images_hash: str, extractor_key: str) -> dict[str, object]:

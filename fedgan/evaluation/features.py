@@ -17,7 +17,12 @@ from fedgan.errors import DataError
 from fedgan.evaluation.classification import penultimate
 from fedgan.evaluation.extractors import inception, xray
 from fedgan.evaluation.extractors.inception import InceptionExtractor
-from fedgan.evaluation.extractors.squeezenet import FIRES, SqueezeNetExtractor, load_squeezenet, squeezenet_shapes
+from fedgan.evaluation.extractors.squeezenet import (
+    FIRES,
+    SqueezeNetExtractor,
+    load_squeezenet,
+    squeezenet_shapes,
+)
 from fedgan.evaluation.extractors.weights import (
     INCEPTION_FILE,
     existing_file,

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from fedgan.data.dataset import ImageDataset
+from fedgan.evaluation.metrics.utility import NO_FINDING, names_normal
 from fedgan.evaluation.sampling import draw_latents, generate_images
-from fedgan.evaluation.utility import NO_FINDING, names_normal
 
 GAP = 2  # pixels between cells
 LABEL_WIDTH = 116
@@ -27,7 +27,10 @@ def grid_rows(label_names: tuple[str, ...], exclusive: bool) -> list[tuple[str, 
     count = len(label_names)
     if count == 0:
         return [("", np.zeros(0, np.uint8))] * 4
-    rows = [(name, vector) for name, vector in zip(label_names, np.eye(count, dtype=np.uint8), strict=True)]
+    rows = [
+        (name, vector)
+        for name, vector in zip(label_names, np.eye(count, dtype=np.uint8), strict=True)
+    ]
     if not exclusive and not names_normal(label_names):
         rows.insert(0, (NO_FINDING, np.zeros(count, np.uint8)))
     return rows
@@ -51,7 +54,9 @@ def sample_grid(
     labels = np.repeat(np.stack([vector for _, vector in rows]), columns, axis=0)
     latents = latents.repeat(len(rows), 1) if label_names else latents
     images = generate_images(generator, labels, seed, psi, device=device, latents=latents)
-    return draw_grid([text for text, _ in rows], list(images.reshape(len(rows), columns, *images.shape[1:])))
+    return draw_grid(
+        [text for text, _ in rows], list(images.reshape(len(rows), columns, *images.shape[1:]))
+    )
 
 
 def real_grid(dataset: ImageDataset, columns: int = 8, seed: int = 0) -> Image.Image:
@@ -66,16 +71,26 @@ def real_grid(dataset: ImageDataset, columns: int = 8, seed: int = 0) -> Image.I
     for _, vector in rows:
         exact = (dataset.labels == vector).all(1)
         having = (dataset.labels[:, vector == 1] == 1).all(1) if vector.any() else exact
-        order = np.concatenate([rng.permutation(np.flatnonzero(mask)) for mask in (exact & ~taken, having & ~exact & ~taken)])
+        order = np.concatenate(
+            [
+                rng.permutation(np.flatnonzero(mask))
+                for mask in (exact & ~taken, having & ~exact & ~taken)
+            ]
+        )
         chosen = order[:columns]
         if len(dataset.label_names) == 0:
             taken[chosen] = True
         cells.append(np.asarray(dataset.images[chosen]))
-    return draw_grid([text for text, _ in rows], cells, columns, (dataset.channels, dataset.resolution))
+    return draw_grid(
+        [text for text, _ in rows], cells, columns, (dataset.channels, dataset.resolution)
+    )
 
 
 def draw_grid(
-    texts: list[str], rows: list[np.ndarray], columns: int | None = None, size: tuple[int, int] | None = None
+    texts: list[str],
+    rows: list[np.ndarray],
+    columns: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Image.Image:
     """Draw rows of images (n, C, H, W) uint8, C = 1 or 3, with a text at the left of each row.
 
@@ -86,7 +101,9 @@ def draw_grid(
     scale = min(4, max(1, 128 // side))
     cell = side * scale
     left = LABEL_WIDTH if any(texts) else 0
-    canvas = Image.new("RGB", (left + columns * (cell + GAP) - GAP, len(rows) * (cell + GAP) - GAP), BACKGROUND)
+    canvas = Image.new(
+        "RGB", (left + columns * (cell + GAP) - GAP, len(rows) * (cell + GAP) - GAP), BACKGROUND
+    )
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     for r, (text, images) in enumerate(zip(texts, rows, strict=True)):
         top = r * (cell + GAP)
@@ -96,7 +113,12 @@ def draw_grid(
         for column in range(columns):
             place = (left + column * (cell + GAP), top)
             if column < len(images):
-                canvas.paste(_picture(images[column], channels).resize((cell, cell), Image.Resampling.NEAREST), place)
+                canvas.paste(
+                    _picture(images[column], channels).resize(
+                        (cell, cell), Image.Resampling.NEAREST
+                    ),
+                    place,
+                )
             else:
                 pen.rectangle((*place, place[0] + cell - 1, top + cell - 1), EMPTY)
     return canvas
@@ -110,4 +132,6 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def _picture(image: np.ndarray, channels: int) -> Image.Image:
-    return Image.fromarray(image[0] if channels == 1 else np.ascontiguousarray(image[:3].transpose(1, 2, 0)))
+    return Image.fromarray(
+        image[0] if channels == 1 else np.ascontiguousarray(image[:3].transpose(1, 2, 0))
+    )

@@ -11,7 +11,11 @@ from fedgan.data.dataset import ImageDataset, pool
 from fedgan.errors import DataError
 
 Share = float | Literal["all"]
-SHARES: tuple[Share, ...] = (0.5, 1, "all")  # synthetic images for each real one, as the evaluation mixes them
+SHARES: tuple[Share, ...] = (
+    0.5,
+    1,
+    "all",
+)  # synthetic images for each real one, as the evaluation mixes them
 SYNTHETIC = "synthetic"  # institution of the synthetic images of a mix
 
 
@@ -62,5 +66,9 @@ def _with_columns(dataset: ImageDataset) -> ImageDataset:
     """The dataset with a patient (blank where none is known) and an institution for each image: fit to be pooled."""
     count = len(dataset)
     patients = dataset.patients if len(dataset.patients) == count else np.full(count, "")
-    institutions = dataset.institutions if len(dataset.institutions) == count else np.full(count, dataset.name)
-    return dataclasses.replace(dataset, patients=np.asarray(patients, str), institutions=np.asarray(institutions, str))
+    institutions = (
+        dataset.institutions if len(dataset.institutions) == count else np.full(count, dataset.name)
+    )
+    return dataclasses.replace(
+        dataset, patients=np.asarray(patients, str), institutions=np.asarray(institutions, str)
+    )

@@ -21,18 +21,20 @@ from fedgan.config import EvaluationSettings
 from fedgan.data.dataset import ImageArray, ImageDataset, pool
 from fedgan.data.labels import LabelMap
 from fedgan.errors import CheckpointError, DataError
-from fedgan.evaluation.bootstrap import clusters
 from fedgan.evaluation.classification import probabilities, train_classifier, training_steps
 from fedgan.evaluation.feature_cache import FeatureCache, images_hash
 from fedgan.evaluation.features import REFERENCE, Extractor, ReferenceExtractor, extractor_from
-from fedgan.evaluation.fidelity import frechet_distance
-from fedgan.evaluation.utility import utility
+from fedgan.evaluation.metrics.bootstrap import clusters
+from fedgan.evaluation.metrics.fidelity import frechet_distance
+from fedgan.evaluation.metrics.utility import utility
 from fedgan.models.classifiers import Classifier, build_classifier
 from fedgan.training.checkpoint import load_into, load_tensors, save_tensors
 
 Progress = Callable[[str], None]
 QUICK_IMAGES = 1000  # most images of a distance while training goes on
-FEWEST_VAL = 100  # below this the validation split is too small for a curve; training images serve instead
+FEWEST_VAL = (
+    100  # below this the validation split is too small for a curve; training images serve instead
+)
 
 
 class RealReference:
@@ -55,8 +57,12 @@ class RealReference:
         folder: Path | None = None,
     ) -> None:
         if len(train) == 0:
-            raise DataError("the evaluator has no real training image: check the splits of the shards")
-        self.train, self.val, self.test = (merged(dataset, settings.label_map) for dataset in (train, val, test))
+            raise DataError(
+                "the evaluator has no real training image: check the splits of the shards"
+            )
+        self.train, self.val, self.test = (
+            merged(dataset, settings.label_map) for dataset in (train, val, test)
+        )
         self.settings, self.seed, self.device, self.folder = settings, seed, device, folder
         self.classifier_name = settings.classifier
         self.steps = training_steps(len(train), settings.epochs)
@@ -87,24 +93,38 @@ class RealReference:
     def classifier(self, number: int) -> Classifier:
         """Real classifier number `number`, trained with seed `seed + number` on the real training split."""
         if number not in self._classifiers:
-            self._classifiers[number] = self._kept_classifier(number) or self._train_classifier(number)
+            self._classifiers[number] = self._kept_classifier(number) or self._train_classifier(
+                number
+            )
         return self._classifiers[number]
 
-    def fit(self, dataset: ImageDataset, validation: ImageDataset | None, number: int) -> Classifier:
+    def fit(
+        self, dataset: ImageDataset, validation: ImageDataset | None, number: int
+    ) -> Classifier:
         """A classifier of any training images by the one recipe, with as many steps as the real ones have at most."""
         seed, precision = self.seed + number, self.settings.precision
         return train_classifier(
-            dataset, self.steps, seed, self.classifier_name, self.device, validation=validation, precision=precision
+            dataset,
+            self.steps,
+            seed,
+            self.classifier_name,
+            self.device,
+            validation=validation,
+            precision=precision,
         )
 
     @cached_property
     def scores(self) -> np.ndarray:
         """Probabilities (S, N, K) of the test images by the real classifiers."""
-        return self.score([self.classifier(number) for number in range(self.settings.seeds)], self.test)
+        return self.score(
+            [self.classifier(number) for number in range(self.settings.seeds)], self.test
+        )
 
     def score(self, classifiers: list[Classifier], dataset: ImageDataset) -> np.ndarray:
         """Probabilities (S, N, K) of a dataset's images."""
-        return np.stack([probabilities(classifier, dataset, self.device) for classifier in classifiers])
+        return np.stack(
+            [probabilities(classifier, dataset, self.device) for classifier in classifiers]
+        )
 
     # --- figures on the test images ----------------------------------------------------------------
 
@@ -117,7 +137,11 @@ class RealReference:
     def test_places(self) -> np.ndarray:
         """Institution (N,) of each test image."""
         test = self.test
-        return np.asarray(test.institutions) if len(test.institutions) == len(test) else np.full(len(test), test.name)
+        return (
+            np.asarray(test.institutions)
+            if len(test.institutions) == len(test)
+            else np.full(len(test), test.name)
+        )
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
@@ -130,7 +154,8 @@ class RealReference:
         if institutions:
             places = self.test_places
             found["per_institution"] = {
-                str(place): self._measure(scores, np.flatnonzero(places == place)) for place in np.unique(places)
+                str(place): self._measure(scores, np.flatnonzero(places == place))
+                for place in np.unique(places)
             }
         return found
 
@@ -138,7 +163,13 @@ class RealReference:
         test, settings = self.test, self.settings
         inside = np.unique(self.test_groups[rows], return_inverse=True)[1].reshape(-1)
         return utility(
-            scores[:, rows], test.labels[rows], test.label_names, test.exclusive, inside, settings.bootstrap, self.seed
+            scores[:, rows],
+            test.labels[rows],
+            test.label_names,
+            test.exclusive,
+            inside,
+            settings.bootstrap,
+            self.seed,
         )
 
     # --- features ----------------------------------------------------------------------------------
@@ -166,7 +197,9 @@ class RealReference:
     @cached_property
     def held_out_features(self) -> np.ndarray:
         """Features (N, D) of `held_out`, in its order."""
-        return np.concatenate([self.features(split) for split in ("val", "test") if len(getattr(self, split))])
+        return np.concatenate(
+            [self.features(split) for split in ("val", "test") if len(getattr(self, split))]
+        )
 
     @cached_property
     def held_out_groups(self) -> np.ndarray:
@@ -189,7 +222,12 @@ class RealReference:
         """A point of a curve, {"frechet", "extractor", "images", "split"}; synthetic: as many images as `quick` has real ones."""
         split, real = self.quick
         distance = frechet_distance(real, self.extractor(synthetic))
-        return {"frechet": distance, "extractor": self.extractor.name, "images": len(real), "split": split}
+        return {
+            "frechet": distance,
+            "extractor": self.extractor.name,
+            "images": len(real),
+            "split": split,
+        }
 
     def say(self, text: str) -> None:
         """Report progress, where somebody listens."""
@@ -204,7 +242,9 @@ class RealReference:
         return _dataset_hash(self.test)
 
     def _extract(self, images: ImageArray) -> np.ndarray:
-        return self._cache.features(images, self.extractor) if self._cache else self.extractor(images)
+        return (
+            self._cache.features(images, self.extractor) if self._cache else self.extractor(images)
+        )
 
     @cached_property
     def _recipe(self) -> str:
@@ -237,7 +277,9 @@ class RealReference:
         if place is None or not place.is_file():
             return None
         train = self.train
-        classifier = build_classifier(self.classifier_name, train.channels, train.resolution, train.label_dim)
+        classifier = build_classifier(
+            self.classifier_name, train.channels, train.resolution, train.label_dim
+        )
         try:
             tensors, meta = load_tensors(place)
             if meta.get("recipe") != self._recipe:
@@ -264,10 +306,14 @@ def merged(dataset: ImageDataset, label_map: str) -> ImageDataset:
 def with_places(dataset: ImageDataset, place: str) -> ImageDataset:
     """The dataset with an institution for each image (`place` where none is given) and patients or blanks: fit to be pooled."""
     count = len(dataset)
-    institutions = dataset.institutions if len(dataset.institutions) == count else np.full(count, place)
+    institutions = (
+        dataset.institutions if len(dataset.institutions) == count else np.full(count, place)
+    )
     patients = dataset.patients if len(dataset.patients) == count else np.full(count, "")
     return dataclasses.replace(
-        dataset, institutions=np.where(np.asarray(institutions) == "", place, institutions), patients=np.asarray(patients, str)
+        dataset,
+        institutions=np.where(np.asarray(institutions) == "", place, institutions),
+        patients=np.asarray(patients, str),
     )
 
 

@@ -104,7 +104,13 @@ def generate_images(
 
 
 def synthetic_dataset(
-    generator: Any, train: ImageDataset, count: int, seed: int, psi: float = 1.0, batch: int = 64, device: str = "cpu"
+    generator: Any,
+    train: ImageDataset,
+    count: int,
+    seed: int,
+    psi: float = 1.0,
+    batch: int = 64,
+    device: str = "cpu",
 ) -> ImageDataset:
     """`count` generated images whose label vectors follow those of the real training images `train`."""
     labels = synthetic_labels(train.labels, count, seed)

@@ -58,7 +58,15 @@ def small_cnn(channels: int, resolution: int, label_dim: int) -> Classifier:
     Maps are pooled before they are normalised: batch norm and ReLU then work on a quarter of the pixels.
     """
     stride = max(1, resolution // 32)
-    layers: list[nn.Module] = [_block(channels, WIDTHS[0], kernel=3 if stride == 1 else 2 * stride + 1, stride=stride, pool=True)]
+    layers: list[nn.Module] = [
+        _block(
+            channels,
+            WIDTHS[0],
+            kernel=3 if stride == 1 else 2 * stride + 1,
+            stride=stride,
+            pool=True,
+        )
+    ]
     for inputs, outputs in itertools.pairwise(WIDTHS):
         layers.append(_block(inputs, outputs, pool=outputs != WIDTHS[-1]))
     body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -131,10 +139,14 @@ def build_classifier(name: str, channels: int, resolution: int, label_dim: int) 
 
 def _check_channels(name: str, channels: int) -> None:
     if channels not in (1, 3):
-        raise ConfigError(f"classifier '{name}' takes 1 or 3 channels, not {channels}: use 'small-cnn'")
+        raise ConfigError(
+            f"classifier '{name}' takes 1 or 3 channels, not {channels}: use 'small-cnn'"
+        )
 
 
-def _block(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, pool: bool = False) -> nn.Sequential:
+def _block(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, pool: bool = False
+) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     halved = [nn.MaxPool2d(2)] if pool else []
     return nn.Sequential(convolution, *halved, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))

@@ -19,12 +19,23 @@ from typing import Any
 
 import numpy as np
 
-TOLERANCE = 0.005  # error of epsilon that PRV may make, as a share of RDP's; its upper end is reported
+TOLERANCE = (
+    0.005  # error of epsilon that PRV may make, as a share of RDP's; its upper end is reported
+)
 ROUGH = 0.05  # the same where a search only looks for the neighbourhood
-MOST_POINTS = 2**22  # of PRV's mesh: some 300 MB, a second or two; beyond it the error grows instead
+MOST_POINTS = (
+    2**22
+)  # of PRV's mesh: some 300 MB, a second or two; beyond it the error grows instead
 MOST_SUMMED = 4 * MOST_POINTS  # over all mechanisms
 MOST_LOSS = 600.0  # above it exp(privacy loss) leaves the range of a double
-ORDERS = (*(1 + x / 10 for x in range(1, 50)), *range(6, 64), 128, 256, 512, 1024)  # broken ones take a hundred times as long
+ORDERS = (
+    *(1 + x / 10 for x in range(1, 50)),
+    *range(6, 64),
+    128,
+    256,
+    512,
+    1024,
+)  # broken ones take a hundred times as long
 FEW_ORDERS = (1.2, 1.5, 1.8, 2.5, 3.5, *range(2, 33), 40, 48, 64, 128, 256)
 
 
@@ -53,11 +64,19 @@ def gaussian(noise: float, delta: float) -> float:
 
     def excess(epsilon: float) -> float:
         half = 1 / (2 * noise)
-        return float(ndtr(half - epsilon * noise) - math.exp(min(0.0, epsilon + log_ndtr(-half - epsilon * noise)))) - delta
+        return (
+            float(
+                ndtr(half - epsilon * noise)
+                - math.exp(min(0.0, epsilon + log_ndtr(-half - epsilon * noise)))
+            )
+            - delta
+        )
 
     if excess(0.0) <= 0:
         return 0.0
-    high = 1 / (2 * noise**2) + math.sqrt(2 * math.log(1 / delta)) / noise  # a tail bound of the privacy loss
+    high = (
+        1 / (2 * noise**2) + math.sqrt(2 * math.log(1 / delta)) / noise
+    )  # a tail bound of the privacy loss
     return float(brentq(excess, 0.0, high, xtol=1e-12, rtol=1e-12)) * (1 + 1e-9)
 
 
@@ -69,7 +88,10 @@ def rdp(merged: Merged, delta: float, orders: tuple[float, ...] = ORDERS) -> flo
     """ε by Rényi differential privacy (arXiv 1908.10530), an upper bound with whichever `orders`."""
     from opacus.accountants.analysis.rdp import get_privacy_spent
 
-    total = sum(part.steps * _divergences(part.noise_multiplier, part.sample_rate, orders) for part in merged)
+    total = sum(
+        part.steps * _divergences(part.noise_multiplier, part.sample_rate, orders)
+        for part in merged
+    )
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         return max(0.0, float(get_privacy_spent(orders=list(orders), rdp=total, delta=delta)[0]))
@@ -82,7 +104,9 @@ def _divergences(noise: float, sample_rate: float, orders: tuple[float, ...]) ->
 
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        return np.asarray(compute_rdp(q=sample_rate, noise_multiplier=noise, steps=1, orders=list(orders)))
+        return np.asarray(
+            compute_rdp(q=sample_rate, noise_multiplier=noise, steps=1, orders=list(orders))
+        )
 
 
 # --- by numerical composition ----------------------------------------------------------------------
@@ -115,7 +139,10 @@ def prv(merged: Merged, delta: float, tolerance: float = TOLERANCE) -> float:
 def _reach(merged: Merged, delta_error: float) -> float:
     """The privacy loss beyond which nothing counts (remark 5.6)."""
     steps = sum(part.steps for part in merged)
-    singles = (rdp((Mechanism(part.noise_multiplier, part.sample_rate, 1),), delta_error / (8 * steps)) for part in merged)
+    singles = (
+        rdp((Mechanism(part.noise_multiplier, part.sample_rate, 1),), delta_error / (8 * steps))
+        for part in merged
+    )
     reach = max(rdp(merged, delta_error / 4), *singles) + 3
     if not reach < MOST_LOSS:
         raise ArithmeticError(f"PRV: privacy losses up to {reach:g} overflow")
@@ -161,7 +188,9 @@ def _composed(merged: Merged, width: float, half: int) -> tuple[np.ndarray, floa
 
 def _discrete(part: Mechanism, width: float, half: int) -> np.ndarray:
     """P(the loss of one step rounds to k·width), for k = -half … half - 1, given that it lies there."""
-    survival = _survival((np.arange(-half, half + 1) - 0.5) * width, part.noise_multiplier, part.sample_rate)
+    survival = _survival(
+        (np.arange(-half, half + 1) - 0.5) * width, part.noise_multiplier, part.sample_rate
+    )
     return (survival[:-1] - survival[1:]) / (survival[0] - survival[-1])
 
 
@@ -173,9 +202,13 @@ def _survival(loss: np.ndarray, noise: float, q: float) -> np.ndarray:
     from scipy.special import ndtr
 
     result = np.ones(len(loss))
-    first = int(np.searchsorted(loss, math.log1p(-q), side="right")) if q < 1 else 0  # no loss lies below ln(1 - q)
+    first = (
+        int(np.searchsorted(loss, math.log1p(-q), side="right")) if q < 1 else 0
+    )  # no loss lies below ln(1 - q)
     above = loss[first:]
-    x = noise * (np.log((np.expm1(above) + q) / q) if q < 1 else above) + 1 / (2 * noise)  # in units of σ
+    x = noise * (np.log((np.expm1(above) + q) / q) if q < 1 else above) + 1 / (
+        2 * noise
+    )  # in units of σ
     result[first:] = q * ndtr(1 / noise - x) + ((1 - q) * ndtr(-x) if q < 1 else 0.0)
     return result
 
@@ -188,7 +221,9 @@ def _mean(part: Mechanism, reach: float) -> float:
     """
     noise, q = part.noise_multiplier, part.sample_rate
     x = np.arange(-12 * noise, 1 + 12 * noise, noise / 64)
-    weights = (1 - q) * np.exp(-(x**2) / (2 * noise**2)) + q * np.exp(-((x - 1) ** 2) / (2 * noise**2))
+    weights = (1 - q) * np.exp(-(x**2) / (2 * noise**2)) + q * np.exp(
+        -((x - 1) ** 2) / (2 * noise**2)
+    )
     slope = (2 * x - 1) / (2 * noise**2)
     loss = np.log1p(q * np.expm1(np.minimum(slope, 1.0))) if q < 1 else slope
     high = slope > 1.0  # there expm1 may overflow

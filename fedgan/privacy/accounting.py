@@ -15,7 +15,16 @@ from fedgan.errors import ConfigError
 from fedgan.privacy import accountants
 from fedgan.privacy.accountants import FEW_ORDERS, ROUGH, TOLERANCE, Mechanism, Merged
 
-__all__ = ["Mechanism", "epsilon_of", "epsilon_prv", "epsilon_rdp", "joint_noise", "merge", "noise_for", "steps_within"]
+__all__ = [
+    "Mechanism",
+    "epsilon_of",
+    "epsilon_prv",
+    "epsilon_rdp",
+    "joint_noise",
+    "merge",
+    "noise_for",
+    "steps_within",
+]
 
 MOST_NOISE = 1e4
 LEAST_NOISE = 0.01
@@ -36,13 +45,21 @@ def epsilon_prv(mechanisms: Iterable[Mechanism], delta: float) -> float:
     return _guarded(mechanisms, delta, accountants.prv)
 
 
-def _guarded(mechanisms: Iterable[Mechanism], delta: float, accountant: Callable[[Merged, float], float]) -> float:
+def _guarded(
+    mechanisms: Iterable[Mechanism], delta: float, accountant: Callable[[Merged, float], float]
+) -> float:
     if not 0 < delta < 1:
-        raise ConfigError(f"delta = {delta:g}: epsilon has a meaning for 0 < delta < 1 only; set privacy.delta")
+        raise ConfigError(
+            f"delta = {delta:g}: epsilon has a meaning for 0 < delta < 1 only; set privacy.delta"
+        )
     merged = merge(mechanisms)
     if not merged:
         return 0.0
-    return math.inf if any(not part.noise_multiplier > 0 for part in merged) else accountant(merged, delta)
+    return (
+        math.inf
+        if any(not part.noise_multiplier > 0 for part in merged)
+        else accountant(merged, delta)
+    )
 
 
 def _best(merged: Merged, delta: float) -> float:
@@ -61,7 +78,9 @@ def _likely(merged: Merged, delta: float) -> float:
         return max(accountants.gaussian(merged[0].noise_multiplier, delta), 1e-30)
     bound = accountants.rdp(merged, delta)
     try:
-        return max(min(bound, accountants.prv(merged, delta, ROUGH) - (ROUGH - TOLERANCE) * bound), 1e-30)
+        return max(
+            min(bound, accountants.prv(merged, delta, ROUGH) - (ROUGH - TOLERANCE) * bound), 1e-30
+        )
     except ArithmeticError:
         return max(bound, 1e-30)
 
@@ -80,7 +99,9 @@ def _within(epsilon: float, mechanisms: Sequence[Mechanism], delta: float) -> bo
 
 
 @functools.lru_cache(maxsize=256)
-def noise_for(epsilon: float, delta: float, sample_rate: float, steps: int, others: tuple[Mechanism, ...] = ()) -> float:
+def noise_for(
+    epsilon: float, delta: float, sample_rate: float, steps: int, others: tuple[Mechanism, ...] = ()
+) -> float:
     """The smallest noise multiplier (to 1 %) whose `steps` steps, with `others`, cost no more than `epsilon` at `delta`.
 
     Raises `ConfigError` when `others` alone cost more, or no noise is enough.
@@ -110,12 +131,16 @@ def noise_for(epsilon: float, delta: float, sample_rate: float, steps: int, othe
     else:  # only the tightest accountant knows a way
         noise = _falling(lambda noise: _guarded(parts(noise), delta, _likely), epsilon)
     noise *= 1.001
-    while _guarded(parts(noise), delta, _best) > epsilon:  # what is returned was checked by the accountant that counts
+    while (
+        _guarded(parts(noise), delta, _best) > epsilon
+    ):  # what is returned was checked by the accountant that counts
         noise *= 1.003
     return noise
 
 
-def steps_within(epsilon: float, delta: float, spent: Sequence[Mechanism], step: Mechanism, most: int) -> int:
+def steps_within(
+    epsilon: float, delta: float, spent: Sequence[Mechanism], step: Mechanism, most: int
+) -> int:
     """How many of at most `most` further steps like `step` fit into `epsilon` at `delta` beside what was `spent`.
 
     What is returned fits; 0.2 % more (one step more, of fewer than 1,000) does not, but for the wobble of PRV's mesh (0.5 %).
@@ -129,20 +154,29 @@ def steps_within(epsilon: float, delta: float, spent: Sequence[Mechanism], step:
         low, high = 0, most + 1
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if _guarded(parts(middle), delta, _quick) <= target else (low, middle)
+            low, high = (
+                (middle, high)
+                if _guarded(parts(middle), delta, _quick) <= target
+                else (low, middle)
+            )
         return low
 
     if most <= 0 or _within(epsilon, parts(most), delta):
         return max(0, most)
     if not _within(epsilon, parts(0), delta):
         return 0
-    low, high = by_quick(epsilon), most  # low fits: the quickest accountant never allows more than another; high does not fit
+    low, high = (
+        by_quick(epsilon),
+        most,
+    )  # low fits: the quickest accountant never allows more than another; high does not fit
     guess = max(1, low)
     for _ in range(2):  # as in noise_for
         ratio = _guarded(parts(guess), delta, _quick) / _guarded(parts(guess), delta, _likely)
         guess = max(1, by_quick(epsilon * ratio))
     width = max(1, guess // 1000)
-    while high - low > max(1, low // 500):  # step over the guess to close the bracket from both sides
+    while high - low > max(
+        1, low // 500
+    ):  # step over the guess to close the bracket from both sides
         if not low < guess < high:
             guess = (low + high) // 2
         if _within(epsilon, parts(guess), delta):
@@ -199,7 +233,9 @@ def _falling(function: Callable[[float], float], target: float, start: float = 1
     while True:
         there = min(max(here + sign * step, least), most)
         if over(there) * sign <= 0:
-            return math.exp(brentq(over, here, there, xtol=0.001)) if there != here else math.exp(here)
+            return (
+                math.exp(brentq(over, here, there, xtol=0.001)) if there != here else math.exp(here)
+            )
         if there in (least, most):
             return math.exp(there)
         here, step = there, 2 * step

@@ -45,7 +45,9 @@ def clipped_sum(
     `chunk`: pairs whose gradients are in memory at once; the pairs of one unit are always there together.
     """
     parameters = dict(discriminator.named_parameters())
-    totals = [torch.zeros_like(_rows(value.detach().unsqueeze(0))[0]) for value in parameters.values()]
+    totals = [
+        torch.zeros_like(_rows(value.detach().unsqueeze(0))[0]) for value in parameters.values()
+    ]
     norms, logits = [torch.zeros(0, device=units.device)], [torch.zeros(0, device=units.device)]
     for start, end in _chunks(units, chunk):
         part = slice(start, end)
@@ -53,8 +55,12 @@ def clipped_sum(
         gradients, real_logits = pair_gradients(discriminator, loss, *pairs, r1_weight)
         within = units[part] - units[start]
         rows = [_means(_rows(value), within) for value in gradients.values()]
-        norm = torch.stack([torch.linalg.vector_norm(row.float(), dim=1) for row in rows]).norm(dim=0)
-        if not bool(norm.isfinite().all()):  # infinity times nothing is no number: what has no length counts as nothing
+        norm = torch.stack([torch.linalg.vector_norm(row.float(), dim=1) for row in rows]).norm(
+            dim=0
+        )
+        if not bool(
+            norm.isfinite().all()
+        ):  # infinity times nothing is no number: what has no length counts as nothing
             rows = [torch.where(norm.isfinite()[:, None], row, 0.0) for row in rows]
         factor = max_norm / norm.nan_to_num(nan=max_norm).clamp(min=max_norm)
         for total, row in zip(totals, rows, strict=True):
@@ -62,24 +68,35 @@ def clipped_sum(
         norms.append(norm)
         logits.append(real_logits)
     shaped = {
-        name: _unrow(total, value.shape).to(value.dtype) for (name, value), total in zip(parameters.items(), totals, strict=True)
+        name: _unrow(total, value.shape).to(value.dtype)
+        for (name, value), total in zip(parameters.items(), totals, strict=True)
     }
     return ClippedSum(shaped, torch.cat(norms), torch.cat(logits))
 
 
 def pair_gradients(
-    discriminator: nn.Module, loss: Loss, fake: Tensor, fake_c: Tensor, real: Tensor, real_c: Tensor, r1_weight: float = 0.0
+    discriminator: nn.Module,
+    loss: Loss,
+    fake: Tensor,
+    fake_c: Tensor,
+    real: Tensor,
+    real_c: Tensor,
+    r1_weight: float = 0.0,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """(gradients (B, ...) by parameter name, D on the real images (B,)): of each pair by itself, not clipped, not noisy."""
     parameters = dict(discriminator.named_parameters())
     with torch.enable_grad(), PerPair(len(real)) as each:
-        fake_logits, real_logits = discriminator(torch.cat([fake, real]), torch.cat([fake_c, real_c])).chunk(2)
+        fake_logits, real_logits = discriminator(
+            torch.cat([fake, real]), torch.cat([fake_c, real_c])
+        ).chunk(2)
         value = vmap(loss)(fake_logits.unsqueeze(1), real_logits.unsqueeze(1)).sum()
         if r1_weight:
             at = real.detach().clone().requires_grad_(True)
             (slope,) = torch.autograd.grad(discriminator(at, real_c).sum(), at, create_graph=True)
             value = value + r1_weight * slope.square().sum()
-    return dict(zip(parameters, each.gradients(value, list(parameters.values())), strict=True)), real_logits.detach()
+    return dict(
+        zip(parameters, each.gradients(value, list(parameters.values())), strict=True)
+    ), real_logits.detach()
 
 
 def _rows(value: Tensor) -> Tensor:
@@ -89,7 +106,11 @@ def _rows(value: Tensor) -> Tensor:
 
 def _unrow(row: Tensor, shape: torch.Size) -> Tensor:
     """One row of `_rows` in the shape of its parameter."""
-    return row.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if len(shape) == 4 else row.view(shape)
+    return (
+        row.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        if len(shape) == 4
+        else row.view(shape)
+    )
 
 
 def _means(rows: Tensor, units: Tensor) -> Tensor:
@@ -101,7 +122,9 @@ def _means(rows: Tensor, units: Tensor) -> Tensor:
     count = int(units[-1]) + 1
     if count == len(units):
         return rows
-    sums = torch.zeros(count, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(0, units, rows)
+    sums = torch.zeros(count, rows.shape[1], dtype=rows.dtype, device=rows.device).index_add_(
+        0, units, rows
+    )
     return sums / torch.bincount(units, minlength=count)[:, None]
 
 

@@ -18,7 +18,11 @@ FOUND_WITHIN = 1.02  # how near to the least noise `noise_for` comes, and as muc
 
 
 def check_can_begin(
-    settings: Settings, dataset: ImageDataset, batch_size: int, planned_images: float, ledgers: Sequence[Ledger]
+    settings: Settings,
+    dataset: ImageDataset,
+    batch_size: int,
+    planned_images: float,
+    ledgers: Sequence[Ledger],
 ) -> None:
     """Raise the `ConfigError` with which `PrivateStep` or the first entry in one of the `ledgers` would refuse this training.
 
@@ -35,6 +39,11 @@ def check_can_begin(
     if privacy.noise_multiplier >= 0:
         return
     most = privacy.r_t_noise / FOUND_WITHIN if privacy.r_t_noise else MOST_NOISE
-    parts = [*label_release(settings, dataset.label_dim), Mechanism(most, rate, steps_of(planned_images, batch_size))]
+    parts = [
+        *label_release(settings, dataset.label_dim),
+        Mechanism(most, rate, steps_of(planned_images, batch_size)),
+    ]
     if epsilon_rdp(parts, delta) > privacy.epsilon:
-        noise_multiplier(settings, dataset.label_dim, len(dataset), units, batch_size, planned_images)
+        noise_multiplier(
+            settings, dataset.label_dim, len(dataset), units, batch_size, planned_images
+        )

@@ -79,7 +79,12 @@ class Entry:
         texts = (entry.time, entry.run, entry.kind, entry.unit, entry.data, entry.previous)
         if not all(isinstance(text, str) for text in texts) or type(entry.steps) is not int:
             raise ValueError("a field has the wrong type")
-        if any(not number >= 0 for number in numbers) or entry.sample_rate > 1 or not 0 < entry.delta < 1 or entry.steps < 1:
+        if (
+            any(not number >= 0 for number in numbers)
+            or entry.sample_rate > 1
+            or not 0 < entry.delta < 1
+            or entry.steps < 1
+        ):
             raise ValueError("a number is out of range")
         return entry
 
@@ -98,20 +103,32 @@ class Ledger:
 
     def entries(self) -> list[Entry]:
         """All entries, checked. Raises `DataError` when a line was changed, or lines are missing, at the end too."""
-        count, last = self._head()  # first: a writer beside us makes the ledger longer than the head, never shorter
+        count, last = (
+            self._head()
+        )  # first: a writer beside us makes the ledger longer than the head, never shorter
         found: list[Entry] = []
-        for number, line in enumerate(self._read().split(b"\n")[:-1], 1):  # what has no line end was never finished
+        for number, line in enumerate(
+            self._read().split(b"\n")[:-1], 1
+        ):  # what has no line end was never finished
             try:
                 entry = Entry.parse(line)
             except (ValueError, TypeError):
-                raise DataError(f"{self.path.name}, line {number}: not an entry of a privacy ledger; {MEND}") from None
+                raise DataError(
+                    f"{self.path.name}, line {number}: not an entry of a privacy ledger; {MEND}"
+                ) from None
             if entry.previous != (found[-1].hash if found else ""):
-                raise DataError(f"{self.path.name}, line {number}: does not follow from the line before; {MEND}")
+                raise DataError(
+                    f"{self.path.name}, line {number}: does not follow from the line before; {MEND}"
+                )
             found.append(entry)
         if len(found) < count:
-            raise DataError(f"{self.path.name} ends after {len(found)} entries, but has had {count}: an older copy? {MEND}")
+            raise DataError(
+                f"{self.path.name} ends after {len(found)} entries, but has had {count}: an older copy? {MEND}"
+            )
         if count and found[count - 1].hash != last:
-            raise DataError(f"{self.path.name}, line {count}: is not the entry that was written there; {MEND}")
+            raise DataError(
+                f"{self.path.name}, line {count}: is not the entry that was written there; {MEND}"
+            )
         return found
 
     def mechanisms(self) -> list[Mechanism]:
@@ -125,7 +142,16 @@ class Ledger:
     # --- what is entered ---------------------------------------------------------------------------
 
     def reserve(
-        self, step: Mechanism, steps: int, *, run: str, kind: str, unit: str, delta: float, data: str, max_epsilon: float = 0.0
+        self,
+        step: Mechanism,
+        steps: int,
+        *,
+        run: str,
+        kind: str,
+        unit: str,
+        delta: float,
+        data: str,
+        max_epsilon: float = 0.0,
     ) -> int:
         """Enter `steps` steps like `step`, or as many as `max_epsilon` (0: no limit) allows, and return how many.
 
@@ -133,7 +159,16 @@ class Ledger:
         `ConfigError` where earlier entries count another unit.
         """
         pool = JointLedger([self])
-        return pool.reserve(step, steps, run=run, kind=kind, unit=unit, delta=delta, data=data, max_epsilon=max_epsilon)
+        return pool.reserve(
+            step,
+            steps,
+            run=run,
+            kind=kind,
+            unit=unit,
+            delta=delta,
+            data=data,
+            max_epsilon=max_epsilon,
+        )
 
     def check_unit(self, unit: str) -> None:
         """Raise `ConfigError` where entries count another unit: what hides an image does not hide a patient with many of them."""
@@ -198,7 +233,9 @@ class Ledger:
         except FileNotFoundError:
             return 0, ""
         except OSError as error:
-            raise StorageError(f"{self._head_path} cannot be read: {error.strerror or error}") from error
+            raise StorageError(
+                f"{self._head_path} cannot be read: {error.strerror or error}"
+            ) from error
         except (ValueError, TypeError, KeyError):
             raise DataError(f"{self._head_path.name} is damaged; {MEND}") from None
         return count, last
@@ -207,13 +244,17 @@ class Ledger:
         try:
             files.write_json(self._head_path, {"entries": count, "last": last})
         except StorageError as error:
-            raise self._unwritable(error.__cause__ if isinstance(error.__cause__, OSError) else OSError(str(error))) from error
+            raise self._unwritable(
+                error.__cause__ if isinstance(error.__cause__, OSError) else OSError(str(error))
+            ) from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep every other process from this ledger: its own file is locked, which lies beside the ledger."""
         if fcntl is None:
-            raise StorageError("this system has no file locks (fcntl): train with privacy on Linux or macOS")
+            raise StorageError(
+                "this system has no file locks (fcntl): train with privacy on Linux or macOS"
+            )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = open(self.path.with_suffix(".lock"), "a")  # noqa: SIM115 - closed below
@@ -237,25 +278,54 @@ class JointLedger:
     """The ledgers of several shards that are trained on as one pool: what is released is entered in each of them."""
 
     def __init__(self, ledgers: Sequence[Ledger]) -> None:
-        self.ledgers = list({ledger.path.resolve(): ledger for ledger in ledgers}.values())  # a lock taken twice waits for ever
+        self.ledgers = list(
+            {ledger.path.resolve(): ledger for ledger in ledgers}.values()
+        )  # a lock taken twice waits for ever
 
     def epsilon(self, delta: float) -> float:
         """The largest ε at `delta` of any of the shards."""
         return max((ledger.epsilon(delta) for ledger in self.ledgers), default=0.0)
 
     def reserve(
-        self, step: Mechanism, steps: int, *, run: str, kind: str, unit: str, delta: float, data: str, max_epsilon: float = 0.0
+        self,
+        step: Mechanism,
+        steps: int,
+        *,
+        run: str,
+        kind: str,
+        unit: str,
+        delta: float,
+        data: str,
+        max_epsilon: float = 0.0,
     ) -> int:
         """Enter in each shard's ledger what all of them allow (see `Ledger.reserve`): all are asked before one is charged."""
         with contextlib.ExitStack() as locks:
-            for ledger in sorted(self.ledgers, key=lambda ledger: str(ledger.path.resolve())):  # always in the same order
+            for ledger in sorted(
+                self.ledgers, key=lambda ledger: str(ledger.path.resolve())
+            ):  # always in the same order
                 locks.enter_context(ledger.locked())
             for ledger in self.ledgers:
                 ledger.check_unit(unit)
                 steps = ledger._allowed(step, steps, delta, max_epsilon)
             if steps > 0:
-                now, noise, rate = time.strftime("%Y-%m-%dT%H:%M:%S%z"), step.noise_multiplier, step.sample_rate
-                entry = Entry(now, run, kind, unit, noise, rate, steps, delta, epsilon=None, data=data, previous="")
+                now, noise, rate = (
+                    time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                    step.noise_multiplier,
+                    step.sample_rate,
+                )
+                entry = Entry(
+                    now,
+                    run,
+                    kind,
+                    unit,
+                    noise,
+                    rate,
+                    steps,
+                    delta,
+                    epsilon=None,
+                    data=data,
+                    previous="",
+                )
                 for ledger in self.ledgers:
                     ledger._enter(entry)
         return max(0, steps)

@@ -20,7 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from fedgan.errors import FedganError
 
-SMALL_MAP = 256  # pixels of an output up to which a product of windows beats a convolution for each pair
+SMALL_MAP = (
+    256  # pixels of an output up to which a product of windows beats a convolution for each pair
+)
 
 
 class PerPair(TorchFunctionMode):
@@ -37,7 +39,11 @@ class PerPair(TorchFunctionMode):
         self._copies: list[Tensor] = []  # (pairs, ...) of each, all equal, no memory of their own
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.linear and args[1].requires_grad:
@@ -50,10 +56,18 @@ class PerPair(TorchFunctionMode):
         return _Linear.apply(x, self._copy(weight), None if bias is None else self._copy(bias))
 
     def _conv(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0, **others: Any
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int = 1,
+        padding: int = 0,
+        **others: Any,
     ) -> Tensor:
         if others:
-            raise FedganError(f"no gradient for each image is known for a convolution with {', '.join(others)}")
+            raise FedganError(
+                f"no gradient for each image is known for a convolution with {', '.join(others)}"
+            )
         copy = None if bias is None else self._copy(bias)
         return _Conv.apply(x, self._copy(weight), copy, _one(stride), _one(padding))
 
@@ -70,10 +84,20 @@ class PerPair(TorchFunctionMode):
         """
         found = torch.autograd.grad(loss, [*self._copies, *parameters], allow_unused=True)
         if any(part is not None for part in found[len(self._copies) :]):
-            raise FedganError("a parameter of D is neither a convolution's nor a linear layer's: no gradient for each image")
-        used = [(weight, part) for weight, part in zip(self._weights, found, strict=False) if part is not None]
+            raise FedganError(
+                "a parameter of D is neither a convolution's nor a linear layer's: no gradient for each image"
+            )
+        used = [
+            (weight, part)
+            for weight, part in zip(self._weights, found, strict=False)
+            if part is not None
+        ]
         chained = torch.autograd.grad(
-            [weight for weight, _ in used], parameters, [part for _, part in used], allow_unused=True, is_grads_batched=True
+            [weight for weight, _ in used],
+            parameters,
+            [part for _, part in used],
+            allow_unused=True,
+            is_grads_batched=True,
         )
         return [
             parameter.new_zeros(self.pairs, *parameter.shape) if part is None else part
@@ -94,7 +118,11 @@ class _Linear(Function):
         x, weight = ctx.saved_tensors
         pairs, (needs_x, needs_weight, needs_bias) = len(weight), ctx.needs_input_grad
         dx = _Linear.apply(slope, weight.transpose(1, 2), None) if needs_x else None
-        dw = torch.einsum("mpo,mpi->poi", _by_pair(slope, pairs), _by_pair(x, pairs)) if needs_weight else None
+        dw = (
+            torch.einsum("mpo,mpi->poi", _by_pair(slope, pairs), _by_pair(x, pairs))
+            if needs_weight
+            else None
+        )
         return dx, dw, _by_pair(slope, pairs).sum(dim=0) if needs_bias else None
 
 
@@ -102,7 +130,9 @@ class _Conv(Function):
     """x (N, in, H, W), weight (P, out, in, k, k), bias (P, out) → (N, out, h, w). Can be differentiated twice."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
         return F.conv2d(x, weight[0], None if bias is None else bias[0], stride, padding)
@@ -121,7 +151,9 @@ class _ConvBack(Function):
     """The transpose of `_Conv`: slopes of its output (N, out, h, w) → of its input, of shape `shape`."""
 
     @staticmethod
-    def forward(ctx: Any, slope: Tensor, weight: Tensor, shape: torch.Size, stride: int, padding: int) -> Tensor:
+    def forward(
+        ctx: Any, slope: Tensor, weight: Tensor, shape: torch.Size, stride: int, padding: int
+    ) -> Tensor:
         ctx.save_for_backward(slope, weight)
         ctx.stride, ctx.padding = stride, padding
         return conv2d_input(shape, weight[0], slope, stride, padding)
@@ -136,7 +168,9 @@ class _ConvBack(Function):
 
 
 @torch.no_grad()
-def _weight_gradients(x: Tensor, slope: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+def _weight_gradients(
+    x: Tensor, slope: Tensor, weight: Tensor, stride: int, padding: int
+) -> Tensor:
     """(P, out, in, k, k), in memory as `channels_last`: for each pair the gradient of a convolution's weights.
 
     x (N, in, H, W): the input; slope (N, out, h, w): of the output.
@@ -146,21 +180,30 @@ def _weight_gradients(x: Tensor, slope: Tensor, weight: Tensor, stride: int, pad
     x, slope = (t.contiguous(memory_format=torch.channels_last) for t in (x, slope))
     if x.device.type == "cpu" and stride == 1 and slope[0, 0].numel() > SMALL_MAP:
         for pair in range(pairs):
-            found[pair] = conv2d_weight(x[pair::pairs], weight.shape[1:], slope[pair::pairs], stride, padding).permute(0, 2, 3, 1)
+            found[pair] = conv2d_weight(
+                x[pair::pairs], weight.shape[1:], slope[pair::pairs], stride, padding
+            ).permute(0, 2, 3, 1)
         return found.permute(0, 1, 4, 2, 3)
     # A product of the slopes (out, pixels) with the windows that each output pixel saw (pixels, k · k · in).
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
     rows, down, right, channel = padded.stride()
     windows = padded.as_strided(
-        (len(x), *slope.shape[2:], k, k, inputs), (rows, down * stride, right * stride, down, right, channel)
+        (len(x), *slope.shape[2:], k, k, inputs),
+        (rows, down * stride, right * stride, down, right, channel),
     )
     slope = slope.permute(0, 2, 3, 1)
-    together = 1 if x.device.type == "cpu" else pairs  # windows of one pair stay in a processor's cache
+    together = (
+        1 if x.device.type == "cpu" else pairs
+    )  # windows of one pair stay in a processor's cache
     for start in range(0, pairs, together):
         some = range(start, start + together)
         seen = torch.stack([windows[pair::pairs].reshape(-1, k * k * inputs) for pair in some])
         said = torch.stack([slope[pair::pairs].reshape(-1, outputs) for pair in some])
-        torch.bmm(said.transpose(1, 2), seen, out=found[start : start + together].view(together, outputs, -1))
+        torch.bmm(
+            said.transpose(1, 2),
+            seen,
+            out=found[start : start + together].view(together, outputs, -1),
+        )
     return found.permute(0, 1, 4, 2, 3)
 
 

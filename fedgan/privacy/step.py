@@ -38,7 +38,16 @@ class LedgerLike(Protocol):
     def epsilon(self, delta: float) -> float: ...
 
     def reserve(
-        self, step: Mechanism, steps: int, *, run: str, kind: str, unit: str, delta: float, data: str, max_epsilon: float = 0.0
+        self,
+        step: Mechanism,
+        steps: int,
+        *,
+        run: str,
+        kind: str,
+        unit: str,
+        delta: float,
+        data: str,
+        max_epsilon: float = 0.0,
     ) -> int: ...
 
 
@@ -58,8 +67,12 @@ class Draw:
     def normal(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Noise of standard deviation 1, float32."""
         if device.type == "cpu":
-            return torch.from_numpy(self.noise.standard_normal(shape or (1,), dtype=np.float32)).reshape(shape)
-        seeded = torch.Generator(device).manual_seed(int(self.noise.integers(2**63)))  # CUDA's generator keeps all of it
+            return torch.from_numpy(
+                self.noise.standard_normal(shape or (1,), dtype=np.float32)
+            ).reshape(shape)
+        seeded = torch.Generator(device).manual_seed(
+            int(self.noise.integers(2**63))
+        )  # CUDA's generator keeps all of it
         return torch.randn(shape, generator=seeded, device=device)
 
 
@@ -88,12 +101,16 @@ class PrivateStep:
         self.batch_size = batch_size
         self.unit_of_row, self.units = units_of(dataset, self.settings.unit)
         self.rows_of_unit = _rows_of(self.unit_of_row, self.units)
-        self.sample_rate, self.delta = rate_and_delta(self.settings, dataset, self.units, batch_size)
+        self.sample_rate, self.delta = rate_and_delta(
+            self.settings, dataset, self.units, batch_size
+        )
         self._given = secret
         self.renew()
         self._paid = 0
         self.labels = label_release(settings, dataset.label_dim)
-        own = noise_multiplier(settings, dataset.label_dim, len(dataset), self.units, batch_size, planned_images)
+        own = noise_multiplier(
+            settings, dataset.label_dim, len(dataset), self.units, batch_size, planned_images
+        )
         self.noise_multiplier = max(own, least_noise)
         self.step = Mechanism(self.joint_multiplier, self.sample_rate, 1)
 
@@ -102,7 +119,9 @@ class PrivateStep:
     @property
     def joint_multiplier(self) -> float:
         """Of gradient and signs together, which are released from the same sample."""
-        return joint_noise(self.noise_multiplier, *([self.settings.r_t_noise] if self.settings.r_t_noise else []))
+        return joint_noise(
+            self.noise_multiplier, *([self.settings.r_t_noise] if self.settings.r_t_noise else [])
+        )
 
     def reserve(self, steps: int, kind: str = STEPS) -> int:
         """Enter `steps` steps in the ledger before they are done; fewer than asked when `privacy.max_epsilon` ends them."""
@@ -167,15 +186,21 @@ class PrivateStep:
         that is expected; (0, 0) where that is off. Raises `FedganError` for a step that no `reserve` has paid for.
         """
         if self._paid < 1:
-            raise FedganError("a step of D on private images that the ledger knows nothing of: reserve it first")
+            raise FedganError(
+                "a step of D on private images that the ledger knows nothing of: reserve it first"
+            )
         self._paid -= 1
         clip, noise = self.settings.max_grad_norm, self.noise_multiplier
-        found = clipped_sum(discriminator, loss, fakes, reals, draw.units, clip, self.settings.chunk, r1_weight)
+        found = clipped_sum(
+            discriminator, loss, fakes, reals, draw.units, clip, self.settings.chunk, r1_weight
+        )
         expected = self.sample_rate * self.units
         for name, parameter in discriminator.named_parameters():
             total = found.gradients[name]
             draws = draw.normal(tuple(total.shape), total.device)
-            parameter.grad = torch.empty_like(parameter).copy_((total + draws * (noise * clip)) / expected)
+            parameter.grad = torch.empty_like(parameter).copy_(
+                (total + draws * (noise * clip)) / expected
+            )
         if not self.settings.r_t_noise:
             return 0.0, 0
         signs = torch.zeros(int(draw.units[-1]) + 1 if len(draw.units) else 0, device=self.device)
@@ -194,15 +219,28 @@ class PrivateStep:
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._secret, 2**63])))
         size = np.bincount(self.unit_of_row, minlength=self.units)
         counts = (dataset.labels / size[self.unit_of_row, None]).sum(axis=0)
-        noisy = np.clip(counts + rng.normal(0.0, self.settings.label_noise * reach, counts.shape), 0.0, None)
+        noisy = np.clip(
+            counts + rng.normal(0.0, self.settings.label_noise * reach, counts.shape), 0.0, None
+        )
         if not dataset.exclusive:
             return np.clip(noisy / self.units, 0.0, 1.0)
-        return noisy / noisy.sum() if noisy.sum() > 0 else np.full(len(noisy), 1 / max(1, len(noisy)))
+        return (
+            noisy / noisy.sum() if noisy.sum() > 0 else np.full(len(noisy), 1 / max(1, len(noisy)))
+        )
 
     def facts(self, r_t: float, p: float) -> dict[str, float]:
         """What a round may tell of a private training: nothing that was measured on real images without noise."""
-        told = {"p": p, "epsilon": self.epsilon(), "delta": self.delta, "noise_multiplier": self.noise_multiplier}
-        return told | {"sample_rate": self.sample_rate} | ({"r_t": r_t} if self.settings.r_t_noise else {})
+        told = {
+            "p": p,
+            "epsilon": self.epsilon(),
+            "delta": self.delta,
+            "noise_multiplier": self.noise_multiplier,
+        }
+        return (
+            told
+            | {"sample_rate": self.sample_rate}
+            | ({"r_t": r_t} if self.settings.r_t_noise else {})
+        )
 
 
 def releases_labels(settings: Settings, label_dim: int = 1) -> bool:
@@ -214,7 +252,12 @@ def releases_labels(settings: Settings, label_dim: int = 1) -> bool:
 
 
 def noise_multiplier(
-    settings: Settings, label_dim: int, images: int, units: int, batch_size: int, planned_images: float
+    settings: Settings,
+    label_dim: int,
+    images: int,
+    units: int,
+    batch_size: int,
+    planned_images: float,
 ) -> float:
     """The gradient's noise multiplier of a hospital with `images` images of `units` images or patients, and `label_dim` labels.
 
@@ -226,7 +269,13 @@ def noise_multiplier(
     if privacy.noise_multiplier >= 0:
         return privacy.noise_multiplier
     delta, steps = privacy.delta or 1 / units, steps_of(planned_images, batch_size)
-    joint = noise_for(privacy.epsilon, delta, batch_size / images, steps, tuple(label_release(settings, label_dim)))
+    joint = noise_for(
+        privacy.epsilon,
+        delta,
+        batch_size / images,
+        steps,
+        tuple(label_release(settings, label_dim)),
+    )
     signs = privacy.r_t_noise
     if not signs:
         return joint
@@ -243,7 +292,9 @@ def steps_of(planned_images: float, batch_size: int) -> int:
     return max(1, -(-int(planned_images) // batch_size))
 
 
-def rate_and_delta(privacy: PrivacySettings, dataset: ImageDataset, units: int, batch_size: int) -> tuple[float, float]:
+def rate_and_delta(
+    privacy: PrivacySettings, dataset: ImageDataset, units: int, batch_size: int
+) -> tuple[float, float]:
     """(sampling rate, δ). Raises `ConfigError` for a rate above 1, and for a δ above 1 / `units`."""
     if batch_size > len(dataset):
         raise ConfigError(
@@ -261,7 +312,11 @@ def rate_and_delta(privacy: PrivacySettings, dataset: ImageDataset, units: int, 
 
 def label_release(settings: Settings, label_dim: int) -> list[Mechanism]:
     """What the release of the labels' counts is to the accountant; nothing where none are released."""
-    return [Mechanism(settings.privacy.label_noise, 1.0, 1)] if releases_labels(settings, label_dim) else []
+    return (
+        [Mechanism(settings.privacy.label_noise, 1.0, 1)]
+        if releases_labels(settings, label_dim)
+        else []
+    )
 
 
 def units_of(dataset: ImageDataset, unit: str) -> tuple[np.ndarray, int]:

@@ -34,7 +34,12 @@ def check_private(settings: Settings) -> None:
 
 def refusals(settings: Settings) -> Iterator[str]:
     """Each part of the settings that voids the guarantee: 'key = value: why; what instead'."""
-    training, model, augment, privacy = settings.training, settings.model, settings.augment, settings.privacy
+    training, model, augment, privacy = (
+        settings.training,
+        settings.model,
+        settings.augment,
+        settings.privacy,
+    )
     if privacy.epsilon > 0 and privacy.noise_multiplier >= 0:
         yield "privacy.epsilon and privacy.noise_multiplier both say how much noise: give one of them"
     if model.minibatch_std_group:
@@ -65,9 +70,13 @@ def refusals(settings: Settings) -> Iterator[str]:
     if settings.federation.share_label_counts:
         yield (
             "federation.share_label_counts = true: the server would learn the real counts of labels, without noise; set it to "
-            "false, and with it model.institutions = 0, which draws by them"
+            "false, and with it model.hospitals = 0, which draws by them"
         )
-    if settings.evaluation.show_real == "all" and settings.data.root and not settings.evaluation.root:
+    if (
+        settings.evaluation.show_real == "all"
+        and settings.data.root
+        and not settings.evaluation.root
+    ):
         yield (
             "evaluation.show_real = 'all': pictures of the training images themselves would stand on the page; use 'none', or "
             "'phantoms'"
@@ -82,17 +91,23 @@ def check_modules(discriminator: nn.Module, dataset: ImageDataset) -> None:
     """
     for name, module in discriminator.named_modules():
         instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
-        if isinstance(module, nn.modules.batchnorm._NormBase) and (not instance or module.track_running_stats):
+        if isinstance(module, nn.modules.batchnorm._NormBase) and (
+            not instance or module.track_running_stats
+        ):
             raise ConfigError(
                 f"privacy is on, but D's layer {name} ({type(module).__name__}) takes statistics over other images: their "
                 "gradients are not one image's; use a layer without them, e.g. GroupNorm"
             )
     device, own = next(discriminator.parameters()).device, torch.Generator().manual_seed(0)
-    images = torch.randn(PROBES, dataset.channels, dataset.resolution, dataset.resolution, generator=own).to(device)
+    images = torch.randn(
+        PROBES, dataset.channels, dataset.resolution, dataset.resolution, generator=own
+    ).to(device)
     labels = torch.rand(PROBES, dataset.label_dim, generator=own).to(device)
     with torch.enable_grad():
         logits = discriminator(images.requires_grad_(True), labels)
-        slopes = torch.stack([torch.autograd.grad(logit, images, retain_graph=True)[0] for logit in logits])
+        slopes = torch.stack(
+            [torch.autograd.grad(logit, images, retain_graph=True)[0] for logit in logits]
+        )
     if bool(slopes.flatten(2).abs().amax(dim=2).fill_diagonal_(0.0).any()):
         raise ConfigError(
             "privacy is on, but D's logit of an image depends on the other images of the batch (minibatch-std does that): "
@@ -114,7 +129,11 @@ def check_start(settings: Settings, path: Path, meta: Mapping[str, Any]) -> None
         what = "does not say what it was trained on"
     elif meta.get("drawn") is not True:
         root = origin.get("data", {}).get("root")
-        what = "was trained on images of a data.root" if root else "does not say that all its images were drawn phantoms"
+        what = (
+            "was trained on images of a data.root"
+            if root
+            else "does not say that all its images were drawn phantoms"
+        )
     elif origin.get("training", {}).get("warm_start"):
         what = "itself began from another model"
     else:

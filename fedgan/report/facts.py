@@ -8,10 +8,12 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from fedgan.data.shard_files import is_drawn
-from fedgan.report.format import DASH
+from fedgan.report.html.format import DASH
 
 DRAWN = "All images were drawn by a program: these figures say nothing of patients."
-WITHHELD = "withheld: privacy"  # what hospitals.json or environment.json of a private run leaves out
+WITHHELD = (
+    "withheld: privacy"  # what hospitals.json or environment.json of a private run leaves out
+)
 UNTOLD = "named by a file: not shown"
 _FILE_NAME = re.compile(r"\.[A-Za-z]\w{1,5}(\s|$)|[/\\]")
 
@@ -19,7 +21,11 @@ _FILE_NAME = re.compile(r"\.[A-Za-z]\w{1,5}(\s|$)|[/\\]")
 def leaves(value: Any, path: str = "") -> list[tuple[str, str]]:
     """The leaves of a nested dict as (dotted key, text)."""
     if isinstance(value, dict):
-        return [leaf for key, item in value.items() for leaf in leaves(item, f"{path}.{key}" if path else str(key))]
+        return [
+            leaf
+            for key, item in value.items()
+            for leaf in leaves(item, f"{path}.{key}" if path else str(key))
+        ]
     if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
         return [leaf for i, item in enumerate(value) for leaf in leaves(item, f"{path}[{i}]")]
     return [(path, word(value))]
@@ -31,7 +37,9 @@ def word(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, list | tuple):
         return ", ".join(word(item) for item in value)
-    if isinstance(value, str) and (PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()):
+    if isinstance(value, str) and (
+        PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
+    ):
         return "…/" + PureWindowsPath(value).name
     return DASH if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -58,13 +66,19 @@ def source_text(value: Any) -> str:
 
 def content_hash(row: Mapping[str, Any]) -> str | None:
     """The content hash of a hospital's or a source's row, or that it is withheld; None where the row has none."""
-    return WITHHELD if row.get("content_hash", "") is None else str(row.get("content_hash", "")) or None
+    return (
+        WITHHELD
+        if row.get("content_hash", "") is None
+        else str(row.get("content_hash", "")) or None
+    )
 
 
 def counts_withheld(row: Mapping[str, Any]) -> bool:
     """Whether a hospital's row names its labels without their counts, as a private run's does."""
     counts = row.get("counts")
-    return isinstance(counts, Mapping) and any(isinstance(of, Mapping) and None in of.values() for of in counts.values())
+    return isinstance(counts, Mapping) and any(
+        isinstance(of, Mapping) and None in of.values() for of in counts.values()
+    )
 
 
 def all_drawn(sources: Iterable[Any]) -> bool:

@@ -34,7 +34,9 @@ def write_tensorboard(run: RunFolder, folder: Path) -> int:
         ) from None
     lines = files.read_json_lines(run.metrics)
     if not lines:
-        raise ConfigError(f"{run.metrics} tells of no round yet: there is nothing to show in TensorBoard")
+        raise ConfigError(
+            f"{run.metrics} tells of no round yet: there is nothing to show in TensorBoard"
+        )
     writers: dict[str, Any] = {}
     try:
         for place, tag, value, step in scalars(lines):
@@ -64,11 +66,15 @@ def scalars(lines: list[dict[str, Any]]) -> Iterator[tuple[str, str, float, int]
         yield from _numbers(FEDERATION, "fidelity", line.get("fidelity") or {}, step)
         for row in line.get("hospitals", []):
             # A name is what a hospital called itself: a number keeps two apart, and nothing but words becomes a folder.
-            place = places.setdefault(row["name"], f"{len(places) + 1}-{re.sub(r'[^A-Za-z0-9_-]+', '_', row['name'])}")
+            place = places.setdefault(
+                row["name"], f"{len(places) + 1}-{re.sub(r'[^A-Za-z0-9_-]+', '_', row['name'])}"
+            )
             yield from _numbers(place, "training", row, step)
 
 
-def _numbers(place: str, group: str, values: Mapping[str, Any], step: int) -> Iterator[tuple[str, str, float, int]]:
+def _numbers(
+    place: str, group: str, values: Mapping[str, Any], step: int
+) -> Iterator[tuple[str, str, float, int]]:
     for key, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             yield place, f"{group}/{key}", float(value), step

@@ -57,7 +57,13 @@ class AdaController:
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, as JSON values: `p r_t steps images signs`."""
-        return {"p": self.p, "r_t": self.r_t, "steps": self._steps, "images": self._images, "signs": float(self._signs)}
+        return {
+            "p": self.p,
+            "r_t": self.r_t,
+            "steps": self._steps,
+            "images": self._images,
+            "signs": float(self._signs),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what `state()` gave. Raises `CheckpointError` when it is not such a state; then nothing changes."""
@@ -69,5 +75,7 @@ class AdaController:
                 "the checkpoint's ADA state is damaged or of another version: resume from an older one"
             ) from None
         if not 0.0 <= p <= 1.0 or steps < 0 or images < 0:
-            raise CheckpointError(f"the checkpoint's ADA state is out of range (p = {p:g}): resume from an older one")
+            raise CheckpointError(
+                f"the checkpoint's ADA state is out of range (p = {p:g}): resume from an older one"
+            )
         self.p, self.r_t, self._steps, self._images, self._signs = p, r_t, steps, images, signs

@@ -21,7 +21,7 @@ from torch import Tensor
 from fedgan import files
 from fedgan.config import from_dict
 from fedgan.errors import CheckpointError
-from fedgan.models.generator import Generator
+from fedgan.models.stylegan2.generator import Generator
 
 FORMAT = 1
 
@@ -50,23 +50,35 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         meta = json.loads(side.read_text(encoding="utf-8"))
         data = path.read_bytes()
         if not isinstance(meta, dict) or meta.get("sha256") != hashlib.sha256(data).hexdigest():
-            raise CheckpointError(f"checkpoint {path} is damaged: its hash differs from {side.name}; use an earlier one")
+            raise CheckpointError(
+                f"checkpoint {path} is damaged: its hash differs from {side.name}; use an earlier one"
+            )
         return parse_tensors(data), meta
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged ({error}); use an earlier one") from None
+        raise CheckpointError(
+            f"checkpoint {path} is damaged ({error}); use an earlier one"
+        ) from None
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose name starts with `prefix`, without it."""
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)
+    }
 
 
 def numbered(lists: Mapping[str, Sequence[Tensor]], prefix: str) -> dict[str, Tensor]:
     """Lists of tensors, one for each part of the model, under names that `lists_of` reads: `prefix` part/number."""
-    return {f"{prefix}{part}/{number:03d}": tensor for part, row in lists.items() for number, tensor in enumerate(row)}
+    return {
+        f"{prefix}{part}/{number:03d}": tensor
+        for part, row in lists.items()
+        for number, tensor in enumerate(row)
+    }
 
 
-def lists_of(tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -> dict[str, list[Tensor]]:
+def lists_of(
+    tensors: Mapping[str, Tensor], prefix: str, device: torch.device
+) -> dict[str, list[Tensor]]:
     """What was given to `numbered`, copied to `device`; other names are left alone."""
     lists: dict[str, list[Tensor]] = {}
     for name, tensor in sorted(with_prefix(tensors, prefix).items()):
@@ -75,7 +87,9 @@ def lists_of(tensors: Mapping[str, Tensor], prefix: str, device: torch.device) -
 
 
 @torch.no_grad()
-def load_into(module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str, check_only: bool = False) -> None:
+def load_into(
+    module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str, check_only: bool = False
+) -> None:
     """Copy tensors into a module's parameters and persistent buffers by name.
 
     Raises `CheckpointError` when a name or a shape differs; the module is untouched then. `check_only`: copy nothing.
@@ -104,20 +118,34 @@ def load_generator(path: Path, device: str = "cpu") -> tuple[Generator, dict[str
     tensors, meta = load_tensors(path)
     weights = with_prefix(tensors, "ema/") or with_prefix(tensors, "generator/")
     if not weights:
-        raise CheckpointError(f"checkpoint {path} holds no generator: federation.exchange kept it in the hospitals")
-    if missing := [key for key in ("settings", "resolution", "channels", "label_names") if key not in meta]:
-        raise CheckpointError(f"{path} is no checkpoint of a round (it lacks '{missing[0]}'): give one of RUN/checkpoints")
+        raise CheckpointError(
+            f"checkpoint {path} holds no generator: federation.exchange kept it in the hospitals"
+        )
+    if missing := [
+        key for key in ("settings", "resolution", "channels", "label_names") if key not in meta
+    ]:
+        raise CheckpointError(
+            f"{path} is no checkpoint of a round (it lacks '{missing[0]}'): give one of RUN/checkpoints"
+        )
     settings = from_dict(meta["settings"], source=str(path.with_suffix(".json")))
-    generator = Generator(settings.model, meta["resolution"], meta["channels"], len(meta["label_names"]))
+    generator = Generator(
+        settings.model, meta["resolution"], meta["channels"], len(meta["label_names"])
+    )
     load_into(generator, weights, f"checkpoint {path}")
-    if settings.model.institutions:
+    if settings.model.hospitals:
         shares, labels = meta.get("shares", []), len(meta["label_names"])
         if not shares or any(len(share.get("label_counts", ())) != labels for share in shares):
             raise CheckpointError(
-                f"{path} does not tell the hospitals' shares of the labels, by which model.institutions draws: give a checkpoint "
+                f"{path} does not tell the hospitals' shares of the labels, by which model.hospitals draws: give a checkpoint "
                 "of a round as the run left it"
             )
-        answered = {int(number) for number in meta.get("since", {})} or {share["number"] for share in shares}
-        known = {share["number"]: (share["images"], share["label_counts"]) for share in shares if share["number"] in answered}
-        generator.mapping.institutions.know(known, meta.get("exclusive", True))
+        answered = {int(number) for number in meta.get("since", {})} or {
+            share["number"] for share in shares
+        }
+        known = {
+            share["number"]: (share["images"], share["label_counts"])
+            for share in shares
+            if share["number"] in answered
+        }
+        generator.mapping.hospital_condition.set_label_counts(known, meta.get("exclusive", True))
     return generator.eval().requires_grad_(False).to(device), meta

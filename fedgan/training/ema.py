@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedgan.config import TrainingSettings
-from fedgan.models.generator import Generator
+from fedgan.models.stylegan2.generator import Generator
 
 AVERAGE, SOURCE = "ema/", "generator/"
 
@@ -41,16 +41,26 @@ def half_life_kimg(training: TrainingSettings, batch_size: int) -> float:
 
 
 def average_of_rounds(
-    average: Mapping[str, np.ndarray], model: Mapping[str, np.ndarray], training: TrainingSettings, shown: int, images_seen: int
+    average: Mapping[str, np.ndarray],
+    model: Mapping[str, np.ndarray],
+    training: TrainingSettings,
+    shown: int,
+    images_seen: int,
 ) -> dict[str, np.ndarray]:
     """The server's average after a round: `average` (`ema/…`) moved towards the generator in `model` (`generator/…`).
 
     For a federation in which the average does not travel. `shown`: images of the round; `images_seen`: before it. A round
     counts as one step of so many images: over short rounds it is a Trainer's average, over long ones the last generator.
     """
-    decay = ema_decay(shown, half_life_kimg(training, training.batch_size), training.ema_rampup, images_seen)
+    decay = ema_decay(
+        shown, half_life_kimg(training, training.batch_size), training.ema_rampup, images_seen
+    )
     moved = {}
     for key, before in average.items():
         now = model[SOURCE + key.removeprefix(AVERAGE)]
-        moved[key] = now.copy() if key.endswith("w_avg") else (decay * before + (1 - decay) * now).astype(np.float32)
+        moved[key] = (
+            now.copy()
+            if key.endswith("w_avg")
+            else (decay * before + (1 - decay) * now).astype(np.float32)
+        )
     return moved

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 
-def draw_labels(weights: Sequence[float], label_dim: int, exclusive: bool, count: int, host: torch.Generator) -> Tensor:
+def draw_labels(
+    weights: Sequence[float], label_dim: int, exclusive: bool, count: int, host: torch.Generator
+) -> Tensor:
     """Label vectors (count, label_dim) float32.
 
     `weights` (label_dim,): probabilities of the classes where exactly one label holds (`exclusive`), else of each label by
@@ -21,6 +23,8 @@ def draw_labels(weights: Sequence[float], label_dim: int, exclusive: bool, count
     choices = label_dim if exclusive else label_dim + 1
     odds = torch.tensor(weights) if weights else torch.ones(choices)
     chosen = (
-        torch.multinomial(odds.float(), count, replacement=True, generator=host) if count else torch.zeros(0, dtype=torch.int64)
+        torch.multinomial(odds.float(), count, replacement=True, generator=host)
+        if count
+        else torch.zeros(0, dtype=torch.int64)
     )
     return torch.nn.functional.one_hot(chosen, choices)[:, :label_dim].float()

@@ -38,7 +38,9 @@ def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
     return gradient.square().sum(dim=2).mean(dim=1).sqrt()
 
 
-def lazy_adam(learning_rate: float, betas: tuple[float, float], interval: int) -> tuple[float, tuple[float, float]]:
+def lazy_adam(
+    learning_rate: float, betas: tuple[float, float], interval: int
+) -> tuple[float, tuple[float, float]]:
     """Adam's settings when a regulariser runs every `interval` steps as a step of its own.
 
     With c = k / (k + 1): learning rate · c and β to the power c, so that the k + 1 steps of an interval

@@ -18,10 +18,14 @@ def adam(network: nn.Module, learning_rate: float, lazy_interval: int) -> torch.
     betas = BETAS
     if lazy_interval:
         learning_rate, betas = lazy_adam(learning_rate, betas, lazy_interval)
-    return torch.optim.Adam(network.parameters(), lr=learning_rate, betas=betas, eps=1e-8, fused=True)
+    return torch.optim.Adam(
+        network.parameters(), lr=learning_rate, betas=betas, eps=1e-8, fused=True
+    )
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module, prefix: str) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, network: nn.Module, prefix: str
+) -> dict[str, Tensor]:
     """Adam's state by parameter name; empty before the first step."""
     return {
         f"{prefix}{name}/{moment}": optimizer.state[parameter][moment]
@@ -31,7 +35,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module, pref
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, network: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, network: nn.Module, tensors: Mapping[str, Tensor], prefix: str
+) -> None:
     """Put back what `optimizer_tensors` gave."""
     optimizer.state.clear()
     for name, parameter in network.named_parameters():

@@ -18,7 +18,9 @@ class Sampler:
 
     def _shuffled(self) -> np.ndarray:
         # Each pass has a generator of its own, so the place in it says all there is to know.
-        return np.random.Generator(np.random.PCG64([self.seed, self.stream, self.epoch])).permutation(self.size)
+        return np.random.Generator(
+            np.random.PCG64([self.seed, self.stream, self.epoch])
+        ).permutation(self.size)
 
     def take(self, count: int) -> np.ndarray:
         """The next `count` rows (int64); passes follow each other without a gap."""

@@ -40,7 +40,17 @@ def begin_training(
     if settings.privacy.on:
         ledger = JointLedger([Ledger(path) for path in ledgers])
         batch = settings.training.batch_size
-        private = PrivateStep(settings, dataset, batch, planned_images, ledger, run, resolve_device(device), secret, least_noise)
+        private = PrivateStep(
+            settings,
+            dataset,
+            batch,
+            planned_images,
+            ledger,
+            run,
+            resolve_device(device),
+            secret,
+            least_noise,
+        )
     trainer = Trainer(settings, dataset, device, stream, private, places)
     if private is not None:
         check_modules(trainer.discriminator, dataset)

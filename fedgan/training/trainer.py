@@ -21,13 +21,20 @@ from torch import Tensor, nn
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import CheckpointError, ConfigError, DataError, FedganError, MachineError
-from fedgan.models.discriminator import Discriminator
-from fedgan.models.generator import Generator
+from fedgan.models.stylegan2.discriminator import Discriminator
+from fedgan.models.stylegan2.generator import Generator
 from fedgan.privacy.step import LABELS, PrivateStep, releases_labels
 from fedgan.training import losses
 from fedgan.training.ada import AdaController
 from fedgan.training.augment import AugmentPipe
-from fedgan.training.checkpoint import lists_of, load_into, load_tensors, numbered, save_tensors, with_prefix
+from fedgan.training.checkpoint import (
+    lists_of,
+    load_into,
+    load_tensors,
+    numbered,
+    save_tensors,
+    with_prefix,
+)
 from fedgan.training.ema import ema_decay, ema_update, half_life_kimg
 from fedgan.training.labels import draw_labels
 from fedgan.training.optimizer import adam, load_optimizer, optimizer_tensors, pull_towards
@@ -35,10 +42,26 @@ from fedgan.training.sampler import PoissonSampler, Sampler
 from fedgan.training.variates import ControlVariates
 
 PATH_LENGTH_DECAY = 0.01
-STATE_KEYS = ("images_seen", "steps", "g_steps", "since_g", "goal", "sampler", "ada", "labels", "device", "stream", "data")
+STATE_KEYS = (
+    "images_seen",
+    "steps",
+    "g_steps",
+    "since_g",
+    "goal",
+    "sampler",
+    "ada",
+    "labels",
+    "device",
+    "stream",
+    "data",
+)
 MOST_WAITING = 16  # how many times training.d_steps the generator waits for D at most
-SYNTHESIS_CHUNK = 256  # images that are synthesised at once in a private step, whose batch may be thousands
-PATH_LENGTH_BATCH_SHARE = 2  # path lengths are measured on half a batch (arXiv 1912.04958, appendix B)
+SYNTHESIS_CHUNK = (
+    256  # images that are synthesised at once in a private step, whose batch may be thousands
+)
+PATH_LENGTH_BATCH_SHARE = (
+    2  # path lengths are measured on half a batch (arXiv 1912.04958, appendix B)
+)
 
 
 class Trainer:
@@ -46,7 +69,7 @@ class Trainer:
 
     Networks are initialised from `settings.seed` alone, the same in every hospital; every other draw comes
     from (seed, `stream`), where `stream` is the hospital's number. `places` (N,): the number of each image's hospital, where the
-    dataset is pooled and the networks tell hospitals apart (`model.institutions`); else all are `stream`'s. `device` is
+    dataset is pooled and the networks tell hospitals apart (`model.hospitals`); else all are `stream`'s. `device` is
     'cpu', 'cuda' or 'auto'. `private`: what `make_private` gave, where `settings.privacy` is on; D's step is then DP-SGD's
     and draws from a secret.
     """
@@ -61,14 +84,18 @@ class Trainer:
         places: np.ndarray | None = None,
     ) -> None:
         if settings.privacy.on and private is None:
-            raise ConfigError("privacy is on, but this Trainer was given no ledger to enter its steps in: it would count nothing")
+            raise ConfigError(
+                "privacy is on, but this Trainer was given no ledger to enter its steps in: it would count nothing"
+            )
         if dataset.resolution != settings.data.resolution:
             raise ConfigError(
                 f"data.resolution = {settings.data.resolution}, but the images of '{dataset.name}' "
                 f"are {dataset.resolution} pixels wide"
             )
         if not len(dataset):
-            raise DataError(f"'{dataset.name}' has no training image: check the splits of its shard")
+            raise DataError(
+                f"'{dataset.name}' has no training image: check the splits of its shard"
+            )
         self.settings, self.dataset, self.stream = settings, dataset, stream
         self.places = np.full(len(dataset), stream) if places is None else places
         self.device = resolve_device(device)
@@ -86,16 +113,22 @@ class Trainer:
             network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             network.dtype = self.dtype
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        self._tell_shares()
-        self.d_average = copy.deepcopy(self.discriminator).requires_grad_(False) if training.d_average else None
+        self._set_label_shares()
+        self.d_average = (
+            copy.deepcopy(self.discriminator).requires_grad_(False) if training.d_average else None
+        )
 
         # Optimisers, with the correction for regularisers that run now and then.
         g_interval = training.path_length_interval if training.path_length_weight else 0
         self.g_adam = adam(self.generator, training.learning_rate, g_interval)
-        self.d_adam = adam(self.discriminator, training.learning_rate, training.r1_interval if self.r1_gamma else 0)
+        self.d_adam = adam(
+            self.discriminator, training.learning_rate, training.r1_interval if self.r1_gamma else 0
+        )
 
         # Randomness: `host` for choices made on the CPU, `noise` for latents and noise on the device.
-        seeds = np.random.SeedSequence([settings.seed, stream]).generate_state(2, np.uint64) >> np.uint64(1)
+        seeds = np.random.SeedSequence([settings.seed, stream]).generate_state(
+            2, np.uint64
+        ) >> np.uint64(1)
         self.host = torch.Generator().manual_seed(int(seeds[0]))
         self.noise = torch.Generator(self.device).manual_seed(int(seeds[1]))
         kind = PoissonSampler if training.sampling == "poisson" else Sampler
@@ -119,7 +152,9 @@ class Trainer:
 
     # --- the loop --------------------------------------------------------------------------------
 
-    def train(self, images: int, on_step: Callable[[Trainer], None] | None = None) -> dict[str, float]:
+    def train(
+        self, images: int, on_step: Callable[[Trainer], None] | None = None
+    ) -> dict[str, float]:
         """Advance by `images` real images; return the means of this call.
 
         Goals add up over calls: whole batches are shown until the sum of all goals is reached, so that a
@@ -146,8 +181,15 @@ class Trainer:
                 f"training diverged after {self.images_seen} images (a loss is not finite): "
                 "lower training.learning_rate or raise training.r1_gamma, and resume from the last round"
             )
-        result |= {"r_t": self.ada.r_t, "p": self.ada.p} if self.private is None else self.private.facts(self.ada.r_t, self.ada.p)
-        spent = {"seconds": time.perf_counter() - start, "core_seconds": time.process_time() - core_start}
+        result |= (
+            {"r_t": self.ada.r_t, "p": self.ada.p}
+            if self.private is None
+            else self.private.facts(self.ada.r_t, self.ada.p)
+        )
+        spent = {
+            "seconds": time.perf_counter() - start,
+            "core_seconds": time.process_time() - core_start,
+        }
         return result | {"images": self.images_seen - before} | spent
 
     def _step(self, measured: dict[str, list[Tensor]]) -> None:
@@ -164,7 +206,9 @@ class Trainer:
         # ---- the average generator, and the strength of augmentation
         if self.since_g == 0:
             shown = self.batch_size * self.settings.training.d_steps
-            decay = ema_decay(shown, self.ema_half_life_kimg, self.settings.training.ema_rampup, self.images_seen)
+            decay = ema_decay(
+                shown, self.ema_half_life_kimg, self.settings.training.ema_rampup, self.images_seen
+            )
             ema_update(self.ema, self.generator, decay)
         self.ada.step()
         self.images_seen += self.batch_size
@@ -174,13 +218,13 @@ class Trainer:
     def _generator_step(self, measured: dict[str, list[Tensor]]) -> None:
         """One step of G, unless it waits for D (`training.d_accuracy`). It looks at no real image."""
         training, batch = self.settings.training, self.generator_batch
-        judge = self.discriminator if self.d_average is None else self.d_average
-        judge.requires_grad_(False)
+        critic = self.discriminator if self.d_average is None else self.d_average
+        critic.requires_grad_(False)
 
         # ---- generator: fool the discriminator
         fake_c = self._fake_labels(batch)
         fake = self._synthesise(self._styles(fake_c, track=True))
-        logits = judge(self._augment(fake), fake_c)
+        logits = critic(self._augment(fake), fake_c)
         accuracy = (logits.detach() < 0).float().mean()
         measured["d_accuracy"].append(accuracy)
         if self.since_g < MOST_WAITING * training.d_steps and accuracy < training.d_accuracy:
@@ -194,9 +238,15 @@ class Trainer:
             ws = self._styles(self._fake_labels(max(1, batch // PATH_LENGTH_BATCH_SHARE)))
             images = self._synthesise(ws)
             lengths = losses.path_lengths(images, ws, self._randn(images.shape))
-            self.path_length_mean = self.path_length_mean.lerp(lengths.detach().mean(), PATH_LENGTH_DECAY)
+            self.path_length_mean = self.path_length_mean.lerp(
+                lengths.detach().mean(), PATH_LENGTH_DECAY
+            )
             penalty = (lengths - self.path_length_mean).square().mean()
-            self._update(self.g_adam, penalty * (training.path_length_weight * training.path_length_interval), "generator")
+            self._update(
+                self.g_adam,
+                penalty * (training.path_length_weight * training.path_length_interval),
+                "generator",
+            )
             measured["path_length"].append(lengths.detach().mean())
         self.g_steps += 1
         self.since_g = 0
@@ -210,7 +260,9 @@ class Trainer:
         with torch.no_grad():
             fake_c = self._fake_labels(len(real))
             shown = self._augment(torch.cat([self._synthesise(self._styles(fake_c)), real]))
-        fake_logits, real_logits = self.discriminator(shown, torch.cat([fake_c, real_c]), halves=2).chunk(2)
+        fake_logits, real_logits = self.discriminator(
+            shown, torch.cat([fake_c, real_c]), halves=2
+        ).chunk(2)
         loss_d = losses.discriminator_loss(fake_logits, real_logits)
         self._update(self.d_adam, loss_d, "discriminator")
         self.ada.observe(real_logits.detach())
@@ -220,7 +272,9 @@ class Trainer:
         if self.r1_gamma and self.steps % training.r1_interval == 0:
             seen = shown[len(real) :].detach().requires_grad_(True)
             penalty = losses.r1_penalty(self.discriminator(seen, real_c), seen).mean()
-            self._update(self.d_adam, penalty * (self.r1_gamma / 2 * training.r1_interval), "discriminator")
+            self._update(
+                self.d_adam, penalty * (self.r1_gamma / 2 * training.r1_interval), "discriminator"
+            )
             measured["r1"].append(penalty.detach())
 
     def _private_discriminator_step(self, private: PrivateStep) -> None:
@@ -234,8 +288,16 @@ class Trainer:
             fake_c = self._fake_labels(len(real), draw.host)
             # One draw of styles for the whole step: what fakes share must not depend on where the sample's chunks end.
             ws = self._styles(fake_c, randomness=(draw.host, draw.device))
-            parts = [self._synthesise(some, draw.device) for some in ws.split(SYNTHESIS_CHUNK) if len(some)]
-            shown = self._augment(torch.cat([*parts, real]), draw.host) if len(real) else torch.cat([real, real])
+            parts = [
+                self._synthesise(some, draw.device)
+                for some in ws.split(SYNTHESIS_CHUNK)
+                if len(some)
+            ]
+            shown = (
+                self._augment(torch.cat([*parts, real]), draw.host)
+                if len(real)
+                else torch.cat([real, real])
+            )
         signs, count = private.gradient(
             self.discriminator,
             losses.discriminator_loss,
@@ -263,7 +325,7 @@ class Trainer:
     def _steps_left(self) -> int:
         return max(0, -(-(self._goal - self.images_seen) // self.batch_size))
 
-    def go_on(self, images_seen: int, p: float) -> None:
+    def restore_progress(self, images_seen: int, p: float) -> None:
         """Count `images_seen` images that the received model was shown before, and augment with strength `p` from the start.
 
         For a Trainer that takes a model over from another training: its averages (of weights and of w) and ADA then go on
@@ -271,17 +333,21 @@ class Trainer:
         """
         self.images_seen = self._goal = images_seen
         self.steps = images_seen // self.batch_size
-        self.g_steps = self.steps // self.settings.training.d_steps  # else the first batch of w would replace w_avg
+        self.g_steps = (
+            self.steps // self.settings.training.d_steps
+        )  # else the first batch of w would replace w_avg
         self.ada.p = p
 
     def at(self, number: int) -> None:
         """Take all images for those of hospital `number` of the federation that the model comes from."""
         self.places = np.full(len(self.dataset), number)
-        self._tell_shares()
+        self._set_label_shares()
 
     # --- the parts of a step ---------------------------------------------------------------------
 
-    def _real_batch(self, rows: np.ndarray | None = None, host: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def _real_batch(
+        self, rows: np.ndarray | None = None, host: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         rows, host = self.sampler.take(self.batch_size) if rows is None else rows, host or self.host
         images, labels = self.dataset.batch(rows)
         real = images.to(self.device, non_blocking=True).float() / 127.5 - 1
@@ -295,31 +361,43 @@ class Trainer:
         host = host or self.host
         if self.private is None and self.settings.training.labels == "data":
             rows = torch.randint(len(self.dataset), (count,), generator=host).numpy()
-            labels = self._condition(torch.from_numpy(self.dataset.labels[rows].astype(np.float32)), rows)
+            labels = self._condition(
+                torch.from_numpy(self.dataset.labels[rows].astype(np.float32)), rows
+            )
         else:
-            labels = draw_labels(self.label_weights, self.dataset.label_dim, self.dataset.exclusive, count, host)
+            labels = draw_labels(
+                self.label_weights, self.dataset.label_dim, self.dataset.exclusive, count, host
+            )
         return labels.to(self.device, non_blocking=True)
 
     def _condition(self, labels: Tensor, rows: np.ndarray) -> Tensor:
         """The labels (B, K) of the rows, and behind them their hospitals (B, H) where the networks tell them apart."""
-        if not self.settings.model.institutions:
+        if not self.settings.model.hospitals:
             return labels
         hospital = torch.from_numpy(self.places[rows]).long()
-        return torch.cat([labels, nn.functional.one_hot(hospital, self.settings.model.institutions).float()], dim=1)
+        return torch.cat(
+            [labels, nn.functional.one_hot(hospital, self.settings.model.hospitals).float()], dim=1
+        )
 
-    def _tell_shares(self) -> None:
+    def _set_label_shares(self) -> None:
         """Let the networks know how often each hospital has each label among the images here, for whoever asks by label alone."""
-        of = {number: self.places == number for number in range(self.settings.model.institutions)}
-        shares = {number: (int(mine.sum()), self.dataset.labels[mine].sum(0, dtype=int).tolist()) for number, mine in of.items()}
+        of = {number: self.places == number for number in range(self.settings.model.hospitals)}
+        shares = {
+            number: (int(mine.sum()), self.dataset.labels[mine].sum(0, dtype=int).tolist())
+            for number, mine in of.items()
+        }
         for mapping in (self.generator.mapping, self.ema.mapping, self.discriminator.mapping):
             if mapping is not None:
-                mapping.institutions.know(shares, self.dataset.exclusive)
+                mapping.hospital_condition.set_label_counts(shares, self.dataset.exclusive)
 
     def _randn(self, shape: Iterable[int], noise: torch.Generator | None = None) -> Tensor:
         return torch.randn(tuple(shape), generator=noise or self.noise, device=self.device)
 
     def _styles(
-        self, c: Tensor, track: bool = False, randomness: tuple[torch.Generator, torch.Generator] | None = None
+        self,
+        c: Tensor,
+        track: bool = False,
+        randomness: tuple[torch.Generator, torch.Generator] | None = None,
     ) -> Tensor:
         """ws (B, L, w_dim) of fresh latents; from a random layer on, those of a second latent (style mixing)."""
         host, noise = randomness or (self.host, self.noise)
@@ -330,7 +408,11 @@ class Trainer:
         ws = w.unsqueeze(1).expand(-1, depth, -1)
         if torch.rand((), generator=host) < self.settings.training.style_mixing:
             cut = int(torch.randint(1, depth, (), generator=host))
-            other = mapping(self._randn((len(c), mapping.z_dim), noise), c).unsqueeze(1).expand(-1, depth - cut, -1)
+            other = (
+                mapping(self._randn((len(c), mapping.z_dim), noise), c)
+                .unsqueeze(1)
+                .expand(-1, depth - cut, -1)
+            )
             ws = torch.cat([ws[:, :cut], other], dim=1)
         return ws
 
@@ -355,7 +437,11 @@ class Trainer:
     @property
     def r1_gamma(self) -> float:
         given = self.settings.training.r1_gamma
-        return losses.default_r1_gamma(self.settings.data.resolution, self.batch_size) if given < 0 else given
+        return (
+            losses.default_r1_gamma(self.settings.data.resolution, self.batch_size)
+            if given < 0
+            else given
+        )
 
     @property
     def ema_half_life_kimg(self) -> float:
@@ -377,7 +463,9 @@ class Trainer:
             for part in parts
             for name, tensor in self.parts[part].state_dict().items()
         }
-        return {name: np.ascontiguousarray(arrays[name], dtype=np.float32) for name in sorted(arrays)}
+        return {
+            name: np.ascontiguousarray(arrays[name], dtype=np.float32) for name in sorted(arrays)
+        }
 
     def incoming(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take over the parts in `arrays`; parts that are not there stay as they are.
@@ -386,7 +474,10 @@ class Trainer:
         `training.proximal_mu` the received weights become the anchor of the proximal term (arXiv 1812.06127), with
         `federation.control_variates` their distance from the own ones corrects the next rounds (arXiv 1910.06378).
         """
-        tensors = {name: torch.from_numpy(np.array(array, dtype=np.float32)) for name, array in arrays.items()}
+        tensors = {
+            name: torch.from_numpy(np.array(array, dtype=np.float32))
+            for name, array in arrays.items()
+        }
         known = {f"{part}/" for part in self.parts}
         if strangers := [name for name in tensors if name.split("/")[0] + "/" not in known]:
             raise CheckpointError(f"the model that arrived has an unknown part '{strangers[0]}'")
@@ -397,13 +488,23 @@ class Trainer:
         for part, weights in given.items():
             if weights:
                 corrected = self.settings.federation.control_variates and part != "ema"
-                made = [parameter.detach().clone() for parameter in self.parts[part].parameters()] if corrected else []
-                before = copy.deepcopy(self.parts[part]) if part == "discriminator" and self.d_average is not None else None
+                made = (
+                    [parameter.detach().clone() for parameter in self.parts[part].parameters()]
+                    if corrected
+                    else []
+                )
+                before = (
+                    copy.deepcopy(self.parts[part])
+                    if part == "discriminator" and self.d_average is not None
+                    else None
+                )
                 load_into(self.parts[part], weights, f"the {part} that arrived")
                 if before is not None:
                     self._move_average(before)
                 if self.settings.training.proximal_mu and part != "ema":
-                    self._anchor[part] = [parameter.detach().clone() for parameter in self.parts[part].parameters()]
+                    self._anchor[part] = [
+                        parameter.detach().clone() for parameter in self.parts[part].parameters()
+                    ]
                 if corrected:
                     self._variates.arrived(part, made, self.parts[part])
 
@@ -411,7 +512,11 @@ class Trainer:
         """Let the average of D follow a D that arrived; `before`: D until then. An average of nothing yet is that D."""
         assert self.d_average is not None
         with torch.no_grad():
-            parts = (self.d_average.parameters(), before.parameters(), self.discriminator.parameters())
+            parts = (
+                self.d_average.parameters(),
+                before.parameters(),
+                self.discriminator.parameters(),
+            )
             for average, old, new in zip(*parts, strict=True):
                 average.copy_(new if not self.steps else average + (new - old))
 
@@ -420,10 +525,14 @@ class Trainer:
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """(tensors, plain values): everything that the next step depends on."""
         tensors = {
-            f"{part}/{name}": tensor for part, module in self.parts.items() for name, tensor in module.state_dict().items()
+            f"{part}/{name}": tensor
+            for part, module in self.parts.items()
+            for name, tensor in module.state_dict().items()
         }
         if self.d_average is not None:
-            tensors |= {f"d_average/{name}": tensor for name, tensor in self.d_average.state_dict().items()}
+            tensors |= {
+                f"d_average/{name}": tensor for name, tensor in self.d_average.state_dict().items()
+            }
         tensors |= optimizer_tensors(self.g_adam, self.generator, "g_adam/")
         tensors |= optimizer_tensors(self.d_adam, self.discriminator, "d_adam/")
         tensors |= numbered(self._anchor, "anchor/")
@@ -448,7 +557,9 @@ class Trainer:
         }
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}, plain
 
-    def load_state_dict(self, state: tuple[Mapping[str, Tensor], Mapping[str, object]], where: str = "the state") -> None:
+    def load_state_dict(
+        self, state: tuple[Mapping[str, Tensor], Mapping[str, object]], where: str = "the state"
+    ) -> None:
         """Go on from `state_dict()`. Raises `CheckpointError` when it belongs to another model, shard or device."""
         tensors, plain = state
         if missing := [key for key in STATE_KEYS if key not in plain]:
@@ -465,7 +576,9 @@ class Trainer:
                 f"{where} was made with {sampler['size']} images, the shard now has {len(self.dataset)}: start a new run"
             )
         if plain["data"] != self._fingerprint():
-            raise CheckpointError(f"{where} was made with other images or labels than the shard now has: start a new run")
+            raise CheckpointError(
+                f"{where} was made with other images or labels than the shard now has: start a new run"
+            )
         for check_only in (True, False):  # nothing is changed unless all of it fits
             for part, module in self.parts.items():
                 load_into(module, with_prefix(tensors, f"{part}/"), where, check_only)
@@ -483,14 +596,19 @@ class Trainer:
         self.ada.load_state(plain["ada"])  # type: ignore[arg-type]
         self.label_weights = [float(weight) for weight in plain["labels"]]  # type: ignore[attr-defined]
         numbers = ("images_seen", "steps", "g_steps", "since_g", "goal")
-        self.images_seen, self.steps, self.g_steps, self.since_g, self._goal = (int(plain[key]) for key in numbers)  # type: ignore[call-overload]
+        self.images_seen, self.steps, self.g_steps, self.since_g, self._goal = (
+            int(plain[key])  # type: ignore[call-overload]
+            for key in numbers
+        )
         if self.private is not None:
             self.private.renew()  # the noise of the steps after this state must not come a second time
 
     def _fingerprint(self) -> str:
         """Hash of the shard's content and of the labels as they are used here."""
         labels = np.ascontiguousarray(self.dataset.labels)
-        return hashlib.sha256(f"{self.dataset.content_hash} {labels.shape}".encode() + labels.tobytes()).hexdigest()
+        return hashlib.sha256(
+            f"{self.dataset.content_hash} {labels.shape}".encode() + labels.tobytes()
+        ).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the whole state to `path` (.safetensors) and the .json beside it, atomically."""
@@ -505,7 +623,9 @@ class Trainer:
 def resolve_device(name: str) -> torch.device:
     """'auto' is CUDA where it is there. Raises `MachineError` for 'cuda' on a machine without."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise MachineError("training.device = 'cuda', but this machine has no CUDA device: use auto or cpu")
+        raise MachineError(
+            "training.device = 'cuda', but this machine has no CUDA device: use auto or cpu"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":

@@ -11,7 +11,7 @@ because Σ p_i r_i = 0 from the start, when all are 0. So nothing more travels t
 and is sent x'. A round adds r_i to the weights in equal parts over its steps.
 
 That sum stays 0 only as long as all hospitals answer every round and x' is that mean to the bit, and Δ_i are of the same
-pull only where all take the same number of steps: server/strategies.py refuses settings in which it is otherwise.
+pull only where all take the same number of steps: server/aggregation/strategies.py refuses settings in which it is otherwise.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class ControlVariates:
         if part not in self.corrections:
             self.corrections[part] = [torch.zeros_like(parameter) for parameter in made]
             return
-        for correction, own, sent in zip(self.corrections[part], made, network.parameters(), strict=True):
+        for correction, own, sent in zip(
+            self.corrections[part], made, network.parameters(), strict=True
+        ):
             correction.add_(sent - own)
 
     @torch.no_grad()

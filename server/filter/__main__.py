@@ -21,7 +21,9 @@ from server.filter.journal import Journal
 from server.filter.share import MOST
 
 KEEP_ALIVE_SECONDS = 30
-UPSTREAM_KEEP_ALIVE_SECONDS = 2.0  # below the SuperLink's five: a connection that it has just closed is not used again
+UPSTREAM_KEEP_ALIVE_SECONDS = (
+    2.0  # below the SuperLink's five: a connection that it has just closed is not used again
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,20 +48,42 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m server.filter", description="Lets hospitals reach the fleet API and /health only."
+        prog="python -m server.filter",
+        description="Lets hospitals reach the fleet API and /health only.",
     )
-    parser.add_argument("--listen", metavar="HOST:PORT", default="0.0.0.0:8443", help="where hospitals connect (TLS)")
-    parser.add_argument("--upstream", metavar="URL", required=True, help="the SuperLink, https://HOST:PORT")
-    parser.add_argument("--certificate", metavar="PEM", type=Path, required=True, help="the filter's certificate")
+    parser.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        default="0.0.0.0:8443",
+        help="where hospitals connect (TLS)",
+    )
+    parser.add_argument(
+        "--upstream", metavar="URL", required=True, help="the SuperLink, https://HOST:PORT"
+    )
+    parser.add_argument(
+        "--certificate", metavar="PEM", type=Path, required=True, help="the filter's certificate"
+    )
     parser.add_argument("--key", metavar="PEM", type=Path, required=True, help="its private key")
     parser.add_argument(
-        "--ca", metavar="PEM", type=Path, required=True, help="the CA that the SuperLink's certificate is checked against"
+        "--ca",
+        metavar="PEM",
+        type=Path,
+        required=True,
+        help="the CA that the SuperLink's certificate is checked against",
     )
     parser.add_argument(
-        "--max-body-mib", metavar="N", type=float, default=16, help="largest request body; Flower cuts arrays into 5 MiB"
+        "--max-body-mib",
+        metavar="N",
+        type=float,
+        default=16,
+        help="largest request body; Flower cuts arrays into 5 MiB",
     )
     parser.add_argument(
-        "--max-at-once", metavar="N", type=int, default=MOST, help="requests of one hospital that may run at the same time"
+        "--max-at-once",
+        metavar="N",
+        type=int,
+        default=MOST,
+        help="requests of one hospital that may run at the same time",
     )
     parser.add_argument("--json-logs", action="store_true", help="one JSON object a line")
     return parser.parse_args(arguments)
@@ -68,16 +92,26 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 async def _serve(options: argparse.Namespace, listening: socket.socket) -> None:
     journal = Journal(options.json_logs)
     door: type[Door] = type(
-        "Door", (Door,), {"tls": _server_tls(options.certificate, options.key), "journal": journal, "open_doors": set()}
+        "Door",
+        (Door,),
+        {
+            "tls": _server_tls(options.certificate, options.key),
+            "journal": journal,
+            "open_doors": set(),
+        },
     )
     upstream = httpx.AsyncClient(
         base_url=_https(options.upstream),
         verify=_upstream_tls(options.ca),
         trust_env=False,
         follow_redirects=False,
-        limits=httpx.Limits(max_connections=UPSTREAM_CONNECTIONS, keepalive_expiry=UPSTREAM_KEEP_ALIVE_SECONDS),
+        limits=httpx.Limits(
+            max_connections=UPSTREAM_CONNECTIONS, keepalive_expiry=UPSTREAM_KEEP_ALIVE_SECONDS
+        ),
     )
-    logging.basicConfig(level=logging.ERROR)  # uvicorn's and httpx's own lines hold paths and queries uncleaned
+    logging.basicConfig(
+        level=logging.ERROR
+    )  # uvicorn's and httpx's own lines hold paths and queries uncleaned
     async with upstream:
         config = uvicorn.Config(
             Filter(upstream, int(options.max_body_mib * 2**20), journal, options.max_at_once),
@@ -110,13 +144,17 @@ def _address(text: str) -> tuple[str, int]:
 def _https(url: str) -> str:
     parsed = httpx.URL(url)
     if parsed.scheme != "https" or not parsed.host or parsed.path not in ("", "/"):
-        raise ConfigError(f"--upstream {url} is not of the form https://HOST:PORT: the SuperLink is spoken to over TLS only")
+        raise ConfigError(
+            f"--upstream {url} is not of the form https://HOST:PORT: the SuperLink is spoken to over TLS only"
+        )
     return url
 
 
 def _bind(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
+        )
     except OSError as error:
         raise MachineError(
             f"cannot listen on {host}:{port}: {error.strerror or error}\ngive another address with --listen"
@@ -129,7 +167,9 @@ def _server_tls(certificate: Path, key: Path) -> ssl.SSLContext:
     try:
         context.load_cert_chain(certificate, key)
     except OSError as error:  # SSLError too
-        raise ConfigError(f"{certificate} and {key} are no certificate and key that belong together: {_short(error)}") from error
+        raise ConfigError(
+            f"{certificate} and {key} are no certificate and key that belong together: {_short(error)}"
+        ) from error
     return context
 
 
@@ -145,5 +185,7 @@ def _short(error: OSError) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn ends its work first, then sends itself the signal again
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(0)
+    )  # uvicorn ends its work first, then sends itself the signal again
     sys.exit(main())

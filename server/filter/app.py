@@ -27,7 +27,9 @@ class Filter:
     502, 503 and 504 are what a SuperNode tries again after; 401 ends it, 403 ends its run.
     """
 
-    def __init__(self, upstream: httpx.AsyncClient, max_body: int, journal: Journal, most: int = MOST) -> None:
+    def __init__(
+        self, upstream: httpx.AsyncClient, max_body: int, journal: Journal, most: int = MOST
+    ) -> None:
         self.upstream, self.max_body, self.journal = upstream, max_body, journal
         self.once, self.shares = Once(), Shares(most)
         self.health_lock = asyncio.Lock()
@@ -42,15 +44,26 @@ class Filter:
         except Refused as refusal:
             await self._refuse("refused", refusal, exchange)
         except TimeoutError:
-            await self._refuse("refused", Refused(408, f"the request took over {REQUEST_SECONDS:g} s"), exchange)
+            await self._refuse(
+                "refused", Refused(408, f"the request took over {REQUEST_SECONDS:g} s"), exchange
+            )
         except httpx.PoolTimeout:
             await self._refuse("failed", Refused(503, "too many requests at once"), exchange)
         except httpx.TimeoutException:
             await self._refuse("failed", Refused(504, "the SuperLink does not answer"), exchange)
         except httpx.TransportError as error:
-            await self._refuse("failed", Refused(502, f"the SuperLink cannot be reached ({type(error).__name__})"), exchange)
+            await self._refuse(
+                "failed",
+                Refused(502, f"the SuperLink cannot be reached ({type(error).__name__})"),
+                exchange,
+            )
         except ClientLeft:
-            self._log("left", exchange, None, "the client closed the connection in the middle of its request")
+            self._log(
+                "left",
+                exchange,
+                None,
+                "the client closed the connection in the middle of its request",
+            )
 
     async def _answer(self, exchange: Exchange) -> None:
         check(exchange.method, exchange.path, exchange.query, exchange.headers)
@@ -60,7 +73,10 @@ class Filter:
     async def _answer_in_place(self, exchange: Exchange) -> None:
         if exchange.path == HEALTH:
             reachable = await self._reachable()
-            await exchange.answer({"filter": "ok", "superlink": "ok" if reachable else "unreachable"}, 200 if reachable else 503)
+            await exchange.answer(
+                {"filter": "ok", "superlink": "ok" if reachable else "unreachable"},
+                200 if reachable else 503,
+            )
             return
         bounds = Bounds(self.max_body, too_large(self.max_body))
         if self.shares.is_stranger(exchange.headers):
@@ -75,19 +91,26 @@ class Filter:
             if response.status_code == 200:
                 self.shares.know(exchange.headers)
             if response.status_code >= 400:
-                self._log("answered", exchange, response.status_code, _reason(response.status_code, exchange))
+                self._log(
+                    "answered",
+                    exchange,
+                    response.status_code,
+                    _reason(response.status_code, exchange),
+                )
             await exchange.relay(response)
         finally:
             await response.aclose()
 
     async def _pass_on(self, exchange: Exchange, bounds: Bounds) -> httpx.Response:
         """Send the request on; returns the answer with its body still to be read."""
-        request = httpx.Request(  # not the client's build_request, which would add headers of its own
-            exchange.method,
-            self.upstream.base_url.join(exchange.path.decode("ascii")),
-            headers=onward(exchange.headers),
-            content=exchange.body(bounds),
-            extensions={"timeout": UPSTREAM_TIMEOUT.as_dict()},
+        request = (
+            httpx.Request(  # not the client's build_request, which would add headers of its own
+                exchange.method,
+                self.upstream.base_url.join(exchange.path.decode("ascii")),
+                headers=onward(exchange.headers),
+                content=exchange.body(bounds),
+                extensions={"timeout": UPSTREAM_TIMEOUT.as_dict()},
+            )
         )
         return await self.upstream.send(request, stream=True)
 
@@ -106,7 +129,9 @@ class Filter:
     async def _refuse(self, event: str, refusal: Refused, exchange: Exchange) -> None:
         if not refusal.quiet:
             self._log(event, exchange, refusal.status, refusal.reason)
-        if not exchange.begun:  # else uvicorn closes the connection: the client sees an answer that is cut off
+        if (
+            not exchange.begun
+        ):  # else uvicorn closes the connection: the client sees an answer that is cut off
             await exchange.refuse(refusal)
 
     def _log(self, event: str, exchange: Exchange, status: int | None, reason: str) -> None:
@@ -125,7 +150,5 @@ def _reason(status: int, exchange: Exchange) -> str:
     except (ValueError, TypeError):
         return "refused by the SuperLink: its timestamp cannot be read"
     if not -5 < off < 305:
-        return (
-            f"refused by the SuperLink: signed {abs(off):.0f} s {'ago' if off > 0 else 'ahead'}, check the clock of the hospital"
-        )
+        return f"refused by the SuperLink: signed {abs(off):.0f} s {'ago' if off > 0 else 'ahead'}, check the clock of the hospital"
     return "refused by the SuperLink: unknown or revoked key, or a wrong signature"

@@ -13,7 +13,9 @@ from server.filter.journal import Journal
 
 CONNECTIONS = 256
 HANDSHAKE_SECONDS = 10.0
-HEAD_SECONDS = 15.0  # for the headers of a request, beside the time that a connection may idle before
+HEAD_SECONDS = (
+    15.0  # for the headers of a request, beside the time that a connection may idle before
+)
 
 
 class Door(H11Protocol):
@@ -49,7 +51,10 @@ class Door(H11Protocol):
             secure = await self.loop.start_tls(
                 transport, self, self.tls, server_side=True, ssl_handshake_timeout=HANDSHAKE_SECONDS
             )
-        except (OSError, TimeoutError) as error:  # SSLError, a connection that was closed or did not go on
+        except (
+            OSError,
+            TimeoutError,
+        ) as error:  # SSLError, a connection that was closed or did not go on
             self.open_doors.discard(self)
             self.journal.write("refused", self.peer, reason=f"no TLS: {_why(error)}")
             transport.abort()

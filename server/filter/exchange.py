@@ -16,7 +16,10 @@ from starlette.types import Message, Receive, Scope, Send
 from server.filter.rules import Headers, Refused, backward
 
 PAUSE_SECONDS = 30.0  # the longest wait for the next piece of a body
-LINGER_SECONDS, LINGER_BYTES = 2.0, 16 * 2**20  # what is still read of a refused body, so that its sender sees the answer
+LINGER_SECONDS, LINGER_BYTES = (
+    2.0,
+    16 * 2**20,
+)  # what is still read of a refused body, so that its sender sees the answer
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,11 @@ class Exchange:
             try:
                 piece = await asyncio.wait_for(self._piece(), min(PAUSE_SECONDS, left))
             except TimeoutError:
-                late = f"nothing of the body came for {PAUSE_SECONDS:g} s" if left > PAUSE_SECONDS else "the body took too long"
+                late = (
+                    f"nothing of the body came for {PAUSE_SECONDS:g} s"
+                    if left > PAUSE_SECONDS
+                    else "the body took too long"
+                )
                 raise Refused(408, late) from None
             seen += len(piece)
             if seen > bounds.most:
@@ -84,7 +91,11 @@ class Exchange:
         SuperNode asks again after a 503 and throws its message away after a 500.
         """
         status = 503 if response.status_code == 500 else response.status_code
-        start = {"type": "http.response.start", "status": status, "headers": backward(response.headers.raw)}
+        start = {
+            "type": "http.response.start",
+            "status": status,
+            "headers": backward(response.headers.raw),
+        }
         await self.send(start)
         async for piece in response.aiter_raw():
             await self.send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -93,7 +104,9 @@ class Exchange:
     async def refuse(self, refusal: Refused) -> None:
         """Say no and close. A client that is still sending would lose the answer to the closing: it is read for a moment."""
         text = JSONResponse({"detail": refusal.reason}, refusal.status, {"connection": "close"})
-        await self.send({"type": "http.response.start", "status": text.status_code, "headers": text.raw_headers})
+        await self.send(
+            {"type": "http.response.start", "status": text.status_code, "headers": text.raw_headers}
+        )
         await self.send({"type": "http.response.body", "body": text.body, "more_body": True})
         with contextlib.suppress(TimeoutError, ClientLeft):
             async with asyncio.timeout(LINGER_SECONDS):

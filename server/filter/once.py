@@ -24,7 +24,12 @@ class Once:
     The key is (public key, timestamp), not the signature: an ECDSA signature has a second valid form that anybody can write.
     """
 
-    def __init__(self, kept: float = KEPT_SECONDS, room: int = ROOM, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        kept: float = KEPT_SECONDS,
+        room: int = ROOM,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.kept, self.room, self.clock = kept, room, clock
         self.used: dict[bytes, float] = {}
 

@@ -60,7 +60,9 @@ def check(method: str, raw_path: bytes, query: bytes, headers: Headers) -> None:
         raise Refused(403, "upgrade not allowed")
     if b"content-length" in names and b"transfer-encoding" in names:
         raise Refused(400, "content-length and transfer-encoding together")
-    if fleet and (missing := [name for name in (PUBLIC_KEY, TIMESTAMP, SIGNATURE) if names.count(name) != 1]):
+    if fleet and (
+        missing := [name for name in (PUBLIC_KEY, TIMESTAMP, SIGNATURE) if names.count(name) != 1]
+    ):
         raise Refused(401, f"not signed by a SuperNode: needs one {missing[0].decode()}")
 
 
@@ -78,7 +80,9 @@ def onward(headers: Headers) -> Headers:
     return [
         (name, value)
         for name, value in headers
-        if (name in ONWARD or name.startswith(ONWARD_PREFIX)) and name not in HOP_BY_HOP and name not in named
+        if (name in ONWARD or name.startswith(ONWARD_PREFIX))
+        and name not in HOP_BY_HOP
+        and name not in named
     ]
 
 
@@ -86,9 +90,16 @@ def backward(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
     """The headers of an answer that go back to the hospital."""
     lowered = [(name.lower(), value) for name, value in headers]
     named = _connection_tokens(lowered)
-    return [(name, value) for name, value in lowered if name not in HOP_BY_HOP and name not in named]
+    return [
+        (name, value) for name, value in lowered if name not in HOP_BY_HOP and name not in named
+    ]
 
 
 def _connection_tokens(headers: Headers) -> set[bytes]:
     """Names that the Connection header declares to be of this connection."""
-    return {token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")}
+    return {
+        token.strip().lower()
+        for name, value in headers
+        if name == b"connection"
+        for token in value.split(b",")
+    }

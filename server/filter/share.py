@@ -28,7 +28,9 @@ class Shares:
         self.most = most
         self.taken: set[bytes] = set()
         self.running: dict[bytes | str, int] = {}
-        self.told: set[bytes | str] = set()  # clients whose refusal stands in the log, until none of their requests runs
+        self.told: set[bytes | str] = (
+            set()
+        )  # clients whose refusal stands in the log, until none of their requests runs
 
     @contextlib.contextmanager
     def place(self, headers: Headers, peer: str) -> Iterator[None]:
@@ -37,7 +39,9 @@ class Shares:
         if self.running.get(client, 0) >= self.most:
             first = client not in self.told
             self.told.add(client)
-            raise Refused(503, f"over {self.most} requests at once {_whose(client)}", quiet=not first)
+            raise Refused(
+                503, f"over {self.most} requests at once {_whose(client)}", quiet=not first
+            )
         self.running[client] = self.running.get(client, 0) + 1
         try:
             yield
@@ -63,7 +67,9 @@ class Shares:
 
 def too_long_yet() -> Refused:
     """The refusal of a body that is long for a key that the SuperLink has not taken yet; SuperNodes ask again after it."""
-    return Refused(503, f"over {STRANGER_BYTES // 2**10} KiB by a key that the SuperLink has not taken yet")
+    return Refused(
+        503, f"over {STRANGER_BYTES // 2**10} KiB by a key that the SuperLink has not taken yet"
+    )
 
 
 def _whose(client: bytes | str) -> str:

@@ -11,4 +11,13 @@ from fedgan.data.importers.manifest import Columns, read_manifest
 from fedgan.data.importers.npz import read_npz
 from fedgan.data.importers.source import ImportOptions, Skipped, Source, import_source
 
-__all__ = ["Columns", "ImportOptions", "Skipped", "Source", "import_source", "read_folder", "read_manifest", "read_npz"]
+__all__ = [
+    "Columns",
+    "ImportOptions",
+    "Skipped",
+    "Source",
+    "import_source",
+    "read_folder",
+    "read_manifest",
+    "read_npz",
+]

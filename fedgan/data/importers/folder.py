@@ -28,7 +28,11 @@ def read_folder(folder: str | Path, name: str = "", patient_pattern: str = "") -
     if not folder.is_dir():
         raise DataError(f"no folder at {folder}: give a folder with one sub-folder a class")
     pattern = _pattern(patient_pattern)
-    tops = sorted(child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    tops = sorted(
+        child.name
+        for child in folder.iterdir()
+        if child.is_dir() and not child.name.startswith(".")
+    )
     has_splits = bool(tops) and all(top.lower() in SPELLINGS for top in tops)
     depth = 2 if has_splits else 1
     skipped: Counter[str] = Counter()
@@ -41,7 +45,9 @@ def read_folder(folder: str | Path, name: str = "", patient_pattern: str = "") -
         else:
             found.append(parts)
     if not found:
-        raise DataError(f"{folder} holds no image in class folders (SOURCE/class/*.png): nothing to import")
+        raise DataError(
+            f"{folder} holds no image in class folders (SOURCE/class/*.png): nothing to import"
+        )
     classes = [parts[depth - 1] for parts in found]
     label_names, codes = np.unique(classes, return_inverse=True)
     paths = [folder.joinpath(*parts) for parts in found]
@@ -53,7 +59,9 @@ def read_folder(folder: str | Path, name: str = "", patient_pattern: str = "") -
         exclusive=True,
         patients=np.array([_patient(pattern, parts[-1]) for parts in found], dtype=str),
         institutions=np.full(len(found), name or folder.resolve().name),
-        given=np.array([SPELLINGS[parts[0].lower()] for parts in found], dtype=str) if has_splits else None,
+        given=np.array([SPELLINGS[parts[0].lower()] for parts in found], dtype=str)
+        if has_splits
+        else None,
         names=np.array(["/".join(parts) for parts in found], dtype=str),
         pictures=lambda: read_pictures(paths),
         size=size,
@@ -76,7 +84,9 @@ def read_pictures(paths: Sequence[Path | Skipped]) -> Iterator[np.ndarray | Skip
 
 def look_at(paths: Sequence[Path | Skipped]) -> tuple[tuple[int, int], bool]:
     """Size of the first readable picture, and whether any of the first ones is in colour (by their headers)."""
-    headers = [header for path in paths[:PEEKED] if isinstance(path, Path) and (header := peek(path))]
+    headers = [
+        header for path in paths[:PEEKED] if isinstance(path, Path) and (header := peek(path))
+    ]
     return (headers[0][0] if headers else (0, 0)), any(colour for _, colour in headers)
 
 
@@ -94,7 +104,9 @@ def _pattern(text: str) -> re.Pattern[str] | None:
     except re.error as error:
         raise DataError(f"the patient pattern '{text}' is no regular expression: {error}") from None
     if pattern.groups != 1:
-        raise DataError(f"the patient pattern '{text}' must have exactly one group in round brackets, e.g. '(person\\d+)_'")
+        raise DataError(
+            f"the patient pattern '{text}' must have exactly one group in round brackets, e.g. '(person\\d+)_'"
+        )
     return pattern
 
 

@@ -29,7 +29,9 @@ class Columns:
     split: str = ""
 
 
-def read_manifest(file: str | Path, columns: Columns | None = None, root: str | Path | None = None, name: str = "") -> Source:
+def read_manifest(
+    file: str | Path, columns: Columns | None = None, root: str | Path | None = None, name: str = ""
+) -> Source:
     """The rows of the CSV (or .tsv) `file`. Image paths are relative to `root` (default: the folder of `file`).
 
     `name` is the institution where no column names one (default: the file's stem). A row without a label, with a cell that is
@@ -54,7 +56,9 @@ def read_manifest(file: str | Path, columns: Columns | None = None, root: str | 
             reasons[row] = reasons[row] or "no split"
     if given is not None:
         given[given == ""] = "train"  # a placeholder: these rows are skipped
-    places: list[Path | Skipped] = [Skipped(why) if why else base / path for path, why in zip(paths, reasons, strict=True)]
+    places: list[Path | Skipped] = [
+        Skipped(why) if why else base / path for path, why in zip(paths, reasons, strict=True)
+    ]
     size, colour = look_at(places)
     return Source(
         title=file.name,
@@ -75,12 +79,17 @@ def _read(file: Path) -> dict[str, list[str]]:
     """The table as columns of stripped texts."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ","))
+            rows = list(
+                csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+            )
     except FileNotFoundError:
         raise DataError(f"no file at {file}: give the path of a CSV manifest") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} is no readable CSV: {error}") from None
-    header, body = [cell.strip() for cell in rows[0]] if rows else [], [row for row in rows[1:] if any(row)]
+    header, body = (
+        [cell.strip() for cell in rows[0]] if rows else [],
+        [row for row in rows[1:] if any(row)],
+    )
     if not body:
         raise DataError(f"{file} has no row below its header")
     if len(set(header)) != len(header):
@@ -90,18 +99,27 @@ def _read(file: Path) -> dict[str, list[str]]:
             raise DataError(
                 f"{file}: row {number} has {len(row)} cells for {len(header)} columns: mend the row or quote its commas"
             )
-    return {name: [cell.strip() for cell in column] for name, column in zip(header, zip(*body, strict=True), strict=True)}
+    return {
+        name: [cell.strip() for cell in column]
+        for name, column in zip(header, zip(*body, strict=True), strict=True)
+    }
 
 
 def _column(file: Path, table: dict[str, list[str]], name: str, option: str) -> list[str]:
     if name not in table:
         near = difflib.get_close_matches(name, list(table), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else f": name one of {', '.join(table)} with {option}"
+        hint = (
+            f"; did you mean '{near[0]}'?"
+            if near
+            else f": name one of {', '.join(table)} with {option}"
+        )
         raise DataError(f"{file} has no column '{name}'{hint}")
     return table[name]
 
 
-def _optional(file: Path, table: dict[str, list[str]], asked: str, default: str) -> list[str] | None:
+def _optional(
+    file: Path, table: dict[str, list[str]], asked: str, default: str
+) -> list[str] | None:
     """The column asked for (it must be there), else the one of the default name, else None."""
     return _column(file, table, asked, f"--{default}-column") if asked else table.get(default)
 

@@ -35,7 +35,9 @@ def read_npz(file: str | Path, name: str = "") -> Source:
             card = _card(file, pack)
             medmnist = "train_images" in pack.files
             if not medmnist and "images" not in pack.files:
-                raise DataError(f"{file} holds neither 'images' nor 'train_images': it is no image pack in a known layout")
+                raise DataError(
+                    f"{file} holds neither 'images' nor 'train_images': it is no image pack in a known layout"
+                )
             return (_medmnist if medmnist else _ours)(file, pack, card, name or file.stem)
     except BROKEN as error:
         raise _broken(file, error) from None
@@ -63,7 +65,9 @@ def _ours(file: Path, pack: Any, card: Mapping[str, Any], name: str) -> Source:
         label_names=names,
         exclusive=exclusive,
         patients=_texts(column("patient"), count),
-        institutions=_decode(file, "institution", column("institution"), card.get("institutions"), count, name),
+        institutions=_decode(
+            file, "institution", column("institution"), card.get("institutions"), count, name
+        ),
         given=None if split is None else _splits(file, split, card.get("split_codes")),
         names=_texts(column("name"), count),
     )
@@ -77,7 +81,9 @@ def _medmnist(file: Path, pack: Any, card: Mapping[str, Any], name: str) -> Sour
     codes = [np.asarray(pack[f"{split}_labels"]) for split in splits]
     for split, shape, code in zip(splits, shapes, codes, strict=True):
         if len(code) != shape[0]:
-            raise DataError(f"{file}: '{split}_labels' has {len(code)} entries for {shape[0]} images")
+            raise DataError(
+                f"{file}: '{split}_labels' has {len(code)} entries for {shape[0]} images"
+            )
     labels, names, exclusive = _labels(file, np.concatenate(codes), card.get("labels"))
     count = len(labels)
     return _source(
@@ -90,18 +96,28 @@ def _medmnist(file: Path, pack: Any, card: Mapping[str, Any], name: str) -> Sour
         patients=np.full(count, ""),
         institutions=np.full(count, name),
         given=np.repeat(splits, [shape[0] for shape in shapes]),
-        names=np.array([f"{s}/{i}" for s, shape in zip(splits, shapes, strict=True) for i in range(shape[0])], dtype=str),
+        names=np.array(
+            [f"{s}/{i}" for s, shape in zip(splits, shapes, strict=True) for i in range(shape[0])],
+            dtype=str,
+        ),
     )
 
 
-def _source(file: Path, members: Sequence[tuple[str, tuple[int, ...]]], card: Mapping[str, Any], **columns: Any) -> Source:
+def _source(
+    file: Path,
+    members: Sequence[tuple[str, tuple[int, ...]]],
+    card: Mapping[str, Any],
+    **columns: Any,
+) -> Source:
     def pictures() -> Iterator[np.ndarray]:
         for key, _ in members:
             yield from _stream(file, key)
 
     shape = members[0][1]
     licence = card.get("licence", card.get("license", ""))
-    licences = dict.fromkeys(np.unique(columns["institutions"]).tolist(), licence if isinstance(licence, str) else "")
+    licences = dict.fromkeys(
+        np.unique(columns["institutions"]).tolist(), licence if isinstance(licence, str) else ""
+    )
     for entry in card.get("provenance", []) if isinstance(card.get("provenance"), list) else []:
         if isinstance(entry, dict) and entry.get("institution") in licences:
             licences[entry["institution"]] = str(entry.get("data_licence", licence))
@@ -138,13 +154,17 @@ def _card(file: Path, pack: Any) -> dict[str, Any]:
             try:
                 card[key] = [card[key][str(code)] for code in range(len(card[key]))]
             except KeyError:
-                raise DataError(f"{beside}: '{key}' must name the codes 0, 1, 2, … without a gap") from None
+                raise DataError(
+                    f"{beside}: '{key}' must name the codes 0, 1, 2, … without a gap"
+                ) from None
         if key in card:
             card[key] = [str(value) for value in card[key]]
     return card
 
 
-def _labels(file: Path, codes: np.ndarray | None, names: list[str] | None) -> tuple[np.ndarray, tuple[str, ...], bool]:
+def _labels(
+    file: Path, codes: np.ndarray | None, names: list[str] | None
+) -> tuple[np.ndarray, tuple[str, ...], bool]:
     """Multi-hot labels (N, K), names and whether classes exclude each other; K = 0 where the pack has no label."""
     if codes is None:
         return np.zeros((_image_shape(file, "images")[0], 0), np.uint8), (), True
@@ -154,14 +174,18 @@ def _labels(file: Path, codes: np.ndarray | None, names: list[str] | None) -> tu
             names = found.tolist()
         outside = [value for value in found.tolist() if value not in names]
         if outside:
-            raise DataError(f"{file}: the label '{outside[0]}' is not in the card: add it to \"labels\" or mend the pack")
+            raise DataError(
+                f"{file}: the label '{outside[0]}' is not in the card: add it to \"labels\" or mend the pack"
+            )
         codes = np.array([names.index(value) for value in found.tolist()])[codes]
     if codes.dtype.kind not in "iub":
         raise DataError(f"{file}: labels must be whole numbers or texts, not {codes.dtype}")
     if codes.ndim == 2 and codes.shape[1] > 1:
         names = names or [f"class-{code}" for code in range(codes.shape[1])]
         if len(names) != codes.shape[1] or codes.min(initial=0) < 0 or codes.max(initial=0) > 1:
-            raise DataError(f"{file}: {codes.shape[1]} label columns of 0 and 1 must fit the {len(names)} labels of the card")
+            raise DataError(
+                f"{file}: {codes.shape[1]} label columns of 0 and 1 must fit the {len(names)} labels of the card"
+            )
         return codes.astype(np.uint8), tuple(names), False
     codes = codes.reshape(len(codes)).astype(np.int64)
     names = names or [f"class-{code}" for code in range(int(codes.max(initial=0)) + 1)]
@@ -173,15 +197,28 @@ def _labels(file: Path, codes: np.ndarray | None, names: list[str] | None) -> tu
     return np.eye(len(names), dtype=np.uint8)[codes], tuple(names), True
 
 
-def _decode(file: Path, key: str, codes: np.ndarray | None, names: list[str] | None, count: int, default: str) -> np.ndarray:
+def _decode(
+    file: Path,
+    key: str,
+    codes: np.ndarray | None,
+    names: list[str] | None,
+    count: int,
+    default: str,
+) -> np.ndarray:
     if codes is None:
         return np.full(count, default)
     if codes.dtype.kind in "US":
         return codes.astype(str)
     if names is None:
         return np.char.add(f"{key}-", codes.astype(str))
-    if codes.dtype.kind not in "iub" or codes.min(initial=0) < 0 or codes.max(initial=0) >= len(names):
-        raise DataError(f"{file}: '{key}' holds a code outside the card's {len(names)} names: mend the card or the pack")
+    if (
+        codes.dtype.kind not in "iub"
+        or codes.min(initial=0) < 0
+        or codes.max(initial=0) >= len(names)
+    ):
+        raise DataError(
+            f"{file}: '{key}' holds a code outside the card's {len(names)} names: mend the card or the pack"
+        )
     return np.array(names, dtype=str)[codes]
 
 
@@ -200,10 +237,20 @@ def _texts(values: np.ndarray | None, count: int) -> np.ndarray:
 
 def _header(stream: Any, where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     shape, fortran, dtype = read(stream)
-    if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
-        raise DataError(f"{where} is {dtype} {shape}: images must be uint8 of (N, H, W), (N, H, W, 1) or (N, H, W, 3)")
+    if (
+        dtype != np.uint8
+        or len(shape) not in (3, 4)
+        or (len(shape) == 4 and shape[3] not in (1, 3))
+    ):
+        raise DataError(
+            f"{where} is {dtype} {shape}: images must be uint8 of (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
+        )
     return shape, fortran, dtype
 
 

@@ -32,7 +32,9 @@ def decode(path: Path) -> np.ndarray:
         raise UnreadableError("missing file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UnreadableError("too many pixels") from None
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise UnreadableError("unreadable or truncated file") from error
     if mode in DEEP_MODES:
         deep = np.asarray(upright).astype(np.int64)

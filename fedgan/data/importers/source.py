@@ -18,7 +18,14 @@ from fedgan.data.dataset import OWN_PATIENT
 from fedgan.data.importers.pixels import fit_square
 from fedgan.data.labels import LabelMap
 from fedgan.data.partitions import row_classes
-from fedgan.data.shard import Samples, Shard, ShardWriter, check_shard_resolution, folder_name, staged_folder
+from fedgan.data.shard import (
+    Samples,
+    Shard,
+    ShardWriter,
+    check_shard_resolution,
+    folder_name,
+    staged_folder,
+)
 from fedgan.data.splits import SPLITS, check_shares, make_splits
 from fedgan.errors import DataError
 
@@ -81,7 +88,10 @@ class ImportOptions:
 
 
 def import_source(
-    source: Source, output: str | Path, options: ImportOptions | None = None, on_image: Callable[[int, int], None] | None = None
+    source: Source,
+    output: str | Path,
+    options: ImportOptions | None = None,
+    on_image: Callable[[int, int], None] | None = None,
 ) -> list[Shard]:
     """Write one shard for each institution of `source` into the folder `output` and open them, by folder name.
 
@@ -95,18 +105,29 @@ def import_source(
     folders = _folders(np.unique(institutions).tolist())
     with staged_folder(output) as stage, contextlib.ExitStack() as stack:
         writers = {
-            name: stack.enter_context(ShardWriter(stage / folder, channels, resolution)) for name, folder in folders.items()
+            name: stack.enter_context(ShardWriter(stage / folder, channels, resolution))
+            for name, folder in folders.items()
         }
         taken = _copy_pictures(source, labels, institutions, writers, options, on_image)
         kept = taken.kept
         if not len(kept):
-            raise DataError(f"no image of {source.title} could be used: {_reasons(source.skipped, taken.skipped)}")
+            raise DataError(
+                f"no image of {source.title} could be used: {_reasons(source.skipped, taken.skipped)}"
+            )
         patients, unknown = _patients(source, taken.twins)
         splits = np.full(len(source), "", dtype="<U5")
         given = None if source.given is None else source.given[kept]
-        classes = row_classes(source.labels, source.exclusive)  # before the map: it must not move the split
+        classes = row_classes(
+            source.labels, source.exclusive
+        )  # before the map: it must not move the split
         splits[kept] = make_splits(
-            patients[kept], institutions[kept], classes[kept], given, options.seed, options.val, options.test
+            patients[kept],
+            institutions[kept],
+            classes[kept],
+            given,
+            options.seed,
+            options.val,
+            options.test,
         )
         shared = _notes(source, splits, taken)
         for name, writer in writers.items():
@@ -114,7 +135,9 @@ def import_source(
             if not len(rows):
                 continue  # _notes says so
             own = int(unknown[rows].sum())
-            skipped = taken.skipped.get(name, Counter()) + (Counter(source.skipped) if len(writers) == 1 else Counter())
+            skipped = taken.skipped.get(name, Counter()) + (
+                Counter(source.skipped) if len(writers) == 1 else Counter()
+            )
             writer.finish(
                 labels[rows],
                 Samples(patients[rows], institutions[rows], splits[rows], source.names[rows]),
@@ -125,9 +148,16 @@ def import_source(
                 licence=options.licence or source.licences.get(name, ""),
                 resize=_resize_text(resolution, options.crop, taken.resized),
                 skipped=dict(sorted(skipped.items())),
-                notes=(*shared, *([f"images without a patient id, each its own patient: {own}"] if own else [])),
+                notes=(
+                    *shared,
+                    *([f"images without a patient id, each its own patient: {own}"] if own else []),
+                ),
             )
-    return [Shard.open(output / folder) for folder in sorted(folders.values()) if (output / folder).is_dir()]
+    return [
+        Shard.open(output / folder)
+        for folder in sorted(folders.values())
+        if (output / folder).is_dir()
+    ]
 
 
 # --- the pictures --------------------------------------------------------------------------------
@@ -151,7 +181,9 @@ def _copy_pictures(
     options: ImportOptions,
     on_image: Callable[[int, int], None] | None,
 ) -> _Taken:
-    skip_repeated = source.skip_duplicates if options.duplicates == "auto" else options.duplicates == "skip"
+    skip_repeated = (
+        source.skip_duplicates if options.duplicates == "auto" else options.duplicates == "skip"
+    )
     seen: dict[bytes, tuple[bytes, int]] = {}
     kept: list[int] = []
     taken = _Taken(np.empty(0, np.int64), {name: Counter() for name in writers}, [], 0)
@@ -162,12 +194,16 @@ def _copy_pictures(
         if isinstance(picture, Skipped):
             taken.skipped[name][picture.reason] += 1
             continue
-        digest = hashlib.blake2b(repr(picture.shape).encode() + picture.tobytes(), digest_size=16).digest()
+        digest = hashlib.blake2b(
+            repr(picture.shape).encode() + picture.tobytes(), digest_size=16
+        ).digest()
         label = labels[row].tobytes()
         if digest in seen:
             if skip_repeated:
                 same = seen[digest][0] == label
-                taken.skipped[name]["identical pixels" if same else "identical pixels with another label"] += 1
+                taken.skipped[name][
+                    "identical pixels" if same else "identical pixels with another label"
+                ] += 1
                 continue
             taken.twins.append((row, seen[digest][1]))
         seen.setdefault(digest, (label, row))
@@ -186,7 +222,9 @@ def _target(source: Source, options: ImportOptions) -> tuple[int, int]:
     if options.duplicates not in ("auto", "skip", "keep"):
         raise DataError(f"duplicates = '{options.duplicates}' must be auto, skip or keep")
     check_shares(options.val, options.test)
-    channels = 3 if options.channels == "rgb" or (options.channels == "auto" and source.colour) else 1
+    channels = (
+        3 if options.channels == "rgb" or (options.channels == "auto" and source.colour) else 1
+    )
     if options.resolution:
         check_shard_resolution(options.resolution, "--resolution")
         return options.resolution, channels
@@ -207,7 +245,9 @@ def read_split(text: str) -> str:
     """'train', 'val' or 'test' for the usual spellings, "" for an empty cell. Raises `DataError` for another word."""
     word = text.strip().lower()
     if word and word not in SPELLINGS:
-        raise DataError(f"'{text[:30]}' is no split: use {', '.join(SPLITS)}, or name another split column")
+        raise DataError(
+            f"'{text[:30]}' is no split: use {', '.join(SPLITS)}, or name another split column"
+        )
     return SPELLINGS.get(word, "")
 
 
@@ -224,13 +264,27 @@ def _patients(source: Source, twins: Sequence[tuple[int, int]]) -> tuple[np.ndar
 
 def _notes(source: Source, splits: np.ndarray, taken: _Taken) -> tuple[str, ...]:
     notes = list(source.notes)
-    cut = "" if source.given is not None and (source.given == "val").any() else "; val was cut from train by patient"
-    notes.append("split by patient at import" if source.given is None else f"the source's own split was kept{cut}")
-    notes += [f"no image is in the {split} split" for split in SPLITS if not (splits == split).any()]
+    cut = (
+        ""
+        if source.given is not None and (source.given == "val").any()
+        else "; val was cut from train by patient"
+    )
+    notes.append(
+        "split by patient at import"
+        if source.given is None
+        else f"the source's own split was kept{cut}"
+    )
+    notes += [
+        f"no image is in the {split} split" for split in SPLITS if not (splits == split).any()
+    ]
     if taken.twins:
-        notes.append(f"images of the source with the pixels of an earlier one, kept: {len(taken.twins)}")
+        notes.append(
+            f"images of the source with the pixels of an earlier one, kept: {len(taken.twins)}"
+        )
     if apart := sum(bool(splits[row] != splits[first]) for row, first in taken.twins):
-        notes.append(f"of these, images whose copy is in another split: {apart}; import with --duplicates skip to leave them out")
+        notes.append(
+            f"of these, images whose copy is in another split: {apart}; import with --duplicates skip to leave them out"
+        )
     used = set(source.institutions[taken.kept].tolist())
     for name, reasons in taken.skipped.items():
         if reasons and name not in used and not (name == "unknown" and "" in used):
@@ -238,11 +292,15 @@ def _notes(source: Source, splits: np.ndarray, taken: _Taken) -> tuple[str, ...]
     return tuple(notes)
 
 
-def _reasons(before: Mapping[str, int], during: Mapping[str, Mapping[str, int]] | Mapping[str, int]) -> str:
+def _reasons(
+    before: Mapping[str, int], during: Mapping[str, Mapping[str, int]] | Mapping[str, int]
+) -> str:
     total = Counter(before)
     for reasons in during.values():
         total.update(reasons if isinstance(reasons, Mapping) else {})
-    return ", ".join(f"{reason} ({count})" for reason, count in total.most_common()) or "it has none"
+    return (
+        ", ".join(f"{reason} ({count})" for reason, count in total.most_common()) or "it has none"
+    )
 
 
 def _resize_text(resolution: int, crop: bool, resized: int) -> str:
@@ -258,7 +316,9 @@ def _resize_text(resolution: int, crop: bool, resized: int) -> str:
 def _folders(names: list[str]) -> dict[str, str]:
     """A folder name for each institution, distinct even where the letters left over are the same."""
     if len(names) > MOST_INSTITUTIONS:
-        raise DataError(f"the institution column has {len(names)} values, more than {MOST_INSTITUTIONS}: name another column")
+        raise DataError(
+            f"the institution column has {len(names)} values, more than {MOST_INSTITUTIONS}: name another column"
+        )
     folders: dict[str, str] = {}
     for name in names:
         plain, number = folder_name(name), 1

@@ -5,7 +5,14 @@
 
 from fedgan.data.phantoms.chest import draw_chest
 from fedgan.data.phantoms.lesions import draw_lesion
-from fedgan.data.phantoms.scanners import CHEST_LABELS, LESION_LABELS, ChestLook, LesionLook, chest_look, lesion_look
+from fedgan.data.phantoms.scanners import (
+    CHEST_LABELS,
+    LESION_LABELS,
+    ChestLook,
+    LesionLook,
+    chest_look,
+    lesion_look,
+)
 from fedgan.data.phantoms.writer import KINDS, TRUTH, write_phantoms
 
 __all__ = [

@@ -32,7 +32,12 @@ class SkinLayers(Protocol):
 
 
 def photograph(
-    board: Canvas, rng: np.random.Generator, look: LesionLook, tone: float, hairiness: float, layers: SkinLayers
+    board: Canvas,
+    rng: np.random.Generator,
+    look: LesionLook,
+    tone: float,
+    hairiness: float,
+    layers: SkinLayers,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The picture (resolution, resolution, 3) uint8 of skin of `tone` with `layers`, and what else is seen on it."""
     light = _light(tone, layers)
@@ -46,11 +51,15 @@ def photograph(
 
 def _light(tone: float, layers: SkinLayers) -> np.ndarray:
     """The light that comes back, (3, work, work): Beer-Lambert for what absorbs, mixing for what scatters."""
-    skin = np.array([np.interp(tone, np.arange(1, 7), _TONES[:, channel]) for channel in range(3)], np.float32)
+    skin = np.array(
+        [np.interp(tone, np.arange(1, 7), _TONES[:, channel]) for channel in range(3)], np.float32
+    )
     lit = float(skin[0])  # on dark skin, deep and scattering layers look darker as well
     dim = np.float32(0.45 + 0.55 * lit)
     out = np.empty((3, *layers.melanin.shape), np.float32)
-    blue, keratin, white = (np.clip(layer, 0.0, 0.92) for layer in (layers.blue, layers.keratin, layers.white))
+    blue, keratin, white = (
+        np.clip(layer, 0.0, 0.92) for layer in (layers.blue, layers.keratin, layers.white)
+    )
     for channel in range(3):
         base = skin[channel] + keratin * (_KERATIN[channel] * dim - skin[channel])
         base *= np.exp(-_MELANIN[channel] * layers.melanin - _BLOOD[channel] * layers.blood)
@@ -63,22 +72,29 @@ def _light(tone: float, layers: SkinLayers) -> np.ndarray:
 def _bubbles(board: Canvas, rng: np.random.Generator, look: LesionLook, light: np.ndarray) -> int:
     """Air bubbles in the gel: bright rings with a highlight."""
     count = int(min(rng.poisson(look.bubbles), 6))
-    for x, y, size in rng.uniform((-0.95, -0.95, 0.03), (0.95, 0.95, 0.10), (count, 3)).astype(np.float32):
+    for x, y, size in rng.uniform((-0.95, -0.95, 0.03), (0.95, 0.95, 0.10), (count, 3)).astype(
+        np.float32
+    ):
         away = np.hypot(board.x - x, board.y - y) / size
         ring = 0.28 * np.exp(-np.square((away - 1.0) / 0.16)) + 0.5 * np.exp(
-            -(np.square(board.x - x + 0.35 * size) + np.square(board.y - y + 0.35 * size)) / (0.22 * size) ** 2
+            -(np.square(board.x - x + 0.35 * size) + np.square(board.y - y + 0.35 * size))
+            / (0.22 * size) ** 2
         )
         light += ring * (0.97 - light)
     return count
 
 
-def _hairs(board: Canvas, rng: np.random.Generator, mean: float, tone: float, light: np.ndarray) -> int:
+def _hairs(
+    board: Canvas, rng: np.random.Generator, mean: float, tone: float, light: np.ndarray
+) -> int:
     """Hairs, mostly in one direction, brown to black."""
     count = int(min(rng.poisson(mean), 24))
     direction, dark = rng.uniform(0, np.pi), rng.uniform(0.05, 0.32 if tone < 3 else 0.12)
     middle, heading = rng.uniform(-1.0, 1.0, (count, 2)), direction + rng.normal(0, 0.35, count)
     half = rng.uniform(0.35, 1.1, (count, 1)) * np.stack([np.cos(heading), np.sin(heading)], axis=1)
-    curves = np.stack([middle - half, middle + rng.normal(0, 0.18, (count, 2)), middle + half], axis=1)
+    curves = np.stack(
+        [middle - half, middle + rng.normal(0, 0.18, (count, 2)), middle + half], axis=1
+    )
     thick = rng.uniform(0.004, 0.010, count)
     cover = board.strokes(curves, np.stack([thick, 0.6 * thick], axis=1), 0.9)
     for channel, tint in enumerate((1.0, 0.72, 0.52)):
@@ -88,17 +104,26 @@ def _hairs(board: Canvas, rng: np.random.Generator, mean: float, tone: float, li
 
 def _ruler(board: Canvas, rng: np.random.Generator, look: LesionLook, light: np.ndarray) -> bool:
     """Millimetre ticks along one edge, every fifth longer."""
-    present, edge, gap, start = rng.random() < look.ruler, int(rng.integers(4)), rng.uniform(0.09, 0.14), rng.uniform(0, 0.1)
+    present, edge, gap, start = (
+        rng.random() < look.ruler,
+        int(rng.integers(4)),
+        rng.uniform(0.09, 0.14),
+        rng.uniform(0, 0.1),
+    )
     if not present:
         return False
     along = np.arange(-1.0 + start, 1.0, gap)
     length = np.where(np.arange(len(along)) % 5 == 0, 0.20, 0.11)
     tips = [np.stack([along, -1.0 + share * length], axis=1) for share in (0.0, 0.5, 1.0)]
-    light += np.rot90(board.strokes(np.stack(tips, axis=1), 0.008, 0.8), edge) * (np.float32(0.10) - light)
+    light += np.rot90(board.strokes(np.stack(tips, axis=1), 0.008, 0.8), edge) * (
+        np.float32(0.10) - light
+    )
     return True
 
 
-def _develop(board: Canvas, rng: np.random.Generator, look: LesionLook, picture: np.ndarray) -> np.ndarray:
+def _develop(
+    board: Canvas, rng: np.random.Generator, look: LesionLook, picture: np.ndarray
+) -> np.ndarray:
     """Uneven light, vignette, blur, colour, tone curve, grain: (3, R, R) in [0, 1] to (R, R, 3) uint8."""
     size = board.resolution
     grid = ((np.arange(size) + 0.5) * (2.0 / size) - 1.0).astype(np.float32)
@@ -106,15 +131,24 @@ def _develop(board: Canvas, rng: np.random.Generator, look: LesionLook, picture:
     exposure, tint = look.exposure * rng.normal(1.0, 0.035), rng.normal(0, 0.012, 3)
     corner_cut, cut_radius = rng.random() < look.port, rng.uniform(1.05, 1.25)
     far = np.hypot(grid[None, :], grid[:, None])
-    shade = 1.0 + slope[0] * grid[None, :] + slope[1] * grid[:, None] - np.float32(look.vignette) * (far**2) / 2
+    shade = (
+        1.0
+        + slope[0] * grid[None, :]
+        + slope[1] * grid[:, None]
+        - np.float32(look.vignette) * (far**2) / 2
+    )
     gain = exposure * (1.0 + tint + look.warmth * np.array([1.0, 0.1, -1.0]))
     picture = picture * shade * gain.astype(np.float32)[:, None, None]
     if corner_cut:
         picture *= 1.0 - 0.93 * step(far, cut_radius - 0.03, cut_radius + 0.03)
     if look.blur * size > 0.25:
-        picture = ndimage.gaussian_filter(picture, (0, look.blur * size, look.blur * size), mode="nearest")
+        picture = ndimage.gaussian_filter(
+            picture, (0, look.blur * size, look.blur * size), mode="nearest"
+        )
     picture = np.clip(picture, 0.0, 1.0) ** np.float32(look.gamma)
     picture = (picture - 0.5) * np.float32(look.contrast) + 0.5
     # The grain comes last: it is the only draw whose number depends on the resolution.
     picture += np.float32(look.noise) * rng.standard_normal(picture.shape, np.float32)
-    return np.ascontiguousarray((np.clip(picture, 0.0, 1.0) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0))
+    return np.ascontiguousarray(
+        (np.clip(picture, 0.0, 1.0) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+    )

@@ -15,7 +15,10 @@ from fedgan.errors import DataError
 
 _LETTERS: dict[str, list[list[tuple[float, float]]]] = {
     "L": [[(0, 0), (0, 1), (0.6, 1)]],
-    "R": [[(0, 1), (0, 0), (0.5, 0.05), (0.6, 0.25), (0.5, 0.45), (0, 0.5)], [(0.2, 0.5), (0.6, 1)]],
+    "R": [
+        [(0, 1), (0, 0), (0.5, 0.05), (0.6, 0.25), (0.5, 0.45), (0, 0.5)],
+        [(0.2, 0.5), (0.6, 1)],
+    ],
 }
 
 
@@ -38,13 +41,19 @@ def draw_chest(
     """
     unknown = sorted(set(findings) - set(CHEST_LABELS))
     if unknown:
-        raise DataError(f"no phantom finding is called '{unknown[0]}': choose from {', '.join(CHEST_LABELS)}")
+        raise DataError(
+            f"no phantom finding is called '{unknown[0]}': choose from {', '.join(CHEST_LABELS)}"
+        )
     board, look = canvas(resolution), look or ChestLook()
     person = draw_person(patient or rng, look.female)
     supine = bool(rng.random() < look.supine)
     thorax = place(board, rng, person, supine)
     film = healthy_film(board, rng, thorax)
-    truth: dict[str, Any] = {"findings": sorted(findings), "female": person.female, "supine": supine}
+    truth: dict[str, Any] = {
+        "findings": sorted(findings),
+        "female": person.female,
+        "supine": supine,
+    }
     masks: dict[str, np.ndarray] = {}
     # From the deepest to the most superficial: what the heart or fluid covers is not seen.
     if "consolidation" in findings:
@@ -53,7 +62,11 @@ def draw_chest(
         masks["nodule"] = _nodules(board, rng, thorax, film, truth)
     if "pneumothorax" in findings:
         masks["pneumothorax"] = _pneumothorax(board, rng, thorax, film, truth)
-    ratio = float(rng.uniform(0.58, 0.70)) if "cardiomegaly" in findings else person.heart_ratio + 0.02 * supine
+    ratio = (
+        float(rng.uniform(0.58, 0.70))
+        if "cardiomegaly" in findings
+        else person.heart_ratio + 0.02 * supine
+    )
     truth["heart_ratio"] = ratio
     masks["cardiomegaly"] = _heart(rng, thorax, ratio, film)
     if "effusion" in findings:
@@ -78,13 +91,23 @@ def _heart(rng: np.random.Generator, thorax: Thorax, ratio: float, film: Film) -
     # The left ventricle: an ellipse whose long axis falls towards its apex. The right atrium: a steeper one.
     tilt = person.heart_tilt * 0.55
     cos, sin = np.float32(np.cos(tilt)), np.float32(np.sin(tilt))
-    along, across = cos * (x - np.float32(left * 0.30)) + sin * (y - low + high), cos * (y - low + high) - sin * x
-    ventricle = 1.0 - np.hypot(along / np.float32(left * 0.78), (across + np.float32(0.02)) / np.float32(0.95 * high))
-    atrium = 1.0 - np.hypot((x + np.float32(right * 0.30)) / np.float32(right * 0.72), (y - low + high) / np.float32(1.05 * high))
+    along, across = (
+        cos * (x - np.float32(left * 0.30)) + sin * (y - low + high),
+        cos * (y - low + high) - sin * x,
+    )
+    ventricle = 1.0 - np.hypot(
+        along / np.float32(left * 0.78), (across + np.float32(0.02)) / np.float32(0.95 * high)
+    )
+    atrium = 1.0 - np.hypot(
+        (x + np.float32(right * 0.30)) / np.float32(right * 0.72),
+        (y - low + high) / np.float32(1.05 * high),
+    )
     # The great vessels: a band that widens into the heart.
     root = 0.085 + 0.5 * left * step(y, person.apex + 0.35, float(low))
     band = (root + np.float32(0.03) * np.square(y + 0.15) - thorax.side) * 3.0
-    knob = 1.0 - np.hypot(x - np.float32(0.085), y - np.float32(person.apex + 0.45)) / np.float32(0.095)
+    knob = 1.0 - np.hypot(x - np.float32(0.085), y - np.float32(person.apex + 0.45)) / np.float32(
+        0.095
+    )
     great = np.maximum(band, knob)
     both = np.maximum(ventricle, atrium)
     heart = step(both, -0.03, 0.16)
@@ -92,9 +115,18 @@ def _heart(rng: np.random.Generator, thorax: Thorax, ratio: float, film: Film) -
     outline = 0.5 * (both + great + np.sqrt(np.square(both - great) + np.float32(0.02)))
     shade = step(outline, -0.03, 0.30)
     depth = np.float32(0.42) + np.float32(0.16) * step(both, -0.3, 0.55)
-    film.light += shade * np.maximum(depth + 0.35 * film.bones - film.light, 0.0) * step(thorax.body, 0.0, 0.1)
+    film.light += (
+        shade
+        * np.maximum(depth + 0.35 * film.bones - film.light, 0.0)
+        * step(thorax.body, 0.0, 0.1)
+    )
     windpipe = step(np.float32(0.045) - np.abs(x - np.float32(0.01)), 0.0, 0.03)
-    film.light -= 0.075 * windpipe * (1.0 - step(y, person.apex + 0.40, person.apex + 0.58)) * step(thorax.body, 0.0, 0.1)
+    film.light -= (
+        0.075
+        * windpipe
+        * (1.0 - step(y, person.apex + 0.40, person.apex + 0.58))
+        * step(thorax.body, 0.0, 0.1)
+    )
     return heart
 
 
@@ -103,9 +135,13 @@ def _choose_side(rng: np.random.Generator) -> tuple[int, str]:
     return (-1, "right") if rng.random() < 0.5 else (1, "left")
 
 
-def _in_lung(rng: np.random.Generator, thorax: Thorax, sign: int, margin: float) -> tuple[float, float]:
+def _in_lung(
+    rng: np.random.Generator, thorax: Thorax, sign: int, margin: float
+) -> tuple[float, float]:
     """A place (in the patient's coordinates) at least `margin` inside the lung, clear of the heart."""
-    own = (thorax.lung > margin) & (thorax.x * sign > thorax.anatomy.width * (0.42 if sign > 0 else 0.34))
+    own = (thorax.lung > margin) & (
+        thorax.x * sign > thorax.anatomy.width * (0.42 if sign > 0 else 0.34)
+    )
     lines = np.flatnonzero(own.any(axis=1))
     share, across = rng.uniform(0.12, 0.95), rng.uniform(0.1, 0.9)
     row = int(lines[int(share * (len(lines) - 1))])
@@ -116,11 +152,15 @@ def _in_lung(rng: np.random.Generator, thorax: Thorax, sign: int, margin: float)
 
 def _picture_place(board: Canvas, thorax: Thorax, x: float, y: float) -> list[float]:
     """Picture coordinates in [0, 1] of a place in the patient's coordinates."""
-    nearest = int(np.argmin(np.square(thorax.x - np.float32(x)) + np.square(thorax.y - np.float32(y))))
+    nearest = int(
+        np.argmin(np.square(thorax.x - np.float32(x)) + np.square(thorax.y - np.float32(y)))
+    )
     return [(nearest % board.work + 0.5) / board.work, (nearest // board.work + 0.5) / board.work]
 
 
-def _consolidation(board: Canvas, rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[str, Any]) -> np.ndarray:
+def _consolidation(
+    board: Canvas, rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[str, Any]
+) -> np.ndarray:
     """Pneumonia: a cloudy opacity with hazy borders and air-filled bronchi in it; in one third of cases on both sides."""
     sign, side = _choose_side(rng)
     both = rng.random() < 0.33
@@ -131,18 +171,24 @@ def _consolidation(board: Canvas, rng: np.random.Generator, thorax: Thorax, film
         size, flat = rng.uniform(0.19, 0.34) * (0.75 if number else 1.0), rng.uniform(0.8, 1.3)
         if number and not both:
             continue
-        away = np.hypot((thorax.x - np.float32(x)) * np.float32(flat), thorax.y - np.float32(y)) / np.float32(size)
+        away = np.hypot(
+            (thorax.x - np.float32(x)) * np.float32(flat), thorax.y - np.float32(y)
+        ) / np.float32(size)
         cloud = np.maximum(cloud, 1.45 - away)
         places.append(_picture_place(board, thorax, x, y))
     cloud += 0.25 * board.noise(rng, "coarse") + 0.15 * board.noise(rng, "middle")
     dense = step(cloud, 0.05, 1.15) * step(thorax.lung, -0.01, 0.06)
-    goal = np.float32(rng.uniform(0.46, 0.58)) + 0.7 * film.bones + 0.02 * board.noise(rng, "middle")
+    goal = (
+        np.float32(rng.uniform(0.46, 0.58)) + 0.7 * film.bones + 0.02 * board.noise(rng, "middle")
+    )
     film.light += dense * np.maximum(goal - film.light, 0.0) * np.float32(rng.uniform(0.75, 0.95))
     truth["consolidation"] = {"side": "both" if both else side, "places": places}
     return dense
 
 
-def _nodules(board: Canvas, rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[str, Any]) -> np.ndarray:
+def _nodules(
+    board: Canvas, rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[str, Any]
+) -> np.ndarray:
     """One to three round, well-bounded opacities."""
     total = np.zeros_like(film.light)
     places = []
@@ -152,7 +198,9 @@ def _nodules(board: Canvas, rng: np.random.Generator, thorax: Thorax, film: Film
         x, y = _in_lung(rng, thorax, sign, 0.05)
         away = np.hypot(thorax.x - np.float32(x), thorax.y - np.float32(y)) / np.float32(size)
         away += np.float32(0.07) * board.noise(rng, "coarse")
-        ball = np.sqrt(np.maximum(1.0 - np.square(away), 0.0)) * step(1.0 - away, -0.02, 0.25)  # the ray's way through a ball
+        ball = np.sqrt(np.maximum(1.0 - np.square(away), 0.0)) * step(
+            1.0 - away, -0.02, 0.25
+        )  # the ray's way through a ball
         film.light += np.float32(bright) * ball
         total = np.maximum(total, step(1.0 - away, -0.05, 0.05))
         places.append([*_picture_place(board, thorax, x, y), size / 2])
@@ -160,7 +208,9 @@ def _nodules(board: Canvas, rng: np.random.Generator, thorax: Thorax, film: Film
     return total
 
 
-def _pneumothorax(board: Canvas, rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[str, Any]) -> np.ndarray:
+def _pneumothorax(
+    board: Canvas, rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[str, Any]
+) -> np.ndarray:
     """Air round a collapsed lung: black and without vessels at apex and flank, a fine white pleural line, a denser lung."""
     person = thorax.anatomy
     sign, side = _choose_side(rng)
@@ -169,7 +219,11 @@ def _pneumothorax(board: Canvas, rng: np.random.Generator, thorax: Thorax, film:
     inside = step(thorax.lung, -0.01, 0.06) * own
     depth = (thorax.y - np.float32(person.apex)) / np.float32(person.base - person.apex)
     # The gap is widest at the apex and closes downwards.
-    pleura = thorax.cage - np.float32(gap) * (1.2 - 0.75 * step(depth, 0.1, 1.05)) + 0.016 * board.noise(rng, "coarse")
+    pleura = (
+        thorax.cage
+        - np.float32(gap) * (1.2 - 0.75 * step(depth, 0.1, 1.05))
+        + 0.016 * board.noise(rng, "coarse")
+    )
     space = step(-pleura, -0.01, 0.015) * inside
     lung = step(pleura, 0.0, 0.02) * inside
     deeper = np.float32(0.115) * np.minimum(film.light / np.float32(0.16), 1.0)
@@ -180,7 +234,9 @@ def _pneumothorax(board: Canvas, rng: np.random.Generator, thorax: Thorax, film:
     return space
 
 
-def _effusion(rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[str, Any]) -> np.ndarray:
+def _effusion(
+    rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[str, Any]
+) -> np.ndarray:
     """Fluid in the pleural space: the costophrenic angle is gone under a meniscus that rises to the flank."""
     person = thorax.anatomy
     sign, side = _choose_side(rng)
@@ -192,7 +248,11 @@ def _effusion(rng: np.random.Generator, thorax: Thorax, film: Film, truth: dict[
         if number and not both:
             continue
         own = step(thorax.x * np.float32(which), 0.0, 0.04)
-        surface = thorax.y - np.float32(person.base - level[number]) + np.float32(0.26) * (out * out * out - 0.25)
+        surface = (
+            thorax.y
+            - np.float32(person.base - level[number])
+            + np.float32(0.26) * (out * out * out - 0.25)
+        )
         fluid = np.maximum(fluid, step(surface, -0.06, 0.07) * step(thorax.cage, -0.02, 0.03) * own)
     fluid *= step(thorax.dome, -0.16, -0.04)
     film.light += fluid * np.maximum(0.63 + 0.4 * film.bones - film.light, 0.0) * np.float32(0.95)
@@ -204,7 +264,9 @@ def _leads(board: Canvas, rng: np.random.Generator, film: Film) -> int:
     """Wires of a monitor on the chest of a patient who lies."""
     count = int(rng.integers(0, 4))
     ends = rng.uniform((-0.6, -0.5), (0.6, 0.5), (count, 2))
-    leave = np.stack([rng.uniform(-1.0, 1.0, count), np.where(rng.random(count) < 0.5, -1.05, 1.05)], axis=1)
+    leave = np.stack(
+        [rng.uniform(-1.0, 1.0, count), np.where(rng.random(count) < 0.5, -1.05, 1.05)], axis=1
+    )
     middle = 0.5 * (ends + leave) + rng.normal(0, 0.2, (count, 2))
     wires = board.strokes(np.stack([ends, middle, leave], axis=1), 0.007, 0.8)
     pads = board.strokes(np.stack([ends, ends, ends + 0.01], axis=1), 0.025, 0.8)
@@ -223,9 +285,15 @@ def _expose(board: Canvas, rng: np.random.Generator, look: ChestLook, film: Film
         picture = ndimage.gaussian_filter(picture, look.blur * size, mode="nearest")
     if look.sharpen:
         # Unsharp masking with a radius of 2 % of the side, as film processing does it.
-        picture = picture + np.float32(look.sharpen) * (picture - ndimage.gaussian_filter(picture, 0.02 * size, mode="nearest"))
-    open_field = np.clip(picture * np.float32(8.0), 0.0, 1.0)  # unattenuated rays stay black at any exposure
-    picture = np.clip(picture * np.float32(1.18) + np.float32(exposure) * open_field, 0.0, 1.0) ** np.float32(look.gamma)
+        picture = picture + np.float32(look.sharpen) * (
+            picture - ndimage.gaussian_filter(picture, 0.02 * size, mode="nearest")
+        )
+    open_field = np.clip(
+        picture * np.float32(8.0), 0.0, 1.0
+    )  # unattenuated rays stay black at any exposure
+    picture = np.clip(
+        picture * np.float32(1.18) + np.float32(exposure) * open_field, 0.0, 1.0
+    ) ** np.float32(look.gamma)
     picture += (picture - 0.45) * np.float32(contrast - 1.0) * open_field
     if collimated:
         grid = ((np.arange(size) + 0.5) * (2.0 / size) - 1.0).astype(np.float32)
@@ -246,6 +314,8 @@ def _marker(board: Canvas, rng: np.random.Generator, look: ChestLook, film: Film
     if not present:
         return
     lines = [np.array(line) * size for line in _LETTERS[letter]]
-    parts = np.concatenate([np.stack([line[:-1], 0.5 * (line[:-1] + line[1:]), line[1:]], axis=1) for line in lines])
+    parts = np.concatenate(
+        [np.stack([line[:-1], 0.5 * (line[:-1] + line[1:]), line[1:]], axis=1) for line in lines]
+    )
     lead = board.strokes(parts + np.array([x if letter == "L" else -x - 0.06, y]), 0.011)
     film.light += lead * np.maximum(0.80 - film.light, 0.0)

@@ -69,7 +69,9 @@ def draw_lesion(
     `ConfigError` for a resolution that is no power of two from 16 to 1024.
     """
     if label not in _DRAW:
-        raise DataError(f"no phantom lesion is called '{label}': choose from {', '.join(LESION_LABELS)}")
+        raise DataError(
+            f"no phantom lesion is called '{label}': choose from {', '.join(LESION_LABELS)}"
+        )
     board, look = canvas(resolution), look or LesionLook()
     person = patient or rng
     tone = float(np.clip(person.normal(look.tone_mean, look.tone_spread), 1.0, 6.0))
@@ -96,11 +98,20 @@ def draw_lesion(
 
 
 def _outline(
-    board: Canvas, rng: np.random.Generator, radius: tuple[float, float], long: float, wavy: float, lobes: int = 1
+    board: Canvas,
+    rng: np.random.Generator,
+    radius: tuple[float, float],
+    long: float,
+    wavy: float,
+    lobes: int = 1,
 ) -> Shape:
     """A roundish outline: `long` is the most elongation, `wavy` the border's irregularity, `lobes` how many grow together."""
     centre = rng.normal(0.0, 0.07, 2)
-    size, angle, stretch = rng.uniform(*radius), rng.uniform(0, 2 * np.pi), 1.0 + long * rng.uniform(0.2, 1.0)
+    size, angle, stretch = (
+        rng.uniform(*radius),
+        rng.uniform(0, 2 * np.pi),
+        1.0 + long * rng.uniform(0.2, 1.0),
+    )
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     inside = np.full((board.work, board.work), -np.inf, np.float32)
     for lobe in range(lobes):
@@ -108,9 +119,16 @@ def _outline(
         where = rng.uniform(0, 2 * np.pi)
         x = board.x - np.float32(centre[0] + size * away * np.cos(where))
         y = board.y - np.float32(centre[1] + size * away * np.sin(where))
-        along, across = (cos * x + sin * y) / np.float32(stretch**0.5), (cos * y - sin * x) * np.float32(stretch**0.5)
-        inside = np.maximum(inside, np.float32(share) - np.sqrt(along * along + across * across) / np.float32(size))
-    inside += np.float32(wavy) * board.noise(rng, "coarse") + np.float32(0.25 * wavy) * board.noise(rng, "middle")
+        along, across = (
+            (cos * x + sin * y) / np.float32(stretch**0.5),
+            (cos * y - sin * x) * np.float32(stretch**0.5),
+        )
+        inside = np.maximum(
+            inside, np.float32(share) - np.sqrt(along * along + across * across) / np.float32(size)
+        )
+    inside += np.float32(wavy) * board.noise(rng, "coarse") + np.float32(0.25 * wavy) * board.noise(
+        rng, "middle"
+    )
     return Shape(inside, centre, float(size), float(angle))
 
 
@@ -121,19 +139,30 @@ def _honeycomb(board: Canvas, rng: np.random.Generator, cycles: float) -> np.nda
     for k in range(2):
         a = turn + k * 2 * np.pi / 3
         wave = np.float32(np.cos(a)) * board.x + np.float32(np.sin(a)) * board.y
-        wave = (wave + np.float32(0.045) * board.noise(rng, "broad")) * np.float32(np.pi * cycles) + np.float32(start[k])
+        wave = (wave + np.float32(0.045) * board.noise(rng, "broad")) * np.float32(
+            np.pi * cycles
+        ) + np.float32(start[k])
         waves.append(wave + np.float32(0.6) * board.noise(rng, "coarse"))
     total = np.cos(waves[0]) + np.cos(waves[1]) + np.cos(waves[0] + waves[1])
     return 1.0 - step(total, -1.2, 0.8)
 
 
-def _scatter(rng: np.random.Generator, shape: Shape, count: int, low: float, high: float) -> np.ndarray:
+def _scatter(
+    rng: np.random.Generator, shape: Shape, count: int, low: float, high: float
+) -> np.ndarray:
     """`count` points (count, 2) at `low` to `high` radii from the lesion's centre, kept apart where there is room."""
     points: list[np.ndarray] = []
     for _ in range(count):
-        angle, away = rng.uniform(0, 2 * np.pi, 6), shape.radius * np.sqrt(rng.uniform(low**2, high**2, 6))
+        angle, away = (
+            rng.uniform(0, 2 * np.pi, 6),
+            shape.radius * np.sqrt(rng.uniform(low**2, high**2, 6)),
+        )
         trial = shape.centre + np.stack([away * np.cos(angle), away * np.sin(angle)], axis=1)
-        gap = np.min([np.hypot(*(trial - point).T) for point in points], axis=0) if points else np.ones(6)
+        gap = (
+            np.min([np.hypot(*(trial - point).T) for point in points], axis=0)
+            if points
+            else np.ones(6)
+        )
         points.append(trial[int(np.argmax(gap))])
     return np.asarray(points).reshape(-1, 2)
 
@@ -145,8 +174,13 @@ def _nv(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float)
     depth, cycles = rng.uniform(0.5, 1.1), rng.uniform(17, 26)
     net = _honeycomb(board, rng, cycles) * step(shape.inside, -0.04, 0.2)
     middle = rng.uniform(-0.15, 0.4) * step(shape.inside, 0.2, 0.9)
-    layers.melanin += body * (np.float32(depth) + middle + 0.07 * board.noise(rng, "coarse")) + np.float32(0.4 * depth) * net
-    layers.melanin += np.float32(0.7 * (1 - typical)) * body * step(board.noise(rng, "coarse"), -0.5, 1.5)
+    layers.melanin += (
+        body * (np.float32(depth) + middle + 0.07 * board.noise(rng, "coarse"))
+        + np.float32(0.4 * depth) * net
+    )
+    layers.melanin += (
+        np.float32(0.7 * (1 - typical)) * body * step(board.noise(rng, "coarse"), -0.5, 1.5)
+    )
     layers.signs |= {"network_cycles": cycles}
     return shape
 
@@ -154,21 +188,37 @@ def _nv(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float)
 def _mel(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float) -> Shape:
     """Melanoma: lopsided, ragged border, several browns to black, a blue-white veil, black dots and blotches."""
     shape = _outline(
-        board, rng, (0.42, 0.68), 0.7, rng.uniform(0.06, 0.10) + 0.08 * typical, lobes=int(rng.integers(1, 3)) + (typical > 0.5)
+        board,
+        rng,
+        (0.42, 0.68),
+        0.7,
+        rng.uniform(0.06, 0.10) + 0.08 * typical,
+        lobes=int(rng.integers(1, 3)) + (typical > 0.5),
     )
     body = step(shape.inside, -0.03, 0.10)
     patches = step(board.noise(rng, "coarse"), -0.7, 1.1)
-    ragged = _honeycomb(board, rng, rng.uniform(9, 13)) * (0.3 + 0.7 * step(board.noise(rng, "coarse"), -0.3, 0.8))
-    layers.melanin += body * (
-        np.float32(rng.uniform(0.5, 0.8)) + np.float32(rng.uniform(1.0, 1.6) * (0.3 + 0.7 * typical)) * patches + 0.4 * ragged
+    ragged = _honeycomb(board, rng, rng.uniform(9, 13)) * (
+        0.3 + 0.7 * step(board.noise(rng, "coarse"), -0.3, 0.8)
     )
-    layers.blood += np.float32(rng.uniform(0.2, 0.9)) * step(board.noise(rng, "broad"), 0.5, 1.5) * body
+    layers.melanin += body * (
+        np.float32(rng.uniform(0.5, 0.8))
+        + np.float32(rng.uniform(1.0, 1.6) * (0.3 + 0.7 * typical)) * patches
+        + 0.4 * ragged
+    )
+    layers.blood += (
+        np.float32(rng.uniform(0.2, 0.9)) * step(board.noise(rng, "broad"), 0.5, 1.5) * body
+    )
     spots = _scatter(rng, shape, int(rng.integers(4, 14)), 0.3, 0.98)
     dots = step(board.blobs(spots, rng.uniform(0.015, 0.05, len(spots))), 0.3, 0.8)
     layers.melanin += 1.8 * dots * step(shape.inside, -0.08, 0.05)
     where = _scatter(rng, shape, 1, 0.1, 0.5)
     veil = board.blobs(where, shape.radius * rng.uniform(0.28, 0.45))
-    veil = step(veil + 0.2 * board.noise(rng, "coarse") + 0.08 * board.noise(rng, "middle"), 0.25, 0.95) * body
+    veil = (
+        step(
+            veil + 0.2 * board.noise(rng, "coarse") + 0.08 * board.noise(rng, "middle"), 0.25, 0.95
+        )
+        * body
+    )
     layers.blue += np.float32(rng.uniform(0.65, 0.92) * typical) * veil
     layers.white += np.float32(rng.uniform(0.12, 0.30) * typical) * veil
     layers.signs |= {"veil": [float(value) for value in (where[0] + 1) / 2], "dots": len(spots)}
@@ -182,14 +232,23 @@ def _bcc(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float
     layers.blood += np.float32(rng.uniform(0.25, 0.45)) * body
     pearl = step(board.noise(rng, "coarse") + 0.5 * board.noise(rng, "middle"), -0.6, 1.8)
     layers.white += body * (np.float32(rng.uniform(0.15, 0.32)) + 0.35 * pearl)
-    trees = [_tree(rng, shape, float(start)) for start in rng.uniform(0, 2 * np.pi, int(rng.integers(3, 6)))]
+    trees = [
+        _tree(rng, shape, float(start))
+        for start in rng.uniform(0, 2 * np.pi, int(rng.integers(3, 6)))
+    ]
     curves, widths = (np.concatenate(parts) for parts in zip(*trees, strict=True))
     vessels = board.strokes(curves, widths, 0.5 + 0.5 * widths[:, 0] / widths.max())
     layers.blood += np.float32(rng.uniform(1.3, 2.0) * (0.4 + 0.6 * typical)) * vessels
     layers.white *= 1.0 - 0.8 * vessels
     nests = _scatter(rng, shape, int(rng.integers(3, 9)), 0.25, 0.9)
     sizes = rng.uniform(0.04, 0.11, len(nests))
-    ovoid = step(board.blobs(nests, sizes) + 0.2 * board.noise(rng, "coarse") + 0.06 * board.noise(rng, "middle"), 0.4, 0.85)
+    ovoid = step(
+        board.blobs(nests, sizes)
+        + 0.2 * board.noise(rng, "coarse")
+        + 0.06 * board.noise(rng, "middle"),
+        0.4,
+        0.85,
+    )
     layers.blue += np.float32(rng.uniform(0.6, 0.85) * (0.15 + 0.85 * typical)) * ovoid * body
     layers.melanin += np.float32(rng.uniform(0.4, 0.9) * (0.15 + 0.85 * typical)) * ovoid * body
     layers.signs |= {"vessels": len(trees), "nests": len(nests)}
@@ -198,19 +257,33 @@ def _bcc(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float
 
 def _tree(rng: np.random.Generator, shape: Shape, start: float) -> tuple[np.ndarray, np.ndarray]:
     """One vessel from the lesion's border inwards that forks into ever thinner twigs: curves (K, 3, 2), half widths (K, 2)."""
-    root = shape.centre + shape.radius * rng.uniform(0.85, 1.1) * np.array([np.cos(start), np.sin(start)])
-    tips = [(root, start + np.pi + rng.normal(0, 0.4), rng.uniform(0.013, 0.022), rng.uniform(0.35, 0.6))]
+    root = shape.centre + shape.radius * rng.uniform(0.85, 1.1) * np.array(
+        [np.cos(start), np.sin(start)]
+    )
+    tips = [
+        (
+            root,
+            start + np.pi + rng.normal(0, 0.4),
+            rng.uniform(0.013, 0.022),
+            rng.uniform(0.35, 0.6),
+        )
+    ]
     curves, widths = [], []
     for _ in range(4):
         grown = []
         for point, heading, width, length in tips:
-            reach, bend = length * shape.radius * rng.uniform(0.7, 1.3), heading + rng.normal(0, 0.35)
+            reach, bend = (
+                length * shape.radius * rng.uniform(0.7, 1.3),
+                heading + rng.normal(0, 0.35),
+            )
             end = point + reach * np.array([np.cos(bend), np.sin(bend)])
             curves.append([point, (point + end) / 2 + rng.normal(0, 0.2 * reach, 2), end])
             widths.append([width, 0.7 * width])
             for side in (-1, 1):
                 if rng.random() < 0.78:
-                    grown.append((end, bend + side * rng.uniform(0.25, 0.9), 0.66 * width, 0.72 * length))
+                    grown.append(
+                        (end, bend + side * rng.uniform(0.25, 0.9), 0.66 * width, 0.72 * length)
+                    )
         tips = grown
     return np.asarray(curves), np.asarray(widths)
 
@@ -222,10 +295,16 @@ def _akiec(board: Canvas, rng: np.random.Generator, layers: Layers, typical: flo
     net = _honeycomb(board, rng, rng.uniform(8, 13))
     layers.blood += body * (np.float32(rng.uniform(0.35, 0.6)) + 0.15 * board.noise(rng, "coarse"))
     layers.blood += np.float32(rng.uniform(0.45, 0.75) * (0.25 + 0.75 * typical)) * net * body
-    follicles = (1.0 - step(net, 0.0, 0.45)) * step(shape.inside, -0.05, 0.3) * step(board.noise(rng, "coarse"), -0.9, 0.7)
+    follicles = (
+        (1.0 - step(net, 0.0, 0.45))
+        * step(shape.inside, -0.05, 0.3)
+        * step(board.noise(rng, "coarse"), -0.9, 0.7)
+    )
     layers.white += np.float32(rng.uniform(0.35, 0.65) * (0.2 + 0.8 * typical)) * follicles
     layers.keratin += np.float32(0.25 * typical) * follicles
-    scale = step(board.noise(rng, "coarse") + 0.7 * board.noise(rng, "middle"), rng.uniform(0.6, 1.1), 1.9)
+    scale = step(
+        board.noise(rng, "coarse") + 0.7 * board.noise(rng, "middle"), rng.uniform(0.6, 1.1), 1.9
+    )
     scale *= step(shape.inside, 0.0, 0.3)
     layers.white += np.float32(rng.uniform(0.5, 0.8) * (0.4 + 0.6 * typical)) * scale
     layers.keratin += np.float32(rng.uniform(0.1, 0.5)) * scale
@@ -240,16 +319,25 @@ def _bkl(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float
     layers.keratin += np.float32(rng.uniform(0.5, 0.85) * (0.25 + 0.75 * typical)) * body
     folds = board.noise(rng, "middle") + 0.3 * board.noise(rng, "coarse")
     furrows = 1.0 - step(np.abs(folds), 0.1, 0.6)
-    layers.melanin += body * (np.float32(rng.uniform(0.25, 0.7)) + 0.12 * board.noise(rng, "coarse"))
+    layers.melanin += body * (
+        np.float32(rng.uniform(0.25, 0.7)) + 0.12 * board.noise(rng, "coarse")
+    )
     layers.melanin += body * np.float32(rng.uniform(0.35, 0.8) * (0.2 + 0.8 * typical)) * furrows
     layers.melanin += np.float32(0.2) * body * (1.0 - step(shape.inside, 0.04, 0.12))
     cysts = _scatter(rng, shape, int(rng.integers(4, 14)), 0.0, 0.9)
-    milia = board.blobs(cysts, rng.uniform(0.014, 0.036, len(cysts)), rng.uniform(0.6, 1.0, len(cysts)))
+    milia = board.blobs(
+        cysts, rng.uniform(0.014, 0.036, len(cysts)), rng.uniform(0.6, 1.0, len(cysts))
+    )
     milia = step(milia, 0.2, 0.9) * body
     layers.white += np.float32(0.85 * typical) * milia
     layers.melanin *= 1.0 - np.float32(0.8 * typical) * milia
     plugs = _scatter(rng, shape, int(rng.integers(2, 9)), 0.0, 0.9)
-    dark = step(board.blobs(plugs, rng.uniform(0.015, 0.045, len(plugs))) + 0.1 * board.noise(rng, "middle"), 0.35, 0.75)
+    dark = step(
+        board.blobs(plugs, rng.uniform(0.015, 0.045, len(plugs)))
+        + 0.1 * board.noise(rng, "middle"),
+        0.35,
+        0.75,
+    )
     layers.melanin += 1.2 * dark * body * (1.0 - milia)
     layers.signs |= {"cysts": len(cysts), "plugs": len(plugs)}
     return shape
@@ -260,15 +348,26 @@ def _df(board: Canvas, rng: np.random.Generator, layers: Layers, typical: float)
     shape = _outline(board, rng, (0.42, 0.66), 0.3, 0.06)
     ring = step(shape.inside, -0.1, 0.35)
     depth, share = rng.uniform(0.40, 0.85), rng.uniform(0.42, 0.60) * (0.55 + 0.45 * typical)
-    layers.melanin += ring * np.float32(depth) * (0.75 + 0.8 * _honeycomb(board, rng, rng.uniform(14, 21)))
+    layers.melanin += (
+        ring * np.float32(depth) * (0.75 + 0.8 * _honeycomb(board, rng, rng.uniform(14, 21)))
+    )
     layers.blood += np.float32(rng.uniform(0.05, 0.35)) * step(shape.inside, -0.1, 0.3)
     middle = shape.centre + rng.normal(0, 0.08, 2) * shape.radius
-    away = np.hypot(board.x - np.float32(middle[0]), board.y - np.float32(middle[1])) / np.float32(shape.radius)
-    edge = np.float32(share) - away + 0.10 * board.noise(rng, "coarse") + 0.05 * board.noise(rng, "middle")
+    away = np.hypot(board.x - np.float32(middle[0]), board.y - np.float32(middle[1])) / np.float32(
+        shape.radius
+    )
+    edge = (
+        np.float32(share)
+        - away
+        + 0.10 * board.noise(rng, "coarse")
+        + 0.05 * board.noise(rng, "middle")
+    )
     scar = step(edge, -0.10, 0.14) * step(shape.inside, 0.0, 0.1)
     layers.melanin *= 1.0 - np.float32(0.8 * (0.3 + 0.7 * typical)) * scar
     layers.white += (
-        np.float32(rng.uniform(0.55, 0.85) * (0.3 + 0.7 * typical)) * scar * (0.88 + 0.12 * board.noise(rng, "middle"))
+        np.float32(rng.uniform(0.55, 0.85) * (0.3 + 0.7 * typical))
+        * scar
+        * (0.88 + 0.12 * board.noise(rng, "middle"))
     )
     layers.signs |= {"scar": float((scar > 0.5).mean())}
     return shape
@@ -280,7 +379,9 @@ def _vasc(board: Canvas, rng: np.random.Generator, layers: Layers, typical: floa
     body = step(shape.inside, -0.05, 0.08)
     lakes = _scatter(rng, shape, int(rng.integers(10, 26)), 0.0, 0.95)
     sizes = shape.radius * rng.uniform(0.09, 0.17, len(lakes))
-    lacunae = step(board.blobs(lakes, sizes) + 0.07 * board.noise(rng, "middle"), 0.3, 0.7) * step(shape.inside, -0.12, 0.0)
+    lacunae = step(board.blobs(lakes, sizes) + 0.07 * board.noise(rng, "middle"), 0.3, 0.7) * step(
+        shape.inside, -0.12, 0.0
+    )
     purple = rng.uniform(0.0, 1.0)
     layers.blood += (
         body * np.float32(rng.uniform(0.6, 1.1) * (0.6 + 0.4 * typical))

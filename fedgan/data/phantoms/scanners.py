@@ -13,7 +13,20 @@ import numpy as np
 LESION_LABELS = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 CHEST_LABELS = ("cardiomegaly", "consolidation", "effusion", "nodule", "pneumothorax")
 
-_NAMES = ("north", "south", "east", "west", "centre", "harbour", "hill", "lake", "forest", "river", "valley", "coast")
+_NAMES = (
+    "north",
+    "south",
+    "east",
+    "west",
+    "centre",
+    "harbour",
+    "hill",
+    "lake",
+    "forest",
+    "river",
+    "valley",
+    "coast",
+)
 
 # Shares of images by label. Every label is held by every hospital, but by some far more than by others.
 _LESION_MIX = (
@@ -23,9 +36,30 @@ _LESION_MIX = (
 )
 # Shares of films by their leading finding; "" is a film without any.
 _CHEST_MIX = (
-    {"": 0.34, "cardiomegaly": 0.20, "consolidation": 0.16, "effusion": 0.14, "nodule": 0.08, "pneumothorax": 0.08},
-    {"": 0.14, "cardiomegaly": 0.08, "consolidation": 0.16, "effusion": 0.14, "nodule": 0.28, "pneumothorax": 0.20},
-    {"": 0.22, "cardiomegaly": 0.10, "consolidation": 0.24, "effusion": 0.22, "nodule": 0.08, "pneumothorax": 0.14},
+    {
+        "": 0.34,
+        "cardiomegaly": 0.20,
+        "consolidation": 0.16,
+        "effusion": 0.14,
+        "nodule": 0.08,
+        "pneumothorax": 0.08,
+    },
+    {
+        "": 0.14,
+        "cardiomegaly": 0.08,
+        "consolidation": 0.16,
+        "effusion": 0.14,
+        "nodule": 0.28,
+        "pneumothorax": 0.20,
+    },
+    {
+        "": 0.22,
+        "cardiomegaly": 0.10,
+        "consolidation": 0.24,
+        "effusion": 0.22,
+        "nodule": 0.08,
+        "pneumothorax": 0.14,
+    },
 )
 
 
@@ -60,7 +94,9 @@ class ChestLook:
     noise: float = 0.012  # grain of one pixel, share of full scale
     collimation: float = 0.3  # share of films with black collimated borders
     marker: float = 0.8  # share of films with a side marker
-    supine: float = 0.2  # share of films taken lying: higher diaphragm, wider heart, tubes and leads
+    supine: float = (
+        0.2  # share of films taken lying: higher diaphragm, wider heart, tubes and leads
+    )
     female: float = 0.5  # share of women
 
 
@@ -77,9 +113,26 @@ _LESION_LOOKS = (
 )  # fmt: skip
 _CHEST_LOOKS = (
     ChestLook(),
-    ChestLook(gamma=0.88, contrast=1.12, exposure=0.04, blur=0.001, sharpen=0.5, noise=0.008, collimation=0.1, supine=0.05),
     ChestLook(
-        gamma=1.12, contrast=0.88, exposure=-0.04, blur=0.005, sharpen=0.0, noise=0.022, collimation=0.6, marker=0.95, supine=0.5
+        gamma=0.88,
+        contrast=1.12,
+        exposure=0.04,
+        blur=0.001,
+        sharpen=0.5,
+        noise=0.008,
+        collimation=0.1,
+        supine=0.05,
+    ),
+    ChestLook(
+        gamma=1.12,
+        contrast=0.88,
+        exposure=-0.04,
+        blur=0.005,
+        sharpen=0.0,
+        noise=0.022,
+        collimation=0.6,
+        marker=0.95,
+        supine=0.5,
     ),
 )
 

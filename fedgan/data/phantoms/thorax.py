@@ -79,13 +79,19 @@ def place(board: Canvas, rng: np.random.Generator, person: Anatomy, supine: bool
     side = np.abs(x)
     wide, apex, base = person.width, person.apex, person.base + breath
     depth = np.clip((y - apex) / (base - apex), 0.0, 1.2)
-    reach = wide * np.power(np.maximum(1.0 - np.power(np.maximum(1.0 - depth, 0.0), 2.6), 0.0), np.float32(0.58))
+    reach = wide * np.power(
+        np.maximum(1.0 - np.power(np.maximum(1.0 - depth, 0.0), 2.6), 0.0), np.float32(0.58)
+    )
     reach -= np.float32(0.5) * wide * np.square(np.maximum(depth - 0.82, 0.0))
     tip = y - apex - np.float32(0.8) * np.square(side - np.float32(0.42) * wide) / wide
     cage = np.minimum(reach - side, tip)
     # Each dome falls towards the flank; towards the middle the heart lies on it.
-    lift = np.float32(0.24) * (1.0 - np.square((np.maximum(side, 0.36 * wide) - np.float32(0.40) * wide) / (0.60 * wide)))
-    lift += np.float32(0.05) * step(-x, -0.12, 0.12) * (1.0 - step(side, 0.7 * wide, wide))  # the liver lifts the right dome
+    lift = np.float32(0.24) * (
+        1.0 - np.square((np.maximum(side, 0.36 * wide) - np.float32(0.40) * wide) / (0.60 * wide))
+    )
+    lift += (
+        np.float32(0.05) * step(-x, -0.12, 0.12) * (1.0 - step(side, 0.7 * wide, wide))
+    )  # the liver lifts the right dome
     dome = base - lift - y
     middle = np.float32(0.115) + np.float32(0.05) * np.square(y + 0.1)
     lung = np.minimum(np.minimum(cage, dome), side - middle)
@@ -100,7 +106,9 @@ def _body(person: Anatomy, side: np.ndarray, y: np.ndarray) -> np.ndarray:
     shoulder = y - np.float32(person.apex - 0.20) - np.float32(0.26) * side
     neck = np.float32(0.20 + 0.07 * person.fat) - side
     # A smooth maximum rounds the corner between neck and shoulder.
-    return np.minimum(wide, 0.5 * (shoulder + neck + np.sqrt(np.square(shoulder - neck) + np.float32(0.01))))
+    return np.minimum(
+        wide, 0.5 * (shoulder + neck + np.sqrt(np.square(shoulder - neck) + np.float32(0.01)))
+    )
 
 
 @dataclass
@@ -119,7 +127,9 @@ def healthy_film(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> Fil
     film *= 0.72 + 0.28 * step(thorax.body, 0.0, 0.35)
     lungs = step(thorax.lung, -0.015, 0.07)
     # The chest wall is thicker towards the flank, and the lung thinner at its tip.
-    air = np.float32(0.23 + 0.08 * person.fat) * lungs * (0.80 + 0.20 * step(thorax.lung, 0.04, 0.28))
+    air = (
+        np.float32(0.23 + 0.08 * person.fat) * lungs * (0.80 + 0.20 * step(thorax.lung, 0.04, 0.28))
+    )
     film -= air
     liver = 0.60 + 0.06 * step(-thorax.x, -0.25, 0.15)
     below = step(-thorax.dome, -0.010, 0.045) * step(thorax.body, 0.0, 0.16)
@@ -128,7 +138,10 @@ def healthy_film(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> Fil
         film += _breasts(thorax) * np.float32(0.10 * person.breast)
     stomach, place, size = rng.random() < 0.55, rng.normal(0, 0.03, 2), rng.uniform(0.07, 0.11)
     if stomach:  # air in the stomach, under the left dome
-        away = np.hypot(thorax.x - np.float32(0.45 * person.width + place[0]), 1.3 * (thorax.dome + np.float32(size + 0.05)))
+        away = np.hypot(
+            thorax.x - np.float32(0.45 * person.width + place[0]),
+            1.3 * (thorax.dome + np.float32(size + 0.05)),
+        )
         film -= 0.20 * step(1.0 - away / np.float32(size), 0.0, 0.6) * below
     vessels = _vessels(board, rng, thorax) * lungs
     bones = np.float32(person.bones) * _bones(board, rng, thorax)
@@ -151,20 +164,34 @@ def _vessels(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndar
     for sign in (-1, 1):
         root = np.array([sign * 0.17, -0.07 - 0.03 * sign])
         angles = np.linspace(-1.25, 1.35, 7) + rng.normal(0, 0.14, 7)
-        for angle, length, bend in zip(angles, rng.uniform(0.40, 0.78, 7), rng.normal(0, 0.06, (7, 2)), strict=True):
+        for angle, length, bend in zip(
+            angles, rng.uniform(0.40, 0.78, 7), rng.normal(0, 0.06, (7, 2)), strict=True
+        ):
             ahead = np.array([sign * np.cos(angle), 1.2 * np.sin(angle)]) * length * person.width
             middle, end = root + 0.5 * ahead + bend, root + ahead
             curves.append([root, middle, end])
             widths.append([0.016, 0.003])
             # a side branch from the middle of each
             fork = angle + rng.normal(0, 0.6)
-            twig = middle + np.array([sign * np.cos(fork), np.sin(fork)]) * 0.45 * length * person.width
-            curves.append([0.5 * (root + middle) * 0.4 + 0.6 * middle, 0.5 * (middle + twig) + 0.3 * bend, twig])
+            twig = (
+                middle
+                + np.array([sign * np.cos(fork), np.sin(fork)]) * 0.45 * length * person.width
+            )
+            curves.append(
+                [
+                    0.5 * (root + middle) * 0.4 + 0.6 * middle,
+                    0.5 * (middle + twig) + 0.3 * bend,
+                    twig,
+                ]
+            )
             widths.append([0.009, 0.002])
     film = board.strokes(np.asarray(curves), np.asarray(widths), 0.9)
     away = np.square(thorax.side - np.float32(0.15)) + np.square(thorax.y + np.float32(0.06))
     near = np.exp(away / np.float32(-0.10))
-    hila = np.exp(-np.square((thorax.side - np.float32(0.16)) / 0.075) - np.square((thorax.y + np.float32(0.06)) / 0.14))
+    hila = np.exp(
+        -np.square((thorax.side - np.float32(0.16)) / 0.075)
+        - np.square((thorax.y + np.float32(0.06)) / 0.14)
+    )
     mesh = step(board.noise(rng, "middle"), 0.0, 2.0) * (np.float32(0.4) + near)
     return np.float32(person.vessels) * (film * (0.035 + 0.05 * near) + 0.13 * hila + 0.045 * mesh)
 
@@ -184,22 +211,45 @@ def _bones(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarra
     plain, blades = [], []
     for sign, lean in zip((-1, 1), tilt, strict=True):
         y, w = person.apex + 0.13, person.width
-        plain.append([[sign * 0.07, y + 0.07], [sign * 0.22, y + 0.04], [sign * 0.42, y - 0.03 + lean]])
-        plain.append([[sign * 0.42, y - 0.03 + lean], [sign * 0.60, y - 0.10 + lean], [sign * 0.88, y - 0.09 + lean]])
-        blades.append([[sign * 0.98, y + 0.00], [sign * (w + 0.06), y + 0.16], [sign * (w - 0.02), y + 0.55]])
-        blades.append([[sign * (w - 0.02), y + 0.55], [sign * (w + 0.14), y + 0.42], [sign * (w + 0.30), y + 0.12]])
+        plain.append(
+            [[sign * 0.07, y + 0.07], [sign * 0.22, y + 0.04], [sign * 0.42, y - 0.03 + lean]]
+        )
+        plain.append(
+            [
+                [sign * 0.42, y - 0.03 + lean],
+                [sign * 0.60, y - 0.10 + lean],
+                [sign * 0.88, y - 0.09 + lean],
+            ]
+        )
+        blades.append(
+            [[sign * 0.98, y + 0.00], [sign * (w + 0.06), y + 0.16], [sign * (w - 0.02), y + 0.55]]
+        )
+        blades.append(
+            [
+                [sign * (w - 0.02), y + 0.55],
+                [sign * (w + 0.14), y + 0.42],
+                [sign * (w + 0.30), y + 0.12],
+            ]
+        )
     clavicles = board.strokes(np.asarray(plain), np.array([[0.040, 0.026], [0.026, 0.036]] * 2))
     shoulder = board.strokes(np.asarray(blades), 0.014, 0.5)
     spine = step(np.float32(0.085) - thorax.side, 0.0, 0.03)
-    discs = 0.55 + 0.45 * step(np.cos(thorax.y * np.float32(2 * np.pi / 0.135) + np.float32(6.28 * start)), -0.9, -0.3)
-    shoulder, clavicles = shoulder * step(thorax.body, 0.0, 0.1), clavicles * step(thorax.body, 0.0, 0.1)
+    discs = 0.55 + 0.45 * step(
+        np.cos(thorax.y * np.float32(2 * np.pi / 0.135) + np.float32(6.28 * start)), -0.9, -0.3
+    )
+    shoulder, clavicles = (
+        shoulder * step(thorax.body, 0.0, 0.1),
+        clavicles * step(thorax.body, 0.0, 0.1),
+    )
     return bones + 0.10 * clavicles + 0.07 * shoulder + 0.06 * spine * discs
 
 
 def _bars(where: np.ndarray, spacing: float, start: float, share: float) -> np.ndarray:
     """Parallel bars with brighter edges (the cortex), 0 to 1. `share` of each spacing is bar."""
     phase = where * np.float32(1.0 / spacing) + np.float32(start)
-    away = np.abs(phase - np.floor(phase) - np.float32(0.5))  # 0 on a bar's axis, 0.5 between two bars
+    away = np.abs(
+        phase - np.floor(phase) - np.float32(0.5)
+    )  # 0 on a bar's axis, 0.5 between two bars
     half = 0.5 * share
     bar = 1.0 - step(away, half - 0.07, half + 0.05)
     return bar * (0.62 + 0.38 * step(away, 0.3 * half, 0.9 * half))

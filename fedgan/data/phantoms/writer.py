@@ -53,14 +53,22 @@ def write_phantoms(
     sizes = hospital_sizes(images, hospitals)
     deals = deal(kind, sizes, seed)
     label_names = LESION_LABELS if kind == "lesions" else CHEST_LABELS
-    for place in (Path(root) / f"{prefix}{scanners.hospital_name(index)}" for index in range(hospitals)):
+    for place in (
+        Path(root) / f"{prefix}{scanners.hospital_name(index)}" for index in range(hospitals)
+    ):
         if place.exists() and not overwrite:
             raise DataError(f"{place} exists already: choose another --output or remove it first")
     shards = []
     for index, patients in enumerate(deals):
         name = prefix + scanners.hospital_name(index)
-        rows = [(number, patient) for number, patient in enumerate(patients) for _ in range(patient["images"])]
-        labels = np.array([[label in patient["labels"] for label in label_names] for _, patient in rows], np.uint8)
+        rows = [
+            (number, patient)
+            for number, patient in enumerate(patients)
+            for _ in range(patient["images"])
+        ]
+        labels = np.array(
+            [[label in patient["labels"] for label in label_names] for _, patient in rows], np.uint8
+        )
         truths: list[dict[str, Any]] = []
         shard = write_shard(
             Path(root) / name,
@@ -77,7 +85,10 @@ def write_phantoms(
             notes=("Drawn by a program; shows no person.",),
             overwrite=overwrite,
         )
-        files.write_text(shard.path / TRUTH, "".join(json.dumps({"row": row, **t}) + "\n" for row, t in enumerate(truths)))
+        files.write_text(
+            shard.path / TRUTH,
+            "".join(json.dumps({"row": row, **t}) + "\n" for row, t in enumerate(truths)),
+        )
         shards.append(shard.path)
     return shards
 
@@ -85,7 +96,9 @@ def write_phantoms(
 def check_kind(kind: str) -> None:
     """Raise `DataError` unless there are phantoms of this kind."""
     if kind not in KINDS:
-        raise DataError(f"there are no phantoms of the kind '{kind}': choose from {', '.join(KINDS)}")
+        raise DataError(
+            f"there are no phantoms of the kind '{kind}': choose from {', '.join(KINDS)}"
+        )
 
 
 def hospital_sizes(images: int, hospitals: int) -> list[int]:
@@ -116,7 +129,9 @@ def deal(kind: str, sizes: list[int], seed: int) -> list[list[dict[str, Any]]]:
         patients = []
         for label, count in zip(mix, _whole(np.array(list(mix.values())), size), strict=True):
             while count:
-                several = min(count, int(rng.choice((1, 2, 3), p=(0.72, 0.20, 0.08))) if count > 6 else 1)
+                several = min(
+                    count, int(rng.choice((1, 2, 3), p=(0.72, 0.20, 0.08))) if count > 6 else 1
+                )
                 labels = (label,) if kind == "lesions" else _findings(rng, label, mix)
                 patients.append({"leading": label, "labels": labels, "images": several})
                 count -= several
@@ -138,7 +153,9 @@ def _findings(rng: np.random.Generator, leading: str, mix: dict[str, float]) -> 
 def _split(hospitals: list[list[dict[str, Any]]], leading: list[str]) -> None:
     """Put each patient into a split: 7 of 10 in train, 1 in val, 2 in test, label by label."""
     for label in leading:
-        line = [patient for patients in hospitals for patient in patients if patient["leading"] == label]
+        line = [
+            patient for patients in hospitals for patient in patients if patient["leading"] == label
+        ]
         if len(line) < 3:
             raise ConfigError(
                 f"too few phantom images: a label has {len(line)} patients, but train, val and test need one each; "
@@ -163,7 +180,12 @@ def _can_leave(hospitals: list[list[dict[str, Any]]], patient: dict[str, Any]) -
 
 
 def _pictures(
-    kind: str, hospital: int, rows: list[tuple[int, dict[str, Any]]], resolution: int, seed: int, truths: list[dict[str, Any]]
+    kind: str,
+    hospital: int,
+    rows: list[tuple[int, dict[str, Any]]],
+    resolution: int,
+    seed: int,
+    truths: list[dict[str, Any]],
 ) -> Iterator[np.ndarray]:
     """Chunks (n, C, R, R) uint8 of one hospital's pictures; what is true of each is appended to `truths`."""
     lesion_look, chest_look = scanners.lesion_look(hospital), scanners.chest_look(hospital)
@@ -172,12 +194,18 @@ def _pictures(
         picture_rng = np.random.default_rng([seed, 2, hospital, row])
         patient_rng = np.random.default_rng([seed, 3, hospital, number])
         if kind == "lesions":
-            picture, truth = draw_lesion(patient["leading"], picture_rng, resolution, lesion_look, patient_rng)
+            picture, truth = draw_lesion(
+                patient["leading"], picture_rng, resolution, lesion_look, patient_rng
+            )
             chunk.append(picture.transpose(2, 0, 1))
         else:
-            picture, truth = draw_chest(patient["labels"], picture_rng, resolution, chest_look, patient_rng)
+            picture, truth = draw_chest(
+                patient["labels"], picture_rng, resolution, chest_look, patient_rng
+            )
             chunk.append(picture[None])
-        truths.append({name: value for name, value in truth.items() if not isinstance(value, np.ndarray)})
+        truths.append(
+            {name: value for name, value in truth.items() if not isinstance(value, np.ndarray)}
+        )
         if len(chunk) == _CHUNK:
             yield np.stack(chunk)
             chunk = []

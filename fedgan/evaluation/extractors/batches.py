@@ -23,7 +23,11 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: what "grey" means in image files
 
 
 def in_batches(
-    function: Callable[[torch.Tensor], torch.Tensor], images: ImageArray, dim: int, device: str, batch: int | None = None
+    function: Callable[[torch.Tensor], torch.Tensor],
+    images: ImageArray,
+    dim: int,
+    device: str,
+    batch: int | None = None,
 ) -> np.ndarray:
     """Features (N, dim) float64 of images (N, C, H, W) uint8; `function` maps a block on `device` to (B, dim).
 
@@ -45,9 +49,13 @@ def resized(images: torch.Tensor, side: int, channels: int) -> torch.Tensor:
     Grey becomes colour by repetition, colour becomes grey by BT.601. Raises `DataError` for another number of channels.
     """
     if images.shape[1] not in (1, 3):
-        raise DataError(f"a feature extractor takes images of 1 or 3 channels, not {images.shape[1]}")
+        raise DataError(
+            f"a feature extractor takes images of 1 or 3 channels, not {images.shape[1]}"
+        )
     x = images.float()
     if channels == 1 and images.shape[1] == 3:
         x = (x * torch.tensor(LUMA, device=x.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    x = functional.interpolate(x, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+    x = functional.interpolate(
+        x, size=(side, side), mode="bilinear", align_corners=False, antialias=True
+    )
     return x.expand(-1, channels, -1, -1) if x.shape[1] < channels else x

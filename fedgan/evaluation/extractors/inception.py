@@ -33,7 +33,13 @@ class InceptionExtractor:
     is_fid = True
     feature_dim = 2048
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], path: Path, device: str = "cpu", batch: int | None = None) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        path: Path,
+        device: str = "cpu",
+        batch: int | None = None,
+    ) -> None:
         """`weights`: the state dict that was read from `path`. Raises `DataError` where it is another network's."""
         self.device, self.batch = device, batch
         self.network = _network(weights, path).to(device)
@@ -60,9 +66,17 @@ def _network(weights: Mapping[str, torch.Tensor], path: Path) -> nn.Module:
     head = weights.get("fc.weight")
     if head is None or head.shape[0] != CLASSES:
         found = "no classes" if head is None else f"{head.shape[0]} classes"
-        why = "the TensorFlow network of FID, which pools in another way" if found == "1008 classes" else "another network"
-        raise DataError(f"{path} holds an Inception-v3 with {found} instead of {CLASSES} ({why}): get {INCEPTION_SOURCE}")
+        why = (
+            "the TensorFlow network of FID, which pools in another way"
+            if found == "1008 classes"
+            else "another network"
+        )
+        raise DataError(
+            f"{path} holds an Inception-v3 with {found} instead of {CLASSES} ({why}): get {INCEPTION_SOURCE}"
+        )
     with torch.device("meta"):  # no weights are drawn: they come from the file
-        network = inception_v3(weights=None, init_weights=False, aux_logits=False, transform_input=False)
+        network = inception_v3(
+            weights=None, init_weights=False, aux_logits=False, transform_input=False
+        )
     network.fc = nn.Identity()
     return fill(network, weights, path, "Inception-v3")

@@ -15,7 +15,16 @@ from fedgan.errors import DataError
 from fedgan.evaluation.extractors.batches import in_batches, resized
 from fedgan.evaluation.extractors.weights import existing_file, weights_digest
 
-FIRES = {2: (16, 64), 3: (16, 64), 4: (32, 128), 5: (32, 128), 6: (48, 192), 7: (48, 192), 8: (64, 256), 9: (64, 256)}
+FIRES = {
+    2: (16, 64),
+    3: (16, 64),
+    4: (32, 128),
+    5: (32, 128),
+    6: (48, 192),
+    7: (48, 192),
+    8: (64, 256),
+    9: (64, 256),
+}
 BGR_MEAN = (104.0, 117.0, 123.0)
 SCALE = 100.0
 SIDE = 227
@@ -54,12 +63,20 @@ class SqueezeNetExtractor:
         x = self._pool(self._convolve(x, "conv1", stride=2))
         for fire in FIRES:
             x = self._convolve(x, f"fire{fire}.squeeze")
-            x = torch.cat([self._convolve(x, f"fire{fire}.expand1"), self._convolve(x, f"fire{fire}.expand3", padding=1)], 1)
+            x = torch.cat(
+                [
+                    self._convolve(x, f"fire{fire}.expand1"),
+                    self._convolve(x, f"fire{fire}.expand3", padding=1),
+                ],
+                1,
+            )
             if fire in (4, 8):
                 x = self._pool(x)
         return x.mean((2, 3)) / SCALE
 
-    def _convolve(self, x: torch.Tensor, name: str, stride: int = 1, padding: int = 0) -> torch.Tensor:
+    def _convolve(
+        self, x: torch.Tensor, name: str, stride: int = 1, padding: int = 0
+    ) -> torch.Tensor:
         weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
         return functional.conv2d(x, weight, bias, stride, padding).relu_()
 
@@ -95,6 +112,16 @@ def load_squeezenet(path: str | Path) -> dict[str, torch.Tensor]:
                 if array.shape != shape or not np.isfinite(array).all():
                     raise ValueError(f"'{name}' should be {shape} and finite")
                 weights[name] = torch.from_numpy(array)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is no SqueezeNet v1.0 weights file ({error}): copy it again, or use 'reference'") from None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise DataError(
+            f"{path} is no SqueezeNet v1.0 weights file ({error}): copy it again, or use 'reference'"
+        ) from None
     return weights

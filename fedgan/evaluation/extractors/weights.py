@@ -68,19 +68,34 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
                 "save the network's state_dict() with torch.save instead (evaluation.features)"
             ) from None
         raise _damaged(path, error) from None
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError, IndexError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        EOFError,
+        AttributeError,
+        TypeError,
+        IndexError,
+    ) as error:
         raise _damaged(path, error) from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     tensors = (
-        {str(name): value for name, value in content.items() if torch.is_tensor(value)} if isinstance(content, Mapping) else {}
+        {str(name): value for name, value in content.items() if torch.is_tensor(value)}
+        if isinstance(content, Mapping)
+        else {}
     )
     if not tensors:
-        raise DataError(f"{path} holds no state dict (names and tensors): save the network's state_dict() (evaluation.features)")
+        raise DataError(
+            f"{path} holds no state dict (names and tensors): save the network's state_dict() (evaluation.features)"
+        )
     return tensors
 
 
-def fill(network: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, what: str) -> nn.Module:
+def fill(
+    network: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, what: str
+) -> nn.Module:
     """Give a network that was built on torch's `meta` device its weights (float32), and make it ready for use.
 
     What the file holds beyond the network is left out. Raises `DataError` for a weight that is absent, of another shape
@@ -94,7 +109,9 @@ def fill(network: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, wh
             continue
         if value is None or value.shape != expected.shape or not torch.isfinite(value).all():
             shape = tuple(expected.shape)
-            raise DataError(f"{path} is no {what} weights file ('{name}' should be {shape} and finite): copy it again")
+            raise DataError(
+                f"{path} is no {what} weights file ('{name}' should be {shape} and finite): copy it again"
+            )
         state[name] = value.float()
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -106,7 +123,9 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
     for name, value in sorted(weights.items()):
         if not name.endswith(COUNTER):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(
+                value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
     return digest.hexdigest()
 
 
@@ -114,7 +133,11 @@ def _is_safetensors(path: Path) -> bool:
     """A length of eight bytes that fits into the file, then a JSON header."""
     with open(path, "rb") as stream:
         head = stream.read(9)
-    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size
+    return (
+        len(head) == 9
+        and head[8:] == b"{"
+        and int.from_bytes(head[:8], "little") <= path.stat().st_size
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -129,10 +152,16 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    with warnings.catch_warnings(action="ignore"):  # on protocols of files that are none of torch's: the error says enough
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # on protocols of files that are none of torch's: the error says enough
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-    return DataError(f"{path} is damaged or no weights file ({reason}): copy it again, or use 'reference' (evaluation.features)")
+    reason = (
+        str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+    )
+    return DataError(
+        f"{path} is damaged or no weights file ({reason}): copy it again, or use 'reference' (evaluation.features)"
+    )

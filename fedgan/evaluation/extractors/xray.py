@@ -32,7 +32,13 @@ class XrayExtractor:
     is_fid = False
     feature_dim = 1024
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], path: Path, device: str = "cpu", batch: int | None = None) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        path: Path,
+        device: str = "cpu",
+        batch: int | None = None,
+    ) -> None:
         """`weights`: the state dict that was read from `path`.
 
         Raises `MachineError` where the package is absent, and `DataError` where the weights are another network's.
@@ -52,7 +58,9 @@ class XrayExtractor:
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Features (B, 1024) of images (B, C, H, W) uint8, C = 1 or 3, on the extractor's device."""
         x = (resized(images, SIDE, 1) / 127.5 - 1.0) * 1024.0
-        features: torch.Tensor = self.network.features2(x.contiguous(memory_format=torch.channels_last))  # type: ignore[operator]
+        features: torch.Tensor = self.network.features2(
+            x.contiguous(memory_format=torch.channels_last)
+        )  # type: ignore[operator]
         return features
 
 
@@ -65,13 +73,17 @@ def _network(weights: Mapping[str, torch.Tensor], path: Path) -> nn.Module:
         )
     package = _torchxrayvision(path)
     with torch.device("meta"):
-        network: nn.Module = package.models.DenseNet(weights=None, in_channels=1, num_classes=head.shape[0])
+        network: nn.Module = package.models.DenseNet(
+            weights=None, in_channels=1, num_classes=head.shape[0]
+        )
     return fill(network, weights, path, "torchxrayvision DenseNet-121")
 
 
 def _torchxrayvision(path: Path) -> Any:
     try:
-        with warnings.catch_warnings():  # the package turns all warnings of the process off when it is imported
+        with (
+            warnings.catch_warnings()
+        ):  # the package turns all warnings of the process off when it is imported
             return importlib.import_module("torchxrayvision")
     except ImportError as error:
         raise MachineError(

@@ -14,8 +14,8 @@ from fedgan.config import Settings, to_dict
 from fedgan.data.splits import SPLITS
 from fedgan.errors import FedganError
 from fedgan.report.facts import all_drawn, content_hash, source_title
-from fedgan.report.format import number
-from fedgan.report.run_data import RunData, Tree, clean, load, tree, trees
+from fedgan.report.html.format import number
+from fedgan.report.run.data import RunData, Tree, clean, load, tree, trees
 from fedgan.run_folder import RunFolder
 
 HIDDEN = "(path not shown)"
@@ -30,7 +30,9 @@ _PATHS = re.compile(
     rf"(?:file://\S+|(?<![\w:/.])~?(?:/[^\s/,;)\"']+){{2,}}/?|\b[A-Za-z]:[\\/][^\s,;)\"']*|\\\\\w[^\s,;)\"']*){_REST}",
     re.IGNORECASE,
 )
-_FILES = re.compile(rf"(?<![\w/.:\\-])~?[/\\]?(?:[\w.+-]+[/\\])*[\w.+-]+\.(?:{_KINDS})\b(?![/\\]\w)", re.IGNORECASE)
+_FILES = re.compile(
+    rf"(?<![\w/.:\\-])~?[/\\]?(?:[\w.+-]+[/\\])*[\w.+-]+\.(?:{_KINDS})\b(?![/\\]\w)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class CardData:
         """`facts` with every path of this machine taken out, all the way down."""
         settings = self.data.settings
         roots = [str(self.run.path), settings.data.root, settings.evaluation.root, str(Path.home())]
-        return public(facts, tuple(root for root in roots if PurePath(root).is_absolute() and len(root) > 1))
+        return public(
+            facts, tuple(root for root in roots if PurePath(root).is_absolute() and len(root) > 1)
+        )
 
 
 def collect(run: RunFolder) -> CardData:
@@ -87,7 +91,9 @@ def collect(run: RunFolder) -> CardData:
         data = _within(run, data, load(RunFolder.at(above)))
     checkpoint: Tree = {}
     if run.look.is_file():
-        problems.append("This is a second look at another run: the model lies in that run, and its hash is not stated here.")
+        problems.append(
+            "This is a second look at another run: the model lies in that run, and its hash is not stated here."
+        )
     else:
         checkpoint = _checkpoint(run, problems)
     return CardData(run, data, checkpoint, tuple(problems), above is not None)
@@ -103,16 +109,23 @@ def comparison_of(path: Path) -> Path | None:
 def _within(run: RunFolder, data: RunData, whole: RunData) -> RunData:
     """A training of the comparison `whole`, with the hospitals whose images it learned from and no others."""
     settings = dataclasses.replace(data.settings, evaluation=whole.settings.evaluation)
-    environment, hospitals = data.environment or whole.environment, data.hospitals or whole.hospitals
+    environment, hospitals = (
+        data.environment or whole.environment,
+        data.hospitals or whole.hospitals,
+    )
     members = settings.federation.members
     alone = run.path.parent.name != "members" or data.evaluation.get("arm") == "local"
     if members and alone:
-        taught = [row for row in trees(environment.get("sources")) if row.get("hospital") in members]
+        taught = [
+            row for row in trees(environment.get("sources")) if row.get("hospital") in members
+        ]
         environment = environment | ({"sources": taught} if "sources" in environment else {})
         hospitals = tuple(row for row in hospitals if row.get("name") in members)
     elif not alone:  # it began with a federation's model, which learned from all of them
         hospitals = whole.hospitals or hospitals
-    return dataclasses.replace(data, settings=settings, environment=environment, hospitals=hospitals)
+    return dataclasses.replace(
+        data, settings=settings, environment=environment, hospitals=hospitals
+    )
 
 
 def _checkpoint(run: RunFolder, problems: list[str]) -> Tree:
@@ -127,13 +140,25 @@ def _checkpoint(run: RunFolder, problems: list[str]) -> Tree:
         with open(path, "rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except (FedganError, OSError, ValueError, RecursionError):
-        problems.append(f"{path.name} or its JSON could not be read: the model's hash is not known.")
+        problems.append(
+            f"{path.name} or its JSON could not be read: the model's hash is not known."
+        )
         return {}
     if meta.get("sha256") != digest:
         problems.append(f"{path.name} is damaged: its hash differs from that in its JSON.")
         return {}
-    kept = ("images_seen", "wall_seconds", "bytes_exchanged", "label_names", "exclusive", "channels", "resolution")
-    return {"round": newest, "file": path.name, "sha256": digest} | {key: meta.get(key) for key in kept}
+    kept = (
+        "images_seen",
+        "wall_seconds",
+        "bytes_exchanged",
+        "label_names",
+        "exclusive",
+        "channels",
+        "resolution",
+    )
+    return {"round": newest, "file": path.name, "sha256": digest} | {
+        key: meta.get(key) for key in kept
+    }
 
 
 # --- rows that several cards show ----------------------------------------------------------------
@@ -146,7 +171,9 @@ def hospital_rows(data: RunData) -> list[Tree]:
             "name": str(row.get("name", "unnamed")),
             "images": {split: _count(tree(row.get("images")).get(split)) for split in SPLITS},
             "patients": {split: _count(tree(row.get("patients")).get(split)) for split in SPLITS},
-            "train_classes": {label: _count(n) for label, n in tree(tree(row.get("counts")).get("train")).items()},
+            "train_classes": {
+                label: _count(n) for label, n in tree(tree(row.get("counts")).get("train")).items()
+            },
             "content_hash": content_hash(row),
         }
         for row in data.hospitals
@@ -165,7 +192,9 @@ def totals(rows: list[Tree]) -> Tree:
         "hospitals": len(rows) or None,
         "images": {split: total([row["images"][split] for row in rows]) for split in SPLITS},
         "patients": {split: total([row["patients"][split] for row in rows]) for split in SPLITS},
-        "train_classes": {label: total([row["train_classes"].get(label, 0) for row in rows]) for label in labels},
+        "train_classes": {
+            label: total([row["train_classes"].get(label, 0) for row in rows]) for label in labels
+        },
     }
 
 
@@ -204,7 +233,9 @@ def provenance(card: CardData) -> Tree:
     return {
         "seed": settings["seed"],
         "settings": settings,
-        "settings_changed": {key: value for key, value in changed.items() if key not in ("name", "description")},
+        "settings_changed": {
+            key: value for key, value in changed.items() if key not in ("name", "description")
+        },
         "evaluation_settings_of": "the comparison" if card.compared else "this run",
         "settings_sha256": hashlib.sha256(card.run.config.read_bytes()).hexdigest(),
         "experiment": environment.get("experiment"),

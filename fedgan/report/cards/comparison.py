@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from fedgan.errors import FedganError
-from fedgan.report import format as text
 from fedgan.report.cards.collect import CardData, collect
 from fedgan.report.cards.subjects import dataset_facts, model_facts
 from fedgan.report.cards.writing import write_both
-from fedgan.report.format import number
-from fedgan.report.run_data import Tree, clean, sentences, tree, trees
+from fedgan.report.html import format as text
+from fedgan.report.html.format import number
+from fedgan.report.run.data import Tree, clean, sentences, tree, trees
 from fedgan.run_folder import RunFolder
 
 
@@ -38,14 +38,20 @@ def write_comparison_cards(folder: Path) -> list[Path]:
         try:
             arm = _arm_data(collect(_place(whole, chosen)), chosen, card)
         except (FedganError, OSError):
-            problems.append(f"The run folder of {_name(chosen)} could not be read: the model is not known.")
+            problems.append(
+                f"The run folder of {_name(chosen)} could not be read: the model is not known."
+            )
     else:
         problems.append("No arm is finished: there is no model to describe.")
     # The comparison's folder has no rounds of its own: what it lacks as a run says nothing.
     card = dataclasses.replace(card, checkpoint=arm.checkpoint, problems=tuple(problems))
     if arm is not card:
-        arm = dataclasses.replace(arm, problems=(*problems, *(() if arm.data is card.data else arm.problems)))
-    model = model_facts(arm) | card.publish({"name": card.data.settings.name, "comparison": _comparison(found, chosen)})
+        arm = dataclasses.replace(
+            arm, problems=(*problems, *(() if arm.data is card.data else arm.problems))
+        )
+    model = model_facts(arm) | card.publish(
+        {"name": card.data.settings.name, "comparison": _comparison(found, chosen)}
+    )
     return write_both(whole.path / "cards", model, dataset_facts(card))
 
 
@@ -56,7 +62,8 @@ def _choose(arms: list[Tree]) -> Tree | None:
     if not federated:
         return None
     return min(
-        (arm for arm in federated if arm.get("name") == federated[0].get("name")), key=lambda arm: number(arm.get("seed")) or 0
+        (arm for arm in federated if arm.get("name") == federated[0].get("name")),
+        key=lambda arm: number(arm.get("seed")) or 0,
     )
 
 
@@ -88,9 +95,28 @@ def _comparison(found: Tree, chosen: Tree | None) -> Tree:
     """What comparison.json says of the arms, as it stands there, and the cells of the card's tables."""
     rows = trees(found.get("summary"))
     comparisons = trees(found.get("comparisons"))
-    failed = [f"{_name(arm)}: {arm.get('failure') or arm.get('status')}" for arm in trees(found.get("arms")) if not _done(arm)]
-    keys = ("arm", "name", "hospital", "seeds", "images_seen", "macro_auc", "macro_auc_ci", "frechet", "recall", "coverage")
-    which = "No model is described." if chosen is None else f"This card is about the generator of {_name(chosen)}."
+    failed = [
+        f"{_name(arm)}: {arm.get('failure') or arm.get('status')}"
+        for arm in trees(found.get("arms"))
+        if not _done(arm)
+    ]
+    keys = (
+        "arm",
+        "name",
+        "hospital",
+        "seeds",
+        "images_seen",
+        "macro_auc",
+        "macro_auc_ci",
+        "frechet",
+        "recall",
+        "coverage",
+    )
+    which = (
+        "No model is described."
+        if chosen is None
+        else f"This card is about the generator of {_name(chosen)}."
+    )
     return {
         "answer": found.get("answer"),
         "this_card": which,
@@ -105,7 +131,9 @@ def _comparison(found: Tree, chosen: Tree | None) -> Tree:
 def _line(row: Tree) -> list[Any]:
     seeds = row.get("seeds")
     ends = row.get("macro_auc_ci")
-    auc = text.decimal(row.get("macro_auc")) + (f" ({text.interval(ends)})" if text.bounds(ends) else "")
+    auc = text.decimal(row.get("macro_auc")) + (
+        f" ({text.interval(ends)})" if text.bounds(ends) else ""
+    )
     return [
         str(row.get("name") or row.get("arm")),
         ", ".join(map(str, seeds)) if isinstance(seeds, list) else seeds,

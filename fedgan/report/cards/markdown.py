@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedgan.report import format as text
+from fedgan.report.html import format as text
 
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
 _MARK = re.compile(r"^(#{1,6}|[+=-]+)(?=\s|$)")  # would begin a heading, a list or a rule
@@ -52,8 +52,15 @@ def code(value: Any) -> Markdown:
 def table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown:
     """A table; columns of numbers are set to the right."""
     cells = [[escape(cell) for cell in row] for row in rows]
-    numeric = [bool(cells) and all(_NUMERIC.match(row[column]) for row in cells) for column in range(len(titles))]
-    lines: list[Sequence[str]] = [[escape(title) for title in titles], ["---:" if right else "---" for right in numeric], *cells]
+    numeric = [
+        bool(cells) and all(_NUMERIC.match(row[column]) for row in cells)
+        for column in range(len(titles))
+    ]
+    lines: list[Sequence[str]] = [
+        [escape(title) for title in titles],
+        ["---:" if right else "---" for right in numeric],
+        *cells,
+    ]
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
@@ -64,13 +71,22 @@ def bullets(items: Sequence[Any]) -> Markdown:
 
 def rows(items: Sequence[dict[str, Any]], *keys: str) -> list[list[Any]]:
     """Cells of `items` by key; a list is joined with commas."""
-    return [[", ".join(map(str, value)) if isinstance(value := item.get(key), list) else value for key in keys] for item in items]
+    return [
+        [
+            ", ".join(map(str, value)) if isinstance(value := item.get(key), list) else value
+            for key in keys
+        ]
+        for item in items
+    ]
 
 
 def figure(item: dict[str, Any], key: str, digits: int = 3) -> Markdown:
     """A number with its interval where there is one: 0.912 (0.891–0.930)."""
     ends = item.get(f"{key}_ci")
-    return Markdown(text.decimal(item.get(key), digits) + (f" ({text.interval(ends, digits)})" if text.bounds(ends) else ""))
+    return Markdown(
+        text.decimal(item.get(key), digits)
+        + (f" ({text.interval(ends, digits)})" if text.bounds(ends) else "")
+    )
 
 
 def size_category(images: Any) -> Markdown:
@@ -83,7 +99,7 @@ def size_category(images: Any) -> Markdown:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("fedgan.report"),
+        loader=PackageLoader("fedgan.report.html"),
         autoescape=False,  # this is Markdown; `finalize` escapes instead
         finalize=escape,
         undefined=StrictUndefined,

@@ -6,10 +6,17 @@ from typing import Any
 
 from fedgan.config import Settings
 from fedgan.report.cards.collect import CardData
-from fedgan.report.privacy.findings import Audit, Figure
-from fedgan.report.privacy.guarantee import hospital_level, hospitals_spent, meaning, spent, statement, terms
-from fedgan.report.privacy.words import COMMAND, not_protected
-from fedgan.report.run_data import Tree, tree
+from fedgan.report.run.data import Tree, tree
+from fedgan.report.run.privacy.findings import Audit, Figure
+from fedgan.report.run.privacy.guarantee import (
+    hospital_level,
+    hospitals_spent,
+    meaning,
+    spent,
+    statement,
+    terms,
+)
+from fedgan.report.run.privacy.words import COMMAND, not_protected
 
 ATTACKS_NOT_RUN = (
     "Membership inference: no attack was run. Not measured.",
@@ -30,10 +37,13 @@ def privacy_facts(card: CardData, federated: bool, counts: bool = True) -> Tree:
     data = card.data
     audit, measured = Audit(data.audit), tree(data.evaluation.get("privacy"))
     apart = card.arm in ("centralized", "local", "coalition") and not federated
-    unknown = [] if measured else [*_not_attacked(audit), OTHER_ATTACKS, *(() if apart else (OF_TRAVEL,))]
+    unknown = (
+        [] if measured else [*_not_attacked(audit), OTHER_ATTACKS, *(() if apart else (OF_TRAVEL,))]
+    )
     if not federated and not apart:
         unknown.insert(
-            0, "How the model was trained (federated, on pooled images, or by one hospital alone), and so what travelled."
+            0,
+            "How the model was trained (federated, on pooled images, or by one hospital alone), and so what travelled.",
         )
     privacy = data.settings.privacy
     if not privacy.on:
@@ -61,20 +71,26 @@ def _known(card: CardData, federated: bool) -> list[str]:
             if settings.federation.secure
             else "The server saw each hospital's parameters as they are: there was no secure aggregation.",
         ]
-        if settings.model.institutions:
-            known.append("The networks tell hospitals apart: whoever has the generator can ask it for the images of one.")
+        if settings.model.hospitals:
+            known.append(
+                "The networks tell hospitals apart: whoever has the generator can ask it for the images of one."
+            )
         if "discriminator" in settings.federation.exchange:
             known.append("The discriminator, which is fitted to real images, travelled as well.")
         if card.arm == "finetuned":
             known.append("Each hospital then trained further alone, and nothing travelled.")
     elif card.arm == "centralized":
-        known = ["The images of all hospitals were pooled: they lay in one place for the training, and nothing was kept apart."]
+        known = [
+            "The images of all hospitals were pooled: they lay in one place for the training, and nothing was kept apart."
+        ]
     elif card.arm in ("local", "coalition"):
         known = ["Each hospital trained alone: nothing travelled during training."]
     else:
         known = []
     if card.data.evaluation:
-        known.append("The evaluation read real images of the hospitals, or of evaluation.root, in one place.")
+        known.append(
+            "The evaluation read real images of the hospitals, or of evaluation.root, in one place."
+        )
     if card.phantoms:
         known.append("The training images were drawn by a program: there is no patient to protect.")
     return known
@@ -84,7 +100,7 @@ def _told(settings: Settings) -> str:
     """What a hospital tells of its training beside parameters and counts of images (client/sent.py), in words."""
     counts = ", counts of images of each label" if settings.federation.share_label_counts else ""
     ledger = ", and epsilon with its delta, noise and sampling rate" if settings.privacy.on else ""
-    if settings.privacy.hospital != "none":
+    if settings.privacy.client_level != "none":
         return ledger
     return f", losses of the generator{ledger}" if settings.privacy.on else f"{counts}, and losses"
 
@@ -94,7 +110,9 @@ def _not_attacked(audit: Audit) -> list[str]:
     if not audit.there:
         return list(ATTACKS_NOT_RUN)
     if not audit.valid:
-        return ["Membership inference, and copies of training images: the audit that was run is not valid."]
+        return [
+            "Membership inference, and copies of training images: the audit that was run is not valid."
+        ]
     return []
 
 
@@ -125,7 +143,12 @@ def _guarantee(card: CardData) -> Tree:
 def _audit(audit: Audit) -> Tree:
     """The verdict and, of a valid audit, the worst figure of each measure beside that of held-out real images."""
     if not audit.there:
-        return {"there": False, "headline": f"No audit was run; the command for one: {COMMAND}.", "round": None, "figures": []}
+        return {
+            "there": False,
+            "headline": f"No audit was run; the command for one: {COMMAND}.",
+            "round": None,
+            "figures": [],
+        }
     worst: dict[str, Figure] = {}
     for figure in audit.figures if audit.valid else []:
         held = worst.get(figure.measure)

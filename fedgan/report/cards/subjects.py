@@ -8,20 +8,37 @@ from typing import Any
 from fedgan import __version__
 from fedgan.config import to_dict
 from fedgan.report.cards import words
-from fedgan.report.cards.collect import CardData, hospital_rows, licences, provenance, source_rows, totals
+from fedgan.report.cards.collect import (
+    CardData,
+    hospital_rows,
+    licences,
+    provenance,
+    source_rows,
+    totals,
+)
 from fedgan.report.cards.figures import FEW_IMAGES, data_limits, figures, limits, without_small
 from fedgan.report.cards.privacy import privacy_facts
-from fedgan.report.format import number, plural
-from fedgan.report.run_data import Tree, tree
+from fedgan.report.html.format import number, plural
+from fedgan.report.run.data import Tree, tree
 
-FEDERATED = ("federated", "finetuned", "coalition")  # arms in which something travels from hospital to server
+FEDERATED = (
+    "federated",
+    "finetuned",
+    "coalition",
+)  # arms in which something travels from hospital to server
 
 
 def model_facts(card: CardData) -> Tree:
     """The model card as JSON (Mitchell et al. 2019): details, use, training, metrics, limits, privacy, blanks."""
     data, hospitals, sources = card.data, hospital_rows(card.data), source_rows(card.data)
     metrics = figures(data.evaluation)
-    open_fields = [words.CONTACT, words.MODEL_LICENCE, words.CITATION, words.VALIDATION, words.MAINTENANCE]
+    open_fields = [
+        words.CONTACT,
+        words.MODEL_LICENCE,
+        words.CITATION,
+        words.VALIDATION,
+        words.MAINTENANCE,
+    ]
     return card.publish(
         {
             "format": "fedgan-model-card-1",
@@ -29,7 +46,12 @@ def model_facts(card: CardData) -> Tree:
             "description": data.settings.description,
             "details": _details(card),
             "training": _training(card),
-            "data": {"hospitals": hospitals, "totals": totals(hospitals), "sources": sources, "licences": licences(sources)},
+            "data": {
+                "hospitals": hospitals,
+                "totals": totals(hospitals),
+                "sources": sources,
+                "licences": licences(sources),
+            },
             "intended_use": list(words.INTENDED),
             "out_of_scope_use": list(words.OUT_OF_SCOPE),
             "metrics": metrics,
@@ -64,7 +86,9 @@ def dataset_facts(card: CardData) -> Tree:
             "without_licence": [row["hospital"] for row in sources if row["licence"] is None],
             "partition": settings.data.partition,
             "label_map": settings.data.label_map,
-            "out_of_scope_use": ["Anything that the hospitals' approvals and the licences of the sources do not allow."],
+            "out_of_scope_use": [
+                "Anything that the hospitals' approvals and the licences of the sources do not allow."
+            ],
             "limits": [*_phantom_limits(card), *data_limits(hospitals)],
             "blanks": [*words.blanks(open_fields), *_source_blanks(sources)],
             "problems": list(card.problems),
@@ -85,14 +109,17 @@ class Release:
     psi: float
     meta: Tree  # of the checkpoint that drew it
     created: str | None = None
-    quarantine: Tree | None = None  # what the release filter did, where it was on
+    release_filter: Tree | None = None  # what the release filter did, where it was on
 
 
 def release_facts(card: CardData, release: Release) -> Tree:
     """The card of a released synthetic set as JSON. No time, path or machine enters it: the same draw gives the same card."""
     data, rows, metrics = card.data, hospital_rows(card.data), figures(card.data.evaluation)
     # Handed on with the images: no count so small that it may tell of a person, and no hash of a hospital's images.
-    sources = [{key: row[key] for key in ("hospital", "source", "licence")} for row in source_rows(card.data)]
+    sources = [
+        {key: row[key] for key in ("hospital", "source", "licence")}
+        for row in source_rows(card.data)
+    ]
     open_fields = [
         words.RELEASE_LICENCE,
         words.RELEASE_CONTACT,
@@ -117,7 +144,7 @@ def release_facts(card: CardData, release: Release) -> Tree:
             "resolution": meta["resolution"],
             "channels": meta["channels"],
             "created": release.created,
-            "quarantine": release.quarantine,
+            "release_filter": release.release_filter,
             "generator": {
                 "checkpoint_sha256": meta["sha256"],
                 "round": meta.get("round"),
@@ -130,7 +157,10 @@ def release_facts(card: CardData, release: Release) -> Tree:
             "sources": sources,
             "licences": licences(sources),
             "without_licence": [row["hospital"] for row in sources if row["licence"] is None],
-            "totals": {"hospitals": whole["hospitals"], "images": {"train": whole["images"]["train"]}},
+            "totals": {
+                "hospitals": whole["hospitals"],
+                "images": {"train": whole["images"]["train"]},
+            },
             "intended_use": list(words.INTENDED),
             "out_of_scope_use": list(words.OUT_OF_SCOPE),
             "metrics": without_small(metrics),
@@ -142,7 +172,10 @@ def release_facts(card: CardData, release: Release) -> Tree:
                 *data_limits(rows, counts=False),
             ],
             "privacy": privacy_facts(card, _is_federated(card), counts=False),
-            "blanks": words.blanks([*open_fields, *(() if release.created else (words.RELEASE_DATE,))]) + _source_blanks(sources),
+            "blanks": words.blanks(
+                [*open_fields, *(() if release.created else (words.RELEASE_DATE,))]
+            )
+            + _source_blanks(sources),
             "problems": list(card.data.problems),
             "counts_withheld_below": FEW_IMAGES,
         }
@@ -170,7 +203,9 @@ def _details(card: CardData) -> Tree:
 
 def _is_federated(card: CardData) -> bool:
     """Whether parameters are known to have travelled; a coalition of one hospital trains at home."""
-    return card.arm in FEDERATED and not (card.arm == "coalition" and len(card.data.settings.federation.members) == 1)
+    return card.arm in FEDERATED and not (
+        card.arm == "coalition" and len(card.data.settings.federation.members) == 1
+    )
 
 
 def _training(card: CardData) -> Tree:
@@ -190,7 +225,9 @@ def _training(card: CardData) -> Tree:
         "wall_seconds": _known(card, "wall_seconds"),
         "bytes_exchanged": _known(card, "bytes_exchanged"),
         "members": data.hospital_names if card.is_member else list(federation.members),
-        "note": words.OF_A_MEMBER[card.arm] if card.is_member and card.arm in words.OF_A_MEMBER else None,
+        "note": words.OF_A_MEMBER[card.arm]
+        if card.is_member and card.arm in words.OF_A_MEMBER
+        else None,
     }
 
 
@@ -203,11 +240,17 @@ def _known(card: CardData, key: str) -> float | None:
 def _run_limits(card: CardData) -> list[str]:
     settings, found = card.data.settings, _phantom_limits(card)
     side = card.checkpoint.get("resolution") or settings.data.resolution
-    found.append(f"Images have {side}×{side} pixels: a finding smaller than a pixel of that grid is not shown.")
-    found.append("The figures are of one training with one seed: they do not say how much another seed would change them.")
+    found.append(
+        f"Images have {side}×{side} pixels: a finding smaller than a pixel of that grid is not shown."
+    )
+    found.append(
+        "The figures are of one training with one seed: they do not say how much another seed would change them."
+    )
     done = card.checkpoint.get("round")
     if done is not None and done < settings.federation.rounds and not card.is_member:
-        found.append(f"The training is not finished: {done} of {settings.federation.rounds} rounds.")
+        found.append(
+            f"The training is not finished: {done} of {settings.federation.rounds} rounds."
+        )
     measured = number(card.data.evaluation.get("round"))
     if done is not None and measured is not None and measured != done:
         found.append(f"The figures are of round {measured:g}, the model is that of round {done}.")
@@ -217,12 +260,20 @@ def _run_limits(card: CardData) -> list[str]:
 def _phantom_limits(card: CardData) -> list[str]:
     if not card.phantoms:
         return []
-    return ["The training images are phantoms, drawn by a program: the figures say nothing of real patients."]
+    return [
+        "The training images are phantoms, drawn by a program: the figures say nothing of real patients."
+    ]
 
 
 def _absent_classes(release: Release) -> list[str]:
     absent = [label for label, count in release.counts.items() if count == 0]
-    return [f"No image of {', '.join(absent)} is in this set: the label mix that was asked for has none."] if absent else []
+    return (
+        [
+            f"No image of {', '.join(absent)} is in this set: the label mix that was asked for has none."
+        ]
+        if absent
+        else []
+    )
 
 
 def _measured_on(card: CardData, release: Release) -> str:
@@ -237,14 +288,24 @@ def _measured_on(card: CardData, release: Release) -> str:
     if psi is not None and psi != release.psi:
         parts.append(f"psi was {psi:g} there and is {release.psi:g} here")
     if turn is not None and turn != number(meta.get("round")):
-        parts.append(f"the generator was that of round {turn:g} there and is that of round {meta.get('round')} here")
+        parts.append(
+            f"the generator was that of round {turn:g} there and is that of round {meta.get('round')} here"
+        )
     return "; ".join([*parts, "the label mix may differ"]) + "."
 
 
 def _source_blanks(sources: list[Tree]) -> list[dict[str, Any]]:
     """Blanks for what environment.json does not say of the sources."""
     if not sources:
-        return words.blanks([("sources and licences", words.HOSPITAL, "where its images come from, and under which licence")])
+        return words.blanks(
+            [
+                (
+                    "sources and licences",
+                    words.HOSPITAL,
+                    "where its images come from, and under which licence",
+                )
+            ]
+        )
     return words.blanks(
         [
             (f"licence of {row['hospital']}", row["hospital"], "the licence of its images")

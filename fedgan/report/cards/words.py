@@ -35,9 +35,17 @@ OF_A_MEMBER = {  # what the counts of one hospital's own training within an arm 
 
 # field, who fills it, what it says
 Blank = tuple[str, str, str]
-COORDINATOR, HOSPITAL, RELEASER = "the coordinating institution", "each hospital", "the releasing institution"
+COORDINATOR, HOSPITAL, RELEASER = (
+    "the coordinating institution",
+    "each hospital",
+    "the releasing institution",
+)
 
-CONTACT: Blank = ("contact", COORDINATOR, "a person and an address for questions, corrections and incidents")
+CONTACT: Blank = (
+    "contact",
+    COORDINATOR,
+    "a person and an address for questions, corrections and incidents",
+)
 MODEL_LICENCE: Blank = (
     "licence of the model",
     COORDINATOR,
@@ -49,21 +57,57 @@ VALIDATION: Blank = (
     COORDINATOR,
     "whether radiologists or other specialists looked at the images, and what they found",
 )
-MAINTENANCE: Blank = ("maintenance", COORDINATOR, "who corrects errors, for how long, and how a withdrawal of consent is handled")
-ETHICS: Blank = ("ethics approval", HOSPITAL, "the board, the number and the date of the approval, or why none was needed")
-CONSENT: Blank = ("consent or legal basis", HOSPITAL, "the consent or the legal basis on which the images were used")
+MAINTENANCE: Blank = (
+    "maintenance",
+    COORDINATOR,
+    "who corrects errors, for how long, and how a withdrawal of consent is handled",
+)
+ETHICS: Blank = (
+    "ethics approval",
+    HOSPITAL,
+    "the board, the number and the date of the approval, or why none was needed",
+)
+CONSENT: Blank = (
+    "consent or legal basis",
+    HOSPITAL,
+    "the consent or the legal basis on which the images were used",
+)
 ACQUISITION: Blank = ("acquisition", HOSPITAL, "devices, protocols and years of the images")
-POPULATION: Blank = ("population", HOSPITAL, "age, sex, ethnicity and setting of the patients, and who is under-represented")
-LABELLING: Blank = ("labelling", HOSPITAL, "who gave the labels, from what, and with what agreement")
-DEIDENTIFICATION: Blank = ("de-identification", HOSPITAL, "how the images were de-identified, and who checked it")
+POPULATION: Blank = (
+    "population",
+    HOSPITAL,
+    "age, sex, ethnicity and setting of the patients, and who is under-represented",
+)
+LABELLING: Blank = (
+    "labelling",
+    HOSPITAL,
+    "who gave the labels, from what, and with what agreement",
+)
+DEIDENTIFICATION: Blank = (
+    "de-identification",
+    HOSPITAL,
+    "how the images were de-identified, and who checked it",
+)
 RELEASE_LICENCE: Blank = (
     "licence of this set",
     RELEASER,
     "the licence under which the synthetic images are handed on; the licences of the sources are listed and may bind it",
 )
-RELEASE_CONTACT: Blank = ("contact", RELEASER, "a person and an address for questions, corrections and incidents")
-RELEASE_APPROVAL: Blank = ("approval of the release", RELEASER, "who approved the release, on which evidence of privacy")
-RELEASE_MAINTENANCE: Blank = ("maintenance", RELEASER, "who corrects errors, for how long, and how a set is recalled")
+RELEASE_CONTACT: Blank = (
+    "contact",
+    RELEASER,
+    "a person and an address for questions, corrections and incidents",
+)
+RELEASE_APPROVAL: Blank = (
+    "approval of the release",
+    RELEASER,
+    "who approved the release, on which evidence of privacy",
+)
+RELEASE_MAINTENANCE: Blank = (
+    "maintenance",
+    RELEASER,
+    "who corrects errors, for how long, and how a set is recalled",
+)
 RELEASE_DATE: Blank = ("date", RELEASER, "the date of the release")
 OF_PATIENTS = (ETHICS, CONSENT, ACQUISITION, POPULATION, LABELLING, DEIDENTIFICATION)
 
@@ -71,6 +115,11 @@ OF_PATIENTS = (ETHICS, CONSENT, ACQUISITION, POPULATION, LABELLING, DEIDENTIFICA
 def blanks(fields: Sequence[Blank]) -> list[dict[str, Any]]:
     """Blanks as rows {field, who, sentence, value: None}; the sentence says who has to fill what."""
     return [
-        {"field": name, "who": who, "sentence": f"Not known to this card. To be filled by {who}: {what}.", "value": None}
+        {
+            "field": name,
+            "who": who,
+            "sentence": f"Not known to this card. To be filled by {who}: {what}.",
+            "value": None,
+        }
         for name, who, what in fields
     ]

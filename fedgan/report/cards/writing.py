@@ -8,7 +8,7 @@ from fedgan import files
 from fedgan.report.cards.collect import collect
 from fedgan.report.cards.markdown import render
 from fedgan.report.cards.subjects import dataset_facts, model_facts
-from fedgan.report.run_data import Tree
+from fedgan.report.run.data import Tree
 from fedgan.run_folder import RunFolder
 
 
@@ -26,7 +26,10 @@ def write_both(folder: Path, model: Tree, dataset: Tree) -> list[Path]:
     """Write the two cards into `folder`, each as Markdown and as JSON, atomically; their paths."""
     return [
         path
-        for name, template, facts in (("model_card", "card_model.md.j2", model), ("dataset_card", "card_dataset.md.j2", dataset))
+        for name, template, facts in (
+            ("model_card", "card_model.md.j2", model),
+            ("dataset_card", "card_dataset.md.j2", dataset),
+        )
         for path in write_card(folder, name, template, facts)
     ]
 

@@ -4,35 +4,39 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from fedgan.report import format as text
-from fedgan.report.charts import Dot, Row, legend
 from fedgan.report.comparison.data import Comparison
 from fedgan.report.comparison.parts import auc_domain, chance, chart_figure
 from fedgan.report.facts import leaves
-from fedgan.report.format import DASH, bounds, number
-from fedgan.report.run_data import Tree, tree, trees
-from fedgan.report.tables import Column, table
-from fedgan.report.templating import render
+from fedgan.report.html import format as text
+from fedgan.report.html.charts import Dot, Row, legend
+from fedgan.report.html.format import DASH, bounds, number
+from fedgan.report.html.tables import Column, table
+from fedgan.report.html.templating import render
+from fedgan.report.run.data import Tree, tree, trees
 
 QUESTION = "What does each thing that differential privacy imposes cost, and is it the noise that costs most?"
 INFINITE, UNKNOWN = "∞", "not known"
 OPEN, CLIPPED, NOISY = "a1", "a3", "a2"  # styles of what has no privacy, clipping alone, and noise
-KINDS = ((OPEN, "without privacy"), (CLIPPED, "clipping alone, ε = ∞"), (NOISY, "with noise, ε as named"))
+KINDS = (
+    (OPEN, "without privacy"),
+    (CLIPPED, "clipping alone, ε = ∞"),
+    (NOISY, "with noise, ε as named"),
+)
 
 
-def epsilon(rung: Tree) -> str:
+def epsilon(variant: Tree) -> str:
     """ε as text: a dash without privacy."""
-    if rung.get("private") is not True:
+    if variant.get("private") is not True:
         return DASH
-    if rung.get("unknown") is True:
+    if variant.get("unknown") is True:
         return UNKNOWN
-    value = number(rung.get("epsilon"))
+    value = number(variant.get("epsilon"))
     return INFINITE if value is None else text.significant(value, 3)
 
 
 def chart(comparison: Comparison) -> Markup:
     """Macro AUC by rung, with its interval, its seeds and its ε."""
-    rows = [_row(comparison, rung) for rung in comparison.rungs]
+    rows = [_row(comparison, variant) for variant in comparison.variants]
     real = comparison.real.value
     references = chance(rows) + ([("real images", real)] if real is not None else [])
     return chart_figure(
@@ -47,7 +51,7 @@ def chart(comparison: Comparison) -> Markup:
 
 def marks(comparison: Comparison) -> Markup:
     """The legend of `chart`: the kinds of privacy that occur."""
-    found = {_style(rung) for rung in comparison.rungs}
+    found = {_style(variant) for variant in comparison.variants}
     kinds = [(words, style) for style, words in KINDS if style in found]
     return legend([*kinds, ("one generator's seed", "single main")], "dot")
 
@@ -70,10 +74,16 @@ def ladder(comparison: Comparison) -> Markup:
         Column("Recall"),
         Column("Coverage"),
         Column("Images seen"),
-        Column("Public images", title="Shown by the training on public phantoms that it begins from"),
+        Column(
+            "Public images", title="Shown by the training on public phantoms that it begins from"
+        ),
         Column("Wall time"),
     ]
-    troubles = [f"{entry.label} {entry.trouble}." for entry in comparison.arms if entry.trouble]
+    troubles = [
+        f"{entry.label} {entry.failure_reason}."
+        for entry in comparison.arms
+        if entry.failure_reason
+    ]
     more = " ".join(
         [
             "Macro AUC: mean over classes, of classifiers trained on the rung's images alone and tested on the same real ones.",
@@ -83,15 +93,22 @@ def ladder(comparison: Comparison) -> Markup:
             *troubles,
         ]
     )
-    return table("The ladder", columns, [_cells(rung) for rung in comparison.rungs], "ablation", strong=1, more=more)
+    return table(
+        "The ladder",
+        columns,
+        [_cells(variant) for variant in comparison.variants],
+        "ablation",
+        strong=1,
+        more=more,
+    )
 
 
 def privacy(comparison: Comparison) -> Markup:
     """How to read the ladder, and ε of each hospital."""
     rows = [
-        [_name(rung), str(place.get("name", "unnamed")), *_spent(place)]
-        for rung in comparison.rungs
-        for place in trees(rung.get("hospitals"))
+        [_name(variant), str(place.get("name", "unnamed")), *_spent(place)]
+        for variant in comparison.variants
+        for place in trees(variant.get("hospitals"))
     ]
     columns = [
         Column("Rung", numeric=False),
@@ -106,48 +123,60 @@ def privacy(comparison: Comparison) -> Markup:
             title="Of all private trainings in the hospital's ledger when this was written",
         ),
     ]
-    found = table("ε of each hospital, the largest over seeds", columns, rows, "ablation-privacy") if rows else Markup("")
+    found = (
+        table("ε of each hospital, the largest over seeds", columns, rows, "ablation-privacy")
+        if rows
+        else Markup("")
+    )
     return render("comparison_ablation.html.j2", table=found)
 
 
-def _name(rung: Tree) -> str:
-    return str(rung.get("name") or "unnamed")
+def _name(variant: Tree) -> str:
+    return str(variant.get("name") or "unnamed")
 
 
-def _style(rung: Tree) -> str:
-    if rung.get("private") is not True:
+def _style(variant: Tree) -> str:
+    if variant.get("private") is not True:
         return OPEN
-    return CLIPPED if number(rung.get("epsilon")) is None else NOISY
+    return CLIPPED if number(variant.get("epsilon")) is None else NOISY
 
 
-def _row(comparison: Comparison, rung: Tree) -> Row:
-    bound = epsilon(rung)
-    label = _name(rung) if bound == DASH else f"{_name(rung)} · ε {bound}"
-    value, seeds = number(rung.get("macro_auc")), rung.get("macro_auc_seeds")
+def _row(comparison: Comparison, variant: Tree) -> Row:
+    bound = epsilon(variant)
+    label = _name(variant) if bound == DASH else f"{_name(variant)} · ε {bound}"
+    value, seeds = number(variant.get("macro_auc")), variant.get("macro_auc_seeds")
     if value is None:
         return Row(label, note="no figures: see below")
-    singles = [n for one in (seeds if isinstance(seeds, list) else []) if (n := number(one)) is not None]
-    return Row(label, [Dot("macro AUC", value, bounds(rung.get("macro_auc_ci")), _style(rung), singles)])
+    singles = [
+        n for one in (seeds if isinstance(seeds, list) else []) if (n := number(one)) is not None
+    ]
+    return Row(
+        label,
+        [Dot("macro AUC", value, bounds(variant.get("macro_auc_ci")), _style(variant), singles)],
+    )
 
 
-def _cells(rung: Tree) -> list[str]:
-    step, foot = tree(rung.get("step")), tree(rung.get("from_foot"))
+def _cells(variant: Tree) -> list[str]:
+    step, baseline = tree(variant.get("step")), tree(variant.get("from_baseline"))
     return [
-        _name(rung),
-        str(rung.get("parent") or DASH),
-        "; ".join(f"{key} = {words}" for key, words in leaves(tree(rung.get("changes")))) or DASH,
-        epsilon(rung),
-        text.decimal(rung.get("macro_auc")),
-        text.interval(rung.get("macro_auc_ci")),
+        _name(variant),
+        str(variant.get("parent") or DASH),
+        "; ".join(f"{key} = {words}" for key, words in leaves(tree(variant.get("changes"))))
+        or DASH,
+        epsilon(variant),
+        text.decimal(variant.get("macro_auc")),
+        text.interval(variant.get("macro_auc_ci")),
         text.signed(step.get("difference")),
         text.spread(step.get("ci")),
-        text.signed(foot.get("difference")),
-        text.spread(foot.get("ci")),
-        text.significant(rung.get("frechet")),
-        *(text.decimal(rung.get(key)) for key in ("precision", "recall", "coverage")),
-        text.whole(rung.get("images_seen")),
-        "none" if number(rung.get("public_images")) is None else text.whole(rung.get("public_images")),
-        text.duration(rung.get("wall_seconds")),
+        text.signed(baseline.get("difference")),
+        text.spread(baseline.get("ci")),
+        text.significant(variant.get("frechet")),
+        *(text.decimal(variant.get(key)) for key in ("precision", "recall", "coverage")),
+        text.whole(variant.get("images_seen")),
+        "none"
+        if number(variant.get("public_images")) is None
+        else text.whole(variant.get("public_images")),
+        text.duration(variant.get("wall_seconds")),
     ]
 
 

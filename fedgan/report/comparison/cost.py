@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from fedgan.report import format as text
+from fedgan.report.comparison.communication_cost import communication_cost
 from fedgan.report.comparison.data import ArmRun, Comparison
-from fedgan.report.comparison.parts import run_label, trouble_note
-from fedgan.report.comparison.price import price
+from fedgan.report.comparison.parts import failure_note, run_label
 from fedgan.report.comparison.section import Section
 from fedgan.report.facts import leaves
-from fedgan.report.format import DASH, number
-from fedgan.report.run_data import dig, tree
-from fedgan.report.tables import Column, table
-from fedgan.report.templating import absent, render
+from fedgan.report.html import format as text
+from fedgan.report.html.format import DASH, number
+from fedgan.report.html.tables import Column, table
+from fedgan.report.html.templating import absent, render
+from fedgan.report.run.data import dig, tree
 
 
 def _render(comparison: Comparison) -> Markup:
@@ -25,25 +25,44 @@ def _render(comparison: Comparison) -> Markup:
     threshold = number(comparison.content.get("frechet_threshold"))
     columns = [
         Column("Arm", numeric=False),
-        Column("Images seen", title="Real images shown to the discriminators, summed over hospitals"),
+        Column(
+            "Images seen", title="Real images shown to the discriminators, summed over hospitals"
+        ),
         Column("Wall time"),
         Column("Core time"),
         Column("Bytes exchanged", title="Both ways, all hospitals"),
         Column("Peak memory"),
         Column("Rounds"),
-        Column("kimg to the distance", title="Thousand images until the Fréchet distance was reached"),
+        Column(
+            "kimg to the distance", title="Thousand images until the Fréchet distance was reached"
+        ),
     ]
-    unreached = [run.label for run in runs if run.status == "done" and number(_cost(run).get("kimg_to_frechet")) is None]
+    unreached = [
+        run.label
+        for run in runs
+        if run.status == "done" and number(_cost(run).get("kimg_to_frechet")) is None
+    ]
     budgets = sorted(
-        {n for run in comparison.arm_runs if not run.trouble and (n := number(run.content.get("images_seen"))) is not None}
+        {
+            n
+            for run in comparison.arm_runs
+            if not run.failure_reason and (n := number(run.content.get("images_seen"))) is not None
+        }
     )
     return render(
         "comparison_cost.html.j2",
-        table=table("Cost of each training", columns, [_cells(run) for run in runs], "cost", more=trouble_note(runs)),
+        table=table(
+            "Cost of each training",
+            columns,
+            [_cells(run) for run in runs],
+            "cost",
+            more=failure_note(runs),
+        ),
         how=_how(runs),
-        price=price(comparison),
+        communication_cost=communication_cost(comparison),
         threshold=text.significant(threshold) if threshold is not None else None,
-        worst=number(dig(comparison.content, "provenance", "settings", "comparison", "frechet")) == 0,
+        worst=number(dig(comparison.content, "provenance", "settings", "comparison", "frechet"))
+        == 0,
         unreached=unreached,
         budgets=[text.whole(n) for n in budgets],
         images=_images(comparison),
@@ -54,7 +73,11 @@ def _render(comparison: Comparison) -> Markup:
 def _how(runs: Sequence[ArmRun]) -> str:
     """What the times and the memory are of."""
     threads = sorted({n for run in runs if (n := number(_cost(run).get("threads"))) is not None})
-    words = f"Each hospital's training had {' or '.join(text.whole(n) for n in threads)} processor threads. " if threads else ""
+    words = (
+        f"Each hospital's training had {' or '.join(text.whole(n) for n in threads)} processor threads. "
+        if threads
+        else ""
+    )
     words = words.replace(" 1 processor threads", " 1 processor thread")
     return (
         f"{words}Core time: processor time of the hospitals' training, without server and transport. Wall time: of an arm with a "
@@ -74,7 +97,9 @@ def _cells(run: ArmRun) -> list[str]:
         text.whole(run.content.get("images_seen")),
         text.duration(cost.get("wall_seconds")),
         text.duration(cost.get("core_seconds")),
-        "none" if number(cost.get("bytes_exchanged")) == 0 else text.size(cost.get("bytes_exchanged")),
+        "none"
+        if number(cost.get("bytes_exchanged")) == 0
+        else text.size(cost.get("bytes_exchanged")),
         text.size(cost.get("peak_memory_bytes")),
         text.whole(cost.get("rounds")),
         text.decimal(cost.get("kimg_to_frechet"), 1),
@@ -83,11 +108,18 @@ def _cells(run: ArmRun) -> list[str]:
 
 def _images(comparison: Comparison) -> Markup:
     """How the images seen divide over the hospitals, a row a training."""
-    names = list(dict.fromkeys(name for run in comparison.runs for name in tree(run.content.get("hospital_images"))))
+    names = list(
+        dict.fromkeys(
+            name for run in comparison.runs for name in tree(run.content.get("hospital_images"))
+        )
+    )
     if not names:
         return absent("How the images seen divide over the hospitals is not known.")
     rows = [
-        [run_label(run), *(text.whole(tree(run.content.get("hospital_images")).get(name)) for name in names)]
+        [
+            run_label(run),
+            *(text.whole(tree(run.content.get("hospital_images")).get(name)) for name in names),
+        ]
         for run in comparison.runs
     ]
     return table(
@@ -107,7 +139,11 @@ def _overrides(run: ArmRun) -> str:
     value = run.content.get("overrides")
     if isinstance(value, list):
         return "; ".join(str(item) for item in value)
-    return "; ".join(f"{key} = {words}" for key, words in leaves(value) if words != DASH) if value else ""
+    return (
+        "; ".join(f"{key} = {words}" for key, words in leaves(value) if words != DASH)
+        if value
+        else ""
+    )
 
 
 SECTION = Section("cost", "Cost", "Cost", _render)

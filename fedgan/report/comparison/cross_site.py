@@ -7,14 +7,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fedgan.report import format as text
 from fedgan.report.comparison.data import Comparison
 from fedgan.report.comparison.parts import NO_INTERVAL, entry_label
 from fedgan.report.comparison.section import Section
-from fedgan.report.format import bounds, number
-from fedgan.report.run_data import tree
-from fedgan.report.tables import csv_link
-from fedgan.report.templating import absent, render
+from fedgan.report.html import format as text
+from fedgan.report.html.format import bounds, number
+from fedgan.report.html.tables import csv_link
+from fedgan.report.html.templating import absent, render
+from fedgan.report.run.data import tree
 
 STEPS = (0.5, 0.6, 0.7, 0.8, 0.9)  # AUC at which the next shade begins
 SHADES = ("below 0.5", "0.5 to 0.6", "0.6 to 0.7", "0.7 to 0.8", "0.8 to 0.9", "0.9 and above")
@@ -42,10 +42,14 @@ def _render(comparison: Comparison) -> Markup:
     heads = [labels.get(name, name) for name in rows]
     # An arm that failed may have no row in the matrix: here it has one, of dashes.
     for entry in comparison.entries:
-        if entry.name not in rows and (entry.trouble or not entry.is_alone):
+        if entry.name not in rows and (entry.failure_reason or not entry.is_alone):
             heads.append(entry_label(entry))
             cells.append([Cell(text.DASH, "", None, False) for _ in columns])
-    troubles = [f"{entry.label} {entry.trouble}." for entry in comparison.entries if entry.trouble]
+    troubles = [
+        f"{entry.label} {entry.failure_reason}."
+        for entry in comparison.entries
+        if entry.failure_reason
+    ]
     return render(
         "comparison_matrix.html.j2",
         columns=[(name, comparison.test_images(name)) for name in columns],
@@ -74,7 +78,12 @@ def _at(value: Any, i: int, j: int) -> Any:
 def _cell(matrix: dict[str, Any], i: int, j: int) -> Cell:
     value, ends = number(_at(matrix.get("macro_auc"), i, j)), bounds(_at(matrix.get("ci"), i, j))
     shade = None if value is None else sum(value >= step for step in STEPS)
-    return Cell(text.decimal(value), text.interval(ends) if ends else "", shade, _at(matrix.get("own"), i, j) is True)
+    return Cell(
+        text.decimal(value),
+        text.interval(ends) if ends else "",
+        shade,
+        _at(matrix.get("own"), i, j) is True,
+    )
 
 
 def _link(columns: list[str], heads: list[str], cells: list[list[Cell]]) -> Markup:

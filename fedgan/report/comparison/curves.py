@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 from markupsafe import Markup
 
-from fedgan.report import format as text
-from fedgan.report.charts import Line, legend, line_chart
 from fedgan.report.comparison.data import FINETUNED, ArmRun, Comparison
 from fedgan.report.comparison.parts import arm_legend
 from fedgan.report.comparison.section import Section
-from fedgan.report.format import number, short
-from fedgan.report.run_data import trees
-from fedgan.report.sections.curves import CURVES
-from fedgan.report.tables import Column, table
-from fedgan.report.templating import absent, render
+from fedgan.report.html import format as text
+from fedgan.report.html.charts import Line, legend, line_chart
+from fedgan.report.html.format import number, short
+from fedgan.report.html.tables import Column, table
+from fedgan.report.html.templating import absent, render
+from fedgan.report.run.curves import CURVES
+from fedgan.report.run.data import trees
 
 LOSSES = CURVES[:4]  # what comparison.json keeps of each round
 
@@ -37,7 +37,12 @@ def _render(comparison: Comparison) -> Markup:
     losses = [
         drawn
         for key, title, desc in LOSSES
-        if (drawn := _figure(comparison, key, title, desc, lambda run: run.content.get("losses"), [])) is not None
+        if (
+            drawn := _figure(
+                comparison, key, title, desc, lambda run: run.content.get("losses"), []
+            )
+        )
+        is not None
     ]
     unmeasured = [run.label for run in runs if not points(run.content.get("curve"), "frechet")]
     return render(
@@ -66,14 +71,21 @@ def _figure(
     rows: Callable[[ArmRun], object],
     references: list[tuple[str, float]],
 ) -> Markup | None:
-    lines = [Line(run.label, points(rows(run), key), comparison.style(run.name)) for run in comparison.arm_runs]
+    lines = [
+        Line(run.label, points(rows(run), key), comparison.style(run.name))
+        for run in comparison.arm_runs
+    ]
     lines = [line for line in lines if line.points]
     if not lines:
         return None
     ends = "; ".join(f"{line.name} {short(line.points[-1][1])}" for line in lines)
     words = f"{desc} By images seen. Last values: {ends}."
-    chart = line_chart(f"curves-{key.replace('_', '-')}", title, words, lines, "images seen", references)
-    return Markup("<figure><figcaption>{}<small>{}</small></figcaption>{}</figure>").format(title, desc, chart)
+    chart = line_chart(
+        f"curves-{key.replace('_', '-')}", title, words, lines, "images seen", references
+    )
+    return Markup("<figure><figcaption>{}<small>{}</small></figcaption>{}</figure>").format(
+        title, desc, chart
+    )
 
 
 def _table(comparison: Comparison) -> Markup:
@@ -82,7 +94,12 @@ def _table(comparison: Comparison) -> Markup:
     curves = [dict(points(run.content.get("curve"), "frechet")) for run in runs]
     places = sorted({x for curve in curves for x in curve})
     rows = [[text.whole(x), *(text.significant(curve.get(x)) for curve in curves)] for x in places]
-    return table("Fréchet distance by images seen", [Column("Images seen"), *(Column(run.label) for run in runs)], rows, "curves")
+    return table(
+        "Fréchet distance by images seen",
+        [Column("Images seen"), *(Column(run.label) for run in runs)],
+        rows,
+        "curves",
+    )
 
 
 SECTION = Section("curves", "Training, by images seen", "Training", _render)

@@ -16,8 +16,8 @@ from fedgan.comparison_folder import ComparisonFolder
 from fedgan.errors import ConfigError
 from fedgan.report.cards.collect import public
 from fedgan.report.facts import all_drawn
-from fedgan.report.format import bounds, number
-from fedgan.report.run_data import Tree, clean, dig, tree, trees
+from fedgan.report.html.format import bounds, number
+from fedgan.report.run.data import Tree, clean, dig, tree, trees
 
 REAL, CENTRALIZED, FEDERATED, LOCAL = "real", "centralized", "federated", "local"
 FINETUNED, COALITION = "finetuned", "coalition"
@@ -56,7 +56,7 @@ class ArmRun:
         return tree(self.content.get("evaluation"))
 
     @property
-    def trouble(self) -> str:
+    def failure_reason(self) -> str:
         """Why this training gives no figures, as half a sentence; empty where it gives some."""
         if self.status != "done":
             reason = str(public(self.content.get("failure") or "")).strip().rstrip(".")
@@ -103,11 +103,11 @@ class Entry:
         return bounds(self.figures.get("macro_auc_ci"))
 
     @property
-    def trouble(self) -> str:
+    def failure_reason(self) -> str:
         """Why there is no macro AUC, as half a sentence; empty where there is one."""
         if self.value is not None:
             return ""
-        reasons = list(dict.fromkeys(run.trouble for run in self.runs if run.trouble))
+        reasons = list(dict.fromkeys(run.failure_reason for run in self.runs if run.failure_reason))
         if reasons:
             return "; ".join(reasons)
         return "has no macro AUC: comparison.json gives none"
@@ -148,7 +148,9 @@ class Comparison:
     @property
     def hospital_names(self) -> list[str]:
         """The hospitals of the data, then any that only a figure names."""
-        found = dict.fromkeys(str(row["name"]) for row in self.hospitals if row.get("name") is not None)
+        found = dict.fromkeys(
+            str(row["name"]) for row in self.hospitals if row.get("name") is not None
+        )
         for row in trees(self.content.get("summary")):
             found.update(dict.fromkeys(tree(row.get("per_institution"))))
             found.update({str(row["hospital"]): None} if row.get("hospital") is not None else {})
@@ -180,7 +182,11 @@ class Comparison:
         """Real images, then the arms in the order of `arms` (those without a figure too), then each hospital alone."""
         rows = [row for row in trees(self.content.get("summary")) if row.get("arm") != COALITION]
         real = [row for row in rows if row.get("arm") == REAL]
-        whole = {_name(row): row for row in rows if row.get("arm") != REAL and row.get("hospital") is None}
+        whole = {
+            _name(row): row
+            for row in rows
+            if row.get("arm") != REAL and row.get("hospital") is None
+        }
         names = list(dict.fromkeys([*(run.name for run in self.arm_runs), *whole]))
         styles = {name: f"a{i % STYLES + 1}" for i, name in enumerate(names)}
         arms = []
@@ -190,7 +196,14 @@ class Comparison:
             kind = str(row.get("arm") or (runs[0].kind if runs else ""))
             arms.append(Entry(name, kind, None, row, styles[name], runs))
         alone = [
-            Entry(_name(row), str(row.get("arm") or ""), str(row["hospital"]), row, "alone", self._runs_of(str(row.get("arm"))))
+            Entry(
+                _name(row),
+                str(row.get("arm") or ""),
+                str(row["hospital"]),
+                row,
+                "alone",
+                self._runs_of(str(row.get("arm"))),
+            )
             for row in rows
             if row.get("hospital") is not None
         ]
@@ -212,26 +225,33 @@ class Comparison:
     @property
     def central(self) -> Entry | None:
         found = [entry for entry in self.arms if entry.kind == CENTRALIZED]
-        return next((entry for entry in found if entry.name == CENTRALIZED), next(iter(found), None))
+        return next(
+            (entry for entry in found if entry.name == CENTRALIZED), next(iter(found), None)
+        )
 
     @property
     def federated(self) -> Entry | None:
         """The federated arm that the page speaks of: the one called so, else the first with figures, else the first."""
         found = [entry for entry in self.arms if entry.kind == FEDERATED]
         measured = [entry for entry in found if entry.value is not None]
-        return next((entry for entry in measured if entry.name == FEDERATED), next(iter([*measured, *found]), None))
+        return next(
+            (entry for entry in measured if entry.name == FEDERATED),
+            next(iter([*measured, *found]), None),
+        )
 
     @property
-    def rungs(self) -> list[Tree]:
+    def variants(self) -> list[Tree]:
         """The rungs of an ablation, its foot first; empty for any other comparison."""
-        return trees(dig(self.content, "ablation", "rungs"))
+        return trees(dig(self.content, "ablation", "variants"))
 
     @property
     def drawn(self) -> bool:
         """Whether every image was drawn by a program, so that no figure speaks of patients."""
         provenance = tree(self.content.get("provenance"))
         foreign = dig(provenance, "settings", "evaluation", "root")
-        return not foreign and all_drawn(row.get("source") for row in trees(provenance.get("sources")))
+        return not foreign and all_drawn(
+            row.get("source") for row in trees(provenance.get("sources"))
+        )
 
     def test_images(self, institution: str) -> float | None:
         """How many real test images of an institution every arm was tested on."""
@@ -246,7 +266,12 @@ class Comparison:
     @property
     def small_counts(self) -> bool:
         """Whether the page prints a count of 1 to 9 images or patients of somebody."""
-        counts = [n for row in self.hospitals for key in ("counts", "images", "patients") for n in _numbers(row.get(key))]
+        counts = [
+            n
+            for row in self.hospitals
+            for key in ("counts", "images", "patients")
+            for n in _numbers(row.get(key))
+        ]
         return not self.drawn and any(1 <= n <= 9 for n in counts)
 
     @property
@@ -256,7 +281,7 @@ class Comparison:
     @property
     def failures(self) -> list[tuple[str, str]]:
         """(training, why it gives no figures) of every training that gives none."""
-        return [(run.label, run.trouble) for run in self.runs if run.trouble]
+        return [(run.label, run.failure_reason) for run in self.runs if run.failure_reason]
 
     def style(self, name: str) -> str:
         """The CSS class of an arm by its name."""
@@ -270,7 +295,12 @@ class Comparison:
                 return row
             if pair == (b, a) and (value := number(row.get("difference"))) is not None:
                 ends = bounds(row.get("ci"))
-                return row | {"a": a, "b": b, "difference": -value, "ci": [-ends[1], -ends[0]] if ends else None}
+                return row | {
+                    "a": a,
+                    "b": b,
+                    "difference": -value,
+                    "ci": [-ends[1], -ends[0]] if ends else None,
+                }
         return {}
 
     def _runs_of(self, kind: str) -> tuple[ArmRun, ...]:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fedgan.report import format as text
-from fedgan.report.charts import Dot, Row
 from fedgan.report.comparison.data import Comparison, Entry
 from fedgan.report.comparison.pairs import verdict
 from fedgan.report.comparison.parts import (
@@ -23,10 +21,12 @@ from fedgan.report.comparison.parts import (
 )
 from fedgan.report.comparison.section import Section
 from fedgan.report.facts import WITHHELD, counts_withheld
-from fedgan.report.format import bounds, number
-from fedgan.report.run_data import Tree, dig, tree
-from fedgan.report.tables import Column, table
-from fedgan.report.templating import absent, render
+from fedgan.report.html import format as text
+from fedgan.report.html.charts import Dot, Row
+from fedgan.report.html.format import bounds, number
+from fedgan.report.html.tables import Column, table
+from fedgan.report.html.templating import absent, render
+from fedgan.report.run.data import Tree, dig, tree
 
 SPLITS = ("train", "val", "test")
 
@@ -49,7 +49,9 @@ def _render(comparison: Comparison) -> Markup:
     if not names:
         return absent("No hospital is known: comparison.json lists none.")
     parts = [_part(comparison, name, i + 1) for i, name in enumerate(names)]
-    return render("comparison_hospitals.html.j2", parts=parts, small=SMALL if comparison.small_counts else "")
+    return render(
+        "comparison_hospitals.html.j2", parts=parts, small=SMALL if comparison.small_counts else ""
+    )
 
 
 def _part(comparison: Comparison, name: str, n: int) -> Part:
@@ -90,7 +92,9 @@ def gain(comparison: Comparison, name: str) -> str:
     if paired:
         words += f" Over the test images of all hospitals the paired difference is {text.signed(paired.get('difference'))}"
         both = bounds(paired.get("ci"))
-        words += f" (95% interval {text.signed(both[0])} to {text.signed(both[1])}). " if both else ". "
+        words += (
+            f" (95% interval {text.signed(both[0])} to {text.signed(both[1])}). " if both else ". "
+        )
         words += verdict(paired | {"a": federated.label, "b": alone.label})
     return words
 
@@ -110,9 +114,7 @@ def _lacking(comparison: Comparison, name: str, hospital: Tree) -> str:
     missing = [label for label in comparison.data_labels if not number(counts.get(label))]
     if not missing:
         return "It has training images of every class."
-    words = (
-        f"It has no training image of {join_words(missing)}: alone it cannot generate {'it' if len(missing) == 1 else 'them'}."
-    )
+    words = f"It has no training image of {join_words(missing)}: alone it cannot generate {'it' if len(missing) == 1 else 'them'}."
     federated = comparison.federated
     found = [
         f"{label} {text.decimal(value)}"
@@ -120,7 +122,9 @@ def _lacking(comparison: Comparison, name: str, hospital: Tree) -> str:
         if federated and (value := number(federated.of_class(label).get("auc"))) is not None
     ]
     return words + (
-        f" AUC after {federated.label} training, over all test images: {', '.join(found)}." if found and federated else ""
+        f" AUC after {federated.label} training, over all test images: {', '.join(found)}."
+        if found and federated
+        else ""
     )
 
 
@@ -129,10 +133,17 @@ def _data(comparison: Comparison, name: str, hospital: Tree) -> Markup:
         return absent("The counts of its images are not known.")
     rows = []
     for label in comparison.data_labels:
-        rows.append([label, *(text.whole(dig(hospital, "counts", split, label)) for split in SPLITS)])
+        rows.append(
+            [label, *(text.whole(dig(hospital, "counts", split, label)) for split in SPLITS)]
+        )
     rows.append(["all images", *(text.whole(dig(hospital, "images", split)) for split in SPLITS)])
     rows.append(["patients", *(text.whole(dig(hospital, "patients", split)) for split in SPLITS)])
-    columns = [Column("Class", numeric=False), Column("Training"), Column("Validation"), Column("Test")]
+    columns = [
+        Column("Class", numeric=False),
+        Column("Training"),
+        Column("Validation"),
+        Column("Test"),
+    ]
     more = f"Counts of each class: {WITHHELD}." if counts_withheld(hospital) else ""
     return table(f"Images of {name}", columns, rows, f"images-{name}", more=more)
 
@@ -148,8 +159,19 @@ def _chart(comparison: Comparison, name: str, n: int) -> Markup:
     for entry in _shown(comparison, name):
         found = entry.inside(name)
         value = number(found.get("macro_auc"))
-        dots = [] if value is None else [Dot("macro AUC", value, bounds(found.get("macro_auc_ci")), entry.style)]
-        rows.append(Row(entry.label, dots, strong=entry.hospital == name, minor=entry.is_alone and entry.hospital != name))
+        dots = (
+            []
+            if value is None
+            else [Dot("macro AUC", value, bounds(found.get("macro_auc_ci")), entry.style)]
+        )
+        rows.append(
+            Row(
+                entry.label,
+                dots,
+                strong=entry.hospital == name,
+                minor=entry.is_alone and entry.hospital != name,
+            )
+        )
     return chart_figure(
         f"hospital-{n}-auc",
         f"Macro AUC on the test images of {name}",
@@ -168,19 +190,36 @@ def _results(comparison: Comparison, name: str) -> Markup:
     for entry in _shown(comparison, name):
         found = entry.inside(name)
         value = number(found.get("macro_auc"))
-        change = text.signed(value - before) if value is not None and before is not None and entry is not alone else text.DASH
-        rows.append([entry.label, figure_of(found, "macro_auc"), range_of(found, "macro_auc"), change, tested])
+        change = (
+            text.signed(value - before)
+            if value is not None and before is not None and entry is not alone
+            else text.DASH
+        )
+        rows.append(
+            [
+                entry.label,
+                figure_of(found, "macro_auc"),
+                range_of(found, "macro_auc"),
+                change,
+                tested,
+            ]
+        )
     columns = [
         Column("Trained on images of", numeric=False),
         Column("Macro AUC"),
         Column("Macro AUC, 95% interval"),
-        Column("Against its own", title="Macro AUC minus that of training on what this hospital generates alone"),
+        Column(
+            "Against its own",
+            title="Macro AUC minus that of training on what this hospital generates alone",
+        ),
         Column("Test images"),
     ]
     more = "Differences inside one hospital are plain differences of the figures; they have no interval."
     if lacks_interval([entry.inside(name) for entry in _shown(comparison, name)], "macro_auc"):
         more += f" {NO_INTERVAL}"
-    return table(f"Tested on the test images of {name}", columns, rows, f"tested-on-{name}", more=more)
+    return table(
+        f"Tested on the test images of {name}", columns, rows, f"tested-on-{name}", more=more
+    )
 
 
 SECTION = Section("hospitals", "Each hospital: what it gains", "Hospitals", _render)

@@ -7,9 +7,9 @@ from markupsafe import Markup
 from fedgan.report.comparison.data import Comparison
 from fedgan.report.comparison.section import Section
 from fedgan.report.facts import nulls
-from fedgan.report.run_data import sentences, tree
-from fedgan.report.tables import Column, table
-from fedgan.report.templating import absent, render
+from fedgan.report.html.tables import Column, table
+from fedgan.report.html.templating import absent, render
+from fedgan.report.run.data import sentences, tree
 
 MOST = 40
 PRIVACY = (
@@ -22,7 +22,11 @@ def _render(comparison: Comparison) -> Markup:
     failures = comparison.failures
     empty = list(dict.fromkeys(_nulls(comparison)))
     failed = tuple(f"{label} failed" for label, _ in failures)  # these stand in the table
-    measured = [words for words in sentences(comparison.content.get("not_measured")) if not words.startswith(failed)]
+    measured = [
+        words
+        for words in sentences(comparison.content.get("not_measured"))
+        if not words.startswith(failed)
+    ]
     if not any(words.startswith("Privacy:") for words in measured):
         measured.append(PRIVACY)
     return render(
@@ -30,7 +34,7 @@ def _render(comparison: Comparison) -> Markup:
         failures=table(
             "Trainings without figures",
             [Column("Arm", numeric=False), Column("What happened", numeric=False)],
-            [[label, f"{trouble}."] for label, trouble in failures],
+            [[label, f"{failure_reason}."] for label, failure_reason in failures],
         )
         if failures
         else absent("Every training was finished and evaluated.")
@@ -68,7 +72,13 @@ def _nulls(comparison: Comparison) -> list[str]:
         f"{entry.label} › {path}"
         for entry in comparison.entries
         if entry.figures
-        for path in nulls({key: value for key, value in entry.figures.items() if key not in ("hospital", "images_seen", "name")})
+        for path in nulls(
+            {
+                key: value
+                for key, value in entry.figures.items()
+                if key not in ("hospital", "images_seen", "name")
+            }
+        )
         if not (entry.kind == "real" and path in ("frechet", "recall", "coverage"))
     ]
     return found + [

@@ -28,7 +28,7 @@ from fedgan.report.comparison import (
 )
 from fedgan.report.comparison.data import Comparison, load
 from fedgan.report.comparison.section import Section
-from fedgan.report.templating import render, source
+from fedgan.report.html.templating import render, source
 
 SECTIONS: tuple[Section, ...] = (
     summary.SECTION,
@@ -62,4 +62,11 @@ def build_page(comparison: Comparison) -> str:
     """The page as HTML."""
     sections = [(section, section.render(comparison)) for section in SECTIONS]
     # The style sheet is the package's own and holds no "</": it may stand in the page as it is.
-    return str(render("comparison_page.html.j2", name=comparison.name, sections=sections, style=Markup(source("style.css"))))
+    return str(
+        render(
+            "comparison_page.html.j2",
+            name=comparison.name,
+            sections=sections,
+            style=Markup(source("style.css")),
+        )
+    )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from fedgan.report import format as text
-from fedgan.report.charts import Dot, Row
 from fedgan.report.comparison.data import Comparison
 from fedgan.report.comparison.parts import chart_figure, p_value
 from fedgan.report.comparison.section import Section
-from fedgan.report.format import bounds, number
-from fedgan.report.run_data import Tree, trees
-from fedgan.report.scales import span
-from fedgan.report.tables import Column, table
-from fedgan.report.templating import absent, render
+from fedgan.report.html import format as text
+from fedgan.report.html.charts import Dot, Row
+from fedgan.report.html.format import bounds, number
+from fedgan.report.html.scales import span
+from fedgan.report.html.tables import Column, table
+from fedgan.report.html.templating import absent, render
+from fedgan.report.run.data import Tree, trees
 
 LEVEL = 0.05
 COLUMNS = (
@@ -37,14 +37,21 @@ def _render(comparison: Comparison) -> Markup:
     return render(
         "comparison_pairs.html.j2",
         charts=_charts(comparison),
-        table=table("Differences of macro AUC", COLUMNS, [_cells(_named(comparison, row)) for row in found], "pairs"),
+        table=table(
+            "Differences of macro AUC",
+            COLUMNS,
+            [_cells(_named(comparison, row)) for row in found],
+            "pairs",
+        ),
         margin=text.decimal(comparison.content.get("margin")),
     )
 
 
 def _named(comparison: Comparison, row: Tree) -> Tree:
     """The pair under the names that the rest of the page gives its two rows."""
-    return row | {key: comparison.label(str(row[key])) for key in ("a", "b") if row.get(key) is not None}
+    return row | {
+        key: comparison.label(str(row[key])) for key in ("a", "b") if row.get(key) is not None
+    }
 
 
 def _title(row: Tree) -> str:
@@ -101,16 +108,27 @@ def _charts(comparison: Comparison) -> list[Markup]:
     """The differences with their intervals on one common axis: a chart for what is always subtracted, else for each first arm."""
     margin = number(comparison.content.get("margin"))
     references = [("equal", 0.0)]
-    known = [(number(row.get("difference")), *(bounds(row.get("ci")) or ())) for row in comparison.comparisons]
-    values = [n for row in known for n in row if n is not None] + [n for row in comparison.comparisons for n in _by_seed(row)]
+    known = [
+        (number(row.get("difference")), *(bounds(row.get("ci")) or ()))
+        for row in comparison.comparisons
+    ]
+    values = [n for row in known for n in row if n is not None] + [
+        n for row in comparison.comparisons for n in _by_seed(row)
+    ]
     if margin is not None and margin > 0:
-        references = [("equal", 0.0), ("−margin", -margin)] if _apart(values, margin) else references
+        references = (
+            [("equal", 0.0), ("−margin", -margin)] if _apart(values, margin) else references
+        )
         values.append(-margin)
     domain = span([0.0, *values])
     charts = []
     for i, (title, members) in enumerate(_groups(comparison).items()):
         rows = [_row(comparison, label, row) for label, row in members]
-        charts.append(chart_figure(f"pairs-{i + 1}", title, rows, "difference of macro AUC", domain, references))
+        charts.append(
+            chart_figure(
+                f"pairs-{i + 1}", title, rows, "difference of macro AUC", domain, references
+            )
+        )
     return [chart for chart in charts if chart]
 
 
@@ -138,12 +156,27 @@ def _row(comparison: Comparison, label: str, row: Tree) -> Row:
     value = number(row.get("difference"))
     if value is None:
         return Row(label)
-    return Row(label, [Dot("difference", value, bounds(row.get("ci")), comparison.style(str(row.get("a"))), _by_seed(row))])
+    return Row(
+        label,
+        [
+            Dot(
+                "difference",
+                value,
+                bounds(row.get("ci")),
+                comparison.style(str(row.get("a"))),
+                _by_seed(row),
+            )
+        ],
+    )
 
 
 def _by_seed(row: Tree) -> list[float]:
     """The differences of the single generator seeds."""
-    return [n for item in trees(row.get("seed_differences")) if (n := number(item.get("difference"))) is not None]
+    return [
+        n
+        for item in trees(row.get("seed_differences"))
+        if (n := number(item.get("difference"))) is not None
+    ]
 
 
 SECTION = Section("pairs", "Paired comparisons on the same test images", "Paired", _render)

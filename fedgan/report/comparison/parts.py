@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fedgan.report import format as text
-from fedgan.report.charts import Dot, Row, dot_chart
 from fedgan.report.comparison.data import ArmRun, Comparison, Entry
-from fedgan.report.format import bounds, number
-from fedgan.report.run_data import Tree
-from fedgan.report.tables import Column
+from fedgan.report.html import format as text
+from fedgan.report.html.charts import Dot, Row, dot_chart
+from fedgan.report.html.format import bounds, number
+from fedgan.report.html.tables import Column
+from fedgan.report.run.data import Tree
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,14 @@ class Measure:
 UTILITY = (
     Measure("macro_auc", "Macro AUC", "Area under the ROC curve, mean over classes"),
     Measure("micro_auc", "Micro AUC", "Area under the ROC curve over all (image, class) pairs"),
-    Measure("macro_auprc", "Macro AUPRC", "Area under the precision-recall curve, mean over classes"),
-    Measure("micro_auprc", "Micro AUPRC", "Area under the precision-recall curve over all (image, class) pairs"),
+    Measure(
+        "macro_auprc", "Macro AUPRC", "Area under the precision-recall curve, mean over classes"
+    ),
+    Measure(
+        "micro_auprc",
+        "Micro AUPRC",
+        "Area under the precision-recall curve over all (image, class) pairs",
+    ),
     Measure("balanced_accuracy", "Balanced accuracy"),
     Measure("macro_f1", "Macro F1", "F1, mean over classes"),
     Measure("sensitivity_at_90", "Sensitivity at 90% specificity", "Mean over classes"),
@@ -39,7 +45,11 @@ UTILITY = (
 
 def figure_of(result: Tree, key: str, digits: int | None = 3) -> str:
     """A figure as text, or a dash."""
-    return text.significant(result.get(key)) if digits is None else text.decimal(result.get(key), digits)
+    return (
+        text.significant(result.get(key))
+        if digits is None
+        else text.decimal(result.get(key), digits)
+    )
 
 
 def range_of(result: Tree, key: str, digits: int | None = 3) -> str:
@@ -60,17 +70,28 @@ NO_INTERVAL = "No interval: fewer than half of the resamples have both kinds of 
 
 def lacks_interval(results: Iterable[Tree], key: str) -> bool:
     """Whether a figure was measured whose interval was not."""
-    return any(number(found.get(key)) is not None and bounds(found.get(f"{key}_ci")) is None for found in results)
+    return any(
+        number(found.get(key)) is not None and bounds(found.get(f"{key}_ci")) is None
+        for found in results
+    )
 
 
 def with_intervals(measures: Sequence[Measure]) -> list[Column]:
     """Two columns a measure: the figure and its interval."""
-    return [column for m in measures for column in (Column(m.head, title=m.title), Column(f"{m.head}, 95% interval"))]
+    return [
+        column
+        for m in measures
+        for column in (Column(m.head, title=m.title), Column(f"{m.head}, 95% interval"))
+    ]
 
 
 def cells(result: Tree, measures: Sequence[Measure]) -> list[str]:
     """The texts for `with_intervals`."""
-    return [cell for m in measures for cell in (figure_of(result, m.key, m.digits), range_of(result, m.key, m.digits))]
+    return [
+        cell
+        for m in measures
+        for cell in (figure_of(result, m.key, m.digits), range_of(result, m.key, m.digits))
+    ]
 
 
 def with_floors(measures: Sequence[Measure]) -> list[Column]:
@@ -94,14 +115,14 @@ def floored(result: Tree, measures: Sequence[Measure]) -> list[str]:
         for cell in (
             figure_of(result, m.key, m.digits),
             range_of(result, m.key, m.digits),
-            figure_of(result, f"{m.key}_floor", m.digits),
+            figure_of(result, f"{m.key}_reference", m.digits),
         )
     ]
 
 
 def run_label(run: ArmRun) -> str:
     """The row head of one training: name, seed, and what became of it where it gives no figures."""
-    if not run.trouble:
+    if not run.failure_reason:
         return run.label
     return f"{run.label} ({'not evaluated' if run.status == 'done' else run.status})"
 
@@ -114,16 +135,19 @@ def entry_label(entry: Entry) -> str:
     return f"{entry.label} ({'failed' if failed else 'no figures'})"
 
 
-def trouble_note(runs: Sequence[ArmRun]) -> str:
+def failure_note(runs: Sequence[ArmRun]) -> str:
     """A sentence that names each training without figures and why, for the line below a table; empty if there is none."""
-    return " ".join(f"{run.label} {run.trouble}." for run in runs if run.trouble)
+    return " ".join(f"{run.label} {run.failure_reason}." for run in runs if run.failure_reason)
 
 
 def describe(rows: Sequence[Row]) -> str:
     """What a dot chart shows, for a screen reader: every row and mark with its value."""
     parts = []
     for row in rows:
-        dots = ", ".join(f"{dot.name + ' ' if len(row.dots) > 1 else ''}{dot.value:.3f}{_ends(dot)}" for dot in row.dots)
+        dots = ", ".join(
+            f"{dot.name + ' ' if len(row.dots) > 1 else ''}{dot.value:.3f}{_ends(dot)}"
+            for dot in row.dots
+        )
         parts.append(f"{row.label}: {dots or row.note or 'not measured'}")
     return "; ".join(parts) + "."
 
@@ -149,7 +173,12 @@ def chart_figure(
 
 def auc_domain(rows: Sequence[Row]) -> tuple[float, float]:
     """The axis of AUC: from chance, or from below it where a value lies there, to 1."""
-    values = [v for row in rows for dot in row.dots for v in (dot.value, *dot.singles, *(dot.interval or ()))]
+    values = [
+        v
+        for row in rows
+        for dot in row.dots
+        for v in (dot.value, *dot.singles, *(dot.interval or ()))
+    ]
     return min([0.5, *values]), 1.0
 
 
@@ -161,12 +190,19 @@ def chance(rows: Sequence[Row]) -> list[tuple[str, float]]:
 def auc_dot(entry: Entry, result: Tree, key: str = "auc") -> list[Dot]:
     """The mark of an entry's AUC in `result`, or nothing where it was not measured."""
     value = number(result.get(key))
-    return [] if value is None else [Dot(entry.label, value, bounds(result.get(f"{key}_ci")), entry.style)]
+    return (
+        []
+        if value is None
+        else [Dot(entry.label, value, bounds(result.get(f"{key}_ci")), entry.style)]
+    )
 
 
 def arm_legend(comparison: Comparison, real: bool = True) -> list[tuple[str, str]]:
     """(name, style) of real images and of every arm."""
-    return [(entry.label, entry.style) for entry in ([comparison.real] if real else []) + comparison.arms]
+    return [
+        (entry.label, entry.style)
+        for entry in ([comparison.real] if real else []) + comparison.arms
+    ]
 
 
 def mean_of(values: Sequence[object]) -> float | None:
@@ -177,4 +213,6 @@ def mean_of(values: Sequence[object]) -> float | None:
 
 def join_words(words: Sequence[str]) -> str:
     """a, b and c."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+    return (
+        words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+    )

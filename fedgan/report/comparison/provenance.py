@@ -7,9 +7,9 @@ from markupsafe import Markup
 from fedgan.report.comparison.data import Comparison
 from fedgan.report.comparison.section import Section
 from fedgan.report.facts import content_hash, leaves, source_text, word
-from fedgan.report.run_data import Tree, tree, trees
-from fedgan.report.tables import Column, table
-from fedgan.report.templating import absent, render
+from fedgan.report.html.tables import Column, table
+from fedgan.report.html.templating import absent, render
+from fedgan.report.run.data import Tree, tree, trees
 
 KEY_COLUMNS = (Column("Key", numeric=False), Column("Value", numeric=False))
 FACTS = (
@@ -28,16 +28,28 @@ FACTS = (
 
 def _render(comparison: Comparison) -> Markup:
     provenance = tree(comparison.content.get("provenance"))
-    facts = [[head, word(comparison.content[key])] for head, key in FACTS if comparison.content.get(key) is not None]
+    facts = [
+        [head, word(comparison.content[key])]
+        for head, key in FACTS
+        if comparison.content.get(key) is not None
+    ]
     facts += [
         [head, word(provenance[key])]
-        for head, key in (("Hash of the settings", "settings_hash"), ("Code version", "code_version"))
+        for head, key in (
+            ("Hash of the settings", "settings_hash"),
+            ("Code version", "code_version"),
+        )
         if provenance.get(key)
     ]
     settings = leaves(provenance["settings"]) if provenance.get("settings") else []
     return render(
         "comparison_provenance.html.j2",
-        facts=table("In short", [Column("Fact", numeric=False), Column("Value", numeric=False)], facts, "facts")
+        facts=table(
+            "In short",
+            [Column("Fact", numeric=False), Column("Value", numeric=False)],
+            facts,
+            "facts",
+        )
         if facts
         else absent("comparison.json does not say how the comparison was made."),
         settings=table("Every setting of the scenario", KEY_COLUMNS, settings, "settings")
@@ -61,13 +73,21 @@ def _sources(comparison: Comparison, provenance: Tree) -> Markup:
     sources = trees(provenance.get("sources"))
     if not sources:
         sources = [
-            {"hospital": row.get("name"), "content_hash": told} for row in comparison.hospitals if (told := content_hash(row))
+            {"hospital": row.get("name"), "content_hash": told}
+            for row in comparison.hospitals
+            if (told := content_hash(row))
         ]
     keys = list(dict.fromkeys(key for source in sources for key in source))
     if not keys:
         return absent("The sources, licences and content hashes of the data are not known.")
-    sources = [source | ({"content_hash": content_hash(source)} if "content_hash" in source else {}) for source in sources]
-    rows = [[(source_text if key == "source" else word)(source.get(key)) for key in keys] for source in sources]
+    sources = [
+        source | ({"content_hash": content_hash(source)} if "content_hash" in source else {})
+        for source in sources
+    ]
+    rows = [
+        [(source_text if key == "source" else word)(source.get(key)) for key in keys]
+        for source in sources
+    ]
     columns = [Column(key.replace("_", " ").capitalize(), numeric=False) for key in keys]
     return table("Sources, licences and content hashes of the data", columns, rows, "sources")
 

@@ -10,13 +10,13 @@ from markupsafe import Markup
 
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.errors import FedganError
-from fedgan.report import format as text
 from fedgan.report.comparison.data import ArmRun, Comparison
 from fedgan.report.comparison.section import Section
-from fedgan.report.format import number
-from fedgan.report.pictures import MOST_ROWS, Block, Grid, open_grid
-from fedgan.report.run_data import dig
-from fedgan.report.templating import absent, render
+from fedgan.report.html import format as text
+from fedgan.report.html.format import number
+from fedgan.report.html.pictures import MOST_ROWS, Block, Grid, open_grid
+from fedgan.report.html.templating import absent, render
+from fedgan.report.run.data import dig
 
 MOST_ARMS = 7  # generators whose images are shown
 MOST_CHARACTERS = 2_600_000  # of all pictures of the page together, as data URIs
@@ -34,14 +34,21 @@ class Picture:
 def _render(comparison: Comparison) -> Markup:
     side = number(comparison.content.get("resolution"))
     if comparison.folder is None or side is None or not 1 <= side <= 4096:
-        return absent("No picture can be shown: comparison.json does not give the resolution of the images.")
+        return absent(
+            "No picture can be shown: comparison.json does not give the resolution of the images."
+        )
     grids, notes = _grids(comparison, comparison.folder, int(side))
     if not grids:
         return Markup("").join(absent(note) for note in [*notes, "There is no picture to show."])
     rows, left_out = _rows(grids)
     if left_out:
-        notes.append(f"Not shown, to keep the page small: {text.plural(left_out, 'more class', 'more classes')}.")
-    psi = next((n for run in comparison.arm_runs if (n := number(dig(run.evaluation, "psi"))) is not None), None)
+        notes.append(
+            f"Not shown, to keep the page small: {text.plural(left_out, 'more class', 'more classes')}."
+        )
+    psi = next(
+        (n for run in comparison.arm_runs if (n := number(dig(run.evaluation, "psi"))) is not None),
+        None,
+    )
     return render(
         "comparison_samples.html.j2",
         rows=rows,
@@ -54,7 +61,9 @@ def _render(comparison: Comparison) -> Markup:
     )
 
 
-def _grids(comparison: Comparison, folder: Path, side: int) -> tuple[list[tuple[str, Grid]], list[str]]:
+def _grids(
+    comparison: Comparison, folder: Path, side: int
+) -> tuple[list[tuple[str, Grid]], list[str]]:
     """(title, grid) of the real images and of each arm's first seed that has pictures; sentences for those that have none."""
     grids: list[tuple[str, Grid]] = []
     notes: list[str] = []
@@ -66,25 +75,38 @@ def _grids(comparison: Comparison, folder: Path, side: int) -> tuple[list[tuple[
         notes.append(note)
     for entry in comparison.arms:
         paths = [(run, path) for run in entry.runs if (path := _final(run, folder)) is not None]
-        found = ((run.label, grid) for run, path in paths if (grid := open_grid(path, names, side)) is not None)
+        found = (
+            (run.label, grid)
+            for run, path in paths
+            if (grid := open_grid(path, names, side)) is not None
+        )
         shown = next(found, None)
         if shown is not None:
             grids.append(shown)
         else:
-            why = f", because it {entry.trouble}" if entry.trouble else ""
-            notes.append(f"{entry.name}: {_damaged('its sample grid', side) if paths else f'there is no sample grid{why}.'}")
+            why = f", because it {entry.failure_reason}" if entry.failure_reason else ""
+            notes.append(
+                f"{entry.name}: {_damaged('its sample grid', side) if paths else f'there is no sample grid{why}.'}"
+            )
     if len(grids) > MOST_ARMS + 1:
-        notes.append(f"Not shown, for want of room: {', '.join(title for title, _ in grids[MOST_ARMS + 1 :])}.")
+        notes.append(
+            f"Not shown, for want of room: {', '.join(title for title, _ in grids[MOST_ARMS + 1 :])}."
+        )
     return grids[: MOST_ARMS + 1], notes
 
 
-def _real(comparison: Comparison, folder: Path, names: list[str], side: int) -> tuple[Grid | None, str]:
+def _real(
+    comparison: Comparison, folder: Path, names: list[str], side: int
+) -> tuple[Grid | None, str]:
     """The grid of training images, or None and the sentence that says why it is not shown."""
     what = "drawn training images" if comparison.drawn else "real images"
     try:
         allowed = ComparisonFolder.at(folder).settings().shows_real
     except FedganError:
-        return None, f"No {what} are shown: config.toml, which says whether they may be (evaluation.show_real), cannot be read."
+        return (
+            None,
+            f"No {what} are shown: config.toml, which says whether they may be (evaluation.show_real), cannot be read.",
+        )
     if not allowed:
         return None, f"No {what} are shown: evaluation.show_real does not allow it."
     path = folder / "samples" / "real.png"

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from fedgan.report import format as text
-from fedgan.report.charts import Dot, Row, legend
 from fedgan.report.comparison import ablation
 from fedgan.report.comparison.data import LOCAL, REAL, Comparison, Entry
 from fedgan.report.comparison.parts import auc_domain, chance, chart_figure, entry_label, mean_of
 from fedgan.report.comparison.section import Section
 from fedgan.report.facts import DRAWN
-from fedgan.report.format import number
-from fedgan.report.run_data import dig
-from fedgan.report.tables import Column, table
-from fedgan.report.templating import render
+from fedgan.report.html import format as text
+from fedgan.report.html.charts import Dot, Row, legend
+from fedgan.report.html.format import number
+from fedgan.report.html.tables import Column, table
+from fedgan.report.html.templating import render
+from fedgan.report.run.data import dig
 
 QUESTION = "What does federation cost against centralised training, and what does it gain over each hospital alone?"
 NO_ANSWER = "The question has no answer yet: comparison.json does not give one."
@@ -22,7 +22,7 @@ NO_ANSWER = "The question has no answer yet: comparison.json does not give one."
 
 def _render(comparison: Comparison) -> Markup:
     answer = comparison.content.get("answer")
-    climbs = bool(comparison.rungs)
+    climbs = bool(comparison.variants)
     return render(
         "comparison_summary.html.j2",
         question=ablation.QUESTION if climbs else QUESTION,
@@ -31,7 +31,9 @@ def _render(comparison: Comparison) -> Markup:
         chart=ablation.chart(comparison) if climbs else _chart(comparison),
         legend=ablation.marks(comparison)
         if climbs
-        else legend([("mean and 95% interval", "main"), ("one generator's seed", "single main")], "dot"),
+        else legend(
+            [("mean and 95% interval", "main"), ("one generator's seed", "single main")], "dot"
+        ),
         table=ablation.ladder(comparison) if climbs else _table(comparison),
         privacy=ablation.privacy(comparison) if climbs else "",
         facts=_facts(comparison),
@@ -56,22 +58,34 @@ def _chart(comparison: Comparison) -> Markup:
 
 def _row(entry: Entry) -> Row:
     seeds = entry.figures.get("macro_auc_seeds")
-    singles = [n for value in (seeds if isinstance(seeds, list) else []) if (n := number(value)) is not None]
-    dots = [] if entry.value is None else [Dot("macro AUC", entry.value, entry.interval, entry.style, singles)]
-    note = "no figures: see below" if entry.trouble else ""
+    singles = [
+        n
+        for value in (seeds if isinstance(seeds, list) else [])
+        if (n := number(value)) is not None
+    ]
+    dots = (
+        []
+        if entry.value is None
+        else [Dot("macro AUC", entry.value, entry.interval, entry.style, singles)]
+    )
+    note = "no figures: see below" if entry.failure_reason else ""
     return Row(entry.label, dots, note=note, strong=entry.kind == REAL, minor=entry.is_alone)
 
 
 def _table(comparison: Comparison) -> Markup:
     rows = [_cells(comparison, entry) for entry in comparison.entries]
-    troubles = [f"{entry.label} {entry.trouble}." for entry in comparison.entries if entry.trouble]
+    troubles = [
+        f"{entry.label} {entry.failure_reason}."
+        for entry in comparison.entries
+        if entry.failure_reason
+    ]
     # A seed that failed beside one that did not: the arm has figures, of fewer seeds than the others.
     troubles += [
-        f"{run.label} {run.trouble}: the figures of {entry.label} are of its other seeds."
+        f"{run.label} {run.failure_reason}: the figures of {entry.label} are of its other seeds."
         for entry in comparison.arms
-        if not entry.trouble
+        if not entry.failure_reason
         for run in entry.runs
-        if run.trouble
+        if run.failure_reason
     ]
     more = " ".join([*_definitions(comparison), *dict.fromkeys(troubles)])
     return table("The arms", _columns(comparison), rows, "arms", strong=1, more=more)
@@ -99,8 +113,12 @@ def _definitions(comparison: Comparison) -> list[str]:
     said = ["Images seen: training images shown to the discriminators, summed over hospitals."]
     if any(entry.kind == LOCAL for entry in comparison.alone):
         asked = comparison.content.get("contribution")
-        whole = "; at the whole budget it is a coalition of one (Paired, Contribution)" if asked else ""
-        said.append(f"Each hospital alone saw its own share of the budget, as many images as it shows in the federation{whole}.")
+        whole = (
+            "; at the whole budget it is a coalition of one (Paired, Contribution)" if asked else ""
+        )
+        said.append(
+            f"Each hospital alone saw its own share of the budget, as many images as it shows in the federation{whole}."
+        )
     return [
         *said,
         "Macro AUC: area under the ROC curve, mean over classes, of classifiers trained on nothing but the row's images and "
@@ -115,7 +133,9 @@ def _definitions(comparison: Comparison) -> list[str]:
 def _cells(comparison: Comparison, entry: Entry) -> list[str]:
     central, federated = comparison.central, comparison.federated
     gap = comparison.difference(entry.name, central.name) if central not in (None, entry) else {}
-    gain = comparison.difference(federated.name, entry.name) if federated not in (None, entry) else {}
+    gain = (
+        comparison.difference(federated.name, entry.name) if federated not in (None, entry) else {}
+    )
     return [
         entry_label(entry),
         "none" if entry.kind == REAL else text.whole(_seen(entry)),
@@ -134,7 +154,9 @@ def _distance(comparison: Comparison, entry: Entry) -> str:
     """The Fréchet distance; in the row of real images its floor, which the same real images give every arm."""
     if entry.kind != REAL:
         return text.significant(entry.figures.get("frechet"))
-    floors = (number(dig(run.evaluation, "fidelity", "frechet_floor")) for run in comparison.arm_runs)
+    floors = (
+        number(dig(run.evaluation, "fidelity", "frechet_reference")) for run in comparison.arm_runs
+    )
     floor = next((value for value in floors if value is not None), None)
     return text.DASH if floor is None else f"{text.significant(floor, 2)} (floor)"
 
@@ -143,7 +165,11 @@ def _sent(entry: Entry) -> str:
     """Bytes exchanged. A hospital that trains alone sends none; what a single fine-tuned hospital sent is not known."""
     if entry.kind == REAL or (entry.is_alone and entry.kind == LOCAL):
         return "none"
-    sent = None if entry.is_alone else mean_of([dig(run.content, "cost", "bytes_exchanged") for run in entry.runs])
+    sent = (
+        None
+        if entry.is_alone
+        else mean_of([dig(run.content, "cost", "bytes_exchanged") for run in entry.runs])
+    )
     return "none" if sent == 0 else text.size(sent)
 
 
@@ -170,7 +196,11 @@ def _facts(comparison: Comparison) -> str:
     if tested := _tested(comparison):
         parts.append(tested)
     if (budget := number(content.get("images_seen_budget"))) is not None:
-        seen = [n for run in comparison.arm_runs if (n := number(run.content.get("images_seen"))) is not None]
+        seen = [
+            n
+            for run in comparison.arm_runs
+            if (n := number(run.content.get("images_seen"))) is not None
+        ]
         least = f"{text.whole(min(seen))} to " if seen and min(seen) < budget else ""
         parts.append(f"{least}{text.whole(budget)} images seen by each arm and seed")
     return " · ".join(parts)
@@ -178,10 +208,16 @@ def _facts(comparison: Comparison) -> str:
 
 def _tested(comparison: Comparison) -> str:
     """How many real test images there are, and of how many patients, where these are the hospitals' own test images."""
-    images = max((n for row in comparison.comparisons if (n := number(row.get("images"))) is not None), default=None)
+    images = max(
+        (n for row in comparison.comparisons if (n := number(row.get("images"))) is not None),
+        default=None,
+    )
     if images is None:
         return ""
-    rows = [(number(dig(row, "images", "test")), number(dig(row, "patients", "test"))) for row in comparison.hospitals]
+    rows = [
+        (number(dig(row, "images", "test")), number(dig(row, "patients", "test")))
+        for row in comparison.hospitals
+    ]
     words = f"{text.whole(images)} {'drawn' if comparison.drawn else 'real'} test images"
     known = bool(rows) and all(n is not None and p is not None for n, p in rows)
     if known and sum(n or 0 for n, _ in rows) == images:

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from markupsafe import Markup
 
-from fedgan.report import format as text
-from fedgan.report.charts import Row, legend
 from fedgan.report.comparison.data import ArmRun, Comparison, Entry
 from fedgan.report.comparison.parts import (
     NO_INTERVAL,
@@ -18,19 +16,21 @@ from fedgan.report.comparison.parts import (
     cells,
     chance,
     chart_figure,
+    failure_note,
     figure_of,
     join_words,
     lacks_interval,
     range_of,
     run_label,
-    trouble_note,
     with_intervals,
 )
 from fedgan.report.comparison.section import Section
-from fedgan.report.format import DASH, number
-from fedgan.report.run_data import Tree, dig, tree, trees
-from fedgan.report.tables import Column, table
-from fedgan.report.templating import absent, render
+from fedgan.report.html import format as text
+from fedgan.report.html.charts import Row, legend
+from fedgan.report.html.format import DASH, number
+from fedgan.report.html.tables import Column, table
+from fedgan.report.html.templating import absent, render
+from fedgan.report.run.data import Tree, dig, tree, trees
 
 NO_OTHERS = (
     "Not measured: classifiers trained on real and tested on synthetic images (TRTS), "
@@ -70,7 +70,8 @@ def _how(comparison: Comparison) -> str:
     seeds = first.get("seeds")
     if (count := number(len(seeds) if isinstance(seeds, list) else seeds)) is not None:
         parts.append(
-            f"Each is trained with {text.plural(round(count), 'seed')}" + ("; the figures are means." if count > 1 else ".")
+            f"Each is trained with {text.plural(round(count), 'seed')}"
+            + ("; the figures are means." if count > 1 else ".")
         )
     for key, words in (
         ("train_images", "real training images"),
@@ -99,7 +100,10 @@ def _main(comparison: Comparison) -> Markup:
     for head, key in (("real images (TRTR)", "real"), ("nothing: always the majority", "majority")):
         rows.append([head, *cells(_shared(runs, key), UTILITY)])
     rows += [
-        [f"{run_label(run)} (TSTR)" if not run.trouble else run_label(run), *cells(tree(_utility(run).get("synthetic")), UTILITY)]
+        [
+            f"{run_label(run)} (TSTR)" if not run.failure_reason else run_label(run),
+            *cells(tree(_utility(run).get("synthetic")), UTILITY),
+        ]
         for run in runs
     ]
     columns = [Column("Trained on images of", numeric=False), *with_intervals(UTILITY)]
@@ -107,7 +111,14 @@ def _main(comparison: Comparison) -> Markup:
     more += "The majority's row is what the same measures give to a reader who never looks."
     if len({str(dig(_utility(run), "real", "macro_auc")) for run in runs if _utility(run)}) > 1:
         more += " Beware: the arms do not agree on the figures of training on real images; those of the first arm are shown."
-    return table("Tested on all real test images", columns, rows, "utility", strong=1, more=f"{more} {trouble_note(runs)}")
+    return table(
+        "Tested on all real test images",
+        columns,
+        rows,
+        "utility",
+        strong=1,
+        more=f"{more} {failure_note(runs)}",
+    )
 
 
 def _shared(runs: Sequence[ArmRun], key: str) -> Tree:
@@ -118,7 +129,9 @@ def _shared(runs: Sequence[ArmRun], key: str) -> Tree:
 def _others(comparison: Comparison) -> Markup:
     """Real tested on synthetic, and real with synthetic images added."""
     rows = [
-        [head, run.label, count, *cells(found, UTILITY)] for run in comparison.arm_runs for head, count, found in _variants(run)
+        [head, run.label, count, *cells(found, UTILITY)]
+        for run in comparison.arm_runs
+        for head, count, found in _variants(run)
     ]
     if not rows:
         return absent(NO_OTHERS)
@@ -130,7 +143,13 @@ def _others(comparison: Comparison) -> Markup:
     ]
     more = "TRTS: trained on real, tested on the synthetic images. "
     more += "Real + n ×: trained on all real images and n times as many synthetic ones."
-    return table("Real tested on synthetic, and real with synthetic added", columns, rows, "utility-others", more=more)
+    return table(
+        "Real tested on synthetic, and real with synthetic added",
+        columns,
+        rows,
+        "utility-others",
+        more=more,
+    )
 
 
 def _variants(run: ArmRun) -> Iterator[tuple[str, str, Tree]]:
@@ -153,18 +172,37 @@ def _compared(comparison: Comparison) -> list[Entry]:
 
 def _class_chart(comparison: Comparison) -> Markup:
     entries = _compared(comparison)
-    rows = [Row("all (macro)", [dot for e in entries for dot in auc_dot(e, e.figures, "macro_auc")], strong=True)]
-    rows += [Row(label, [dot for e in entries for dot in auc_dot(e, e.of_class(label))]) for label in comparison.labels]
+    rows = [
+        Row(
+            "all (macro)",
+            [dot for e in entries for dot in auc_dot(e, e.figures, "macro_auc")],
+            strong=True,
+        )
+    ]
+    rows += [
+        Row(label, [dot for e in entries for dot in auc_dot(e, e.of_class(label))])
+        for label in comparison.labels
+    ]
     return chart_figure(
-        "utility-classes", "AUC for each class", rows, "AUC on real test images (0.5 is chance)", auc_domain(rows), chance(rows)
+        "utility-classes",
+        "AUC for each class",
+        rows,
+        "AUC on real test images (0.5 is chance)",
+        auc_domain(rows),
+        chance(rows),
     )
 
 
 def _place_chart(comparison: Comparison) -> Markup:
     entries = _compared(comparison)
-    rows = [Row("all", [dot for e in entries for dot in auc_dot(e, e.figures, "macro_auc")], strong=True)]
+    rows = [
+        Row(
+            "all", [dot for e in entries for dot in auc_dot(e, e.figures, "macro_auc")], strong=True
+        )
+    ]
     rows += [
-        Row(name, [dot for e in entries for dot in auc_dot(e, e.inside(name), "macro_auc")]) for name in comparison.hospital_names
+        Row(name, [dot for e in entries for dot in auc_dot(e, e.inside(name), "macro_auc")])
+        for name in comparison.hospital_names
     ]
     if not any(row.dots for row in rows[1:]):
         return Markup("")
@@ -183,7 +221,11 @@ def _pairs_of(results: Sequence[Tree], key: str) -> list[str]:
 
 
 def _two_columns(entries: Sequence[Entry]) -> list[Column]:
-    return [column for entry in entries for column in (Column(entry.label), Column(f"{entry.label}, 95% interval"))]
+    return [
+        column
+        for entry in entries
+        for column in (Column(entry.label), Column(f"{entry.label}, 95% interval"))
+    ]
 
 
 def _classes(comparison: Comparison) -> Markup:
@@ -191,7 +233,11 @@ def _classes(comparison: Comparison) -> Markup:
     if not comparison.labels:
         return absent("The figures name no class.")
     rows = [
-        [label, positives(comparison, label), *_pairs_of([entry.of_class(label) for entry in entries], "auc")]
+        [
+            label,
+            positives(comparison, label),
+            *_pairs_of([entry.of_class(label) for entry in entries], "auc"),
+        ]
         for label in comparison.labels
     ]
     empty = [row[0] for row in rows if all(cell == DASH for cell in row[2:])]
@@ -200,14 +246,18 @@ def _classes(comparison: Comparison) -> Markup:
         if empty
         else ""
     )
-    if lacks_interval([entry.of_class(label) for entry in entries for label in comparison.labels], "auc"):
+    if lacks_interval(
+        [entry.of_class(label) for entry in entries for label in comparison.labels], "auc"
+    ):
         more = f"{more} {NO_INTERVAL}".strip()
     columns = [
         Column("Class", numeric=False),
         Column("Test images", title="Real test images that have it"),
         *_two_columns(entries),
     ]
-    return table("AUC for each class, on real test images", columns, rows, "utility-classes", more=more)
+    return table(
+        "AUC for each class, on real test images", columns, rows, "utility-classes", more=more
+    )
 
 
 def positives(comparison: Comparison, label: str) -> str:
@@ -222,17 +272,27 @@ def positives(comparison: Comparison, label: str) -> str:
 
 def _places(comparison: Comparison) -> Markup:
     entries = _compared(comparison)
-    names = [name for name in comparison.hospital_names if any(entry.inside(name) for entry in entries)]
+    names = [
+        name for name in comparison.hospital_names if any(entry.inside(name) for entry in entries)
+    ]
     if not names:
         return absent("No figure was measured inside a single institution.")
     rows = [
-        [name, text.whole(comparison.test_images(name)), *_pairs_of([entry.inside(name) for entry in entries], "macro_auc")]
+        [
+            name,
+            text.whole(comparison.test_images(name)),
+            *_pairs_of([entry.inside(name) for entry in entries], "macro_auc"),
+        ]
         for name in names
     ]
     columns = [Column("Institution", numeric=False), Column("Test images"), *_two_columns(entries)]
-    lacks = lacks_interval([entry.inside(name) for entry in entries for name in names], "macro_auc")
-    more = NO_INTERVAL if lacks else ""
-    return table("Macro AUC inside each institution", columns, rows, "utility-institutions", more=more)
+    missing = lacks_interval(
+        [entry.inside(name) for entry in entries for name in names], "macro_auc"
+    )
+    more = NO_INTERVAL if missing else ""
+    return table(
+        "Macro AUC inside each institution", columns, rows, "utility-institutions", more=more
+    )
 
 
 def confounding(comparison: Comparison) -> str:
@@ -258,19 +318,31 @@ def _label_fidelity(comparison: Comparison) -> Markup:
     runs = comparison.arm_runs
     readings = [tree(run.evaluation.get("label_fidelity")) for run in runs]
     if not any(readings):
-        return absent("Label fidelity was not measured: what classifiers trained on real images read in the synthetic labels.")
+        return absent(
+            "Label fidelity was not measured: what classifiers trained on real images read in the synthetic labels."
+        )
     real = next((found for reading in readings if (found := tree(reading.get("real")))), {})
     sources = [real, *(tree(reading.get("synthetic")) for reading in readings)]
-    labels = list(dict.fromkeys(label for source in sources for label in tree(source.get("per_class"))))
+    labels = list(
+        dict.fromkeys(label for source in sources for label in tree(source.get("per_class")))
+    )
     rows = [["all: accuracy", *(text.decimal(source.get("accuracy")) for source in sources)]]
     for key, head in (("recall", "recall"), ("auc", "AUC")):
         rows += [
-            [f"{label}: {head}", *(text.decimal(dig(source, "per_class", label, key)) for source in sources)] for label in labels
+            [
+                f"{label}: {head}",
+                *(text.decimal(dig(source, "per_class", label, key)) for source in sources),
+            ]
+            for label in labels
         ]
     rows.append(["images read", *(text.whole(source.get("images")) for source in sources)])
-    columns = [Column("Figure", numeric=False), Column("Real test images"), *(Column(run_label(run)) for run in runs)]
+    columns = [
+        Column("Figure", numeric=False),
+        Column("Real test images"),
+        *(Column(run_label(run)) for run in runs),
+    ]
     more = "Accuracy: the share of images that are read as what was asked for; recall: the same for the images of one class. "
-    more += f"What is below the figure of real images is lost by the generator's conditioning. {trouble_note(runs)}"
+    more += f"What is below the figure of real images is lost by the generator's conditioning. {failure_note(runs)}"
     return table(
         "Is the image what its label says? Read by classifiers trained on real images",
         columns,

@@ -42,7 +42,9 @@ def color_map(values: Quantities, batch: int) -> torch.Tensor:
 def check_channels(channels: int) -> None:
     """Raise `ConfigError` unless colour transforms are defined for so many channels: 1 (grey) or 3 (RGB)."""
     if channels not in (1, 3):
-        raise ConfigError(f"colour augmentation takes 1 or 3 channels, not {channels}: set augment.pipe to blit, geom or bg")
+        raise ConfigError(
+            f"colour augmentation takes 1 or 3 channels, not {channels}: set augment.pipe to blit, geom or bg"
+        )
 
 
 def recolor(images: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
@@ -58,12 +60,16 @@ def recolor(images: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
         offset = colors[:, :, 3].mean(dim=1).to(images, non_blocking=True)
         return torch.addcmul(offset[:, None, None, None], images, scale[:, None, None, None])
     colors = colors.to(images, non_blocking=True)
-    return torch.baddbmm(colors[:, :, 3:], colors[:, :, :3], images.reshape(batch, 3, -1)).reshape(batch, 3, height, width)
+    return torch.baddbmm(colors[:, :, 3:], colors[:, :, :3], images.reshape(batch, 3, -1)).reshape(
+        batch, 3, height, width
+    )
 
 
 def _turn_about_grey(angle: torch.Tensor, eye: torch.Tensor, grey: torch.Tensor) -> torch.Tensor:
     """(B, 3, 3): rotation by `angle` radians about the grey axis (Rodrigues)."""
     unit = 1 / math.sqrt(3)
-    cross = torch.tensor([[0.0, -unit, unit], [unit, 0.0, -unit], [-unit, unit, 0.0]], dtype=torch.float64)
+    cross = torch.tensor(
+        [[0.0, -unit, unit], [unit, 0.0, -unit], [-unit, unit, 0.0]], dtype=torch.float64
+    )
     cosine, sine = torch.cos(angle)[:, None, None], torch.sin(angle)[:, None, None]
     return cosine * eye + sine * cross + (1 - cosine) * grey

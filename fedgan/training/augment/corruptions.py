@@ -28,7 +28,10 @@ def filtered(images: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
     height, width = images.shape[2:]
     gains = gains.to(images, non_blocking=True)
     rows, columns = (
-        torch.einsum("bk,kij->bij", gains, axis_matrix("bands", n, images.dtype, images.device))[:, None] for n in (height, width)
+        torch.einsum("bk,kij->bij", gains, axis_matrix("bands", n, images.dtype, images.device))[
+            :, None
+        ]
+        for n in (height, width)
     )
     return rows @ (images @ columns.transpose(2, 3))
 

@@ -107,7 +107,9 @@ def _grid(inverse: torch.Tensor, height: int, width: int) -> torch.Tensor:
     y, x = _places(height, inverse.device)[:, None], _places(width, inverse.device)
     axes = []
     for axis, n in ((0, width), (1, height)):
-        source = inverse[:, axis, 0, None, None] * x + (inverse[:, axis, 1, None, None] * y + inverse[:, axis, 2, None, None])
+        source = inverse[:, axis, 0, None, None] * x + (
+            inverse[:, axis, 1, None, None] * y + inverse[:, axis, 2, None, None]
+        )
         axes.append(_folded(source, n).mul_(2 / (4 * (n - 1))).sub_(1))
     return torch.stack(axes, dim=3)
 

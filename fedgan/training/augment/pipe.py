@@ -95,7 +95,11 @@ class AugmentPipe(nn.Module):
             check_channels(images.shape[1])  # now, not in the middle of a run when p leaves 0
         if values is None and p == 0.0:
             return images
-        drawn = self.draw(images.shape[0], p, generator) if values is None else self._fixed(values, images.shape[0])
+        drawn = (
+            self.draw(images.shape[0], p, generator)
+            if values is None
+            else self._fixed(values, images.shape[0])
+        )
         with torch.autocast(images.device.type, enabled=False):
             work = images if images.dtype == torch.float64 else images.float()
             return self.apply_quantities(work, drawn, generator).to(images.dtype)
@@ -148,7 +152,9 @@ class AugmentPipe(nn.Module):
         fixed: Quantities = {}
         for name, value in values.items():
             if name not in self.transforms:
-                raise ConfigError(f"the pipe '{self.pipe}' has no quantity '{name}'; it has {', '.join(self.transforms)}")
+                raise ConfigError(
+                    f"the pipe '{self.pipe}' has no quantity '{name}'; it has {', '.join(self.transforms)}"
+                )
             tensor = torch.as_tensor(value, dtype=torch.float64).cpu()
             if name in WIDTH and tensor.ndim == 1 and len(tensor) != WIDTH[name]:
                 tensor = tensor[:, None]  # one number an image, the same for both axes

@@ -1,0 +1,1 @@
+"""Attacks on a finished run with their controls, and the release filter."""

@@ -1,0 +1,193 @@
+"""Controls of the copy detector: it must find copies that were planted, and find nothing where nothing was copied.
+
+Without both green, an audit's "no copies found" says nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import rankdata
+
+from fedgan.audit.attacks.copies import (
+    CopyFindings,
+    Interval,
+    compare,
+    difference,
+    independent,
+    wilson,
+)
+from fedgan.audit.attacks.nearest import Moves, nearest
+from fedgan.data.dataset import ImageArray
+
+LEAST_AUC = 0.9
+LEAST_COVERED = 0.8  # share of splits whose interval holds 0; 0.95 is expected
+
+
+def plant_copies(
+    synthetic: np.ndarray,
+    training: ImageArray,
+    share: float,
+    rng: np.random.Generator,
+    *,
+    grey_levels: int = 2,
+    shift: int = 1,
+    mirrored: float = 0.25,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A generator that leaks: `share` of `synthetic` (S, C, H, W) uint8 replaced by training images, each slightly changed.
+
+    A planted image is moved by up to `shift` pixels in both directions (the edge repeated), mirrored left to right with
+    probability `mirrored`, and has uniform noise of ± `grey_levels` on it. Returns the images, which are planted (S,)
+    bool, and the training row of each (S,) int64, -1 where nothing was planted. No training row is planted twice as long
+    as there are enough.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be between 0 and 1, not {share}")
+    count, available = round(share * len(synthetic)), training.shape[0]
+    places = np.sort(rng.choice(len(synthetic), count, replace=False))
+    sources = rng.choice(available, count, replace=count > available)
+    planted, rows = np.zeros(len(synthetic), bool), np.full(len(synthetic), -1, np.int64)
+    planted[places], rows[places] = True, sources
+    images = np.array(synthetic)
+    for place, source in zip(places, sources, strict=True):
+        images[place] = _changed(
+            np.asarray(training[np.array([source])])[0], rng, grey_levels, shift, mirrored
+        )
+    return images, planted, rows
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How well planted copies were found. Shares are of all synthetic images; intervals of 95 %."""
+
+    auc: float  # of minus the distance, planted images against the others; 1 is perfect, 0.5 is chance
+    planted_share: float
+    found_share: float  # estimated from what was flagged, less what is flagged without a leak
+    found_ci: Interval
+    right_row: (
+        float | None
+    )  # share of the planted images whose nearest training image is their source
+    passed: bool
+
+
+def recovered(
+    findings: CopyFindings,
+    planted: np.ndarray,
+    clean: CopyFindings | None = None,
+    rows: np.ndarray | None = None,
+) -> Recovery:
+    """Whether `findings`, made of the images of `plant_copies`, show the leak: the positive control.
+
+    `planted` (S,) bool and `rows` (S,) are those of `plant_copies`. `clean`: findings of the same synthetic images before
+    planting; without it the held-out share stands for what is flagged without a leak. With f the share flagged and c that
+    without a leak, the leak is estimated as (f - c) / (1 - c) (Rogan and Gladen 1978, for a test that misses no copy; what
+    it does miss lowers the estimate and fails the control). Passes when the area is 0.9 or more and the planted share lies
+    in the estimate's interval.
+    """
+    planted = np.asarray(planted, bool)
+    if planted.shape != findings.distances.shape or planted.all() or not planted.any():
+        raise ValueError(
+            "a positive control needs, for each synthetic image, whether it was planted, and images of both kinds"
+        )
+    base, base_ci = (
+        (clean.copying_share, clean.copying_ci)
+        if clean
+        else (findings.held_out_share, findings.held_out_ci)
+    )
+    flags = findings.distances <= findings.threshold
+    share = float(flags.mean())
+    low, high = difference(share, wilson(share, len(flags)), base, base_ci)
+    rest = max(1 - base, 1e-12)
+    found_ci = (max(0.0, low / rest), min(1.0, high / rest))
+    auc = _auc(-findings.distances, planted)
+    planted_share = float(planted.mean())
+    return Recovery(
+        auc=auc,
+        planted_share=planted_share,
+        found_share=max(0.0, (share - base) / rest),
+        found_ci=found_ci,
+        right_row=None
+        if rows is None
+        else float((findings.rows[planted] == np.asarray(rows)[planted]).mean()),
+        passed=auc >= LEAST_AUC and found_ci[0] <= planted_share <= found_ci[1],
+    )
+
+
+@dataclass(frozen=True)
+class NegativeControl:
+    """What copy detection says of real images that cannot be copies."""
+
+    excess: float  # of the first split
+    excess_ci: Interval
+    mean_excess: float  # over all splits
+    covered: float  # share of splits whose interval holds 0
+    splits: int
+    passed: bool
+
+
+def negative_control(
+    training: np.ndarray,
+    held_out: np.ndarray,
+    *,
+    seed: int,
+    percentile: float = 5.0,
+    splits: int = 100,
+    moves: Moves | None = None,
+    held_out_groups: np.ndarray | None = None,
+) -> NegativeControl:
+    """Half of `held_out` (H, F), drawn by patient, plays the synthetic images and the other half is held out, `splits` times.
+
+    One interval of 95 % misses 0 once in twenty even when all is well, which would call one audit in twenty invalid (and
+    with several spaces and hospitals one in three). So the control passes when 0 lies in the intervals of 80 % or more of
+    the splits. `held_out_groups` (H,): the patient of each image.
+    """
+    distances = nearest(held_out, training, moves=moves)[0]
+    names = np.arange(len(distances)) if held_out_groups is None else np.asarray(held_out_groups)
+    independent(len(distances), names)  # refuses groups of another length
+    patients = np.unique(names, return_inverse=True)[1].reshape(-1)
+    number = int(patients.max()) + 1
+    if number < 4:
+        raise ValueError(
+            f"a negative control needs held-out images of four patients or more, not of {number}"
+        )
+    rng = np.random.default_rng(seed)
+    results = []
+    for _ in range(splits):
+        first = np.isin(patients, rng.permutation(number)[: number // 2])
+        groups = {"groups": patients[first], "real_groups": patients[~first]}
+        results.append(compare(distances[first], distances[~first], percentile, **groups))
+    covered = float(
+        np.mean([result.excess_ci[0] <= 0 <= result.excess_ci[1] for result in results])
+    )
+    return NegativeControl(
+        excess=results[0].excess,
+        excess_ci=results[0].excess_ci,
+        mean_excess=float(np.mean([result.excess for result in results])),
+        covered=covered,
+        splits=splits,
+        passed=covered >= LEAST_COVERED,
+    )
+
+
+def _changed(
+    image: np.ndarray, rng: np.random.Generator, grey_levels: int, shift: int, mirrored: float
+) -> np.ndarray:
+    """An image (C, H, W) uint8 as `plant_copies` plants it."""
+    _, height, width = image.shape
+    if rng.random() < mirrored:
+        image = image[..., ::-1]
+    down, right = rng.integers(0, 2 * shift + 1, 2)
+    padded = np.pad(image, ((0, 0), (shift, shift), (shift, shift)), mode="edge")
+    moved = padded[:, down : down + height, right : right + width].astype(np.int64)
+    return np.clip(moved + rng.integers(-grey_levels, grey_levels + 1, moved.shape), 0, 255).astype(
+        np.uint8
+    )
+
+
+def _auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the ROC curve of scores (S,) as the Mann-Whitney statistic; ties count half."""
+    ranks, count = rankdata(scores), int(positive.sum())
+    return float(
+        (ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(scores) - count))
+    )

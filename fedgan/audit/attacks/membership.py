@@ -1,0 +1,167 @@
+"""Membership inference: can somebody tell from the model, or from what it releases, who was in the training set?
+
+An attack gives every image a score, higher for a suspected member; `score_attack` says what the scores are worth on images
+whose membership is known. Members and non-members come from one hospital, split by patient, so that nothing but the
+training tells them apart. The controls of an audit test whether that is so (fedgan/audit/membership_inference.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgan.audit.attacks.density import density_ratio_scores, density_scores
+from fedgan.audit.attacks.logan import discriminator_scores
+from fedgan.audit.attacks.roc import (
+    LEVEL,
+    Interval,
+    group_numbers,
+    percentile_interval,
+    resamples,
+    roc_figures,
+    wilson_interval,
+)
+from fedgan.audit.attacks.shadow import calibrated_scores, deal_shadows, likelihood_ratio_scores
+from fedgan.errors import DataError, FedganError
+
+__all__ = [
+    "MembershipFindings",
+    "calibrated_scores",
+    "deal_shadows",
+    "density_ratio_scores",
+    "density_scores",
+    "discriminator_scores",
+    "likelihood_ratio_scores",
+    "score_attack",
+]
+
+RATES = (0.01, 0.001)  # false-positive rates at which true-positive rates are told
+LEAK_AUC = 0.9  # what an attack must reach on a planted leak
+
+
+@dataclass(frozen=True)
+class MembershipFindings:
+    """What one attack found, each figure in [0, 1] with its interval.
+
+    `auc` 0.5 is chance. `tpr_at_1`, `tpr_at_01`: share of members found at a false-positive rate of 1 % and of 0.1 %; chance
+    is that rate. They are None, and `note` says why, where there are too few non-members to measure such a rate.
+    `members`, `non_members`: images that were compared.
+    """
+
+    attack: str
+    auc: float
+    auc_ci: Interval
+    tpr_at_1: float | None
+    tpr_at_1_ci: Interval | None
+    tpr_at_01: float | None
+    tpr_at_01_ci: Interval | None
+    members: int
+    non_members: int
+    note: str = ""
+
+
+def score_attack(
+    attack: str,
+    member_scores: np.ndarray,
+    non_member_scores: np.ndarray,
+    *,
+    seed: int,
+    bootstrap: int = 1000,
+    level: float = LEVEL,
+    match: bool = True,
+    member_groups: np.ndarray | None = None,
+    non_member_groups: np.ndarray | None = None,
+) -> MembershipFindings:
+    """What scores (M,) of members and (M',) of non-members are worth; higher means a suspected member.
+
+    With `match` the larger side is cut to the size of the smaller one by a seeded draw without replacement, so that figures of
+    several attacks and of their controls rest on equal numbers. Without, all images count: right where a few leaked
+    members stand against many others, for a rate of 1 in 1,000 needs 1,000 non-members.
+    Intervals: percentile bootstrap of both sides with `bootstrap` resamples, by `…_groups` (M,) (patients) where given;
+    those of rates are widened to Wilson's, because a bootstrap of no hits at all has no width.
+    Raises `DataError` for fewer than two images on a side, `FedganError` for scores that are not numbers.
+    """
+    sides = [_side(attack, scores) for scores in (member_scores, non_member_scores)]
+    groups = [
+        group_numbers(given, len(side))
+        for given, side in zip((member_groups, non_member_groups), sides, strict=True)
+    ]
+    if match:
+        sides, groups = _matched(sides, groups, seed)
+    members, others = sides
+    auc, shares = roc_figures(
+        members, others, (np.ones((1, len(members))), np.ones((1, len(others)))), RATES
+    )
+    drawn = [
+        roc_figures(members, others, weights, RATES)
+        for weights in resamples(groups[0], groups[1], bootstrap, seed)
+    ]
+    rates = np.concatenate([part[1] for part in drawn])
+    at_1, at_01 = (
+        _rate(float(shares[0, number]), rates[:, number], rate, members, others, level)
+        for number, rate in enumerate(RATES)
+    )
+    return MembershipFindings(
+        attack=attack,
+        auc=float(auc[0]),
+        auc_ci=percentile_interval(np.concatenate([part[0] for part in drawn]), level),
+        tpr_at_1=at_1[0],
+        tpr_at_1_ci=at_1[1],
+        tpr_at_01=at_01[0],
+        tpr_at_01_ci=at_01[1],
+        members=len(members),
+        non_members=len(others),
+        note="; ".join(note for note in (at_1[2], at_01[2]) if note),
+    )
+
+
+def _side(attack: str, scores: np.ndarray) -> np.ndarray:
+    scores = np.asarray(scores, np.float64)
+    if scores.ndim != 1 or len(scores) < 2:
+        raise DataError(
+            f"{attack}: scores of shape {scores.shape}; an attack is judged on two members and two non-members at least"
+        )
+    if np.isnan(scores).any():
+        raise FedganError(
+            f"{attack}: {int(np.isnan(scores).sum())} scores are not numbers; look at the model or the features"
+        )
+    return scores
+
+
+def _matched(
+    sides: list[np.ndarray], groups: list[np.ndarray], seed: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Both sides at the size of the smaller one, the larger by a draw without replacement; groups numbered again."""
+    size, rng = min(len(side) for side in sides), np.random.default_rng((seed, 1))
+    rows = [
+        np.arange(size)
+        if len(side) == size
+        else np.sort(rng.choice(len(side), size, replace=False))
+        for side in sides
+    ]
+    return (
+        [side[kept] for side, kept in zip(sides, rows, strict=True)],
+        [group_numbers(numbers[kept], size) for numbers, kept in zip(groups, rows, strict=True)],
+    )
+
+
+def _rate(
+    share: float,
+    resampled: np.ndarray,
+    rate: float,
+    members: np.ndarray,
+    others: np.ndarray,
+    level: float,
+) -> tuple[float | None, Interval | None, str]:
+    """The share of members found at a false-positive `rate`, its interval, and '' or why there is none."""
+    needed = round(1 / rate)
+    if len(others) < needed:
+        return (
+            None,
+            None,
+            f"a false-positive rate of {rate:.1%} needs {needed:,} non-members, here are {len(others):,}",
+        )
+    low, high = percentile_interval(resampled, level)
+    wilson = wilson_interval(share, len(members), level)
+    return share, (min(low, wilson[0]), max(high, wilson[1])), ""

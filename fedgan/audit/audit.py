@@ -1,0 +1,353 @@
+"""The audit of a run: would somebody who holds the generator, or what it releases, learn who was trained on?
+
+Each hospital is audited by itself with its own images: copies in three spaces, membership, projection; each figure beside
+the same figure for held-out real images. Controls come first: a leak that is planted on purpose must be caught, and held-out
+images in the place of synthetic ones must not be called one. Without both the audit is not valid, whatever it found.
+
+A space that does not see the planted copies is told as blind, and the audit stays valid where another one sees them:
+features that were trained to tell classes apart look the same for two images of one class, and are no copy detector.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fedgan.audit.copy_search import CopySearch, pairs_picture, plant, search_copies
+from fedgan.audit.membership_inference import (
+    CONTROLLED,
+    Membership,
+    measure_membership,
+    measure_projection,
+)
+from fedgan.audit.rules import (
+    FEW_PATIENTS,
+    Measured,
+    attack_stands_out,
+    copies_stand_out,
+    projection_stands_out,
+)
+from fedgan.audit.subject import (
+    Audited,
+    AuditSettings,
+    Roles,
+    Say,
+    Space,
+    Spaces,
+    draw_synthetic,
+    held_out_count,
+    roles_of,
+    too_few,
+)
+from fedgan.data.dataset import HospitalData
+from fedgan.models.stylegan2.generator import Generator
+
+FORMAT = "fedgan-audit-1"
+EVIDENCE = "These figures are evidence about the attacks that were tried, not proof that no other attack would find more."
+NO_SHADOWS = "No shadow models were trained (--shadows 0): the strongest membership attacks that are known were not tried."
+NOT_COVERED = (
+    "The audit reads private images without noise: its figures are not covered by the epsilon of the training. "
+    "Whoever passes them on releases them in addition."
+)
+ALONE = (
+    "The networks were asked about this hospital alone, which whoever holds them can do (model.hospitals); in a released set "
+    "its images lie among the others'."
+)
+NOT_IN = "The model was never given anything that this hospital trained: the figures are those of a stranger."
+
+
+@dataclass(frozen=True)
+class HospitalAudit:
+    """One hospital. `numbers` is its entry of audit.json; `pictures` (by space) show patients and stay in the hospital."""
+
+    numbers: dict[str, Any]
+    pictures: dict[str, Image.Image]
+
+
+def audit_hospitals(
+    audited: Audited,
+    hospitals: Sequence[HospitalData],
+    audit: AuditSettings,
+    say: Say = lambda text: None,
+) -> list[HospitalAudit]:
+    """Audit each hospital by itself. `say` is told what is being done.
+
+    Raises `FedganError` for a generator that does not fit the images or gives none that are finite, `ConfigError` for a number
+    of shadows that cannot be dealt.
+    """
+    judged = len(hospitals) * len(CONTROLLED)
+    return [audit_hospital(audited, hospital, audit, judged, say) for hospital in hospitals]
+
+
+def audit_hospital(
+    audited: Audited,
+    hospital: HospitalData,
+    audit: AuditSettings,
+    judged: int = len(CONTROLLED),
+    say: Say = lambda text: None,
+) -> HospitalAudit:
+    """One hospital's audit; `judged`: negative controls of membership over all hospitals of the audit."""
+    if reason := too_few(hospital):
+        return HospitalAudit(_unmeasured(hospital, reason), {})
+    with audited.asked_about(hospital.name) as alone:
+        note = [ALONE] if alone else [NOT_IN] if audited.numbers else []
+        return _audit(audited, hospital, audit, judged, say, note)
+
+
+def _audit(
+    audited: Audited,
+    hospital: HospitalData,
+    audit: AuditSettings,
+    judged: int,
+    say: Say,
+    notes: list[str],
+) -> HospitalAudit:
+    name = hospital.name
+    roles = roles_of(hospital, audit.seed)
+    say(f"{name}: drawing {audit.images} synthetic images")
+    synthetic = draw_synthetic(audited, roles.train, audit.images, audit.seed, audit.psi)
+    planted = plant(synthetic, roles.train, audit.seed)
+    spaces = Spaces(hospital, roles, audited.settings, audit, audited.device)
+    if roles.whole_training > len(roles.train):
+        notes.append(
+            f"A sample of {len(roles.train)} of {roles.whole_training} training images was looked up."
+        )
+    patients = int(roles.held_patients.max()) + 1
+    if patients < FEW_PATIENTS:
+        each = len(np.unique(roles.held_patients[roles.tested]))
+        notes.append(
+            f"Few patients: {patients} are held out, and an attack is judged on {each} of them. Intervals from so few can be "
+            "too narrow, and only a gross leak would show."
+        )
+    searches = _copies(spaces, roles, synthetic, audit, notes, say)
+    say(f"{name}: attacking membership")
+    membership = measure_membership(
+        audited, roles, spaces.pixels, synthetic, planted, audit, judged, say
+    )
+    projection = _projection(audited, roles, audit, notes, say)
+    controls = _controls(searches, membership)
+    notes += membership.notes
+    numbers = {
+        "name": name,
+        "members": len(roles.train),
+        "held_out": len(roles.held),
+        "held_out_patients": patients,
+        "synthetic": len(synthetic),
+        "copies": {space: search.figures if search else None for space, search in searches.items()},
+        "membership": membership.rows,
+        "projection": projection,
+        "controls": controls,
+        "valid": all(control["passed"] for control in controls.values()),
+        "notes": notes,
+    }
+    pictures = {
+        space: pairs_picture(search.found, synthetic, roles.train)
+        for space, search in searches.items()
+        if search
+    }
+    return HospitalAudit({**numbers, "signs": signs(numbers)}, pictures)
+
+
+def report_of(
+    audits: Sequence[HospitalAudit],
+    audited: Audited,
+    audit: AuditSettings,
+    round_number: int | None,
+    checkpoint_sha256: str,
+) -> dict[str, Any]:
+    """The content of audit.json: numbers alone; no path, no patient, no image. The same audit gives the same content."""
+    hospitals = [found.numbers for found in audits]
+    notes = [
+        EVIDENCE,
+        *([] if audit.shadows else [NO_SHADOWS]),
+        *([NOT_COVERED] if audited.settings.privacy.on else []),
+    ]
+    return {
+        "format": FORMAT,
+        "round": round_number,
+        "checkpoint_sha256": checkpoint_sha256,
+        "valid": bool(hospitals) and all(hospital["valid"] for hospital in hospitals),
+        "settings": dataclasses.asdict(audit),
+        "hospitals": hospitals,
+        "notes": notes,
+    }
+
+
+def headline(report: dict[str, Any]) -> str:
+    """The verdict in a sentence for each hospital that is not valid or has signs of a leak, or one for all."""
+    lines = []
+    for hospital in report["hospitals"]:
+        if not hospital["valid"]:
+            lines.append(f"not valid at {hospital['name']}: {'; '.join(why_not_valid(hospital))}")
+        elif hospital["signs"]:
+            lines.append(
+                f"evidence of a leak at {hospital['name']}: {'; '.join(hospital['signs'])}"
+            )
+    if not lines:
+        lines = ["valid, and no figure stands out from the same figure for held-out images"]
+    return "\n".join(lines)
+
+
+def why_not_valid(hospital: dict[str, Any]) -> list[str]:
+    """Why one hospital's entry of audit.json is not valid."""
+    if hospital["controls"] is None:
+        return list(hospital["notes"])
+    failed = [
+        (name, control) for name, control in hospital["controls"].items() if not control["passed"]
+    ]
+    return [f"the {name} control failed ({control['reason']})" for name, control in failed]
+
+
+def signs(numbers: dict[str, Any]) -> list[str]:
+    """Figures of one hospital that lie above the same figure for held-out images by more than both intervals allow."""
+    found = []
+    for space, copies in numbers["copies"].items():
+        near = [
+            _measured(copies or {}, f"near_{side}_share", f"near_{side}_ci")
+            for side in ("training", "held_out")
+        ]
+        if copies and copies_stand_out(copies["excess_ci"], *near):
+            share, real = copies["copying_share"], copies["held_out_share"]
+            found.append(
+                f"{share:.1%} of the synthetic images copy training images by {space}, of held-out images {real:.1%}"
+            )
+    for row in numbers["membership"]:
+        if attack_stands_out(
+            (row["auc"], row["auc_ci"]), _measured(row, "null_auc", "null_auc_ci")
+        ):
+            found.append(
+                f"membership by {row['attack']} has an AUC of {row['auc']:.2f}, held-out images {row['null_auc']:.2f}"
+            )
+    projection = numbers["projection"]
+    if projection and projection_stands_out(projection["gap_ci"], projection["auc_ci"]):
+        found.append(
+            f"training images are projected with an error smaller by {projection['gap']:.2f} grey levels"
+        )
+    return found
+
+
+def _measured(row: dict[str, Any], key: str, ci: str) -> Measured | None:
+    return (row[key], row[ci]) if key in row else None
+
+
+# --- parts -------------------------------------------------------------------------------------------
+
+
+def _copies(
+    spaces: Spaces,
+    roles: Roles,
+    synthetic: np.ndarray,
+    audit: AuditSettings,
+    notes: list[str],
+    say: Say,
+) -> dict[str, CopySearch | None]:
+    """The search in each space, None where a space cannot be had."""
+
+    def search(space: Space) -> CopySearch:
+        return search_copies(space, roles, synthetic, audit.seed, audit.bootstrap)
+
+    say(f"{roles.name}: looking for copies by pixels")
+    found: dict[str, CopySearch | None] = {"pixels": search(spaces.pixels)}
+    say(f"{roles.name}: looking for copies by features")
+    features = spaces.features
+    found["features"] = search(features) if features else None
+    if features is None:
+        notes.append(
+            "The images have no classes to train the reference extractor on: copies were not looked for by features."
+        )
+    elif features.fitted:
+        notes.append(
+            "The features are of a classifier that was trained on this hospital's training images."
+        )
+    say(f"{roles.name}: training the embedding and looking for copies by it")
+    found["embedding"] = search(spaces.embedding)
+    for space, result in found.items():
+        if result and not result.positive["passed"]:
+            notes.append(
+                f"Blind: by {space} the planted copies were not found as they should be, so that finding few proves little."
+            )
+    return found
+
+
+def _projection(
+    audited: Audited, roles: Roles, audit: AuditSettings, notes: list[str], say: Say
+) -> dict[str, Any] | None:
+    if audit.projected and isinstance(audited.generator, Generator):
+        say(f"{roles.name}: projecting training and held-out images")
+    found = measure_projection(audited, roles, audit)
+    if found is None:
+        notes.append(
+            "No image was projected: none was asked for, or the generator has no latent space that can be searched."
+        )
+    return found
+
+
+def _controls(searches: dict[str, CopySearch | None], membership: Membership) -> dict[str, Any]:
+    """Both controls of one hospital, each with `passed`, and a `reason` where it did not.
+
+    Positive: a space sees planted copies, and the distance attack finds planted members. Negative: no space that sees takes
+    held-out images for copies, and no attack finds members when held-out images play the synthetic set.
+    """
+    positive = {space: search.positive for space, search in searches.items() if search}
+    negative = {space: search.negative for space, search in searches.items() if search}
+    sighted = [space for space, control in positive.items() if control["passed"]]
+    caught, quiet = bool(sighted), all(negative[space]["passed"] for space in sighted)
+    reasons = {
+        "positive": [] if caught else ["no space finds the planted copies"],
+        "negative": [
+            f"by {space} {negative[space]['reason']}"
+            for space in sighted
+            if not negative[space]["passed"]
+        ],
+    }
+    parts = {
+        "positive": (
+            {space: _plain(control) for space, control in positive.items()},
+            membership.positive,
+            caught,
+        ),
+        "negative": (
+            {space: _plain(control) for space, control in negative.items()},
+            membership.negative,
+            quiet,
+        ),
+    }
+    found = {}
+    for name, (copies, attack, good) in parts.items():
+        why = [*reasons[name], *([attack["reason"]] if "reason" in attack else [])]
+        reason = {"reason": "; ".join(why)} if why else {}
+        found[name] = {
+            "copies": copies,
+            "membership": attack,
+            "sighted": sighted,
+            "passed": good and attack["passed"],
+            **reason,
+        }
+    return found
+
+
+def _plain(control: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in control.items() if value is not None}
+
+
+def _unmeasured(hospital: HospitalData, note: str) -> dict[str, Any]:
+    """The entry of a hospital that cannot be audited: every figure is null, and a note says why."""
+    return {
+        "name": hospital.name,
+        "members": len(hospital.train),
+        "held_out": held_out_count(hospital),
+        "held_out_patients": None,
+        "synthetic": 0,
+        "copies": dict.fromkeys(("pixels", "features", "embedding")),
+        "membership": [],
+        "projection": None,
+        "controls": None,
+        "valid": False,
+        "notes": [note],
+        "signs": [],
+    }

@@ -1,0 +1,1 @@
+"""Parts of the HTML reports: charts, tables, number formats, templates."""

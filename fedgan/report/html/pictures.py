@@ -1,0 +1,112 @@
+"""The run's PNGs as data URIs, cut into one strip for each row of a grid, within a limit of bytes.
+
+A grid (`fedgan/evaluation/grids.py`) has a row for each class; its square cells are the run's images, enlarged by a
+whole number, with a margin between them and, where rows have names, a column of text at the left. The page sets its
+own text: here the grid is taken apart again, each cell at its own resolution.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+MOST_CELLS = 8  # cells of a row that are shown
+MOST_ROWS = 16  # rows of a grid that are shown
+MOST_BYTES = 45_000  # of one image of the page
+SIDE = 96  # pixels; a larger cell is shown reduced to this
+NO_FINDING = "no finding"  # the first row of a multi-label grid, which is no label
+# The layout of fedgan/evaluation/grids.py, said again here because importing it would load torch to write a page.
+TEXT_WIDTHS = (116, 0)  # pixels at the left that are text
+GAP = 2  # pixels between cells
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One sample grid: the names of its rows (empty where they have none), and where its cells stand, in pixels.
+
+    A cell is `side` pixels wide, enlarged `scale` times.
+    """
+
+    image: Image.Image
+    rows: tuple[str, ...]
+    count: int
+    columns: int
+    side: int
+    scale: int
+    left: int
+
+    def cell(self, row: int, column: int) -> Image.Image:
+        """One cell, at its own resolution or reduced to `SIDE`."""
+        wide = self.side * self.scale
+        x, y = self.left + column * (wide + GAP), row * (wide + GAP)
+        cell = self.image.crop((x, y, x + wide, y + wide))
+        cell = (
+            cell.resize((self.side, self.side), Image.Resampling.NEAREST)
+            if self.scale > 1
+            else cell
+        )
+        return cell.resize((SIDE, SIDE), Image.Resampling.LANCZOS) if self.side > SIDE else cell
+
+    def block(self, rows: Sequence[int], columns: int = MOST_CELLS) -> Block:
+        """The first cells of some rows, without the margins between them."""
+        columns, side = min(columns, self.columns), min(self.side, SIDE)
+        joined = Image.new(self.image.mode, (columns * side, len(rows) * side))
+        for i, row in enumerate(rows):
+            for column in range(columns):
+                joined.paste(self.cell(row, column), (column * side, i * side))
+        return Block(data_uri(joined), joined.width, joined.height, columns)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some cells as one image: its data URI, its width and height in pixels, and how many cells stand side by side."""
+
+    uri: str
+    width: int
+    height: int
+    columns: int
+
+
+def open_grid(path: Path, names: Sequence[str], side: int) -> Grid | None:
+    """Read a grid of cells of `side` pixels whose rows are the labels `names`.
+
+    None where the file is no picture, or its size fits no grid of such cells.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    scale = min(4, max(1, 128 // side))
+    step = side * scale + GAP
+    count, below = divmod(image.height + GAP, step)
+    for left in TEXT_WIDTHS:
+        columns, beside = divmod(image.width - left + GAP, step)
+        if not below and not beside and count >= 1 and columns >= 1:
+            return Grid(image, _row_names(names, count), count, columns, side, scale, left)
+    return None
+
+
+def _row_names(names: Sequence[str], count: int) -> tuple[str, ...]:
+    """The names of `count` rows: the labels, with 'no finding' before them where there is one more; else none."""
+    return next(
+        (rows for rows in (tuple(names), (NO_FINDING, *names)) if names and len(rows) == count), ()
+    )
+
+
+def data_uri(image: Image.Image) -> str:
+    """`image` as a data URI of at most about `MOST_BYTES`: PNG, or JPEG, as good as the limit allows, where that is larger."""
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    kind = "png"
+    for quality in (90, 80, 65, 45):
+        if stream.tell() <= MOST_BYTES:
+            break
+        kind, stream = "jpeg", io.BytesIO()
+        image.save(stream, "JPEG", quality=quality)
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"

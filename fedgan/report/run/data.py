@@ -1,0 +1,172 @@
+"""All that the page knows: the files of one run folder, read once and made harmless.
+
+Every file but `config.toml` may be missing (a young run) or damaged (a failed one). Nothing here
+raises for that: what cannot be read becomes a sentence in `problems`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedgan import files
+from fedgan.config import Settings, from_dict, to_dict
+from fedgan.errors import FedganError
+from fedgan.report.facts import all_drawn
+from fedgan.report.html.format import number
+from fedgan.run_folder import RunFolder
+
+Tree = dict[str, Any]
+
+# Control characters, lone surrogates and marks that turn the direction of the text around them.
+_HARMFUL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]"
+)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The content of a run folder. Trees are as `docs/architecture.md` says, or empty where there is no file."""
+
+    settings: Settings
+    environment: Tree
+    hospitals: tuple[Tree, ...]
+    rounds: tuple[Tree, ...]
+    evaluation: Tree
+    pictures: dict[str, Path]
+    problems: tuple[str, ...] = ()
+    audit: Tree = field(default_factory=dict)
+
+    @property
+    def evaluation_labels(self) -> list[str]:
+        """The labels that the classifiers told apart, after `evaluation.label_map`."""
+        named = self.evaluation.get("label_names")
+        return [str(name) for name in named] if isinstance(named, list) else []
+
+    @property
+    def data_labels(self) -> list[str]:
+        """The labels of the images, of the generator and so of the grids, in the order in which the hospitals list them."""
+        found: dict[str, None] = {}
+        for hospital in self.hospitals:
+            for split in tree(hospital.get("counts")).values():
+                found.update(dict.fromkeys(tree(split)))
+        return list(found)
+
+    @property
+    def hospital_names(self) -> list[str]:
+        """Names of the hospitals: those of hospitals.json, then any that only the rounds name."""
+        rows = [
+            *self.hospitals,
+            *(row for line in self.rounds for row in trees(line.get("hospitals"))),
+        ]
+        return list(dict.fromkeys(str(row["name"]) for row in rows if row.get("name") is not None))
+
+    @property
+    def last_round(self) -> Tree:
+        """The newest line of metrics.jsonl, or an empty dict."""
+        return self.rounds[-1] if self.rounds else {}
+
+    def total(self, key: str) -> float | None:
+        """A cumulative count of the run (`images_seen`, `wall_seconds`, `bytes_exchanged`)."""
+        here = number(self.evaluation.get(key))
+        return here if here is not None else number(self.last_round.get(key))
+
+    @property
+    def drawn(self) -> bool:
+        """Whether every image was drawn by a program, so that no figure speaks of patients."""
+        return not self.settings.evaluation.root and all_drawn(
+            row.get("source") for row in trees(self.environment.get("sources"))
+        )
+
+    @property
+    def round_pictures(self) -> list[tuple[int, Path]]:
+        """The sample grids of the rounds, oldest first."""
+        found = [(re.fullmatch(r"round-(\d+)", name), path) for name, path in self.pictures.items()]
+        return sorted((int(match.group(1)), path) for match, path in found if match)
+
+
+def load(run: RunFolder) -> RunData:
+    """Read a run folder. Raises `ConfigError` when it has no readable `config.toml`; nothing else."""
+    problems: list[str] = []
+    settings = from_dict(clean(to_dict(run.settings())), source=str(run.config))
+    evaluation = tree(_json(run, run.evaluation, problems))
+    audit = _json(run, run.audit, problems)
+    if audit is not None and not isinstance(audit, dict):
+        problems.append(f"{run.audit.name} is damaged: it holds no audit.")
+    return RunData(
+        settings=settings,
+        environment=tree(_json(run, run.environment, problems)),
+        hospitals=tuple(trees(_json(run, run.hospitals, problems))),
+        rounds=tuple(_rounds(run, problems)),
+        evaluation=evaluation,
+        pictures={path.stem: path for path in sorted(run.samples.glob("*.png"))},
+        audit=tree(audit),
+        problems=tuple(problems),
+    )
+
+
+def dig(value: Any, *keys: str) -> Any:
+    """The value at a path of keys, or None as soon as a step is not there."""
+    for key in keys:
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    return value
+
+
+def tree(value: Any) -> Tree:
+    """`value` if it is a dict, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def trees(value: Any) -> list[Tree]:
+    """The dicts of a list; empty for anything else."""
+    return (
+        [item for item in value if isinstance(item, dict)]
+        if isinstance(value, list | tuple)
+        else []
+    )
+
+
+def sentences(value: Any) -> list[str]:
+    """Notes as a list of texts, whether they are one text, a list or a dict of texts."""
+    if isinstance(value, str):
+        return [value] if value.strip() else []
+    if isinstance(value, dict):
+        return [f"{key}: {text}" for key, item in value.items() for text in sentences(item)]
+    return [text for item in value for text in sentences(item)] if isinstance(value, list) else []
+
+
+def clean(value: Any) -> Any:
+    """Replace characters that no page can show (control, lone surrogate, direction marks), all the way down."""
+    if isinstance(value, str):
+        return _HARMFUL.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {clean(str(key)): clean(item) for key, item in value.items()}
+    return [clean(item) for item in value] if isinstance(value, list) else value
+
+
+def _json(run: RunFolder, path: Path, problems: list[str]) -> Any:
+    try:
+        return clean(run.read_json(path))
+    except (FedganError, OSError, ValueError, RecursionError):
+        problems.append(
+            f"{path.name} is damaged and could not be read; its part of the page is empty."
+        )
+        return None
+
+
+def _rounds(run: RunFolder, problems: list[str]) -> Iterable[Tree]:
+    """One line a round, in order. A round that was repeated after a resume counts once, its last line."""
+    try:
+        lines = trees(clean(files.read_json_lines(run.metrics)))
+    except (OSError, ValueError, RecursionError):
+        problems.append(
+            f"{run.metrics.name} is damaged and could not be read; the curves are empty."
+        )
+        return []
+    newest = {n: line for line in lines if (n := number(line.get("round"))) is not None}
+    return [newest[n] for n in sorted(newest)]

@@ -1,5 +1,0 @@
-"""The privacy page: the verdict, the controls, what is guaranteed, what was found under three heads, what is not protected."""
-
-from fedgan.report.sections.privacy.section import SECTION
-
-__all__ = ["SECTION"]

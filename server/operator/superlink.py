@@ -1,0 +1,315 @@
+"""The operator's side of a running federation: reach its SuperLink, submit a run, follow it to its real end.
+
+Only the control API tells all of this: `flwr run --stream` ends with 0 whatever became of the run, `flwr log` begins anew after
+each broken connection, `flwr supernode ls` knows no names. What builds and submits the app is `flwr run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import tomli_w
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    StopRunRequest,
+    StreamLogsRequest,
+)
+from flwr.supercore.control import ControlHttpClient
+
+from fedgan.errors import ConfigError, FederationError, MachineError
+
+POLL = 1.0
+PROBE_SECONDS = 5.0  # one look at /health
+SUBMIT_SECONDS = 180.0
+UNREGISTERED = "unregistered"  # Flower's status of a node that was let go
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONNECTION = "federation"  # its name in Flower's own configuration, which is made for one command
+# What OpenSSL says of a certificate, and what the operator can do about it.
+DISTRUST = {
+    "certificate has expired": "its certificate has expired: fedgan keys rotate server, then restart SuperLink and filter",
+    "not yet valid": "its certificate is not yet valid: set this machine's clock",
+    "mismatch": "its certificate is for other names: fedgan keys rotate server --host NAME, or call it by a name that it has",
+}
+NO_TLS = (
+    "WRONG_VERSION_NUMBER",
+    "RECORD_LAYER_FAILURE",
+    "UNEXPECTED_MESSAGE",
+    "disconnected without sending",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as the SuperLink knows it: `status` is pending, starting, running or finished."""
+
+    number: int
+    status: str
+    sub_status: str = ""  # of a finished run: completed, failed or stopped
+    details: str = ""
+    submitted: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)  # what it was submitted with
+
+    @property
+    def over(self) -> bool:
+        return self.status == "finished"
+
+    @property
+    def completed(self) -> bool:
+        """Nothing else is success."""
+        return (self.status, self.sub_status) == ("finished", "completed")
+
+    @property
+    def text(self) -> str:
+        return f"{self.status}:{self.sub_status}" if self.sub_status else self.status
+
+    @property
+    def output(self) -> str:
+        """Its run folder, on the ServerApp's disk."""
+        return str(self.config.get("output", ""))
+
+
+@dataclass(frozen=True)
+class Node:
+    """A registered hospital; `status` is registered (never seen), online or offline."""
+
+    name: str
+    number: int
+    status: str
+
+
+class SuperLink:
+    """The control API of one SuperLink at `address` (HOST:PORT), known by the certificate in `authority`. Use as a context.
+
+    Every call but `log` is answered or fails within half a minute. Raises `FederationError` where the SuperLink refuses, and
+    lets `httpx.RequestError` through where it cannot be reached, so that a caller may try again.
+    """
+
+    def __init__(self, address: str, authority: Path) -> None:
+        self.address, self.authority = address, authority
+        trusting(authority)  # before anything else fails over it
+        self._control = ControlHttpClient.from_server_address(
+            address, False, authority.read_bytes(), []
+        )
+
+    def __enter__(self) -> SuperLink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._control.close()
+
+    def run(self, number: int) -> Run:
+        """One run. Raises `FederationError` where there is none of that number."""
+        with self._refusals():
+            found = self._control.ListRuns(ListRunsRequest(run_id=number)).run_dict
+        return _run(found[number])
+
+    def runs(self) -> list[Run]:
+        """The newest twenty, the newest first."""
+        with self._refusals():
+            found = self._control.ListRuns(ListRunsRequest()).run_dict
+        return sorted(map(_run, found.values()), key=lambda run: run.submitted, reverse=True)
+
+    def stop(self, number: int) -> None:
+        """Stop a run. Raises `FederationError` where it is over."""
+        with self._refusals():
+            if not self._control.StopRun(StopRunRequest(run_id=number)).success:
+                raise FederationError(
+                    f"the SuperLink did not stop run {number}: see fedgan deploy status"
+                )
+
+    def nodes(self) -> list[Node]:
+        """Every hospital that is let in, by name."""
+        with self._refusals():
+            found = self._control.ListNodes(ListNodesRequest()).nodes_info
+        rows = [
+            Node(str(row.name), int(row.node_id), str(row.status))
+            for row in found
+            if row.status != UNREGISTERED
+        ]
+        return sorted(rows, key=lambda row: (row.name, row.number))
+
+    def log(self, number: int, after: float) -> Iterator[tuple[str, float]]:
+        """Pieces of the log of a run, written after a moment, each with its own moment, until the run's end.
+
+        Pieces end anywhere. Waits without end for the next one: read it in a thread.
+        """
+        with self._refusals():
+            for piece in self._control.StreamLogs(
+                StreamLogsRequest(run_id=number, after_timestamp=after)
+            ):
+                yield str(piece.log_output), float(piece.latest_timestamp)
+
+    def submit(self, config: Mapping[str, str | bool], app: Path = REPOSITORY) -> int:
+        """Start a run of the app with a run-config; returns its number. Raises `FederationError` with Flower's reason."""
+        command = Path(sys.executable).with_name("flwr")
+        words = [
+            str(command) if command.is_file() else shutil.which("flwr") or "flwr",
+            "run",
+            str(app),
+            CONNECTION,
+        ]
+        with tempfile.TemporaryDirectory(prefix="fedgan-") as home:
+            connection = {
+                "address": self.address,
+                "root-certificates": str(self.authority.resolve()),
+            }
+            Path(home, "config.toml").write_text(
+                tomli_w.dumps({"superlink": {CONNECTION: connection}}), encoding="utf-8"
+            )
+            given = Path(home, "run.toml")
+            given.write_text(tomli_w.dumps(dict(config)), encoding="utf-8")
+            own = {
+                "FLWR_HOME": home,
+                "FLWR_TELEMETRY_ENABLED": "0",
+                "FLWR_DISABLE_UPDATE_CHECK": "1",
+            }
+            try:
+                done = subprocess.run(
+                    [*words, "--format", "json", "-c", str(given)],
+                    env=dict(os.environ) | own,
+                    capture_output=True,
+                    text=True,
+                    timeout=SUBMIT_SECONDS,
+                )
+            except FileNotFoundError:
+                raise MachineError(
+                    "there is no command flwr: pip install -e . in the repository (see fedgan doctor)"
+                ) from None
+            except subprocess.TimeoutExpired:
+                raise FederationError(
+                    f"flwr run did not end within {SUBMIT_SECONDS:.0f} s; whether the SuperLink took the run, "
+                    "fedgan deploy status tells"
+                ) from None
+        return _submitted(done.stdout, done.stderr)
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Turn what the SuperLink answers to a request that it refuses into `FederationError`."""
+        try:
+            yield
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code >= 500:
+                raise httpx.RequestError(
+                    f"it answered {error.response.status_code}"
+                ) from error  # it comes up, or goes down
+            raise FederationError(
+                f"the SuperLink at {self.address} refused: {_reason(error.response)}"
+            ) from error
+
+
+def reach(address: str, authority: Path, seconds: float) -> None:
+    """Return when the SuperLink is healthy, within so many seconds.
+
+    Raises `FederationError` where nobody answers in that time, and at once where its certificate is not to be trusted or it
+    speaks no TLS, `ConfigError` where `authority` cannot be read or `address` is none.
+    """
+    context, end = trusting(authority), time.monotonic() + seconds
+    if not address.rpartition(":")[2].isdigit() or "/" in address:
+        raise ConfigError(
+            f"'{address}' is no address of a SuperLink: write HOST:PORT, e.g. superlink:8000"
+        )
+    while True:
+        try:
+            httpx.get(
+                f"https://{address}/health", verify=context, timeout=PROBE_SECONDS, trust_env=False
+            ).raise_for_status()
+            return
+        except httpx.InvalidURL:
+            raise ConfigError(
+                f"'{address}' is no address of a SuperLink: write HOST:PORT, e.g. superlink:8000"
+            ) from None
+        except httpx.HTTPError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise FederationError(
+                    f"the SuperLink at {address} is not trusted: {_distrust(str(error), authority)}"
+                ) from error
+            if any(word in str(error) for word in NO_TLS):
+                raise FederationError(
+                    f"what answers at {address} does not speak TLS: it is no SuperLink of a deployment"
+                ) from error
+            if time.monotonic() > end:
+                raise FederationError(
+                    f"no SuperLink answers at {address} (waited {seconds:.0f} s: {error}): is it running, "
+                    "and is this machine in its network?"
+                ) from error
+        time.sleep(POLL)
+
+
+def trusting(authority: Path) -> ssl.SSLContext:
+    """TLS that trusts one authority alone. Raises `ConfigError` where its certificate cannot be read."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cafile=str(authority))
+    except OSError as error:  # SSLError too
+        raise ConfigError(
+            f"cannot read the certificate {authority}: give --ca, or make keys with fedgan keys NAME..."
+        ) from error
+    return context
+
+
+def _distrust(text: str, authority: Path) -> str:
+    default = f"{authority} has not signed its certificate: give the ca.crt of the keys that it was started with"
+    return next((advice for words, advice in DISTRUST.items() if words in text), default)
+
+
+def _reason(response: httpx.Response) -> str:
+    """What Flower says in an answer that is an error."""
+    try:
+        found = response.json()
+        return " ".join(str(found[key]) for key in ("detail", "extra") if key in found) or str(
+            found
+        )
+    except (ValueError, TypeError):
+        return f"{response.status_code} {response.reason_phrase}"
+
+
+def _run(found: Any) -> Run:
+    status = found.status
+    config = {
+        key: getattr(value, value.WhichOneof("scalar"))
+        for key, value in found.override_config.items()
+    }
+    return Run(
+        int(found.run_id),
+        str(status.status),
+        str(status.sub_status),
+        str(status.details),
+        str(found.pending_at),
+        config,
+    )
+
+
+def _submitted(stdout: str, stderr: str) -> int:
+    """The number of the run that `flwr run --format json` says it has started."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        found = json.loads(stdout[stdout.index("{") :])
+        if found.get("success"):
+            return int(found["run-id"])
+        raise FederationError(f"the SuperLink took no run: {found.get('error-message') or found}")
+    lines = (stderr or stdout).strip().splitlines()
+    raise FederationError(f"flwr run gave no run: {lines[-1] if lines else 'it said nothing'}")
+
+
+@contextlib.contextmanager
+def connected(address: str, authority: Path, seconds: float) -> Iterator[SuperLink]:
+    """A SuperLink that was healthy just now. Raises as `reach`, and `FederationError` where it goes away meanwhile."""
+    reach(address, authority, seconds)
+    try:
+        with SuperLink(address, authority) as link:
+            yield link
+    except httpx.RequestError as error:
+        raise FederationError(f"the SuperLink at {address} answers no more: {error}") from error
