@@ -155,7 +155,7 @@ def test_a_quarantined_release_says_what_was_dropped_and_what_it_is_worth(
         0
     ]
     fence = float(np.quantile(distances, 0.2))
-    monkeypatch.setattr(release_filter, "quarantine_threshold", lambda *_, **__: fence)
+    monkeypatch.setattr(release_filter, "release_threshold", lambda *_, **__: fence)
     monkeypatch.setattr(
         release_filter, "MOST_DRAWS", 500
     )  # images of one class of an untrained generator are much alike

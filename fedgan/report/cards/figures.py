@@ -140,7 +140,7 @@ def _below_floor(metrics: Tree) -> list[str]:
     ]
     for key in ("recall", "coverage"):
         below = [
-            f"{row['name']} ({decimal(row[key], 2)}, floor {decimal(row[f'{key}_floor'], 2)})"
+            f"{row['name']} ({decimal(row[key], 2)}, floor {decimal(row[f'{key}_reference'], 2)})"
             for row in metrics["fidelity_per_class"]
             if _is_less(row[key], row[f"{key}_reference"], 2)
         ]
