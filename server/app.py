@@ -30,7 +30,7 @@ from fedgan import events
 from fedgan.config import Settings, from_dict, load_scenario
 from fedgan.errors import ConfigError, FedganError
 from fedgan.report.cards import write_cards
-from fedgan.report.run.page import write_report
+from fedgan.report.run.report import write_report
 from fedgan.run_folder import RunFolder
 from fedgan.runs.evaluator import Evaluator
 from fedgan.runs.lock import locked, sweep

@@ -147,7 +147,7 @@ def test_every_room_inside_the_library_is_in_the_table() -> None:
         ("fedgan.data.shard", "from ..models import generator"),
         ("fedgan.training.trainer", "from fedgan.cli import console"),
         ("fedgan.files", "from fedgan.data import shard"),
-        ("fedgan.report.run.page", "from server import evaluator"),
+        ("fedgan.report.run.report", "from server import evaluator"),
         ("server.federation", "from simulations import runner"),
         ("server.federation", "from client import app"),
         ("client.app", "import fedgan.runs.budget"),
@@ -166,7 +166,7 @@ def test_the_check_finds_a_wrong_arrow(module: str, source: str) -> None:
             "fedgan.training.trainer",
             "from fedgan.models.stylegan2.generator import Generator\nfrom fedgan import files",
         ),
-        ("fedgan.report.run.page", "from fedgan.evaluation import grids"),
+        ("fedgan.report.run.report", "from fedgan.evaluation import grids"),
         ("fedgan.data.shard", "from . import splits\nfrom fedgan import __version__"),
         ("server.federation", "import flwr\nfrom fedgan.runs.budget import deal_images"),
         ("simulations.runner", "from server import preparation\nfrom client import app"),
@@ -194,7 +194,7 @@ import fedgan
 for module in pkgutil.walk_packages(fedgan.__path__, "fedgan."):
     if not module.name.startswith("fedgan.cli"):
         importlib.import_module(module.name)
-print("fedgan.training.trainer" in sys.modules, "fedgan.report.run.page" in sys.modules)
+print("fedgan.training.trainer" in sys.modules, "fedgan.report.run.report" in sys.modules)
 """
 
 

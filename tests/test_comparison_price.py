@@ -15,7 +15,7 @@ from test_comparison_report import section, tables
 from test_report import Page, places, replaced, scraps
 
 from fedgan.report.comparison.data import Comparison
-from fedgan.report.comparison.page import build_page
+from fedgan.report.comparison.report import build_report
 from fedgan.report.html.charts import GUTTER, LEFT, WIDE
 from fedgan.report.html.scales import Scale, log_range
 from fedgan.report.run.data import clean
@@ -62,7 +62,7 @@ def priced(arms: dict[str, tuple[float | None, float | None, float]] = PRICED) -
 
 
 def html_of(content: dict[str, Any]) -> str:
-    return build_page(Comparison(clean(content)))
+    return build_report(Comparison(clean(content)))
 
 
 def chart_of(html: str) -> ElementTree.Element:

@@ -22,14 +22,14 @@ from fedgan.errors import ConfigError
 from fedgan.evaluation.grids import draw_grid
 from fedgan.report.comparison import write_comparison
 from fedgan.report.comparison.data import Comparison
-from fedgan.report.comparison.page import SECTIONS, build_page
+from fedgan.report.comparison.report import SECTIONS, build_report
 from fedgan.report.comparison.pairs import verdict
 from fedgan.report.comparison.parts import UTILITY
 from fedgan.report.run.data import clean, tree
 
 
 def page_of(content: dict[str, Any]) -> Page:
-    return Page(build_page(Comparison(clean(content))))
+    return Page(build_report(Comparison(clean(content))))
 
 
 @pytest.fixture(scope="module")
@@ -671,7 +671,7 @@ def test_an_interval_that_was_not_measured_is_explained_and_its_images_counted(
         line[2] = None
     for row in changed["summary"]:
         row["per_institution"]["st-elm"]["macro_auc_ci"] = None
-    page = build_page(Comparison(changed))
+    page = build_report(Comparison(changed))
     for key in ("cross-site", "hospitals", "utility"):
         assert words in section(page, key), key
     assert "(too few test images for an interval)" in section(page, "hospitals")

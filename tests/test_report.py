@@ -27,7 +27,7 @@ from fedgan.evaluation.grids import draw_grid
 from fedgan.report import write_report
 from fedgan.report.html.tables import csv_link
 from fedgan.report.run.data import RunData, clean, tree, trees
-from fedgan.report.run.page import build_page
+from fedgan.report.run.report import build_report
 from fedgan.run_folder import RunFolder
 
 LABELS = ["nevus", "melanoma", "keratosis", "basal cell", "actinic", "dermatofibroma", "vascular"]
@@ -709,6 +709,6 @@ def test_no_content_of_the_files_stops_the_page(data: st.DataObject) -> None:
         evaluation=tree(clean(sound["evaluation"])),
         pictures={},
     )
-    page = Page(build_page(run))
+    page = Page(build_report(run))
     assert page.tags["section"] == 9
     assert len(page.values("id")) == len(set(page.values("id")))

@@ -145,7 +145,7 @@ def audit(
         pictures = write_pictures(run, found)
         files.write_json(place, report)
         if output is None and run.report.is_file():
-            from fedgan.report.run.page import write_report
+            from fedgan.report.run.report import write_report
 
             write_report(run)
     _tell(report, place, pictures, as_json)

@@ -62,7 +62,7 @@ def compare(
         raise MachineError(REPOSITORY) from None
     from fedgan.cli.compare_progress import CompareProgress
     from fedgan.report.cards import write_comparison_cards
-    from fedgan.report.comparison.page import write_comparison
+    from fedgan.report.comparison.report import write_comparison
 
     with stoppable(folder), console.stdout_for_results(), CompareProgress() as progress:
         found = simulations.comparison.compare.compare(settings, folder, progress.on_event, jobs)

@@ -238,7 +238,7 @@ def evaluate(
     looked at with other classifiers, features or merged labels. An arm of a comparison always needs --output.
     """
     from fedgan.report.cards.collect import comparison_of
-    from fedgan.report.run.page import write_report
+    from fedgan.report.run.report import write_report
     from fedgan.run_folder import RunFolder
 
     run = RunFolder.at(run_path)
@@ -297,8 +297,8 @@ def report(
     Trains and measures nothing. --tensorboard needs the extra fedgan[tracking].
     """
     from fedgan.comparison_folder import ComparisonFolder
-    from fedgan.report.comparison.page import write_comparison
-    from fedgan.report.run.page import write_report
+    from fedgan.report.comparison.report import write_comparison
+    from fedgan.report.run.report import write_report
     from fedgan.report.tensorboard import write_tensorboard
 
     run = ComparisonFolder.at(run_path)

@@ -180,7 +180,7 @@ def _begin(settings: Settings, run: RunFolder, as_json: bool) -> None:
 
 def _finish(run: RunFolder, as_json: bool) -> None:
     from fedgan.report.cards import write_cards
-    from fedgan.report.run.page import write_report
+    from fedgan.report.run.report import write_report
 
     write_report(run)
     write_cards(run)

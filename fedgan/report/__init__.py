@@ -4,6 +4,6 @@
 becomes a sentence on the page.
 """
 
-from fedgan.report.run.page import write_report
+from fedgan.report.run.report import write_report
 
 __all__ = ["write_report"]

@@ -4,6 +4,6 @@
 becomes a sentence on the page.
 """
 
-from fedgan.report.comparison.page import write_comparison
+from fedgan.report.comparison.report import write_comparison
 
 __all__ = ["write_comparison"]

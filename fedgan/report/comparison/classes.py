@@ -17,11 +17,11 @@ from fedgan.report.comparison.parts import (
     range_of,
     with_floors,
 )
-from fedgan.report.comparison.section import Section
 from fedgan.report.comparison.utility import positives
 from fedgan.report.facts import WITHHELD, counts_withheld
 from fedgan.report.html import format as text
 from fedgan.report.html.format import number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import dig, tree
@@ -120,4 +120,4 @@ def _fidelity(comparison: Comparison, label: str) -> Markup:
     return table(f"{label}: fidelity and diversity", columns, rows, f"class-{label}-fidelity")
 
 
-SECTION = Section("classes", "Each class", "Classes", _render)
+SECTION = Section("classes", "Classes", _render)

@@ -6,10 +6,10 @@ from markupsafe import Markup
 
 from fedgan.report.comparison.data import COALITION, Comparison
 from fedgan.report.comparison.parts import chart_figure
-from fedgan.report.comparison.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Dot, Row
 from fedgan.report.html.format import bounds, number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import Tree, sentences, tree, trees
@@ -120,4 +120,4 @@ def _values(found: Tree) -> Markup:
     )
 
 
-SECTION = Section("contribution", "Contribution of each hospital", "Contribution", _render)
+SECTION = Section("contribution", "Contribution", _render)

@@ -9,10 +9,10 @@ from markupsafe import Markup
 from fedgan.report.comparison.communication_cost import communication_cost
 from fedgan.report.comparison.data import ArmRun, Comparison
 from fedgan.report.comparison.parts import failure_note, run_label
-from fedgan.report.comparison.section import Section
 from fedgan.report.facts import leaves
 from fedgan.report.html import format as text
 from fedgan.report.html.format import DASH, number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import dig, tree
@@ -146,4 +146,4 @@ def _overrides(run: ArmRun) -> str:
     )
 
 
-SECTION = Section("cost", "Cost", "Cost", _render)
+SECTION = Section("cost", "Cost", _render)

@@ -9,9 +9,9 @@ from markupsafe import Markup
 
 from fedgan.report.comparison.data import Comparison
 from fedgan.report.comparison.parts import NO_INTERVAL, entry_label
-from fedgan.report.comparison.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.format import bounds, number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import csv_link
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import tree
@@ -98,4 +98,4 @@ def _link(columns: list[str], heads: list[str], cells: list[list[Cell]]) -> Mark
     return csv_link("cross-site", names, rows)
 
 
-SECTION = Section("cross-site", "Cross-site matrix", "Cross-site", _render)
+SECTION = Section("cross-site", "Cross-site", _render)

@@ -8,10 +8,10 @@ from markupsafe import Markup
 
 from fedgan.report.comparison.data import FINETUNED, ArmRun, Comparison
 from fedgan.report.comparison.parts import arm_legend
-from fedgan.report.comparison.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Line, legend, line_chart
 from fedgan.report.html.format import number, short
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.curves import CURVES
@@ -102,4 +102,4 @@ def _table(comparison: Comparison) -> Markup:
     )
 
 
-SECTION = Section("curves", "Training, by images seen", "Training", _render)
+SECTION = Section("curves", "Training", _render)

@@ -15,9 +15,9 @@ from fedgan.report.comparison.parts import (
     run_label,
     with_floors,
 )
-from fedgan.report.comparison.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.format import DASH, number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import Tree, dig, tree
@@ -230,4 +230,4 @@ def _path_length(run: ArmRun) -> float | None:
     return number(_fidelity(run).get("path_length"))
 
 
-SECTION = Section("fidelity", "Fidelity and diversity", "Fidelity", _render)
+SECTION = Section("fidelity", "Fidelity", _render)

@@ -19,11 +19,11 @@ from fedgan.report.comparison.parts import (
     lacks_interval,
     range_of,
 )
-from fedgan.report.comparison.section import Section
 from fedgan.report.facts import WITHHELD, counts_withheld
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Dot, Row
 from fedgan.report.html.format import bounds, number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import Tree, dig, tree
@@ -222,4 +222,4 @@ def _results(comparison: Comparison, name: str) -> Markup:
     )
 
 
-SECTION = Section("hospitals", "Each hospital: what it gains", "Hospitals", _render)
+SECTION = Section("hospitals", "Hospitals", _render)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from fedgan.report.comparison.data import Comparison
-from fedgan.report.comparison.section import Section
 from fedgan.report.facts import nulls
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import sentences, tree
@@ -89,4 +89,4 @@ def _nulls(comparison: Comparison) -> list[str]:
     ]
 
 
-SECTION = Section("missing", "Not measured, failed, and notes", "Not measured", _render)
+SECTION = Section("missing", "Not measured", _render)

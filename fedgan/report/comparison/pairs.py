@@ -6,11 +6,11 @@ from markupsafe import Markup
 
 from fedgan.report.comparison.data import Comparison
 from fedgan.report.comparison.parts import chart_figure, p_value
-from fedgan.report.comparison.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Dot, Row
 from fedgan.report.html.format import bounds, number
 from fedgan.report.html.scales import span
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import Tree, trees
@@ -179,4 +179,4 @@ def _by_seed(row: Tree) -> list[float]:
     ]
 
 
-SECTION = Section("pairs", "Paired comparisons on the same test images", "Paired", _render)
+SECTION = Section("pairs", "Paired differences", _render)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from fedgan.report.comparison.data import Comparison
-from fedgan.report.comparison.section import Section
 from fedgan.report.facts import content_hash, leaves, source_text, word
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import Tree, tree, trees
@@ -92,4 +92,4 @@ def _sources(comparison: Comparison, provenance: Tree) -> Markup:
     return table("Sources, licences and content hashes of the data", columns, rows, "sources")
 
 
-SECTION = Section("provenance", "Provenance", "Provenance", _render)
+SECTION = Section("provenance", "Provenance", _render)

@@ -11,10 +11,10 @@ from markupsafe import Markup
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.errors import FedganError
 from fedgan.report.comparison.data import ArmRun, Comparison
-from fedgan.report.comparison.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.format import number
 from fedgan.report.html.pictures import MOST_ROWS, Block, Grid, open_grid
+from fedgan.report.html.section import Section
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import dig
 
@@ -168,4 +168,4 @@ def _block(grid: Grid, name: str, i: int, columns: int) -> Block | None:
     return grid.block([row], columns) if row < grid.count else None
 
 
-SECTION = Section("samples", "Samples: the same latents in every arm", "Samples", _render)
+SECTION = Section("samples", "Samples", _render)

@@ -7,11 +7,11 @@ from markupsafe import Markup
 from fedgan.report.comparison import ablation
 from fedgan.report.comparison.data import LOCAL, REAL, Comparison, Entry
 from fedgan.report.comparison.parts import auc_domain, chance, chart_figure, entry_label, mean_of
-from fedgan.report.comparison.section import Section
 from fedgan.report.facts import DRAWN
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Dot, Row, legend
 from fedgan.report.html.format import number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import render
 from fedgan.report.run.data import dig
@@ -225,4 +225,4 @@ def _tested(comparison: Comparison) -> str:
     return words
 
 
-SECTION = Section("summary", "Summary", "Summary", _render)
+SECTION = Section("summary", "Summary", _render)

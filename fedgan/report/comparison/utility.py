@@ -24,10 +24,10 @@ from fedgan.report.comparison.parts import (
     run_label,
     with_intervals,
 )
-from fedgan.report.comparison.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Row, legend
 from fedgan.report.html.format import DASH, number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import Tree, dig, tree, trees
@@ -353,4 +353,4 @@ def _label_fidelity(comparison: Comparison) -> Markup:
     )
 
 
-SECTION = Section("utility", "Utility: trained on synthetic, tested on real", "Utility", _render)
+SECTION = Section("utility", "Utility", _render)

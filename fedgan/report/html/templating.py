@@ -16,8 +16,8 @@ def render(template: str, **context: Any) -> Markup:
     return Markup(_environment().get_template(template).render(**context))
 
 
-def source(template: str) -> str:
-    """A file of `templates/` as it is."""
+def read_template(template: str) -> str:
+    """Read a file of `templates/` without rendering it."""
     loader = _environment().loader
     assert loader is not None
     return loader.get_source(_environment(), template)[0]

@@ -120,4 +120,4 @@ def _progress(run: RunData) -> list[tuple[int, str, Block]]:
 
 
 NOT_SHOWN = "Real images are not shown: evaluation.show_real does not allow it."
-SECTION = Section("images", "Real beside synthetic", _render)
+SECTION = Section("images", "Images", _render)

@@ -49,4 +49,4 @@ def _render(run: RunData) -> Markup:
     )
 
 
-SECTION = Section("notes", "Notes, and what was not measured", _render)
+SECTION = Section("notes", "Notes", _render)

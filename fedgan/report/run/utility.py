@@ -244,4 +244,4 @@ def _chart(key: str, title: str, rows: list[Row]) -> Markup | None:
     return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, chart)
 
 
-SECTION = Section("utility", "Utility: trained on synthetic, tested on real", _render)
+SECTION = Section("utility", "Utility", _render)

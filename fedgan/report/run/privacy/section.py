@@ -296,4 +296,4 @@ def _parts(control: Tree) -> Iterator[list[str]]:
         ]
 
 
-SECTION = Section("privacy", "Privacy: guarantee and evidence", _render)
+SECTION = Section("privacy", "Privacy", _render)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from markupsafe import Markup
-
 from fedgan import files
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.report.comparison import (
@@ -27,10 +25,9 @@ from fedgan.report.comparison import (
     utility,
 )
 from fedgan.report.comparison.data import Comparison, load
-from fedgan.report.comparison.section import Section
-from fedgan.report.html.templating import render, source
+from fedgan.report.html.section import Section, render_report
 
-SECTIONS: tuple[Section, ...] = (
+SECTIONS: tuple[Section[Comparison], ...] = (
     summary.SECTION,
     samples.SECTION,
     curves.SECTION,
@@ -54,19 +51,16 @@ def write_comparison(folder: Path) -> Path:
     Raises `ConfigError` where the folder has no `comparison.json`, `StorageError` where the page cannot be written.
     """
     place = ComparisonFolder.at(folder)
-    files.write_text(place.report, build_page(load(place.path)))
+    files.write_text(place.report, build_report(load(place.path)))
     return place.report
 
 
-def build_page(comparison: Comparison) -> str:
-    """The page as HTML."""
-    sections = [(section, section.render(comparison)) for section in SECTIONS]
-    # The style sheet is the package's own and holds no "</": it may stand in the page as it is.
-    return str(
-        render(
-            "comparison_page.html.j2",
-            name=comparison.name,
-            sections=sections,
-            style=Markup(source("style.css")),
-        )
+def build_report(comparison: Comparison) -> str:
+    """Build the comparison report as HTML."""
+    return render_report(
+        "comparison",
+        comparison.name,
+        SECTIONS,
+        comparison,
+        "comparison.json and the sample grids of its arms",
     )
