@@ -11,9 +11,9 @@ from fedgan import files
 from fedgan.config import Settings
 from fedgan.errors import FederationError
 from fedgan.run_folder import RunFolder
-from fedgan.runs.budget import Share
+from fedgan.runs.participants import Member, Participant
 from fedgan.runs.round_state import State
-from server.roster import RETURN_WAIT, Member, check_alike, online, request_introductions
+from server.roster import RETURN_WAIT, check_alike, online, request_introductions
 
 
 class Attendance:
@@ -39,32 +39,33 @@ class Attendance:
 
     def rejoin(self, state: State) -> State:
         """The state of a run that goes on, with those among its hospitals who have come for the first time."""
-        if not state.shares:  # written before shares were kept: all had joined
+        if not state.participants:  # written before shares were kept: all had joined
             rows = [
-                Share(row["number"], row["name"], row["images"], row["units"])
+                Participant(row["number"], row["name"], row["images"], row["units"])
                 for row in state.exhausted
             ]
-            state.shares = rows + [
-                member.share(0)
+            state.participants = rows + [
+                member.participant(0)
                 for number, member in self.members.items()
                 if number not in {r.number for r in rows}
             ]
-            state.since = {share.number: state.round for share in state.shares if state.round}
+            state.since = {share.number: state.round for share in state.participants if state.round}
         for member in list(self.members.values()):
             self._admit(member, state)
         return state
 
     def _admit(self, member: Member, state: State) -> None:
         """Enter a hospital that has come. Raises `FederationError` when it is not the one that joined before."""
-        known = next((share for share in state.shares if share.number == member.number), None)
+        known = next((share for share in state.participants if share.number == member.number), None)
         if any(
-            share.name == member.name and share.number != member.number for share in state.shares
+            share.name == member.name and share.number != member.number
+            for share in state.participants
         ):
             raise FederationError(
                 f"{member} has the name of another hospital: give its shard one of its own (fedgan data import --name)"
             )
         if known is None:
-            state.shares.append(member.share(state.round))
+            state.participants.append(member.participant(state.round))
         elif (known.name, known.images) != (member.name, member.images):
             raise FederationError(
                 f"{member} came with {member.images} training images, and hospital {known.number + 1} joined this run as "
@@ -122,6 +123,6 @@ class Attendance:
                     "counts": counts.get(share.number, {}),
                     "images": {"train": share.images},
                 }
-                for share in sorted(state.shares, key=lambda share: share.number)
+                for share in sorted(state.participants, key=lambda share: share.number)
             ]
             files.write_json(self.run.hospitals, rows)

@@ -25,7 +25,9 @@ from flwr.serverapp.strategy import Strategy
 from fedgan.config import Settings, to_dict
 from fedgan.errors import FederationError
 from fedgan.run_folder import RunFolder
-from fedgan.runs.budget import Plan, Share
+from fedgan.runs.budget import Plan
+from fedgan.runs.compatibility import min_updates
+from fedgan.runs.participants import Member, Participant
 from fedgan.runs.round_state import (
     State,
     has_line,
@@ -50,7 +52,6 @@ from server.aggregation.secure import (
 from server.aggregation.strategies import (
     aggregate,
     expect,
-    fewest,
     make_strategy,
     restore_strategy,
     strategy_state,
@@ -67,7 +68,7 @@ from server.metrics import (
 )
 from server.records import array_bytes, personal, to_record
 from server.requests import AWAY, UNASKED, Answers, send_and_receive
-from server.roster import Member, Roster, introduce
+from server.roster import Roster, introduce
 from server.wire import inward, outward, outward_bytes
 
 Event = dict[str, Any]
@@ -177,9 +178,9 @@ class Federation:
             state = self._round(grid, strategy, state, plan, noise)
             self._evaluate_and_log(state, is_new=True)
             if self.reconnecting and not state.is_over(self.settings):
-                known = len(state.shares)
+                known = len(state.participants)
                 self.there.admit_late_joiners(grid, state)
-                if len(state.shares) > known:
+                if len(state.participants) > known:
                     plan, noise = self._plan(state)
 
     def conclude(self) -> None:
@@ -207,7 +208,7 @@ class Federation:
 
     def _plan(self, state: State) -> tuple[Plan, float]:
         """Who shows how many images, and the least noise of all: the search for it takes seconds, so once for these shares."""
-        plan = Plan(self.settings, state.shares)
+        plan = Plan(self.settings, state.participants)
         check_plan(self.settings, plan, state.round)
         return plan, plan.least_noise(self.settings, len(state.label_names))
 
@@ -255,7 +256,7 @@ class Federation:
             resolution=state.resolution,
             exhausted=state.exhausted + exhausted_now(members, facts, number),
             drawn=state.drawn,
-            shares=state.shares,
+            participants=state.participants,
             since=state.since | dict.fromkeys(replies, number),
         )
         if keeps_average(self.settings):
@@ -376,7 +377,7 @@ class Federation:
         absences, good, number = list[dict[str, Any]](), dict[int, Message](), state.round + 1
         secure = self.settings.federation.secure
 
-        def leave_out(share: Member | Share, what: str, why: str) -> None:
+        def leave_out(share: Member | Participant, what: str, why: str) -> None:
             absences.append({"name": share.name, "number": share.number, "what": what, "why": why})
             self.notes[share.number] = absence_note(absences[-1], number)
 
@@ -404,7 +405,7 @@ class Federation:
                 why = f"answered with an update more than {limit:g} times as long as the round's median: see"
                 leave_out(whose, "rejected", f"{whose} {why} federation.max_update_ratio")
         gone = {row["number"] for row in state.exhausted}
-        for share in state.shares:  # who joined before a restart and has not come back
+        for share in state.participants:  # who joined before a restart and has not come back
             if share.number not in self.there.members and share.number not in gone:
                 leave_out(share, "missing", AWAY)
         return good, absences
@@ -475,7 +476,7 @@ class Federation:
         """The model of these answers, and what it cost the hospitals' privacy; the model as it was where they are too few."""
         if isinstance(answers, Masked):
             return self._unmask(answers, number), {}
-        if len(replies) < fewest(self.settings):
+        if len(replies) < min_updates(self.settings):
             return state.arrays, {}
         expect(strategy, len(replies))
         spent = {}

@@ -9,11 +9,11 @@ from typing import Any
 from flwr.app import Message
 
 from fedgan.config import Settings
+from fedgan.runs.participants import Member, hospital_label
 from fedgan.runs.round_state import State
 from server.aggregation.update_checks import FACTS
 from server.records import METRICS, WEIGHT
 from server.requests import LATE
-from server.roster import Member, called
 
 MEANS = ("loss_g", "loss_d", "d_accuracy", "r_t", "p", "r1", "path_length")
 
@@ -25,7 +25,7 @@ def absence_note(absence: Mapping[str, Any], number: int) -> str:
 
 def describe_absence(absence: Mapping[str, Any], number: int, settings: Settings) -> str:
     """Who is left out of round `number` and why, in one line."""
-    who, why = called(absence["number"], absence["name"]), absence["why"]
+    who, why = hospital_label(absence["number"], absence["name"]), absence["why"]
     if absence["what"] == "rejected":
         return f"in round {number} {why}"  # which names the hospital
     if why == LATE:

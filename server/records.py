@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedgan.errors import FederationError
 from fedgan.exchange.number_formats import DTYPES, widen
-from server.roster import Member
+from fedgan.runs.participants import Member
 
 WEIGHT = "num_examples"
 ARRAYS = "arrays"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -13,7 +12,7 @@ from flwr.serverapp import Grid
 
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError
-from fedgan.runs.budget import Share
+from fedgan.runs.participants import Member
 from server.requests import retry_on_5xx, send_and_receive
 
 HELLO = "query.hello"
@@ -21,37 +20,6 @@ HELLO_WAIT = 300.0  # opening a shard, and in a simulation the start of Ray
 RETURN_WAIT = 60.0  # the same between two rounds, while the others wait
 NAME = r"[^\x00-\x1f\x7f/\\]{1,64}"  # of hospitals and labels: one line, and no way out of a folder
 MOST_LABELS = 10_000
-
-
-@dataclass(frozen=True)
-class Member:
-    """One hospital as the server knows it: nothing but what the exchange needs."""
-
-    node: int
-    number: int
-    name: str
-    images: int
-    label_names: tuple[str, ...]
-    exclusive: bool
-    channels: int
-    resolution: int
-    drawn: bool = False  # it says that all its images are drawn phantoms
-    units: int = 0  # what `privacy` hides one of: images or patients; 0 where nobody has to know
-    label_counts: tuple[
-        int, ...
-    ] = ()  # training images of each label; empty unless federation.share_label_counts
-
-    def __str__(self) -> str:
-        return called(self.number, self.name)
-
-    def share(self, joined: int) -> Share:
-        """What is kept of it once it has joined after `joined` rounds."""
-        return Share(self.number, self.name, self.images, self.units, joined, self.label_counts)
-
-
-def called(number: int, name: str) -> str:
-    """How a hospital is named in errors and lines: hospital 1 ('north')."""
-    return f"hospital {number + 1} ('{name}')"
 
 
 class Roster:

@@ -11,21 +11,8 @@ import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedgan.config import Settings
-from fedgan.errors import ConfigError
 from fedgan.exchange.number_formats import DTYPES, pack, restore, unpack
 from server.records import ARRAYS, to_record
-
-
-def check_wire(settings: Settings) -> None:
-    """Raise `ConfigError` where hospitals would clip what they do not send."""
-    federation = settings.federation
-    if settings.privacy.client_level == "client" and (
-        federation.wire != "fp32" or federation.delta
-    ):
-        raise ConfigError(
-            "privacy.client_level = 'client' lets each hospital clip the model that it sends against the one that it received, both "
-            "float32: leave federation.wire = 'fp32' and federation.delta = false, or choose privacy.client_level = 'server'"
-        )
 
 
 def outward(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedgan.config import load_scenario
-from server.aggregation.strategies import check_strategy
+from fedgan.runs.compatibility import check_compatibility
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,7 +43,7 @@ def test_a_shown_command_is_one_that_would_start(command: str) -> None:
     words = shlex.split(command)
     overrides = [value for option, value in itertools.pairwise(words) if option == "--set"]
     for scenario in SHIPPED.keys() & set(words):
-        check_strategy(load_scenario(SHIPPED[scenario], overrides))
+        check_compatibility(load_scenario(SHIPPED[scenario], overrides))
 
 
 def test_the_pages_show_commands() -> None:

@@ -23,13 +23,14 @@ from fedgan import files
 from fedgan.config import to_dict
 from fedgan.errors import CheckpointError, ConfigError, FederationError
 from fedgan.run_folder import RunFolder
+from fedgan.runs.participants import Member
 from fedgan.runs.preparation import experiment_of
 from fedgan.runs.round_state import load_state, write_line
 from fedgan.training.checkpoint import load_tensors
 from server.attendance import Attendance
 from server.records import array_bytes, check_reply, personal, to_record
 from server.requests import AWAY, LATE, TRIES, UNASKED, send_and_receive
-from server.roster import Member, check_members, introduce, read_member
+from server.roster import check_members, introduce, read_member
 
 
 @pytest.fixture(autouse=True)
@@ -572,4 +573,4 @@ def test_two_hospitals_of_one_name_are_refused_whenever_they_come(tmp_path: Path
         FederationError, match=r"hospital 2 \('xrays'\) has the name of another hospital"
     ):
         there._admit(other, state)
-    assert (len(state.shares), list(there.members)) == (1, [0])
+    assert (len(state.participants), list(there.members)) == (1, [0])

@@ -20,10 +20,10 @@ from fedgan.run_folder import RunFolder
 from fedgan.runs import lock
 from fedgan.runs.lock import locked
 from fedgan.runs.preparation import open_prepared
+from fedgan.runs.round_state import STRATEGY_STATE
 from fedgan.training.checkpoint import load_tensors, with_prefix
 from fedgan.training.ema import ema_decay
 from fedgan.training.trainer import Trainer
-from server.aggregation.strategies import STATE
 from simulations.comparison import standalone as home
 from simulations.comparison.compare import job_is_done, prepare
 from simulations.comparison.plan import EVERYBODY, FEDERATION, Arm, Job, Start, plan_of
@@ -329,7 +329,7 @@ def test_after_a_step_of_fine_tuning_the_average_is_still_near_the_received_one(
             home._take_over(job.start, job.members[0], trainer, True, [])
         else:  # the same weights without the count: what a first step of any training does
             arrays = {
-                key: tensor.numpy() for key, tensor in received.items() if not key.startswith(STATE)
+                key: tensor.numpy() for key, tensor in received.items() if not key.startswith(STRATEGY_STATE)
             }
             trainer.incoming(arrays)
         trainer.train(4)

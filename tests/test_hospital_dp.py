@@ -23,6 +23,7 @@ from fedgan.errors import ConfigError, FederationError
 from fedgan.privacy.accounting import Mechanism, epsilon_of
 from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
+from fedgan.runs.compatibility import check_compatibility
 from fedgan.runs.preparation import experiment_of
 from fedgan.training.checkpoint import load_tensors
 from server.aggregation.client_level_dp import (
@@ -31,7 +32,7 @@ from server.aggregation.client_level_dp import (
     noise_statement,
     record_round,
 )
-from server.aggregation.strategies import check_strategy, expect, make_strategy
+from server.aggregation.strategies import expect, make_strategy
 from server.federation import Federation
 from server.records import to_record
 from server.roster import Roster
@@ -194,14 +195,14 @@ def test_the_wrappers_are_flower_s_own_round_a_plain_mean() -> None:
     for where, kind in kinds.items():
         assert type(make_strategy(settings_of(f"privacy.client_level={where}"))) is kind
     for strategy in ("fedadam", "fedmedian", "krum"):
-        with pytest.raises(ConfigError, match="computes something else"):
-            check_strategy(
+        with pytest.raises(ConfigError, match="computes another result"):
+            check_compatibility(
                 settings_of(
                     "privacy.client_level=server", f"federation.strategy={strategy}", hospitals=3
                 )
             )
     with pytest.raises(ConfigError, match="makes none: raise it"):
-        check_strategy(settings_of("privacy.client_level=server", "training.learning_rate=0"))
+        check_compatibility(settings_of("privacy.client_level=server", "training.learning_rate=0"))
 
 
 # --- what it costs ---------------------------------------------------------------------------------

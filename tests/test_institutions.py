@@ -200,7 +200,7 @@ def test_a_checkpoint_says_who_holds_what(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         odds, np.tile([sizes[0] / sum(sizes[:2]), sizes[1] / sum(sizes[:2]), 0], (2, 1)), atol=1e-6
     )
-    for share in meta["shares"]:
+    for share in meta["participants"]:
         share["label_counts"] = []
     save_tensors(
         run.checkpoint(2),

@@ -32,9 +32,9 @@ from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
 from fedgan.runs.budget import deal
+from fedgan.runs.compatibility import reason_to_end
 from fedgan.runs.preparation import experiment_of, prepare_run
 from fedgan.training.checkpoint import load_tensors
-from server.aggregation.strategies import too_few
 from server.federation import Federation
 from server.metrics import plain_numbers
 from simulations import runner
@@ -325,17 +325,17 @@ def test_a_run_ends_with_an_evaluation_when_too_few_are_left_for_krum_and_costs_
 
 def test_the_sentence_of_an_early_end_counts_who_is_left() -> None:
     settings = tiny(Path("x"), "federation.strategy=krum", hospitals=4)
-    assert too_few(settings, []) == too_few(settings, ["a"]) == ""
+    assert reason_to_end(settings, []) == reason_to_end(settings, ["a"]) == ""
     assert (
-        too_few(settings, ["a", "b"])
+        reason_to_end(settings, ["a", "b"])
         == "krum needs 3 hospitals, and 2 are left: the privacy budget of a, b is spent"
     )
-    assert "and 1 is left" in too_few(settings, ["a", "b", "c"])
+    assert "and 1 is left" in reason_to_end(settings, ["a", "b", "c"])
     plain = tiny(Path("x"), hospitals=4)
-    assert too_few(plain, ["a", "b", "c"]) == ""
+    assert reason_to_end(plain, ["a", "b", "c"]) == ""
     for each in (settings, plain):
         assert (
-            too_few(each, ["a", "b", "c", "d"]) == "the privacy budget of every hospital is spent"
+            reason_to_end(each, ["a", "b", "c", "d"]) == "the privacy budget of every hospital is spent"
         )
 
 

@@ -30,10 +30,10 @@ from fedgan.errors import ConfigError, FederationError
 from fedgan.exchange.masking import MODULUS, apply_mean, levels, mask_numbers, ranges, scale
 from fedgan.exchange.outbound_log import NAME, OutboundLog
 from fedgan.run_folder import RunFolder
+from fedgan.runs.compatibility import check_compatibility, reason_to_end
 from fedgan.runs.preparation import experiment_of, prepare_run
 from fedgan.training.checkpoint import load_tensors
 from server.aggregation.secure import check_mean
-from server.aggregation.strategies import check_strategy, too_few
 from server.federation import Federation
 
 PARTS = ("generator/", "discriminator/", "ema/")
@@ -748,7 +748,7 @@ def test_settings_that_need_single_updates_are_refused(
 ) -> None:
     settings = tiny(tmp_path, "federation.secure=true", *overrides)
     with pytest.raises(ConfigError, match=words):
-        check_strategy(settings)
+        check_compatibility(settings)
 
 
 def test_what_secure_aggregation_can_serve_is_taken(tmp_path: Path) -> None:
@@ -758,7 +758,7 @@ def test_what_secure_aggregation_can_serve_is_taken(tmp_path: Path) -> None:
         ["federation.strategy=fedprox", "training.proximal_mu=0.1"],
     ):
         settings: Settings = tiny(tmp_path, "federation.secure=true", *more)
-        check_strategy(settings)
-        assert too_few(settings, []) == ""
-        assert "federation.secure needs 3 hospitals" in too_few(settings, ["alpha"])
+        check_compatibility(settings)
+        assert reason_to_end(settings, []) == ""
+        assert "federation.secure needs 3 hospitals" in reason_to_end(settings, ["alpha"])
     assert not tiny(tmp_path).federation.secure

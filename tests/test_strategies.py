@@ -18,10 +18,10 @@ from fedgan.config import STRATEGIES
 from fedgan.errors import CheckpointError, ConfigError, FederationError
 from fedgan.run_folder import RunFolder
 from fedgan.runs.budget import deal_images, round_totals
+from fedgan.runs.compatibility import check_compatibility
 from fedgan.training.checkpoint import load_tensors
 from server.aggregation.strategies import (
     aggregate,
-    check_strategy,
     expect,
     make_strategy,
     restore_strategy,
@@ -221,22 +221,22 @@ def test_moments_have_no_place_in_a_strategy_without_memory(tmp_path: Path) -> N
     [
         (["federation.strategy=fedprox"], "proximal_mu"),
         (["training.proximal_mu=0.01"], "choose federation.strategy = 'fedprox'"),
-        (["federation.strategy=fedadam", "training.proximal_mu=0.01"], "proximal_mu = 0.01 pulls"),
+        (["federation.strategy=fedadam", "training.proximal_mu=0.01"], "proximal_mu = 0.01 adds"),
         (["federation.strategy=fedtrimmedavg", "federation.trim=0.5"], "less than 0.5"),
-        (["federation.strategy=fedtrimmedavg", "federation.trim=0"], "guards against nobody"),
-        (["federation.strategy=fedtrimmedavg"], "cuts nobody away of 3 hospitals.*needs 5"),
+        (["federation.strategy=fedtrimmedavg", "federation.trim=0"], "no protection"),
+        (["federation.strategy=fedtrimmedavg"], "removes none of 3 hospitals.*needs 5"),
         (
             [
                 "federation.strategy=fedtrimmedavg",
                 "federation.trim=0.34",
                 "federation.min_hospitals=2",
             ],
-            "no model of fewer than 3 answers",
+            "no model of fewer than 3 updates",
         ),
         (["federation.strategy=krum", "federation.malicious=1"], "5 hospitals"),
         (
             ["federation.strategy=multikrum", "federation.min_hospitals=2"],
-            "no model of fewer than 3 answers",
+            "no model of fewer than 3 updates",
         ),
         (['federation.exchange=["discriminator"]'], "neither generator nor ema"),
     ],
@@ -245,7 +245,7 @@ def test_settings_that_a_strategy_cannot_serve_are_refused(
     override: list[str], word: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=word):
-        check_strategy(tiny(tmp_path, *override))
+        check_compatibility(tiny(tmp_path, *override))
 
 
 # --- the budget ------------------------------------------------------------------------------------

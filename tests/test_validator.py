@@ -14,12 +14,12 @@ from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError
 from fedgan.models.stylegan2.discriminator import Discriminator
 from fedgan.privacy.validator import check_modules, check_private, check_start, refusals
+from fedgan.runs.participants import Member
 from fedgan.runs.round_state import initial_state
 from fedgan.training.checkpoint import save_tensors
 from fedgan.training.start import begin_training
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
-from server.roster import Member
 
 TREE = {
     "data": {"resolution": 16},

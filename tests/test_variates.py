@@ -19,10 +19,10 @@ from fedgan.data.federation import open_hospitals
 from fedgan.errors import ConfigError
 from fedgan.models.stylegan2.generator import Generator
 from fedgan.run_folder import RunFolder
+from fedgan.runs.compatibility import check_compatibility
 from fedgan.training.checkpoint import load_tensors
 from fedgan.training.trainer import Trainer
 from fedgan.training.variates import ControlVariates
-from server.aggregation.strategies import check_strategy
 
 ON = "federation.control_variates=true"
 ALIKE = (ON, "federation.local_images=equal", "training.kimg=0.96")
@@ -170,8 +170,8 @@ def test_corrections_go_on_after_a_restart() -> None:
         ("federation.label_rows=true", "some rows"),
         ("federation.exchange=ema", "neither"),
         ("federation.wire=fp16", "rounds the mean"),
-        ("federation.secure=true", "cuts off"),
-        ("training.kimg=1", "cannot be dealt evenly"),
+        ("federation.secure=true", "clips values"),
+        ("training.kimg=1", "cannot be divided equally"),
         ("federation.local_images=proportional", "numbers of steps"),
         ("federation.min_hospitals=2", "without some"),
         ("privacy.noise_multiplier=1", "may stop"),
@@ -182,9 +182,9 @@ def test_settings_under_which_corrections_do_not_cancel_out_are_refused(
     other: str, why: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"control_variates.*{why}"):
-        check_strategy(tiny_settings(*ALIKE, other))
-    check_strategy(tiny_settings(*ALIKE))
-    check_strategy(tiny_settings(ON, "federation.batch=shared", "training.kimg=1"))
+        check_compatibility(tiny_settings(*ALIKE, other))
+    check_compatibility(tiny_settings(*ALIKE))
+    check_compatibility(tiny_settings(ON, "federation.batch=shared", "training.kimg=1"))
 
 
 def test_hospitals_of_a_federation_correct_by_what_came_of_their_last_round(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from client.app import app
 from fedgan.config import Settings
 from fedgan.errors import ConfigError
 from fedgan.run_folder import RunFolder
+from fedgan.runs.compatibility import check_compatibility
 from fedgan.training.checkpoint import load_generator, load_tensors
 from fedgan.training.ema import ema_decay
-from server.aggregation.strategies import aggregate, check_strategy, make_strategy
+from server.aggregation.strategies import aggregate, make_strategy
 from server.aggregation.weights import columns, shares
 from server.records import to_record
 
@@ -171,11 +172,11 @@ def test_columns_that_nobody_moved_keep_their_weights() -> None:
         (["federation.label_rows=true", "federation.secure=true"], "hides from the server"),
         (
             ["federation.weights=sum", "privacy.client_level=server"],
-            "further than privacy.client_level",
+            "further than the bound of privacy.client_level",
         ),
         (
             ["federation.weights=damped", "privacy.client_level=client"],
-            "further than privacy.client_level",
+            "further than the bound of privacy.client_level",
         ),
         (["federation.label_rows=true", "federation.weights=sum"], "takes no mean"),
         (["federation.label_rows=true", "federation.weights=damped"], "takes no mean"),
@@ -188,7 +189,7 @@ def test_weights_are_refused_where_they_could_not_hold(
     overrides: list[str], word: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=word):
-        check_strategy(settings_of(tmp_path, *overrides, hospitals=5))
+        check_compatibility(settings_of(tmp_path, *overrides, hospitals=5))
 
 
 # --- in a federation -------------------------------------------------------------------------------

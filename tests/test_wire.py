@@ -19,12 +19,12 @@ from fedgan import files
 from fedgan.errors import ConfigError, FederationError
 from fedgan.exchange.number_formats import DTYPES, answer, pack, restore, unpack
 from fedgan.run_folder import RunFolder
+from fedgan.runs.compatibility import check_compatibility
+from fedgan.runs.participants import Member
 from fedgan.training.checkpoint import load_tensors
 from fedgan.training.trainer import Trainer
-from server.aggregation.strategies import check_strategy
 from server.aggregation.weights import is_average
 from server.records import check_reply, to_record
-from server.roster import Member
 from server.wire import inward, outward, outward_bytes
 
 SHARE = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # of a number, that rounding may move it by
@@ -256,8 +256,8 @@ def test_hospitals_that_clip_their_own_models_send_them_whole(
     with pytest.raises(
         ConfigError, match=r"leave federation.wire = 'fp32' and federation.delta = false"
     ):
-        check_strategy(tiny(tmp_path, override, "privacy.client_level=client"))
-    check_strategy(tiny(tmp_path, override, "privacy.client_level=server"))
+        check_compatibility(tiny(tmp_path, override, "privacy.client_level=client"))
+    check_compatibility(tiny(tmp_path, override, "privacy.client_level=server"))
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def run(
     """
     settings = load_scenario(scenario, overrides or [])
     with _repository():
-        from fedgan.runs.preparation import check_deployable
+        from fedgan.runs.compatibility import check_deployable
     check_deployable(settings)
     place = _absolute(output or f"{RUNS}/{folder_name(settings.name)}")
     config: dict[str, str | bool] = {

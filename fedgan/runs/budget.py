@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fedgan.config import Settings
 from fedgan.errors import ConfigError
 from fedgan.privacy.step import noise_multiplier
+from fedgan.runs.participants import Participant
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,14 @@ def deal(settings: Settings, sizes: Sequence[int]) -> Deal:
     totals = round_totals(training.kimg, federation.rounds, training.batch_size)
     if federation.batch == "each":
         equal = federation.local_images == "equal"
-        return Deal(deal_images(sizes, totals, training.batch_size, equal), [training.batch_size] * len(sizes))
+        return Deal(
+            deal_images(sizes, totals, training.batch_size, equal),
+            [training.batch_size] * len(sizes),
+        )
     batches = share_batch(sizes, training.batch_size)
-    return Deal([[total // training.batch_size * batch for batch in batches] for total in totals], batches)
-
-
-@dataclass(frozen=True)
-class Share:
-    """What the server keeps of a hospital that has joined: its number, name, training images and units of privacy.
-
-    `joined`: rounds that were done when it came; 0 for those that began together. `label_counts`: its training images of each
-    label; empty unless `federation.share_label_counts`.
-    """
-
-    number: int
-    name: str
-    images: int
-    units: int = 0
-    joined: int = 0
-    label_counts: tuple[int, ...] = ()
+    return Deal(
+        [[total // training.batch_size * batch for batch in batches] for total in totals], batches
+    )
 
 
 class Plan:
@@ -63,7 +53,7 @@ class Plan:
     what a hospital was told to plan for is what its noise was chosen for.
     """
 
-    def __init__(self, settings: Settings, shares: Sequence[Share]) -> None:
+    def __init__(self, settings: Settings, shares: Sequence[Participant]) -> None:
         self.shares = sorted(shares, key=lambda share: share.number)
         self._images: dict[int, list[int]] = {}
         self.batches: dict[int, int] = {}
@@ -72,7 +62,9 @@ class Plan:
             dealt = deal(settings, [share.images for share in known])
             for place, share in enumerate(known):
                 if share.joined == joined:
-                    self._images[share.number] = [0] * joined + [row[place] for row in dealt.images[joined:]]
+                    self._images[share.number] = [0] * joined + [
+                        row[place] for row in dealt.images[joined:]
+                    ]
                     self.batches[share.number] = dealt.batches[place]
 
     def images(self, done: int, number: int) -> int:
@@ -83,7 +75,11 @@ class Plan:
         """(number of hospitals, round) of the round after `done` in which the fewest hospitals show images."""
         rounds = range(done, max(len(images) for images in self._images.values()))
         return min(
-            ((sum(images[number] > 0 for images in self._images.values()), number + 1) for number in rounds), default=(0, 0)
+            (
+                (sum(images[number] > 0 for images in self._images.values()), number + 1)
+                for number in rounds
+            ),
+            default=(0, 0),
         )
 
     def planned(self, number: int) -> int:
@@ -105,7 +101,12 @@ class Plan:
             return 0.0
         return max(
             noise_multiplier(
-                settings, label_dim, share.images, share.units, self.batches[share.number], self.planned(share.number)
+                settings,
+                label_dim,
+                share.images,
+                share.units,
+                self.batches[share.number],
+                self.planned(share.number),
             )
             for share in self.shares
         )
@@ -127,7 +128,12 @@ def share_batch(sizes: Sequence[int], batch_size: int) -> list[int]:
     while sum(shares) < batch_size:
         shares[max(range(len(shares)), key=lambda index: exact[index] - shares[index])] += 1
     while sum(shares) > batch_size:
-        shares[max(range(len(shares)), key=lambda index: shares[index] - exact[index] if shares[index] > 1 else -math.inf)] -= 1
+        shares[
+            max(
+                range(len(shares)),
+                key=lambda index: shares[index] - exact[index] if shares[index] > 1 else -math.inf,
+            )
+        ] -= 1
     return shares
 
 
@@ -141,7 +147,9 @@ def round_totals(kimg: float, rounds: int, batch_size: int) -> list[int]:
     return [(after - before) * batch_size for before, after in itertools.pairwise(ends)]
 
 
-def deal_images(sizes: Sequence[int], totals: Sequence[int], batch_size: int, equal: bool = False) -> list[list[int]]:
+def deal_images(
+    sizes: Sequence[int], totals: Sequence[int], batch_size: int, equal: bool = False
+) -> list[list[int]]:
     """Images of each round (row) for each hospital (column), all multiples of `batch_size`; row r sums to `totals[r]`.
 
     Shares follow `sizes` (training images of a hospital) or are the same for each (`equal`). Rounding
@@ -156,11 +164,18 @@ def deal_images(sizes: Sequence[int], totals: Sequence[int], batch_size: int, eq
     for total in totals:
         batches = total // batch_size
         until_now += batches
-        owed = [until_now * weight / everything - done for weight, done in zip(weights, dealt, strict=True)]
+        owed = [
+            until_now * weight / everything - done
+            for weight, done in zip(weights, dealt, strict=True)
+        ]
         row = [max(0, math.floor(share)) for share in owed]
-        for _ in range(batches - sum(row)):  # the remainder goes to whom most is owed, the first of equals
+        for _ in range(
+            batches - sum(row)
+        ):  # the remainder goes to whom most is owed, the first of equals
             row[max(range(len(row)), key=lambda index: owed[index] - row[index])] += 1
-        for _ in range(sum(row) - batches):  # one batch too many was handed out: take it where most was granted
+        for _ in range(
+            sum(row) - batches
+        ):  # one batch too many was handed out: take it where most was granted
             row[max(range(len(row)), key=lambda index: row[index])] -= 1
         dealt = [done + more for done, more in zip(dealt, row, strict=True)]
         rows.append([share * batch_size for share in row])

@@ -36,20 +36,35 @@ class Evaluator:
         progress: Progress | None = None,
     ) -> None:
         if not hospitals:
-            raise DataError("the evaluator was given no hospital: check data.root and evaluation.root")
+            raise DataError(
+                "the evaluator was given no hospital: check data.root and evaluation.root"
+            )
         self.settings, self.run, self.device = settings, run, device or evaluation_device(settings)
         train, val, test = (
-            pool_places([(hospital.name, getattr(hospital, split)) for hospital in hospitals], split)
+            pool_places(
+                [(hospital.name, getattr(hospital, split)) for hospital in hospitals], split
+            )
             for split in ("train", "val", "test")
         )
         self.train = train  # with the generator's own labels; the reference may merge them for its classifiers
-        self.reference = RealReference(train, val, test, settings.evaluation, settings.seed, self.device, progress)
+        self.reference = RealReference(
+            train, val, test, settings.evaluation, settings.seed, self.device, progress
+        )
 
-    def check(self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int) -> None:
+    def check(
+        self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int
+    ) -> None:
         """Raise `DataError` where the hospitals' labels or the shape of their images differ from those of `evaluation.root`."""
         names = ("labels", "exclusive labels", "channels", "resolution")
-        own = (self.train.label_names, self.train.exclusive, self.train.channels, self.train.resolution)
-        for what, mine, theirs in zip(names, own, (label_names, exclusive, channels, resolution), strict=True):
+        own = (
+            self.train.label_names,
+            self.train.exclusive,
+            self.train.channels,
+            self.train.resolution,
+        )
+        for what, mine, theirs in zip(
+            names, own, (label_names, exclusive, channels, resolution), strict=True
+        ):
             if mine != theirs:
                 raise DataError(
                     f"the evaluator's real images have {what} {mine}, the hospitals' {theirs}: import evaluation.root as the "
@@ -78,7 +93,9 @@ class Evaluator:
         """
         reference = self.reference
         reference.say(f"sampling round {round_number} ({images_seen} images seen)")
-        entry: dict[str, Any] = {"samples": self._write_grid(generator, f"round-{round_number:05d}.png")}
+        entry: dict[str, Any] = {
+            "samples": self._write_grid(generator, f"round-{round_number:05d}.png")
+        }
         if reference.can_extract:
             synthetic = self._synthetic(generator, len(reference.quick[1]))
             entry["fidelity"] = reference.quick_distance(synthetic.images)
@@ -100,12 +117,21 @@ class Evaluator:
 
     def _synthetic(self, generator: Any, count: int) -> ImageDataset:
         psi = self.settings.evaluation.psi
-        return synthetic_dataset(generator, self.train, count, self.settings.seed, psi, device=self.device)
+        return synthetic_dataset(
+            generator, self.train, count, self.settings.seed, psi, device=self.device
+        )
 
     def _write_grid(self, generator: Any, name: str) -> str:
         train = self.train
         psi = self.settings.evaluation.psi
-        picture = sample_grid(generator, train.label_names, train.exclusive, seed=self.settings.seed, psi=psi, device=self.device)
+        picture = sample_grid(
+            generator,
+            train.label_names,
+            train.exclusive,
+            seed=self.settings.seed,
+            psi=psi,
+            device=self.device,
+        )
         files.write_bytes(self.run.samples / name, png_bytes(picture))
         return name
 

@@ -48,7 +48,9 @@ def _take(place: Path) -> int | None:
         handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), os.stat(place)):  # not a file that its holder has just removed
+            if os.path.samestat(
+                os.fstat(handle), os.stat(place)
+            ):  # not a file that its holder has just removed
                 return handle
         os.close(handle)
         if time.monotonic() > end:

@@ -22,7 +22,14 @@ import torch
 
 from fedgan import files
 from fedgan.config import Settings
-from fedgan.data.federation import Hospital, describe_hospitals, find_shards, open_hospital, open_hospitals, partition_record
+from fedgan.data.federation import (
+    Hospital,
+    describe_hospitals,
+    find_shards,
+    open_hospital,
+    open_hospitals,
+    partition_record,
+)
 from fedgan.data.phantoms import write_phantoms
 from fedgan.data.shard import Shard
 from fedgan.data.shard_files import is_drawn
@@ -36,13 +43,16 @@ from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.privacy.ledger import Ledger
 from fedgan.privacy.validator import check_private
 from fedgan.run_folder import RunFolder
+from fedgan.runs.budget import Plan
+from fedgan.runs.compatibility import check_compatibility, check_deployable
+from fedgan.runs.participants import Participant
 from fedgan.training.trainer import resolve_device
-from fedgan.runs.budget import Plan, Share
-from server.aggregation.strategies import check_strategy
 
 PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetensors")
 
-REFERENCE_ROOT = "FEDGAN_REFERENCE"  # environment: a deployment's evaluation.root, where the scenario names none
+REFERENCE_ROOT = (
+    "FEDGAN_REFERENCE"  # environment: a deployment's evaluation.root, where the scenario names none
+)
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -68,17 +78,6 @@ def prepare_deployed(settings: Settings, run: RunFolder) -> None:
     files.write_json(run.environment, environment(settings, []) | {"deployed": True})
 
 
-def check_deployable(settings: Settings) -> None:
-    """Raise the `ConfigError` of a scenario that no deployment can serve; nothing but the settings is looked at."""
-    if settings.data.partition != "institution":
-        raise ConfigError(
-            f"data.partition = '{settings.data.partition}' deals one pool anew, and no server can deal what hospitals hold: "
-            "set it to 'institution'"
-        )
-    check_strategy(settings)
-    check_private(settings)
-
-
 def as_deployed(settings: Settings) -> Settings:
     """The settings that a deployed run keeps: hospitals name their own data, and paths are this machine's."""
     evaluation = settings.evaluation
@@ -93,7 +92,12 @@ def is_deployed(run: RunFolder) -> bool:
     return (run.read_json(run.environment) or {}).get("deployed") is True
 
 
-def prepare_run(settings: Settings, run: RunFolder, on_event: OnEvent = lambda event: None, simulated: bool = False) -> list[Hospital]:
+def prepare_run(
+    settings: Settings,
+    run: RunFolder,
+    on_event: OnEvent = lambda event: None,
+    simulated: bool = False,
+) -> list[Hospital]:
     """Check the scenario, draw phantoms where no data is named, and write config, hospitals, partition and environment.
 
     `simulated`: a federation of the very hospitals that are opened here follows, so that what a private one would refuse
@@ -101,7 +105,7 @@ def prepare_run(settings: Settings, run: RunFolder, on_event: OnEvent = lambda e
     Raises `ConfigError`, `DataError` or `MachineError` and leaves the folder as it was: a config.toml that was there
     stays, so that what cannot be prepared now can be resumed later.
     """
-    check_strategy(settings)
+    check_compatibility(settings)
     check_private(settings)
     resolve_device(settings.training.device)
     settings = with_absolute_paths(settings)
@@ -127,23 +131,41 @@ def prepare_run(settings: Settings, run: RunFolder, on_event: OnEvent = lambda e
         files.write_json(run.hospitals, describe_hospitals(hospitals, key))
         if record := partition_record(hospitals):
             files.write_json(run.partition, record)
-        files.write_json(run.environment, environment(settings, find_shards(shards_of(settings, run))))
+        files.write_json(
+            run.environment, environment(settings, find_shards(shards_of(settings, run)))
+        )
     except BaseException:
-        for path in (run.hospitals, run.data_key, run.partition, run.environment, *([] if begun else [run.config])):
+        for path in (
+            run.hospitals,
+            run.data_key,
+            run.partition,
+            run.environment,
+            *([] if begun else [run.config]),
+        ):
             path.unlink(missing_ok=True)
         shutil.rmtree(run.path / "shards", ignore_errors=True)
         raise
     return hospitals
 
 
-def check_private_hospitals(settings: Settings, hospitals: Sequence[Hospital], run: RunFolder) -> None:
+def check_private_hospitals(
+    settings: Settings, hospitals: Sequence[Hospital], run: RunFolder
+) -> None:
     """Raise the `ConfigError` that would end the private training of one of these hospitals in its first round."""
     if not settings.privacy.on:
         return
-    plan = Plan(settings, [Share(number, hospital.name, len(hospital.train)) for number, hospital in enumerate(hospitals)])
+    plan = Plan(
+        settings,
+        [
+            Participant(number, hospital.name, len(hospital.train))
+            for number, hospital in enumerate(hospitals)
+        ],
+    )
     for number, hospital in enumerate(hospitals):
         ledgers = [ledger_of(hospital, run)]
-        check_can_begin(settings, hospital.train, plan.batches[number], plan.planned(number), ledgers)
+        check_can_begin(
+            settings, hospital.train, plan.batches[number], plan.planned(number), ledgers
+        )
 
 
 def ledger_of(hospital: Hospital, run: RunFolder) -> Ledger:
@@ -154,7 +176,9 @@ def ledger_of(hospital: Hospital, run: RunFolder) -> Ledger:
 def write_key(run: RunFolder) -> str:
     """Draw the key of a private run's hashes; only its owner may read it."""
     run.data_key.unlink(missing_ok=True)
-    with open(run.data_key, "w", encoding="ascii", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+    with open(
+        run.data_key, "w", encoding="ascii", opener=lambda path, flags: os.open(path, flags, 0o600)
+    ) as stream:
         stream.write(secrets.token_hex(32))
     return data_key(run)
 
@@ -180,7 +204,9 @@ def evaluation_guests(settings: Settings) -> list[Hospital]:
     return [open_hospital(settings, path) for path in find_shards(root)] if root else []
 
 
-def check_evaluation(settings: Settings, hospitals: Sequence[Hospital], guests: Sequence[Hospital]) -> None:
+def check_evaluation(
+    settings: Settings, hospitals: Sequence[Hospital], guests: Sequence[Hospital]
+) -> None:
     """Raise `ConfigError` or `DataError` for data that the evaluator would refuse only after the training.
 
     Guests must have the hospitals' labels, channels and resolution, and no patient that is in the training;
@@ -196,7 +222,10 @@ def check_evaluation(settings: Settings, hospitals: Sequence[Hospital], guests: 
     merged(first, settings.evaluation.label_map)
     if guests:
         trained = pool_places([(hospital.name, hospital.train) for hospital in hospitals], "train")
-        held = (pool_places([(guest.name, guest.split(split)) for guest in guests], split) for split in ("val", "test"))
+        held = (
+            pool_places([(guest.name, guest.split(split)) for guest in guests], split)
+            for split in ("val", "test")
+        )
         check_patients_apart(trained, *held)
 
 
@@ -209,7 +238,9 @@ def experiment_of(run: RunFolder) -> str:
     """The id that the hospitals' states are keyed by. Raises `FederationError` when the run was never prepared."""
     experiment = (run.read_json(run.environment) or {}).get("experiment")
     if not experiment:
-        raise FederationError(f"{run.environment} names no experiment: this run was never prepared, start it again")
+        raise FederationError(
+            f"{run.environment} names no experiment: this run was never prepared, start it again"
+        )
     return str(experiment)
 
 
@@ -239,7 +270,9 @@ def with_absolute_paths(settings: Settings) -> Settings:
         return str(Path(path).expanduser().resolve()) if path else ""
 
     data = dataclasses.replace(settings.data, root=absolute(settings.data.root))
-    training = dataclasses.replace(settings.training, warm_start=absolute(settings.training.warm_start))
+    training = dataclasses.replace(
+        settings.training, warm_start=absolute(settings.training.warm_start)
+    )
     evaluation = dataclasses.replace(settings.evaluation, root=absolute(settings.evaluation.root))
     if evaluation.features != REFERENCE:
         evaluation = dataclasses.replace(evaluation, features=absolute(evaluation.features))
@@ -260,7 +293,9 @@ def environment(settings: Settings, shards: Sequence[Path]) -> dict[str, Any]:
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
             if hasattr(os, "sysconf")
             else None,
-            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+            "gpus": [
+                torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+            ],
         },
         "threads_per_hospital": settings.federation.threads or usable_cores(),
         "sources": [
@@ -268,7 +303,9 @@ def environment(settings: Settings, shards: Sequence[Path]) -> dict[str, Any]:
                 "hospital": card.name,
                 "source": card.source,
                 "licence": card.licence,
-                "content_hash": None if settings.privacy.on and not is_drawn(card.source) else card.content_hash,
+                "content_hash": None
+                if settings.privacy.on and not is_drawn(card.source)
+                else card.content_hash,
             }
             for card in (Shard.open(path).card for path in shards)
         ],

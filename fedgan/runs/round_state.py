@@ -21,14 +21,14 @@ from fedgan.config import PrivacySettings, Settings, to_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import CheckpointError
 from fedgan.run_folder import RunFolder
+from fedgan.runs.compatibility import reason_to_end
+from fedgan.runs.participants import Member, Participant
 from fedgan.training.checkpoint import load_tensors, save_tensors
 from fedgan.training.ema import AVERAGE
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
-from server.roster import Member
-from fedgan.runs.budget import Share
-from server.aggregation.strategies import STATE, too_few
 
+STRATEGY_STATE = "strategy/"  # prefix of the strategy's moments among the tensors
 KEEP_ROUNDS = 3
 
 
@@ -38,7 +38,7 @@ class State:
 
     `exhausted`: hospitals whose privacy ledger allows no further step, each {name, number, images (of its training split),
     units (of privacy), round (its last)}. They take no more part in this run, also after a restart.
-    `shares`: every hospital that has ever joined. `since`: by hospital number, the round whose state it goes on from, that of its
+    `participants`: every hospital that has ever joined. `since`: by hospital number, the round whose state it goes on from, that of its
     last answer that counted.
     `average`: the generator's moving average (`ema/…`) where it does not travel and the server keeps it; else empty.
     `drawn`: every hospital said that all its images are drawn phantoms, so that nobody can be private in them.
@@ -57,7 +57,7 @@ class State:
     resolution: int = 0
     exhausted: list[dict[str, Any]] = field(default_factory=list)
     drawn: bool = False
-    shares: list[Share] = field(default_factory=list)
+    participants: list[Participant] = field(default_factory=list)
     since: dict[int, int] = field(default_factory=dict)
     average: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -66,23 +66,42 @@ class State:
         return self.round >= settings.federation.rounds or bool(self.ended_early(settings))
 
     def ended_early(self, settings: Settings) -> str:
-        """The sentence that says which spent budgets end the run (server/aggregation/strategies.py:too_few); empty where none do."""
-        return too_few(settings, sorted(row["name"] for row in self.exhausted))
+        """The sentence that says which spent budgets end the run (fedgan/runs/compatibility.py:reason_to_end); empty where none do."""
+        return reason_to_end(settings, sorted(row["name"] for row in self.exhausted))
 
 
 def initial_state(settings: Settings, members: Sequence[Member]) -> State:
     """Round 0: the networks as `settings.seed` initialises them, the same that every hospital makes for itself."""
     first = members[0]
     shape = (1, first.channels, first.resolution, first.resolution)
-    nobody = ImageDataset("server", np.zeros(shape, np.uint8), np.zeros((1, len(first.label_names)), np.uint8), first.label_names)
-    begin = Trainer(dataclasses.replace(settings, privacy=PrivacySettings()), nobody)  # no image is seen here
+    nobody = ImageDataset(
+        "server",
+        np.zeros(shape, np.uint8),
+        np.zeros((1, len(first.label_names)), np.uint8),
+        first.label_names,
+    )
+    begin = Trainer(
+        dataclasses.replace(settings, privacy=PrivacySettings()), nobody
+    )  # no image is seen here
     warm_start(begin, settings)
     arrays = begin.outgoing(settings.federation.exchange)
     drawn = all(member.drawn for member in members)
     shape_of = (first.label_names, first.exclusive, first.channels, first.resolution)
-    shares = [member.share(0) for member in members]
+    participants = [member.participant(0) for member in members]
     average = begin.outgoing(["ema"]) if keeps_average(settings) else {}
-    return State(0, arrays, {}, 0, 0, 0.0, None, *shape_of, drawn=drawn, shares=shares, average=average)
+    return State(
+        0,
+        arrays,
+        {},
+        0,
+        0,
+        0.0,
+        None,
+        *shape_of,
+        drawn=drawn,
+        participants=participants,
+        average=average,
+    )
 
 
 def keeps_average(settings: Settings) -> bool:
@@ -109,7 +128,7 @@ def save_state(run: RunFolder, settings: Settings, state: State, experiment: str
         "line": state.line,
         "exhausted": state.exhausted,
         "drawn": state.drawn,
-        "shares": [dataclasses.asdict(share) for share in state.shares],
+        "participants": [dataclasses.asdict(participant) for participant in state.participants],
         "since": {str(number): done for number, done in sorted(state.since.items())},
     }
     tensors = {
@@ -123,7 +142,9 @@ def save_state(run: RunFolder, settings: Settings, state: State, experiment: str
             path.unlink(missing_ok=True)
 
 
-def load_state(run: RunFolder, experiment: str, on_event: Callable[[dict[str, Any]], None] = lambda event: None) -> State | None:
+def load_state(
+    run: RunFolder, experiment: str, on_event: Callable[[dict[str, Any]], None] = lambda event: None
+) -> State | None:
     """The federation after the newest whole round, or None where no round is complete.
 
     A damaged checkpoint is put aside (`.damaged`) and the one before serves, which is told. Raises `CheckpointError` when none is
@@ -137,24 +158,38 @@ def load_state(run: RunFolder, experiment: str, on_event: Callable[[dict[str, An
             aside = path.with_name(path.name + ".damaged")
             path.replace(aside)
             if run.last_round() is None:
-                raise CheckpointError(f"{error}: there is none before it; begin the run anew") from None
+                raise CheckpointError(
+                    f"{error}: there is none before it; begin the run anew"
+                ) from None
             text = f"{path.name} is damaged and now {aside.name}: going on from round {run.last_round()}"
             on_event({"event": "note", "text": text})
             continue
         if meta.get("experiment") != experiment:
-            raise CheckpointError(f"{path} belongs to another experiment than {run.environment}: was it copied here?")
+            raise CheckpointError(
+                f"{path} belongs to another experiment than {run.environment}: was it copied here?"
+            )
         return _state(newest, tensors, meta)
     return None
 
 
-def _state(round_number: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> State:
+def _state(
+    round_number: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]
+) -> State:
     arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
-    own = (STATE,) if "ema" in meta["settings"]["federation"]["exchange"] else (STATE, AVERAGE)
+    own = (
+        (STRATEGY_STATE,)
+        if "ema" in meta["settings"]["federation"]["exchange"]
+        else (STRATEGY_STATE, AVERAGE)
+    )
     return State(
         round=round_number,
         arrays={key: array for key, array in arrays.items() if not key.startswith(own)},
-        average={key: array for key, array in arrays.items() if key.startswith(AVERAGE) and AVERAGE in own},
-        moments={key: array for key, array in arrays.items() if key.startswith(STATE)},
+        average={
+            key: array
+            for key, array in arrays.items()
+            if key.startswith(AVERAGE) and AVERAGE in own
+        },
+        moments={key: array for key, array in arrays.items() if key.startswith(STRATEGY_STATE)},
         images_seen=meta["images_seen"],
         bytes_exchanged=meta["bytes_exchanged"],
         wall_seconds=meta["wall_seconds"],
@@ -165,7 +200,10 @@ def _state(round_number: int, tensors: Mapping[str, torch.Tensor], meta: Mapping
         resolution=meta["resolution"],
         exhausted=meta.get("exhausted", []),
         drawn=meta.get("drawn") is True,
-        shares=[Share(**share | {"label_counts": tuple(share.get("label_counts", ()))}) for share in meta.get("shares", [])],
+        participants=[
+            Participant(**row | {"label_counts": tuple(row["label_counts"])})
+            for row in meta["participants"]
+        ],
         since={int(number): done for number, done in meta.get("since", {}).items()},
     )
 
@@ -173,13 +211,17 @@ def _state(round_number: int, tensors: Mapping[str, torch.Tensor], meta: Mapping
 def is_evaluated(settings: Settings, round_number: int) -> bool:
     """Whether the evaluator looks at this round (round 0 is nobody's; the last is the final evaluation's)."""
     every = settings.evaluation.every
-    return round_number > 0 and (round_number == settings.federation.rounds or (every > 0 and round_number % every == 0))
+    return round_number > 0 and (
+        round_number == settings.federation.rounds or (every > 0 and round_number % every == 0)
+    )
 
 
 def exhausted_in(run: RunFolder) -> list[str]:
     """Names of those whose privacy budget was spent by the newest round."""
     newest = run.last_round()
-    meta = run.read_json(run.checkpoint(newest).with_suffix(".json")) if newest is not None else None
+    meta = (
+        run.read_json(run.checkpoint(newest).with_suffix(".json")) if newest is not None else None
+    )
     return [row["name"] for row in (meta or {}).get("exhausted", [])]
 
 
@@ -188,7 +230,7 @@ def is_over(run: RunFolder, settings: Settings) -> bool:
     newest = run.last_round()
     if newest is None:
         return False
-    return newest >= settings.federation.rounds or bool(too_few(settings, exhausted_in(run)))
+    return newest >= settings.federation.rounds or bool(reason_to_end(settings, exhausted_in(run)))
 
 
 def has_line(run: RunFolder, round_number: int) -> bool:
@@ -201,5 +243,7 @@ def write_line(run: RunFolder, line: dict[str, Any]) -> None:
 
     The file is written anew each time: appending behind a torn line would lose both.
     """
-    rows = [old for old in files.read_json_lines(run.metrics) if old.get("round", 0) < line["round"]]
+    rows = [
+        old for old in files.read_json_lines(run.metrics) if old.get("round", 0) < line["round"]
+    ]
     files.write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in [*rows, line]))

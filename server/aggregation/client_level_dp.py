@@ -29,7 +29,7 @@ from flwr.serverapp.strategy import (
 )
 
 from fedgan.config import Settings
-from fedgan.errors import ConfigError, FederationError
+from fedgan.errors import FederationError
 from fedgan.privacy.accounting import Mechanism, epsilon_of
 from fedgan.privacy.client_level import noise_statement as noise_statement_of
 from fedgan.privacy.ledger import Ledger
@@ -38,25 +38,6 @@ from server.records import ARRAYS, METRICS, WEIGHT, to_record
 
 LEDGER = "hospital-ledger.jsonl"
 KIND, UNIT = "hospitals' updates", "hospital"
-MEANS = (
-    "fedavg",
-    "fedprox",
-)  # whose result is the plain mean of the models: no other has a known sensitivity
-
-
-def check_hospital_privacy(settings: Settings) -> None:
-    """Raise `ConfigError` where the noise would not fit what is released, or Flower's wrapper could not work."""
-    if settings.privacy.client_level == "none":
-        return
-    if settings.federation.strategy not in MEANS:
-        raise ConfigError(
-            f"privacy.client_level = '{settings.privacy.client_level}' counts on a mean of clipped updates, and federation.strategy = "
-            f"'{settings.federation.strategy}' computes something else of them: choose {' or '.join(MEANS)}"
-        )
-    if settings.training.learning_rate == 0:
-        raise ConfigError(
-            "privacy.client_level clips updates, and training.learning_rate = 0 makes none: raise it"
-        )
 
 
 def wrap(strategy: FedAvg, settings: Settings) -> Strategy:

@@ -50,49 +50,19 @@ from fedgan.exchange.masking import (
     ranges,
 )
 from fedgan.runs.budget import Plan
-from server.aggregation.weights import SUMS, is_average, weights_of
+from fedgan.runs.compatibility import SUMS
+from fedgan.runs.participants import Member
+from server.aggregation.weights import is_average, weights_of
 from server.records import ARRAYS, readable
 from server.requests import UNASKED, Answers, send_and_receive
-from server.roster import HELLO_WAIT, Member
+from server.roster import HELLO_WAIT
 
 KEYS, MASKED = "keys", "masked"  # what hospitals answer with (client/allow_list.py)
-MEANS = ("fedavg", "fedprox")
 
 _flower: Any = importlib.import_module(
     "flwr.server.workflow.secure_aggregation.secaggplus_workflow"
 )
 _flower.pseudo_rand_gen = mask_numbers  # see there; the hospital's end does the same
-
-
-def check_secure(settings: Settings) -> None:
-    """Raise `ConfigError` for settings that need a single hospital's update, which secure aggregation hides."""
-    federation, hospitals = settings.federation, settings.federation.participants
-    if not federation.secure:
-        return
-    if federation.strategy not in MEANS:
-        raise ConfigError(
-            f"federation.secure shows the server a mean and no hospital's model, and federation.strategy = "
-            f"'{federation.strategy}' needs more: choose {' or '.join(MEANS)}, or leave federation.secure = false"
-        )
-    if federation.wire != "fp32":
-        raise ConfigError(
-            f"federation.secure masks whole numbers of 32 bits, and federation.wire = '{federation.wire}' asks for half of them: "
-            "leave federation.wire = 'fp32'"
-        )
-    if settings.privacy.client_level != "none":
-        raise ConfigError(
-            f"privacy.client_level = '{settings.privacy.client_level}' bounds and averages single updates with equal weights, and "
-            "federation.secure hides them: choose one of the two"
-        )
-    if hospitals < FEWEST:
-        raise ConfigError(
-            f"federation.secure hides a hospital among {FEWEST} or more, not {hospitals}: leave it false"
-        )
-    if federation.min_hospitals > 0 and 2 * federation.min_hospitals <= hospitals:
-        raise ConfigError(
-            f"federation.min_hospitals = {federation.min_hospitals} of {hospitals} is no majority: with federation.secure two "
-            f"halves could be unmasked apart; give at least {hospitals // 2 + 1}, or 0 for all"
-        )
 
 
 def check_plan(settings: Settings, plan: Plan, done: int) -> None:

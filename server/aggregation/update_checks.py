@@ -18,8 +18,8 @@ from flwr.app import Message
 
 from fedgan.config import Settings
 from fedgan.errors import FederationError
+from fedgan.runs.participants import Member
 from server.records import ARRAYS, METRICS, WEIGHT, check_reply
-from server.roster import Member
 
 FACTS = "facts"
 COUNTS = ("round", "images", "images_seen", "threads")  # whole numbers that every answer must tell

@@ -37,48 +37,10 @@ import numpy as np
 from flwr.app import Message
 
 from fedgan.config import Settings
-from fedgan.errors import ConfigError
+from fedgan.runs.compatibility import SUMS
 from fedgan.training.ema import AVERAGE, SOURCE
 from fedgan.training.warm_start import LABEL_LAYER
 from server.records import ARRAYS, METRICS, WEIGHT, to_record
-
-SUMS = ("sum", "damped")  # every hospital's change counts alike, and they do not add up to 1
-WEIGHTED = (
-    "fedavg",
-    "fedprox",
-    "fedavgm",
-    "fedadam",
-    "fedyogi",
-)  # whose result rests on the mean of the models
-
-
-def check_weights(settings: Settings) -> None:
-    """Raise `ConfigError` where the strategy knows no weights, or single changes cannot be scaled."""
-    federation = settings.federation
-    if federation.weights == "size" and not federation.label_rows:
-        return
-    key = (
-        "label_rows = true" if federation.weights == "size" else f"weights = '{federation.weights}'"
-    )
-    if federation.label_rows and (useless := _moves_all(settings)):
-        raise ConfigError(
-            f"federation.label_rows = true averages a label's row over its holders, and {useless}: leave it false"
-        )
-    if federation.strategy not in WEIGHTED:
-        raise ConfigError(
-            f"federation.{key} weighs a mean, and federation.strategy = '{federation.strategy}' takes none: leave "
-            f"federation.weights = 'size' and label_rows = false, or choose one of {', '.join(WEIGHTED)}"
-        )
-    if federation.secure and (federation.label_rows or federation.weights == "root"):
-        raise ConfigError(
-            f"federation.{key} scales single changes, which federation.secure hides from the server: it serves "
-            "federation.weights = 'size', 'equal', 'sum' and 'damped', without label_rows"
-        )
-    if settings.privacy.client_level != "none":
-        raise ConfigError(
-            f"federation.{key} would let one hospital move the mean further than privacy.client_level = "
-            f"'{settings.privacy.client_level}' counts on: leave federation.weights = 'size' and label_rows = false"
-        )
 
 
 def weigh(settings: Settings, replies: Sequence[Message], sent: Mapping[str, np.ndarray]) -> None:
@@ -112,15 +74,6 @@ def weigh(settings: Settings, replies: Sequence[Message], sent: Mapping[str, np.
                 ).astype(np.float32)
     for reply, model in zip(replies, models, strict=True):
         reply.content[ARRAYS] = to_record(model)
-
-
-def _moves_all(settings: Settings) -> str:
-    """Why holders cannot be told, or need not be; empty where they can."""
-    if settings.federation.weights in SUMS:
-        return f"federation.weights = '{settings.federation.weights}' takes no mean: who does not hold the label adds nothing"
-    if settings.training.labels == "uniform":
-        return "training.labels = 'uniform' moves the rows of labels that a hospital does not hold"
-    return "privacy moves every row by its noise" if settings.privacy.on else ""
 
 
 def weights_of(settings: Settings, sizes: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ from fedgan.data.federation import describe_hospitals
 from fedgan.errors import ConfigError
 from fedgan.evaluation.features import check_features
 from fedgan.report.cards.collect import public
+from fedgan.runs.compatibility import check_compatibility
 from fedgan.runs.evaluator import evaluation_device
 from fedgan.runs.lock import locked, sweep
 from fedgan.runs.preparation import (
@@ -38,7 +39,6 @@ from fedgan.runs.preparation import (
     prepare_run,
     with_absolute_paths,
 )
-from server.aggregation.strategies import check_strategy
 from simulations.comparison.arm import check_arm
 from simulations.comparison.evaluate import (
     is_arm_evaluated,
@@ -142,7 +142,7 @@ def train_arms(
     jobs = [*public.values(), *(job for arm in arms for job in arm.jobs)]
     for job in jobs:
         if job.kind == FEDERATION:
-            check_strategy(job.settings)
+            check_compatibility(job.settings)
         _check_trained_alike(job)
     names = {job.folder: str(job.folder.relative_to(folder.arms)) for job in jobs}
     tasks = [_training_task(job, folder, names) for job in jobs]

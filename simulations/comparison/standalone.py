@@ -21,8 +21,8 @@ from fedgan.config import Settings
 from fedgan.data.federation import Hospital
 from fedgan.machine import peak_memory, usable_cores
 from fedgan.run_folder import RunFolder
-from fedgan.runs.budget import Share
 from fedgan.runs.lock import locked, sweep
+from fedgan.runs.participants import Participant
 from fedgan.runs.preparation import (
     experiment_of,
     is_prepared,
@@ -31,6 +31,7 @@ from fedgan.runs.preparation import (
     prepare_run,
 )
 from fedgan.runs.round_state import (
+    STRATEGY_STATE,
     State,
     exhausted_in,
     has_line,
@@ -42,7 +43,6 @@ from fedgan.training.checkpoint import load_tensors
 from fedgan.training.start import begin_training
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
-from server.aggregation.strategies import STATE
 from server.metrics import mean_of, plain_numbers
 from simulations.comparison.arm import pooled
 from simulations.comparison.plan import EVERYBODY, Job, Start
@@ -98,8 +98,8 @@ def _restore(
     state = load_state(run, experiment, on_event)
     if state is not None and state.round:
         trainer.load(_trainer_state(run, state.round))
-        if job.start is not None and state.shares:  # none in a checkpoint of before they were kept
-            trainer.at(state.shares[0].number)
+        if job.start is not None and state.participants:  # none in a checkpoint of before they were kept
+            trainer.at(state.participants[0].number)
         if state.line is not None and not has_line(run, state.round):
             write_line(run, state.line)
         return state
@@ -119,7 +119,7 @@ def _restore(
         0.0,
         None,
         drawn=drawn,
-        shares=shares,
+        participants=shares,
     )
     state.label_names, state.exclusive = tuple(data.label_names), data.exclusive
     state.channels, state.resolution = data.channels, data.resolution
@@ -128,8 +128,8 @@ def _restore(
 
 
 def _take_over(
-    start: Start, hospital: str, trainer: Trainer, drawn: bool, shares: list[Share]
-) -> tuple[bool, list[Share]]:
+    start: Start, hospital: str, trainer: Trainer, drawn: bool, shares: list[Participant]
+) -> tuple[bool, list[Participant]]:
     """Begin with a federation's model of a round, its image count and the strength of augmentation at this hospital.
 
     → whether that model and this training have seen nothing but drawn phantoms, and the hospital's share under the number
@@ -138,7 +138,7 @@ def _take_over(
     run = RunFolder(start.folder)
     tensors, meta = load_tensors(run.checkpoint(start.round))
     trainer.incoming(
-        {name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith(STATE)}
+        {name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith(STRATEGY_STATE)}
     )
     lines = [line for line in files.read_json_lines(run.metrics) if line["round"] <= start.round]
     rows = [row for line in lines for row in line["hospitals"] if row["name"] == hospital]
@@ -146,19 +146,19 @@ def _take_over(
         -1
     ]  # of that round; of an earlier one where this hospital's privacy budget was spent before
     trainer.restore_progress(row["images_seen"], row.get("p", trainer.ada.p))
-    number = next(share["number"] for share in meta["shares"] if share["name"] == hospital)
+    number = next(share["number"] for share in meta["participants"] if share["name"] == hospital)
     trainer.at(number)
     return meta.get("drawn") is True and drawn, [
         dataclasses.replace(share, number=number) for share in shares
     ]
 
 
-def _share(number: int, hospital: Hospital, settings: Settings) -> Share:
+def _share(number: int, hospital: Hospital, settings: Settings) -> Participant:
     """What a checkpoint keeps of a hospital that trains here; how often it has each label, only where that is drawn by."""
     counts = (
         hospital.train.labels.sum(axis=0, dtype=int).tolist() if settings.model.hospitals else ()
     )
-    return Share(number, hospital.name, len(hospital.train), label_counts=tuple(counts))
+    return Participant(number, hospital.name, len(hospital.train), label_counts=tuple(counts))
 
 
 def _round(
@@ -213,7 +213,7 @@ def _round(
         channels=before.channels,
         resolution=before.resolution,
         drawn=before.drawn,
-        shares=before.shares,
+        participants=before.participants,
     )
     if trainer.exhausted:
         after.exhausted = [
