@@ -20,6 +20,7 @@ GROUND = {
     "events",
     "files",
     "machine",
+    "redact",
     "run_folder",
 }
 FOREIGN = {"flwr", "ray", "opacus", "typer", "rich", "click"}

@@ -19,8 +19,8 @@ from small_federation import federate, tiny, write_shards
 from fedgan import files
 from fedgan.cli import outputs
 from fedgan.errors import ConfigError
+from fedgan.redact import REDACTED, redact
 from fedgan.report.cards import write_cards, write_comparison_cards
-from fedgan.report.cards.collect import HIDDEN, public
 from fedgan.report.cards.markdown import code, escape, table
 from fedgan.report.html import format as text
 from fedgan.run_folder import RunFolder
@@ -399,21 +399,21 @@ def test_no_path_and_no_file_name_of_a_hospital_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given_text", "shown"),
     [
-        ("/data/x/y.csv", HIDDEN),
-        ("from /data/x/y.csv, 2020", f"from {HIDDEN}, 2020"),
-        ("~/scans/a and 3/4 of 16/32/64", f"{HIDDEN} and 3/4 of 16/32/64"),
-        ("\\\\server\\share\\a.dcm", HIDDEN),
-        ("file:///home/a.png", HIDDEN),
+        ("/data/x/y.csv", REDACTED),
+        ("from /data/x/y.csv, 2020", f"from {REDACTED}, 2020"),
+        ("~/scans/a and 3/4 of 16/32/64", f"{REDACTED} and 3/4 of 16/32/64"),
+        ("\\\\server\\share\\a.dcm", REDACTED),
+        ("file:///home/a.png", REDACTED),
         (
             "CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/)",
             "CC BY 4.0 (https://creativecommons.org/licenses/by/4.0/)",
         ),
-        ("cannot read /data/pacs/doe_john.dcm", f"cannot read {HIDDEN}"),
-        ("cannot read /srv/St Elm/doe john.dcm: broken", f"cannot read {HIDDEN}: broken"),
-        ("in '/srv/St Elm/doe john' today", f"in '{HIDDEN}' today"),
-        ("at C:\\scans\\St Elm\\doe john.dcm, 2020", f"at {HIDDEN}, 2020"),
-        ("at C:/scans/doe.dcm, 2020", f"at {HIDDEN}, 2020"),
-        ("doe_john.DCM is damaged, as is pacs/doe.nii.gz", f"{HIDDEN} is damaged, as is {HIDDEN}"),
+        ("cannot read /data/pacs/doe_john.dcm", f"cannot read {REDACTED}"),
+        ("cannot read /srv/St Elm/doe john.dcm: broken", f"cannot read {REDACTED}: broken"),
+        ("in '/srv/St Elm/doe john' today", f"in '{REDACTED}' today"),
+        ("at C:\\scans\\St Elm\\doe john.dcm, 2020", f"at {REDACTED}, 2020"),
+        ("at C:/scans/doe.dcm, 2020", f"at {REDACTED}, 2020"),
+        ("doe_john.DCM is damaged, as is pacs/doe.nii.gz", f"{REDACTED} is damaged, as is {REDACTED}"),
         (
             "round-00001.safetensors and evaluation.json",
             "round-00001.safetensors and evaluation.json",
@@ -423,14 +423,14 @@ def test_no_path_and_no_file_name_of_a_hospital_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_paths_are_taken_out_and_links_stay(given_text: str, shown: str) -> None:
-    assert public(given_text) == shown
-    assert public({given_text: [given_text]}) == {shown: [shown]}
+    assert redact(given_text) == shown
+    assert redact({given_text: [given_text]}) == {shown: [shown]}
 
 
 def test_a_root_with_spaces_is_taken_out_whole() -> None:
-    assert public("in /srv/St Elm/a.png today", ("/srv/St Elm",)) == f"in {HIDDEN} today"
-    assert public("in /srv/St Elm/doe john.dcm today", ("/srv/St Elm",)) == f"in {HIDDEN} today"
-    assert public("in C:\\St Elm\\doe john.dcm today", ("C:\\St Elm",)) == f"in {HIDDEN} today"
+    assert redact("in /srv/St Elm/a.png today", ("/srv/St Elm",)) == f"in {REDACTED} today"
+    assert redact("in /srv/St Elm/doe john.dcm today", ("/srv/St Elm",)) == f"in {REDACTED} today"
+    assert redact("in C:\\St Elm\\doe john.dcm today", ("C:\\St Elm",)) == f"in {REDACTED} today"
 
 
 _HOSPITAL = st.from_regex(r"[A-Z][a-z]{2,8}( [A-Z][a-z]{2,8})?", fullmatch=True)
@@ -458,9 +458,9 @@ _HOSPITAL = st.from_regex(r"[A-Z][a-z]{2,8}( [A-Z][a-z]{2,8})?", fullmatch=True)
 def test_no_name_of_a_hospital_s_file_survives(
     root: str, folder: str, file: str, kind: str, sentence: str
 ) -> None:
-    told = public(sentence.format(f"{root.format(folder)}{file}.{kind}"))
+    told = redact(sentence.format(f"{root.format(folder)}{file}.{kind}"))
     assert "doe" not in told
-    assert HIDDEN in told
+    assert REDACTED in told
 
 
 # --- files that lack or are damaged --------------------------------------------------------------

@@ -26,7 +26,7 @@ from fedgan.config import Settings, to_dict
 from fedgan.data.federation import describe_hospitals
 from fedgan.errors import ConfigError
 from fedgan.evaluation.features import check_features
-from fedgan.report.cards.collect import public
+from fedgan.redact import redact
 from fedgan.runs.compatibility import check_compatibility
 from fedgan.runs.evaluator import evaluation_device
 from fedgan.runs.lock import locked, sweep
@@ -240,7 +240,7 @@ def _failure(
         str(Path.home()),
     )
     text = "; ".join(reasons).replace(f"{folder.path}/", "")
-    return str(public(text, tuple(root for root in roots if root)))
+    return str(redact(text, tuple(root for root in roots if root)))
 
 
 # --- parts -----------------------------------------------------------------------------------------

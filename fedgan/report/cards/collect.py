@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from dataclasses import dataclass
-from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePath
 from typing import Any
 
 from fedgan import __version__
 from fedgan.config import Settings, to_dict
 from fedgan.data.splits import SPLITS
 from fedgan.errors import FedganError
+from fedgan.redact import REDACTED, redact
 from fedgan.report.facts import all_drawn, content_hash, source_title
 from fedgan.report.html.format import number
 from fedgan.report.run.data import RunData, Tree, clean, load, tree, trees
 from fedgan.run_folder import RunFolder
 
-HIDDEN = "(path not shown)"
 UNKNOWN = "not known"
-# Endings of files of images and of tables of them.
-_KINDS = r"dcm|dicom|nii|mha|nrrd|png|jpe?g|tiff?|bmp|gif|webp|svs|csv|tsv|xlsx?|npz|npy|zip|gz"
-_WORD = r"[^\s,;:)\"']"
-# What follows a path that holds spaces: words that are folders, and words up to the name of a file.
-_REST = rf"(?: [^\W\d]\w*[/\\]{_WORD}*)*(?:(?: {_WORD}+){{0,4}}? {_WORD}*\.(?:{_KINDS})\b)?"
-_QUOTED = re.compile(r"([\"'])(?:~?/|[A-Za-z]:[\\/]|\\\\|file:)[^\n]*?\1", re.IGNORECASE)
-_PATHS = re.compile(
-    rf"(?:file://\S+|(?<![\w:/.])~?(?:/[^\s/,;)\"']+){{2,}}/?|\b[A-Za-z]:[\\/][^\s,;)\"']*|\\\\\w[^\s,;)\"']*){_REST}",
-    re.IGNORECASE,
-)
-_FILES = re.compile(
-    rf"(?<![\w/.:\\-])~?[/\\]?(?:[\w.+-]+[/\\])*[\w.+-]+\.(?:{_KINDS})\b(?![/\\]\w)", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +59,7 @@ class CardData:
         """`facts` with every path of this machine taken out, all the way down."""
         settings = self.data.settings
         roots = [str(self.run.path), settings.data.root, settings.evaluation.root, str(Path.home())]
-        return public(
+        return redact(
             facts, tuple(root for root in roots if PurePath(root).is_absolute() and len(root) > 1)
         )
 
@@ -221,7 +207,7 @@ def provenance(card: CardData) -> Tree:
     settings = to_dict(card.data.settings)
     for section, key in (("data", "root"), ("evaluation", "root"), ("evaluation", "features")):
         if settings[section][key] not in ("", "reference"):
-            settings[section][key] = HIDDEN
+            settings[section][key] = REDACTED
     defaults = to_dict(Settings())
     changed = {
         f"{section}.{key}" if isinstance(held, dict) else section: value
@@ -244,27 +230,6 @@ def provenance(card: CardData) -> Tree:
         "packages": tree(environment.get("packages")),
         "written_by": f"fedgan {__version__}",
     }
-
-
-def public(value: Any, roots: tuple[str, ...] = ()) -> Any:
-    """`value` without paths of a machine and names of files of images or tables: each becomes a mark; links stay.
-
-    `roots`: folders whose names may hold spaces; whatever lies below one is taken out whole.
-    """
-    if isinstance(value, str):
-        return _public_text(value, roots)
-    if isinstance(value, dict):
-        return {_public_text(str(key), roots): public(item, roots) for key, item in value.items()}
-    return [public(item, roots) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _public_text(text: str, roots: tuple[str, ...]) -> str:
-    if PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute():
-        return HIDDEN
-    for root in sorted(roots, key=len, reverse=True):
-        text = re.sub(re.escape(root) + r"[^\s,;)\"']*" + _REST, HIDDEN, text, flags=re.IGNORECASE)
-    text = _QUOTED.sub(lambda found: found.group(1) + HIDDEN + found.group(1), text)
-    return _FILES.sub(HIDDEN, _PATHS.sub(HIDDEN, text))
 
 
 def _count(value: Any) -> int | None:

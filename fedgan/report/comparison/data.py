@@ -14,7 +14,7 @@ from typing import Any
 
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.errors import ConfigError
-from fedgan.report.cards.collect import public
+from fedgan.redact import redact
 from fedgan.report.facts import all_drawn
 from fedgan.report.html.format import bounds, number
 from fedgan.report.run.data import Tree, clean, dig, tree, trees
@@ -59,7 +59,7 @@ class ArmRun:
     def failure_reason(self) -> str:
         """Why this training gives no figures, as half a sentence; empty where it gives some."""
         if self.status != "done":
-            reason = str(public(self.content.get("failure") or "")).strip().rstrip(".")
+            reason = str(redact(self.content.get("failure") or "")).strip().rstrip(".")
             verb = "failed" if self.status == "failed" else f"is {self.status}"
             return f"{verb}: {reason}" if reason else f"{verb}, and no reason was written down"
         return "" if self.evaluation else "was trained, but not evaluated"
