@@ -15,7 +15,7 @@ from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, from_dict, load_scenario, to_dict
 from fedgan.errors import ConfigError
 from fedgan.evaluation.arms.summary import EVALUATOR_KEYS, check_comparable
-from fedgan.runs.budget import deal_images, round_totals
+from fedgan.runs.budget import apportion_images, images_per_round
 from fedgan.runs.round_state import is_evaluated
 from simulations.comparison.arm import Outcome
 from simulations.comparison.notes import fairness
@@ -70,8 +70,8 @@ def images_of(arm: Arm) -> dict[str, int]:
             shown[name] = sum(job.images)
             continue
         batch, federation = settings.training.batch_size, settings.federation
-        totals = round_totals(settings.training.kimg, federation.rounds, batch)
-        rows = deal_images(
+        totals = images_per_round(settings.training.kimg, federation.rounds, batch)
+        rows = apportion_images(
             [SIZES[name] for name in job.members], totals, batch, federation.local_images == "equal"
         )
         for number, name in enumerate(job.members):
@@ -172,7 +172,7 @@ def test_a_hospital_alone_sees_what_it_sees_in_the_federation_round_by_round(
         == dict(federated.hospital_images)
         == dict(finetuned.hospital_images)
     )
-    rows = deal_images(sizes, round_totals(batches * 4 / 1000, rounds, 4), 4, equal)
+    rows = apportion_images(sizes, images_per_round(batches * 4 / 1000, rounds, 4), 4, equal)
     for number, (name, job, tuned) in enumerate(
         zip(names, local.jobs, finetuned.jobs, strict=True)
     ):

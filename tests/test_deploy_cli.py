@@ -256,7 +256,7 @@ def test_what_is_submitted_needs_no_file_of_the_operator_s(
     ("words", "said"),
     [
         (["--set", "training.kimg=many"], "training.kimg"),
-        (["--set", "data.partition=iid"], "no server can deal what hospitals hold"),
+        (["--set", "data.partition=iid"], "a server cannot partition data"),
         (["--output", "runs/here"], "'runs/here' is no absolute path on the server's disk"),
     ],
 )

@@ -93,7 +93,7 @@ def test_flower_s_server_federates_a_deployment_to_its_evaluation(tmp_path: Path
     ("overrides", "words"),
     [
         (["evaluation.root="], "evaluation.root is empty: in a deployment"),
-        (["data.partition=iid"], "no server can deal what hospitals hold"),
+        (["data.partition=iid"], "a server cannot partition data"),
         (["federation.strategy=krum", "federation.malicious=1"], "5 hospitals"),
     ],
 )

@@ -31,7 +31,7 @@ from fedgan.privacy.accounting import Mechanism, epsilon_of
 from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
-from fedgan.runs.budget import deal
+from fedgan.runs.budget import make_budget
 from fedgan.runs.compatibility import reason_to_end
 from fedgan.runs.preparation import experiment_of, prepare_run
 from fedgan.training.checkpoint import load_tensors
@@ -183,7 +183,7 @@ def test_a_hospital_whose_budget_is_spent_leaves_and_the_others_go_on_as_dealt(
     stopped: tuple[RunFolder, Path, LocalGrid],
 ) -> None:
     run, data, _ = stopped
-    settings, dealt = run.settings(), deal(run.settings(), HELD)
+    settings, dealt = run.settings(), make_budget(run.settings(), HELD)
     lines = lines_of(run)
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
     assert [[row["name"] for row in line["hospitals"]] for line in lines] == [[*NAMES[:3]]] * 2 + [
@@ -248,7 +248,7 @@ def test_a_hospital_that_is_allowed_no_step_changes_nothing(tmp_path: Path) -> N
     (row,) = rows_of(run, "beta")
     assert (row["images"], row["images_seen"], row["exhausted"]) == (0, 0, 1.0)
     assert lines_of(run)[0]["images_seen"] == sum(
-        deal(run.settings(), HELD).images[0][place] for place in (0, 2)
+        make_budget(run.settings(), HELD).images[0][place] for place in (0, 2)
     )
     assert_model(run, 1, mean_model(run, 1, ("alpha", "gamma")))
     assert [entry.run for entry in Ledger(data / "beta" / LEDGER).entries()] == ["earlier"]

@@ -17,7 +17,7 @@ from client.app import app
 from fedgan.config import STRATEGIES
 from fedgan.errors import CheckpointError, ConfigError, FederationError
 from fedgan.run_folder import RunFolder
-from fedgan.runs.budget import deal_images, round_totals
+from fedgan.runs.budget import apportion_images, images_per_round
 from fedgan.runs.compatibility import check_compatibility
 from fedgan.training.checkpoint import load_tensors
 from server.aggregation.strategies import (
@@ -253,7 +253,7 @@ def test_settings_that_a_strategy_cannot_serve_are_refused(
 
 @given(kimg=st.floats(0.001, 500), rounds=st.integers(1, 300), batch=st.integers(1, 64))
 def test_rounds_add_up_to_the_budget_in_whole_batches(kimg: float, rounds: int, batch: int) -> None:
-    totals = round_totals(kimg, rounds, batch)
+    totals = images_per_round(kimg, rounds, batch)
     assert len(totals) == rounds
     assert 0 <= sum(totals) - round(kimg * 1000) < batch
     assert all(total % batch == 0 for total in totals)
@@ -270,7 +270,7 @@ def test_shares_of_hospitals_add_up_without_drift(
     sizes: list[int], batches: list[int], batch: int, equal: bool
 ) -> None:
     totals = [count * batch for count in batches]
-    rows = deal_images(sizes, totals, batch, equal)
+    rows = apportion_images(sizes, totals, batch, equal)
     assert [sum(row) for row in rows] == totals
     assert min(min(row) for row in rows) >= 0
     assert not (np.array(rows) % batch).any()

@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedgan.apportion import apportion
 from fedgan.cli import console, labels
 from fedgan.cli.runs import runner
 from fedgan.config import from_dict
@@ -76,7 +77,9 @@ def requested_labels(
     if choice.vectors:
         return labels.spread_evenly(labels.parsed_vectors(choice.vectors, names, exclusive), images)
     if choice.mix:
-        counts = deal(images, list(parsed_mix(choice.mix, names).values()))
+        shares = parsed_mix(choice.mix, names).values()
+        total = sum(shares, Fraction(0))
+        counts = apportion([images * share / total for share in shares], images)
         return np.repeat(np.eye(len(names), dtype=np.uint8), counts, axis=0)
     if not names:
         return np.zeros((images, 0), np.uint8)
@@ -139,17 +142,6 @@ def _share(name: str, text: str, known: str) -> Fraction:
     if not math.isfinite(value) or value < 0:
         raise ConfigError(f"--mix {name}={text}: a share is a number of at least 0; {known}")
     return Fraction(repr(value))  # 0.3 is three tenths, not the nearest binary number
-
-
-def deal(images: int, shares: Sequence[Fraction]) -> list[int]:
-    """Whole numbers that add up to `images`, each within 1 of its share, by largest remainder; the first of equals wins."""
-    total = sum(shares, Fraction(0))
-    exact = [images * share / total for share in shares]
-    counts = [math.floor(part) for part in exact]
-    order = sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])
-    for index in order[: images - sum(counts)]:
-        counts[index] += 1
-    return counts
 
 
 def _shard_labels(path: str, names: tuple[str, ...]) -> np.ndarray:

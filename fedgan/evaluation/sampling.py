@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedgan.apportion import apportion
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import FedganError
 
@@ -31,11 +32,7 @@ def synthetic_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     if len(vectors) > count:
         return labels[rng.integers(len(labels), size=count)]
     share = counts / counts.sum() * count
-    quota = np.maximum(np.floor(share).astype(np.int64), 1)
-    while quota.sum() < count:  # largest remainder
-        quota[np.argmax(share - quota)] += 1
-    while quota.sum() > count:  # the minimum of one was paid for by the most frequent vectors
-        quota[np.argmax(np.where(quota > 1, quota - share, -np.inf))] -= 1
+    quota = apportion(share.tolist(), count, minimum=1)
     return rng.permutation(np.repeat(vectors, quota, axis=0))
 
 

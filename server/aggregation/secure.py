@@ -68,10 +68,10 @@ _flower.pseudo_rand_gen = mask_numbers  # see there; the hospital's end does the
 def check_plan(settings: Settings, plan: Plan, done: int) -> None:
     """Raise `ConfigError` where a round is planned in which too few hospitals train for one to be hidden among them."""
     if (
-        not settings.federation.secure or len(plan.shares) < FEWEST
+        not settings.federation.secure or len(plan.participants) < FEWEST
     ):  # so few are told that they have to wait
         return
-    training, number = plan.fewest(done)
+    training, number = plan.fewest_training(done)
     if number and training < FEWEST:
         raise ConfigError(
             f"in round {number} {training} hospitals show images, the others none: with federation.secure each would learn the "

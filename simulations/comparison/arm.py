@@ -16,7 +16,7 @@ from fedgan.errors import ConfigError
 from fedgan.evaluation.reference import pool_places
 from fedgan.privacy.dry_run import check_can_begin
 from fedgan.run_folder import RunFolder
-from fedgan.runs.budget import deal, round_totals
+from fedgan.runs.budget import images_per_round, make_budget
 from fedgan.runs.preparation import check_private_hospitals, is_prepared, ledger_of
 
 FEDERATION, STANDALONE = "federation", "home"
@@ -196,19 +196,19 @@ def standalone(settings: Settings, members: tuple[str, ...]) -> Settings:
 
 def totals(settings: Settings) -> list[int]:
     """Images of each round, summed over hospitals."""
-    return round_totals(
+    return images_per_round(
         settings.training.kimg, settings.federation.rounds, settings.training.batch_size
     )
 
 
 def dealt(settings: Settings, sizes: Mapping[str, int]) -> dict[str, list[int]]:
     """Images of each round for each hospital, as the federation deals them."""
-    rows = deal(settings, list(sizes.values())).images
+    rows = make_budget(settings, list(sizes.values())).images
     return {name: [row[number] for row in rows] for number, name in enumerate(sizes)}
 
 
 def alone(settings: Settings, hospital: str, sizes: Mapping[str, int]) -> Settings:
     """The settings of one hospital at home, with the step that it has in the federation."""
-    batch = dict(zip(sizes, deal(settings, list(sizes.values())).batches, strict=True))[hospital]
+    batch = dict(zip(sizes, make_budget(settings, list(sizes.values())).batches, strict=True))[hospital]
     training = dataclasses.replace(settings.training, batch_size=batch)
     return standalone(dataclasses.replace(settings, training=training), (hospital,))

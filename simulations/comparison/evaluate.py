@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from fedgan import files
+from fedgan.apportion import apportion
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, to_dict
 from fedgan.data.dataset import ImageDataset, pool
@@ -267,14 +268,7 @@ def union(settings: Settings, parts: Sequence[_Part]) -> ImageDataset:
 def shares(sizes: Sequence[int], total: int) -> list[int]:
     """`total` (at least one for each) dealt in proportion to `sizes`, by largest remainder, at least one each."""
     exact = np.array(sizes) / sum(sizes) * total
-    counts = np.maximum(np.floor(exact).astype(int), 1)
-    while counts.sum() < total:
-        counts[np.argmax(exact - counts)] += 1
-    while (
-        counts.sum() > total and counts.max() > 1
-    ):  # the minimum of one is paid for by who has most above its share
-        counts[np.argmax(np.where(counts > 1, counts - exact, -np.inf))] -= 1
-    return [int(count) for count in counts]
+    return apportion(exact.tolist(), total, minimum=1)
 
 
 class _ByClass:

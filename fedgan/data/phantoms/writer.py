@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedgan import files
+from fedgan.apportion import apportion
 from fedgan.data.phantoms import scanners
 from fedgan.data.phantoms.canvas import check_resolution
 from fedgan.data.phantoms.chest import draw_chest
@@ -106,7 +107,8 @@ def hospital_sizes(images: int, hospitals: int) -> list[int]:
     if hospitals < 1:
         raise ConfigError(f"federation.hospitals = {hospitals}: at least one hospital is needed")
     shares = np.array(_SHARES if hospitals == len(_SHARES) else 0.8 ** np.arange(hospitals))
-    sizes = _whole(shares / shares.sum(), images)
+    exact = shares / shares.sum() * images
+    sizes = apportion(exact.tolist(), images, tolerance=1e-9)
     if min(sizes) < SMALLEST_HOSPITAL:
         raise ConfigError(
             f"{images} phantom images are too few for {hospitals} hospitals: the smallest would hold {min(sizes)}, "
@@ -127,7 +129,8 @@ def deal(kind: str, sizes: list[int], seed: int) -> list[list[dict[str, Any]]]:
         rng = np.random.default_rng([seed, 1, index])
         mix = scanners.label_mix(kind, index)
         patients = []
-        for label, count in zip(mix, _whole(np.array(list(mix.values())), size), strict=True):
+        exact = [share * size for share in mix.values()]
+        for label, count in zip(mix, apportion(exact, size, tolerance=1e-9), strict=True):
             while count:
                 several = min(
                     count, int(rng.choice((1, 2, 3), p=(0.72, 0.20, 0.08))) if count > 6 else 1
@@ -211,12 +214,3 @@ def _pictures(
             chunk = []
     if chunk:
         yield np.stack(chunk)
-
-
-def _whole(shares: np.ndarray, total: int) -> list[int]:
-    """Whole numbers in proportion to `shares` (sum 1) that add up to `total`: the largest remainders are rounded up."""
-    exact = shares * total
-    floor = np.floor(exact + 1e-9).astype(int)
-    order = np.argsort(-(exact - floor), kind="stable")
-    floor[order[: total - floor.sum()]] += 1
-    return [int(value) for value in floor]

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
+from fedgan.apportion import apportion
 from fedgan.evaluation.metrics.prdc import NEIGHBOURS, manifold_scores
 
 MEASURES = ("frechet", "kernel", "precision", "recall", "density", "coverage")
@@ -242,9 +243,8 @@ def label_mix_rows(synthetic_labels: np.ndarray, target_labels: np.ndarray, seed
     wanted = share > 0
     exact = int(np.floor((supply[wanted] / share[wanted]).min() + 1e-9))
     total = max(exact, min(FEWEST_MIXED, len(target)))
-    quota = np.floor(share * total + 1e-9).astype(np.int64)
-    remainder = np.where(wanted, share * total - quota, -np.inf)
-    quota[np.argsort(-remainder, kind="stable")[: total - quota.sum()]] += 1
+    quota = np.zeros(len(share), np.int64)
+    quota[wanted] = apportion((share[wanted] * total).tolist(), total, tolerance=1e-9)
     quota = np.minimum(quota, supply)
     rows = [
         rng.permutation(np.flatnonzero(made == vector))[: quota[vector]]
