@@ -89,10 +89,10 @@ INTRODUCTION: dict[str, Fact] = {
         "side of an image in pixels",
         lambda request, local: local.hospital.train.resolution,
     ),
-    "drawn": Fact(
+    "phantoms": Fact(
         "yes or no",
-        "whether all images are drawn phantoms",
-        lambda request, local: local.hospital.drawn,
+        "whether all images are phantoms",
+        lambda request, local: local.hospital.phantoms,
     ),
     "units": Fact(
         "whole number",

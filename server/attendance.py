@@ -71,7 +71,7 @@ class Attendance:
                 f"{member} came with {member.images} training images, and hospital {known.number + 1} joined this run as "
                 f"'{known.name}' with {known.images}: give it the shard that it began with, or begin a new run"
             )
-        state.drawn = state.drawn and member.drawn
+        state.phantoms = state.phantoms and member.phantoms
         self.members[member.number] = member
 
     def admit_late_joiners(self, grid: Grid, state: State) -> None:

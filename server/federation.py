@@ -255,7 +255,7 @@ class Federation:
             channels=state.channels,
             resolution=state.resolution,
             exhausted=state.exhausted + exhausted_now(members, facts, number),
-            drawn=state.drawn,
+            phantoms=state.phantoms,
             participants=state.participants,
             since=state.since | dict.fromkeys(replies, number),
         )

@@ -124,13 +124,13 @@ def read_member(node: int, answer: Message, settings: Settings) -> Member:
         "exclusive": lambda value: isinstance(value, bool),
         "channels": lambda value: _whole(value) and 0 < value <= 4,
         "resolution": lambda value: value == settings.data.resolution,
-        "drawn": lambda value: isinstance(value, bool),
+        "phantoms": lambda value: isinstance(value, bool),
         "units": lambda value: _whole(value) and 0 <= value <= settings.federation.max_num_examples,
         "label_counts": lambda value: (
             isinstance(value, list) and len(value) in (0, labels) and all(map(_whole, value))
         ),
     }
-    given: dict[str, Any] = {"drawn": False, "units": 0, "label_counts": []} | dict(facts)
+    given: dict[str, Any] = {"phantoms": False, "units": 0, "label_counts": []} | dict(facts)
     labels = len(given["label_names"]) if isinstance(given.get("label_names"), list) else 0
     if wrong := [key for key, right in kinds.items() if key not in given or not right(given[key])]:
         number = f" (partition-id {facts['number']})" if _whole(facts.get("number")) else ""

@@ -568,7 +568,7 @@ def test_two_hospitals_of_one_name_are_refused_whenever_they_come(tmp_path: Path
         lambda event: None,
         reconnecting=True,
     )
-    state: Any = SimpleNamespace(shares=[first.share(0)], drawn=False, round=3)
+    state: Any = SimpleNamespace(participants=[first.participant(0)], phantoms=False, round=3)
     with pytest.raises(
         FederationError, match=r"hospital 2 \('xrays'\) has the name of another hospital"
     ):

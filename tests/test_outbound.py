@@ -108,7 +108,7 @@ class Place:
             return RecordDict(
                 {
                     "hospital": ConfigRecord(
-                        facts | {"channels": 1, "resolution": 16, "drawn": False}
+                        facts | {"channels": 1, "resolution": 16, "phantoms": False}
                     )
                 }  # type: ignore[dict-item]
             )

@@ -212,7 +212,7 @@ def test_a_checkpoint_says_whether_all_hospitals_hold_drawn_phantoms(tmp_path, w
     )
     run = RunFolder(tmp_path / "run")
     train(settings, run)
-    assert [run.read_json(run.checkpoint(n).with_suffix(".json"))["drawn"] for n in (0, 1)] == [
+    assert [run.read_json(run.checkpoint(n).with_suffix(".json"))["phantoms"] for n in (0, 1)] == [
         drawn,
         drawn,
     ]

@@ -495,9 +495,9 @@ def test_nothing_that_was_measured_on_real_images_leaves_a_private_hospital(
     hello, trained = (reply.content for reply in replies)
     shape = {"label_names", "exclusive", "channels", "resolution"}
     assert (
-        set(hello["hospital"]) == {"number", "name", "images", "drawn"} | shape
-    )  # `drawn`: what the shard's card says
-    assert hello["hospital"]["drawn"] is False
+        set(hello["hospital"]) == {"number", "name", "images", "phantoms"} | shape
+    )  # `phantoms`: what the shard's card says
+    assert hello["hospital"]["phantoms"] is False
     assert set(trained) == {"arrays", "metrics", "facts"}
     assert set(trained["metrics"]) == {"num_examples"}
     assert set(trained["facts"]) == facts

@@ -201,14 +201,14 @@ def origin(**of: object) -> dict:
     for key, value in of.items():
         section, name = key.split("__")
         tree[section][name] = value
-    return {"settings": tree, "drawn": True}
+    return {"settings": tree, "phantoms": True}
 
 
 @pytest.mark.parametrize(
     ("told", "why"),
     [
-        (origin(data__root="/somewhere/shards") | {"drawn": False}, "data.root"),
-        (origin() | {"drawn": False}, "does not say that all its images were drawn"),
+        (origin(data__root="/somewhere/shards") | {"phantoms": False}, "data.root"),
+        (origin() | {"phantoms": False}, "does not say that all its images were drawn"),
         ({"settings": origin()["settings"]}, "does not say that all its images were drawn"),
         (origin(training__warm_start="/somewhere/run"), "itself began"),
         ({}, "does not say"),
@@ -238,7 +238,7 @@ def test_pooled_and_federated_training_ask_alike_where_a_start_comes_from(tmp_pa
     save_tensors(
         path,
         donor.state_dict()[0],
-        {"settings": to_dict(open_settings), "drawn": drawn, "label_names": ["a"]},
+        {"settings": to_dict(open_settings), "phantoms": drawn, "label_names": ["a"]},
     )
     settings = settings_of(f"training.warm_start={path}", "federation.hospitals=1")
     begin = {"planned_images": 40, "ledgers": [tmp_path / "ledger.jsonl"], "run": "run"}

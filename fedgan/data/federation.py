@@ -24,7 +24,7 @@ from fedgan.data import partitions
 from fedgan.data.dataset import ImageArray, ImageDataset, pool
 from fedgan.data.labels import LabelMap
 from fedgan.data.shard import Shard, folder_name
-from fedgan.data.shard_files import is_drawn
+from fedgan.data.shard_files import is_phantom_source
 from fedgan.data.splits import SPLITS
 from fedgan.errors import ConfigError, DataError
 
@@ -37,7 +37,7 @@ class Hospital:
     """One hospital: its three splits. `dealt`: {split: {shard: rows}} where a pool was dealt, else None.
 
     `place`: the folder of its shard, where it is one; None for a dealt hospital, which has no place beyond its run.
-    `drawn`: by the cards of its shards all its images are drawn phantoms.
+    `phantoms`: by the cards of its shards all its images are drawn phantoms.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Hospital:
     test: ImageDataset
     dealt: Mapping[str, Mapping[str, np.ndarray]] | None = field(default=None, compare=False)
     place: Path | None = field(default=None, compare=False)
-    drawn: bool = field(default=False, compare=False)
+    phantoms: bool = field(default=False, compare=False)
 
     def split(self, name: str) -> ImageDataset:
         """The dataset 'train', 'val' or 'test'."""
@@ -222,7 +222,7 @@ def describe_hospitals(hospitals: Sequence[Hospital], key: str = "") -> list[dic
             for split, data in splits.items()
         }
         content = hospital.train.content_hash
-        hidden = bool(key) and not hospital.drawn
+        hidden = bool(key) and not hospital.phantoms
         rows.append(
             {
                 "name": hospital.name,
@@ -368,7 +368,7 @@ def _hospital(
         parts["test"],
         record if dealt else None,
         None if dealt else shards[0].path,
-        drawn=all(is_drawn(shard.card.source) for shard in shards),
+        phantoms=all(is_phantom_source(shard.card.source) for shard in shards),
     )
 
 

@@ -169,7 +169,7 @@ def check_labels(
             )
 
 
-def is_drawn(source: Any) -> bool:
+def is_phantom_source(source: Any) -> bool:
     """Whether a card's source says that a program drew the images."""
     return bool(PHANTOMS.match(str(source)))
 

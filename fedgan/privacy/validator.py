@@ -118,7 +118,7 @@ def check_modules(discriminator: nn.Module, dataset: ImageDataset) -> None:
 def check_start(settings: Settings, path: Path, meta: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for a warm start whose checkpoint was trained on images that are not known to be public.
 
-    `meta`: what the checkpoint says of itself. By its `drawn` all hospitals said that their images are drawn phantoms; the
+    `meta`: what the checkpoint says of itself. By its `phantoms` all hospitals said that their images are drawn phantoms; the
     settings alone cannot tell, because a deployed hospital has its own data under an empty `data.root`. What that run began
     from may be private too.
     """
@@ -127,7 +127,7 @@ def check_start(settings: Settings, path: Path, meta: Mapping[str, Any]) -> None
     origin = meta.get("settings")
     if not origin:
         what = "does not say what it was trained on"
-    elif meta.get("drawn") is not True:
+    elif meta.get("phantoms") is not True:
         root = origin.get("data", {}).get("root")
         what = (
             "was trained on images of a data.root"

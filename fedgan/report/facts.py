@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from fedgan.data.shard_files import is_drawn
+from fedgan.data.shard_files import is_phantom_source
 from fedgan.report.html.format import DASH
 
 DRAWN = "All images were drawn by a program: these figures say nothing of patients."
@@ -84,4 +84,4 @@ def counts_withheld(row: Mapping[str, Any]) -> bool:
 def all_drawn(sources: Iterable[Any]) -> bool:
     """Whether all images were drawn by a program, by the names of their sources; False where no source is known."""
     found = list(sources)
-    return bool(found) and all(is_drawn(source) for source in found)
+    return bool(found) and all(is_phantom_source(source) for source in found)

@@ -26,7 +26,7 @@ class Participant:
 class Member:
     """A connected hospital with the facts that it was introduced with.
 
-    `node`: Flower's node id. `drawn`: all its images are phantoms. `units`: units of privacy
+    `node`: Flower's node id. `phantoms`: all its images are phantoms. `units`: units of privacy
     (images or patients), 0 without privacy. `label_counts`: as in `Participant`.
     """
 
@@ -38,7 +38,7 @@ class Member:
     exclusive: bool
     channels: int
     resolution: int
-    drawn: bool = False
+    phantoms: bool = False
     units: int = 0
     label_counts: tuple[int, ...] = ()
 

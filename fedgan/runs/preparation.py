@@ -32,7 +32,7 @@ from fedgan.data.federation import (
 )
 from fedgan.data.phantoms import write_phantoms
 from fedgan.data.shard import Shard
-from fedgan.data.shard_files import is_drawn
+from fedgan.data.shard_files import is_phantom_source
 from fedgan.data.splits import check_patients_apart
 from fedgan.errors import ConfigError, DataError, FederationError
 from fedgan.evaluation.features import REFERENCE, check_features
@@ -304,7 +304,7 @@ def environment(settings: Settings, shards: Sequence[Path]) -> dict[str, Any]:
                 "source": card.source,
                 "licence": card.licence,
                 "content_hash": None
-                if settings.privacy.on and not is_drawn(card.source)
+                if settings.privacy.on and not is_phantom_source(card.source)
                 else card.content_hash,
             }
             for card in (Shard.open(path).card for path in shards)

@@ -23,7 +23,7 @@ from fedgan.errors import CheckpointError
 from fedgan.run_folder import RunFolder
 from fedgan.runs.compatibility import reason_to_end
 from fedgan.runs.participants import Member, Participant
-from fedgan.training.checkpoint import load_tensors, save_tensors
+from fedgan.training.checkpoint import FormatError, load_tensors, save_tensors
 from fedgan.training.ema import AVERAGE
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
@@ -41,7 +41,7 @@ class State:
     `participants`: every hospital that has ever joined. `since`: by hospital number, the round whose state it goes on from, that of its
     last answer that counted.
     `average`: the generator's moving average (`ema/…`) where it does not travel and the server keeps it; else empty.
-    `drawn`: every hospital said that all its images are drawn phantoms, so that nobody can be private in them.
+    `phantoms`: all images of all hospitals are phantoms, by the hospitals' own statement.
     """
 
     round: int
@@ -56,7 +56,7 @@ class State:
     channels: int = 0
     resolution: int = 0
     exhausted: list[dict[str, Any]] = field(default_factory=list)
-    drawn: bool = False
+    phantoms: bool = False
     participants: list[Participant] = field(default_factory=list)
     since: dict[int, int] = field(default_factory=dict)
     average: dict[str, np.ndarray] = field(default_factory=dict)
@@ -85,7 +85,7 @@ def initial_state(settings: Settings, members: Sequence[Member]) -> State:
     )  # no image is seen here
     warm_start(begin, settings)
     arrays = begin.outgoing(settings.federation.exchange)
-    drawn = all(member.drawn for member in members)
+    phantoms = all(member.phantoms for member in members)
     shape_of = (first.label_names, first.exclusive, first.channels, first.resolution)
     participants = [member.participant(0) for member in members]
     average = begin.outgoing(["ema"]) if keeps_average(settings) else {}
@@ -98,7 +98,7 @@ def initial_state(settings: Settings, members: Sequence[Member]) -> State:
         0.0,
         None,
         *shape_of,
-        drawn=drawn,
+        phantoms=phantoms,
         participants=participants,
         average=average,
     )
@@ -127,7 +127,7 @@ def save_state(run: RunFolder, settings: Settings, state: State, experiment: str
         "experiment": experiment,
         "line": state.line,
         "exhausted": state.exhausted,
-        "drawn": state.drawn,
+        "phantoms": state.phantoms,
         "participants": [dataclasses.asdict(participant) for participant in state.participants],
         "since": {str(number): done for number, done in sorted(state.since.items())},
     }
@@ -154,6 +154,8 @@ def load_state(
         path = run.checkpoint(newest)
         try:
             tensors, meta = load_tensors(path)
+        except FormatError:
+            raise
         except CheckpointError as error:
             aside = path.with_name(path.name + ".damaged")
             path.replace(aside)
@@ -199,7 +201,7 @@ def _state(
         channels=meta["channels"],
         resolution=meta["resolution"],
         exhausted=meta.get("exhausted", []),
-        drawn=meta.get("drawn") is True,
+        phantoms=meta["phantoms"],
         participants=[
             Participant(**row | {"label_counts": tuple(row["label_counts"])})
             for row in meta["participants"]

@@ -23,7 +23,11 @@ from fedgan.config import from_dict
 from fedgan.errors import CheckpointError
 from fedgan.models.stylegan2.generator import Generator
 
-FORMAT = 1
+FORMAT = 2
+
+
+class FormatError(CheckpointError):
+    """A checkpoint that another version of fedgan wrote."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -52,6 +56,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(meta, dict) or meta.get("sha256") != hashlib.sha256(data).hexdigest():
             raise CheckpointError(
                 f"checkpoint {path} is damaged: its hash differs from {side.name}; use an earlier one"
+            )
+        if meta.get("format") != FORMAT:
+            raise FormatError(
+                f"checkpoint {path} has the format {meta.get('format')}, and this version reads "
+                f"{FORMAT}: use the version of fedgan that wrote it, or train again"
             )
         return parse_tensors(data), meta
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:

@@ -104,7 +104,7 @@ def _restore(
             write_line(run, state.line)
         return state
     warm_start(trainer)
-    data, drawn = trainer.dataset, all(hospital.drawn for hospital in hospitals)
+    data, drawn = trainer.dataset, all(hospital.phantoms for hospital in hospitals)
     shares = [
         _share(number, hospital, trainer.settings) for number, hospital in enumerate(hospitals)
     ]
@@ -118,7 +118,7 @@ def _restore(
         0,
         0.0,
         None,
-        drawn=drawn,
+        phantoms=drawn,
         participants=shares,
     )
     state.label_names, state.exclusive = tuple(data.label_names), data.exclusive
@@ -148,7 +148,7 @@ def _take_over(
     trainer.restore_progress(row["images_seen"], row.get("p", trainer.ada.p))
     number = next(share["number"] for share in meta["participants"] if share["name"] == hospital)
     trainer.at(number)
-    return meta.get("drawn") is True and drawn, [
+    return meta.get("phantoms") is True and drawn, [
         dataclasses.replace(share, number=number) for share in shares
     ]
 
@@ -212,7 +212,7 @@ def _round(
         exclusive=before.exclusive,
         channels=before.channels,
         resolution=before.resolution,
-        drawn=before.drawn,
+        phantoms=before.phantoms,
         participants=before.participants,
     )
     if trainer.exhausted:
