@@ -1,1 +1,1 @@
-"""The Flower ClientApp of one hospital: thin glue round the Trainer."""
+"""The Flower ClientApp of one hospital: thin glue around the Trainer."""

@@ -1,11 +1,12 @@
-"""All that may leave a hospital, and the check of an answer against it.
+"""Allow-list: everything that may leave a hospital, and the check of a reply against it.
 
-Two kinds of messages have an answer: an introduction (`query.hello`) and a round (`train`); with `federation.secure` a round is
-four messages, and what the three that train nothing may hold stands in client/allow_list_keys.py. Each may hold the records below
-and no other; each record the names below and no other; every value has one type. Arrays are those that the server sent,
-`federation.exchange` names and this hospital's own model has, in its own shapes. An introduction holds this hospital's own
-values and nothing else. An error is one line in words that stand here. docs/deployment.md shows `rows()` as a table.
-"""
+Two kinds of messages have a reply: an introduction (`query.hello`) and a round (`train`). With
+`federation.secure` a round is four messages; client/key_agreement.py lists the contents of the
+three without training. A message may hold the records below and no other, a record the names below
+and no other, and every value has one type. Arrays are those that the server sent, that
+`federation.exchange` names and that this hospital's own model has, in its own shapes. An
+introduction holds this hospital's own values and nothing else. An error is one line of listed texts
+(client/error_messages.py). `reference_markdown` renders the list for the docs."""
 
 from __future__ import annotations
 
@@ -19,8 +20,6 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 
-from client import allow_list_keys as allowed_keys
-from client.allow_list_keys import KEYS, checked_keys
 from client.error_messages import (
     ARRAY,
     FAILED,
@@ -33,78 +32,85 @@ from client.error_messages import (
     Refused,
 )
 from client.hospital import LocalHospital, TrainRequest
-from client.sent import HIDDEN, OPEN, PRIVATE, allowed_metrics
+from client.key_agreement import ALLOWED, KEYS, check_keys
 from fedgan.config import ModelSettings, Settings
 from fedgan.exchange.masking import CLIPPED, FACTOR
 from fedgan.exchange.number_formats import DTYPES
+from fedgan.exchange.round_metrics import ROUND_METRICS, allowed_metrics
 from fedgan.models.stylegan2.discriminator import Discriminator
 from fedgan.models.stylegan2.generator import Generator
 
-HELLO, TRAIN = "query.hello", "train"
+HELLO, TRAIN = "`query.hello`", "`train`"  # as the documentation shows them
 MASKED = "masked"  # the record of a masked change
+WEIGHT = "num_examples"
+Layout = tuple[str, tuple[int, ...]]  # dtype and shape of an array
 
 
-# --- the introduction --------------------------------------------------------------------------------
+# --- introduction -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Fact:
-    """One value of the introduction. `own`: what this hospital says; `asked`: whether the settings ask for it."""
+class IntroductionValue:
+    """One value of the introduction; `read` returns it, `is_requested` follows the settings."""
 
     kind: str
     meaning: str
-    own: Callable[[TrainRequest, LocalHospital], object]
-    asked: Callable[[Settings], bool] = lambda settings: True
+    read: Callable[[LocalHospital, Settings], object]
+    is_requested: Callable[[Settings], bool] = lambda settings: True
     when: str = "always"
 
 
-def _units(request: TrainRequest, local: LocalHospital) -> int:
+def _privacy_units(local: LocalHospital, settings: Settings) -> int:
     data = local.hospital.train
-    return (
-        len(set(data.patients.tolist()))
-        if request.settings.privacy.unit == "patient"
-        else len(data)
-    )
+    return len(set(data.patients.tolist())) if settings.privacy.unit == "patient" else len(data)
 
 
-INTRODUCTION: dict[str, Fact] = {
-    "number": Fact("whole number", "its partition-id", lambda request, local: local.number),
-    "name": Fact("text", "its name", lambda request, local: local.hospital.name),
-    "images": Fact(
-        "whole number", "training images", lambda request, local: len(local.hospital.train)
+INTRODUCTION = {
+    "number": IntroductionValue(
+        "whole number", "its partition-id", lambda local, settings: local.number
     ),
-    "label_names": Fact(
-        "texts", "the labels' names", lambda request, local: list(local.hospital.train.label_names)
+    "name": IntroductionValue("text", "its name", lambda local, settings: local.hospital.name),
+    "images": IntroductionValue(
+        "whole number",
+        "number of training images",
+        lambda local, settings: len(local.hospital.train),
     ),
-    "exclusive": Fact(
+    "label_names": IntroductionValue(
+        "texts",
+        "names of the labels",
+        lambda local, settings: list(local.hospital.train.label_names),
+    ),
+    "exclusive": IntroductionValue(
         "yes or no",
         "whether labels exclude each other",
-        lambda request, local: local.hospital.train.exclusive,
+        lambda local, settings: local.hospital.train.exclusive,
     ),
-    "channels": Fact(
-        "whole number", "channels of an image", lambda request, local: local.hospital.train.channels
+    "channels": IntroductionValue(
+        "whole number",
+        "channels of an image",
+        lambda local, settings: local.hospital.train.channels,
     ),
-    "resolution": Fact(
+    "resolution": IntroductionValue(
         "whole number",
         "side of an image in pixels",
-        lambda request, local: local.hospital.train.resolution,
+        lambda local, settings: local.hospital.train.resolution,
     ),
-    "phantoms": Fact(
+    "phantoms": IntroductionValue(
         "yes or no",
         "whether all images are phantoms",
-        lambda request, local: local.hospital.phantoms,
+        lambda local, settings: local.hospital.phantoms,
     ),
-    "units": Fact(
+    "units": IntroductionValue(
         "whole number",
-        "training images, or patients of them: what `privacy.unit` says",
-        _units,
+        "number of training images or of their patients, by `privacy.unit`",
+        _privacy_units,
         lambda settings: settings.privacy.on and settings.privacy.noise_split == "equal",
         "with `privacy` and `privacy.noise_split = equal`",
     ),
-    "label_counts": Fact(
+    "label_counts": IntroductionValue(
         "whole numbers",
         "training images of each label",
-        lambda request, local: [
+        lambda local, settings: [
             int(count) for count in local.hospital.train.labels.sum(axis=0, dtype=int)
         ],
         lambda settings: settings.federation.share_label_counts and not settings.privacy.on,
@@ -114,52 +120,27 @@ INTRODUCTION: dict[str, Fact] = {
 
 
 def introduction(request: TrainRequest, local: LocalHospital) -> dict[str, Any]:
-    """What this hospital says of itself."""
+    """This hospital's values of the introduction."""
     return {
-        name: fact.own(request, local)
-        for name, fact in INTRODUCTION.items()
-        if fact.asked(request.settings)
+        name: value.read(local, request.settings)
+        for name, value in INTRODUCTION.items()
+        if value.is_requested(request.settings)
     }
 
 
-# --- a round -----------------------------------------------------------------------------------------
-
-NUMBERS: dict[str, tuple[type, str]] = {  # told of every round, beside its means
-    "round": (int, "the round that it answers"),
-    "images_seen": (int, "images shown since the first round"),
-    "threads": (int, "CPU threads"),
-    "exhausted": (float, "1 where the privacy budget is spent"),
-}
-MEANINGS = {  # of the means (client/sent.py)
-    "images": "images shown in this round",
-    "loss_g": "loss of the generator",
-    "loss_d": "loss of the discriminator",
-    "d_accuracy": "share of generated images that the discriminator finds out",
-    "path_length": "mean path length of the generator",
-    "p": "strength of augmentation",
-    "r_t": "mean sign of the discriminator on real images",
-    "r1": "gradient penalty at real images",
-    "epsilon": "what the privacy ledger holds",
-    "delta": "of epsilon",
-    "noise_multiplier": "of a private step",
-    "sample_rate": "of a private step",
-    "seconds": "time of the training",
-    "core_seconds": "CPU time of the training",
-    "peak_memory_bytes": "memory of the process",
-}
-WEIGHT = "num_examples"
+# --- arrays of a round --------------------------------------------------------------------------
 
 
-def travelling(
+def allowed_arrays(
     settings: Settings, sent: Mapping[str, Any], channels: int, label_dim: int
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The arrays that may leave in a round: name → (dtype, shape). `sent`: what arrived, by name."""
+) -> dict[str, Layout]:
+    """Arrays that may leave in a round, by name. `sent`: the arrays of the request, by name."""
     own = model_arrays(settings.model, settings.data.resolution, channels, label_dim)
     parts = tuple(f"{part}/" for part in settings.federation.exchange)
-    dtype, more = str(DTYPES[settings.federation.wire]), dict[str, tuple[str, tuple[int, ...]]]()
+    dtype, masked = str(DTYPES[settings.federation.wire]), dict[str, Layout]()
     if settings.federation.secure:
-        dtype, more = "uint32", dict.fromkeys((FACTOR, CLIPPED), ("uint32", (1,)))
-    return more | {
+        dtype, masked = "uint32", dict.fromkeys((FACTOR, CLIPPED), ("uint32", (1,)))
+    return masked | {
         name: (dtype, shape)
         for name, shape in own.items()
         if name in sent and name.startswith(parts)
@@ -170,11 +151,12 @@ def travelling(
 def model_arrays(
     model: ModelSettings, resolution: int, channels: int, label_dim: int
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all arrays of a model that these settings make; a number alone has the shape (1,)."""
-    rng = torch.Generator()  # its own: what is drawn here must not move anybody's training
+    """Names and shapes of all arrays of the model under these settings; a scalar has shape (1,)."""
+    rng = torch.Generator()  # separate, so that the training's random numbers do not change
     generator = Generator(model, resolution, channels, label_dim, rng)
-    parts = {"generator": generator, "ema": generator}
-    parts |= {"discriminator": Discriminator(model, resolution, channels, label_dim, rng)}  # type: ignore[dict-item]
+    discriminator = Discriminator(model, resolution, channels, label_dim, rng)
+    parts: dict[str, torch.nn.Module] = {"generator": generator, "ema": generator}
+    parts["discriminator"] = discriminator
     return {
         f"{part}/{name}": tuple(tensor.shape) or (1,)
         for part, network in parts.items()
@@ -182,15 +164,15 @@ def model_arrays(
     }
 
 
-# --- the check ---------------------------------------------------------------------------------------
+# --- check --------------------------------------------------------------------------------------
 
 
-def checked(
+def checked_content(
     message: Message, reply: Message, request: TrainRequest, local: LocalHospital
 ) -> RecordDict:
-    """The content of `reply` to `message`, record by record made anew, so that nothing hides in it.
+    """The content of `reply` to `message`, each record rebuilt so that nothing hides in it.
 
-    Raises `Refused` for the first thing in it that may not leave.
+    Raises `Refused` for the first content that may not leave.
     """
     match message.metadata.message_type:
         case "query.hello":
@@ -200,9 +182,9 @@ def checked(
                 request.settings.federation.secure
                 and (stage := stage_of(message)) != Stage.COLLECT_MASKED_VECTORS
             ):
-                return RecordDict(dict(_checked_agreement(stage, message, reply.content)))
+                return RecordDict(dict(_checked_key_agreement(stage, message, reply.content)))
             return RecordDict(dict(_checked_round(message, reply.content, request.settings, local)))
-    raise Refused(MESSAGE, f"an answer to '{message.metadata.message_type}'")
+    raise Refused(MESSAGE, f"a reply to '{message.metadata.message_type}'")
 
 
 def _checked_introduction(
@@ -221,72 +203,62 @@ def _checked_introduction(
 
 
 def stage_of(message: Message) -> str:
-    """Which of the four messages of a secure round it is. Raises `Refused` where it is none."""
+    """Stage of a secure round that a request belongs to. Raises `Refused` for an unknown one."""
     stage = str((message.content.config_records.get(RECORD_KEY_CONFIGS) or {}).get(Key.STAGE))
     if stage not in Stage.all():
         raise Refused(
-            MESSAGE,
-            f"an answer to a round that does not say which message of secure aggregation it is ('{stage}')",
+            MESSAGE, f"a reply to a round without a known stage of secure aggregation ('{stage}')"
         )
     return stage
 
 
-def _checked_agreement(
+def _checked_key_agreement(
     stage: str, message: Message, content: RecordDict
 ) -> Iterator[tuple[str, ConfigRecord]]:
-    asked = message.content.config_records[RECORD_KEY_CONFIGS]
+    config = message.content.config_records[RECORD_KEY_CONFIGS]
     for name, record in content.items():
         if name != KEYS or not isinstance(record, ConfigRecord):
             raise Refused(RECORD, f"'{name}' in {stage}")
-        yield name, ConfigRecord(checked_keys(stage, asked, record, message.metadata.dst_node_id))
+        yield name, ConfigRecord(check_keys(stage, config, record, message.metadata.dst_node_id))
 
 
 def _checked_round(
     message: Message, content: RecordDict, settings: Settings, local: LocalHospital
 ) -> Iterator[tuple[str, ArrayRecord | MetricRecord | ConfigRecord]]:
-    arrays = (
-        MASKED if settings.federation.secure else "arrays"
-    )  # never one in the place of the other
-    numbers = {name: kind for name, (kind, _) in NUMBERS.items()} | dict.fromkeys(
-        allowed_metrics(settings), float
-    )
+    arrays = MASKED if settings.federation.secure else "arrays"  # never both
     for name, record in content.items():
         match name, record:
             case _, ArrayRecord() if name == arrays:
                 sent = message.content.array_records.get("arrays") or {}
                 data = local.hospital.train
-                yield (
-                    name,
-                    _checked_arrays(
-                        record, travelling(settings, sent, data.channels, data.label_dim)
-                    ),
-                )
+                allowed = allowed_arrays(settings, sent, data.channels, data.label_dim)
+                yield name, _checked_arrays(record, allowed)
             case "metrics", MetricRecord():
                 yield name, MetricRecord(_checked_numbers(name, record, {WEIGHT: int}))
             case "facts", ConfigRecord():
-                yield name, ConfigRecord(_checked_numbers(name, record, numbers))
+                numbers = _checked_numbers(name, record, allowed_metrics(settings))
+                yield name, ConfigRecord(numbers)
             case _:
                 raise Refused(RECORD, f"'{name}' ({type(record).__name__}) in a round")
 
 
-def _checked_arrays(
-    record: ArrayRecord, allowed: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> ArrayRecord:
-    found = {}
+def _checked_arrays(record: ArrayRecord, allowed: Mapping[str, Layout]) -> ArrayRecord:
+    checked = {}
     for name, array in record.items():
         if name not in allowed:
             raise Refused(ARRAY, f"'{name}'")
         try:
             values = array.numpy()
         except (TypeError, ValueError) as error:
-            raise Refused(SHAPE, f"'{name}' is no array of numpy") from error
+            raise Refused(SHAPE, f"'{name}' is no NumPy array") from error
         if (str(values.dtype), values.shape) != allowed[name]:
             raise Refused(
-                SHAPE, f"'{name}' as {values.dtype} {values.shape}, may be {allowed[name]}"
+                SHAPE, f"'{name}' as {values.dtype} {values.shape}, allowed is {allowed[name]}"
             )
-        # anew: the bytes that arrived here may hold more than the numbers; in one order, and so with one hash, however made
-        found[name] = Array(np.ascontiguousarray(values).reshape(values.shape))
-    return ArrayRecord(found)
+        # Rebuilt: the original bytes may hold more than the numbers. Contiguous: one hash for any
+        # memory layout.
+        checked[name] = Array(np.ascontiguousarray(values).reshape(values.shape))
+    return ArrayRecord(checked)
 
 
 def _checked_numbers(
@@ -298,90 +270,72 @@ def _checked_numbers(
         if type(value) is not allowed[key]:
             raise Refused(
                 TYPE,
-                f"'{key}' in {where} as {type(value).__name__}, may be {allowed[key].__name__}",
+                f"'{key}' in {where} as {type(value).__name__}, allowed is {allowed[key].__name__}",
             )
     return dict(record)
 
 
-# --- for people --------------------------------------------------------------------------------------
+# --- documentation ------------------------------------------------------------------------------
 
 
-def rows() -> list[tuple[str, str, str, str, str]]:
-    """The table of docs/deployment.md: (message, record/name, type, when, meaning)."""
-    table = [
-        (HELLO, f"hospital/{name}", fact.kind, fact.when, fact.meaning)
-        for name, fact in INTRODUCTION.items()
+def table_rows() -> list[tuple[str, str, str, str, str]]:
+    """Rows of the documentation's table: message, record/name, type, when, meaning."""
+    secure, masked = "with `federation.secure`", "array, uint32"
+    rows = [
+        (HELLO, f"hospital/{name}", value.kind, value.when, value.meaning)
+        for name, value in INTRODUCTION.items()
     ]
-    table.append(
+    rows += [
         (
             TRAIN,
             "arrays/NAME",
             "array, float32 or 16 bits by `federation.wire`",
             "parts in `federation.exchange`; not with `federation.secure`",
-            "weights that the server sent and this model has; with `federation.delta` what the round changed of them",
-        )
-    )
-    with_secure = "with `federation.secure`"
-    kind = "array, uint32"
-    table.append(
+            "weights that the server sent and this model has; "
+            "with `federation.delta` their change in the round",
+        ),
         (
             TRAIN,
             f"{MASKED}/NAME",
-            kind,
-            f"{with_secure}, instead of `arrays`",
-            "what the round changed, under a mask",
-        )
-    )
-    table.append(
+            masked,
+            f"{secure}, instead of `arrays`",
+            "change of the weights in the round, masked",
+        ),
         (
             TRAIN,
             f"{MASKED}/{FACTOR}",
-            kind,
-            with_secure,
-            "its weight over the largest (images, or 1: `federation.weights`), under a mask",
-        )
-    )
-    table.append(
-        (TRAIN, f"{MASKED}/{CLIPPED}", kind, with_secure, "share of numbers cut off, under a mask")
-    )
-    for stage, names in allowed_keys.ALLOWED.items():
-        table += [
-            (TRAIN, f"{KEYS}/{name}", kind, f"{with_secure}, in its message `{stage}`", meaning)
-            for name, (kind, meaning, _) in names.items()
-        ]
-    table.append(
+            masked,
+            secure,
+            "weight of the hospital over the largest weight (images, or 1: `federation.weights`), "
+            "masked",
+        ),
+        (TRAIN, f"{MASKED}/{CLIPPED}", masked, secure, "share of clipped numbers, masked"),
+    ]
+    rows += [
+        (TRAIN, f"{KEYS}/{name}", kind, f"{secure}, in its message `{stage}`", meaning)
+        for stage, names in ALLOWED.items()
+        for name, (kind, meaning, _) in names.items()
+    ]
+    meaning = "number of training images, the weight of the reply"
+    rows.append((TRAIN, f"metrics/{WEIGHT}", "whole number", "always", meaning))
+    rows += [
         (
             TRAIN,
-            f"metrics/{WEIGHT}",
-            "whole number",
-            "always",
-            "training images, by which answers are weighed",
+            f"facts/{metric.name}",
+            "whole number" if metric.kind is int else "number",
+            metric.disclosure.value,
+            f"{metric.meaning} ({metric.unit})" if metric.unit else metric.meaning,
         )
-    )
-    kinds = {int: "whole number", float: "number"}
-    table += [
-        (TRAIN, f"facts/{name}", kinds[kind], "always", meaning)
-        for name, (kind, meaning) in NUMBERS.items()
+        for metric in ROUND_METRICS
     ]
-    for name in OPEN:
-        if name == "r_t":
-            when = "not with `privacy.client_level`; with `privacy` only by `privacy.r_t_noise`"
-        elif name in HIDDEN:
-            when = "always" if name == "images" else "with `privacy`"
-        else:
-            when = (
-                "not with `privacy.client_level`"
-                if name in PRIVATE
-                else "not with `privacy`, nor `privacy.client_level`"
-            )
-        table.append((TRAIN, f"facts/{name}", "number", when, MEANINGS[name]))
-    table.append(
-        (
-            "any",
-            "error",
-            f"code {FAILED}, one line",
-            "instead of an answer",
-            "kind of the error, and what was being done",
-        )
+    meaning = "kind of the error and the step that failed"
+    return [*rows, ("any", "error", f"code {FAILED}, one line", "instead of a reply", meaning)]
+
+
+def reference_markdown() -> str:
+    """`table_rows` as a Markdown table."""
+    head = "| message | record/name | type | when | meaning |\n|---|---|---|---|---|\n"
+    return head + "\n".join(
+        f"| {message} | `{name}` | {kind} | {when} | {meaning} |"
+        for message, name, kind, when, meaning in table_rows()
     )
-    return table

@@ -1,11 +1,10 @@
-"""One hospital's place: its shard, its disk, its log. Nothing here is shared with anybody.
+"""A hospital's own shard, state and logs. Nothing here is shared with other hospitals.
 
-In a simulation the place is a folder of the run (`hospitals/NAME`) and the shard is the one with the
-hospital's number. In a deployment both come from the SuperNode's own node-config (`data-root`,
-`state-dir`), and no path that a server sends is read or written; its `max-epsilon` and `require-secure` bind
-whatever the server asks. A simulation is a process that `fedgan simulate` (by `SIMULATION` in its environment) or
-Flower's own engine (Ray's actors) has started.
-"""
+In a simulation the state lies in a folder of the run (`hospitals/NAME`), and the shard is the one
+with the hospital's number. In a deployment both come from the SuperNode's node-config (`data-root`,
+`state-dir`), and no path from the server is read or written; `max-epsilon` and `require-secure` in
+the node-config override the server's request. A hospital is simulated when its process was started
+by `fedgan simulate` (`SIMULATION` in its environment) or by Flower's own engine (Ray's actors)."""
 
 from __future__ import annotations
 
@@ -32,16 +31,18 @@ from fedgan.exchange.outbound_log import NAME as OUTBOUND
 from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.run_folder import RunFolder
 
-SIMULATION = "FEDGAN_SIMULATION"  # "1" in the environment of simulated hospitals
-KEEP_STATES = 3  # a server that lost its last round goes back one; one more for good measure
+SIMULATION = "FEDGAN_SIMULATION"  # environment variable, "1" in simulated hospitals
+KEEP_STATES = 3  # a server that lost its last round goes back by one; one more as reserve
 PROGRESS_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What the server asks for. `images`: real images of this round, `planned`: of all rounds, `batch`: of a step here;
-    `since`: the round whose state is continued (0: none); `least_noise`: a noise multiplier that is gone above at the least;
-    `note`: what became of this hospital's last answer, where it did not count."""
+    """A request of the server. `images`: real images of this round, `planned`: of all rounds.
+
+    `batch`: images per step at this hospital; `since`: the round whose state is continued (0:
+    none); `least_noise`: lower bound of the noise multiplier; `note`: why this hospital's last
+    reply did not count."""
 
     settings: Settings
     experiment: str
@@ -56,11 +57,12 @@ class TrainRequest:
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> TrainRequest:
-        """Read the ConfigRecord of a message. Raises `ConfigError` for an experiment id that could not be a folder's name."""
+        """Parse a message's ConfigRecord. Raises `ConfigError` for an unsafe experiment id."""
         experiment = str(config["experiment"])
         if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}", experiment):
             raise ConfigError(
-                "the server's experiment id is not made of up to 64 letters and digits: it would name a folder here"
+                "the server's experiment id is no name of up to 64 letters, digits, '-' and '_': "
+                "it names a folder of this hospital"
             )
         settings = from_dict(json.loads(str(config["settings"])), source="the server's settings")
         numbers = {
@@ -78,7 +80,7 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class LocalHospital:
-    """A hospital that knows its shard and where its state lies."""
+    """A hospital with its shard and the paths of its state, ledger and outbound log."""
 
     number: int
     hospital: Hospital
@@ -87,11 +89,11 @@ class LocalHospital:
     outbound: Path
 
     def state(self, round_number: int) -> Path:
-        """The Trainer's state after `round_number`."""
+        """Path of the Trainer's state after `round_number`."""
         return self.folder / f"state-{round_number:05d}.safetensors"
 
     def state_of(self, request: TrainRequest) -> Path:
-        """The state that the order continues. Raises `CheckpointError` when it is not here or of another experiment."""
+        """State that the request continues. Raises `CheckpointError` if missing or foreign."""
         label = self.folder / "experiment.json"
         path = self.state(request.since)
         if not path.with_suffix(".json").is_file():
@@ -107,17 +109,18 @@ class LocalHospital:
             )
         return path
 
-    def begin(self, request: TrainRequest) -> None:
-        """Mark the folder as the experiment's, before its first round. States of another experiment are removed."""
+    def prepare_folder(self, request: TrainRequest) -> None:
+        """Remove all states and label the folder with the experiment, before its first round."""
         label = self.folder / "experiment.json"
         for old in self.folder.glob("state-*"):
             old.unlink()
         files.write_json(label, {"experiment": request.experiment, "hospital": self.hospital.name})
 
-    def keep_states(self, request: TrainRequest) -> None:
-        """Keep the state of this round, the one that it went on from, and the last few before that; remove the others.
+    def remove_old_states(self, request: TrainRequest) -> None:
+        """Keep this round's state, the one that it continued, and the last few before; remove the
+        others.
 
-        States between the two are of answers that did not count.
+        States between the two belong to replies that did not count.
         """
         rounds = {
             path: int(path.stem.removeprefix("state-")) for path in self.folder.glob("state-*")
@@ -131,49 +134,51 @@ class LocalHospital:
 
 
 def trusts_paths(node: Mapping[str, Any]) -> bool:
-    """Whether this hospital may use the server's paths: it is simulated on the server's machine and has no data of its own."""
+    """Whether this hospital may use the server's paths: simulated, and no data-root of its own."""
     ray = sys.modules.get("ray")
     simulated = os.environ.get(SIMULATION) == "1" or (ray is not None and ray.is_initialized())
     return simulated and not node.get("data-root")
 
 
 def find_local_hospital(request: TrainRequest, node: Mapping[str, Any]) -> LocalHospital:
-    """The place of the hospital on this node. Raises `DataError` or `ConfigError` when its shard cannot be opened."""
+    """This node's hospital. Raises `DataError` or `ConfigError` when its shard cannot be opened."""
     number = int(node["partition-id"])
     own_data, own_state = str(node.get("data-root", "")), str(node.get("state-dir", ""))
     if not trusts_paths(node):
         if missing := [key for key in ("data-root", "state-dir") if not node.get(key)]:
             raise ConfigError(
-                f"this node names no {missing[0]}: say in its node-config where its own shard and state lie"
+                f"this node names no {missing[0]}: "
+                "set data-root and state-dir (shard and state) in its node-config"
             )
         hospital = _open_own(request.settings, own_data)
     else:
-        everyone = _open_all(
+        hospitals = _open_all(
             request.settings, request.settings.data.root or str(Path(request.run) / "shards")
         )
-        if number >= len(everyone):
+        if number >= len(hospitals):
             raise ConfigError(
-                f"partition-id = {number}, but there are {len(everyone)} hospitals (counted from 0)"
+                f"partition-id = {number}, but there are {len(hospitals)} hospitals "
+                "(counted from 0)"
             )
-        hospital = everyone[number]
+        hospital = hospitals[number]
     folder = (
         Path(own_state) / request.experiment
         if own_state
         else RunFolder(Path(request.run)).hospital_state(hospital.name)
     )
-    # what is known of the shard outlives every run: it lies beside the shard, or where this node keeps its state
-    place = Path(own_state) if own_state else hospital.place or folder
-    # a simulation may read shards that nobody may write to
-    sent = place if own_state or os.access(place, os.W_OK) else folder
-    return LocalHospital(number, hospital, folder, place / LEDGER, sent / OUTBOUND)
+    # The ledger outlives every run: it lies beside the shard, or in this node's state-dir.
+    shard_folder = Path(own_state) if own_state else hospital.place or folder
+    # In a simulation the shard's folder may be read-only.
+    log_place = shard_folder if own_state or os.access(shard_folder, os.W_OK) else folder
+    return LocalHospital(number, hospital, folder, shard_folder / LEDGER, log_place / OUTBOUND)
 
 
 def apply_epsilon_cap(request: TrainRequest, node: Mapping[str, Any]) -> TrainRequest:
-    """The order under this node's own `max-epsilon`: the smaller of it and the server's `privacy.max_epsilon` counts.
+    """Lower the request's `privacy.max_epsilon` to this node's own `max-epsilon`.
 
-    Raises `ConfigError` where it is no number above 0, and for a run without privacy, which no epsilon bounds.
-    """
-    if _own(node, "max-epsilon") is None:
+    Raises `ConfigError` where it is no number above 0, and for a run without privacy, where epsilon
+    is unbounded."""
+    if _node_value(node, "max-epsilon") is None:
         return request
     try:
         limit = float(node["max-epsilon"])
@@ -186,8 +191,8 @@ def apply_epsilon_cap(request: TrainRequest, node: Mapping[str, Any]) -> TrainRe
     privacy = request.settings.privacy
     if not privacy.on:
         raise ConfigError(
-            f"this node's config says max-epsilon = {limit:g}, and the run has no privacy: it is refused here; ask for "
-            "privacy.epsilon, or take max-epsilon out"
+            f"this node's config has max-epsilon = {limit:g}, and the run has no privacy: refused; "
+            "set privacy.epsilon in the scenario, or remove max-epsilon here"
         )
     smaller = min(limit, privacy.max_epsilon or limit)
     settings = dataclasses.replace(
@@ -197,22 +202,23 @@ def apply_epsilon_cap(request: TrainRequest, node: Mapping[str, Any]) -> TrainRe
 
 
 def check_secure(request: TrainRequest, node: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for a run without `federation.secure` where this node's own `require-secure` insists on it.
+    """Raise `ConfigError` for a run without `federation.secure` where this node sets
+    `require-secure`.
 
-    Also where it is neither true nor false: a hospital that meant to insist must not be taken for one that did not.
+    Also for a value other than true or false, which must not count as false.
     """
-    insists = _own(node, "require-secure", False)
-    if str(insists).lower() not in ("true", "false"):
-        raise ConfigError(f"require-secure = {insists} in this node's config: give true or false")
-    if str(insists).lower() == "true" and not request.settings.federation.secure:
+    value = _node_value(node, "require-secure", False)
+    if str(value).lower() not in ("true", "false"):
+        raise ConfigError(f"require-secure = {value} in this node's config: give true or false")
+    if str(value).lower() == "true" and not request.settings.federation.secure:
         raise ConfigError(
-            "this node's config says require-secure = true, and the run has no secure aggregation: it is refused here; ask for "
-            "federation.secure, or take require-secure out"
+            "this node's config has require-secure = true, and the run has no secure aggregation: "
+            "refused; set federation.secure in the scenario, or remove require-secure here"
         )
 
 
-def _own(node: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """What this node's config says for `key`. Raises `ConfigError` for another spelling of it, which would bind nobody."""
+def _node_value(node: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """Value of `key` in the node-config. Raises `ConfigError` for a variant spelling."""
     for name in node:
         if name != key and str(name).lower().replace("_", "-") == key:
             raise ConfigError(f"this node's config has {name}: it is written {key}")
@@ -220,9 +226,9 @@ def _own(node: Mapping[str, Any], key: str, default: Any = None) -> Any:
 
 
 def log_folder(request: TrainRequest, node: Mapping[str, Any]) -> Path | None:
-    """Where a failure is noted before the hospital's name is known; None where the node names no place of its own."""
-    if own := str(node.get("state-dir", "")):
-        return Path(own)
+    """Folder of client.log before the hospital's name is known; None where there is none."""
+    if state_dir := str(node.get("state-dir", "")):
+        return Path(state_dir)
     return (
         Path(request.run) / "hospitals" / f"partition-{node['partition-id']}"
         if trusts_paths(node)
@@ -230,7 +236,7 @@ def log_folder(request: TrainRequest, node: Mapping[str, Any]) -> Path | None:
     )
 
 
-# A process of the simulation serves hospitals for many rounds: shards are mapped once.
+# A process of the simulation serves hospitals for many rounds: map shards once.
 @functools.lru_cache(maxsize=1)
 def _open_all(settings: Settings, root: str) -> list[Hospital]:
     return open_hospitals(settings, root)
@@ -242,35 +248,35 @@ def _open_own(settings: Settings, root: str) -> Hospital:
 
 
 class Progress:
-    """Writes `progress.json` now and then: how many of the round's images have been shown. For the eyes of this site."""
+    """Writes `progress.json` at intervals: images seen of this round. Stays local."""
 
     def __init__(self, folder: Path, round_number: int, images: int) -> None:
         self.path, self.round, self.images = folder / "progress.json", round_number, images
-        self.next = 0.0
+        self.next_write = 0.0
 
-    def __call__(self, shown: int) -> None:
-        """Note that `shown` images of this round are done. Never raises: progress is no reason to fail."""
-        if (now := time.monotonic()) < self.next and shown < self.images:
+    def __call__(self, seen: int) -> None:
+        """Report that `seen` images of this round are done. Never raises."""
+        if (now := time.monotonic()) < self.next_write and seen < self.images:
             return
-        self.next = now + PROGRESS_SECONDS
+        self.next_write = now + PROGRESS_SECONDS
         with contextlib.suppress(OSError):
             part = self.path.with_suffix(".part")
             part.write_text(
                 json.dumps(
-                    {"round": self.round, "images": min(shown, self.images), "of": self.images}
+                    {"round": self.round, "images": min(seen, self.images), "of": self.images}
                 ),
                 encoding="utf-8",
             )
             os.replace(part, self.path)
 
 
-def log_failure(folder: Path | None, round_number: int, doing: str) -> None:
-    """Append the current exception with its traceback to this hospital's own `client.log`."""
-    log(folder, f"round {round_number}, while {doing}\n{traceback.format_exc()}")
+def log_failure(folder: Path | None, round_number: int, step: str) -> None:
+    """Append the current exception with its traceback to this hospital's `client.log`."""
+    log(folder, f"round {round_number}, while {step}\n{traceback.format_exc()}")
 
 
 def log(folder: Path | None, text: str) -> None:
-    """Append a text with the time to this hospital's own `client.log`. Never raises."""
+    """Append a text with the time to this hospital's `client.log`. Never raises."""
     if folder is None:
         return
     with contextlib.suppress(OSError):

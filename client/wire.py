@@ -1,61 +1,90 @@
-"""The hospital's end of the wire: the model that arrived, and the answer as it travels (fedgan/exchange/number_formats.py).
+"""The model that a hospital receives, and the update that it sends
+(fedgan/exchange/number_formats.py).
 
-Between machines the arrays of a record travel in one parcel (fedgan/exchange/bundle.py): a question in parcels is answered in parcels.
-"""
+Between machines the arrays of a record travel as one bundle (fedgan/exchange/bundle.py): the reply
+to a request in bundles is in bundles."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp.mod import fixedclipping_mod
+from flwr.clientapp.typing import ClientAppCallable
 
 from fedgan.config import Settings
-from fedgan.exchange.bundle import KIND, seal, unseal
-from fedgan.exchange.number_formats import answer, unpack
+from fedgan.exchange.bundle import BUNDLE, pack_bundle, unpack_bundle
+from fedgan.exchange.number_formats import make_update, unpack
+
+CLIPPING_NORM = "clipping_norm"  # Flower's key, sent by the wrapper of the server's strategy
 
 
-def received(message: Message, settings: Settings) -> dict[str, np.ndarray]:
-    """The server's model, float32. Raises `FederationError` for arrays of another dtype than `federation.wire`'s."""
+def received_model(message: Message, settings: Settings) -> dict[str, np.ndarray]:
+    """The server's model, float32. Raises `FederationError` for another dtype."""
     arrays = {key: array.numpy() for key, array in message.content.array_records["arrays"].items()}
     return unpack(arrays, settings.federation.wire)
 
 
-def outgoing(
+def update_record(
     after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray], settings: Settings
 ) -> ArrayRecord:
-    """The answer of a hospital that made `after` of `before`.
+    """The update of a hospital that trained `before` to `after`, as a record.
 
-    Raises `FederationError`, whose text names an array and settings and nothing else, when 16 bits cannot hold it.
-    """
+    Raises `FederationError`, whose text names an array and settings only, when 16 bits cannot hold
+    it."""
     federation = settings.federation
-    delta = (
-        federation.delta or federation.secure
-    )  # what is masked are changes: weights of 100 would leave any range
-    return ArrayRecord(
-        {
-            key: Array(value)
-            for key, value in sorted(answer(after, before, federation.wire, delta).items())
-        }
+    # masked are always changes: weights of magnitude 100 would exceed any range
+    delta = federation.delta or federation.secure
+    update = make_update(after, before, federation.wire, delta)
+    return ArrayRecord({key: Array(value) for key, value in sorted(update.items())})
+
+
+def clip_update(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Flower mod: clip the update where the server's strategy requests it (`fixedclipping_mod`).
+
+    A reply without any change passes unclipped, because Flower would divide by the norm of the
+    change."""
+    is_requested = any(
+        CLIPPING_NORM in config for config in message.content.config_records.values()
+    )
+    before = {
+        key: array.numpy()
+        for record in message.content.array_records.values()
+        for key, array in record.items()
+    }
+    reply = call_next(message, context)
+    if (
+        not is_requested
+        or reply.has_error()
+        or not _has_changed(before, next(iter(reply.content.array_records.values())))
+    ):
+        return reply
+    return fixedclipping_mod(message, context, lambda *_: reply)
+
+
+def _has_changed(before: Mapping[str, np.ndarray], after: Mapping[str, Array]) -> bool:
+    return any(
+        not np.array_equal(before.get(key, np.nan), array.numpy()) for key, array in after.items()
     )
 
 
-def open_parcels(content: RecordDict) -> bool:
-    """Put arrays in the place of parcels; whether there were any. Raises `FederationError` for one that is none."""
-    parcels = {
-        name: record for name, record in content.array_records.items() if set(record) == {KIND}
+def unpack_bundles(content: RecordDict) -> bool:
+    """Replace bundles by their arrays; return whether there were any. Raises `FederationError`."""
+    bundles = {
+        name: record for name, record in content.array_records.items() if set(record) == {BUNDLE}
     }
-    for name, record in parcels.items():
+    for name, record in bundles.items():
         content[name] = ArrayRecord(
-            {key: Array(array) for key, array in unseal(record[KIND].data).items()}
+            {key: Array(array) for key, array in unpack_bundle(record[BUNDLE].data).items()}
         )
-    return bool(parcels)
+    return bool(bundles)
 
 
-def in_parcels(content: RecordDict) -> RecordDict:
-    """The records with a parcel in the place of each one's arrays."""
+def pack_bundles(content: RecordDict) -> RecordDict:
+    """The records, with one bundle instead of each record's arrays."""
     records = dict(content.items())
     for name, record in content.array_records.items():
-        data = seal({key: array.numpy() for key, array in record.items()})
-        records[name] = ArrayRecord({KIND: Array("uint8", (len(data),), KIND, data)})
+        data = pack_bundle({key: array.numpy() for key, array in record.items()})
+        records[name] = ArrayRecord({BUNDLE: Array("uint8", (len(data),), BUNDLE, data)})
     return RecordDict(records)

@@ -1,9 +1,10 @@
-"""Events of a run as lines: what a server prints where nobody shares its memory, and what FEDGAN_LOG=json prints.
+"""Events of a run as JSON lines: the log of a deployed server, and the output under
+FEDGAN_LOG=json.
 
-One line holds one JSON object, "event" and "time" (UTC) among its keys. `simulations/runner.py` says which events there are;
-a deployed run adds two, because its end is told in no other way:
+One line holds one JSON object with "event" and "time" (UTC) among its keys. `simulations/runner.py`
+lists the events. A deployed run has two more, because its caller sees nothing but the log:
 
-    {"event": "finished", "run": folder, "report": the page, or "" where it could not be written}
+    {"event": "finished", "run": folder, "report": the report, or "" where it could not be written}
     {"event": "failed", "kind": name of the exception, "message": text}
 """
 
@@ -16,26 +17,26 @@ from typing import Any
 
 Event = dict[str, Any]
 FORMAT = "FEDGAN_LOG"  # the environment variable
-_BEGINNING = '{"event": '
+_PREFIX = '{"event": '
 
 
 def as_line(event: Event) -> str:
-    """An event as one line, with the time; without the evaluator's whole result, which stands in evaluation.json."""
-    told = {"event": event["event"], "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-    return json.dumps(told | {key: value for key, value in event.items() if key != "result"})
+    """An event as one JSON line with the time, without "result", which evaluation.json holds."""
+    head = {"event": event["event"], "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+    return json.dumps(head | {key: value for key, value in event.items() if key != "result"})
 
 
 def from_line(line: str) -> Event | None:
-    """The event that a line of a log holds; None where it holds something else."""
-    if not line.startswith(_BEGINNING):
+    """The event in a line of a log; None for any other line."""
+    if not line.startswith(_PREFIX):
         return None
     try:
-        found = json.loads(line)
+        event = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and isinstance(found["event"], str) else None
+    return event if isinstance(event, dict) and isinstance(event["event"], str) else None
 
 
 def wants_json() -> bool:
-    """Whether logs are to be JSON lines: FEDGAN_LOG=json."""
+    """Whether logs are JSON lines (FEDGAN_LOG=json)."""
     return os.environ.get(FORMAT, "").lower() == "json"

@@ -9,13 +9,12 @@ from typing import Any
 from flwr.app import Message
 
 from fedgan.config import Settings
+from fedgan.exchange.round_metrics import COUNTS, MEANS
 from fedgan.runs.participants import Member, hospital_label
 from fedgan.runs.round_state import State
 from server.aggregation.update_checks import FACTS
 from server.records import METRICS, WEIGHT
 from server.requests import LATE
-
-MEANS = ("loss_g", "loss_d", "d_accuracy", "r_t", "p", "r1", "path_length")
 
 
 def absence_note(absence: Mapping[str, Any], number: int) -> str:
@@ -67,10 +66,9 @@ def hospital_line(member: Member, reply: Message) -> dict[str, Any]:
         "name": member.name,
         WEIGHT: reply.content.metric_records[METRICS][WEIGHT],
     }
-    for key in ("images_seen", "images", "threads"):
-        row[key] = int(facts.pop(key))
-    del facts["round"]
-    return row | plain_numbers(facts)
+    counts = {key: int(facts.pop(key)) for key in COUNTS}
+    del counts["round"]
+    return row | counts | plain_numbers(facts)
 
 
 def plain_numbers(facts: Mapping[str, Any]) -> dict[str, float | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import Array, ArrayRecord, Message
 
 from fedgan.errors import FederationError
-from fedgan.exchange.bundle import KIND, seal, unseal
+from fedgan.exchange.bundle import BUNDLE, pack_bundle, unpack_bundle
 
 
 class Parcels:
@@ -21,10 +21,10 @@ class Parcels:
         """The message with a parcel in the place of each record's arrays."""
         for name, record in list(message.content.array_records.items()):
             if id(record) not in self.made:
-                self.sent = data = seal({key: array.numpy() for key, array in record.items()})
+                self.sent = data = pack_bundle({key: array.numpy() for key, array in record.items()})
                 self.made[id(record)] = (
                     record,
-                    ArrayRecord({KIND: Array("uint8", (len(data),), KIND, data)}),
+                    ArrayRecord({BUNDLE: Array("uint8", (len(data),), BUNDLE, data)}),
                 )
             message.content[name] = self.made[id(record)][1]
         return message
@@ -32,10 +32,10 @@ class Parcels:
     def open(self, answer: Message) -> None:
         """Put arrays in the place of the answer's parcel. Raises `FederationError` for what is none, or was not asked for."""
         names = [
-            name for name, record in answer.content.array_records.items() if set(record) == {KIND}
+            name for name, record in answer.content.array_records.items() if set(record) == {BUNDLE}
         ]
         if names and (self.sent is None or len(names) > 1):
-            raise FederationError("a parcel of arrays that was not asked for")
+            raise FederationError("a bundle of arrays that was not asked for")
         for name in names:
-            arrays = unseal(answer.content.array_records[name][KIND].data, self.sent)
+            arrays = unpack_bundle(answer.content.array_records[name][BUNDLE].data, self.sent)
             answer.content[name] = ArrayRecord({key: Array(array) for key, array in arrays.items()})

@@ -14,8 +14,8 @@ from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from client.wire import open_parcels
-from fedgan.exchange.bundle import KIND
+from client.wire import unpack_bundles
+from fedgan.exchange.bundle import BUNDLE
 
 PUSH_OBJECT, PUSH_MESSAGES = "/v1/fleet/push-object", "/v1/fleet/push-messages"
 
@@ -65,7 +65,7 @@ class Capture:
         assert isinstance(message, Message)
         for record in message.content.array_records.values():
             (array,) = record.values()
-            assert (array.dtype, array.shape, array.stype) == ("uint8", (len(array.data),), KIND)
+            assert (array.dtype, array.shape, array.stype) == ("uint8", (len(array.data),), BUNDLE)
             self.parcels[key] = hashlib.sha256(array.data).hexdigest()
-        open_parcels(message.content)
+        unpack_bundles(message.content)
         return message

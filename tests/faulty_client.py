@@ -10,7 +10,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.app import RequestContext, introduce, train_round
-from client.gate import Gate
+from client.gate import OutboundGate
 from client.hospital import LocalHospital, TrainRequest
 
 
@@ -18,15 +18,15 @@ def with_fault(
     fault: Callable[[RequestContext], None], round_number: int, hospital: int | None
 ) -> ClientApp:
     """The real ClientApp, but `fault` happens in one round at one hospital (None: at each)."""
-    app = Gate()
+    app = OutboundGate()
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
-        return RequestContext(message, context).answer(introduce)
+        return RequestContext(message, context).reply(introduce)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return RequestContext(message, context).answer(work)
+        return RequestContext(message, context).reply(work)
 
     def work(context_: RequestContext, request: TrainRequest, local: LocalHospital) -> RecordDict:
         if request.round == round_number and hospital in (None, local.number):
@@ -37,7 +37,7 @@ def with_fault(
 
 
 def _raise(context_: RequestContext) -> None:
-    context_.doing = "training round 2"
+    context_.step = "training round 2"
     raise ValueError("/data/secret/patient-0017.png")
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from small_federation import LocalGrid, federate, tiny, write_shards
 
 from client.app import app
-from client.sent import CLIP, clip_update
+from client.wire import CLIPPING_NORM, clip_update
 from fedgan import files
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError
@@ -161,7 +161,7 @@ def visit(
     sent: dict[str, np.ndarray], model: dict[str, np.ndarray], clip: float | None
 ) -> dict[str, np.ndarray]:
     """What leaves a hospital that was sent one model and has made another."""
-    config = ConfigRecord({} if clip is None else {CLIP: clip})
+    config = ConfigRecord({} if clip is None else {CLIPPING_NORM: clip})
     message = Message(RecordDict({"arrays": to_record(sent), "config": config}), 1, "train")
     message.metadata.__dict__["_message_id"] = "question"
     answer = RecordDict({"arrays": to_record(model), "metrics": MetricRecord({"num_examples": 5})})

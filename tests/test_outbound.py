@@ -1,4 +1,4 @@
-"""Nothing leaves a hospital but what is listed, and nothing before its line is in the outbound log."""
+"""Outbound gate, allow-list and outbound log of a hospital, and `fedgan outbound`."""
 
 from __future__ import annotations
 
@@ -33,17 +33,23 @@ from hypothesis import strategies as st
 from small_federation import LocalGrid, NoEvaluator, federate, tiny, write_shards
 
 from client import error_messages as reasons
-from client import hospital as site
-from client.allow_list import INTRODUCTION, MEANINGS, _checked_arrays, model_arrays, rows
+from client import hospital as hospital_module
+from client.allow_list import (
+    INTRODUCTION,
+    _checked_arrays,
+    model_arrays,
+    reference_markdown,
+    table_rows,
+)
 from client.app import RequestContext, app
-from client.error_messages import DOING, REASON, reason
-from client.gate import Gate
+from client.error_messages import REASON, STEPS, reason
+from client.gate import OutboundGate
 from client.hospital import SIMULATION, find_local_hospital
-from client.sent import OPEN
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.errors import ConfigError, DataError, FederationError
 from fedgan.exchange import outbound_log as outbound
 from fedgan.exchange.outbound_log import NAME, Entry, OutboundLog, values_record
+from fedgan.exchange.round_metrics import COUNTS, MEANS, ROUND_METRICS, allowed_metrics
 from fedgan.privacy.validator import check_private
 from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run
@@ -60,22 +66,22 @@ PRIVATELY = (
 )
 
 
-# --- one message at one hospital ---------------------------------------------------------------------
+# --- one message ----------------------------------------------------------------------------------
 
 
-class Place:
-    """A hospital on a disk, and the questions that a server has asked it."""
+class Hospital:
+    """Hospital 0 of a finished run of one round, with the requests that it received."""
 
     def __init__(self, path: Path) -> None:
         self.data = write_shards(path / "data", (40, 16))
         self.settings = tiny(self.data, hospitals=2, rounds=1, kimg=0.016)
         self.run = RunFolder.at(path / "run")
         prepare_run(self.settings, self.run)
-        self.arrived: list[Message] = []
+        self.requests: list[Message] = []
 
         def keep(number: int, message: Message) -> None:
             if number == 0:
-                self.arrived.append(copy.deepcopy(message))
+                self.requests.append(copy.deepcopy(message))
 
         federation = Federation(
             self.run.settings(), self.run, experiment_of(self.run), NoEvaluator()
@@ -84,10 +90,10 @@ class Place:
         self.log = OutboundLog(self.data / "alpha" / NAME)
         self.client_log = self.run.hospital_state("alpha") / "client.log"
 
-    def question(self, kind: str, *overrides: str) -> Message:
-        """What the server asked the hospital, with other settings."""
+    def request(self, kind: str, *overrides: str) -> Message:
+        """The request that the hospital received, with other settings."""
         (message,) = [
-            copy.deepcopy(each) for each in self.arrived if each.metadata.message_type == kind
+            copy.deepcopy(each) for each in self.requests if each.metadata.message_type == kind
         ]
         config = message.content.config_records["config"]
         config["settings"] = json.dumps(
@@ -95,8 +101,8 @@ class Place:
         )
         return message
 
-    def honest(self, kind: str, message: Message) -> RecordDict:
-        """An answer that may leave."""
+    def valid_content(self, kind: str, message: Message) -> RecordDict:
+        """Content that may leave."""
         if kind == "query.hello":
             facts = {
                 "number": 0,
@@ -125,7 +131,7 @@ class Place:
             }
         )
 
-    def answer(
+    def reply(
         self,
         kind: str,
         tamper: Callable[[RecordDict], Any],
@@ -133,19 +139,16 @@ class Place:
         node: dict[str, Any] | None = None,
         mod: bool = False,
     ) -> Message:
-        """What leaves when a handler, or a mod round it, answers what `tamper` made of an honest answer."""
-        message, gate = self.question(kind, *overrides), Gate()
+        """The reply that leaves when a handler, or a mod around it, tampers with valid content."""
+        message, gate = self.request(kind, *overrides), OutboundGate()
 
         def make(message: Message, context: Context) -> Message:
-            content = self.honest(kind, message)
-            return (
-                made
-                if isinstance(made := tamper(content), Message)
-                else Message(content, reply_to=message)
-            )
+            content = self.valid_content(kind, message)
+            replaced = tamper(content)
+            return replaced if isinstance(replaced, Message) else Message(content, reply_to=message)
 
-        def honestly(message: Message, context: Context) -> Message:
-            return Message(self.honest(kind, message), reply_to=message)
+        def valid(message: Message, context: Context) -> Message:
+            return Message(self.valid_content(kind, message), reply_to=message)
 
         mods = (
             [
@@ -159,22 +162,22 @@ class Place:
         register = (
             gate.query("hello", mods=mods) if kind == "query.hello" else gate.train(mods=mods)
         )
-        register(honestly if mod else make)
+        register(valid if mod else make)
         return send(gate, message, node)
 
 
 def send(gate: Any, message: Message, node: dict[str, Any] | None = None) -> Message:
-    """Let the app of hospital 0 answer."""
+    """The reply of hospital 0."""
     config = {"partition-id": 0} if node is None else node
     context = Context(run_id=1, node_id=1, node_config=config, state=RecordDict(), run_config={})
     with mock.patch.dict(os.environ, {SIMULATION: "1"}):
-        found: Message = gate(message=message, context=context)
-    return found
+        reply: Message = gate(message=message, context=context)
+    return reply
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("place"))
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> Hospital:
+    return Hospital(tmp_path_factory.mktemp("hospital"))
 
 
 def add_array(content: RecordDict, name: str, array: Array) -> None:
@@ -255,27 +258,27 @@ IMAGE = Array(np.zeros((1, 16, 16), np.float32))
         ("query.hello", records(arrays=ArrayRecord({"x": IMAGE})), reasons.RECORD),
     ],
 )
-def test_what_is_not_listed_does_not_leave(
-    place: Place, kind: str, tamper: Callable[[RecordDict], None], what: str, mod: bool
+def test_reply_with_unlisted_content_becomes_an_error(
+    hospital: Hospital, kind: str, tamper: Callable[[RecordDict], None], what: str, mod: bool
 ) -> None:
-    place.client_log.unlink(missing_ok=True)
-    reply = place.answer(kind, tamper, mod=mod)
+    hospital.client_log.unlink(missing_ok=True)
+    reply = hospital.reply(kind, tamper, mod=mod)
     assert reply.has_error()
     assert reply.error.reason == f"hospital: refused to send {what}"
     assert (
-        f"refused to send {what}: " in place.client_log.read_text()
-    )  # with the name of what it was
-    last = place.log.read().entries[-1]
+        f"refused to send {what}: " in hospital.client_log.read_text()
+    )  # with the name of the content
+    last = hospital.log.read().entries[-1]
     assert [record["values"] for record in last.records] == [
         {"code": 2, "reason": reply.error.reason}
     ]
 
 
 @pytest.mark.parametrize("kind", ["query.hello", "train"])
-def test_an_honest_answer_leaves_as_it_is(place: Place, kind: str) -> None:
-    reply = place.answer(kind, lambda content: None)
+def test_valid_reply_leaves_unchanged(hospital: Hospital, kind: str) -> None:
+    reply = hospital.reply(kind, lambda content: None)
     assert not reply.has_error(), reply.error.reason
-    honest = place.honest(kind, place.question(kind))
+    honest = hospital.valid_content(kind, hospital.request(kind))
     assert dict(reply.content.config_records) == dict(honest.config_records)
     for name, array in honest.array_records.get("arrays", {}).items():
         assert reply.content.array_records["arrays"][name].data == array.data
@@ -295,29 +298,29 @@ def test_an_honest_answer_leaves_as_it_is(place: Place, kind: str) -> None:
         (("privacy.client_level=server",), lambda content: None, reasons.VALUE),  # loss_g is there
     ],
 )
-def test_what_the_settings_keep_at_home_does_not_leave(
-    place: Place, overrides: tuple[str, ...], tamper: Callable[[RecordDict], None], what: str
+def test_content_that_the_settings_exclude_is_refused(
+    hospital: Hospital, overrides: tuple[str, ...], tamper: Callable[[RecordDict], None], what: str
 ) -> None:
     assert (
-        place.answer("train", tamper, *overrides).error.reason
+        hospital.reply("train", tamper, *overrides).error.reason
         == f"hospital: refused to send {what}"
     )
 
 
-def test_the_signs_of_a_private_training_leave_where_they_have_noise(place: Place) -> None:
+def test_r_t_leaves_a_private_training_only_with_noise(hospital: Hospital) -> None:
     noised = ("privacy.noise_multiplier=1", "privacy.r_t_noise=1")
-    assert not place.answer("train", put("facts", "r_t", 0.5), *noised).has_error()
+    assert not hospital.reply("train", put("facts", "r_t", 0.5), *noised).has_error()
 
 
-def test_an_array_that_the_server_did_not_send_does_not_leave(place: Place) -> None:
-    message, gate = place.question("train"), Gate()
-    content = place.honest("train", message)
+def test_array_that_the_server_did_not_send_is_refused(hospital: Hospital) -> None:
+    message, gate = hospital.request("train"), OutboundGate()
+    content = hospital.valid_content("train", message)
     del message.content.array_records["arrays"][some_array(content)]
     gate.train()(lambda message, context: Message(content, reply_to=message))
     assert send(gate, message).error.reason == f"hospital: refused to send {reasons.ARRAY}"
 
 
-def test_bytes_behind_the_numbers_of_an_array_stay_at_home(place: Place) -> None:
+def test_bytes_after_the_numbers_of_an_array_are_removed(hospital: Hospital) -> None:
     def tamper(content: RecordDict) -> None:
         name = some_array(content)
         array = content.array_records["arrays"][name]
@@ -325,7 +328,7 @@ def test_bytes_behind_the_numbers_of_an_array_stay_at_home(place: Place) -> None
             content, name, Array(SECRET, array.shape, array.stype, array.data + SECRET.encode())
         )
 
-    reply = place.answer("train", tamper)
+    reply = hospital.reply("train", tamper)
     arrays = reply.content.array_records["arrays"]
     assert len(arrays) > 10
     assert not any(
@@ -333,7 +336,7 @@ def test_bytes_behind_the_numbers_of_an_array_stay_at_home(place: Place) -> None
     )
 
 
-def test_an_array_has_one_hash_however_it_lies_in_memory() -> None:
+def test_hash_of_an_array_is_independent_of_memory_layout() -> None:
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     turned = np.asfortranarray(values)
     found = [
@@ -343,10 +346,10 @@ def test_an_array_has_one_hash_however_it_lies_in_memory() -> None:
     assert found[0] == found[1]
 
 
-def test_a_kind_of_message_that_is_not_listed_has_no_answer(place: Place) -> None:
-    message, gate = place.question("query.hello"), Gate()
+def test_unlisted_message_type_is_refused(hospital: Hospital) -> None:
+    message, gate = hospital.request("query.hello"), OutboundGate()
     message.metadata.message_type = "query.images"
-    assert send(gate, message).error.reason == "hospital: ValueError while answering"
+    assert send(gate, message).error.reason == "hospital: ValueError while replying"
     gate.query("images")(
         lambda message, context: Message(
             RecordDict({"x": ArrayRecord({"x": IMAGE})}), reply_to=message
@@ -356,20 +359,20 @@ def test_a_kind_of_message_that_is_not_listed_has_no_answer(place: Place) -> Non
 
 
 @pytest.mark.parametrize("code", [0, 2, 8])
-def test_an_error_in_other_words_is_replaced(place: Place, code: int) -> None:
+def test_error_with_unlisted_text_is_replaced(hospital: Hospital, code: int) -> None:
     def tamper(content: RecordDict) -> Message:
         return Message(
             Error(code, f"hospital: ValueError while reading {SECRET}"),
-            reply_to=place.question("train"),
+            reply_to=hospital.request("train"),
         )
 
     assert (
-        place.answer("train", tamper).error.reason == f"hospital: refused to send {reasons.ERROR}"
+        hospital.reply("train", tamper).error.reason == f"hospital: refused to send {reasons.ERROR}"
     )
-    assert SECRET in place.client_log.read_text()
+    assert SECRET in hospital.client_log.read_text()
 
 
-# --- errors ------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 PATHS = st.text("abcdefghxyz0123456789_-", min_size=4, max_size=12).map(
     lambda word: f"/data/q{word}q/images.npy"
@@ -392,49 +395,49 @@ BASES = st.sampled_from(
 
 @st.composite
 def failures(draw: st.DrawFn) -> tuple[Exception, list[str]]:
-    """An exception that tells secrets, and the secrets: in its message, and (a class may have any name) in its name."""
+    """An exception whose message and class name hold secrets, and the secrets."""
     secrets = [draw(PATHS), draw(IDS), draw(VALUES)]
-    words = draw(st.permutations(secrets))
+    text = draw(st.permutations(secrets))
     base = draw(BASES)
     kind = draw(st.sampled_from([base, type(f"Bad{secrets[1].replace('-', '')}", (base,), {})]))
-    return kind(" ".join(words)), [*secrets, secrets[1].replace("-", "")]
+    return kind(" ".join(text)), [*secrets, secrets[1].replace("-", "")]
 
 
-def assert_silent(reply: Message, secrets: list[str]) -> None:
+def assert_reveals_nothing(reply: Message, secrets: list[str]) -> None:
     assert reply.has_error()
-    words = str(reply.error.reason)
-    assert REASON.fullmatch(words), words
-    assert not any(secret in words for secret in secrets), words
-    assert not re.search(r"[0-9]{5}|/|\.npy", words)
+    text = str(reply.error.reason)
+    assert REASON.fullmatch(text), text
+    assert not any(secret in text for secret in secrets), text
+    assert not re.search(r"[0-9]{5}|/|\.npy", text)
 
 
-@given(failures(), st.sampled_from([phrase.replace("N", "3") for phrase in DOING]), st.booleans())
-def test_nothing_of_an_exception_leaves_by_a_visit(
-    place: Place, failure: tuple[Exception, list[str]], doing: str, leaky: bool
+@given(failures(), st.sampled_from([phrase.replace("N", "3") for phrase in STEPS]), st.booleans())
+def test_exception_in_a_handler_reveals_only_kind_and_step(
+    hospital: Hospital, failure: tuple[Exception, list[str]], step: str, is_leaky: bool
 ) -> None:
     error, secrets = failure
 
-    def work(visit: RequestContext, *_: object) -> RecordDict:
-        visit.doing = f"reading {secrets[0]} of {secrets[1]}" if leaky else doing
+    def work(context_: RequestContext, *_: object) -> RecordDict:
+        context_.step = f"reading {secrets[0]} of {secrets[1]}" if is_leaky else step
         raise error
 
-    message = place.question("train")
+    message = hospital.request("train")
     context = Context(
         run_id=1, node_id=1, node_config={"partition-id": 0}, state=RecordDict(), run_config={}
     )
     with mock.patch.dict(os.environ, {SIMULATION: "1"}):
-        reply = RequestContext(message, context).answer(work)
-    assert_silent(reply, secrets)
-    assert leaky or str(reply.error.reason).endswith(doing)
+        reply = RequestContext(message, context).reply(work)
+    assert_reveals_nothing(reply, secrets)
+    assert is_leaky or str(reply.error.reason).endswith(step)
 
 
 @hypothesis_settings(max_examples=25)
 @given(failures(), st.sampled_from(["before", "after", "error", "handler"]))
-def test_nothing_of_an_exception_leaves_by_a_mod(
-    place: Place, failure: tuple[Exception, list[str]], where: str
+def test_exception_in_a_mod_reveals_only_its_kind(
+    hospital: Hospital, failure: tuple[Exception, list[str]], where: str
 ) -> None:
     error, secrets = failure
-    gate = Gate()
+    gate = OutboundGate()
 
     def mod(message: Message, context: Context, call_next: Any) -> Message:
         if where == "before":
@@ -449,14 +452,14 @@ def test_nothing_of_an_exception_leaves_by_a_mod(
     def train(message: Message, context: Context) -> Message:
         if where == "handler":
             raise error
-        return Message(place.honest("train", message), reply_to=message)
+        return Message(hospital.valid_content("train", message), reply_to=message)
 
     gate.train(mods=[mod])(train)
-    assert_silent(send(gate, place.question("train")), secrets)
+    assert_reveals_nothing(send(gate, hospital.request("train")), secrets)
 
 
 @pytest.mark.parametrize("number", ["/data/north", "PAT-1", "17; DROP", "12345", None, "1\n"])
-def test_a_partition_id_that_is_no_small_number_is_not_told(number: object) -> None:
+def test_error_text_omits_invalid_partition_ids(number: object) -> None:
     assert (
         reason(ValueError(), "opening its shard", number)
         == "hospital: ValueError while opening its shard"
@@ -467,33 +470,33 @@ def test_a_partition_id_that_is_no_small_number_is_not_told(number: object) -> N
     )
 
 
-def test_every_phrase_that_the_client_uses_is_listed() -> None:
+def test_every_step_of_the_client_is_listed() -> None:
     used = []
     for path in (ROOT / "client").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Assign) and any(
-                "doing" in ast.unparse(target) for target in node.targets
+                "step" in ast.unparse(target) for target in node.targets
             ):
                 values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
                 used += [
                     value for value in values if isinstance(value, ast.Constant | ast.JoinedStr)
                 ]
-    words = [
+    text = [
         "".join(str(part.value) if isinstance(part, ast.Constant) else "N" for part in value.values)
         if isinstance(value, ast.JoinedStr)
         else str(value.value)
         for value in used
         if not isinstance(value, ast.Constant) or isinstance(value.value, str)
     ]
-    assert len(words) > 8
-    assert set(words) <= set(DOING)
+    assert len(text) > 8
+    assert set(text) <= set(STEPS)
 
 
-# --- the log -----------------------------------------------------------------------------------------
+# --- log ------------------------------------------------------------------------------------------
 
 
-def test_the_log_holds_what_the_server_saw_arriving(tmp_path: Path) -> None:
-    data, arrived = write_shards(tmp_path / "data", (40, 24, 16)), list[tuple[str, Message]]()
+def test_outbound_log_matches_what_the_server_received(tmp_path: Path) -> None:
+    data, requests = write_shards(tmp_path / "data", (40, 24, 16)), list[tuple[str, Message]]()
     settings = tiny(data, rounds=2, kimg=0.1)
     run = RunFolder.at(tmp_path / "run")
     prepare_run(settings, run)
@@ -505,11 +508,11 @@ def test_the_log_holds_what_the_server_saw_arriving(tmp_path: Path) -> None:
         found = pull(ids)
         for message in found:
             name = names[message.metadata.src_node_id]
-            # it was written before it left
+            # the line was written before the reply left
             assert len(OutboundLog(data / name / NAME).read().entries) > sum(
-                one == name for one, _ in arrived
+                one == name for one, _ in requests
             )
-            arrived.append((name, message))
+            requests.append((name, message))
         return found
 
     grid.pull_messages = see  # type: ignore[method-assign]
@@ -517,7 +520,7 @@ def test_the_log_holds_what_the_server_saw_arriving(tmp_path: Path) -> None:
     for name in names.values():
         reading = OutboundLog(data / name / NAME).read()
         assert (reading.changed, reading.unfinished) == ([], 0)
-        seen = [message for whose, message in arrived if whose == name]
+        seen = [message for owner, message in requests if owner == name]
         assert [entry.message for entry in reading.entries] == ["query.hello", "train", "train"]
         assert [entry.round for entry in reading.entries] == [0, 1, 2]
         assert {entry.experiment for entry in reading.entries} == {experiment_of(run)}
@@ -541,20 +544,20 @@ def test_the_log_holds_what_the_server_saw_arriving(tmp_path: Path) -> None:
         assert str(tmp_path) not in (data / name / NAME).read_text()
 
 
-def test_an_answer_whose_line_cannot_be_written_does_not_leave(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+def test_reply_without_a_log_line_does_not_leave(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     for kind in ("query.hello", "train"):
-        reply = place.answer(kind, lambda content: None)
+        reply = hospital.reply(kind, lambda content: None)
         assert reply.error.reason == "hospital: StorageError while writing its outbound log"
-        assert "so nothing is sent" in place.client_log.read_text()
+        assert "so nothing is sent" in hospital.client_log.read_text()
 
 
-def test_a_log_that_is_a_folder_stops_the_federation_by_name(tmp_path: Path) -> None:
+def test_unwritable_log_stops_the_federation_with_its_error(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2, rounds=1, kimg=0.008)
     run = RunFolder.at(tmp_path / "run")
     prepare_run(settings, run)
@@ -566,11 +569,11 @@ def test_a_log_that_is_a_folder_stops_the_federation_by_name(tmp_path: Path) -> 
         federate(settings, run, app)
 
 
-def test_a_deployed_hospital_keeps_its_log_in_its_state_dir_and_writes_nothing_beside_its_shard(
+def test_deployed_hospital_writes_its_log_only_to_its_state_dir(
     tmp_path: Path,
 ) -> None:
     settings = tiny(write_shards(tmp_path / "data", (40,)), hospitals=1)
-    order = ConfigRecord(
+    config = ConfigRecord(
         {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": "/nowhere"}
     )
     node = {
@@ -579,18 +582,15 @@ def test_a_deployed_hospital_keeps_its_log_in_its_state_dir_and_writes_nothing_b
         "state-dir": str(tmp_path / "state"),
     }
     before = sorted((tmp_path / "data" / "alpha").iterdir())
-    reply = send(app, question(order), node)
+    reply = send(app, request(config), node)
     assert reply.content.config_records["hospital"]["name"] == "alpha"
     (entry,) = OutboundLog(tmp_path / "state" / NAME).read().entries
     assert entry.records[0]["values"]["images"] == 20
     assert sorted((tmp_path / "data" / "alpha").iterdir()) == before
-    lost = send(app, question(order), node | {"data-root": str(tmp_path / "nowhere")})
+    lost = send(app, request(config), node | {"data-root": str(tmp_path / "nowhere")})
     assert lost.error.reason == "hospital: DataError while opening its shard (partition-id 0)"
-    broken = send(app, question(ConfigRecord({"experiment": "../../etc"})), node)
-    assert (
-        broken.error.reason
-        == "hospital: ConfigError while reading the server's order (partition-id 0)"
-    )
+    broken = send(app, request(ConfigRecord({"experiment": "../../etc"})), node)
+    assert broken.error.reason == "hospital: ConfigError while reading the request (partition-id 0)"
     assert [
         entry.records[0]["kind"] for entry in OutboundLog(tmp_path / "state" / NAME).read().entries
     ] == [
@@ -600,31 +600,31 @@ def test_a_deployed_hospital_keeps_its_log_in_its_state_dir_and_writes_nothing_b
     ]
 
 
-def question(order: ConfigRecord, kind: str = "query.hello") -> Message:
-    message = Message(RecordDict({"config": order}), 1, kind)
-    message.metadata.__dict__["_message_id"] = "question"
+def request(config: ConfigRecord, kind: str = "query.hello") -> Message:
+    message = Message(RecordDict({"config": config}), 1, kind)
+    message.metadata.__dict__["_message_id"] = "request"
     return message
 
 
-def test_a_node_without_a_number_answers_in_listed_words(place: Place) -> None:
-    reply = send(app, place.question("query.hello"), {})
-    assert reply.error.reason == "hospital: KeyError while reading the server's order"
+def test_node_without_partition_id_replies_with_a_listed_error(hospital: Hospital) -> None:
+    reply = send(app, hospital.request("query.hello"), {})
+    assert reply.error.reason == "hospital: KeyError while reading the request"
 
 
-def test_a_simulation_of_shards_that_nobody_may_write_to_logs_in_its_run(
+def test_simulation_with_read_only_shards_logs_in_the_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_shards(tmp_path / "data", (16,))
     monkeypatch.setenv(SIMULATION, "1")
-    monkeypatch.setattr(site.os, "access", lambda path, mode: False)
-    order = site.TrainRequest(tiny(data, hospitals=1), "e", str(tmp_path / "run"))
+    monkeypatch.setattr(hospital_module.os, "access", lambda path, mode: False)
+    config = hospital_module.TrainRequest(tiny(data, hospitals=1), "e", str(tmp_path / "run"))
     assert (
-        find_local_hospital(order, {"partition-id": 0}).outbound
+        find_local_hospital(config, {"partition-id": 0}).outbound
         == tmp_path / "run" / "hospitals" / "alpha" / NAME
     )
 
 
-def test_a_line_that_was_never_finished_is_no_message_and_spoils_no_other(tmp_path: Path) -> None:
+def test_unfinished_line_is_counted_and_damages_no_other(tmp_path: Path) -> None:
     log = OutboundLog(tmp_path / NAME)
     entries = [
         Entry.of("e", number, "train", [values_record("facts", "values", {"p": 0.5})])
@@ -642,7 +642,7 @@ def test_a_line_that_was_never_finished_is_no_message_and_spoils_no_other(tmp_pa
     "line",
     [b"{", b"[]", b"7", b"\xff\xfe", b'{"time": 3}', b'{"records": [{}]}', b'"records"'],
 )
-def test_a_line_that_is_no_entry_is_counted_and_read_past(tmp_path: Path, line: bytes) -> None:
+def test_invalid_line_is_counted_and_skipped(tmp_path: Path, line: bytes) -> None:
     log = OutboundLog(tmp_path / NAME)
     entry = Entry.of("e", 1, "train", [values_record("facts", "values", {"p": 0.5})])
     log.append(entry)
@@ -656,7 +656,7 @@ def test_a_line_that_is_no_entry_is_counted_and_read_past(tmp_path: Path, line: 
         assert (log.read().entries, log.read().unfinished) == ([entry, entry], 1)
 
 
-def test_a_line_that_was_changed_is_named(tmp_path: Path) -> None:
+def test_changed_line_is_reported_with_its_number(tmp_path: Path) -> None:
     log = OutboundLog(tmp_path / NAME)
     for number in (1, 2, 3):
         log.append(
@@ -672,7 +672,7 @@ def test_a_line_that_was_changed_is_named(tmp_path: Path) -> None:
     assert log.read().entries[1].records[0]["values"] == {"epsilon": "inf", "p": 0.5}
 
 
-# --- its parts ---------------------------------------------------------------------------------------
+# --- parts of the log -----------------------------------------------------------------------------
 
 
 def some_entry(number: int) -> Entry:
@@ -692,9 +692,7 @@ def full_log(folder: Path, lines: int) -> OutboundLog:
     return log
 
 
-def test_a_full_log_goes_on_in_a_new_part_and_is_read_as_one(
-    tmp_path: Path, small_parts: None
-) -> None:
+def test_full_log_continues_in_a_new_part(tmp_path: Path, small_parts: None) -> None:
     log = full_log(tmp_path, 5)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         "outbound-00001.jsonl",
@@ -708,11 +706,11 @@ def test_a_full_log_goes_on_in_a_new_part_and_is_read_as_one(
     assert [entry.round for entry in OutboundLog(log.part(1)).read().entries] == [2, 3]
 
 
-def test_parts_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_parts_are_sorted_by_number(tmp_path: Path) -> None:
     log = OutboundLog(tmp_path / NAME)
     for number in (11, 2, 0, 10):
         log.part(number).write_bytes(b"")
-    (tmp_path / "outbound-1.jsonl").write_bytes(b"{")  # no part of it, as any other file
+    (tmp_path / "outbound-1.jsonl").write_bytes(b"{")  # no part of the log
     (tmp_path / "outbound-00003.jsonl.gz").write_bytes(b"{")
     assert log.numbers() == [0, 2, 10, 11]
     assert log.read().missing == [log.part(number).name for number in (1, *range(3, 10))]
@@ -724,9 +722,7 @@ def test_changed_and_unfinished_lines_are_found_in_every_part(
     tmp_path: Path, small_parts: None, fedgan: Any
 ) -> None:
     log = full_log(tmp_path, 5)
-    log.path.write_text(
-        log.path.read_text() + '{"time":'
-    )  # never finished, and the last of its part
+    log.path.write_text(log.path.read_text() + '{"time":')  # unfinished, at the end of a part
     second = log.part(1).read_text().splitlines()
     log.part(1).write_text("\n".join(["{", second[0], second[1].replace("0.5", "0.7")]) + "\n")
     reading = log.read()
@@ -745,7 +741,7 @@ def test_changed_and_unfinished_lines_are_found_in_every_part(
     assert "in all: 1 messages" in fedgan("outbound", log.part(2))[1]
 
 
-def test_parts_that_were_moved_away_are_told_and_their_numbers_not_used_again(
+def test_moved_parts_are_reported_and_their_numbers_not_reused(
     tmp_path: Path, small_parts: None, fedgan: Any
 ) -> None:
     log = full_log(tmp_path, 6)
@@ -763,22 +759,24 @@ def test_parts_that_were_moved_away_are_told_and_their_numbers_not_used_again(
     ]
 
 
-def test_an_answer_does_not_leave_where_the_next_part_cannot_be_begun(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+def test_reply_does_not_leave_when_the_next_part_cannot_be_created(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not place.answer("train", lambda content: None).has_error()
+    assert not hospital.reply("train", lambda content: None).has_error()
     monkeypatch.setattr(outbound, "PART_BYTES", 1)
-    last = place.log.part(max(place.log.numbers()) + 1)
+    last = hospital.log.part(max(hospital.log.numbers()) + 1)
     last.mkdir()  # in its place
     try:
-        reply = place.answer("train", lambda content: None)
+        reply = hospital.reply("train", lambda content: None)
         assert reply.error.reason == "hospital: StorageError while writing its outbound log"
-        assert "so nothing is sent" in place.client_log.read_text()
+        assert "so nothing is sent" in hospital.client_log.read_text()
     finally:
         last.rmdir()
 
 
-def test_several_writers_lose_no_line_where_a_part_ends(tmp_path: Path, small_parts: None) -> None:
+def test_concurrent_writers_lose_no_line_at_the_end_of_a_part(
+    tmp_path: Path, small_parts: None
+) -> None:
     """Arms of a comparison write beside one shard."""
     threads = [threading.Thread(target=full_log, args=(tmp_path, 20)) for _ in range(4)]
     for thread in threads:
@@ -791,11 +789,11 @@ def test_several_writers_lose_no_line_where_a_part_ends(tmp_path: Path, small_pa
     assert len(OutboundLog(tmp_path / NAME).numbers()) > 10
 
 
-# --- fedgan outbound ---------------------------------------------------------------------------------
+# --- fedgan outbound ------------------------------------------------------------------------------
 
 
-def test_the_verb_shows_what_left_by_shard_and_by_run(place: Place, fedgan: Any) -> None:
-    code, out, err = fedgan("outbound", place.run.path, "--json")
+def test_outbound_lists_messages_by_shard_and_by_run(hospital: Hospital, fedgan: Any) -> None:
+    code, out, err = fedgan("outbound", hospital.run.path, "--json")
     assert (code, err) == (0, "")
     logs = json.loads(out)["logs"]
     assert [Path(log["path"]).parent.name for log in logs] == ["alpha", "beta"]
@@ -807,24 +805,24 @@ def test_the_verb_shows_what_left_by_shard_and_by_run(place: Place, fedgan: Any)
     assert beta["totals"]["bytes"] == sum(row["bytes"] for row in beta["messages"]) > 1000
     assert beta["held"]["train"]["arrays"] == ["discriminator", "ema", "generator"]
     assert "loss_d" in beta["held"]["train"]["facts"]
-    code, out, _ = fedgan("outbound", place.data / "beta")
+    code, out, _ = fedgan("outbound", hospital.data / "beta")
     assert code == 0
     assert beta["messages"][1]["sha256"][:12] in out
     assert f"in all: 2 messages, {beta['totals']['bytes']:,} bytes" in out
 
 
-def test_the_verb_leaves_out_other_experiments_of_a_run_s_shards(place: Place, fedgan: Any) -> None:
-    OutboundLog(place.data / "beta" / NAME).append(Entry.of("other", 9, "train", []))
+def test_outbound_of_a_run_omits_other_experiments(hospital: Hospital, fedgan: Any) -> None:
+    OutboundLog(hospital.data / "beta" / NAME).append(Entry.of("other", 9, "train", []))
     try:
-        runs = json.loads(fedgan("outbound", place.run.path, "--json")[1])["logs"]
-        shard = json.loads(fedgan("outbound", place.data / "beta", "--json")[1])["logs"]
+        runs = json.loads(fedgan("outbound", hospital.run.path, "--json")[1])["logs"]
+        shard = json.loads(fedgan("outbound", hospital.data / "beta", "--json")[1])["logs"]
         assert [log["totals"]["experiments"] for log in (*runs, *shard)] == [1, 1, 2]
     finally:
-        lines = place.data / "beta" / NAME
+        lines = hospital.data / "beta" / NAME
         lines.write_bytes(b"\n".join(lines.read_bytes().split(b"\n")[:-2]) + b"\n")
 
 
-def test_the_verb_names_changed_lines_and_errors(tmp_path: Path, fedgan: Any) -> None:
+def test_outbound_reports_changed_lines_and_errors(tmp_path: Path, fedgan: Any) -> None:
     log = OutboundLog(tmp_path / NAME)
     log.append(
         Entry.of(
@@ -844,26 +842,30 @@ def test_the_verb_names_changed_lines_and_errors(tmp_path: Path, fedgan: Any) ->
     assert "no entries: 1 lines" in out
 
 
-def test_the_verb_says_where_a_log_would_lie(tmp_path: Path, fedgan: Any) -> None:
+def test_outbound_without_a_log_says_where_to_look(tmp_path: Path, fedgan: Any) -> None:
     code, _, err = fedgan("outbound", tmp_path)
     assert code == 3
     assert "no outbound log" in err
     assert "state-dir" in err
 
 
-# --- counts of labels --------------------------------------------------------------------------------
+# --- label counts ---------------------------------------------------------------------------------
 
 
-def test_counts_of_labels_travel_only_where_they_are_asked_for(tmp_path: Path) -> None:
+def test_label_counts_leave_only_when_requested(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", (16, 40))
     for share, expected in ((False, [(), ()]), (True, [(10, 10), (4, 4)])):
         settings = tiny(data, f"federation.share_label_counts={str(share).lower()}", hospitals=2)
-        order = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
-        members, _ = introduce(LocalGrid(2, app), settings, order)  # type: ignore[arg-type]
+        config = {
+            "settings": json.dumps(to_dict(settings)),
+            "experiment": "e",
+            "run": str(tmp_path),
+        }
+        members, _ = introduce(LocalGrid(2, app), settings, config)  # type: ignore[arg-type]
         assert [member.label_counts for member in members] == expected
 
 
-def test_counts_of_labels_are_refused_with_privacy_by_server_and_hospital(tmp_path: Path) -> None:
+def test_label_counts_are_refused_with_privacy_by_both_sides(tmp_path: Path) -> None:
     settings = tiny(
         write_shards(tmp_path / "data", (16,)), *PRIVATELY, "training.labels=uniform", hospitals=1
     )
@@ -875,14 +877,14 @@ def test_counts_of_labels_are_refused_with_privacy_by_server_and_hospital(tmp_pa
         ConfigError, match=r"share_label_counts = true: the server would learn the real counts"
     ):
         check_private(asking)
-    order = ConfigRecord(
+    config = ConfigRecord(
         {"settings": json.dumps(to_dict(asking)), "experiment": "e", "run": str(tmp_path / "run")}
     )
-    reply = send(app, question(order))
-    assert reply.error.reason == "hospital: ConfigError while introducing itself"
+    reply = send(app, request(config))
+    assert reply.error.reason == "hospital: ConfigError while describing its data"
 
 
-# --- the list itself ---------------------------------------------------------------------------------
+# --- allow-list -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -890,40 +892,69 @@ def test_counts_of_labels_are_refused_with_privacy_by_server_and_hospital(tmp_pa
     [(), ("training.d_steps=2", "model.mapping_layers=3", "model.minibatch_std_group=0")],
 )
 @pytest.mark.parametrize("labels", [0, 2])
-def test_the_arrays_that_may_leave_are_those_that_a_trainer_gives_out(
-    place: Place, overrides: tuple[str, ...], labels: int
+def test_model_arrays_match_the_output_of_the_trainer(
+    hospital: Hospital, overrides: tuple[str, ...], labels: int
 ) -> None:
-    settings: Settings = tiny(place.data, *overrides)
+    settings: Settings = tiny(hospital.data, *overrides)
     context = Context(
         run_id=1, node_id=1, node_config={"partition-id": 0}, state=RecordDict(), run_config={}
     )
     with mock.patch.dict(os.environ, {SIMULATION: "1"}):
         data = find_local_hospital(
-            site.TrainRequest(place.settings, "e", str(place.run.path)), context.node_config
+            hospital_module.TrainRequest(hospital.settings, "e", str(hospital.run.path)),
+            context.node_config,
         ).hospital.train
     data = dataclasses.replace(
         data, labels=data.labels[:, :labels], label_names=data.label_names[:labels]
     )
-    given_out = Trainer(settings, data).outgoing(("generator", "discriminator", "ema"))
+    outgoing = Trainer(settings, data).outgoing(("generator", "discriminator", "ema"))
     listed = model_arrays(settings.model, settings.data.resolution, data.channels, labels)
-    assert {name: array.shape for name, array in given_out.items()} == listed
+    assert {name: array.shape for name, array in outgoing.items()} == listed
 
 
-def test_every_number_that_may_leave_has_its_meaning() -> None:
-    assert set(MEANINGS) == set(OPEN)
-    assert all(fact.meaning and fact.when for fact in INTRODUCTION.values())
+def test_every_value_of_the_allow_list_has_a_meaning() -> None:
+    assert all(metric.meaning for metric in ROUND_METRICS)
+    assert all(value.meaning and value.when for value in INTRODUCTION.values())
+    assert all(all(row) for row in table_rows())
 
 
-def test_the_page_lists_what_the_code_lists() -> None:
-    text = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
-    section = text.partition("## What leaves a hospital")[2].partition("\n## ")[0]
-    shown = [
-        line
-        for line in section.splitlines()
-        if line.startswith(("| `query.hello`", "| `train`", "| any"))
+def test_reference_table_lists_every_round_metric() -> None:
+    lines = reference_markdown().splitlines()
+    assert len(lines) == 2 + len(table_rows())
+    assert all(line.count(" | ") == 4 for line in (lines[0], *lines[2:]))
+    assert [line.split(" | ")[1] for line in lines if "| `facts/" in line] == [
+        f"`facts/{metric.name}`" for metric in ROUND_METRICS
     ]
-    expected = [
-        f"| {message if message == 'any' else f'`{message}`'} | `{name}` | {kind} | {when} | {meaning} |"
-        for message, name, kind, when, meaning in rows()
-    ]
-    assert shown == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "absent"),
+    [
+        ((), set()),
+        (
+            ("privacy.noise_multiplier=1",),
+            {"r_t", "loss_d", "r1", "seconds", "core_seconds", "peak_memory_bytes"},
+        ),
+        (
+            ("privacy.noise_multiplier=1", "privacy.r_t_noise=1"),
+            {"loss_d", "r1", "seconds", "core_seconds", "peak_memory_bytes"},
+        ),
+        (
+            ("privacy.client_level=server",),
+            {metric.name for metric in ROUND_METRICS}
+            - {"round", "images_seen", "images", "threads", "exhausted"}
+            - {"epsilon", "delta", "noise_multiplier", "sample_rate"},
+        ),
+    ],
+    ids=["open", "private", "noisy r_t", "client-level"],
+)
+def test_allowed_metrics_depend_on_the_privacy_settings(
+    overrides: tuple[str, ...], absent: set[str]
+) -> None:
+    allowed = allowed_metrics(from_dict({}, overrides))
+    assert {metric.name for metric in ROUND_METRICS} - set(allowed) == absent
+
+
+def test_means_and_counts_keep_their_order() -> None:
+    assert MEANS == ("loss_g", "loss_d", "d_accuracy", "r_t", "p", "r1", "path_length")
+    assert COUNTS == ("round", "images_seen", "images", "threads")

@@ -130,9 +130,7 @@ def test_a_hospital_with_a_bound_refuses_a_run_without_privacy(tmp_path, bounded
     settings = private(
         write_shards(tmp_path / "data", (48,)), "privacy.noise_multiplier=-1", hospitals=1
     )
-    with pytest.raises(
-        FederationError, match="ConfigError while holding the order against its own max-epsilon"
-    ):
+    with pytest.raises(FederationError, match="ConfigError while applying its max-epsilon"):
         train(settings, run)
     (log,) = run.path.glob("hospitals/*/client.log")
     assert "max-epsilon = 0.3, and the run has no privacy" in log.read_text()

@@ -22,9 +22,9 @@ from small_federation import NAMES, LocalGrid, NoEvaluator, error_reply, tiny, w
 import client.secure
 import server.aggregation.secure
 from client.app import app
-from client.gate import Gate
+from client.gate import OutboundGate
 from client.hospital import SIMULATION, TrainRequest, check_secure
-from client.secure import check_question
+from client.secure import check_request
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError
 from fedgan.exchange.masking import MODULUS, apply_mean, levels, mask_numbers, ranges, scale
@@ -604,7 +604,7 @@ def test_a_round_that_is_not_the_protocol_s_has_no_answer(
     message = copy.deepcopy(asked[Stage.COLLECT_MASKED_VECTORS])
     del message.content[RECORD_KEY_CONFIGS]
     assert let_answer(message, monkeypatch, RecordDict()).startswith(
-        "hospital: KeyError while answering"
+        "hospital: KeyError while replying"
     )
 
 
@@ -629,10 +629,10 @@ UNMASK = {Key.ACTIVE_NODE_ID_LIST: [1, 2], Key.DEAD_NODE_ID_LIST: [3]}
     ],
 )
 def test_a_hospital_refuses_questions_that_would_show_it(stage: str, question: Any) -> None:
-    check_question(Stage.SETUP, SETUP, 1)
-    check_question(Stage.UNMASK, UNMASK, 1)
+    check_request(Stage.SETUP, SETUP, 1)
+    check_request(Stage.UNMASK, UNMASK, 1)
     with pytest.raises(ConfigError, match="the server"):
-        check_question(stage, question, 1)
+        check_request(stage, question, 1)
 
 
 def test_secrets_are_forgotten_with_the_round(tmp_path: Path) -> None:
@@ -664,7 +664,7 @@ def test_a_hospital_that_insists_tells_a_run_in_clear_one_reason_and_nothing_els
 ) -> None:
     tried = Tried(tmp_path, answer=insisting(1))
     with pytest.raises(
-        FederationError, match="ConfigError while holding the order against its own require-secure"
+        FederationError, match="ConfigError while applying its require-secure"
     ):
         tried.train()
     (reply,) = [reply for who, _, reply in tried.replies if who == 1]
@@ -673,8 +673,8 @@ def test_a_hospital_that_insists_tells_a_run_in_clear_one_reason_and_nothing_els
     assert "require-secure = true, and the run has no secure aggregation" in log.read_text()
 
 
-@pytest.mark.parametrize("gate", [app, Gate()], ids=["this app", "a handler that does not ask"])
-def test_no_round_in_clear_leaves_a_hospital_that_insists(tmp_path: Path, gate: Gate) -> None:
+@pytest.mark.parametrize("gate", [app, OutboundGate()], ids=["this app", "a handler that does not ask"])
+def test_no_round_in_clear_leaves_a_hospital_that_insists(tmp_path: Path, gate: OutboundGate) -> None:
     """Also where the server's first question was about a secure run, and where only the gate holds the rule."""
     handed: list[tuple[Message, Context]] = []
 
@@ -698,9 +698,9 @@ def test_no_round_in_clear_leaves_a_hospital_that_insists(tmp_path: Path, gate: 
         assert not gate(copy.deepcopy(message), context).has_error()
         refusal = insisting(1, gate)(message, context)
     doing = (
-        "holding the order against its own require-secure"
+        "applying its require-secure"
         if gate is app
-        else "checking what leaves"
+        else "checking the reply"
     )
     assert str(refusal.error.reason).startswith(f"hospital: ConfigError while {doing}")
     assert (

@@ -14,10 +14,10 @@ from hypothesis.extra import numpy as hnp
 from small_federation import error_reply, federate, tiny, write_shards
 
 from client.app import app
-from client.wire import received as received_by_hospital
+from client.wire import received_model
 from fedgan import files
 from fedgan.errors import ConfigError, FederationError
-from fedgan.exchange.number_formats import DTYPES, answer, pack, restore, unpack
+from fedgan.exchange.number_formats import DTYPES, make_update, pack, restore, unpack
 from fedgan.run_folder import RunFolder
 from fedgan.runs.compatibility import check_compatibility
 from fedgan.runs.participants import Member
@@ -110,7 +110,7 @@ def test_float32_travels_as_it_is() -> None:
     )
     assert pack(sent, "fp32")["w"] is sent["w"]
     assert (
-        restore(answer(trained, sent, "fp32", False), sent, sent, "fp32", False)["w"]
+        restore(make_update(trained, sent, "fp32", False), sent, sent, "fp32", False)["w"]
         is trained["w"]
     )
 
@@ -118,8 +118,8 @@ def test_float32_travels_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("wire", "value", "words"),
     [
-        ("fp16", 65520.0, "beyond what fp16 can: set federation.wire = 'bf16' or 'fp32'"),
-        ("bf16", 3.4e38, "beyond what bf16 can: set federation.wire = 'fp32'"),
+        ("fp16", 65520.0, "beyond the range of fp16: set federation.wire = 'bf16' or 'fp32'"),
+        ("bf16", 3.4e38, "beyond the range of bf16: set federation.wire = 'fp32'"),
         ("fp16", np.nan, "not finite: the training diverged"),
         ("bf16", -np.inf, "not finite: the training diverged"),
     ],
@@ -137,11 +137,11 @@ def test_what_the_wire_cannot_hold_is_an_error_that_names_the_array(
 def test_an_array_of_another_wire_is_refused() -> None:
     with pytest.raises(
         FederationError,
-        match=r"'ema/w' came as float32, and federation.wire = 'fp16' travels as float16",
+        match=r"'ema/w' arrived as float32, but federation.wire = 'fp16' sends float16",
     ):
         unpack({"ema/w": np.ones(2, np.float32)}, "fp16")
-    with pytest.raises(FederationError, match="came as float16"):
-        received_by_hospital(
+    with pytest.raises(FederationError, match="arrived as float16"):
+        received_model(
             message({"ema/w": np.ones(2, np.float16)}),
             tiny(Path("nowhere"), "federation.wire=bf16"),
         )
@@ -159,7 +159,7 @@ def test_hospitals_that_change_nothing_leave_the_master_as_it_is(
     master = {"g/w": array}
     for _ in range(5):
         sent = unpack(pack(master, wire), wire)
-        restored = restore(answer(sent, sent, wire, delta), master, sent, wire, delta)
+        restored = restore(make_update(sent, sent, wire, delta), master, sent, wire, delta)
         assert restored["g/w"].dtype == np.float32
         assert np.array_equal(restored["g/w"], array)
         master = restored
@@ -183,7 +183,7 @@ def test_the_mean_is_that_of_the_changes_but_for_their_rounding(
         for _ in range(hospitals)
     ]
     models = [
-        restore(answer(model, sent, wire, True), master, sent, wire, True) for model in trained
+        restore(make_update(model, sent, wire, True), master, sent, wire, True) for model in trained
     ]
     changes = [model["g/w"].astype(np.float64) - sent["g/w"] for model in trained]
     exact = master["g/w"] + np.mean(changes, axis=0)
@@ -203,7 +203,7 @@ def test_steps_below_the_gap_of_a_weight_add_up_with_delta_and_are_lost_without(
         for _ in range(200):
             sent = unpack(pack(master, wire), wire)
             trained = {"mapping/w": sent["mapping/w"] + np.float32(step)}
-            master = restore(answer(trained, sent, wire, delta), master, sent, wire, delta)
+            master = restore(make_update(trained, sent, wire, delta), master, sent, wire, delta)
         assert master["mapping/w"] == pytest.approx(100 + moved * step, abs=0.005 * 200 * step)
 
 
@@ -408,11 +408,11 @@ def test_a_model_that_outgrows_fp16_ends_the_run_by_name_and_it_can_go_on(
         with pytest.raises(FederationError) as caught:
             federate(settings, run, app)
     assert str(caught.value) == (
-        "hospital 2 ('beta') failed in round 2: FederationError while giving out its model in the numbers of federation.wire"
+        "hospital 2 ('beta') failed in round 2: FederationError while encoding its update for federation.wire"
     )
     told_at_home = (run.hospital_state("beta") / "client.log").read_text()
     assert (
-        "'generator/mapping.w_avg' holds a number beyond what fp16 can: set federation.wire = 'bf16' or 'fp32'"
+        "'generator/mapping.w_avg' holds a number beyond the range of fp16: set federation.wire = 'bf16' or 'fp32'"
         in told_at_home
     )
     assert run.last_round() == 1

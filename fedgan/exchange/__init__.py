@@ -1,1 +1,1 @@
-"""What travels between hospitals and server: number formats, bundles, masking, the outbound log."""
+"""What travels: number formats, bundles, masking, the metrics of a round, the outbound log."""

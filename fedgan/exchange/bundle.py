@@ -1,8 +1,8 @@
-"""All arrays of a message in one piece, as a safetensors file: no pickle, and one request where each array would be two.
+"""Bundle: all arrays of a message as one safetensors file, so that they travel in one request.
 
-Flower sends every array of a record as objects of their own, each with a request of its own on every hop, signed and written into
-a database. A model of a few hundred small arrays then takes its time by their number, not by their bytes.
-"""
+Flower sends every array of a record as an object with its own requests on every hop, each signed
+and stored in a database. A model of a few hundred small arrays then takes time by their number, not
+by their bytes. Safetensors needs no pickle."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ import numpy as np
 
 from fedgan.errors import FederationError
 
-KIND = (
-    "fedgan.exchange.bundle"  # the name of the one array in the place of the others, and its kind
-)
-SLACK = 4096  # bytes: masked answers hold two arrays more than were sent
+BUNDLE = "fedgan.bundle"  # name and serialization type of the one array that replaces the others
+SLACK = 4096  # bytes: masked replies hold two arrays more than the request
 
 
-def seal(arrays: Mapping[str, np.ndarray]) -> bytes:
+def pack_bundle(arrays: Mapping[str, np.ndarray]) -> bytes:
     """Arrays by name → the bytes of a safetensors file."""
     from safetensors.numpy import save
 
@@ -28,27 +26,28 @@ def seal(arrays: Mapping[str, np.ndarray]) -> bytes:
     )
 
 
-def unseal(data: bytes, sent: bytes | None = None) -> dict[str, np.ndarray]:
-    """What `seal` made → arrays by sorted name. Raises `FederationError` for bytes of anything else.
+def unpack_bundle(data: bytes, request: bytes | None = None) -> dict[str, np.ndarray]:
+    """Bytes of `pack_bundle` → arrays by sorted name. Raises `FederationError` for any other bytes.
 
-    `sent`: the parcel that this one answers, which it may not exceed by much. A header of empty arrays is short, and what has
-    to be made of them is not: it is judged by its length before it is read.
-    """
+    `request`: the bundle that this one replies to and may not exceed by much. Both lengths are
+    checked before the header is parsed, because a short header of many empty arrays expands to many
+    objects."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    if sent is not None and (
-        len(data) > 2 * len(sent) + SLACK or _header(data) > 2 * _header(sent) + SLACK
+    if request is not None and (
+        len(data) > 2 * len(request) + SLACK
+        or _header_bytes(data) > 2 * _header_bytes(request) + SLACK
     ):
-        raise FederationError("a parcel of arrays that is far larger than the one that was sent")
+        raise FederationError("a bundle of arrays that is far larger than the one that was sent")
     try:
         arrays = load(data)
         return {name: arrays[name] for name in sorted(arrays)}
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        # without their words, which would tell of the bytes
-        raise FederationError("bytes that are no parcel of arrays") from None
+        # without the library's message, which quotes the bytes
+        raise FederationError("bytes that are no bundle of arrays") from None
 
 
-def _header(data: bytes) -> int:
-    """How long the header says it is."""
+def _header_bytes(data: bytes) -> int:
+    """The length that the header claims."""
     return int(struct.unpack("<Q", data[:8])[0]) if len(data) >= 8 else 0

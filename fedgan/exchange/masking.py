@@ -1,13 +1,15 @@
-"""The numbers of secure aggregation: what hospitals changed as whole numbers of a known range, and the masks over them.
+"""Integers and masks of secure aggregation: changes as integers of a known range, and the masks
+that hide them.
 
-SecAgg+ (arXiv 1611.04482, 2012.05432) sums whole numbers modulo 2^32. So what a round changed is divided, array by array, by
-a power of two that server and hospital both read off the model that was sent, cut off at ±1, and rounded to `levels` steps.
-StyleGAN2's mapping networks store weights of standard deviation 100, others of 1; a change is a few thousandths of either, and
-the steps are about as fine as float32's own gaps at the largest weight of the array.
+SecAgg+ (arXiv 1611.04482, 2012.05432) sums integers modulo 2^32. A round's change is divided, array
+by array, by a power of two that server and hospital both derive from the model that was sent,
+clipped to ±1, and rounded to `levels` steps. StyleGAN2's mapping networks store weights of standard
+deviation 100, other layers of 1; a change is a few thousandths of either, and the steps are about
+as fine as float32's own gaps at the largest weight of the array.
 
-The power of two comes from the array's largest number and not from its mean square: a sum may differ in its last bit from
-one machine to another, and a scale that two sides do not share would double one hospital's change without anybody seeing it.
-"""
+The power of two comes from the array's largest number and not from its mean square: a sum may
+differ in its last bit from machine to machine, and a scale that differs between the two sides would
+double one hospital's change unnoticed."""
 
 from __future__ import annotations
 
@@ -21,36 +23,34 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from fedgan.errors import FederationError
 
 MODULUS = 2**32
-FEWEST = 3  # hospitals: of two, each would learn the other's change from the mean
-FLOOR = 4.0  # no array is taken for smaller: biases begin at 0 and move like weights of standard deviation 1
-FACTOR, CLIPPED = (
-    "factor",
-    "clipped",
-)  # numbers of their own under the mask: the weight, and how many were cut off
+MIN_HOSPITALS = 3  # with two, each could compute the other's change from the mean
+MIN_RANGE = 4.0  # smallest scale of an array: biases start at 0 and move like weights of std 1
+FACTOR, CLIPPED = "factor", "clipped"  # also masked: the weight, and the share of clipped numbers
 
 
 def levels(hospitals: int) -> int:
-    """Steps of a number's range: a power of two, so many that the sum over `hospitals` stays below 2^31."""
+    """Steps of a number's range: a power of two; the sum over `hospitals` stays below 2^31."""
     return int(2 ** (31 - math.ceil(math.log2(hospitals))))
 
 
-def ranges(sent: Mapping[str, np.ndarray], reach: float) -> dict[str, float]:
-    """By array how far a number of it may move in one round.
+def ranges(sent: Mapping[str, np.ndarray], secure_range: float) -> dict[str, float]:
+    """Largest change of a number in one round, by array.
 
-    `reach` (`federation.secure_range`) times the power of two that is not below the largest number in it, and `FLOOR` at least.
-    """
+    `secure_range` times the next power of two at or above the array's largest number, at least
+    times `MIN_RANGE`."""
     return {
-        key: reach * max(FLOOR, _power(float(np.max(np.abs(array), initial=0.0))))
+        key: secure_range * max(MIN_RANGE, _power(float(np.max(np.abs(array), initial=0.0))))
         for key, array in sent.items()
     }
 
 
 def mask_weight(rule: str, images: int) -> int:
-    """What a hospital of so many training images weighs under the mask by `federation.weights`."""
+    """Masked weight of a hospital with `images` training images, by `federation.weights`."""
     return images if rule == "size" else 1
 
 
 def _power(value: float) -> float:
+    """The smallest power of two at or above `value`; 0 for 0."""
     mantissa, exponent = math.frexp(value)
     return math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent) if value else 0.0
 
@@ -58,11 +58,11 @@ def _power(value: float) -> float:
 def scale(
     change: Mapping[str, np.ndarray], spans: Mapping[str, float]
 ) -> tuple[list[np.ndarray], int]:
-    """What a hospital puts under its mask: the arrays by sorted name, float64 in [-1, 1], and how many were cut off.
+    """Scale a change to float64 in [-1, 1] for masking: the arrays by sorted name, and the number
+    of clipped values.
 
-    The last array holds that count, over the count of all numbers. Raises `FederationError`, which names the array, for numbers
-    that are not finite: under a mask nobody else could see them.
-    """
+    The last array holds the share of clipped values. Raises `FederationError` with the array's name
+    for values that are not finite, because the server cannot detect them under a mask."""
     scaled, clipped = list[np.ndarray](), 0
     for key in sorted(change):
         if not np.isfinite(change[key]).all():
@@ -78,7 +78,7 @@ def scale(
 def apply_mean(
     master: Mapping[str, np.ndarray], mean: Sequence[np.ndarray], spans: Mapping[str, float]
 ) -> tuple[dict[str, np.ndarray], float]:
-    """The model after a round, float32, from the mean of what `scale` gave; and how many numbers a hospital has cut off."""
+    """The float32 model from the mean of `scale`'s arrays, and the clipped values per hospital."""
     keys = sorted(master)
     model = {
         key: (master[key].astype(np.float64) + np.asarray(change) * spans[key]).astype(np.float32)
@@ -90,13 +90,13 @@ def apply_mean(
 def mask_numbers(
     seed: bytes, num_range: int, dimensions_list: Sequence[tuple[int, ...]]
 ) -> list[np.ndarray]:
-    """Uniform numbers below 2^32 from a secret: ChaCha20's key stream under the secret's SHA-256, int64, in these shapes.
+    """Uniform integers below 2^32 from a secret: ChaCha20's key stream under the secret's SHA-256,
+    int64, in these shapes.
 
-    It takes the place of Flower's generator, a Mersenne Twister from a seed that is folded to 32 bits (28 of a shared key's):
-    a server can try all of those, and find the mask.
-    """
+    Replaces Flower's generator, a Mersenne Twister whose seed is folded to 32 bits (28 of a shared
+    key): a server could try all of them and find the mask."""
     if num_range != MODULUS:
-        raise ValueError("masks are numbers of 32 bits")
+        raise ValueError("masks are 32-bit numbers")
     stream = Cipher(
         algorithms.ChaCha20(hashlib.sha256(b"fedgan mask" + seed).digest(), bytes(16)), mode=None
     ).encryptor()

@@ -1,33 +1,36 @@
-"""How the arrays of a model travel: as float32, or rounded to 16 bits, and whole or as what a round has changed.
+"""Number formats of the arrays that travel: float32 or 16 bits, whole weights or their change in a
+round.
 
-The server's model M is float32 and stays so (the master). With u the rounding to the wire's numbers, one round is
+The server's model M stays float32 (the master weights). With u the rounding to the travelling
+format, one round is
 
-    down    S = u(M)          what every hospital receives, and trains from to X_i
-    up      A_i = u(X_i - S)  with `delta`, the difference taken in float32;   A_i = u(X_i)  without
-    server  Y_i = M + A_i     with `delta`;                                    Y_i = A_i + (M - S)  without
-    then    M' = aggregate(Y_1 … Y_n), by a strategy that was told that it sent M
+    down    S = u(M)          every hospital receives S and trains it to X_i
+    up      A_i = u(X_i - S)  with `delta`, in float32;  A_i = u(X_i)         without
+    server  Y_i = M + A_i     with `delta`;              Y_i = A_i + (M - S)  without
+    then    M' = aggregate(Y_1 … Y_n), by a strategy that treats M as the model that was sent
 
-M, not S, is what updates are added to. So what rounding took away on the way down (the residual M - S, which float32 holds
-exactly) stays in the master and is never lost: a hospital that changed nothing gives Y_i = M, and M does not drift, however
-many rounds. An update that is smaller than the gap between two numbers of the wire moves M all the same, and S follows once
-enough have come together. It is what training with 16-bit weights and float32 master weights does (arXiv 1710.03740), with
-gradients that are taken at S.
+Updates are added to M, not to S. The residual M - S of the rounding on the way down, which float32
+holds exactly, stays in the master: a hospital that changes nothing gives Y_i = M, and M does not
+drift over any number of rounds. An update smaller than the gap between two 16-bit numbers still
+moves M, and S follows once enough of them add up. This is training with 16-bit weights and float32
+master weights (arXiv 1710.03740), with gradients taken at S.
 
-Why that is right for every strategy. Y_i = X_i + (M - S) + (rounding on the way up), the same shift for all hospitals:
+This is correct for every strategy, because Y_i = X_i + (M - S) + (rounding on the way up): all
+hospitals are shifted alike.
 
-* a mean, a median, a trimmed mean, each number for itself, and krum, which looks at distances between models alone,
-  give the aggregate of the X_i, shifted by M - S too: M + aggregate(X_i - S);
-* fedadam and fedyogi step along mean(Y_i) - M = mean(X_i - S), which is what the hospitals changed;
-* clipping at the server (`privacy.client_level = "server"`) measures Y_i - M, again what the hospital changed.
+* Mean, median, trimmed mean (number by number) and krum (distances between models) give the
+  aggregate of the X_i with the same shift: M + aggregate(X_i - S).
+* fedadam and fedyogi step along mean(Y_i) - M = mean(X_i - S), the change of the hospitals.
+* Clipping at the server (`privacy.client_level = "server"`) measures Y_i - M, again the change of
+  the hospital.
 
-What rounding takes away on the way up is lost: with `delta` a share of each change (at most 2^-11 of it with fp16, 2^-8 with
-bf16; fp16 knows no step below 2^-24), without it whole changes, those below half a gap of the weight itself (2^-11 or 2^-8
-of its size). So 16 bits go with `delta`: the mean over hospitals is then off by that share of the mean size of the changes
-at most.
+Rounding on the way up loses information. With `delta` it is a share of each change, at most 2^-11
+with fp16 and 2^-8 with bf16 (fp16 has no step below 2^-24). Without `delta` it is every change
+below half a gap of the weight itself (2^-11 or 2^-8 of its size). Use 16 bits with `delta`: the
+mean over hospitals is then off by at most that share of the mean change.
 
-fp16 ends at 65504: a number beyond it is an error. bf16 has float32's range; it travels as its bits in uint16, because
-Flower's arrays know no bfloat16.
-"""
+fp16 ends at 65504: a larger number is an error. bf16 has float32's range; it travels as its bits in
+uint16, because Flower's arrays have no bfloat16."""
 
 from __future__ import annotations
 
@@ -47,10 +50,11 @@ DTYPES: dict[str, np.dtype] = {
 
 
 def pack(arrays: Mapping[str, np.ndarray], wire: str) -> Arrays:
-    """float32 arrays → arrays of the wire's dtype and the same shapes, rounded to nearest; as they are with 'fp32'.
+    """Round float32 arrays to nearest in the format `wire`, same shapes; 'fp32' returns them
+    unchanged.
 
-    Raises `FederationError`, which names the array, for a number that is not finite or that 16 bits cannot hold.
-    """
+    Raises `FederationError` with the array's name for a number that is not finite or does not fit
+    into 16 bits."""
     return (
         dict(arrays)
         if wire == "fp32"
@@ -59,43 +63,45 @@ def pack(arrays: Mapping[str, np.ndarray], wire: str) -> Arrays:
 
 
 def unpack(arrays: Mapping[str, np.ndarray], wire: str) -> Arrays:
-    """What `pack` made → float32, exactly. Raises `FederationError` for an array of another dtype than the wire's."""
+    """Arrays of `pack` → float32, exactly. Raises `FederationError` for another dtype."""
     for key, array in arrays.items():
         if array.dtype != DTYPES[wire]:
             raise FederationError(
-                f"'{key}' came as {array.dtype}, and federation.wire = '{wire}' travels as {DTYPES[wire]}"
+                f"'{key}' arrived as {array.dtype}, "
+                f"but federation.wire = '{wire}' sends {DTYPES[wire]}"
             )
     return {key: widen(array, wire) for key, array in arrays.items()}
 
 
 def widen(array: np.ndarray, wire: str) -> np.ndarray:
-    """One array off the wire as float32 of the same values."""
+    """One array in the format `wire` → float32 of the same values."""
     if wire == "bf16":
         return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return array.astype(np.float32, copy=False)
 
 
-def answer(
+def make_update(
     after: Mapping[str, np.ndarray], received: Mapping[str, np.ndarray], wire: str, delta: bool
 ) -> Arrays:
-    """A_i: what a hospital sends that received S (`received`, float32) and has trained it to X (`after`)."""
+    """A_i: the update of a hospital that trained S (`received`, float32) to X_i (`after`)."""
     return pack(
         {key: array - received[key] for key, array in after.items()} if delta else after, wire
     )
 
 
 def restore(
-    answer: Mapping[str, np.ndarray],
+    update: Mapping[str, np.ndarray],
     master: Mapping[str, np.ndarray],
     received: Mapping[str, np.ndarray],
     wire: str,
     delta: bool,
 ) -> Arrays:
-    """Y_i: the model, float32, that an answer A stands for. `received`: S, what the hospital was sent, off the wire.
+    """Y_i: the float32 model of an update A_i. `received`: S, the model that was sent, after
+    `unpack`.
 
-    With wire 'fp32' and without `delta` it is the answer itself, to the bit.
+    With 'fp32' and without `delta` this is the update itself, bit for bit.
     """
-    arrived = unpack(answer, wire)
+    arrived = unpack(update, wire)
     if delta:
         return {key: master[key] + array for key, array in arrived.items()}
     return (
@@ -122,8 +128,8 @@ def _round(key: str, array: np.ndarray, wire: str) -> np.ndarray:
             .view(np.uint16)
         )
     if not np.isfinite(widen(packed, wire)).all():
-        others = "'bf16' or 'fp32'" if wire == "fp16" else "'fp32'"
+        wider = "'bf16' or 'fp32'" if wire == "fp16" else "'fp32'"
         raise FederationError(
-            f"'{key}' holds a number beyond what {wire} can: set federation.wire = {others}"
+            f"'{key}' holds a number beyond the range of {wire}: set federation.wire = {wider}"
         )
     return packed.reshape(array.shape)

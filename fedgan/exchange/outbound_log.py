@@ -1,15 +1,16 @@
-"""The outbound log of a hospital: every message that left it, written down before it left. Append-only.
+"""Outbound log of a hospital: every message that leaves it, written before it is sent. Append-only.
 
-One JSON line a message: when, of which experiment and round, which kind of message, and what each of its records held: numbers
-and words with their values, because these are what left; of an array its name, type, shape, bytes and SHA-256 (of its .npy
-file), because its values are the model's, and of arrays that travel together the parcel's SHA-256 (fedgan/exchange/bundle.py). `sha256`
-of a line is the hash of its records, by which a reader sees that they were changed. A line that a killed process left
-unfinished belongs to a message that was never sent.
+One JSON line per message: time, experiment, round, kind of message, and the content of each record.
+Numbers and texts are logged with their values. An array is logged with its name, type, shape, bytes
+and SHA-256 (of its .npy file), without its values, which are the model's; a bundle of arrays also
+with the bundle's SHA-256 (fedgan/exchange/bundle.py). A line's `sha256` is the hash of its records
+and reveals changes. A line that a killed process left unfinished belongs to a message that was
+never sent.
 
-A round's line is some 20 kB and more, mostly hashes of arrays, so the log is kept in parts: outbound.jsonl, and once that is
-full outbound-00001.jsonl and so on. Lines go to the last part that is there; no part is ever renamed or removed here. Each line
-is checked by itself, none knows the line before it: parts may be moved away, and one that is missing between others is told.
-"""
+A round's line has 20 kB and more, mostly hashes, so the log is split into parts: outbound.jsonl,
+then outbound-00001.jsonl and so on when a part is full. Lines go to the last existing part; this
+module never renames or removes a part. Each line is checked independently of the line before it:
+parts may be moved away, and a missing part between others is reported."""
 
 from __future__ import annotations
 
@@ -29,41 +30,37 @@ from fedgan import files
 from fedgan.errors import DataError, StorageError
 
 NAME = "outbound.jsonl"
-PART_BYTES = 16 * 2**20  # a part that has as many is full
+PART_BYTES = 16 * 2**20  # size of a full part
 Record = dict[str, Any]
 
 
-# --- what a record held ------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------
 
 
 def array_row(name: str, dtype: str, shape: Sequence[int], data: bytes) -> list[Any]:
-    """One array of a record: name, type, shape, bytes, hash. `data`: the .npy file of its numbers."""
+    """Row of one array: name, type, shape, bytes, hash. `data`: the .npy file of its numbers."""
     return [name, dtype, list(shape), len(data), hashlib.sha256(data).hexdigest()]
 
 
-def arrays_record(name: str, rows: Iterable[list[Any]], parcel: bytes | None = None) -> Record:
-    """A record of arrays, by their rows. `parcel`: the bytes in which they travel together, else each as its .npy file."""
+def arrays_record(name: str, rows: Iterable[list[Any]], bundle: bytes | None = None) -> Record:
+    """Record of arrays, by their rows. `bundle`: its bytes where the arrays travel in one."""
     rows = list(rows)
-    if parcel is None:
-        return {
-            "name": name,
-            "kind": "arrays",
-            "bytes": sum(row[3] for row in rows),
-            "arrays": rows,
-        }
-    digest = hashlib.sha256(parcel).hexdigest()
-    return {"name": name, "kind": "arrays", "bytes": len(parcel), "parcel": digest, "arrays": rows}
+    size = sum(row[3] for row in rows) if bundle is None else len(bundle)
+    record = {"name": name, "kind": "arrays", "bytes": size}
+    if bundle is not None:
+        record["bundle"] = hashlib.sha256(bundle).hexdigest()
+    return record | {"arrays": rows}
 
 
 def values_record(name: str, kind: str, values: Mapping[str, Any]) -> Record:
-    """A record of numbers and words with their values. Numbers that JSON cannot hold stand there as words ('inf', 'nan').
+    """Record of numbers and texts with their values; not-finite numbers become texts ('inf',
+    'nan').
 
-    Of bytes there stand the length and the SHA-256: they are keys and shares of keys (`federation.secure`), and who read
-    the logs of several hospitals could put shares together.
-    """
+    Bytes are replaced by their length and SHA-256: they are keys and shares of keys
+    (`federation.secure`), and a reader of several hospitals' logs could combine shares."""
     plain = {key: _plain(value) for key, value in values.items()}
-    size = sum(_extra(value) for value in values.values())
-    return {"name": name, "kind": kind, "bytes": len(_json(plain)) + size, "values": plain}
+    extra = sum(_extra_bytes(value) for value in values.values())
+    return {"name": name, "kind": kind, "bytes": len(_json(plain)) + extra, "values": plain}
 
 
 def _plain(value: Any) -> Any:
@@ -74,19 +71,19 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _extra(value: Any) -> int:
-    """By how much bytes among the values are longer than the words that stand for them."""
+def _extra_bytes(value: Any) -> int:
+    """Length of bytes values minus the length of the texts that replace them."""
     if isinstance(value, bytes):
         return len(value) - len(_plain(value))
-    return sum(_extra(item) for item in value) if isinstance(value, list | tuple) else 0
+    return sum(_extra_bytes(item) for item in value) if isinstance(value, list | tuple) else 0
 
 
-# --- one message -------------------------------------------------------------------------------------
+# --- one message ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line. `bytes`: of arrays as they travel, and of numbers and words as JSON; without the headers of the connection."""
+    """One line. `bytes`: arrays as they travel plus values as JSON, without protocol headers."""
 
     time: str
     experiment: str
@@ -98,21 +95,21 @@ class Entry:
 
     @staticmethod
     def of(experiment: str, round_number: int, message: str, records: list[Record]) -> Entry:
-        """The line of a message that is to leave now."""
+        """The line of a message that is about to leave."""
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         total = sum(record["bytes"] for record in records)
         return Entry(now, experiment, round_number, message, total, _hash(records), records)
 
     @property
-    def intact(self) -> bool:
-        """Whether the records are those that the line was written with."""
+    def is_intact(self) -> bool:
+        """Whether the records still match the line's hash and size."""
         return self.sha256 == _hash(self.records) and self.bytes == sum(
             record["bytes"] for record in self.records
         )
 
 
 def _parse(line: bytes) -> Entry:
-    """One line of the file. Raises `ValueError`, `KeyError` or `TypeError` when it is none."""
+    """Parse one line. Raises `ValueError`, `KeyError` or `TypeError` for anything but an entry."""
     entry = Entry(**json.loads(line))
     texts = (entry.time, entry.experiment, entry.message, entry.sha256)
     if not all(isinstance(text, str) for text in texts) or not isinstance(entry.records, list):
@@ -120,16 +117,15 @@ def _parse(line: bytes) -> Entry:
     if type(entry.round) is not int or type(entry.bytes) is not int:
         raise ValueError("a number has the wrong type")
     for record in entry.records:
-        held = record["arrays" if record["kind"] == "arrays" else "values"]
-        rows = held if record["kind"] == "arrays" else []
-        if type(record["bytes"]) is not int or not isinstance(
-            held, list if record["kind"] == "arrays" else dict
-        ):
-            raise ValueError("a record holds something else than it says")
+        is_arrays = record["kind"] == "arrays"
+        content = record["arrays" if is_arrays else "values"]
+        rows = content if is_arrays else []
+        if type(record["bytes"]) is not int or not isinstance(content, list if is_arrays else dict):
+            raise ValueError("a record's content does not match its kind")
         if not isinstance(record["name"], str) or not all(
             isinstance(row, list) and len(row) == 5 for row in rows
         ):
-            raise ValueError("a record lacks its name, or a row is none of an array")
+            raise ValueError("a record has no name, or a row of arrays is malformed")
     return entry
 
 
@@ -143,12 +139,12 @@ def _hash(records: list[Record]) -> str:
     ).hexdigest()
 
 
-# --- the file ----------------------------------------------------------------------------------------
+# --- the file -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a log says: its entries, lines whose records were changed (`FILE:LINE`), how many are no entry, parts not there."""
+    """A log's entries, changed lines (`FILE:LINE`), unfinished lines, and missing parts."""
 
     entries: list[Entry] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
@@ -157,13 +153,13 @@ class Reading:
 
 
 class OutboundLog:
-    """The log whose first part is `path`. Makes no file before the first entry."""
+    """The log whose first part is `path`. Creates no file before the first entry."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def part(self, number: int) -> Path:
-        """Where a part lies; 0 is the first."""
+        """Path of a part; 0 is the first."""
         return (
             self.path.with_name(f"{self.path.stem}-{number:05d}{self.path.suffix}")
             if number
@@ -171,7 +167,7 @@ class OutboundLog:
         )
 
     def numbers(self) -> list[int]:
-        """Numbers of the parts that are there, in their order. Raises `OSError` where their folder cannot be read."""
+        """Sorted numbers of the existing parts. Raises `OSError` for an unreadable folder."""
         name = re.compile(
             rf"{re.escape(self.path.stem)}(?:-([0-9]{{5}}))?{re.escape(self.path.suffix)}"
         )
@@ -183,40 +179,40 @@ class OutboundLog:
             return []
         return sorted(int(match[1] or 0) for match in found)
 
-    def _open_part(self) -> Path:
-        """The part that the next line goes to: the last one, or one more where that is full."""
+    def _current_part(self) -> Path:
+        """The part for the next line: the last one, or a new one where that is full."""
         last = max(self.numbers(), default=0)
         part = self.part(last)
         return self.part(last + 1) if part.is_file() and part.stat().st_size >= PART_BYTES else part
 
     def append(self, entry: Entry) -> None:
-        """Add a line; it is on the disk when this returns. Raises `StorageError` where it cannot be written."""
+        """Add a line and sync it to the disk. Raises `StorageError` where that fails."""
         line = _json(asdict(entry)) + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self._open_part()
-            new = not part.exists()
-            # One write at the end of the file: arms of a comparison may write beside one shard at the same time. Which part
-            # is full they may find out at once, too: both then begin the same next one, or one more line goes into the old.
+            part = self._current_part()
+            is_new = not part.exists()
+            # One write at the end of the file: arms of a comparison may write beside one shard at
+            # the same time. If both find a part full, both begin the same next part, or one more
+            # line goes into the old one.
             with open(part, "a+b", buffering=0) as stream:
                 if end := stream.seek(0, os.SEEK_END):
                     stream.seek(end - 1)
-                    line = (
-                        line if stream.read(1) == b"\n" else b"\n" + line
-                    )  # after a line that was never finished
+                    if stream.read(1) != b"\n":
+                        line = b"\n" + line  # after an unfinished line
                 if stream.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(stream.fileno())
-            if new:
+            if is_new:
                 files.sync_folder(self.path.parent)
         except OSError as error:
             raise StorageError(
-                f"the outbound log {self.path} cannot be written ({error.strerror or error}), so nothing is sent: "
-                "make its folder writable, or free some space"
+                f"the outbound log {self.path} cannot be written ({error.strerror or error}), "
+                "so nothing is sent: make its folder writable, or free some space"
             ) from error
 
     def read(self) -> Reading:
-        """What all parts say. Raises `DataError` where there is none, `StorageError` where one cannot be read."""
+        """Read all parts. Raises `DataError` for no part, `StorageError` for an unreadable one."""
         try:
             numbers = self.numbers()
         except OSError as error:
@@ -239,11 +235,8 @@ def _read_part(path: Path) -> Reading:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
-    entries, changed, unfinished = (
-        [],
-        [],
-        int(bool(lines[-1])),
-    )  # what has no line end was never finished
+    entries, changed = list[Entry](), list[str]()
+    unfinished = int(bool(lines[-1]))  # a last line without its end
     for number, line in enumerate(lines[:-1], 1):
         if not line:
             continue
@@ -253,6 +246,6 @@ def _read_part(path: Path) -> Reading:
             unfinished += 1
             continue
         entries.append(entry)
-        if not entry.intact:
+        if not entry.is_intact:
             changed.append(f"{path.name}:{number}")
     return Reading(entries, changed, unfinished)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from fedgan.config import Settings
 from fedgan.errors import ConfigError
-from fedgan.exchange.masking import FEWEST
+from fedgan.exchange.masking import MIN_HOSPITALS
 from fedgan.privacy.validator import check_private
 from fedgan.runs.budget import images_per_round
 
@@ -94,7 +94,7 @@ def reason_to_end(settings: Settings, exhausted: Sequence[str]) -> str:
     Empty where a further round is possible.
     """
     left = settings.federation.participants - len(exhausted)
-    needed = FEWEST if settings.federation.secure else min_updates(settings)
+    needed = MIN_HOSPITALS if settings.federation.secure else min_updates(settings)
     if left <= 0:
         return "the privacy budget of every hospital is spent"
     if left >= needed:
@@ -223,9 +223,9 @@ def _check_secure(settings: Settings) -> None:
             "averages them with equal weights, and federation.secure hides them: choose one of "
             "the two"
         )
-    if hospitals < FEWEST:
+    if hospitals < MIN_HOSPITALS:
         raise ConfigError(
-            f"federation.secure hides a hospital among {FEWEST} or more, not {hospitals}: "
+            f"federation.secure hides a hospital among {MIN_HOSPITALS} or more, not {hospitals}: "
             "leave it false"
         )
     if federation.min_hospitals > 0 and 2 * federation.min_hospitals <= hospitals:

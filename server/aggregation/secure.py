@@ -41,7 +41,7 @@ from fedgan.errors import ConfigError, FederationError
 from fedgan.exchange.masking import (
     CLIPPED,
     FACTOR,
-    FEWEST,
+    MIN_HOSPITALS,
     MODULUS,
     apply_mean,
     levels,
@@ -68,14 +68,14 @@ _flower.pseudo_rand_gen = mask_numbers  # see there; the hospital's end does the
 def check_plan(settings: Settings, plan: Plan, done: int) -> None:
     """Raise `ConfigError` where a round is planned in which too few hospitals train for one to be hidden among them."""
     if (
-        not settings.federation.secure or len(plan.participants) < FEWEST
+        not settings.federation.secure or len(plan.participants) < MIN_HOSPITALS
     ):  # so few are told that they have to wait
         return
     training, number = plan.fewest_training(done)
-    if number and training < FEWEST:
+    if number and training < MIN_HOSPITALS:
         raise ConfigError(
             f"in round {number} {training} hospitals show images, the others none: with federation.secure each would learn the "
-            f"other's change from the sum, which hides a hospital among {FEWEST}; lower federation.rounds, or set "
+            f"other's change from the sum, which hides a hospital among {MIN_HOSPITALS}; lower federation.rounds, or set "
             "federation.local_images = 'equal' or federation.batch = 'shared'"
         )
 
@@ -119,9 +119,9 @@ class Round:
 
 def send_and_receive_masked(grid: Grid, task: Round) -> Masked:
     """Ask the hospitals for one round. Raises `FederationError` where they are too few, or do not fit the protocol."""
-    if len(task.members) < FEWEST:
+    if len(task.members) < MIN_HOSPITALS:
         raise FederationError(
-            f"federation.secure takes {FEWEST} hospitals, and {len(task.members)} have joined: wait for the others, then resume"
+            f"federation.secure takes {MIN_HOSPITALS} hospitals, and {len(task.members)} have joined: wait for the others, then resume"
         )
     lost: dict[int, str] = {}
     while True:
@@ -144,7 +144,7 @@ def send_and_receive_masked(grid: Grid, task: Round) -> Masked:
         if relay.idle:  # too few were allowed a step: no sum, and the model stays as it was
             found.model = dict(task.sent)
         lost |= {node: why for node, why in relay.lost.items() if why != UNASKED}
-        if not relay.lost or len(task.members) - len(lost) < max(task.enough, FEWEST):
+        if not relay.lost or len(task.members) - len(lost) < max(task.enough, MIN_HOSPITALS):
             silent = (
                 {member.node for member in task.members} - set(found.replies) - set(found.failures)
             )

@@ -18,11 +18,11 @@ from flwr.app import Message
 
 from fedgan.config import Settings
 from fedgan.errors import FederationError
+from fedgan.exchange.round_metrics import COUNTS
 from fedgan.runs.participants import Member
 from server.records import ARRAYS, METRICS, WEIGHT, check_reply
 
 FACTS = "facts"
-COUNTS = ("round", "images", "images_seen", "threads")  # whole numbers that every answer must tell
 
 
 def check_answer(

@@ -20,7 +20,7 @@ from small_federation import LocalGrid, NoEvaluator, tiny, write_shards
 from client.app import app
 from fedgan import files
 from fedgan.errors import FederationError
-from fedgan.exchange.bundle import KIND, seal, unseal
+from fedgan.exchange.bundle import BUNDLE, pack_bundle, unpack_bundle
 from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run
 from server.federation import Federation
@@ -37,7 +37,7 @@ ARRAYS = NUMBERS.flatmap(
 @given(st.dictionaries(st.text(min_size=1, max_size=12), ARRAYS, max_size=5))
 def test_arrays_come_out_as_they_went_in(arrays: dict[str, np.ndarray]) -> None:
     arrays = {name: array for name, array in arrays.items() if name != "__metadata__"}
-    opened = unseal(seal(arrays))
+    opened = unpack_bundle(pack_bundle(arrays))
     assert list(opened) == sorted(arrays)
     for name, array in arrays.items():
         assert (opened[name].dtype, opened[name].shape) == (array.dtype, array.shape)
@@ -46,7 +46,7 @@ def test_arrays_come_out_as_they_went_in(arrays: dict[str, np.ndarray]) -> None:
 
 def test_an_array_that_is_turned_in_memory_comes_out_as_it_looks() -> None:
     turned = np.arange(6, dtype=np.float32).reshape(2, 3).T
-    assert np.array_equal(unseal(seal({"x": turned}))["x"], turned)
+    assert np.array_equal(unpack_bundle(pack_bundle({"x": turned}))["x"], turned)
 
 
 def with_header(header: Any, body: bytes = b"\0" * 8) -> bytes:
@@ -85,18 +85,18 @@ BAD = {
 def test_bytes_that_are_no_parcel_are_refused_in_words_that_tell_nothing_of_them(
     data: bytes,
 ) -> None:
-    with pytest.raises(FederationError, match=r"^bytes that are no parcel of arrays$"):
-        unseal(data)
+    with pytest.raises(FederationError, match=r"^bytes that are no bundle of arrays$"):
+        unpack_bundle(data)
 
 
 def test_a_parcel_may_not_be_far_larger_than_the_one_it_answers() -> None:
     """A header of empty arrays is short on the wire and long in the making."""
-    sent = seal({f"generator/{number}": np.zeros(4, np.float32) for number in range(100)})
-    assert len(unseal(sent, sent)) == 100
-    many = seal({f"a{number}": np.zeros(0, np.float32) for number in range(1000)})
-    for data in (many, seal({"x": np.zeros(10_000, np.float32)}), struct.pack("<Q", 2**40)):
+    sent = pack_bundle({f"generator/{number}": np.zeros(4, np.float32) for number in range(100)})
+    assert len(unpack_bundle(sent, sent)) == 100
+    many = pack_bundle({f"a{number}": np.zeros(0, np.float32) for number in range(1000)})
+    for data in (many, pack_bundle({"x": np.zeros(10_000, np.float32)}), struct.pack("<Q", 2**40)):
         with pytest.raises(FederationError, match="far larger than the one that was sent"):
-            unseal(data, sent)
+            unpack_bundle(data, sent)
 
 
 def test_hospitals_that_are_elsewhere_are_sent_one_array_which_is_packed_once(
@@ -111,9 +111,9 @@ def test_hospitals_that_are_elsewhere_are_sent_one_array_which_is_packed_once(
     sent = [
         parcels.close(Message(RecordDict({"arrays": record}), node, "train")) for node in (1, 2)
     ]
-    assert [list(message.content["arrays"]) for message in sent] == [[KIND], [KIND]]
+    assert [list(message.content["arrays"]) for message in sent] == [[BUNDLE], [BUNDLE]]
     assert sent[0].content["arrays"] is sent[1].content["arrays"]
-    assert unseal(sent[0].content.array_records["arrays"][KIND].data)["b"].shape == (2, 2)
+    assert unpack_bundle(sent[0].content.array_records["arrays"][BUNDLE].data)["b"].shape == (2, 2)
 
 
 class Tampering(LocalGrid):
@@ -127,9 +127,9 @@ class Tampering(LocalGrid):
         super()._answer(message, key)
         reply, number = self.replies[key], self.nodes[message.metadata.dst_node_id]
         if number == 1 and not reply.has_error() and "arrays" in reply.content.array_records:
-            assert list(reply.content["arrays"]) == [KIND]
+            assert list(reply.content["arrays"]) == [BUNDLE]
             reply.content["arrays"] = ArrayRecord(
-                {KIND: Array("uint8", (len(self.data),), KIND, self.data)}
+                {BUNDLE: Array("uint8", (len(self.data),), BUNDLE, self.data)}
             )
             self.tampered += 1
 
@@ -137,10 +137,10 @@ class Tampering(LocalGrid):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (BAD["a shape that overflows"], "answered with bytes that are no parcel of arrays"),
+        (BAD["a shape that overflows"], "answered with bytes that are no bundle of arrays"),
         (
-            seal({f"a{number}": np.zeros(0, np.float32) for number in range(5000)}),
-            "answered with a parcel of arrays that is far larger",
+            pack_bundle({f"a{number}": np.zeros(0, np.float32) for number in range(5000)}),
+            "answered with a bundle of arrays that is far larger",
         ),
         (
             with_header({"../../../etc/passwd": told()["x"]}),
