@@ -561,16 +561,33 @@ def to_dict(settings: Any) -> dict[str, Any]:
     }
 
 
-def describe(settings_class: type = Settings, prefix: str = "") -> list[tuple[str, str, Any]]:
-    """All keys as (dotted name, meaning, default), for help texts and docs."""
-    rows: list[tuple[str, str, Any]] = []
+@dataclass(frozen=True)
+class Setting:
+    """One key of a scenario, for help texts and docs; `low` and `high` are inclusive."""
+
+    key: str
+    type: str
+    default: Any
+    choices: tuple[str, ...]
+    low: float | None
+    high: float | None
+    meaning: str
+
+
+def describe(settings_class: type = Settings, prefix: str = "") -> list[Setting]:
+    """All keys, in the order of the sections and fields."""
+    rows: list[Setting] = []
     hints = typing.get_type_hints(settings_class)
     for item in fields(settings_class):
-        kind = hints[item.name]
+        kind, data = hints[item.name], item.metadata
         if dataclasses.is_dataclass(kind):
             rows += describe(typing.cast(type, kind), f"{prefix}{item.name}.")
-        else:
-            rows.append((prefix + item.name, item.metadata["meaning"], item.default))
+            continue
+        names = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+        is_list = typing.get_origin(kind) is tuple
+        name = f"list of {names[typing.get_args(kind)[0]]}s" if is_list else names[kind]
+        limits = data["choices"], data["low"], data["high"]
+        rows.append(Setting(prefix + item.name, name, item.default, *limits, data["meaning"]))
     return rows
 
 
@@ -738,7 +755,7 @@ def _scalar(value: Any, hint: Any, item: dataclasses.Field[Any], key: str) -> An
 
 
 def _nearest(key: str) -> str:
-    names = [name for name, _, _ in describe()]
+    names = [setting.key for setting in describe()]
     by_last = [name for name in names if name.split(".")[-1] == key.split(".")[-1]]
     return f"; did you mean '{by_last[0]}'?" if by_last else _hint(key, names)
 

@@ -26,7 +26,7 @@ from watchdog import watchdog
 
 from fedgan import __version__, files
 from fedgan.cli import app, console, doctor, help, labels, outputs, probe, progress, runs
-from fedgan.config import DataSettings, ModelSettings, Settings, describe, to_dict
+from fedgan.config import DataSettings, ModelSettings, Settings, to_dict
 from fedgan.errors import (
     CheckpointError,
     ConfigError,
@@ -148,14 +148,6 @@ def test_no_words_print_the_help_with_the_exit_codes(fedgan: Run) -> None:
 
 def test_the_version_is_printed(fedgan: Run) -> None:
     assert fedgan("--version") == (0, f"fedgan {__version__}\n", "")
-
-
-def test_settings_lists_every_key_with_its_meaning_and_default(fedgan: Run) -> None:
-    code, out, _ = fedgan("settings")
-    assert code == 0
-    assert all(key in out and meaning in out for key, meaning, _ in describe())
-    listed = json.loads(fedgan("settings", "--json")[1])["settings"]
-    assert [row["key"] for row in listed] == [key for key, _, _ in describe()]
 
 
 # --- errors --------------------------------------------------------------------------------------

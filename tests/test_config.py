@@ -18,7 +18,7 @@ from fedgan.config import Settings, describe, from_dict, load_scenario, to_dict
 from fedgan.errors import ConfigError
 from fedgan.run_folder import RunFolder
 
-KEYS = [key for key, _, _ in describe()]
+KEYS = [setting.key for setting in describe()]
 
 
 def field_of(key: str) -> tuple[dataclasses.Field[Any], Any]:

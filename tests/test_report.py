@@ -349,9 +349,9 @@ def test_hospitals_settings_and_environment_are_on_the_page(run: RunFolder, page
         assert hospital["content_hash"] in page.words
         for split in ("train", "val", "test"):
             assert str(hospital["images"][split]) in page.words
-    for key, meaning, _ in describe():
-        assert key in page.words
-        assert meaning in page.words
+    for setting in describe():
+        assert setting.key in page.words
+        assert setting.meaning in page.words
     for fact in ("2.15.0", "Apache-2.0", "x86_64", "dermatoscopy archive of a county"):
         assert fact in page.words
 

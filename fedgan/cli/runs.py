@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedgan.cli import console
-from fedgan.config import Settings, describe, load_scenario
+from fedgan.config import Settings, load_scenario
 from fedgan.errors import CheckpointError, ConfigError, MachineError
 
 if TYPE_CHECKING:
@@ -90,22 +90,6 @@ def resume(
     with console.stoppable(run), console.stdout_for_results(), Progress() as progress:
         engine.resume(run, on_event=progress.on_event)
     _finish(run, as_json)
-
-
-def settings(as_json: console.Json = False) -> None:
-    """List every key of a scenario with its default and its meaning."""
-    rows = describe()
-    result = {
-        "settings": [
-            {"key": key, "default": _plain(default), "meaning": text} for key, text, default in rows
-        ]
-    }
-    width = max(len(key) for key, _, _ in rows)
-    console.emit(
-        result,
-        as_json,
-        "\n".join(f"{key:<{width}}  {text} [{_plain(default)!r}]" for key, text, default in rows),
-    )
 
 
 def headline(run: RunFolder) -> dict[str, Any]:
@@ -222,10 +206,6 @@ def _free(place: Path) -> Path:
 def folder_name(name: str) -> str:
     """A scenario's name as the name of one folder."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def checkpoint_of(path: Path) -> Path:

@@ -22,8 +22,8 @@ FACTS_COLUMNS = (Column("Fact", numeric=False), Column("Value", numeric=False))
 
 def _render(run: RunData) -> Markup:
     values = dict(leaves(to_dict(run.settings)))
-    rows = [[key, values.get(key, ""), meaning] for key, meaning, _ in describe()]
-    defaults = {key: word(default) for key, _, default in describe()}
+    rows = [[item.key, values.get(item.key, ""), item.meaning] for item in describe()]
+    defaults = {item.key: word(item.default) for item in describe()}
     changed = [
         row for row in rows if row[1] != defaults[row[0]] and row[0] not in ("name", "description")
     ]
