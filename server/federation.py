@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 from flwr.app import ConfigRecord, Message
@@ -27,6 +27,7 @@ from fedgan.errors import FederationError
 from fedgan.run_folder import RunFolder
 from fedgan.runs.budget import Plan
 from fedgan.runs.compatibility import min_updates
+from fedgan.runs.evaluator import RoundEvaluator
 from fedgan.runs.participants import Member, Participant
 from fedgan.runs.round_state import (
     State,
@@ -75,24 +76,6 @@ Event = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 
 
-class RoundEvaluator(Protocol):
-    """What the loop needs of the central evaluator (fedgan/runs/evaluator.py)."""
-
-    def check(
-        self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int
-    ) -> None:
-        """Raise `DataError` where the hospitals' images do not fit the evaluator's own."""
-
-    def start(self) -> None:
-        """Draw the pictures of real images."""
-
-    def during(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
-        """Look at the generator after a round; the result joins the round's line."""
-
-    def final(self, generator: Any, facts: dict[str, Any]) -> dict[str, Any]:
-        """Look at the finished generator and write evaluation.json."""
-
-
 class Federation:
     """One run: settings, folder, evaluator, and the experiment that the hospitals' states are keyed by.
 
@@ -131,7 +114,7 @@ class Federation:
         self.there = Attendance(
             self.settings, self.run, self._order(), members, self.on_event, self.reconnecting
         )
-        self.evaluator.check(
+        self.evaluator.check_compatible(
             members[0].label_names, members[0].exclusive, members[0].channels, members[0].resolution
         )
         for why in absent:
@@ -149,7 +132,7 @@ class Federation:
                 state
             )  # in case the run was stopped between the checkpoint and its line
         if not (self.run.samples / "real.png").is_file():
-            self.evaluator.start()
+            self.evaluator.write_real_samples()
         plan, noise = self._plan(state)
         strategy = make_strategy(self.settings)
         restore_strategy(strategy, state.moments)
@@ -201,7 +184,9 @@ class Federation:
             "bytes_exchanged": state.bytes_exchanged,
             "label_names": list(state.label_names),
         }
-        result = self.evaluator.final(load_generator(self.run.checkpoint(newest))[0], facts)
+        result = self.evaluator.evaluate_final(
+            load_generator(self.run.checkpoint(newest))[0], facts
+        )
         self.on_event({"event": "evaluated", "round": newest, "final": True, "result": result})
 
     # --- one round -------------------------------------------------------------------------------
@@ -507,7 +492,7 @@ class Federation:
         ):
             self.on_event({"event": "evaluation", "round": state.round, "final": False})
             generator, _ = load_generator(self.run.checkpoint(state.round))
-            result = self.evaluator.during(generator, state.round, state.images_seen)
+            result = self.evaluator.evaluate_round(generator, state.round, state.images_seen)
             line |= result
             self.on_event(
                 {"event": "evaluated", "round": state.round, "final": False, "result": result}

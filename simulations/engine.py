@@ -59,19 +59,19 @@ def main() -> None:
 class NoEvaluator:
     """Looks at nothing: a comparison judges its arms itself, all with one evaluator."""
 
-    def check(
+    def check_compatible(
         self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int
     ) -> None:
         """Compare nothing."""
 
-    def start(self) -> None:
+    def write_real_samples(self) -> None:
         """Draw nothing."""
 
-    def during(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
+    def evaluate_round(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
         """Say nothing about a round."""
         return {}
 
-    def final(self, generator: Any, facts: dict[str, Any]) -> dict[str, Any]:
+    def evaluate_final(self, generator: Any, facts: dict[str, Any]) -> dict[str, Any]:
         """Say nothing about the end."""
         return {}
 

@@ -80,22 +80,22 @@ def tiny(
 
 
 class NoEvaluator:
-    """An evaluator that looks at nothing and counts how often it was asked."""
+    """An evaluator that does nothing but record the rounds."""
 
     def __init__(self) -> None:
-        self.looked: list[int] = []
+        self.evaluated_rounds: list[int] = []
 
-    def check(self, *shape: Any) -> None:
+    def check_compatible(self, *shape: Any) -> None:
         pass
 
-    def start(self) -> None:
+    def write_real_samples(self) -> None:
         pass
 
-    def during(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
-        self.looked.append(round_number)
+    def evaluate_round(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
+        self.evaluated_rounds.append(round_number)
         return {}
 
-    def final(self, generator: Any, facts: dict[str, Any]) -> dict[str, Any]:
+    def evaluate_final(self, generator: Any, facts: dict[str, Any]) -> dict[str, Any]:
         return facts
 
 

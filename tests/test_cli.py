@@ -321,7 +321,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
             seen.append(settings)
             self.place = place
 
-        def final(self, generator: Any, facts: dict[str, Any]) -> None:
+        def evaluate_final(self, generator: Any, facts: dict[str, Any]) -> None:
             files.write_json(self.place.evaluation, EVALUATION | facts)
 
     monkeypatch.setattr(evaluator, "Evaluator", Judge)

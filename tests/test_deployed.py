@@ -109,6 +109,6 @@ def test_what_a_deployment_cannot_serve_is_refused(
 def test_the_evaluator_s_images_must_be_the_hospitals_kind(tmp_path: Path) -> None:
     prepare_deployed(deployed(tmp_path), run := RunFolder.at(tmp_path / "run"))
     evaluator = Evaluator(run.settings(), run, evaluation_hospitals(run.settings(), run))
-    evaluator.check(("dark", "bright"), True, 1, 16)
+    evaluator.check_compatible(("dark", "bright"), True, 1, 16)
     with pytest.raises(DataError, match=r"have labels .*'dark'.*hospitals' .*'benign'"):
-        evaluator.check(("benign", "malignant"), True, 1, 16)
+        evaluator.check_compatible(("benign", "malignant"), True, 1, 16)

@@ -491,14 +491,14 @@ def test_a_run_is_evaluated_from_its_first_picture_to_its_last_number(tmp_path, 
     hospitals = _hospitals()
     evaluator = _evaluator(tmp_path, hospitals, epochs=3)
     generator = _Generator(hospitals[0].train)
-    evaluator.start()
-    first, second = evaluator.during(generator, 5, 500), evaluator.during(generator, 10, 1000)
+    evaluator.write_real_samples()
+    first, second = evaluator.evaluate_round(generator, 5, 500), evaluator.evaluate_round(generator, 10, 1000)
     assert first["samples"] == "round-00005.png"
     assert first["fidelity"] == second["fidelity"]  # the same latents in every round
     assert first["fidelity"]["split"] == "val"
     assert first["fidelity"]["images"] == min(len(evaluator.reference.val), QUICK.images)
     assert trained == ["train"]
-    result = evaluator.final(generator, FACTS)
+    result = evaluator.evaluate_final(generator, FACTS)
     assert (
         sorted(trained) == ["synthetic"] * 2 + ["train"] * 2
     )  # the real classifiers are trained once
@@ -527,7 +527,7 @@ def test_merged_labels_are_the_classifiers_alone_and_the_generator_keeps_its_own
     hospitals = _hospitals()
     evaluator = _evaluator(tmp_path, hospitals, epochs=3, seeds=1, label_map="alpha=alpha,*=other")
     generator = _Generator(hospitals[0].train)
-    result = evaluator.final(generator, FACTS)
+    result = evaluator.evaluate_final(generator, FACTS)
     assert result["label_names"] == ["alpha", "other"]
     assert set(result["utility"]["synthetic"]["per_class"]) == {"alpha", "other"}
     positives = sum(int((hospital.test.labels[:, 0] == 0).sum()) for hospital in hospitals)
@@ -539,8 +539,8 @@ def test_merged_labels_are_the_classifiers_alone_and_the_generator_keeps_its_own
 def test_findings_are_evaluated_as_well(tmp_path):
     hospitals = _hospitals(exclusive=False)
     evaluator = _evaluator(tmp_path, hospitals, epochs=2, seeds=1)
-    evaluator.start()
-    result = evaluator.final(_Generator(hospitals[0].train), FACTS)
+    evaluator.write_real_samples()
+    result = evaluator.evaluate_final(_Generator(hospitals[0].train), FACTS)
     assert list(result["utility"]["real"]["per_class"]) == [*NAMES, "no finding"]
 
 
@@ -553,7 +553,7 @@ def test_the_full_suite_has_every_figure_and_the_quick_one_the_same_without_the_
         ModelSettings(z_dim=8, w_dim=8, channel_base=64, channel_max=8), SIDE, 1, CLASSES
     )
     quick, full = (
-        _evaluator(tmp_path / suite, hospitals, epochs=1, seeds=1, images=200, suite=suite).final(
+        _evaluator(tmp_path / suite, hospitals, epochs=1, seeds=1, images=200, suite=suite).evaluate_final(
             generator, FACTS
         )
         for suite in ("quick", "full")
@@ -627,8 +627,8 @@ def test_a_diverged_generator_leaves_the_evaluation_as_it_was(tmp_path):
     evaluator.run.path.mkdir(parents=True)
     evaluator.run.evaluation.write_text("before")
     for look in (
-        lambda broken: evaluator.during(broken, 1, 16),
-        lambda broken: evaluator.final(broken, FACTS),
+        lambda broken: evaluator.evaluate_round(broken, 1, 16),
+        lambda broken: evaluator.evaluate_final(broken, FACTS),
     ):
         with pytest.raises(FedganError, match="not finite"):
             look(_Generator(hospitals[0].train, broken=True))
@@ -639,7 +639,7 @@ def test_a_diverged_generator_leaves_the_evaluation_as_it_was(tmp_path):
 def test_a_missing_extractor_fails_before_training_begins(tmp_path):
     evaluator = _evaluator(tmp_path, _hospitals(), features=str(tmp_path / "none.npz"))
     with pytest.raises(ConfigError, match=r"evaluation\.features"):
-        evaluator.start()
+        evaluator.write_real_samples()
 
 
 def test_no_hospital_is_a_data_error(tmp_path):
@@ -651,6 +651,6 @@ def test_a_small_validation_split_gives_way_to_training_images_but_never_to_test
     hospitals = _hospitals()
     hospitals = [dataclasses.replace(one, val=one.val.take(np.arange(4))) for one in hospitals]
     evaluator = _evaluator(tmp_path, hospitals, epochs=1)
-    entry = evaluator.during(_Generator(hospitals[0].train), 1, 16)
+    entry = evaluator.evaluate_round(_Generator(hospitals[0].train), 1, 16)
     assert entry["fidelity"]["split"] == "train"
     assert entry["fidelity"]["images"] == QUICK.images

@@ -177,7 +177,7 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
     same = tiny(tmp_path / "data", *(f"federation.{wait}" for wait in waits), rounds=4, kimg=0.144)
     prepare_run(same, replayed)
     again = Federation(
-        replayed.settings(), replayed, experiment_of(replayed), NoEvaluator(), patient=True
+        replayed.settings(), replayed, experiment_of(replayed), NoEvaluator(), reconnecting=True
     )
     again.train(Replay(here))  # type: ignore[arg-type]
     expected, got = (load_tensors(each.checkpoint(4))[0] for each in (replayed, run))

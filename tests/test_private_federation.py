@@ -269,7 +269,7 @@ def test_when_every_budget_is_spent_the_run_is_over_and_says_why(tmp_path: Path)
     assert line["exhausted"] == sorted(NAMES[:3])
     assert line["ended"] == "the privacy budget of every hospital is spent"
     evaluator: Any = federation.evaluator
-    assert evaluator.looked == [last]
+    assert evaluator.evaluated_rounds == [last]
     told: list[dict[str, Any]] = []
     federation.on_event = told.append
     federation.conclude()
@@ -311,7 +311,7 @@ def test_a_run_ends_with_an_evaluation_when_too_few_are_left_for_krum_and_costs_
     assert all(begin[key].equal(kept[key]) for key in begin)
     before = Ledger(data / "alpha" / LEDGER).entries()
     evaluator: Any = federation.evaluator
-    assert evaluator.looked == [1]
+    assert evaluator.evaluated_rounds == [1]
     told: list[dict[str, Any]] = []
     federation.on_event = told.append
     federation.conclude()

@@ -146,7 +146,7 @@ def test_a_round_whose_line_was_lost_gets_it_with_its_evaluation(tmp_path: Path)
     files.write_text(run.metrics, json.dumps(lines[0]) + '\n{"round": 2, "ima')
     evaluator = NoEvaluator()
     Federation(run.settings(), run, experiment_of(run), evaluator).conclude()
-    assert evaluator.looked == [2]
+    assert evaluator.evaluated_rounds == [2]
     assert files.read_json_lines(run.metrics) == lines
 
 

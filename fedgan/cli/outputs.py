@@ -367,7 +367,7 @@ def _evaluate(run: RunFolder, settings: Settings, place: RunFolder) -> None:
         for key in ("round", "images_seen", "wall_seconds", "bytes_exchanged", "label_names")
     }
     facts = {"arm": _arm_of(run), "name": settings.name, **budget}
-    Evaluator(settings, place, evaluation_hospitals(settings, run), progress=console.note).final(
+    Evaluator(settings, place, evaluation_hospitals(settings, run), progress=console.note).evaluate_final(
         generator, facts
     )
 

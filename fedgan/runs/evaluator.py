@@ -1,14 +1,14 @@
-"""The central evaluator: sample grids and distances while training goes on, evaluation.json at the end.
+"""The central evaluator: sample grids and distances per round, `evaluation.json` at the end.
 
-It holds real images of its own (the hospitals' splits in a simulation, `evaluation.root` in a deployment) and never
-looks into a hospital's training. While training goes on it measures against validation images only, so that a round
-chosen by its curve was not chosen by the test split.
+It has real images of its own (the hospitals' shards in a simulation, `evaluation.root` in a
+deployment). During the training it measures against validation images only, so that choosing a
+round by its curve does not use the test split.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,8 +24,26 @@ from fedgan.evaluation.sampling import synthetic_dataset
 from fedgan.run_folder import RunFolder
 
 
+class RoundEvaluator(Protocol):
+    """The evaluator's interface to the federation's loop."""
+
+    def check_compatible(
+        self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int
+    ) -> None:
+        """Raise `DataError` where the hospitals' images differ in kind from the evaluator's."""
+
+    def write_real_samples(self) -> None:
+        """Write the grid of real images."""
+
+    def evaluate_round(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
+        """Evaluate the generator of a round; the result joins the round's line of metrics.jsonl."""
+
+    def evaluate_final(self, generator: Any, facts: dict[str, Any]) -> dict[str, Any]:
+        """Evaluate the final generator and write evaluation.json."""
+
+
 class Evaluator:
-    """One run's evaluator. Real classifiers and real features are computed once and shared by all its methods."""
+    """The evaluator of one run; real classifiers and real features are computed once."""
 
     def __init__(
         self,
@@ -36,60 +54,56 @@ class Evaluator:
         progress: Progress | None = None,
     ) -> None:
         if not hospitals:
-            raise DataError(
-                "the evaluator was given no hospital: check data.root and evaluation.root"
-            )
-        self.settings, self.run, self.device = settings, run, device or evaluation_device(settings)
+            raise DataError("no hospital to evaluate on: check data.root and evaluation.root")
+        self.settings, self.run = settings, run
+        self.device = device or evaluation_device(settings)
         train, val, test = (
             pool_places(
                 [(hospital.name, getattr(hospital, split)) for hospital in hospitals], split
             )
             for split in ("train", "val", "test")
         )
-        self.train = train  # with the generator's own labels; the reference may merge them for its classifiers
+        self.train = train  # with the generator's own labels; the reference may merge them
         self.reference = RealReference(
             train, val, test, settings.evaluation, settings.seed, self.device, progress
         )
 
-    def check(
+    def check_compatible(
         self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int
     ) -> None:
-        """Raise `DataError` where the hospitals' labels or the shape of their images differ from those of `evaluation.root`."""
-        names = ("labels", "exclusive labels", "channels", "resolution")
-        own = (
-            self.train.label_names,
-            self.train.exclusive,
-            self.train.channels,
-            self.train.resolution,
-        )
-        for what, mine, theirs in zip(
-            names, own, (label_names, exclusive, channels, resolution), strict=True
+        """Raise `DataError` where the hospitals' labels or image shape differ from its own."""
+        train = self.train
+        for name, expected, found in (
+            ("labels", train.label_names, label_names),
+            ("exclusive labels", train.exclusive, exclusive),
+            ("channels", train.channels, channels),
+            ("resolution", train.resolution, resolution),
         ):
-            if mine != theirs:
+            if expected != found:
                 raise DataError(
-                    f"the evaluator's real images have {what} {mine}, the hospitals' {theirs}: import evaluation.root as the "
-                    "hospitals imported theirs"
+                    f"the evaluator's real images have {name} {expected}, the hospitals' {found}: "
+                    "import evaluation.root with the options of the hospitals' import"
                 )
 
-    def start(self) -> None:
+    def write_real_samples(self) -> None:
         """Write samples/real.png, where `evaluation.show_real` allows it.
 
-        Fails early: `ConfigError` or `DataError` for an unusable `evaluation.features`, `StorageError` when the run folder
-        cannot be written.
+        Fails early: `ConfigError` or `DataError` for an unusable `evaluation.features`,
+        `StorageError` where the run folder cannot be written.
         """
         if self.settings.evaluation.features != REFERENCE:
             _ = self.reference.extractor
         if self.settings.shows_real:
-            picture = real_grid(self.train, seed=self.settings.seed)
-            files.write_bytes(self.run.samples / "real.png", png_bytes(picture))
+            grid = real_grid(self.train, seed=self.settings.seed)
+            files.write_bytes(self.run.samples / "real.png", png_bytes(grid))
 
-    def during(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
-        """Write samples/round-NNNNN.png and measure a quick Fréchet distance to real validation images.
+    def evaluate_round(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
+        """Write samples/round-NNNNN.png and measure a Fréchet distance to real validation images.
 
-        → {"samples": file name, "fidelity": {"frechet", "extractor", "images", "split"}}, the entries of metrics.jsonl;
-        without "fidelity" where no extractor can be had. `images` is the number on each side, at most 1000.
-        The first call trains the reference classifier, which the final evaluation uses again.
-        Raises `FedganError` when the generator gives images that are not finite.
+        Returns entries of metrics.jsonl: {"samples": file name, "fidelity": {"frechet",
+        "extractor", "images", "split"}}; no "fidelity" where there is no extractor. `images`:
+        number per side, at most 1000. The first call trains the reference classifier, which the
+        final evaluation uses again. Raises `FedganError` when generated images are not finite.
         """
         reference = self.reference
         reference.say(f"sampling round {round_number} ({images_seen} images seen)")
@@ -101,16 +115,16 @@ class Evaluator:
             entry["fidelity"] = reference.quick_distance(synthetic.images)
         return entry
 
-    def final(self, generator: Any, facts: dict[str, Any]) -> dict[str, Any]:
-        """Write samples/final.png and evaluation.json, and return what the JSON says.
+    def evaluate_final(self, generator: Any, facts: dict[str, Any]) -> dict[str, Any]:
+        """Write samples/final.png and evaluation.json, and return the latter's content.
 
-        `facts` has arm, name, images_seen, wall_seconds, bytes_exchanged. Raises `FedganError` when the generator gives
-        images that are not finite, or that do not fit the real ones; evaluation.json is then as it was.
+        `facts`: arm, name, images_seen, wall_seconds, bytes_exchanged. Raises `FedganError` when
+        the generator's images are not finite or do not fit the real ones; evaluation.json is
+        unchanged then.
         """
-        reference = self.reference
         self._write_grid(generator, "final.png")
         synthetic = self._synthetic(generator, self.settings.evaluation.images)
-        numbers = evaluate_synthetic(reference, synthetic, generator).numbers
+        numbers = evaluate_synthetic(self.reference, synthetic, generator).numbers
         result = {**facts, **numbers, "psi": self.settings.evaluation.psi}
         files.write_json(self.run.evaluation, result)
         return result
@@ -122,20 +136,18 @@ class Evaluator:
         )
 
     def _write_grid(self, generator: Any, name: str) -> str:
-        train = self.train
-        psi = self.settings.evaluation.psi
-        picture = sample_grid(
+        grid = sample_grid(
             generator,
-            train.label_names,
-            train.exclusive,
+            self.train.label_names,
+            self.train.exclusive,
             seed=self.settings.seed,
-            psi=psi,
+            psi=self.settings.evaluation.psi,
             device=self.device,
         )
-        files.write_bytes(self.run.samples / name, png_bytes(picture))
+        files.write_bytes(self.run.samples / name, png_bytes(grid))
         return name
 
 
 def evaluation_device(settings: Settings) -> str:
-    """CUDA where there is one and the settings allow it: a run of a GPU machine can be evaluated on any other."""
+    """CUDA where it is available, unless `training.device` is 'cpu'."""
     return "cuda" if settings.training.device != "cpu" and torch.cuda.is_available() else "cpu"
