@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedgan.evaluation.metrics.fidelity import kernel_distance
-from fedgan.evaluation.metrics.prdc import manifold_scores
+from fedgan.evaluation.metrics.kernel_distance import kernel_distance
+from fedgan.evaluation.metrics.prdc import prdc
 
 MATRICES = 5
 ROWS = 1024  # of one product of the reference: enough to reach the best rate
@@ -69,7 +69,7 @@ def measure(images: int = 10_000, width: int = 512) -> dict[str, Any]:
     for repeat in range(REPEATS):
         seconds, value = timed(kernel_distance, real, synthetic)
         kernel.append(seconds)
-        seconds, scores = timed(manifold_scores, real, synthetic)
+        seconds, scores = timed(prdc, real, synthetic)
         manifold.append(seconds)
         if repeat == 0:
             memory = peak_megabytes() - before

@@ -84,7 +84,7 @@ def membership(attack: str, auc: float) -> dict[str, Any]:
         "null_tpr_at_01_ci": None,
         "null_images": 170,
         "leak_auc": 0.9932 if "density" not in attack else 0.8123,
-        "sees_leak": "density" not in attack,
+        "detects_leak": "density" not in attack,
     }
 
 
@@ -116,7 +116,7 @@ def control(passed: bool, positive: bool) -> dict[str, Any]:
         for name in ("distance", "density")
     }
     attacked = {"attacks": areas, "passed": passed} | ({} if positive else {"level": 0.9944})
-    found = {"copies": spaces, "membership": attacked, "sighted": ["pixels"], "passed": passed}
+    found = {"copies": spaces, "membership": attacked, "sensitive": ["pixels"], "passed": passed}
     return (
         found
         if passed

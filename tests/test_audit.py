@@ -17,7 +17,7 @@ from fedgan import files
 from fedgan.audit.audit import HospitalAudit, audit_hospital, headline, report_of, signs
 from fedgan.audit.copy_search import plant
 from fedgan.audit.membership_inference import _negative, attacks_of, rows_of
-from fedgan.audit.subject import Audited, AuditSettings, pixel_space, roles_of
+from fedgan.audit.subject import AuditedModel, AuditSettings, pixel_space, roles_of
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.data.federation import Hospital, open_hospitals
@@ -75,7 +75,7 @@ def fresh(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> np.nd
 
 @pytest.fixture(scope="module")
 def clean(settings: Settings, hospital: Hospital, fresh: np.ndarray) -> HospitalAudit:
-    return audit_hospital(Audited(settings, Recall(fresh, 7)), hospital, QUICK)
+    return audit_hospital(AuditedModel(settings, Recall(fresh, 7)), hospital, QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def leaky(settings: Settings, hospital: Hospital, fresh: np.ndarray) -> Hospital
     """Of a generator half of whose images are training images, changed a little."""
     leaked = plant(np.concatenate([fresh, fresh]), hospital.train, 5)
     images = np.concatenate([leaked.images[leaked.flags], fresh[: int(leaked.flags.sum())]])
-    return audit_hospital(Audited(settings, Recall(images, 7)), hospital, QUICK)
+    return audit_hospital(AuditedModel(settings, Recall(images, 7)), hospital, QUICK)
 
 
 # --- what an audit says ------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_each_figure_stands_beside_the_one_for_held_out_images(clean: HospitalAu
 
 
 def test_only_numbers_leave(leaky: HospitalAudit, hospital: Hospital, settings: Settings) -> None:
-    report = report_of([leaky], Audited(settings, None), QUICK, 3, "ab12")
+    report = report_of([leaky], AuditedModel(settings, None), QUICK, 3, "ab12")
     text = json.dumps(report)
     assert not any(str(patient) in text for patient in hospital.train.patients)
     assert not {"pairs", "distances", "rows"} & report["hospitals"][0]["copies"]["pixels"].keys()
@@ -143,7 +143,7 @@ def test_the_page_reads_what_the_audit_writes(
 ) -> None:
     for found in (clean, leaky):
         content = json.loads(
-            json.dumps(report_of([found], Audited(settings, None), QUICK, 3, "ab12"))
+            json.dumps(report_of([found], AuditedModel(settings, None), QUICK, 3, "ab12"))
         )
         page = Audit(content)
         assert page.valid, page.why_not
@@ -167,7 +167,7 @@ def test_an_audit_under_privacy_says_that_epsilon_does_not_cover_it(clean: Hospi
     private = from_dict({"privacy": {"epsilon": 8.0}})
     assert any(
         "not covered by the epsilon" in note
-        for note in report_of([clean], Audited(private, None), QUICK, 1, "x")["notes"]
+        for note in report_of([clean], AuditedModel(private, None), QUICK, 1, "x")["notes"]
     )
 
 
@@ -176,7 +176,7 @@ def test_an_audit_under_privacy_says_that_epsilon_does_not_cover_it(clean: Hospi
 
 def test_the_positive_control_asks_of_the_leak_that_was_planted(clean: HospitalAudit) -> None:
     positive = clean.numbers["controls"]["positive"]
-    assert "pixels" in positive["sighted"]
+    assert "pixels" in positive["sensitive"]
     pixels = positive["copies"]["pixels"]
     assert pixels["auc"] >= 0.9
     assert pixels["found_ci"][0] <= pixels["planted_share"] <= pixels["found_ci"][1]
@@ -227,7 +227,7 @@ def test_a_detector_that_sees_nothing_makes_it_not_valid(
             )
 
     monkeypatch.setattr(audit, "Spaces", Blind)
-    found = audit_hospital(Audited(settings, Recall(fresh, 7)), hospital, QUICK).numbers
+    found = audit_hospital(AuditedModel(settings, Recall(fresh, 7)), hospital, QUICK).numbers
     assert not found["valid"]
     assert "no space finds the planted copies" in found["controls"]["positive"]["reason"]
     assert "finds planted members with an AUC" in found["controls"]["positive"]["reason"]
@@ -244,7 +244,7 @@ def test_too_few_held_out_images_give_null_and_the_reason(
     few = dataclasses.replace(
         hospital, test=hospital.test.take(np.arange(9)), val=hospital.val.take(np.arange(3))
     )
-    audited = Audited(settings, Recall(fresh, 7))
+    audited = AuditedModel(settings, Recall(fresh, 7))
     found = audit_hospital(audited, few, QUICK)
     assert found.pictures == {}
     assert found.numbers["copies"] == {"pixels": None, "features": None, "embedding": None}
@@ -263,7 +263,7 @@ def test_held_out_images_of_few_patients_are_not_divided(
         hospital.test, patients=np.array([f"p{row % 5}" for row in range(len(hospital.test))])
     )
     one = dataclasses.replace(hospital, test=same, val=hospital.val.take(np.arange(0)))
-    found = audit_hospital(Audited(settings, Recall(fresh, 7)), one, QUICK)
+    found = audit_hospital(AuditedModel(settings, Recall(fresh, 7)), one, QUICK)
     assert "5 patients are too few" in found.numbers["notes"][0]
 
 
@@ -282,7 +282,7 @@ def test_a_patient_in_training_and_held_out_is_refused(hospital: Hospital) -> No
 def test_a_generator_of_another_size_is_refused(settings: Settings, hospital: Hospital) -> None:
     with pytest.raises(FedganError, match="audit with the shards"):
         audit_hospital(
-            Audited(settings, Recall(np.zeros((4, 3, 16, 16), np.uint8), 7)), hospital, QUICK
+            AuditedModel(settings, Recall(np.zeros((4, 3, 16, 16), np.uint8), 7)), hospital, QUICK
         )
 
 

@@ -19,11 +19,11 @@ from fedgan.audit.attacks.copies import (
     compare,
     find_copies,
     release_threshold,
-    wilson,
 )
 from fedgan.audit.attacks.copy_controls import negative_control, plant_copies, recovered
 from fedgan.audit.attacks.nearest import Moves, pixels
 from fedgan.data.phantoms import LESION_LABELS, draw_lesion
+from fedgan.evaluation.metrics.intervals import wilson_interval
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -141,7 +141,7 @@ def test_sets_that_do_not_fit_are_refused(queries, base, moves):
 def test_wilson_is_scipys(n, share):
     k = round(share * n)
     ci = binomtest(k, n).proportion_ci(0.95, "wilson")
-    assert wilson(k / n, n) == pytest.approx((ci.low, ci.high), abs=1e-9)
+    assert wilson_interval(k / n, n) == pytest.approx((ci.low, ci.high), abs=1e-9)
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300), st.floats(0.1, 50))
@@ -402,6 +402,6 @@ def test_the_negative_control_passes_on_held_out_images_with_and_without_patient
 
 
 def test_the_negative_control_fails_when_intervals_are_wrong(monkeypatch):
-    monkeypatch.setattr(copies, "wilson", lambda share, count: (share, share))
+    monkeypatch.setattr(copies, "wilson_interval", lambda share, count: (share, share))
     monkeypatch.setattr(copies, "_population_share", lambda share, count: (share, share))
     assert not negative_control(cloud(1, 200, 6), cloud(2, 200, 6), seed=0).passed

@@ -30,7 +30,7 @@ from fedgan.evaluation.classification import (
 )
 from fedgan.evaluation.evaluate import evaluate_synthetic
 from fedgan.evaluation.grids import grid_rows, png_bytes, real_grid, sample_grid
-from fedgan.evaluation.reference import RealReference, pool_places
+from fedgan.evaluation.reference import RealReference, pool_hospitals
 from fedgan.evaluation.sampling import (
     generate_images,
     synthetic_dataset,
@@ -455,7 +455,7 @@ def test_an_evaluator_without_real_images_is_a_data_error(real):
 def test_pooled_hospitals_keep_their_institutions():
     first, second = _data(6, 0, "north"), _data(4, 1, "unknown")
     second = dataclasses.replace(second, institutions=np.empty(0, str), patients=np.empty(0, str))
-    pooled = pool_places([("north", first), ("south", second)], "test")
+    pooled = pool_hospitals([("north", first), ("south", second)], "test")
     assert pooled.institutions.tolist() == ["north"] * 6 + ["south"] * 4
     assert pooled.patients.tolist() == [*first.patients, "", "", "", ""]
 

@@ -115,7 +115,7 @@ def test_what_would_fail_after_the_training_is_refused_before_anything_is_writte
     cases: list[tuple[str, type[FedganError], str]] = [
         ("training.device=cuda", MachineError, "no CUDA device"),
         (f"evaluation.features={tmp_path / 'missing.npz'}", ConfigError, "no weights file"),
-        (f"evaluation.features={tmp_path / 'weights.npz'}", DataError, "no SqueezeNet"),
+        (f"evaluation.features={tmp_path / 'weights.npz'}", DataError, "not a SqueezeNet"),
         (f"evaluation.root={tmp_path / 'nowhere'}", DataError, "no data at"),
         (f"evaluation.root={tmp_path / 'small'}", DataError, "images of 16 pixels"),
         ("evaluation.label_map='dark=a'", DataError, "no rule for 'bright'"),

@@ -15,18 +15,10 @@ from torchvision.models import squeezenet1_0
 
 from fedgan.errors import ConfigError, DataError
 from fedgan.evaluation.features import FIRES, SqueezeNetExtractor, squeezenet_shapes
-from fedgan.evaluation.metrics.fidelity import (
-    MEASURES,
-    fidelity,
-    frechet_distance,
-    frechet_gaussians,
-    grouped_fidelity,
-    kernel_distance,
-    label_mix_rows,
-    measures,
-    missing_share,
-    polynomial_kernel,
-)
+from fedgan.evaluation.metrics.fidelity import MEASURES, fidelity, grouped_fidelity, measures
+from fedgan.evaluation.metrics.frechet_distance import frechet_distance, frechet_gaussians
+from fedgan.evaluation.metrics.kernel_distance import kernel_distance, polynomial_kernel
+from fedgan.evaluation.mixing import label_mix_rows, missing_share
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -505,5 +497,5 @@ def test_a_damaged_weights_file_is_a_data_error(tmp_path, damage):
     elif damage == "npy":
         with open(path, "wb") as stream:
             np.save(stream, np.zeros(3))
-    with pytest.raises(DataError, match=r"weights\.npz is no SqueezeNet"):
+    with pytest.raises(DataError, match=r"weights\.npz is not a SqueezeNet"):
         SqueezeNetExtractor(path)

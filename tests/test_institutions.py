@@ -13,12 +13,12 @@ from small_federation import federate, tiny, write_shards
 
 from client.app import app
 from fedgan.audit import audit
-from fedgan.audit.subject import Audited, AuditSettings
-from fedgan.cli.audit import load_audited
+from fedgan.audit.subject import AuditedModel, AuditSettings
+from fedgan.cli.audit import load_audited_model
 from fedgan.config import ModelSettings, Settings, from_dict, to_dict
 from fedgan.data.federation import open_hospitals
 from fedgan.errors import CheckpointError, ConfigError, FedganError
-from fedgan.evaluation.reference import pool_places
+from fedgan.evaluation.reference import pool_hospitals
 from fedgan.evaluation.sampling import generate_images
 from fedgan.models.stylegan2.discriminator import Discriminator
 from fedgan.models.stylegan2.generator import Generator
@@ -130,7 +130,7 @@ def test_an_audit_asks_about_one_hospital_alone() -> None:
     assert discriminator.mapping is not None
     for network in (generator, discriminator):
         network.mapping.hospital_condition.set_label_counts(SHARES, exclusive=True)  # type: ignore[union-attr]
-    audited = Audited(from_dict({}), generator, discriminator, numbers={"alpha": 0, "gamma": 2})
+    audited = AuditedModel(from_dict({}), generator, discriminator, numbers={"alpha": 0, "gamma": 2})
     label, images, z = (
         torch.tensor([[0.0, 1.0]]).repeat(4, 1),
         torch.randn(4, 1, 16, 16),
@@ -138,14 +138,14 @@ def test_an_audit_asks_about_one_hospital_alone() -> None:
     )
     named = torch.cat([label, torch.tensor([[0.0, 0.0, 1.0]]).repeat(4, 1)], 1)
     mixed = discriminator(images, label)
-    with audited.asked_about("gamma") as alone:
+    with audited.conditioned_on("gamma") as alone:
         assert alone
         torch.testing.assert_close(discriminator(images, label), discriminator(images, named))
         torch.testing.assert_close(generator(z, label), generator(z, named))
-    with pytest.raises(ZeroDivisionError), audited.asked_about("gamma"):
+    with pytest.raises(ZeroDivisionError), audited.conditioned_on("gamma"):
         raise ZeroDivisionError
     torch.testing.assert_close(discriminator(images, label), mixed)
-    with audited.asked_about("a stranger") as alone:
+    with audited.conditioned_on("a stranger") as alone:
         assert not alone
         torch.testing.assert_close(discriminator(images, label), mixed)
 
@@ -215,7 +215,7 @@ def test_pooled_images_keep_their_hospitals(tmp_path: Path) -> None:
     """Two columns move where the images of two hospitals are pooled."""
     settings = apart(tmp_path)
     hospitals = open_hospitals(settings)[:2]
-    data = pool_places([(hospital.name, hospital.train) for hospital in hospitals], "both")
+    data = pool_hospitals([(hospital.name, hospital.train) for hospital in hospitals], "both")
     places = np.repeat([0, 1], [len(hospital.train) for hospital in hospitals])
     trainer = Trainer(settings, data, places=places)
     before = trainer.generator.mapping.embed.weight.detach().clone()  # type: ignore[union-attr]
@@ -246,12 +246,12 @@ def test_settings_that_could_not_be_drawn_from_are_refused(
 def test_an_audit_of_a_run_asks_about_each_hospital_alone(tmp_path: Path) -> None:
     settings, run = apart(tmp_path), RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
-    audited, meta = load_audited(run.checkpoint(2), settings)
+    audited, meta = load_audited_model(run.checkpoint(2), settings)
     assert audited.numbers == {"alpha": 0, "beta": 1, "gamma": 2}
     hospital = next(hospital for hospital in open_hospitals(settings) if hospital.name == "beta")
     asked: list[tuple[torch.Tensor, list[str]]] = []
 
-    def look(of: Audited, *rest: Any) -> None:
+    def look(of: AuditedModel, *rest: Any) -> None:
         asked.append((of.generator.mapping.hospital_condition.odds(torch.eye(2)), rest[-1]))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -264,6 +264,6 @@ def test_an_audit_of_a_run_asks_about_each_hospital_alone(tmp_path: Path) -> Non
     tensors, _ = load_tensors(run.checkpoint(2))
     meta["since"].pop("1")  # as of a hospital that joined and never answered
     save_tensors(tmp_path / "without.safetensors", tensors, meta)
-    stranger, _ = load_audited(tmp_path / "without.safetensors", settings)
-    with stranger.asked_about("beta") as alone:
+    stranger, _ = load_audited_model(tmp_path / "without.safetensors", settings)
+    with stranger.conditioned_on("beta") as alone:
         assert not alone

@@ -479,7 +479,7 @@ def test_an_image_s_institution_is_the_hospital_that_it_was_dealt_to(
     context = open_evaluation_context(folder)
     expected = [(hospital.name, len(hospital.test)) for hospital in context.hospitals]
     assert sorted(name for name, _ in expected) == ["hospital-1", "hospital-2", "hospital-3"]
-    names, counts = np.unique(context.reference.test_places, return_counts=True)
+    names, counts = np.unique(context.reference.test_institutions, return_counts=True)
     assert list(zip(names.tolist(), counts.tolist(), strict=True)) == sorted(
         row for row in expected if row[1]
     )
@@ -561,7 +561,7 @@ def test_every_classifier_of_the_full_suite_is_the_same_whatever_the_test_images
 
 
 def _pooled(sets: list[ImageDataset]) -> ImageDataset:
-    return reference.pool_places([(one.name, one) for one in sets], "all")
+    return reference.pool_hospitals([(one.name, one) for one in sets], "all")
 
 
 # --- patients --------------------------------------------------------------------------------------

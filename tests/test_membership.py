@@ -11,21 +11,25 @@ from scipy.stats import gaussian_kde
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch.nn.functional import softplus
 
-from fedgan.audit.attacks.density import choose_bandwidth, fit_reduction, log_density
-from fedgan.audit.attacks.membership import (
-    LEAK_AUC,
-    calibrated_scores,
-    deal_shadows,
+from fedgan.audit.attacks.density import (
+    choose_bandwidth,
     density_ratio_scores,
     density_scores,
-    discriminator_scores,
-    likelihood_ratio_scores,
-    score_attack,
+    fit_reduction,
+    log_density,
 )
+from fedgan.audit.attacks.logan import discriminator_scores
+from fedgan.audit.attacks.membership import LEAK_AUC, score_attack
 from fedgan.audit.attacks.nearest import nearest
-from fedgan.audit.attacks.roc import roc_figures, wilson_interval
+from fedgan.audit.attacks.roc import roc_figures
+from fedgan.audit.attacks.shadow import (
+    calibrated_scores,
+    deal_shadows,
+    likelihood_ratio_scores,
+)
 from fedgan.config import ModelSettings
 from fedgan.errors import ConfigError, DataError, FedganError
+from fedgan.evaluation.metrics.intervals import wilson_interval
 from fedgan.models.stylegan2.discriminator import Discriminator
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -18,7 +18,7 @@ from client import hospital as site_module
 from client.app import app
 from client.hospital import TrainRequest, apply_epsilon_cap
 from fedgan import files
-from fedgan.cli import label_sampling as wanted
+from fedgan.cli import label_sampling
 from fedgan.config import Settings, to_dict
 from fedgan.data.federation import describe_hospitals
 from fedgan.data.shard import Shard
@@ -158,8 +158,8 @@ def reported_metrics(exclusive: bool, *overrides: str) -> dict:
 
 
 def test_a_private_run_draws_labels_that_tell_nothing_of_the_real_ones(tmp_path):
-    found = wanted.requested_labels(
-        reported_metrics(exclusive=False), tmp_path, 9, wanted.Choice(), seed=0
+    found = label_sampling.requested_labels(
+        reported_metrics(exclusive=False), tmp_path, 9, label_sampling.LabelChoice(), seed=0
     )
     assert {
         tuple(row): int(n)
@@ -170,7 +170,7 @@ def test_a_private_run_draws_labels_that_tell_nothing_of_the_real_ones(tmp_path)
         (1, 0): 3,
     }
     assert (
-        wanted.Choice().words(False, private=True) == "every label alone, and none, equally often"
+        label_sampling.LabelChoice().words(False, private=True) == "every label alone, and none, equally often"
     )
 
 
@@ -182,8 +182,8 @@ def test_the_real_mix_of_a_private_run_is_refused_with_what_to_use_instead(
     with pytest.raises(
         ConfigError, match=r"does not cover real labels.*--mix, --label or --vector"
     ):
-        wanted.requested_labels(
-            reported_metrics(exclusive), tmp_path, 9, wanted.Choice(labels_from=source), seed=0
+        label_sampling.requested_labels(
+            reported_metrics(exclusive), tmp_path, 9, label_sampling.LabelChoice(labels_from=source), seed=0
         )
 
 

@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedgan import files
-from fedgan.cli import label_sampling as wanted
-from fedgan.cli import release
+from fedgan.cli import label_sampling, release
 from fedgan.errors import ConfigError
 
 Run = Callable[..., tuple[int, str, str]]
@@ -341,23 +340,23 @@ def test_a_release_that_fails_at_the_end_leaves_nothing(
 )
 def test_a_mix_is_read_as_it_was_written(mix: dict[str, float]) -> None:
     text = " , ".join(f"{name} = {share!r}" for name, share in mix.items())
-    read = wanted.parsed_mix([text], LABELS)
+    read = label_sampling.parsed_mix([text], LABELS)
     assert {name: float(share) for name, share in read.items()} == dict.fromkeys(LABELS, 0.0) | mix
 
 
 def test_a_class_whose_name_has_a_comma_can_be_mixed() -> None:
-    assert wanted.parsed_mix(["a, b=1,c=3"], ("a, b", "c")) == {"a, b": 1, "c": 3}
+    assert label_sampling.parsed_mix(["a, b=1,c=3"], ("a, b", "c")) == {"a, b": 1, "c": 3}
 
 
 def test_a_mix_for_a_model_without_labels_is_refused() -> None:
     with pytest.raises(ConfigError, match="knows no labels"):
-        wanted.parsed_mix(["normal=1"], ())
+        label_sampling.parsed_mix(["normal=1"], ())
 
 
 def test_a_mix_makes_one_hot_vectors(tmp_path: Path) -> None:
     meta = {"label_names": list(LABELS), "exclusive": True}
-    vectors = wanted.requested_labels(
-        meta, tmp_path, 10, wanted.Choice(mix=["covid=1,normal=2"]), seed=0
+    vectors = label_sampling.requested_labels(
+        meta, tmp_path, 10, label_sampling.LabelChoice(mix=["covid=1,normal=2"]), seed=0
     )
     assert vectors.dtype == np.uint8
     assert vectors.sum(axis=1).tolist() == [1] * 10

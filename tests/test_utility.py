@@ -18,8 +18,7 @@ from sklearn.metrics import (
 )
 from torchmetrics.functional import classification as tm
 
-from fedgan.evaluation.metrics import bootstrap
-from fedgan.evaluation.metrics import ranking as curves
+from fedgan.evaluation.metrics import bootstrap, ranking
 from fedgan.evaluation.metrics.bootstrap import clusters, interval, resamples
 from fedgan.evaluation.metrics.ranking import (
     average_precision,
@@ -29,8 +28,8 @@ from fedgan.evaluation.metrics.ranking import (
 from fedgan.evaluation.metrics.thresholded import (
     balanced_accuracy,
     calibration_error,
-    called,
     f1_scores,
+    predictions,
 )
 from fedgan.evaluation.metrics.utility import FIGURES, majority_scores, statistics, utility
 
@@ -135,7 +134,7 @@ def test_an_inverted_classifier_has_one_minus_the_auc_and_is_not_flipped_back():
 def test_blocks_of_resamples_do_not_change_the_figures(monkeypatch):
     scores, positive, weights = _scored(3, 50, 5)
     before = [measure(scores, positive, weights) for measure in (weighted_auc, average_precision)]
-    monkeypatch.setattr(curves, "ENTRIES", 1)
+    monkeypatch.setattr(ranking, "ENTRIES", 1)
     for one, measure in zip(before, (weighted_auc, average_precision), strict=True):
         np.testing.assert_array_equal(one, measure(scores, positive, weights))
 
@@ -175,7 +174,7 @@ def test_f1_agrees_with_scikit_learn(seed, exclusive):
     if not exclusive:
         labels = np.r_[np.eye(4), rng.random((36, 4)) < 0.3].astype(np.uint8)
     weights = rng.integers(1, 4, 40).astype(float)
-    calls = called(scores, exclusive)
+    calls = predictions(scores, exclusive)
     expected = f1_score(labels, calls, average=None, sample_weight=weights, zero_division=0.0)
     np.testing.assert_allclose(f1_scores(calls, labels, weights[None])[0], expected, atol=1e-12)
 
@@ -279,7 +278,7 @@ def test_a_resample_takes_or_leaves_a_patient_whole(monkeypatch):
     assert (
         len(set(groups)) == 5
     )  # two unknown patients are two; 'a' of another institution is another person
-    weights = np.concatenate(list(resamples(groups, 200, seed=0)))
+    weights = np.concatenate(list(resamples(groups, 200, rng=0)))
     assert weights.shape == (200, 6)
     np.testing.assert_array_equal(weights[:, 0], weights[:, 1])
     assert (weights[:, [0, 2, 3, 4, 5]].sum(1) == 5).all()
@@ -361,7 +360,7 @@ def test_an_interval_is_what_explicit_resampling_gives():
     labels, scores = _classes(rng, 50, 3)
     figures = utility(scores[None], labels, ("a", "b", "c"), True, np.arange(50), 60, seed=3)
     drawn = []
-    for weights in np.concatenate(list(resamples(np.arange(50), 60, seed=3))):
+    for weights in np.concatenate(list(resamples(np.arange(50), 60, rng=3))):
         rows = np.repeat(np.arange(50), weights.astype(int))
         drawn.append(roc_auc_score(labels[rows], scores[rows], average="macro"))
     assert figures["macro_auc_ci"] == pytest.approx(list(np.percentile(drawn, [2.5, 97.5])))

@@ -33,10 +33,10 @@ from fedgan.audit.rules import (
     projection_stands_out,
 )
 from fedgan.audit.subject import (
-    Audited,
+    AuditedModel,
     AuditSettings,
+    OnProgress,
     Roles,
-    Say,
     Space,
     Spaces,
     draw_synthetic,
@@ -70,46 +70,46 @@ class HospitalAudit:
 
 
 def audit_hospitals(
-    audited: Audited,
+    audited: AuditedModel,
     hospitals: Sequence[HospitalData],
     audit: AuditSettings,
-    say: Say = lambda text: None,
+    on_progress: OnProgress = lambda text: None,
 ) -> list[HospitalAudit]:
-    """Audit each hospital by itself. `say` is told what is being done.
+    """Audit each hospital by itself. `on_progress` is told what is being done.
 
     Raises `FedganError` for a generator that does not fit the images or gives none that are finite, `ConfigError` for a number
     of shadows that cannot be dealt.
     """
     judged = len(hospitals) * len(CONTROLLED)
-    return [audit_hospital(audited, hospital, audit, judged, say) for hospital in hospitals]
+    return [audit_hospital(audited, hospital, audit, judged, on_progress) for hospital in hospitals]
 
 
 def audit_hospital(
-    audited: Audited,
+    audited: AuditedModel,
     hospital: HospitalData,
     audit: AuditSettings,
     judged: int = len(CONTROLLED),
-    say: Say = lambda text: None,
+    on_progress: OnProgress = lambda text: None,
 ) -> HospitalAudit:
     """One hospital's audit; `judged`: negative controls of membership over all hospitals of the audit."""
     if reason := too_few(hospital):
         return HospitalAudit(_unmeasured(hospital, reason), {})
-    with audited.asked_about(hospital.name) as alone:
+    with audited.conditioned_on(hospital.name) as alone:
         note = [ALONE] if alone else [NOT_IN] if audited.numbers else []
-        return _audit(audited, hospital, audit, judged, say, note)
+        return _audit(audited, hospital, audit, judged, on_progress, note)
 
 
 def _audit(
-    audited: Audited,
+    audited: AuditedModel,
     hospital: HospitalData,
     audit: AuditSettings,
     judged: int,
-    say: Say,
+    on_progress: OnProgress,
     notes: list[str],
 ) -> HospitalAudit:
     name = hospital.name
     roles = roles_of(hospital, audit.seed)
-    say(f"{name}: drawing {audit.images} synthetic images")
+    on_progress(f"{name}: drawing {audit.images} synthetic images")
     synthetic = draw_synthetic(audited, roles.train, audit.images, audit.seed, audit.psi)
     planted = plant(synthetic, roles.train, audit.seed)
     spaces = Spaces(hospital, roles, audited.settings, audit, audited.device)
@@ -124,12 +124,12 @@ def _audit(
             f"Few patients: {patients} are held out, and an attack is judged on {each} of them. Intervals from so few can be "
             "too narrow, and only a gross leak would show."
         )
-    searches = _copies(spaces, roles, synthetic, audit, notes, say)
-    say(f"{name}: attacking membership")
+    searches = _copies(spaces, roles, synthetic, audit, notes, on_progress)
+    on_progress(f"{name}: attacking membership")
     membership = measure_membership(
-        audited, roles, spaces.pixels, synthetic, planted, audit, judged, say
+        audited, roles, spaces.pixels, synthetic, planted, audit, judged, on_progress
     )
-    projection = _projection(audited, roles, audit, notes, say)
+    projection = _projection(audited, roles, audit, notes, on_progress)
     controls = _controls(searches, membership)
     notes += membership.notes
     numbers = {
@@ -155,7 +155,7 @@ def _audit(
 
 def report_of(
     audits: Sequence[HospitalAudit],
-    audited: Audited,
+    audited: AuditedModel,
     audit: AuditSettings,
     round_number: int | None,
     checkpoint_sha256: str,
@@ -244,16 +244,16 @@ def _copies(
     synthetic: np.ndarray,
     audit: AuditSettings,
     notes: list[str],
-    say: Say,
+    on_progress: OnProgress,
 ) -> dict[str, CopySearch | None]:
     """The search in each space, None where a space cannot be had."""
 
     def search(space: Space) -> CopySearch:
         return search_copies(space, roles, synthetic, audit.seed, audit.bootstrap)
 
-    say(f"{roles.name}: looking for copies by pixels")
+    on_progress(f"{roles.name}: looking for copies by pixels")
     found: dict[str, CopySearch | None] = {"pixels": search(spaces.pixels)}
-    say(f"{roles.name}: looking for copies by features")
+    on_progress(f"{roles.name}: looking for copies by features")
     features = spaces.features
     found["features"] = search(features) if features else None
     if features is None:
@@ -264,7 +264,7 @@ def _copies(
         notes.append(
             "The features are of a classifier that was trained on this hospital's training images."
         )
-    say(f"{roles.name}: training the embedding and looking for copies by it")
+    on_progress(f"{roles.name}: training the embedding and looking for copies by it")
     found["embedding"] = search(spaces.embedding)
     for space, result in found.items():
         if result and not result.positive["passed"]:
@@ -275,10 +275,14 @@ def _copies(
 
 
 def _projection(
-    audited: Audited, roles: Roles, audit: AuditSettings, notes: list[str], say: Say
+    audited: AuditedModel,
+    roles: Roles,
+    audit: AuditSettings,
+    notes: list[str],
+    on_progress: OnProgress,
 ) -> dict[str, Any] | None:
     if audit.projected and isinstance(audited.generator, Generator):
-        say(f"{roles.name}: projecting training and held-out images")
+        on_progress(f"{roles.name}: projecting training and held-out images")
     found = measure_projection(audited, roles, audit)
     if found is None:
         notes.append(
@@ -295,13 +299,13 @@ def _controls(searches: dict[str, CopySearch | None], membership: Membership) ->
     """
     positive = {space: search.positive for space, search in searches.items() if search}
     negative = {space: search.negative for space, search in searches.items() if search}
-    sighted = [space for space, control in positive.items() if control["passed"]]
-    caught, quiet = bool(sighted), all(negative[space]["passed"] for space in sighted)
+    sensitive = [space for space, control in positive.items() if control["passed"]]
+    caught, quiet = bool(sensitive), all(negative[space]["passed"] for space in sensitive)
     reasons = {
         "positive": [] if caught else ["no space finds the planted copies"],
         "negative": [
             f"by {space} {negative[space]['reason']}"
-            for space in sighted
+            for space in sensitive
             if not negative[space]["passed"]
         ],
     }
@@ -324,7 +328,7 @@ def _controls(searches: dict[str, CopySearch | None], membership: Membership) ->
         found[name] = {
             "copies": copies,
             "membership": attack,
-            "sighted": sighted,
+            "sensitive": sensitive,
             "passed": good and attack["passed"],
             **reason,
         }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fedgan.audit.attacks.copies import CopyFindings, Interval, find_copies, wilson
+from fedgan.audit.attacks.copies import CopyFindings, find_copies
 from fedgan.audit.attacks.copy_controls import (
     LEAST_AUC,
     Recovery,
@@ -22,6 +22,7 @@ from fedgan.audit.attacks.nearest import nearest
 from fedgan.audit.subject import Roles, Space
 from fedgan.data.dataset import ImageDataset
 from fedgan.evaluation.grids import draw_grid
+from fedgan.evaluation.metrics.intervals import Interval, wilson_interval
 
 PLANTED_SHARE = 0.3
 PRIVATE = ("pairs", "distances", "rows")  # of single patients: they stay in the hospital
@@ -142,9 +143,9 @@ def _both_ways(
         shares.append(float((nearest(made, base[rows], moves=space.moves)[0] <= threshold).mean()))
     return {
         "near_training_share": shares[0],
-        "near_training_ci": wilson(shares[0], len(made)),
+        "near_training_ci": wilson_interval(shares[0], len(made)),
         "near_held_out_share": shares[1],
-        "near_held_out_ci": wilson(shares[1], len(made)),
+        "near_held_out_ci": wilson_interval(shares[1], len(made)),
         "near_images": size,
     }
 

@@ -18,12 +18,19 @@ from fedgan.audit.attacks.logan import discriminator_scores
 from fedgan.audit.attacks.membership import LEAK_AUC, score_attack
 from fedgan.audit.attacks.nearest import nearest
 from fedgan.audit.attacks.projection import null_projection_gap, project, projection_gap
-from fedgan.audit.attacks.roc import LEVEL
 from fedgan.audit.attacks.shadow import calibrated_scores, likelihood_ratio_scores
 from fedgan.audit.copy_search import Planted
 from fedgan.audit.shadow_training import DISCRIMINATOR, DISTANCE, ShadowScores, train_shadows
-from fedgan.audit.subject import Audited, AuditSettings, Roles, Say, Space, companions_of
+from fedgan.audit.subject import (
+    AuditedModel,
+    AuditSettings,
+    OnProgress,
+    Roles,
+    Space,
+    companions_of,
+)
 from fedgan.errors import DataError
+from fedgan.evaluation.metrics.intervals import LEVEL
 from fedgan.models.stylegan2.generator import Generator
 
 DENSITY, RATIO = "density", "density ratio"
@@ -83,14 +90,14 @@ def rows_of(space: Space, roles: Roles) -> Rows:
 
 
 def measure_membership(
-    audited: Audited,
+    audited: AuditedModel,
     roles: Roles,
     space: Space,
     synthetic: np.ndarray,
     planted: Planted,
     audit: AuditSettings,
     judged: int,
-    say: Say,
+    on_progress: OnProgress,
 ) -> Membership:
     """All attacks on one hospital. `judged`: negative controls that are judged together, over all hospitals of the audit."""
     rows, attacks, notes = rows_of(space, roles), attacks_of(space), []
@@ -115,13 +122,13 @@ def measure_membership(
     for name in CONTROLLED:
         row = _row(name, scores[name], roles, audit)
         leak = positive["attacks"][name]["auc"]
-        row |= {"leak_auc": leak, "sees_leak": leak >= LEAK_AUC}
-        if not row["sees_leak"]:
+        row |= {"leak_auc": leak, "detects_leak": leak >= LEAK_AUC}
+        if not row["detects_leak"]:
             blind = f"it finds planted members with an AUC of {leak:.2f} only, so that chance here proves little"
             row["note"] = "; ".join(part for part in (row["note"], blind) if part)
         found.append(row)
     if audit.shadows:
-        shadows = train_shadows(audited, roles, space, audit, say)
+        shadows = train_shadows(audited, roles, space, audit, on_progress)
         target = {DISTANCE: np.concatenate(scores[DISTANCE])}
         if audited.discriminator is not None:
             target[DISCRIMINATOR] = np.concatenate(by_d)
@@ -130,7 +137,7 @@ def measure_membership(
 
 
 def measure_projection(
-    audited: Audited, roles: Roles, audit: AuditSettings
+    audited: AuditedModel, roles: Roles, audit: AuditSettings
 ) -> dict[str, Any] | None:
     """The gap between members and held-out images, and between halves of those; None where nothing can be projected."""
     if not isinstance(audited.generator, Generator) or min(audit.projected, len(roles.members)) < 2:
@@ -205,7 +212,7 @@ def _row(
     }
 
 
-def _by_discriminator(audited: Audited, roles: Roles) -> tuple[np.ndarray, ...]:
+def _by_discriminator(audited: AuditedModel, roles: Roles) -> tuple[np.ndarray, ...]:
     assert audited.discriminator is not None
     sides = (
         roles.train.take(roles.members),

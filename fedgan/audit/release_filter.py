@@ -24,7 +24,7 @@ from fedgan.audit.subject import Space, held_out_count, pixel_space
 from fedgan.config import Settings
 from fedgan.data.dataset import HospitalData, ImageDataset
 from fedgan.errors import ConfigError, DataError, FedganError
-from fedgan.evaluation.evaluate import FEWEST_TEST_IMAGES, synthetic_only
+from fedgan.evaluation.evaluate import MIN_TEST_IMAGES, synthetic_only
 from fedgan.evaluation.reference import RealReference, merged
 
 PERCENTILE = 1.0  # of the held-out images' distances
@@ -135,7 +135,7 @@ def check_release_filter(settings: Settings) -> None:
     """Raise `ConfigError` where the filter would void the guarantee that the training gave."""
     if settings.privacy.on and settings.privacy.noise_multiplier != 0:
         raise ConfigError(
-            "--quarantine looks at private images without noise, so that the set would no longer be covered by the epsilon of "
+            "--release-filter looks at private images without noise, so that the set would no longer be covered by the epsilon of "
             "this run (privacy.* is on): release without it, or state no epsilon"
         )
 
@@ -147,14 +147,14 @@ def utility_before_and_after(
     reference: RealReference,
     before: ImageDataset,
     after: ImageDataset,
-    say: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any] | None:
     """Macro AUC of classifiers trained on each set alone and tested on real images, by the run's evaluator.
 
-    {"images", "seeds", "classifier", "unfiltered": {macro_auc, macro_auc_ci}, "quarantined": the same}; None where there are no
+    {"images", "seeds", "classifier", "unfiltered": {macro_auc, macro_auc_ci}, "filtered": the same}; None where there are no
     classes or too few real test images.
     """
-    if not reference.has_classes or len(reference.test) < FEWEST_TEST_IMAGES:
+    if not reference.has_classes or len(reference.test) < MIN_TEST_IMAGES:
         return None
     found: dict[str, Any] = {
         "images": len(after),
@@ -162,8 +162,8 @@ def utility_before_and_after(
         "classifier": reference.classifier_name,
         "test_images": len(reference.test),
     }
-    for name, made in (("unfiltered", before), ("quarantined", after)):
-        say(f"training classifiers on the {name} images")
+    for name, made in (("unfiltered", before), ("filtered", after)):
+        on_progress(f"training classifiers on the {name} images")
         scores, _ = synthetic_only(reference, merged(made, reference.settings.label_map))
         figures = reference.utility(scores, institutions=False)
         found[name] = {key: figures[key] for key in ("macro_auc", "macro_auc_ci")}

@@ -7,7 +7,7 @@ A figure is a pair of its value and its interval. What was not measured is None,
 
 from __future__ import annotations
 
-from fedgan.audit.attacks.copies import Interval, difference
+from fedgan.evaluation.metrics.intervals import Interval, newcombe_interval
 
 CHANCE = 0.5  # of an area under the curve
 FEW_PATIENTS = 60  # held-out ones: with fewer than about twenty on a side the bootstrap's intervals are too narrow
@@ -16,7 +16,7 @@ Measured = tuple[float, Interval]
 
 def above(figure: Measured, other: Measured) -> bool:
     """Whether `figure` lies above `other` by more than both intervals allow (Newcombe 1998, method 10)."""
-    return difference(*figure, *other)[0] > 0
+    return newcombe_interval(*figure, *other)[0] > 0
 
 
 def copies_stand_out(

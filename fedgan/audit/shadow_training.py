@@ -16,7 +16,14 @@ import numpy as np
 from fedgan.audit.attacks.logan import discriminator_scores
 from fedgan.audit.attacks.nearest import nearest
 from fedgan.audit.attacks.shadow import deal_shadows
-from fedgan.audit.subject import Audited, AuditSettings, Roles, Say, Space, companions_of
+from fedgan.audit.subject import (
+    AuditedModel,
+    AuditSettings,
+    OnProgress,
+    Roles,
+    Space,
+    companions_of,
+)
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset, pool
 from fedgan.evaluation.sampling import generate_images, synthetic_labels
@@ -35,7 +42,7 @@ class ShadowScores:
 
 
 def train_shadows(
-    audited: Audited, roles: Roles, space: Space, audit: AuditSettings, say: Say
+    audited: AuditedModel, roles: Roles, space: Space, audit: AuditSettings, on_progress: OnProgress
 ) -> ShadowScores:
     """Train `audit.shadows` shadows, each on half of the hospital's patients, and let each score the images that are judged.
 
@@ -52,7 +59,7 @@ def train_shadows(
     companions = companions_of(roles, audited.settings.model.minibatch_std_group)
     scores: dict[str, list[np.ndarray]] = {DISCRIMINATOR: [], DISTANCE: []}
     for number, chosen in enumerate(inside):
-        say(f"{roles.name}: training shadow {number + 1} of {audit.shadows}")
+        on_progress(f"{roles.name}: training shadow {number + 1} of {audit.shadows}")
         shadow = _train(audited, everybody.take(np.flatnonzero(chosen)), audit, number)
         scores[DISCRIMINATOR].append(
             discriminator_scores(
@@ -71,7 +78,9 @@ def train_shadows(
     )
 
 
-def _train(audited: Audited, dataset: ImageDataset, audit: AuditSettings, number: int) -> Trainer:
+def _train(
+    audited: AuditedModel, dataset: ImageDataset, audit: AuditSettings, number: int
+) -> Trainer:
     """One shadow. Where the run was private the shadow is, too; its steps go to a ledger that is thrown away with it.
 
     That is right because nothing of a shadow leaves the audit but its share in figures, which no ledger covers anyway.

@@ -23,7 +23,7 @@ from fedgan.evaluation.reference import RealReference
 from fedgan.evaluation.sampling import generate_images, synthetic_labels
 from fedgan.models.stylegan2.discriminator import Discriminator
 
-Say = Callable[[str], None]
+OnProgress = Callable[[str], None]
 FEWEST = (
     30  # held-out images: with fewer, a threshold that 5 % of them fall below is one image's luck
 )
@@ -51,7 +51,7 @@ class AuditSettings:
 
 
 @dataclass(frozen=True)
-class Audited:
+class AuditedModel:
     """The model under audit: the run's settings, its generator, and its discriminator where that travels.
 
     `generator`: anything that `generate_images` draws from; the projection needs fedgan's own `Generator`.
@@ -65,7 +65,7 @@ class Audited:
     numbers: Mapping[str, int] = field(default_factory=dict)
 
     @contextmanager
-    def asked_about(self, hospital: str) -> Iterator[bool]:
+    def conditioned_on(self, hospital: str) -> Iterator[bool]:
         """Inside, networks that tell hospitals apart speak of `hospital` alone, which is more of an attack than a mixture is.
 
         → whether they do.
@@ -180,7 +180,7 @@ def companions_of(roles: Roles, group: int) -> tuple[Any, np.ndarray] | None:
 
 
 def draw_synthetic(
-    audited: Audited, train: ImageDataset, count: int, seed: int, psi: float
+    audited: AuditedModel, train: ImageDataset, count: int, seed: int, psi: float
 ) -> np.ndarray:
     """`count` images (count, C, H, W) uint8 in this hospital's own mix of labels. Raises `FedganError` for another size."""
     labels = synthetic_labels(train.labels, count, seed)

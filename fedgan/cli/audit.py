@@ -17,7 +17,7 @@ from fedgan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from fedgan.audit.audit import HospitalAudit
-    from fedgan.audit.subject import Audited, Say
+    from fedgan.audit.subject import AuditedModel, OnProgress
     from fedgan.config import Settings
     from fedgan.data.federation import Hospital
     from fedgan.run_folder import RunFolder
@@ -131,15 +131,15 @@ def audit(
     )
     with locked(run), console.stdout_for_results():
         settings = run.settings()
-        hospitals = chosen_hospitals(opened_hospitals(settings, run, shards), hospital or [])
+        hospitals = select_hospitals(open_run_hospitals(settings, run, shards), hospital or [])
         if shadows:
             total = shadows * len(hospitals)
             console.note(
                 f"{total} shadow trainings of {shadow_kimg:g} kimg: {total * shadow_kimg:g} kimg in all"
             )
-        audited, meta = load_audited(checkpoint, settings)
-        with told(len(hospitals)) as say:
-            found = audit_hospitals(audited, hospitals, chosen, say)
+        audited, meta = load_audited_model(checkpoint, settings)
+        with told(len(hospitals)) as on_progress:
+            found = audit_hospitals(audited, hospitals, chosen, on_progress)
         report = report_of(found, audited, chosen, meta.get("round"), str(meta["sha256"]))
         place = (output.resolve() / run.audit.name) if output else run.audit
         pictures = write_pictures(run, found)
@@ -151,7 +151,7 @@ def audit(
     _tell(report, place, pictures, as_json)
 
 
-def opened_hospitals(settings: Settings, run: RunFolder, shards: Path | None) -> list[Hospital]:
+def open_run_hospitals(settings: Settings, run: RunFolder, shards: Path | None) -> list[Hospital]:
     """The hospitals as the run opened them, or those whose shards lie in `shards`. Raises `DataError` where there are none."""
     from fedgan.data.federation import find_shards, open_hospital
     from fedgan.runs.preparation import open_prepared, shards_of
@@ -167,7 +167,7 @@ def opened_hospitals(settings: Settings, run: RunFolder, shards: Path | None) ->
     return open_prepared(settings, run)
 
 
-def chosen_hospitals(hospitals: Sequence[Hospital], names: Sequence[str]) -> list[Hospital]:
+def select_hospitals(hospitals: Sequence[Hospital], names: Sequence[str]) -> list[Hospital]:
     """Those that are named, or all. Raises `ConfigError` for an unknown name."""
     known = [hospital.name for hospital in hospitals]
     for name in names:
@@ -178,9 +178,9 @@ def chosen_hospitals(hospitals: Sequence[Hospital], names: Sequence[str]) -> lis
     return [hospital for hospital in hospitals if not names or hospital.name in names]
 
 
-def load_audited(checkpoint: Path, settings: Settings) -> tuple[Audited, dict[str, Any]]:
+def load_audited_model(checkpoint: Path, settings: Settings) -> tuple[AuditedModel, dict[str, Any]]:
     """The generator of a checkpoint, its discriminator where that travels, and the checkpoint's meta."""
-    from fedgan.audit.subject import Audited
+    from fedgan.audit.subject import AuditedModel
     from fedgan.models.stylegan2.discriminator import Discriminator
     from fedgan.runs.evaluator import evaluation_device
     from fedgan.training.checkpoint import load_generator, load_into, load_tensors, with_prefix
@@ -204,7 +204,7 @@ def load_audited(checkpoint: Path, settings: Settings) -> tuple[Audited, dict[st
         numbers = {
             share["name"]: share["number"] for share in meta["shares"] if share["number"] in known
         }
-    return Audited(settings, generator, discriminator, device, numbers), meta
+    return AuditedModel(settings, generator, discriminator, device, numbers), meta
 
 
 def write_pictures(run: RunFolder, found: Sequence[HospitalAudit]) -> list[Path]:
@@ -222,7 +222,7 @@ def write_pictures(run: RunFolder, found: Sequence[HospitalAudit]) -> list[Path]
 
 
 @contextmanager
-def told(hospitals: int) -> Iterator[Say]:
+def told(hospitals: int) -> Iterator[OnProgress]:
     """Says on stderr what is being done: a spinner with the time on a terminal, plain lines elsewhere."""
     if not sys.stderr.isatty():
         yield lambda text: console.note(f"{text} ...")

@@ -24,7 +24,7 @@ _SHARE = re.compile(r"\s*(?P<name>.+?)\s*=\s*(?P<share>[^,=]*?)\s*(?:,|$)")
 
 
 @dataclass(frozen=True)
-class Choice:
+class LabelChoice:
     """The options of `generate` that choose labels; at most one of the first four is given."""
 
     named: Sequence[str] = ()
@@ -61,7 +61,7 @@ class Choice:
 
 
 def requested_labels(
-    meta: dict[str, Any], checkpoint: Path, images: int, choice: Choice, seed: int
+    meta: dict[str, Any], checkpoint: Path, images: int, choice: LabelChoice, seed: int
 ) -> np.ndarray:
     """Label vectors (images, K) uint8. Raises `ConfigError` or `DataError` for labels that the model cannot draw.
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedgan import files
-from fedgan.cli import console, release
-from fedgan.cli import label_sampling as wanted
+from fedgan.cli import console, label_sampling, release
 from fedgan.cli.audit import Shards
 from fedgan.cli.runs import checkpoint_of, headline, headline_text, runner
 from fedgan.config import Settings, from_dict, to_dict
@@ -115,7 +114,7 @@ def generate(
     release_filter: Annotated[
         bool,
         typer.Option(
-            "--quarantine",
+            "--release-filter",
             help="With --release: drop and redraw images too near to a training image; utility is measured again.",
         ),
     ] = False,
@@ -136,22 +135,22 @@ def generate(
     occur together (chest findings) follows the run's training images, or, where the run was private, draws each
     label alone, and none, equally often.
     """
-    choice = wanted.Choice(label or [], vector or [], labels_from, mix or [])
+    choice = label_sampling.LabelChoice(label or [], vector or [], labels_from, mix or [])
     if created is not None and not as_release:
         raise ConfigError("--created stands in the card of a release: give --release as well")
     if (release_filter or shards) and not (as_release and release_filter):
         raise ConfigError(
-            "--quarantine filters a release, and --shards says what it compares with: give --release --quarantine"
+            "--release-filter filters a release, and --shards says what it compares with: give --release --release-filter"
         )
     if as_release:
         release.check_release(form is Format.PNG, created)
     console.refuse_existing(output, "the images")
     checkpoint = checkpoint_of(source)
-    run = release.run_of(checkpoint) if as_release else None
+    run = release.run_of_checkpoint(checkpoint) if as_release else None
     from fedgan.training.checkpoint import load_generator
 
     generator, meta = load_generator(checkpoint)
-    vectors = wanted.requested_labels(meta, checkpoint, images, choice, seed)
+    vectors = label_sampling.requested_labels(meta, checkpoint, images, choice, seed)
     kept = (
         release.filtered_release(
             run, generator, meta, vectors, shards, psi=psi, seed=seed, batch=batch
@@ -170,7 +169,7 @@ def generate(
             asked = choice.words(
                 bool(meta["exclusive"]),
                 labelled=bool(meta["label_names"]),
-                private=wanted.is_private(meta),
+                private=label_sampling.is_private(meta),
             )
             filtered = kept.facts() if kept else None
             release.write_card_and_checksums(

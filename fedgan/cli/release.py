@@ -72,7 +72,7 @@ def check_release(png: bool, created: str | None) -> None:
             raise ConfigError(f"--created {created}: write a date such as 2026-05-31") from None
 
 
-def run_of(checkpoint: Path) -> RunFolder:
+def run_of_checkpoint(checkpoint: Path) -> RunFolder:
     """The run folder of a checkpoint. Raises `ConfigError` where there is none: a release states sources and licences."""
     run = RunFolder.at(checkpoint.resolve().parent.parent)
     if not run.config.is_file():
@@ -169,12 +169,12 @@ class FilteredRelease:
 
         from fedgan.audit.release_filter import MOST_DRAWS, PERCENTILE, utility_before_and_after
         from fedgan.data.dataset import ImageDataset
-        from fedgan.evaluation.reference import RealReference, pool_places
+        from fedgan.evaluation.reference import RealReference, pool_hospitals
         from fedgan.runs.evaluator import evaluation_device
 
         known, filtered = self.run.read_json(self.run.hospitals) or [], self.release_filter
         train, val, test = (
-            pool_places(
+            pool_hospitals(
                 [(hospital.name, getattr(hospital, split)) for hospital in self.hospitals], split
             )
             for split in ("train", "val", "test")
@@ -213,9 +213,9 @@ def filtered_release(
     seed: int,
     batch: int,
 ) -> FilteredRelease:
-    """The filter of `--quarantine`, ready to draw. Raises where the hospitals' images are not at hand, or under privacy."""
+    """The filter of `--release-filter`, ready to draw. Raises where the hospitals' images are not at hand, or under privacy."""
     from fedgan.audit.release_filter import ReleaseFilter, check_release_filter, distance_thresholds
-    from fedgan.cli.audit import opened_hospitals
+    from fedgan.cli.audit import open_run_hospitals
     from fedgan.cli.runs import runner
     from fedgan.evaluation.sampling import draw_latents, generate_images
 
@@ -224,7 +224,7 @@ def filtered_release(
 
     settings = run.settings()
     check_release_filter(settings)
-    hospitals = opened_hospitals(settings, run, shards)
+    hospitals = open_run_hospitals(settings, run, shards)
     device = evaluation_device(settings)
     latents = functools.lru_cache(maxsize=2)(
         lambda own_seed: draw_latents(len(vectors), generator.z_dim, own_seed)
@@ -252,13 +252,13 @@ def release_filter_text(facts: dict[str, Any]) -> str:
     """What the filter did, in two lines."""
     dropped = ", ".join(f"{name} {count}" for name, count in facts["dropped"].items())
     lines = [
-        f"quarantine  {facts['replaced']} images drawn again; too near to a training image of: {dropped}"
+        f"release filter  {facts['replaced']} images drawn again; too near to a training image of: {dropped}"
     ]
     if utility := facts["utility"]:
-        before, after = (utility[name]["macro_auc"] for name in ("unfiltered", "quarantined"))
+        before, after = (utility[name]["macro_auc"] for name in ("unfiltered", "filtered"))
         if before is not None and after is not None:
             lines.append(
-                f"macro AUC   {after:.3f} of classifiers trained on this set, {before:.3f} without quarantine"
+                f"macro AUC   {after:.3f} of classifiers trained on this set, {before:.3f} without the filter"
             )
     return "\n".join(lines)
 

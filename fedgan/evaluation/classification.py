@@ -1,10 +1,11 @@
-"""Training and use of the evaluator's classifiers: one recipe for real and synthetic images.
+"""Training and inference of the evaluator's classifiers, one recipe for real and synthetic images.
 
-The recipe is fixed beforehand: AdamW, one cosine cycle with warm-up, class-weighted loss, flips and small shifts, as many
-steps for synthetic images as for real ones. With a validation split the network is the best of a few fixed points of
-the schedule; without one it is the network after the last step. The split is declared by whoever trains: real
-validation images where real images are trained on, synthetic ones kept aside (`split_for_validation`) where only synthetic
-ones are, so that no real image steers a synthetic-only classifier. Test images come into none of it.
+AdamW, one cosine cycle with warm-up, class-weighted loss, flips and small shifts, equally many
+steps for synthetic and real images. With a validation split the result is the best of a few fixed
+points of the schedule, otherwise the network after the last step. The caller provides the split:
+real validation images for real training images, held-back synthetic ones (`split_for_validation`)
+for synthetic training images, so no real image selects a synthetic-only classifier. Test images are
+never used.
 """
 
 from __future__ import annotations
@@ -24,30 +25,28 @@ from fedgan.evaluation.sampling import to_float
 from fedgan.models.classifiers import Classifier, build_classifier
 
 BATCH = 64
-FORWARD_PIXELS = 256 * 64**2  # pixels that go through a classifier at once when nothing is learnt
+FORWARD_PIXELS = 256 * 64**2  # per batch of inference
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.01
 WARM_UP = 0.2  # share of the steps
-MOST_WEIGHT = (
-    100.0  # of a class: keeps a class of two or three images from ruling every batch that it is in
-)
-CHECKS = 8  # of the validation loss, evenly spaced over the second half of the steps, the last one at their end
+MAX_CLASS_WEIGHT = 100.0  # or a class of two or three images would dominate its batches
+CHECKS = 8  # of the validation loss, evenly spaced over the second half of the steps
 PATIENCE = 4  # checks without a lower loss after which training stops
-SYNTHETIC_VALIDATION = (
-    0.1  # share of a synthetic set that is kept aside to choose among its classifiers
-)
+SYNTHETIC_VALIDATION = 0.1  # share of a synthetic set that is held back for validation
 SELECTION = "none: the network after the last step"
 SELECTION_BY_VALIDATION = (
-    f"the network with the lowest class-weighted loss on the validation images at {CHECKS} checks, evenly spaced over the second "
-    f"half of the steps; training stops after {PATIENCE} checks without a lower one"
+    f"the network with the lowest class-weighted loss on the validation images at {CHECKS} checks, "
+    f"evenly spaced over the second half of the steps; training stops after {PATIENCE} checks "
+    "without a lower one"
 )
 
 
 def class_weights(labels: np.ndarray, exclusive: bool) -> torch.Tensor:
-    """Weights (K,) float32 from the training labels (N, K) of one arm, at most 100.
+    """Class weights (K,) float32 from training labels (N, K), at most 100.
 
-    Exclusive: N / (classes present × images of the class), for cross-entropy. Otherwise negatives / positives, the
-    `pos_weight` of binary cross-entropy. A class without images (or without positives) gets 1; no image carries it.
+    Exclusive: N / (classes present × images of the class), for cross-entropy. Otherwise negatives /
+    positives, the `pos_weight` of binary cross-entropy. A class without images (or positives) gets
+    1.
     """
     positives = labels.sum(0).astype(np.float64)
     present = positives > 0
@@ -55,28 +54,28 @@ def class_weights(labels: np.ndarray, exclusive: bool) -> torch.Tensor:
         weights = len(labels) / (max(present.sum(), 1) * np.maximum(positives, 1))
     else:
         weights = (len(labels) - positives) / np.maximum(positives, 1)
-    return torch.from_numpy(np.where(present, np.minimum(weights, MOST_WEIGHT), 1.0)).float()
+    return torch.from_numpy(np.where(present, np.minimum(weights, MAX_CLASS_WEIGHT), 1.0)).float()
 
 
 def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, exclusive: bool
 ) -> torch.Tensor:
-    """Weighted cross-entropy (exclusive) or binary cross-entropy of logits and labels (B, K) with weights (K,); a scalar."""
+    """Weighted (binary) cross-entropy of logits and labels (B, K) with weights (K,)."""
     if exclusive:
         return functional.cross_entropy(logits, labels.argmax(1), weight=weights)
     return functional.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights)
 
 
 def augment(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Flip left to right with probability 1/2 and shift by up to 1/16 of the side, edges repeated; (B, C, H, W) uint8.
+    """Random flip (p = 1/2), shift by up to 1/16 of the side, edges repeated; (B, C, H, W) uint8.
 
-    The result lies in memory as channels_last.
+    The result is channels_last in memory.
     """
     count, channels, height, width = images.shape
     most = max(1, height // 16)
     shift = most + rng.integers(-most, most + 1, size=(2, count, 1))[:, :, 0]
     flipped = rng.random(count) < 0.5
-    # Slices of the padded batch: several times as fast as one gather by index, and in one thread as fast as in many.
+    # Slices of the padded batch: several times as fast as a gather by index, also in one thread.
     padded = np.pad(
         images.numpy(), ((0, 0), (0, 0), (most, most), (most, most)), mode="edge"
     ).transpose(0, 2, 3, 1)
@@ -88,26 +87,28 @@ def augment(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 
 def training_steps(images: int, epochs: int) -> int:
-    """Steps of every classifier of an evaluation: `epochs` passes over the `images` of the real training split."""
+    """Steps of every classifier: `epochs` passes over the `images` of the real training split."""
     return max(1, math.ceil(images * epochs / BATCH))
 
 
 def split_for_validation(
     dataset: ImageDataset, share: float = SYNTHETIC_VALIDATION, seed: int = 0
 ) -> tuple[ImageDataset, ImageDataset]:
-    """A synthetic set divided into (training, validation) by images, label vectors in proportion; images are not copied.
+    """A synthetic set divided into (training, validation), stratified by label vector, not copied.
 
-    `share` in (0, 0.5] of the images whose label vector occurs more than once; the only image of a vector stays in training.
-    Images of known patients are refused: they are divided by patient when a shard is imported.
-    Raises `DataError` for those, for another share and for fewer than two images.
+    `share` in (0, 0.5] of the images whose label vector occurs more than once; the only image of a
+    vector stays in training. Raises `DataError` for images with known patients (which are split by
+    patient at import), for another share and for fewer than two images.
     """
     if any(patient and not str(patient).startswith(OWN_PATIENT) for patient in dataset.patients):
         raise DataError(
-            f"'{dataset.name}' has patients: a split by image would part their images; use its validation split"
+            f"'{dataset.name}' has patients: a split by image would separate their images; "
+            "use its validation split"
         )
     if not 0 < share <= 0.5 or len(dataset) < 2:
         raise DataError(
-            f"no share of {share:g} can be kept aside of {len(dataset)} images: at least two, and a share up to 0.5"
+            f"a share of {share:g} of {len(dataset)} images cannot be held back: "
+            "give at least two images and a share up to 0.5"
         )
     _, kind, counts = np.unique(dataset.labels, axis=0, return_inverse=True, return_counts=True)
     several = np.flatnonzero(counts[kind.reshape(-1)] > 1)
@@ -117,7 +118,7 @@ def split_for_validation(
         stratified_rows(dataset.labels[several], max(1, int(share * len(several))), seed)
     ]
     rest = np.setdiff1d(np.arange(len(dataset)), kept)
-    return dataset.take(rest), dataset.take(kept, f"{dataset.name}, kept aside")
+    return dataset.take(rest), dataset.take(kept, f"{dataset.name}, held back")
 
 
 def train_classifier(
@@ -131,23 +132,24 @@ def train_classifier(
     checks: int = CHECKS,
     precision: str = "fp32",
 ) -> Classifier:
-    """Train the classifier called `name` for `steps` steps of 64 images; deterministic by `seed` for one thread count.
+    """Train the classifier `name` for `steps` steps of 64 images; deterministic per thread count.
 
-    Images are shown in random order, each as often as the others. With `validation` images the result is the network of the
-    check with the lowest `validation_loss`, and training ends early after `PATIENCE` checks without a lower one
-    (`SELECTION_BY_VALIDATION`); the steps themselves are the same as without. `precision` "bf16": activations of the
-    training steps in bfloat16 (autocast); weights, loss, validation and use stay float32. `progress(step, steps)` is called
-    after each step.
-    torch's global random state is left as it was. Raises `DataError` for a dataset without images, and for validation
-    images that are none or have other labels.
+    Images come in random order, equally often. With `validation` images the result is the network
+    of the check with the lowest `validation_loss`, and training ends after `PATIENCE` checks
+    without a lower one (`SELECTION_BY_VALIDATION`); the steps themselves do not change. `precision`
+    "bf16": training activations in bfloat16 (autocast); weights, loss, validation and inference
+    stay float32. `progress(step, steps)` is called after each step. torch's global random state is
+    restored. Raises `DataError` for a dataset without images, and for validation images that are
+    empty or have other labels.
     """
     if len(dataset) == 0:
-        raise DataError(f"'{dataset.name}' has no image to train a classifier on: check its splits")
+        raise DataError(f"'{dataset.name}' has no image to train a classifier: check its splits")
     if validation is not None and (
         len(validation) == 0 or validation.label_names != dataset.label_names
     ):
         raise DataError(
-            f"'{validation.name}' cannot validate a classifier of '{dataset.name}': give images with the same labels"
+            f"'{validation.name}' cannot validate a classifier of '{dataset.name}': "
+            "give images with the same labels"
         )
     rng = np.random.default_rng(seed)
     with torch.random.fork_rng(devices=[]):
@@ -175,7 +177,7 @@ def train_classifier(
         if progress is not None:
             progress(step + 1, steps)
         if validation is not None and step + 1 in checked:
-            best.see(validation_loss(classifier, validation, weights, device), classifier)
+            best.update(validation_loss(classifier, validation, weights, device), classifier)
             if best.misses >= PATIENCE:
                 break
     if best.weights:
@@ -184,14 +186,14 @@ def train_classifier(
 
 
 def check_steps(steps: int, checks: int = CHECKS) -> frozenset[int]:
-    """The steps (from 1) after which the validation loss is looked at: `checks` of the second half, the last step among them."""
+    """Steps (from 1) of the validation checks: `checks` in the second half, including the last."""
     return frozenset(round(steps * (0.5 + 0.5 * (check + 1) / checks)) for check in range(checks))
 
 
 def validation_loss(
     classifier: Classifier, validation: ImageDataset, weights: torch.Tensor, device: str = "cpu"
 ) -> float:
-    """The training loss, class weights (K,) of the training labels included, over all validation images, none augmented."""
+    """Training loss with class weights (K,) over all validation images, not augmented."""
     classifier.eval()
     logits = _forward(classifier.forward, validation.images, device)
     classifier.train()
@@ -201,13 +203,13 @@ def validation_loss(
 
 @dataclass
 class _Best:
-    """The weights with the lowest loss so far, and how many checks ago that was."""
+    """The weights with the lowest loss so far, and the number of checks since."""
 
     loss: float = math.inf
     misses: int = 0
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def see(self, loss: float, classifier: Classifier) -> None:
+    def update(self, loss: float, classifier: Classifier) -> None:
         if loss < self.loss:
             self.loss, self.misses = loss, 0
             self.weights = {
@@ -218,14 +220,14 @@ class _Best:
 
 
 def cycle(share: float) -> float:
-    """Factor of the learning rate after `share` in [0, 1) of the steps: linear warm-up, then half a cosine down to 0."""
+    """Factor of the learning rate at `share` in [0, 1) of the steps: warm-up, cosine to 0."""
     if share < WARM_UP:
         return 0.05 + 0.95 * share / WARM_UP
     return 0.5 * (1.0 + math.cos(math.pi * (share - WARM_UP) / (1.0 - WARM_UP)))
 
 
 def probabilities(classifier: Classifier, dataset: ImageDataset, device: str = "cpu") -> np.ndarray:
-    """Probabilities (N, K) float64 of all images: softmax for exclusive classes, else a sigmoid a label."""
+    """Probabilities (N, K) float64: softmax if exclusive, else one sigmoid per label."""
     logits = _forward(classifier.forward, dataset.images, device).double()
     return (logits.softmax(1) if dataset.exclusive else logits.sigmoid()).numpy()
 
@@ -254,7 +256,7 @@ def _forward(
 
 
 def _index_stream(count: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """`steps` index arrays (64,) cut from one permutation after another."""
+    """`steps` index arrays (64,), cut from consecutive permutations."""
     rest = np.empty(0, np.int64)
     for _ in range(steps):
         while len(rest) < BATCH:

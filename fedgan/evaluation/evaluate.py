@@ -1,8 +1,9 @@
-"""The final evaluation of a synthetic set: what it is worth to a classifier, and how it differs from real images.
+"""Final evaluation of a synthetic set: utility for classifiers, fidelity to real images.
 
-The generator and every classifier see training images (or images made from them) alone; classifiers are chosen on
-declared validation images. The test split gives the utility figures; validation and test images together are the real
-side of the distances. `evaluation.suite` = quick leaves out what costs most; the arms of a comparison share one suite.
+Generators and classifiers see training images (or images made from them) only; classifiers are
+selected on validation images. The test split gives the utility figures; validation and test images
+together are the real side of the distances. `evaluation.suite` = quick leaves out the most
+expensive parts; all arms of a comparison share one suite.
 """
 
 from __future__ import annotations
@@ -26,28 +27,32 @@ from fedgan.evaluation.metrics.fidelity import (
     Numbers,
     fidelity,
     grouped_fidelity,
-    label_mix_rows,
-    missing_share,
 )
 from fedgan.evaluation.metrics.label_fidelity import label_fidelity
 from fedgan.evaluation.metrics.ms_ssim import WINDOW, intra_class_ms_ssim
 from fedgan.evaluation.metrics.path_length import perceptual_path_length
 from fedgan.evaluation.metrics.utility import NO_FINDING, majority_scores, names_normal, utility
-from fedgan.evaluation.mixing import SHARES, mixed_set, stratified_rows
-from fedgan.evaluation.reference import RealReference, merged
+from fedgan.evaluation.mixing import (
+    SHARES,
+    label_mix_rows,
+    missing_share,
+    mixed_set,
+    stratified_rows,
+)
+from fedgan.evaluation.reference import RealReference, institutions_of, merged
 from fedgan.evaluation.sampling import to_float
 
-FEWEST_TEST_IMAGES = 2
-FEWEST_HELD_OUT = 4
-FEWEST_TO_SPLIT = 20  # synthetic images below which none is kept aside for validation
-READ_IMAGES = 2000  # most synthetic images that real classifiers are tested on
-WORTH_SAYING = 0.02  # deviation from a hospital's mix of labels beyond which there is a note
+MIN_TEST_IMAGES = 2
+MIN_HELD_OUT = 4
+MIN_TO_SPLIT = 20  # synthetic images; with fewer none is held back for validation
+MAX_LABEL_FIDELITY_IMAGES = 2000
+NOTED_DEVIATION = 0.02  # from a hospital's label mix
 PATHS = 512  # of the perceptual path length
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """`numbers`: the evaluator's part of evaluation.json; `scores` (S, N, K): probabilities of the real test images."""
+    """`numbers`: the part of evaluation.json; `scores` (S, N, K): test probabilities."""
 
     numbers: dict[str, Any]
     scores: np.ndarray | None
@@ -56,23 +61,22 @@ class EvaluationResult:
 def evaluate_synthetic(
     reference: RealReference, synthetic: ImageDataset, generator: Any = None
 ) -> EvaluationResult:
-    """Everything that evaluation.json says about a synthetic set: label_names, suite, utility, fidelity, label_fidelity, notes.
+    """All of evaluation.json about a synthetic set.
 
-    `generator` made the set and gives its path length; None for a set of several generators. What cannot be computed is
-    None, with a sentence in `notes`. Raises `FedganError` for data that do not fit.
+    Keys: label_names, suite, utility, fidelity, label_fidelity, notes. `generator` made the set and
+    gives its path length; None for a set of several generators. What cannot be computed is None,
+    with a sentence in `notes`. Raises `FedganError` for data that do not fit.
     """
-    made_labels = (
-        synthetic.labels
-    )  # the generator's own, which evaluation.label_map may merge for the classifiers
+    generator_labels = synthetic.labels  # before evaluation.label_map merges them
     synthetic = merged(synthetic, reference.settings.label_map)
     notes: list[str] = []
-    worth, scores, reading = _utility(reference, synthetic, notes)
+    utility_block, scores, labels_block = _utility(reference, synthetic, notes)
     numbers = {
         "label_names": list(synthetic.label_names),
         "suite": reference.settings.suite,
-        "utility": worth,
-        "fidelity": _fidelity(reference, synthetic, generator, made_labels, notes),
-        "label_fidelity": reading,
+        "utility": utility_block,
+        "fidelity": _fidelity(reference, synthetic, generator, generator_labels, notes),
+        "label_fidelity": labels_block,
         "notes": notes,
     }
     return EvaluationResult(numbers, scores)
@@ -88,14 +92,14 @@ def _utility(
     settings, test = reference.settings, reference.test
     if not reference.has_classes:
         notes.append(
-            "The images have no classes to tell apart: there is no classifier and no utility."
+            "The images have no classes to distinguish: there is no classifier and no utility."
         )
         return None, None, None
-    if len(test) < FEWEST_TEST_IMAGES:
+    if len(test) < MIN_TEST_IMAGES:
         notes.append("The real test split has fewer than two images: utility cannot be measured.")
         return None, None, None
-    scores, aside = synthetic_only(reference, synthetic)
-    reference.say("testing on real images")
+    scores, held_back = synthetic_only(reference, synthetic)
+    reference.on_progress("testing on real images")
     majority = majority_scores(reference.train.labels, len(test), test.exclusive)
     result: dict[str, Any] = {
         "classifier": reference.classifier_name,
@@ -103,9 +107,9 @@ def _utility(
         "steps": reference.steps,
         "batch": BATCH,
         "selection": SELECTION_BY_VALIDATION
-        if reference.validation is not None and aside
+        if reference.validation is not None and held_back
         else SELECTION,
-        "validation": _declared(reference, aside),
+        "validation": _validation_sources(reference, held_back),
         "bootstrap": settings.bootstrap,
         "resampled": _resampled(test),
         "real": reference.metrics,
@@ -118,20 +122,25 @@ def _utility(
     notes += _class_notes(result["real"])
     if settings.suite == "quick":
         return result, scores, None
-    reading = _read(reference, synthetic)
-    result["real_on_synthetic"] = reading.pop("utility")
+    labels_block = _real_on_synthetic(reference, synthetic)
+    result["real_on_synthetic"] = labels_block.pop("utility")
     result["mixed"] = _mixed(reference, synthetic, notes)
-    return result, scores, reading
+    return result, scores, labels_block
 
 
 def synthetic_only(reference: RealReference, synthetic: ImageDataset) -> tuple[np.ndarray, int]:
-    """Scores (S, N, K) of the test images by classifiers that saw synthetic images alone, and how many chose among them."""
+    """TSTR: scores (S, N, K) of the test images by synthetic-only classifiers.
+
+    Also returns the number of synthetic images that were held back for validation.
+    """
     train, validation = synthetic, None
-    if len(synthetic) >= FEWEST_TO_SPLIT:
+    if len(synthetic) >= MIN_TO_SPLIT:
         train, validation = split_for_validation(synthetic, seed=reference.seed)
     classifiers = []
     for number in range(reference.settings.seeds):
-        reference.say(f"training synthetic classifier {number + 1} of {reference.settings.seeds}")
+        reference.on_progress(
+            f"training synthetic classifier {number + 1} of {reference.settings.seeds}"
+        )
         classifiers.append(reference.fit(train, validation, number))
     return reference.score(classifiers, reference.test), len(validation) if validation else 0
 
@@ -139,7 +148,7 @@ def synthetic_only(reference: RealReference, synthetic: ImageDataset) -> tuple[n
 def _mixed(
     reference: RealReference, synthetic: ImageDataset, notes: list[str]
 ) -> list[dict[str, Any]]:
-    """Utility of classifiers trained on all real and some synthetic images, a row a share."""
+    """Utility of classifiers trained on all real and some synthetic images, one row per share."""
     rows = []
     for share in SHARES:
         try:
@@ -147,7 +156,7 @@ def _mixed(
         except DataError as error:
             notes.append(f"Real + {share} × synthetic was not measured: {error}.")
             continue
-        reference.say(f"training on real + {share} × synthetic")
+        reference.on_progress(f"training on real + {share} × synthetic")
         classifiers = [
             reference.fit(both, reference.validation, number)
             for number in range(reference.settings.seeds)
@@ -159,10 +168,12 @@ def _mixed(
     return rows
 
 
-def _read(reference: RealReference, synthetic: ImageDataset) -> dict[str, Any]:
-    """What real-trained classifiers read in synthetic images: `utility` on them, and label fidelity beside that of real ones."""
+def _real_on_synthetic(reference: RealReference, synthetic: ImageDataset) -> dict[str, Any]:
+    """TRTS: `utility` of real classifiers on synthetic images, and label fidelity of both."""
     part = synthetic.take(
-        stratified_rows(synthetic.labels, min(len(synthetic), READ_IMAGES), reference.seed)
+        stratified_rows(
+            synthetic.labels, min(len(synthetic), MAX_LABEL_FIDELITY_IMAGES), reference.seed
+        )
     )
     classifiers = [reference.classifier(number) for number in range(reference.settings.seeds)]
     scores = np.stack(
@@ -178,21 +189,21 @@ def _read(reference: RealReference, synthetic: ImageDataset) -> dict[str, Any]:
     }
 
 
-def _declared(reference: RealReference, aside: int) -> str:
-    """Which images classifiers were chosen on, in words."""
+def _validation_sources(reference: RealReference, held_back: int) -> str:
+    """The images on which classifiers were selected, as text."""
     real = (
         f"{len(reference.val)} images of the real validation split"
         if len(reference.val)
         else "none"
     )
-    synthetic = f"{aside} synthetic images kept aside" if aside else "none"
+    synthetic = f"{held_back} held-back synthetic images" if held_back else "none"
     return (
         f"trained on real or mixed images: {real}; trained on synthetic images alone: {synthetic}"
     )
 
 
 def _resampled(test: ImageDataset) -> str:
-    """What the bootstrap drew: patients, images, or patients where they are known."""
+    """The unit of the bootstrap: patients, images, or patients where they are known."""
     known = [
         bool(patient) and not str(patient).startswith(OWN_PATIENT) for patient in test.patients
     ]
@@ -202,23 +213,26 @@ def _resampled(test: ImageDataset) -> str:
 
 
 def _class_notes(metrics: dict[str, Any]) -> list[str]:
-    """Sentences for the classes and institutions whose AUC is not defined."""
+    """Sentences for the classes and institutions whose AUC is undefined."""
     notes = []
     for label, row in metrics["per_class"].items():
         if row["auc"] is None:
             what = "positive" if row["positives"] == 0 else "negative"
             notes.append(
-                f"'{label}' has no {what} image in the real test split: its AUC is null and not in the macro mean."
+                f"'{label}' has no {what} image in the real test split: its AUC is null and not in "
+                "the macro mean."
             )
-    for place, inside in metrics["per_institution"].items():
+    for institution, inside in metrics["per_institution"].items():
         undefined = [label for label, row in inside["per_class"].items() if row["auc"] is None]
         if inside["macro_auc"] is None:
             notes.append(
-                f"Inside {place} no class has both positive and negative test images: its AUC is null."
+                f"Inside {institution} no class has both positive and negative test images: its AUC "
+                "is null."
             )
         elif undefined:
             notes.append(
-                f"Inside {place} the AUC is undefined for {', '.join(undefined)}: its macro mean is over the other classes."
+                f"Inside {institution} the AUC is undefined for {', '.join(undefined)}: its macro "
+                "mean is over the other classes."
             )
     return notes
 
@@ -230,7 +244,7 @@ def _fidelity(
     reference: RealReference,
     synthetic: ImageDataset,
     generator: Any,
-    made_labels: np.ndarray,
+    generator_labels: np.ndarray,
     notes: list[str],
 ) -> dict[str, Any] | None:
     if not reference.can_extract:
@@ -239,10 +253,10 @@ def _fidelity(
             "set evaluation.features to a weights file for Fréchet and kernel distances."
         )
         return None
-    if len(reference.val) + len(reference.test) < FEWEST_HELD_OUT:
+    if len(reference.val) + len(reference.test) < MIN_HELD_OUT:
         notes.append("Fewer than four held-out real images: distances cannot be measured.")
         return None
-    reference.say("measuring distances")
+    reference.on_progress("measuring distances")
     features, extractor, k = (
         reference.extractor(synthetic.images),
         reference.extractor,
@@ -252,8 +266,8 @@ def _fidelity(
     measured = fidelity(real, features, reference.seed, k=k, patients=patients)
     if int(str(measured["images"])) <= features.shape[1]:
         notes.append(
-            f"The distances rest on {measured['images']} images a side for {features.shape[1]} features: "
-            "read the Fréchet distance beside its floor only."
+            f"The distances rest on {measured['images']} images per side for {features.shape[1]} "
+            "features: read the Fréchet distance beside its reference value only."
         )
     result: dict[str, Any] = {
         "extractor": extractor.name,
@@ -265,15 +279,15 @@ def _fidelity(
         return result
     result["per_class"] = _by_class(reference, synthetic, features, notes)
     result["per_hospital"] = _by_hospital(reference, synthetic, features, notes)
-    result["ms_ssim"] = _structure(reference, synthetic, notes)
-    result["path_length"] = _path_length(reference, generator, made_labels, notes)
+    result["ms_ssim"] = _ms_ssim(reference, synthetic, notes)
+    result["path_length"] = _path_length(reference, generator, generator_labels, notes)
     return result
 
 
 def _by_class(
     reference: RealReference, synthetic: ImageDataset, features: np.ndarray, notes: list[str]
 ) -> dict[str, Numbers | None]:
-    """Fidelity inside each class: real images that have the label against synthetic ones that were asked for it."""
+    """Fidelity per class: real images with the label against synthetic ones with it."""
     held = reference.held_out
     rows = {
         name: (np.flatnonzero(held.labels[:, k]), np.flatnonzero(synthetic.labels[:, k]))
@@ -288,39 +302,36 @@ def _by_class(
 def _by_hospital(
     reference: RealReference, synthetic: ImageDataset, features: np.ndarray, notes: list[str]
 ) -> dict[str, Numbers | None]:
-    """Fidelity for each hospital: its held-out images against synthetic ones in its own mix of labels."""
+    """Fidelity per hospital: its held-out images against synthetic ones in its label mix."""
     held = reference.held_out
-    places = (
-        np.asarray(held.institutions)
-        if len(held.institutions) == len(held)
-        else np.full(len(held), held.name)
-    )
+    hospitals = institutions_of(held)
     rows = {}
-    for place in np.unique(places):
-        real = np.flatnonzero(places == place)
+    for hospital in np.unique(hospitals):
+        real = np.flatnonzero(hospitals == hospital)
         mix = label_mix_rows(synthetic.labels, held.labels[real], reference.seed)
-        rows[str(place)] = (real, mix.rows)
+        rows[str(hospital)] = (real, mix.rows)
         notes += _mix_notes(
-            str(place), len(mix.rows), mix.deviation, min(len(real) // 2, len(synthetic))
+            str(hospital), len(mix.rows), mix.deviation, min(len(real) // 2, len(synthetic))
         )
-        if lacking := missing_share(synthetic.labels, held.labels[real]):
+        if missing := missing_share(synthetic.labels, held.labels[real]):
             notes.append(
-                f"{lacking:.0%} of the real images of {place} have labels that no synthetic image has."
+                f"{missing:.0%} of the real images of {hospital} have labels that no synthetic "
+                "image has."
             )
     return _grouped(reference, features, rows, notes, "hospital")
 
 
-def _mix_notes(place: str, count: int, deviation: float, enough: int) -> list[str]:
-    """Sentences for a hospital whose label mix the synthetic set holds in few images, or not as it is."""
+def _mix_notes(hospital: str, count: int, deviation: float, enough: int) -> list[str]:
+    """Notes for a hospital whose label mix the synthetic set has in few images, or not exactly."""
     notes = []
     if 0 < count < enough:
         notes.append(
-            f"Fidelity for {place} rests on {count} synthetic images where its real ones allow {enough}: "
-            "there are no more in its mix of labels, and none is taken twice."
+            f"Fidelity for {hospital} rests on {count} synthetic images where its real ones allow "
+            f"{enough}: there are no more in its mix of labels, and none is used twice."
         )
-    if deviation > WORTH_SAYING:
+    if deviation > NOTED_DEVIATION:
         notes.append(
-            f"The synthetic images that {place} is compared with are not quite in its mix of labels: "
+            f"The synthetic images that {hospital} is compared with deviate from its mix of labels: "
             f"{deviation:.0%} of them would need other labels."
         )
     return notes
@@ -344,15 +355,16 @@ def _grouped(
     )
     if missing := [name for name, numbers in found.items() if numbers is None]:
         notes.append(
-            f"Fidelity by {what} was not measured for {', '.join(missing)}: fewer than {2 * k} images on a side."
+            f"Fidelity by {what} was not measured for {', '.join(missing)}: fewer than {2 * k} images "
+            "per side."
         )
     return found
 
 
-def _structure(
+def _ms_ssim(
     reference: RealReference, synthetic: ImageDataset, notes: list[str]
 ) -> dict[str, dict[str, float | None]] | None:
-    """MS-SSIM of random pairs inside each class, of synthetic images and beside them of real training images."""
+    """MS-SSIM of random pairs inside each class, of synthetic and of real training images."""
     train = reference.train
     if train.resolution < WINDOW:
         notes.append(
@@ -372,7 +384,7 @@ def _path_length(
     reference: RealReference, generator: Any, labels: np.ndarray, notes: list[str]
 ) -> float | None:
     if generator is None:
-        notes.append("The images come from several generators: there is no one path length.")
+        notes.append("The images come from several generators: there is no single path length.")
         return None
     extractor: Any = reference.extractor
     if isinstance(extractor, ReferenceExtractor):

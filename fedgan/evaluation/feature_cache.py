@@ -1,7 +1,8 @@
-"""Features of real images on disk, by the content of the images and by the extractor: every arm is measured against the same.
+"""Cache of real features on disk, by content of the images and by extractor.
 
-An entry is a `.npy` of features and, written after it, a `.json` with its sha256. There is no image, patient or path in
-either; but features are computed from real images, so the folder stays where those images may stay.
+An entry is a `.npy` of features and, written after it, a `.json` with its sha256. It holds no
+image, patient or path. Features are computed from real images, so the folder must stay where those
+images may be.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from fedgan import files
 from fedgan.data.dataset import ImageArray
 from fedgan.evaluation.features import Extractor
 
-FORMAT = 1  # to be raised when an extractor changes what it does to an image before its network
-BLOCK_BYTES = 1 << 24  # of the images that are in memory at once while they are hashed
+FORMAT = 1  # increase when an extractor changes its preprocessing
+BLOCK_BYTES = 1 << 24  # of images that are hashed at once
 
 
 def images_hash(images: ImageArray) -> str:
-    """sha256 (hex) over the shape and the bytes of images (N, C, H, W) uint8, in blocks: a memory map is never read whole."""
+    """sha256 (hex) of shape and bytes of images (N, C, H, W) uint8, in blocks (memory maps)."""
     digest = hashlib.sha256(" ".join(map(str, images.shape)).encode())
     step = max(1, BLOCK_BYTES // max(1, int(np.prod(images.shape[1:]))))
     for start in range(0, images.shape[0], step):
@@ -33,7 +34,7 @@ def images_hash(images: ImageArray) -> str:
 
 
 class FeatureCache:
-    """A folder of features. It is made when the first entry is written; entries may be deleted at any time."""
+    """A folder of features, created with the first entry. Entries may be deleted at any time."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -41,10 +42,10 @@ class FeatureCache:
     def get(
         self, images_hash: str, extractor_key: str, compute: Callable[[], np.ndarray]
     ) -> np.ndarray:
-        """The features (N, D) that are kept for these images and this extractor; else `compute()`, which is then kept.
+        """Cached features (N, D) of these images and this extractor, else those of `compute()`.
 
-        A damaged, torn or foreign entry is computed again and replaced. Raises `StorageError` where the folder cannot be
-        written.
+        A damaged, partial or foreign entry is replaced. Raises `StorageError` where the folder
+        cannot be written.
         """
         path = self.path(images_hash, extractor_key)
         kept = _read(path, images_hash, extractor_key)
@@ -59,25 +60,23 @@ class FeatureCache:
         return features
 
     def features(self, images: ImageArray, extractor: Extractor) -> np.ndarray:
-        """Features (N, D) float64 of images (N, C, H, W) uint8 by `extractor`, kept or computed."""
+        """Features (N, D) float64 of images (N, C, H, W) uint8, cached or computed."""
         return self.get(images_hash(images), extractor.key, lambda: extractor(images))
 
     def path(self, images_hash: str, extractor_key: str) -> Path:
-        """The `.npy` of an entry, there or not."""
-        return (
-            self.folder
-            / f"{hashlib.sha256(f'{FORMAT} {images_hash} {extractor_key}'.encode()).hexdigest()}.npy"
-        )
+        """The `.npy` of an entry, whether it exists or not."""
+        key = hashlib.sha256(f"{FORMAT} {images_hash} {extractor_key}".encode()).hexdigest()
+        return self.folder / f"{key}.npy"
 
 
 def _entry(data: bytes, images_hash: str, extractor_key: str) -> dict[str, object]:
-    """What the JSON beside the features `data` says: an array that it does not describe does not count."""
+    """The JSON beside the features `data`; an array that does not match it is ignored."""
     sha256 = hashlib.sha256(data).hexdigest()
     return {"format": FORMAT, "images": images_hash, "extractor": extractor_key, "sha256": sha256}
 
 
 def _read(path: Path, images_hash: str, extractor_key: str) -> np.ndarray | None:
-    """The features of an entry; None where it is absent, damaged, or of other images or another extractor."""
+    """The features of an entry; None if absent, damaged, or of other images or extractor."""
     try:
         entry = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         data = path.read_bytes()

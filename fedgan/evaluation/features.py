@@ -1,7 +1,8 @@
-"""Feature extractors for distances between image sets: which one `evaluation.features` names.
+"""Feature extractors by the name or file of `evaluation.features`.
 
-Each carries the name that stands beside every number it gives, a key for the cache of real features, and whether a
-Fréchet distance on its features may be called FID. The networks are in `fedgan/evaluation/extractors`.
+Each has a name, which is printed with every figure, a key for the cache of real features, and a
+flag whether a Fréchet distance on its features may be called FID. The networks are in
+`fedgan/evaluation/extractors`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Extractor(Protocol):
 
     @property
     def name(self) -> str:
-        """What stands beside every number that rests on these features."""
+        """Printed with every figure based on these features."""
         ...
 
     @property
@@ -64,7 +65,7 @@ class Extractor(Protocol):
 
     @property
     def is_fid(self) -> bool:
-        """Whether a Fréchet distance on these features is an FID; True for Inception-v3 alone."""
+        """Whether a Fréchet distance on these features is an FID; True for Inception-v3 only."""
         ...
 
     def __call__(self, images: ImageArray) -> np.ndarray: ...
@@ -80,7 +81,8 @@ class ReferenceExtractor:
 
     @property
     def name(self) -> str:
-        return f"reference classifier ({self.classifier.name}, penultimate, {self.classifier.feature_dim})"
+        network = self.classifier
+        return f"reference classifier ({network.name}, penultimate, {network.feature_dim})"
 
     @property
     def key(self) -> str:
@@ -91,11 +93,12 @@ class ReferenceExtractor:
 
 
 def extractor_from(spec: str | Path, device: str = "cpu") -> Extractor:
-    """The extractor whose weights file `evaluation.features` names; which network it is, is read from its content.
+    """The extractor of the weights file `spec`; its content identifies the network.
 
-    SqueezeNet v1.0 as `.npz`; torchvision's Inception-v3 or torchxrayvision's DenseNet-121 as a state dict that torch or
-    safetensors wrote. Raises `ConfigError` for a missing file, `DataError` for one that is damaged or of another network,
-    `MachineError` where the package that the network needs is not installed. Nothing is downloaded.
+    SqueezeNet v1.0 as `.npz`; torchvision's Inception-v3 or torchxrayvision's DenseNet-121 as a
+    state dict of torch or safetensors. Nothing is downloaded. Raises `ConfigError` for a missing
+    file, `DataError` for a damaged file or another network, `MachineError` where the network's
+    package is not installed.
     """
     path = existing_file(spec)
     if is_numpy_archive(path):
@@ -106,15 +109,16 @@ def extractor_from(spec: str | Path, device: str = "cpu") -> Extractor:
     if xray.MARK in weights:
         return XrayExtractor(weights, path, device)
     raise DataError(
-        f"{path} holds none of the networks that evaluation.features knows (its first weight is '{next(iter(weights))}'): "
-        f"give torchvision's Inception-v3 ({INCEPTION_FILE}), a SqueezeNet .npz, or a torchxrayvision DenseNet-121"
+        f"{path} is none of the networks of evaluation.features (its first weight is "
+        f"'{next(iter(weights))}'): give torchvision's Inception-v3 ({INCEPTION_FILE}), "
+        "a SqueezeNet .npz, or a torchxrayvision DenseNet-121"
     )
 
 
 def check_features(spec: str | Path) -> None:
-    """Read and check what `evaluation.features` names, before a training starts that would end in its error.
+    """Check the file of `evaluation.features` before a training starts. Raises as `extractor_from`.
 
-    'reference' is always good: its classifier is trained later. Raises as `extractor_from`.
+    'reference' always passes: its classifier is trained later.
     """
     if str(spec) != REFERENCE:
         extractor_from(spec)

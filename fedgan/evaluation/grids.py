@@ -1,4 +1,4 @@
-"""Sample grids: one row a class, the label at the left, tiny images enlarged."""
+"""Sample grids: one row per class, the label on the left, small images enlarged."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BACKGROUND, EMPTY, INK = (255, 255, 255), (235, 235, 235), (30, 30, 30)
 def grid_rows(label_names: tuple[str, ...], exclusive: bool) -> list[tuple[str, np.ndarray]]:
     """Rows of a grid as (text, label vector (K,) uint8).
 
-    Exclusive: one a class. Multi-label: 'no finding' (all zero, unless a label already says so) and one a single
-    finding. Without labels: four unnamed rows.
+    Exclusive: one per class. Multi-label: 'no finding' (all zero, unless a label means it) and one
+    per single finding. Without labels: four unnamed rows.
     """
     count = len(label_names)
     if count == 0:
@@ -45,9 +45,10 @@ def sample_grid(
     psi: float = 1.0,
     device: str = "cpu",
 ) -> Image.Image:
-    """Generated images, one row a class. A column is one latent, the same in every row and every round.
+    """Generated images, one row per class. A column is one latent, equal in all rows and rounds.
 
-    Without labels every cell has a latent of its own. Raises `FedganError` when an image is not finite.
+    Without labels each cell has its own latent. Raises `FedganError` for an image that is not
+    finite.
     """
     rows = grid_rows(label_names, exclusive)
     latents = draw_latents(columns if label_names else columns * len(rows), generator.z_dim, seed)
@@ -60,9 +61,10 @@ def sample_grid(
 
 
 def real_grid(dataset: ImageDataset, columns: int = 8, seed: int = 0) -> Image.Image:
-    """Real images in the same layout; a cell stays empty where the dataset has no further image of the row.
+    """Real images in the same layout; a cell is empty where no further image of the row exists.
 
-    A row of a single finding takes images with that finding alone first, then others that have it.
+    The row of a single finding shows images with this finding alone first, then others that have
+    it.
     """
     rng = np.random.default_rng(seed)
     rows = grid_rows(dataset.label_names, dataset.exclusive)
@@ -92,9 +94,9 @@ def draw_grid(
     columns: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """Draw rows of images (n, C, H, W) uint8, C = 1 or 3, with a text at the left of each row.
+    """Draw rows of images (n, C, H, W) uint8, C = 1 or 3, with a text on the left of each row.
 
-    Images below 128 pixels are enlarged two to four times without smoothing, so that a pixel stays a pixel.
+    Images below 128 pixels are enlarged two to four times without smoothing.
     """
     channels, side = size or (rows[0].shape[1], rows[0].shape[2])
     columns = columns or max(len(row) for row in rows)
@@ -111,16 +113,16 @@ def draw_grid(
         if wrapped:
             pen.multiline_text((4, top + cell / 2), wrapped, INK, font, anchor="lm")
         for column in range(columns):
-            place = (left + column * (cell + GAP), top)
+            corner = (left + column * (cell + GAP), top)
             if column < len(images):
                 canvas.paste(
                     _picture(images[column], channels).resize(
                         (cell, cell), Image.Resampling.NEAREST
                     ),
-                    place,
+                    corner,
                 )
             else:
-                pen.rectangle((*place, place[0] + cell - 1, top + cell - 1), EMPTY)
+                pen.rectangle((*corner, corner[0] + cell - 1, top + cell - 1), EMPTY)
     return canvas
 
 

@@ -1,7 +1,7 @@
-"""The real side of an evaluation: classifiers trained on real images, their scores, and the features of real images.
+"""The real side of an evaluation: real classifiers, their scores, and features of real images.
 
-Everything is computed when first asked for, and then kept; with a folder it is kept on the disk too, so that all arms of
-a comparison are judged with the very same classifiers and one extractor, in whatever process.
+Everything is computed on first use and cached; with a folder also on disk, so all arms of a
+comparison share the same classifiers and extractor in all processes.
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ from fedgan.evaluation.classification import probabilities, train_classifier, tr
 from fedgan.evaluation.feature_cache import FeatureCache, images_hash
 from fedgan.evaluation.features import REFERENCE, Extractor, ReferenceExtractor, extractor_from
 from fedgan.evaluation.metrics.bootstrap import clusters
-from fedgan.evaluation.metrics.fidelity import frechet_distance
+from fedgan.evaluation.metrics.frechet_distance import frechet_distance
 from fedgan.evaluation.metrics.utility import utility
 from fedgan.models.classifiers import Classifier, build_classifier
 from fedgan.training.checkpoint import load_into, load_tensors, save_tensors
 
-Progress = Callable[[str], None]
-QUICK_IMAGES = 1000  # most images of a distance while training goes on
-FEWEST_VAL = (
-    100  # below this the validation split is too small for a curve; training images serve instead
-)
+OnProgress = Callable[[str], None]
+QUICK_IMAGES = 1000  # at most, of a distance during training
+MIN_VALIDATION = 100  # with fewer, training images replace validation images in a curve
 
 
 class RealReference:
-    """What an evaluation needs of the real images.
+    """The real classifiers, scores and features of an evaluation.
 
-    The first real classifier serves three ends: the extractor while training goes on, the extractor of the final
-    distances, and the first seed of the real arm; it is trained once. Classifiers are chosen on the validation split;
-    nothing here is chosen on the test split. `folder`: where classifiers and features are kept, if anywhere.
+    The first real classifier is trained once and has three uses: extractor during training,
+    extractor of the final distances, first seed of the real arm. Classifiers are selected on the
+    validation split; nothing is selected on the test split. `folder`: cache of classifiers and
+    features, None for none.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class RealReference:
         settings: EvaluationSettings,
         seed: int = 0,
         device: str = "cpu",
-        progress: Progress | None = None,
+        on_progress: OnProgress | None = None,
         folder: Path | None = None,
     ) -> None:
         if len(train) == 0:
@@ -66,34 +65,34 @@ class RealReference:
         self.settings, self.seed, self.device, self.folder = settings, seed, device, folder
         self.classifier_name = settings.classifier
         self.steps = training_steps(len(train), settings.epochs)
-        self._progress = progress
+        self.on_progress = on_progress or (lambda text: None)
         self._classifiers: dict[int, Classifier] = {}
         self._features: dict[str, np.ndarray] = {}
         self._cache = FeatureCache(folder / "features") if folder else None
 
-    # --- what can be measured ----------------------------------------------------------------------
+    # --- capabilities ------------------------------------------------------------------------------
 
     @property
     def has_classes(self) -> bool:
-        """Whether there is anything for a classifier to learn."""
+        """Whether a classifier has classes to learn."""
         return self.train.label_dim >= (2 if self.train.exclusive else 1)
 
     @property
     def can_extract(self) -> bool:
-        """Whether distances can be computed: an own weights file, or labels to train the reference classifier on."""
+        """Whether distances can be computed: by a weights file or the reference classifier."""
         return self.settings.features != REFERENCE or self.has_classes
 
     @property
     def validation(self) -> ImageDataset | None:
-        """The real images that real-trained classifiers are chosen on; None where the split is empty."""
+        """The real images on which real-trained classifiers are selected, if any."""
         return self.val if len(self.val) else None
 
     # --- classifiers -------------------------------------------------------------------------------
 
     def classifier(self, number: int) -> Classifier:
-        """Real classifier number `number`, trained with seed `seed + number` on the real training split."""
+        """Real classifier `number`, trained with seed `seed + number`."""
         if number not in self._classifiers:
-            self._classifiers[number] = self._kept_classifier(number) or self._train_classifier(
+            self._classifiers[number] = self._cached_classifier(number) or self._train_classifier(
                 number
             )
         return self._classifiers[number]
@@ -101,7 +100,7 @@ class RealReference:
     def fit(
         self, dataset: ImageDataset, validation: ImageDataset | None, number: int
     ) -> Classifier:
-        """A classifier of any training images by the one recipe, with as many steps as the real ones have at most."""
+        """Train a classifier by the common recipe, with at most as many steps as the real ones."""
         seed, precision = self.seed + number, self.settings.precision
         return train_classifier(
             dataset,
@@ -115,7 +114,7 @@ class RealReference:
 
     @cached_property
     def scores(self) -> np.ndarray:
-        """Probabilities (S, N, K) of the test images by the real classifiers."""
+        """Probabilities (S, N, K) of the test images by the real classifiers (TRTR)."""
         return self.score(
             [self.classifier(number) for number in range(self.settings.seeds)], self.test
         )
@@ -134,14 +133,9 @@ class RealReference:
         return clusters(self.test.patients, self.test.institutions, len(self.test))
 
     @property
-    def test_places(self) -> np.ndarray:
+    def test_institutions(self) -> np.ndarray:
         """Institution (N,) of each test image."""
-        test = self.test
-        return (
-            np.asarray(test.institutions)
-            if len(test.institutions) == len(test)
-            else np.full(len(test), test.name)
-        )
+        return institutions_of(self.test)
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
@@ -152,10 +146,10 @@ class RealReference:
         """Utility of scores (S, N, K) over all test images, and inside each institution."""
         found = self._measure(scores, np.arange(len(self.test)))
         if institutions:
-            places = self.test_places
+            names = self.test_institutions
             found["per_institution"] = {
-                str(place): self._measure(scores, np.flatnonzero(places == place))
-                for place in np.unique(places)
+                str(name): self._measure(scores, np.flatnonzero(names == name))
+                for name in np.unique(names)
             }
         return found
 
@@ -176,7 +170,7 @@ class RealReference:
 
     @cached_property
     def extractor(self) -> Extractor:
-        """The extractor that `evaluation.features` names. Raises `ConfigError` or `DataError` for an unusable file."""
+        """The extractor of `evaluation.features`. Raises as `extractor_from`."""
         if self.settings.features == REFERENCE:
             return ReferenceExtractor(self.classifier(0), self.device)
         return extractor_from(self.settings.features, self.device)
@@ -190,7 +184,7 @@ class RealReference:
 
     @cached_property
     def held_out(self) -> ImageDataset:
-        """All real images that nothing was trained on: validation and test."""
+        """All real images that are not trained on: validation and test."""
         parts = [dataset for dataset in (self.val, self.test) if len(dataset)]
         return pool(parts, "held out") if len(parts) > 1 else parts[0]
 
@@ -209,8 +203,8 @@ class RealReference:
 
     @cached_property
     def quick(self) -> tuple[str, np.ndarray]:
-        """The split and the real features (n, D) that a curve is measured against: validation images where there are enough."""
-        split = "val" if len(self.val) >= FEWEST_VAL else "train"
+        """Split and real features (n, D) of the curve during training."""
+        split = "val" if len(self.val) >= MIN_VALIDATION else "train"
         dataset: ImageDataset = getattr(self, split)
         count = min(len(dataset), QUICK_IMAGES, self.settings.images)
         if split == "val" and count == len(dataset):
@@ -219,7 +213,10 @@ class RealReference:
         return split, self._extract(dataset.take(rows).images)
 
     def quick_distance(self, synthetic: ImageArray) -> dict[str, Any]:
-        """A point of a curve, {"frechet", "extractor", "images", "split"}; synthetic: as many images as `quick` has real ones."""
+        """A point of a curve: {"frechet", "extractor", "images", "split"}.
+
+        `synthetic`: as many images as `quick` has real ones.
+        """
         split, real = self.quick
         distance = frechet_distance(real, self.extractor(synthetic))
         return {
@@ -229,16 +226,11 @@ class RealReference:
             "split": split,
         }
 
-    def say(self, text: str) -> None:
-        """Report progress, where somebody listens."""
-        if self._progress is not None:
-            self._progress(text)
-
-    # --- what is kept on the disk ------------------------------------------------------------------
+    # --- cache on disk -----------------------------------------------------------------------------
 
     @cached_property
     def test_hash(self) -> str:
-        """sha256 of the test images and their labels: arms with another one were judged on other images."""
+        """sha256 of the test images and labels: arms are comparable only if it is equal."""
         return _dataset_hash(self.test)
 
     def _extract(self, images: ImageArray) -> np.ndarray:
@@ -248,7 +240,7 @@ class RealReference:
 
     @cached_property
     def _recipe(self) -> str:
-        """sha256 of all that a real classifier depends on but its number."""
+        """sha256 of everything that a real classifier depends on, except its number."""
         facts = {
             "train": _dataset_hash(self.train),
             "val": _dataset_hash(self.val),
@@ -261,31 +253,31 @@ class RealReference:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def _place(self, number: int) -> Path | None:
+    def _classifier_file(self, number: int) -> Path | None:
         return self.folder / f"classifier-{number}.safetensors" if self.folder else None
 
     def _train_classifier(self, number: int) -> Classifier:
-        self.say(f"training real classifier {number + 1} of {self.settings.seeds}")
+        self.on_progress(f"training real classifier {number + 1} of {self.settings.seeds}")
         classifier = self.fit(self.train, self.validation, number)
-        if place := self._place(number):
-            save_tensors(place, classifier.state_dict(), {"recipe": self._recipe})
+        if path := self._classifier_file(number):
+            save_tensors(path, classifier.state_dict(), {"recipe": self._recipe})
         return classifier
 
-    def _kept_classifier(self, number: int) -> Classifier | None:
-        """The classifier that was trained for this very reference before; None where there is none, or another's."""
-        place = self._place(number)
-        if place is None or not place.is_file():
+    def _cached_classifier(self, number: int) -> Classifier | None:
+        """The classifier cached for this reference; None if absent or of another recipe."""
+        path = self._classifier_file(number)
+        if path is None or not path.is_file():
             return None
         train = self.train
         classifier = build_classifier(
             self.classifier_name, train.channels, train.resolution, train.label_dim
         )
         try:
-            tensors, meta = load_tensors(place)
+            tensors, meta = load_tensors(path)
             if meta.get("recipe") != self._recipe:
                 return None
-            load_into(classifier, tensors, str(place))
-        except CheckpointError:  # damaged: it is trained again
+            load_into(classifier, tensors, str(path))
+        except CheckpointError:  # damaged: train it again
             return None
         network = classifier.to(device=torch.device(self.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
         result: Classifier = network.eval()
@@ -293,7 +285,7 @@ class RealReference:
 
 
 def merged(dataset: ImageDataset, label_map: str) -> ImageDataset:
-    """The dataset with its labels merged by `evaluation.label_map` (empty: as it is).
+    """The dataset with labels merged by `evaluation.label_map` (empty: unchanged).
 
     Raises `DataError` for a label without a rule.
     """
@@ -303,23 +295,30 @@ def merged(dataset: ImageDataset, label_map: str) -> ImageDataset:
     return dataclasses.replace(dataset, labels=labels, label_names=names)
 
 
-def with_places(dataset: ImageDataset, place: str) -> ImageDataset:
-    """The dataset with an institution for each image (`place` where none is given) and patients or blanks: fit to be pooled."""
+def institutions_of(dataset: ImageDataset) -> np.ndarray:
+    """Institution (N,) of each image; the dataset's name where none is given."""
+    count = len(dataset)
+    given = len(dataset.institutions) == count
+    return np.asarray(dataset.institutions) if given else np.full(count, dataset.name)
+
+
+def with_institutions(dataset: ImageDataset, name: str) -> ImageDataset:
+    """The dataset with an institution (`name` if not given) and a patient or blank per image."""
     count = len(dataset)
     institutions = (
-        dataset.institutions if len(dataset.institutions) == count else np.full(count, place)
+        dataset.institutions if len(dataset.institutions) == count else np.full(count, name)
     )
     patients = dataset.patients if len(dataset.patients) == count else np.full(count, "")
     return dataclasses.replace(
         dataset,
-        institutions=np.where(np.asarray(institutions) == "", place, institutions),
+        institutions=np.where(np.asarray(institutions) == "", name, institutions),
         patients=np.asarray(patients, str),
     )
 
 
-def pool_places(datasets: list[tuple[str, ImageDataset]], name: str) -> ImageDataset:
-    """All images of several hospitals, given as (name, dataset), with their institutions kept."""
-    return pool([with_places(dataset, place) for place, dataset in datasets], name)
+def pool_hospitals(datasets: list[tuple[str, ImageDataset]], name: str) -> ImageDataset:
+    """All images of several hospitals, given as (name, dataset), with institutions."""
+    return pool([with_institutions(dataset, hospital) for hospital, dataset in datasets], name)
 
 
 def _dataset_hash(dataset: ImageDataset) -> str:

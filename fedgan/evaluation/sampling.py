@@ -1,4 +1,4 @@
-"""Images from a generator: seeded latents, labels that follow the real ones, uint8 out."""
+"""Sampling from a generator: seeded latents, labels in real proportions, uint8 images."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from fedgan.apportion import apportion
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import FedganError
 
-LARGEST_BATCH_PIXELS = 64 * 64**2  # pixels of the images that are generated at once
+MAX_BATCH_PIXELS = 64 * 64**2
 
 
 def synthetic_labels(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """`count` label vectors (count, K) uint8 in the proportions of the real training vectors `labels` (N, K), shuffled.
+    """`count` label vectors (count, K) uint8 in the proportions of real ones (N, K), shuffled.
 
-    Stratified over whole label vectors, so that combinations of findings keep their frequency: each vector that
-    occurs gets its share by largest remainder and at least one image. Where there are more distinct vectors than
-    images asked for, vectors are drawn with replacement instead.
+    Stratified over whole label vectors, so combinations of findings keep their frequency: each
+    vector gets its share by largest remainder and at least one image. With more distinct vectors
+    than images, vectors are drawn with replacement.
 
-    The counts go in without noise, and no epsilon of a private run covers them: this is for judging a generator inside the
-    run, on the samples that are compared with real images, and not for a set that is handed on.
+    The real counts are used without noise and no epsilon of a private run covers them: for
+    evaluation inside the run only, not for a set that is released.
     """
     rng = np.random.default_rng(seed)
     labels = np.asarray(labels, np.uint8)
@@ -47,7 +47,7 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 
 def draw_latents(count: int, z_dim: int, seed: int) -> torch.Tensor:
-    """Latents (count, z_dim), all drawn at once on the CPU: the same whatever the batch size or the device."""
+    """Latents (count, z_dim), drawn at once on the CPU: equal for any batch size and device."""
     return torch.randn(count, z_dim, generator=torch.Generator("cpu").manual_seed(seed))
 
 
@@ -60,26 +60,28 @@ def generate_images(
     device: str = "cpu",
     latents: torch.Tensor | None = None,
 ) -> np.ndarray:
-    """One image (N, C, H, W) uint8 for each label vector of `labels` (N, K).
+    """One image (N, C, H, W) uint8 per label vector of `labels` (N, K).
 
-    `generator(z, c, psi=…, noise="const")` gives images in about [-1, 1]; it is moved to `device` and left in the mode
-    (train or eval) that it was in. Latents come from `seed` (or are given, (N, z_dim)), so that neither the batch size
-    nor the device changes what is drawn; rounding may still differ by one grey level between batch sizes.
-    Raises `FedganError` when an image is not finite or when the labels do not fit the generator.
+    `generator(z, c, psi=…, noise="const")` gives images in about [-1, 1]; it is moved to `device`
+    and its mode (train or eval) is restored. Latents come from `seed` or are given, (N, z_dim), so
+    they do not depend on batch size or device; rounding may differ by one grey level between batch
+    sizes. Raises `FedganError` for an image that is not finite and for labels that do not fit the
+    generator.
     """
     labels = np.asarray(labels)
     if labels.ndim != 2 or labels.shape[1] != generator.label_dim:
         raise FedganError(
-            f"labels of shape {labels.shape} do not fit a generator of {generator.label_dim} labels: give one vector an image"
+            f"labels of shape {labels.shape} do not fit a generator of {generator.label_dim} labels: "
+            "give one vector per image"
         )
     if len(labels) == 0:
-        raise FedganError("no images were asked for: give at least one label vector")
+        raise FedganError("no images were requested: give at least one label vector")
     z = draw_latents(len(labels), generator.z_dim, seed) if latents is None else latents
     c = torch.from_numpy(labels.astype(np.float32))
     was_training = generator.training
     generator.to(device).eval()
-    # Large images go in smaller batches, and straight into the result: memory for a batch and the set, no more.
-    batch = max(1, min(batch, LARGEST_BATCH_PIXELS // getattr(generator, "resolution", 1) ** 2))
+    # Large images in smaller batches, directly into the result: memory for one batch and the set.
+    batch = max(1, min(batch, MAX_BATCH_PIXELS // getattr(generator, "resolution", 1) ** 2))
     made: np.ndarray | None = None
     try:
         with torch.inference_mode():
@@ -88,8 +90,8 @@ def generate_images(
                 images = generator(z[rows].to(device), c[rows].to(device), psi=psi, noise="const")
                 if not torch.isfinite(images).all():
                     raise FedganError(
-                        "the generator gives images that are not finite numbers: training has diverged; "
-                        "lower training.learning_rate or go back to an earlier checkpoint"
+                        "the generator gives images that are not finite numbers: training has "
+                        "diverged; lower training.learning_rate or use an earlier checkpoint"
                     )
                 if made is None:
                     made = np.empty((len(labels), *images.shape[1:]), np.uint8)
@@ -109,12 +111,12 @@ def synthetic_dataset(
     batch: int = 64,
     device: str = "cpu",
 ) -> ImageDataset:
-    """`count` generated images whose label vectors follow those of the real training images `train`."""
+    """`count` generated images with label vectors in the proportions of the real images `train`."""
     labels = synthetic_labels(train.labels, count, seed)
     images = generate_images(generator, labels, seed, psi, batch, device)
     if images.shape[1:] != tuple(train.images.shape[1:]):
         raise FedganError(
-            f"the generator gives images of {images.shape[1:]} (channels, height, width), the real ones are "
-            f"{tuple(train.images.shape[1:])}: evaluate with the settings of the run that trained it"
+            f"the generator gives images of {images.shape[1:]} (channels, height, width), the real "
+            f"ones are {tuple(train.images.shape[1:])}: evaluate with the settings of its training run"
         )
     return ImageDataset("synthetic", images, labels, train.label_names, train.exclusive)

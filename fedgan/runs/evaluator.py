@@ -19,7 +19,7 @@ from fedgan.errors import DataError
 from fedgan.evaluation.evaluate import evaluate_synthetic
 from fedgan.evaluation.features import REFERENCE
 from fedgan.evaluation.grids import png_bytes, real_grid, sample_grid
-from fedgan.evaluation.reference import Progress, RealReference, pool_places
+from fedgan.evaluation.reference import OnProgress, RealReference, pool_hospitals
 from fedgan.evaluation.sampling import synthetic_dataset
 from fedgan.run_folder import RunFolder
 
@@ -51,14 +51,14 @@ class Evaluator:
         run: RunFolder,
         hospitals: Sequence[HospitalData],
         device: str | None = None,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
     ) -> None:
         if not hospitals:
             raise DataError("no hospital to evaluate on: check data.root and evaluation.root")
         self.settings, self.run = settings, run
         self.device = device or evaluation_device(settings)
         train, val, test = (
-            pool_places(
+            pool_hospitals(
                 [(hospital.name, getattr(hospital, split)) for hospital in hospitals], split
             )
             for split in ("train", "val", "test")
@@ -106,7 +106,7 @@ class Evaluator:
         final evaluation uses again. Raises `FedganError` when generated images are not finite.
         """
         reference = self.reference
-        reference.say(f"sampling round {round_number} ({images_seen} images seen)")
+        reference.on_progress(f"sampling round {round_number} ({images_seen} images seen)")
         entry: dict[str, Any] = {
             "samples": self._write_grid(generator, f"round-{round_number:05d}.png")
         }

@@ -36,7 +36,7 @@ from fedgan.data.shard_files import is_phantom_source
 from fedgan.data.splits import check_patients_apart
 from fedgan.errors import ConfigError, DataError, FederationError
 from fedgan.evaluation.features import REFERENCE, check_features
-from fedgan.evaluation.reference import merged, pool_places
+from fedgan.evaluation.reference import merged, pool_hospitals
 from fedgan.machine import usable_cores
 from fedgan.privacy.dry_run import check_can_begin
 from fedgan.privacy.ledger import NAME as LEDGER
@@ -221,9 +221,9 @@ def check_evaluation(
             )
     merged(first, settings.evaluation.label_map)
     if guests:
-        trained = pool_places([(hospital.name, hospital.train) for hospital in hospitals], "train")
+        trained = pool_hospitals([(hospital.name, hospital.train) for hospital in hospitals], "train")
         held = (
-            pool_places([(guest.name, guest.split(split)) for guest in guests], split)
+            pool_hospitals([(guest.name, guest.split(split)) for guest in guests], split)
             for split in ("val", "test")
         )
         check_patients_apart(trained, *held)

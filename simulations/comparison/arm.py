@@ -13,7 +13,7 @@ from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.data.federation import Hospital
 from fedgan.errors import ConfigError
-from fedgan.evaluation.reference import pool_places
+from fedgan.evaluation.reference import pool_hospitals
 from fedgan.privacy.dry_run import check_can_begin
 from fedgan.run_folder import RunFolder
 from fedgan.runs.budget import images_per_round, make_budget
@@ -172,7 +172,7 @@ def pooled(hospitals: Sequence[Hospital]) -> ImageDataset:
     """The training images of all hospitals as one dataset; those of a single hospital as they are."""
     if len(hospitals) == 1:
         return hospitals[0].train
-    return pool_places([(hospital.name, hospital.train) for hospital in hospitals], EVERYBODY)
+    return pool_hospitals([(hospital.name, hospital.train) for hospital in hospitals], EVERYBODY)
 
 
 # --- settings of a job -----------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from fedgan.errors import CheckpointError
 from fedgan.evaluation.evaluate import EvaluationResult, evaluate_synthetic
 from fedgan.evaluation.features import REFERENCE
 from fedgan.evaluation.grids import png_bytes, real_grid, sample_grid
-from fedgan.evaluation.reference import RealReference, pool_places
+from fedgan.evaluation.reference import RealReference, pool_hospitals
 from fedgan.evaluation.sampling import generate_images, synthetic_labels
 from fedgan.run_folder import RunFolder
 from fedgan.runs.evaluator import evaluation_device
@@ -64,9 +64,9 @@ def open_evaluation_context(
     settings = folder.settings()
     device = evaluation_device(settings)
     hospitals, guests = open_prepared(settings, folder), evaluation_hospitals(settings, folder)
-    trained = pool_places([(hospital.name, hospital.train) for hospital in hospitals], "train")
+    trained = pool_hospitals([(hospital.name, hospital.train) for hospital in hospitals], "train")
     held = [
-        pool_places([(guest.name, guest.split(split)) for guest in guests], split)
+        pool_hospitals([(guest.name, guest.split(split)) for guest in guests], split)
         for split in ("val", "test")
     ]
     check_patients_apart(trained, *held)
@@ -78,7 +78,7 @@ def open_evaluation_context(
         settings.evaluation,
         settings.seed,
         device,
-        progress=say,
+        on_progress=say,
         folder=folder.reference,
     )
     return EvaluationContext(settings, folder, hospitals, train, reference, device)
@@ -91,7 +91,7 @@ def _by_name(hospitals: Sequence[Hospital], split: str) -> ImageDataset:
         for hospital in hospitals
         for data in [hospital.split(split)]
     ]
-    return pool_places(sets, split)
+    return pool_hospitals(sets, split)
 
 
 def evaluate_arm(context: EvaluationContext, arm: Arm, step: Step) -> None:
@@ -213,7 +213,7 @@ def _asked(context: EvaluationContext, arm: Arm, job: Job) -> ImageDataset:
         for hospital in context.hospitals
         if hospital.name in members
     ]
-    return pool_places(chosen, "+".join(members))
+    return pool_hospitals(chosen, "+".join(members))
 
 
 def _generated(

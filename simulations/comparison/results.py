@@ -272,7 +272,7 @@ def _statistics(
         reference.test.label_names,
         reference.test.exclusive,
         reference.test_groups,
-        reference.test_places,
+        reference.test_institutions,
         settings.evaluation.bootstrap,
         settings.seed,
     )

@@ -22,12 +22,15 @@ import numpy as np
 from scipy.special import betaincinv, gammaln
 
 from fedgan.audit.attacks.nearest import Moves, nearest
-
-LEVEL = 0.95
-NORMAL = 1.959963984540054  # its two-sided quantile
-ENTRIES = 4_000_000  # most entries of one block of resamples
-
-Interval = tuple[float, float]
+from fedgan.evaluation.metrics.bootstrap import group_numbers, resamples
+from fedgan.evaluation.metrics.intervals import (
+    LEVEL,
+    Interval,
+    effective_size,
+    newcombe_interval,
+    percentile_interval,
+    wilson_interval,
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def find_copies(
     shares = compare(distances, real_distances, percentile, real_groups=held_out_groups)
     copies, real_copies = distances <= shares.threshold, real_distances <= shares.threshold
     most = min(len(copies), len(real_copies))
-    patients = independent(len(training), training_groups)
+    patients = effective_size(len(training), training_groups)
     hits, real_hits = (
         np.bincount(rows[flags], minlength=len(training))
         for rows, flags in ((nearest_rows, copies), (real_rows, real_copies))
@@ -120,7 +123,7 @@ def find_copies(
         copying_share=shares.share,
         copying_ci=shares.share_ci,
         memorised_share=memorised,
-        memorised_ci=wilson(memorised, patients),
+        memorised_ci=wilson_interval(memorised, patients),
         held_out_share=shares.real_share,
         held_out_ci=shares.real_ci,
         excess=shares.excess,
@@ -130,9 +133,9 @@ def find_copies(
         held_out_images=len(held_out),
         synthetic_images=len(synthetic),
         memorised_matched=matched,
-        memorised_matched_ci=wilson(matched, patients),
+        memorised_matched_ci=wilson_interval(matched, patients),
         memorised_held_out=real_matched,
-        memorised_held_out_ci=wilson(real_matched, patients),
+        memorised_held_out_ci=wilson_interval(real_matched, patients),
         matched_images=most,
         closer_share=closer,
         closer_ci=closer_ci,
@@ -166,14 +169,14 @@ def compare(
 
     Wilson's interval for the first; the exact one of an order statistic for the second, which says how uncertain the
     threshold is; Newcombe's of both for the excess. No bootstrap: with few held-out images its intervals are too narrow (of
-    95 %, simulated with 20 images, they held the truth in 67 to 83 %, these in 92 to 98 %). `…_groups`: see `independent`.
+    95 %, simulated with 20 images, they held the truth in 67 to 83 %, these in 92 to 98 %). `…_groups`: see `effective_size`.
     """
     threshold = closest(real_distances, percentile)
     flags, real_flags = distances <= threshold, real_distances <= threshold
     share, real_share = float(flags.mean()), float(real_flags.mean())
-    share_ci = wilson(share, independent(len(flags), groups))
-    real_ci = _population_share(real_share, independent(len(real_flags), real_groups))
-    excess_ci = difference(share, share_ci, real_share, real_ci)
+    share_ci = wilson_interval(share, effective_size(len(flags), groups))
+    real_ci = _population_share(real_share, effective_size(len(real_flags), real_groups))
+    excess_ci = newcombe_interval(share, share_ci, real_share, real_ci)
     return Shares(threshold, share, share_ci, real_share, real_ci, share - real_share, excess_ci)
 
 
@@ -227,49 +230,16 @@ def closer_share(
     chosen = [np.sort(rng.choice(len(rows), size, replace=False)) for rows in (training, held_out)]
     base = np.concatenate([training[chosen[0]], held_out[chosen[1]]])
     attracted = np.bincount(nearest(queries, base, moves=moves)[1], minlength=2 * size)
-    sums = [
-        _resampled_sums(
-            attracted[start : start + size],
-            None if names is None else np.asarray(names)[rows],
-            bootstrap,
-            rng,
+    sums = []
+    for start, rows, names in zip((0, size), chosen, groups, strict=True):
+        counts = attracted[start : start + size].astype(np.float64)
+        numbers = group_numbers(None if names is None else np.asarray(names)[rows], size)
+        sums.append(
+            np.concatenate([weights @ counts for weights in resamples(numbers, bootstrap, rng)])
         )
-        for start, rows, names in zip((0, size), chosen, groups, strict=True)
-    ]
-    totals = np.maximum(
-        sums[0] + sums[1], 1.0
-    )  # no query attracted by any resampled row: rare, and then the share is 0
-    low, high = np.percentile(sums[0] / totals, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return float(attracted[:size].sum() / attracted.sum()), (float(low), float(high))
-
-
-def independent(count: int, groups: np.ndarray | None) -> float:
-    """The number of independent images that `count` are worth: Kish's n² / Σ m², m images a group; `count` without groups.
-
-    It holds where the images of a patient are all alike, so intervals made with it err on the wide side.
-    """
-    if groups is None:
-        return float(count)
-    if len(groups) != count:
-        raise ValueError(f"{len(groups)} groups for {count} images")
-    sizes = np.unique(np.asarray(groups), return_counts=True)[1].astype(np.float64)
-    return float(count**2 / np.square(sizes).sum())
-
-
-def wilson(share: float, count: float) -> Interval:
-    """The score interval of a binomial share of `count` draws (Wilson 1927): [0, 3.8 / (n + 3.8)] where nothing was found."""
-    z2 = NORMAL**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = NORMAL * np.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
-
-
-def difference(first: float, first_ci: Interval, second: float, second_ci: Interval) -> Interval:
-    """The interval of `first` - `second`, independent shares with intervals of their own (Newcombe 1998, method 10)."""
-    gap = first - second
-    low = gap - np.hypot(first - first_ci[0], second_ci[1] - second)
-    high = gap + np.hypot(first_ci[1] - first, second - second_ci[0])
-    return float(low), float(high)
+    totals = np.maximum(sums[0] + sums[1], 1.0)  # no query attracted: rare, the share is 0 then
+    share = float(attracted[:size].sum() / attracted.sum())
+    return share, percentile_interval(sums[0] / totals)
 
 
 def _population_share(share: float, count: float) -> Interval:
@@ -294,17 +264,3 @@ def _hit_share(hits: np.ndarray, drawn: int, most: int) -> float:
 
     missed = np.where(possible, np.exp(log_choose(left) - log_choose(float(drawn))), 0.0)
     return float((1 - missed).sum() / len(hits))
-
-
-def _resampled_sums(
-    values: np.ndarray, groups: np.ndarray | None, count: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Sums (count,) of `values` (m,) over resamples, with replacement, of the values or of their groups."""
-    if groups is not None:
-        values = np.bincount(np.unique(groups, return_inverse=True)[1].reshape(-1), weights=values)
-    even = np.full(len(values), 1 / len(values))
-    step = max(1, ENTRIES // len(values))
-    sizes = [min(step, count - start) for start in range(0, count, step)]
-    return np.concatenate(
-        [rng.multinomial(len(values), even, size) @ values.astype(np.float64) for size in sizes]
-    )

@@ -8,18 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 
-from fedgan.audit.attacks.copies import (
-    CopyFindings,
-    Interval,
-    compare,
-    difference,
-    independent,
-    wilson,
-)
+from fedgan.audit.attacks.copies import CopyFindings, compare
 from fedgan.audit.attacks.nearest import Moves, nearest
 from fedgan.data.dataset import ImageArray
+from fedgan.evaluation.metrics.bootstrap import group_numbers
+from fedgan.evaluation.metrics.intervals import Interval, newcombe_interval, wilson_interval
+from fedgan.evaluation.metrics.ranking import weighted_auc
 
 LEAST_AUC = 0.9
 LEAST_COVERED = 0.8  # share of splits whose interval holds 0; 0.95 is expected
@@ -97,10 +92,10 @@ def recovered(
     )
     flags = findings.distances <= findings.threshold
     share = float(flags.mean())
-    low, high = difference(share, wilson(share, len(flags)), base, base_ci)
+    low, high = newcombe_interval(share, wilson_interval(share, len(flags)), base, base_ci)
     rest = max(1 - base, 1e-12)
     found_ci = (max(0.0, low / rest), min(1.0, high / rest))
-    auc = _auc(-findings.distances, planted)
+    auc = float(weighted_auc(-findings.distances, planted, np.ones((1, len(planted))))[0])
     planted_share = float(planted.mean())
     return Recovery(
         auc=auc,
@@ -143,9 +138,7 @@ def negative_control(
     the splits. `held_out_groups` (H,): the patient of each image.
     """
     distances = nearest(held_out, training, moves=moves)[0]
-    names = np.arange(len(distances)) if held_out_groups is None else np.asarray(held_out_groups)
-    independent(len(distances), names)  # refuses groups of another length
-    patients = np.unique(names, return_inverse=True)[1].reshape(-1)
+    patients = group_numbers(held_out_groups, len(distances))
     number = int(patients.max()) + 1
     if number < 4:
         raise ValueError(
@@ -182,12 +175,4 @@ def _changed(
     moved = padded[:, down : down + height, right : right + width].astype(np.int64)
     return np.clip(moved + rng.integers(-grey_levels, grey_levels + 1, moved.shape), 0, 255).astype(
         np.uint8
-    )
-
-
-def _auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve of scores (S,) as the Mann-Whitney statistic; ties count half."""
-    ranks, count = rankdata(scores), int(positive.sum())
-    return float(
-        (ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(scores) - count))
     )

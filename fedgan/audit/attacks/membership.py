@@ -11,30 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgan.audit.attacks.density import density_ratio_scores, density_scores
-from fedgan.audit.attacks.logan import discriminator_scores
-from fedgan.audit.attacks.roc import (
+from fedgan.audit.attacks.roc import roc_figures
+from fedgan.errors import DataError, FedganError
+from fedgan.evaluation.metrics.bootstrap import group_numbers, two_sample_resamples
+from fedgan.evaluation.metrics.intervals import (
     LEVEL,
     Interval,
-    group_numbers,
     percentile_interval,
-    resamples,
-    roc_figures,
     wilson_interval,
 )
-from fedgan.audit.attacks.shadow import calibrated_scores, deal_shadows, likelihood_ratio_scores
-from fedgan.errors import DataError, FedganError
-
-__all__ = [
-    "MembershipFindings",
-    "calibrated_scores",
-    "deal_shadows",
-    "density_ratio_scores",
-    "density_scores",
-    "discriminator_scores",
-    "likelihood_ratio_scores",
-    "score_attack",
-]
 
 RATES = (0.01, 0.001)  # false-positive rates at which true-positive rates are told
 LEAK_AUC = 0.9  # what an attack must reach on a planted leak
@@ -95,7 +80,7 @@ def score_attack(
     )
     drawn = [
         roc_figures(members, others, weights, RATES)
-        for weights in resamples(groups[0], groups[1], bootstrap, seed)
+        for weights in two_sample_resamples(groups[0], groups[1], bootstrap, seed)
     ]
     rates = np.concatenate([part[1] for part in drawn])
     at_1, at_01 = (

@@ -17,16 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from fedgan.audit.attacks.roc import (
-    LEVEL,
-    Interval,
-    group_numbers,
-    percentile_interval,
-    resamples,
-    roc_figures,
-)
+from fedgan.audit.attacks.roc import roc_figures
 from fedgan.data.dataset import ImageArray
 from fedgan.errors import DataError, FedganError
+from fedgan.evaluation.metrics.bootstrap import group_numbers, two_sample_resamples
+from fedgan.evaluation.metrics.intervals import LEVEL, Interval, percentile_interval
 from fedgan.models.stylegan2.generator import Generator
 
 CANDIDATES = 128  # random w of the image's labels, the best of which is the start
@@ -131,7 +126,10 @@ def projection_gap(
     groups = group_numbers(train_groups, len(train)), group_numbers(held_out_groups, len(held_out))
     point = _gaps(train, held_out, (np.ones((1, len(train))), np.ones((1, len(held_out)))))[0]
     drawn = np.concatenate(
-        [_gaps(train, held_out, weights) for weights in resamples(*groups, bootstrap, seed)]
+        [
+            _gaps(train, held_out, weights)
+            for weights in two_sample_resamples(*groups, bootstrap, seed)
+        ]
     )
     gap_ci, median_gap_ci, auc_ci = (
         percentile_interval(drawn[:, column], level) for column in range(3)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedgan.audit.attacks.roc import group_numbers
 from fedgan.errors import ConfigError
+from fedgan.evaluation.metrics.bootstrap import group_numbers
 
 SHADOWS_FOR_OWN_SPREAD = (
     64  # shadows from which on each image's own standard deviation is used (arXiv 2112.03570)

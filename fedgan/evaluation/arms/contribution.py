@@ -15,7 +15,7 @@ import numpy as np
 
 from fedgan.errors import ConfigError
 from fedgan.evaluation.metrics.bootstrap import interval
-from fedgan.evaluation.metrics.utility import number
+from fedgan.evaluation.metrics.utility import finite_or_none
 
 CHANCE = 0.5  # macro AUC of the empty coalition: no images, so scores without information
 MOST_PLAYERS = 12  # 4,096 coalitions; each one is a training, so nobody gets there
@@ -87,7 +87,7 @@ def contribution(
         "leave_one_out": _without(measured, draws or {}, order, notes),
         "shapley": _shares(measured, draws or {}, order, empty, notes),
         "values": {
-            title(key): number(measured[key])
+            title(key): finite_or_none(measured[key])
             for key in sorted(measured, key=lambda key: (len(key), sorted(key)))
         },
         "empty": empty,
@@ -130,8 +130,8 @@ def _without(
     return [
         {
             "hospital": one,
-            "macro_auc_without": number(values.get(grand - {one}, CHANCE)),
-            "loss": number(loss[one]),
+            "macro_auc_without": finite_or_none(values.get(grand - {one}, CHANCE)),
+            "loss": finite_or_none(loss[one]),
             "ci": interval(drawn[one]) if one in drawn else None,
         }
         for one in order
@@ -160,7 +160,7 @@ def _shares(
     return [
         {
             "hospital": one,
-            "value": number(exact[one]),
+            "value": finite_or_none(exact[one]),
             "ci": interval(drawn[one]) if one in drawn else None,
         }
         for one in order

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedgan.errors import ConfigError, DataError
 from fedgan.evaluation.metrics.bootstrap import CHUNK, interval, resamples
-from fedgan.evaluation.metrics.utility import number
+from fedgan.evaluation.metrics.utility import finite_or_none
 
 LEVEL = 0.05  # a difference counts as shown below this (adjusted) two-sided p-value
 DRAWS_A_PAIR = 100  # resamples for each pair of a family: Holm's smallest p-value of m pairs is then 2m / (100m + 1) < 0.02
@@ -100,7 +100,7 @@ def difference(a: Auc, b: Auc, margin: float) -> dict[str, Any]:
     draws = a.draws - b.draws
     ci = interval(draws)
     finite = draws[np.isfinite(draws)]
-    value = number(a.value - b.value)
+    value = finite_or_none(a.value - b.value)
     p_value = None
     if ci is not None and value is not None:
         fewer = min((finite <= 0).sum(), (finite >= 0).sum())
@@ -307,7 +307,7 @@ def _paired(a: _Arm | None, b: _Arm | None, margin: float) -> dict[str, Any]:
             else difference(nothing, nothing, margin)
         )
         each = [
-            {"seed": one, "difference": number(a.auc_of_seed(one) - b.auc_of_seed(one))}
+            {"seed": one, "difference": finite_or_none(a.auc_of_seed(one) - b.auc_of_seed(one))}
             for one in seeds
         ]
     return {**found, "images": len(a.labels), "seeds": seeds, "seed_differences": each}

@@ -14,7 +14,7 @@ import numpy as np
 from fedgan.errors import ConfigError
 from fedgan.evaluation.arms.paired import LEVEL, bootstrap_auc, macro_auc
 from fedgan.evaluation.metrics.bootstrap import interval
-from fedgan.evaluation.metrics.utility import number, utility
+from fedgan.evaluation.metrics.utility import finite_or_none, utility
 
 COMPARED_SECTIONS = ("data", "model", "augment", "training", "privacy", "evaluation")
 # Where the shards lie, what hospitals are to the networks, fedprox's own term, how often a curve is measured.
@@ -76,7 +76,9 @@ def summary_row(
         **_figures(np.concatenate([run.scores for run in runs]) if runs else None, test),
     }
     ones = np.ones((1, len(test.labels)))
-    row["macro_auc_seeds"] = [number(macro_auc(run.scores, test.labels, ones)[0]) for run in runs]
+    row["macro_auc_seeds"] = [
+        finite_or_none(macro_auc(run.scores, test.labels, ones)[0]) for run in runs
+    ]
     for key in ("frechet", "precision", "recall", "coverage"):
         values = [run.fidelity.get(key) for run in runs]
         known = [value for value in values if value is not None]
@@ -121,7 +123,7 @@ def _inside(scores: np.ndarray, test: RealTest) -> dict[str, Any]:
         rows = np.flatnonzero(test.institutions == place)
         groups = np.unique(test.groups[rows], return_inverse=True)[1].reshape(-1)
         auc = bootstrap_auc(scores[:, rows], test.labels[rows], groups, test.bootstrap, test.seed)
-        value = number(auc.value)
+        value = finite_or_none(auc.value)
         result[str(place)] = {
             "macro_auc": value,
             "macro_auc_ci": None if value is None else interval(auc.draws),

@@ -1,1 +1,1 @@
-"""Networks that turn images into features, one module each. `fedgan.evaluation.features` chooses among them."""
+"""Feature extractors, one network per module; `fedgan.evaluation.features` selects one."""

@@ -1,9 +1,10 @@
-"""Images in blocks through a network: what all extractors share.
+"""Batched forward passes and resizing for all extractors.
 
-Features are computed in float32 on every device. Measured on a core with AVX-512-BF16, bfloat16 weights make Inception-v3
-2.1 times as fast, and SqueezeNet, resizing included, 1.1 to 1.9 times; but SqueezeNet's features move by 0.4 %, and the Fréchet
-distance between radiographs and blurred radiographs by 1.1 %. A number that others are compared with is not worth that.
-On CUDA the convolutions run as torch sets them (TF32 unless the user turned it off).
+Features are float32 on every device. On a core with AVX-512-BF16, bfloat16 weights make
+Inception-v3 2.1 times as fast, and SqueezeNet with resizing 1.1 to 1.9 times; but SqueezeNet's
+features change by 0.4 %, and the Fréchet distance between radiographs and blurred radiographs by
+1.1 %, which is too much for a reference figure. On CUDA convolutions follow torch's setting (TF32
+unless turned off).
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch.nn import functional
 from fedgan.data.dataset import ImageArray
 from fedgan.errors import DataError
 
-CPU_BATCH = 8  # small activations stay in the caches; images/s of SqueezeNet on one core at 8, 32, 64 at once: 49, 36, 30
+CPU_BATCH = 8  # activations stay in the cache: SqueezeNet has 49, 36, 30 images/s at 8, 32, 64
 CUDA_BATCH = 64
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: what "grey" means in image files
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def in_batches(
@@ -29,9 +30,10 @@ def in_batches(
     device: str,
     batch: int | None = None,
 ) -> np.ndarray:
-    """Features (N, dim) float64 of images (N, C, H, W) uint8; `function` maps a block on `device` to (B, dim).
+    """Features (N, dim) float64 of images (N, C, H, W) uint8.
 
-    `batch`: images at once; None for what suits the device. The features of an image do not depend on it, up to rounding.
+    `function` maps a block on `device` to (B, dim). `batch`: images at once, None for a default per
+    device; it changes rounding only.
     """
     step = batch or (CUDA_BATCH if torch.device(device).type == "cuda" else CPU_BATCH)
     features = np.empty((images.shape[0], dim), np.float64)
@@ -44,9 +46,10 @@ def in_batches(
 
 
 def resized(images: torch.Tensor, side: int, channels: int) -> torch.Tensor:
-    """Images (B, C, H, W) uint8, C = 1 or 3, as (B, channels, side, side) float32 in [0, 255]; bilinear, with antialiasing.
+    """Images (B, C, H, W) uint8 as (B, channels, side, side) float32 in [0, 255]; C = 1 or 3.
 
-    Grey becomes colour by repetition, colour becomes grey by BT.601. Raises `DataError` for another number of channels.
+    Bilinear with antialiasing. Grey becomes color by repetition, color becomes grey by BT.601.
+    Raises `DataError` for another number of channels.
     """
     if images.shape[1] not in (1, 3):
         raise DataError(

@@ -1,4 +1,4 @@
-"""Inception-v3 with torchvision's ImageNet weights: the extractor of the Fréchet Inception distance."""
+"""Inception-v3 with torchvision's ImageNet weights: the extractor of FID."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from fedgan.evaluation.extractors.weights import INCEPTION_SOURCE, fill, weights
 
 SIDE = 299
 CLASSES = 1000
-MARK = "Mixed_7c.branch1x1.conv.weight"  # a name that only Inception-v3 has
+MARK = "Mixed_7c.branch1x1.conv.weight"  # a weight that only Inception-v3 has
 
 
 class InceptionExtractor:
-    """Inception-v3 (arXiv 1512.00567) of torchvision: the mean of the last block over positions ("pool3"), 2048 features.
+    """torchvision's Inception-v3 (arXiv 1512.00567): mean of the last block (pool3), 2048 features.
 
-    Input: RGB resized (bilinear, antialiased) to 299×299 in [-1, 1], which is what ImageNet normalisation followed by
-    torchvision's `transform_input` comes to. Only with this extractor may a Fréchet distance be called FID (arXiv
-    1706.08500). torchvision's weights and pooling differ slightly from the TensorFlow network of the original FID, so
-    numbers compare with each other and with other torchvision-based FIDs, not to the digit with published TensorFlow ones.
+    Input: RGB resized (bilinear, antialiased) to 299×299 in [-1, 1], equal to ImageNet
+    normalisation followed by torchvision's `transform_input`. Only with this extractor a Fréchet
+    distance is an FID (arXiv 1706.08500). torchvision's weights and pooling differ slightly from
+    the TensorFlow network of the original FID: values compare with other torchvision-based FIDs,
+    not exactly with published TensorFlow ones.
     """
 
     name = "Inception-v3 (torchvision, ImageNet, pool3, 2048)"
@@ -40,13 +41,13 @@ class InceptionExtractor:
         device: str = "cpu",
         batch: int | None = None,
     ) -> None:
-        """`weights`: the state dict that was read from `path`. Raises `DataError` where it is another network's."""
+        """`weights`: the state dict read from `path`. Raises `DataError` for another network."""
         self.device, self.batch = device, batch
         self.network = _network(weights, path).to(device)
 
     @cached_property
     def key(self) -> str:
-        """Name, and sha256 of the weights: what a cache of features goes by."""
+        """Name, and sha256 of the weights: the key of cached features."""
         return f"{self.name} sha256:{weights_digest(self.network.state_dict())}"
 
     def __call__(self, images: ImageArray) -> np.ndarray:
@@ -54,7 +55,7 @@ class InceptionExtractor:
         return in_batches(self.features, images, self.feature_dim, self.device, self.batch)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Features (B, 2048) of images (B, C, H, W) uint8, C = 1 or 3, on the extractor's device."""
+        """Features (B, 2048) of images (B, C, H, W) uint8, C = 1 or 3, on `device`."""
         x = resized(images, SIDE, 3) / 127.5 - 1.0
         features: torch.Tensor = self.network(x.contiguous(memory_format=torch.channels_last))
         return features
@@ -67,14 +68,15 @@ def _network(weights: Mapping[str, torch.Tensor], path: Path) -> nn.Module:
     if head is None or head.shape[0] != CLASSES:
         found = "no classes" if head is None else f"{head.shape[0]} classes"
         why = (
-            "the TensorFlow network of FID, which pools in another way"
+            "the TensorFlow network of FID, with another pooling"
             if found == "1008 classes"
             else "another network"
         )
         raise DataError(
-            f"{path} holds an Inception-v3 with {found} instead of {CLASSES} ({why}): get {INCEPTION_SOURCE}"
+            f"{path} holds an Inception-v3 with {found} instead of {CLASSES} ({why}): "
+            f"get {INCEPTION_SOURCE}"
         )
-    with torch.device("meta"):  # no weights are drawn: they come from the file
+    with torch.device("meta"):  # no initialization: the weights come from the file
         network = inception_v3(
             weights=None, init_weights=False, aux_logits=False, transform_input=False
         )

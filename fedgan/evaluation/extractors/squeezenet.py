@@ -1,4 +1,4 @@
-"""SqueezeNet v1.0 with ImageNet weights from an `.npz`: small weights, and six times as fast as Inception-v3 on a CPU."""
+"""SqueezeNet v1.0 with ImageNet weights from an `.npz`, six times as fast as Inception-v3."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ SIDE = 227
 
 
 class SqueezeNetExtractor:
-    """SqueezeNet v1.0 (arXiv 1602.07360) with ImageNet weights from an `.npz`: mean of fire9 over positions, 512 features.
+    """SqueezeNet v1.0 (arXiv 1602.07360), ImageNet: mean of fire9 over positions, 512 features.
 
-    Input: RGB resized (bilinear, antialiased) to 227×227, channels flipped to BGR, minus (104, 117, 123). Features are
-    divided by 100, or Fréchet distances would be in the thousands. A distance on these features is no FID.
+    Input: RGB resized (bilinear, antialiased) to 227×227, channels flipped to BGR, minus (104, 117,
+    123). Features are divided by 100, or Fréchet distances would be in the thousands. A distance on
+    these features is not an FID.
     """
 
     name = "SqueezeNet v1.0 ImageNet (fire9 mean / 100, 512)"
@@ -42,13 +43,13 @@ class SqueezeNetExtractor:
     feature_dim = 512
 
     def __init__(self, path: str | Path, device: str = "cpu", batch: int | None = None) -> None:
-        """Raises `ConfigError` for a missing file and `DataError` for a damaged or other one."""
+        """Raises `ConfigError` for a missing file, `DataError` for a damaged or another one."""
         self.device, self.batch = device, batch
         self.weights = {key: value.to(device) for key, value in load_squeezenet(path).items()}
 
     @cached_property
     def key(self) -> str:
-        """Name, and sha256 of the weights: what a cache of features goes by."""
+        """Name, and sha256 of the weights: the key of cached features."""
         return f"{self.name} sha256:{weights_digest(self.weights)}"
 
     def __call__(self, images: ImageArray) -> np.ndarray:
@@ -86,7 +87,7 @@ class SqueezeNetExtractor:
 
 
 def squeezenet_shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the arrays that the extractor reads from the `.npz` (the classification layer is not used)."""
+    """Names and shapes of the arrays that the extractor reads (no classification layer)."""
     shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (96, 3, 7, 7), "conv1.bias": (96,)}
     inputs = 96
     for fire, (squeeze, expand) in FIRES.items():
@@ -102,7 +103,10 @@ def squeezenet_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def load_squeezenet(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read and check the weights. Raises `ConfigError` for a missing file, `DataError` for a damaged or other one."""
+    """Read and check the weights.
+
+    Raises `ConfigError` for a missing file, `DataError` for a damaged file or another network.
+    """
     path = existing_file(path)
     weights = {}
     try:
@@ -122,6 +126,7 @@ def load_squeezenet(path: str | Path) -> dict[str, torch.Tensor]:
         zipfile.BadZipFile,
     ) as error:
         raise DataError(
-            f"{path} is no SqueezeNet v1.0 weights file ({error}): copy it again, or use 'reference'"
+            f"{path} is not a SqueezeNet v1.0 weights file ({error}): "
+            "copy it again, or use 'reference'"
         ) from None
     return weights

@@ -1,6 +1,6 @@
-"""Weights files of feature extractors: read without unpickling any object, told apart and checked before they are used.
+"""Weights files of feature extractors: identified, checked, and read without unpickling objects.
 
-Nothing is ever downloaded: a hospital's machine may have no network, and a figure must not hang on what a server gives today.
+Nothing is downloaded: a hospital's machine may have no network, and figures must be reproducible.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ XRAY_EXPORT = (
     'python -c "import torch, torchxrayvision as xrv; '
     "torch.save(xrv.models.DenseNet(weights='densenet121-res224-all').state_dict(), 'xrv.pth')\""
 )
-COUNTER = "num_batches_tracked"  # of batch norm in training: old files lack it, and no feature depends on it
+COUNTER = "num_batches_tracked"  # of batch norm: absent in old files, no feature depends on it
 
 
 def existing_file(spec: str | Path) -> Path:
-    """The weights file that `evaluation.features` names. Raises `ConfigError` that says which file to get, and from where."""
+    """The weights file of `evaluation.features`. Raises `ConfigError` with file and source."""
     path = Path(spec).expanduser()
     if path.is_file():
         return path
     if str(spec).lower() in XRAY_WORDS:
         raise ConfigError(
-            f"evaluation.features: '{spec}' needs the path of a weights file, and none is downloaded: "
-            f"make one where there is a network, and give its path:\n{XRAY_EXPORT}"
+            f"evaluation.features: '{spec}' needs the path of a weights file, none is downloaded: "
+            f"create one on a machine with a network and give its path:\n{XRAY_EXPORT}"
         )
     raise ConfigError(
-        f"evaluation.features: no weights file at {path}, and none is downloaded: give the path of torchvision's Inception-v3 "
-        f"({INCEPTION_SOURCE}), of a SqueezeNet .npz or of a torchxrayvision state dict, or 'reference'"
+        f"evaluation.features: no weights file at {path}, none is downloaded: give the path of "
+        f"torchvision's Inception-v3 ({INCEPTION_SOURCE}), of a SqueezeNet .npz or of a "
+        "torchxrayvision state dict, or 'reference'"
     )
 
 
 def is_numpy_archive(path: Path) -> bool:
-    """Whether the file is an `.npz`, by its content where it is whole and by its name where it is cut short."""
+    """Whether the file is an `.npz`: by content if complete, by name if truncated."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith(".npy") for name in archive.namelist())
@@ -54,18 +55,19 @@ def is_numpy_archive(path: Path) -> bool:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict by name, on the CPU: `.safetensors`, or whatever `torch.load(weights_only=True)` opens.
+    """The tensors of a state dict by name, on the CPU.
 
-    A dictionary with a `state_dict` inside (a training checkpoint) gives that one. Raises `DataError` for a damaged
-    file and for one that holds pickled objects, which are never opened.
+    Reads `.safetensors` and whatever `torch.load(weights_only=True)` opens; of a training
+    checkpoint its `state_dict`. Raises `DataError` for a damaged file and for pickled objects,
+    which are never opened.
     """
     try:
         content = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "not an allowed global" in str(error):
             raise DataError(
-                f"{path} holds pickled objects, which can run code and are not opened: "
-                "save the network's state_dict() with torch.save instead (evaluation.features)"
+                f"{path} holds pickled objects, which can run code and are not opened: save the "
+                "network's state_dict() with torch.save instead (evaluation.features)"
             ) from None
         raise _damaged(path, error) from None
     except (
@@ -88,7 +90,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     )
     if not tensors:
         raise DataError(
-            f"{path} holds no state dict (names and tensors): save the network's state_dict() (evaluation.features)"
+            f"{path} holds no state dict (names and tensors): "
+            "save the network's state_dict() (evaluation.features)"
         )
     return tensors
 
@@ -96,10 +99,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def fill(
     network: nn.Module, weights: Mapping[str, torch.Tensor], path: Path, what: str
 ) -> nn.Module:
-    """Give a network that was built on torch's `meta` device its weights (float32), and make it ready for use.
+    """Load weights (float32) into a network built on torch's `meta` device, in evaluation mode.
 
-    What the file holds beyond the network is left out. Raises `DataError` for a weight that is absent, of another shape
-    or not finite.
+    Additional weights of the file are ignored. Raises `DataError` for a weight that is absent, of
+    another shape or not finite.
     """
     state = {}
     for name, expected in network.state_dict().items():
@@ -110,7 +113,8 @@ def fill(
         if value is None or value.shape != expected.shape or not torch.isfinite(value).all():
             shape = tuple(expected.shape)
             raise DataError(
-                f"{path} is no {what} weights file ('{name}' should be {shape} and finite): copy it again"
+                f"{path} is no {what} weights file ('{name}' should be {shape} and finite): "
+                "copy it again"
             )
         state[name] = value.float()
     network.load_state_dict(state, assign=True)
@@ -118,7 +122,7 @@ def fill(
 
 
 def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """sha256 (hex) over names, types, shapes and values in the order of the names: the same whatever the file's format."""
+    """sha256 (hex) of names, types, shapes and values by name, independent of the file's format."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         if not name.endswith(COUNTER):
@@ -130,7 +134,7 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """A length of eight bytes that fits into the file, then a JSON header."""
+    """Whether the file starts with a length of eight bytes that fits, then a JSON header."""
     with open(path, "rb") as stream:
         head = stream.read(9)
     return (
@@ -152,9 +156,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # on protocols of files that are none of torch's: the error says enough
+    with warnings.catch_warnings(action="ignore"):  # about foreign protocols: the error suffices
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -163,5 +165,6 @@ def _damaged(path: Path, error: Exception) -> DataError:
         str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
     )
     return DataError(
-        f"{path} is damaged or no weights file ({reason}): copy it again, or use 'reference' (evaluation.features)"
+        f"{path} is damaged or not a weights file ({reason}): "
+        "copy it again, or use 'reference' (evaluation.features)"
     )

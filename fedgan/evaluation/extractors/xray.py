@@ -1,4 +1,4 @@
-"""DenseNet-121 of torchxrayvision, trained on chest radiographs. The package is an extra: `pip install 'fedgan[xray]'`."""
+"""torchxrayvision's DenseNet-121, trained on chest radiographs (`pip install 'fedgan[xray]'`)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from fedgan.evaluation.extractors.batches import in_batches, resized
 from fedgan.evaluation.extractors.weights import fill, weights_digest
 
 SIDE = 224
-MARK = "features.denseblock4.denselayer16.norm1.weight"  # a name that only DenseNet-121 has
+MARK = "features.denseblock4.denselayer16.norm1.weight"  # a weight that only DenseNet-121 has
 
 
 class XrayExtractor:
-    """torchxrayvision's DenseNet-121 (arXiv 2111.00595): the mean of the last block over positions, 1024 features.
+    """torchxrayvision's DenseNet-121 (arXiv 2111.00595): mean of the last block, 1024 features.
 
-    Input: grey, resized (bilinear, antialiased) to 224×224, in [-1024, 1024]. A distance on these features is no FID.
+    Input: grey, resized (bilinear, antialiased) to 224×224, in [-1024, 1024]. A distance on these
+    features is not an FID.
     """
 
     name = "DenseNet-121 (torchxrayvision, chest radiographs, 1024)"
@@ -39,16 +40,17 @@ class XrayExtractor:
         device: str = "cpu",
         batch: int | None = None,
     ) -> None:
-        """`weights`: the state dict that was read from `path`.
+        """`weights`: the state dict read from `path`.
 
-        Raises `MachineError` where the package is absent, and `DataError` where the weights are another network's.
+        Raises `MachineError` where the package is absent, `DataError` for the weights of another
+        network.
         """
         self.device, self.batch = device, batch
         self.network = _network(weights, path).to(device)
 
     @cached_property
     def key(self) -> str:
-        """Name, and sha256 of the weights: what a cache of features goes by."""
+        """Name, and sha256 of the weights: the key of cached features."""
         return f"{self.name} sha256:{weights_digest(self.network.state_dict())}"
 
     def __call__(self, images: ImageArray) -> np.ndarray:
@@ -68,7 +70,7 @@ def _network(weights: Mapping[str, torch.Tensor], path: Path) -> nn.Module:
     stem, head = weights.get("features.conv0.weight"), weights.get("classifier.weight")
     if stem is None or stem.shape[1] != 1 or head is None:
         raise DataError(
-            f"{path} holds a DenseNet-121, but none of torchxrayvision, which takes one grey channel: "
+            f"{path} holds a DenseNet-121, but not torchxrayvision's, which takes one grey channel: "
             "give one of its networks, or 'reference' (evaluation.features)"
         )
     package = _torchxrayvision(path)
@@ -81,12 +83,10 @@ def _network(weights: Mapping[str, torch.Tensor], path: Path) -> nn.Module:
 
 def _torchxrayvision(path: Path) -> Any:
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # the package turns all warnings of the process off when it is imported
+        with warnings.catch_warnings():  # its import turns off all warnings of the process
             return importlib.import_module("torchxrayvision")
     except ImportError as error:
         raise MachineError(
             f"{path} holds a network of torchxrayvision, which cannot be imported ({error}): "
-            "pip install 'fedgan[xray]', or use another evaluation.features"
+            "pip install 'fedgan[xray]', or set another evaluation.features"
         ) from None

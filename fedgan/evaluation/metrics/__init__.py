@@ -1,1 +1,1 @@
-"""Metrics as short pure functions, each with the paper it comes from."""
+"""Metrics as short pure functions, each with its paper."""

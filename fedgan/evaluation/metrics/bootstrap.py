@@ -1,4 +1,4 @@
-"""Percentile bootstrap (Efron and Tibshirani 1993, ch. 13) by counts: a resample is a weight for each image."""
+"""Bootstrap by patient (Efron and Tibshirani 1993, ch. 13). A resample is one weight per image."""
 
 from __future__ import annotations
 
@@ -6,43 +6,75 @@ from collections.abc import Iterator
 
 import numpy as np
 
-CHUNK = 4_000_000  # most entries of one block of resamples × images, about 32 MB
+from fedgan.evaluation.metrics.intervals import LEVEL, percentile_interval
+
+CHUNK = 4_000_000  # entries (resamples × images) of one block, about 32 MB
+TWO_SAMPLE_CHUNK = 1_000_000  # entries of one pair of blocks, about 8 MB
 
 
 def clusters(patients: np.ndarray, institutions: np.ndarray, count: int) -> np.ndarray:
-    """Cluster number (N,) of each image: its patient, told apart by institution; an image without a patient is its own.
+    """Cluster number (N,) of each image: its patient within its institution.
 
-    Images of one patient are not independent, so a resample takes or leaves all of them together.
+    An image without a patient is a cluster of its own. Images of one patient are not independent,
+    so a resample takes all of them or none.
     """
     if len(patients) != count:
         return np.arange(count)
     where = institutions if len(institutions) == count else np.full(count, "")
     keys = [
-        f"{place}\x00{patient}" if patient else f"\x01{row}"
-        for row, (place, patient) in enumerate(zip(where, patients, strict=True))
+        f"{institution}\x00{patient}" if patient else f"\x01{row}"
+        for row, (institution, patient) in enumerate(zip(where, patients, strict=True))
     ]
     return np.unique(keys, return_inverse=True)[1].reshape(-1)
 
 
-def resamples(groups: np.ndarray, count: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks (b, N) float64 of how often each image occurs in a resample; `count` resamples in all.
+def group_numbers(groups: np.ndarray | None, count: int) -> np.ndarray:
+    """Number (N,) from 0 of each image's group (patient); without groups each image is its own.
 
-    A resample draws as many clusters as there are, with replacement; `groups` (N,) gives each image's cluster.
+    Raises `ValueError` for another number of groups than images.
     """
-    rng = np.random.default_rng(seed)
-    total = int(groups.max()) + 1
-    even = np.full(total, 1.0 / total)
+    if groups is None:
+        return np.arange(count)
+    if len(groups) != count:
+        raise ValueError(f"{len(groups)} groups do not fit {count} scores: give one per image")
+    return np.unique(np.asarray(groups), return_inverse=True)[1].reshape(-1)
+
+
+def resamples(
+    groups: np.ndarray, count: int, rng: int | np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Blocks of weights (b, N) float64, `count` resamples in all.
+
+    A resample draws as many groups as there are, with replacement. `groups` (N,): group number of
+    each image, from 0 without gaps. `rng`: a seed or a generator.
+    """
+    rng = np.random.default_rng(rng)
     step = max(1, CHUNK // max(len(groups), 1))
     for start in range(0, count, step):
-        drawn = rng.multinomial(total, even, size=min(step, count - start))
-        yield drawn[:, groups].astype(np.float64)
+        yield _weights(groups, min(step, count - start), rng)
 
 
-def interval(values: np.ndarray, level: float = 0.95) -> list[float] | None:
-    """Percentile interval [low, high] of the finite values (B,); None when fewer than half are finite."""
+def two_sample_resamples(
+    groups: np.ndarray, other_groups: np.ndarray, count: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of weights (b, N) and (b, M), each sample drawn independently as in `resamples`."""
+    rng = np.random.default_rng(seed)
+    step = max(1, TWO_SAMPLE_CHUNK // (len(groups) + len(other_groups)))
+    for start in range(0, count, step):
+        size = min(step, count - start)
+        yield _weights(groups, size, rng), _weights(other_groups, size, rng)
+
+
+def interval(values: np.ndarray, level: float = LEVEL) -> list[float] | None:
+    """Percentile interval of the finite values (B,); None where fewer than half are finite."""
     finite = values[np.isfinite(values)]
     if len(values) == 0 or 2 * len(finite) < len(values):
         return None
-    tail = 100.0 * (1.0 - level) / 2.0
-    low, high = np.percentile(finite, [tail, 100.0 - tail])
-    return [float(low), float(high)]
+    return list(percentile_interval(finite, level))
+
+
+def _weights(groups: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    total = int(groups.max()) + 1
+    counts = rng.multinomial(total, np.full(total, 1.0 / total), size=size)
+    weights: np.ndarray = counts[:, groups].astype(np.float64)
+    return weights

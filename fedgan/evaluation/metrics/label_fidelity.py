@@ -1,7 +1,7 @@
-"""Label fidelity: do the images show what was asked for? Classifiers trained on real images read the synthetic labels.
+"""Label fidelity: agreement of synthetic images with their labels, by classifiers of real images.
 
-The same readings of real held-out images stand beside it: a generator cannot be asked for labels that are read better
-than those of real images, and a share below is what its conditioning loses.
+The same figures of real held-out images are the reference: the loss by conditioning is the
+difference between the two.
 """
 
 from __future__ import annotations
@@ -12,49 +12,51 @@ import numpy as np
 
 from fedgan.errors import DataError
 from fedgan.evaluation.metrics.ranking import weighted_auc
-from fedgan.evaluation.metrics.thresholded import called, share
-from fedgan.evaluation.metrics.utility import number
+from fedgan.evaluation.metrics.thresholded import predictions, share
+from fedgan.evaluation.metrics.utility import finite_or_none
 
 
 def label_fidelity(
-    probabilities: np.ndarray, asked: np.ndarray, label_names: tuple[str, ...], exclusive: bool
+    probabilities: np.ndarray, requested: np.ndarray, label_names: tuple[str, ...], exclusive: bool
 ) -> dict[str, Any]:
-    """How often real-trained classifiers read in M images the labels that were asked for.
+    """Agreement of the labels of M images with classifiers trained on real images.
 
-    probabilities (S, M, K) of S classifiers in [0, 1], asked (M, K) multi-hot → {`accuracy`, `accuracy_seeds`, `per_class`:
-    {label: {`recall`, `auc`, `positives`}}, `images`}. Means over classifiers. `accuracy`: exclusive classes: the share of
-    images whose most probable class is the one asked for; otherwise the share of (image, label) pairs that agree at the
-    threshold 0.5. `recall`: the share of a label's images in which it is read. What is not defined is None.
-    Raises `DataError` when shapes do not fit.
+    probabilities (S, M, K) of S classifiers in [0, 1], requested labels (M, K) multi-hot →
+    {`accuracy`, `accuracy_seeds`, `per_class`: {label: {`recall`, `auc`, `positives`}}, `images`}.
+    Means over classifiers. `accuracy`: for exclusive classes the share of images whose most
+    probable class is the requested one, otherwise the share of (image, label) pairs that agree at
+    threshold 0.5. `recall`: share of a label's images for which it is predicted. Undefined figures
+    are None. Raises `DataError` for shapes that do not fit.
     """
     if (
         probabilities.ndim != 3
-        or probabilities.shape[1:] != asked.shape
-        or asked.shape[1] != len(label_names)
+        or probabilities.shape[1:] != requested.shape
+        or requested.shape[1] != len(label_names)
     ):
         raise DataError(
-            f"probabilities of shape {probabilities.shape} do not fit labels of shape {asked.shape} and {len(label_names)} "
-            "label names: give (classifiers, images, labels), (images, labels) and a name a label"
+            f"probabilities of shape {probabilities.shape} do not fit labels of shape "
+            f"{requested.shape} and {len(label_names)} label names: give (classifiers, images, "
+            "labels), (images, labels) and one name per label"
         )
-    once, truth = np.ones((1, len(asked))), asked.astype(np.float64)
-    calls = [called(seed, exclusive) for seed in probabilities]
-    agreed = [(one == truth).all(1) if exclusive else (one == truth) for one in calls]
+    once, truth = np.ones((1, len(requested))), requested.astype(np.float64)
+    predicted = [predictions(seed, exclusive) for seed in probabilities]
+    agreed = [(one == truth).all(1) if exclusive else (one == truth) for one in predicted]
     accuracies = [float(one.mean()) if one.size else float("nan") for one in agreed]
-    recall = np.mean([share(once, one * truth, truth)[0] for one in calls], axis=0)
+    recall = np.mean([share(once, one * truth, truth)[0] for one in predicted], axis=0)
     auc = [
-        np.mean([weighted_auc(seed[:, k], asked[:, k] == 1, once)[0] for seed in probabilities])
+        np.mean([weighted_auc(seed[:, k], requested[:, k] == 1, once)[0] for seed in probabilities])
         for k in range(len(label_names))
     ]
     return {
-        "accuracy": number(float(np.mean(accuracies))),
-        "accuracy_seeds": [number(value) for value in accuracies],
+        "accuracy": finite_or_none(float(np.mean(accuracies))),
+        "accuracy_seeds": [finite_or_none(value) for value in accuracies],
         "per_class": {
             name: {
-                "recall": number(recall[k]),
-                "auc": number(auc[k]),
-                "positives": int(asked[:, k].sum()),
+                "recall": finite_or_none(recall[k]),
+                "auc": finite_or_none(auc[k]),
+                "positives": int(requested[:, k].sum()),
             }
             for k, name in enumerate(label_names)
         },
-        "images": len(asked),
+        "images": len(requested),
     }

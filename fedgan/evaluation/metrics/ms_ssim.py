@@ -1,4 +1,4 @@
-"""Multi-scale structural similarity of images, and its mean inside a class: how alike a generator's images are."""
+"""Multi-scale structural similarity (MS-SSIM), and its mean inside a class (mode collapse)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,17 @@ from torch import Tensor
 from fedgan.data.dataset import ImageArray
 from fedgan.evaluation.metrics.utility import NO_FINDING, names_normal
 
-WEIGHTS = (
-    0.0448,
-    0.2856,
-    0.3001,
-    0.2363,
-    0.1333,
-)  # of the five scales, fine to coarse (Wang et al. 2003, section 3.2)
+# Of the five scales, fine to coarse (Wang et al. 2003, section 3.2).
+WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 WINDOW, SIGMA = 11, 1.5  # Gaussian window
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-PIXELS = 64 * 64**2  # of the pairs compared at once: more is slower, as it no longer fits the cache
+PIXELS = 64 * 64**2  # per batch of pairs: more exceeds the cache and is slower
 
 
 def scales(height: int, width: int) -> int:
-    """How many of the five scales fit an image: those whose shorter side is at least the window's 11 pixels.
+    """Number of the five scales that fit an image: those whose shorter side is at least 11 pixels.
 
-    Five from 176 pixels on; three at 64, two at 32. Raises `ValueError` below 11 pixels, where none fits.
+    Five from 176 pixels, three at 64, two at 32. Raises `ValueError` below 11 pixels.
     """
     side = min(height, width)
     fitting = sum(side >> scale >= WINDOW for scale in range(len(WEIGHTS)))
@@ -40,20 +35,22 @@ def scales(height: int, width: int) -> int:
 
 
 def ms_ssim(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> np.ndarray:
-    """MS-SSIM (B,) float64 of images a and b (B, C, H, W), uint8 or float in [0, 255]: ≤ 1, and 1 for equal images.
+    """MS-SSIM (B,) float64 of images a and b (B, C, H, W), uint8 or float in [0, 255]; 1 if equal.
 
-    Wang, Simoncelli and Bovik 2003, eq. 7: the product over the scales of contrast-structure, and of luminance at the
-    coarsest, each to its weight; window 11 × 11, sigma 1.5, K = (0.01, 0.03); each scale is the 2 × 2 mean of the one
-    before. Means run over channels and positions; contrast-structure counts where the window fits, the coarsest scale
-    everywhere with mirrored borders (as torchmetrics does). A negative mean counts as 0, for it has no real power.
+    l_M^w_M · Π_j cs_j^w_j over scales j (Wang, Simoncelli and Bovik 2003, eq. 7): luminance l at
+    the coarsest scale M, contrast-structure cs at all; window 11 × 11, sigma 1.5, K = (0.01, 0.03);
+    each scale is the 2 × 2 mean of the one before. Means run over channels and positions:
+    contrast-structure where the window fits, the coarsest scale everywhere with mirrored borders
+    (as in torchmetrics). A negative mean counts as 0.
 
-    Small images have fewer scales (`scales`): the first ones, with their weights divided by their sum. Figures with
-    different numbers of scales are not comparable.
+    Small images have fewer scales (`scales`): the first ones, with weights that sum to 1. Figures
+    with different numbers of scales are not comparable.
     """
     x, y = (torch.as_tensor(images).float() for images in (a, b))
     if x.ndim != 4 or x.shape != y.shape:
         raise ValueError(
-            f"MS-SSIM needs two equal shapes (B, C, H, W); got {tuple(x.shape)} and {tuple(y.shape)}"
+            "MS-SSIM needs two equal shapes (B, C, H, W); "
+            f"got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     count = scales(*x.shape[2:])
     weights = np.array(WEIGHTS[:count]) / sum(WEIGHTS[:count])
@@ -76,11 +73,11 @@ def intra_class_ms_ssim(
     pairs: int = 500,
     seed: int = 0,
 ) -> dict[str, float | None]:
-    """{label: mean MS-SSIM of `pairs` random pairs of different images of the class} (arXiv 1610.09585, section 4.2).
+    """{label: mean MS-SSIM of `pairs` random pairs of the class} (arXiv 1610.09585, section 4.2).
 
-    images (N, C, H, W) uint8, labels (N, K) multi-hot. High: the images of a class are all alike (collapse); to be read
-    beside the same figure for real images. None for a class with fewer than two images. Where classes do not exclude
-    each other, images with no label at all form a class 'no finding', if there are two and no label itself says normal.
+    images (N, C, H, W) uint8, labels (N, K) multi-hot. A value above that of real images means
+    collapse. None for a class with fewer than two images. Where classes are not exclusive, images
+    without a label form a class 'no finding' if there are two or more and no label means normal.
     """
     labels = np.asarray(labels).astype(bool)
     classes = {name: np.flatnonzero(labels[:, column]) for column, name in enumerate(label_names)}
@@ -94,9 +91,8 @@ def intra_class_ms_ssim(
             continue
         rng = np.random.default_rng([seed, number])
         first = rng.integers(len(rows), size=pairs)
-        second = (first + rng.integers(1, len(rows), size=pairs)) % len(
-            rows
-        )  # any other image, all equally likely
+        offset = rng.integers(1, len(rows), size=pairs)  # any other image, equally likely
+        second = (first + offset) % len(rows)
         result[name] = _mean_of_pairs(images, rows[first], rows[second])
     return result
 
@@ -113,7 +109,7 @@ def _mean_of_pairs(images: ImageArray, first: np.ndarray, second: np.ndarray) ->
 def _ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """SSIM and its contrast-structure part, each (B,): means over channels and positions."""
     batch = len(x)
-    # Variances do not move with a shift; about mid-grey they lose least in float32.
+    # Variances are invariant to a shift; around mid-grey float32 is most exact.
     u, v = x - 127.5, y - 127.5
     means = _blur(torch.cat([u, v, u * u + v * v, u * v]))
     mu, mv, squares, uv = means.split(batch)
@@ -127,20 +123,20 @@ def _ssim(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blur(x: Tensor) -> Tensor:
-    """Gaussian window over (B, C, H, W) with mirrored borders: same shape. One axis after the other, as it is separable."""
+    """Gaussian window over (B, C, H, W) with mirrored borders, separable; same shape."""
     height, width = x.shape[2:]
     return _window_matrix(height).to(x) @ x @ _window_matrix(width).to(x).t()
 
 
 @cache
 def _window_matrix(side: int) -> Tensor:
-    """The window at each of `side` places as a matrix (side, side): a matrix product is far faster than a convolution of
-    one channel at the sides that matter here."""
+    """The window at each of `side` positions as a matrix (side, side).
+
+    At these sides a matrix product is much faster than a convolution of one channel.
+    """
     offsets = torch.arange(WINDOW) - WINDOW // 2
     window = torch.exp(-(offsets.double() ** 2) / (2 * SIGMA**2))
-    places = (torch.arange(side)[:, None] + offsets).abs()
-    places = torch.where(
-        places >= side, 2 * (side - 1) - places, places
-    )  # mirrored about the first and the last pixel
+    columns = (torch.arange(side)[:, None] + offsets).abs()  # mirrored at the first pixel …
+    columns = torch.where(columns >= side, 2 * (side - 1) - columns, columns)  # … and the last
     matrix = torch.zeros(side, side, dtype=torch.float64)
-    return matrix.scatter_add_(1, places, (window / window.sum()).expand(side, -1).contiguous())
+    return matrix.scatter_add_(1, columns, (window / window.sum()).expand(side, -1).contiguous())

@@ -1,4 +1,4 @@
-"""Perceptual path length: how far an image moves, to a feature extractor, for a small step of the latent."""
+"""Perceptual path length: mean feature distance of images for a small step of the latent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fedgan.errors import FedganError
 
 EPSILON = 1e-4
-BATCH_PIXELS = 16 * 64**2  # of the pairs that are made at once
+BATCH_PIXELS = 16 * 64**2  # per batch of pairs
 
 Features = Callable[[Tensor], Tensor]
 
@@ -27,24 +27,28 @@ def perceptual_path_length(
     device: str = "cpu",
     space: str = "w",
 ) -> float:
-    """Mean of |f(G(l(t))) - f(G(l(t + ε)))|² / ε² over random paths, t uniform in [0, 1) (arXiv 1812.04948, section 4.1).
+    """Mean of |f(G(l(t))) - f(G(l(t + ε)))|² / ε² over random paths l (arXiv 1812.04948, sec. 4.1).
 
-    `generator` has z_dim, label_dim, mapping(z, c) → w and synthesis(ws, noise="const") → images in about [-1, 1];
-    `labels` (N, K): each path holds one of its rows, drawn at random, from end to end. `space` "w": straight lines
-    between two mapped latents (eq. 3); "z": great circles between two latents (eq. 2). No truncation. Both images of a
-    pair have the same noise. Lower is smoother; the figure depends on the extractor and is comparable within it alone.
+    t is uniform in [0, 1). `generator` has z_dim, label_dim, mapping(z, c) → w and synthesis(ws,
+    noise="const") → images in about [-1, 1]. `labels` (N, K): each path has one random row from end
+    to end. `space` "w": straight lines between two mapped latents (eq. 3); "z": great circles
+    between two latents (eq. 2). No truncation; both images of a pair have the same noise. Lower is
+    smoother. Comparable only with the same extractor.
 
-    `features` takes float images (B, C, H, W) in [0, 255] on `device` and gives (B, D): `SqueezeNetExtractor.features`
-    for one. An extractor of uint8 images will not do, for it measures the rounding: with a half-trained generator at 32²
-    the value with rounding was 34, 574 and 6083 at ε = 1e-2, 1e-3 and 1e-4, without it 15.6, 17.0, 17.2 and, at 1e-5,
-    17.3. So images are clamped to [0, 255], as those are that leave the house, but never rounded.
+    `features` maps float images (B, C, H, W) in [0, 255] on `device` to (B, D), for example
+    `SqueezeNetExtractor.features`. An extractor of uint8 images is unusable because it measures the
+    rounding: for a half-trained generator at 32² the value with rounding was 34, 574 and 6083 at ε
+    = 1e-2, 1e-3 and 1e-4, without it 15.6, 17.0, 17.2 and, at 1e-5, 17.3. So images are clamped to
+    [0, 255], as released images are, but not rounded.
 
-    Raises `ValueError` for another `space`, no samples, or labels that do not fit, `FedganError` when a value is not finite.
+    Raises `ValueError` for another `space`, no samples, or labels that do not fit, `FedganError`
+    for a value that is not finite.
     """
     labels = np.asarray(labels)
     if space not in ("w", "z") or samples < 1 or epsilon <= 0:
         raise ValueError(
-            f"path length needs space 'w' or 'z', samples ≥ 1 and epsilon > 0; got {space}, {samples}, {epsilon}"
+            "path length needs space 'w' or 'z', samples ≥ 1 and epsilon > 0; "
+            f"got {space}, {samples}, {epsilon}"
         )
     if labels.ndim != 2 or labels.shape[1] != generator.label_dim or len(labels) == 0:
         raise ValueError(
@@ -65,10 +69,10 @@ def perceptual_path_length(
                         generator,
                         ends[:, part].to(device),
                         c[part].to(device),
-                        place[part].to(device),
+                        position[part].to(device),
                         space,
                     )
-                    for place in (t, t + epsilon)
+                    for position in (t, t + epsilon)
                 )
                 distance = (features(first).double() - features(second).double()).square().sum(1)
                 total += float(distance.sum())
@@ -76,13 +80,16 @@ def perceptual_path_length(
         generator.train(was_training)
     if not np.isfinite(total):
         raise FedganError(
-            "the path length is not finite: the generator has diverged; go back to an earlier checkpoint"
+            "the path length is not finite: the generator has diverged; use an earlier checkpoint"
         )
     return total / (samples * epsilon**2)
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """The point at share t (B, 1) of the great circle from a to b (B, D), of unit length; along b - a where they are parallel."""
+    """Spherical interpolation: unit vector at share t (B, 1) of the arc from a to b (B, D).
+
+    Linear where a and b are parallel.
+    """
     a, b = (x / x.norm(dim=1, keepdim=True) for x in (a, b))
     angle = (a * b).sum(1, keepdim=True).clamp(-1.0, 1.0).acos()
     sine = angle.sin()
@@ -95,7 +102,7 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def _draw(samples: int, z_dim: int, rows: int, seed: int) -> tuple[Tensor, Tensor, np.ndarray]:
-    """Both ends (2, S, z_dim), places t (S, 1) float64 on the path, and the row of the label: the same for any batch size."""
+    """Path ends (2, S, z_dim), positions t (S, 1) float64 and label rows (S,)."""
     rng = torch.Generator("cpu").manual_seed(seed)
     ends = torch.randn(2, samples, z_dim, generator=rng)
     t = torch.rand(samples, 1, generator=rng, dtype=torch.float64)
@@ -103,9 +110,9 @@ def _draw(samples: int, z_dim: int, rows: int, seed: int) -> tuple[Tensor, Tenso
 
 
 def _image(generator: Any, ends: Tensor, c: Tensor, t: Tensor, space: str) -> Tensor:
-    """Images (B, C, H, W) float32 in [0, 255] at the places t (B, 1) of the paths between ends (2, B, z_dim).
+    """Images (B, C, H, W) float32 in [0, 255] at positions t (B, 1) between ends (2, B, z_dim).
 
-    The place is computed in float64, or its rounding would be a part of a step of ε.
+    The position is computed in float64: its rounding would be part of a step of ε.
     """
     if space == "z":
         w = generator.mapping(slerp(ends[0].double(), ends[1].double(), t).float(), c)

@@ -1,9 +1,9 @@
-"""Precision, recall, density and coverage: where synthetic features lie in the neighbourhoods of real ones, and the reverse.
+"""Precision, recall, density and coverage (arXiv 1904.06991, 2002.09797).
 
-Both sets are approximated by balls: round each image, a ball that reaches to its k-th nearest neighbour in its own set.
-One pass over the blocks of pairwise distances gives all four scores. Distances are found in float32 by matrix products
-and decided in float64: a pair so close to a radius that float32 might be wrong about it is computed again, so that
-every decision is the one that float64 takes.
+Each set is approximated by balls around its images, which reach to the k-th nearest neighbour in
+the same set. One pass over blocks of pairwise distances gives all four figures. Distances are
+computed in float32 by matrix products. A pair close enough to a radius that float32 could be wrong
+is computed again in float64, so every decision is the float64 one.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ from torch import Tensor
 
 NEIGHBOURS = 5
 BLOCK = 1024  # rows of one block of distances
-SPARE = 2  # candidates beyond the k nearest of float32, among which float64 chooses
-PAIRS = 8192  # pairs computed again at once in float64: bounds the memory
+SPARE = 2  # float32 candidates beyond the k nearest, from which float64 chooses
+PAIRS = 8192  # pairs per float64 batch: bounds the memory
 UNIT = 2.0**-24  # unit roundoff of float32
 
 
-def manifold_scores(
+def prdc(
     real: np.ndarray, synthetic: np.ndarray, k: int = NEIGHBOURS, block: int = BLOCK
 ) -> dict[str, float]:
-    """{"precision", "recall", "density", "coverage"} of features real (N, D) and synthetic (M, D); N, M > k ≥ 1.
+    """Precision, recall, density, coverage of real (N, D), synthetic (M, D) features; N, M > k ≥ 1.
 
-    With B(x) the closed ball round x up to its k-th nearest neighbour in its own set, itself not counted:
-    - precision: share of synthetic images in some real B(x) (arXiv 1904.06991, eqs. 1, 2), recall: share of real images
-      in some synthetic B(y); both in [0, 1];
-    - density: the number of real balls that hold a synthetic image, over k, mean over the synthetic ones
-      (arXiv 2002.09797, eq. 3), ≥ 0; 1 is expected for equal distributions, and it may exceed 1;
-    - coverage: share of real images whose own B(x) holds a synthetic image (eq. 4), in [0, 1].
-    All four depend on N, M, k and the extractor: compare them at equal sizes only. `block` rows at a time bound the
-    memory (4 · block · max(N, M) bytes a buffer, three of them) and change nothing. Raises `ValueError` for sets of k
-    images or fewer.
+    With B(x) the closed ball around x up to its k-th nearest neighbour in its own set, x not
+    counted:
+    - precision: share of synthetic y in some real B(x) (arXiv 1904.06991, eq. 1), in [0, 1];
+    - recall: share of real x in some synthetic B(y) (eq. 2), in [0, 1];
+    - density: mean over y of |{x: y in B(x)}| / k (arXiv 2002.09797, eq. 3), ≥ 0; 1 is expected for
+      equal distributions, larger values are possible;
+    - coverage: share of real x whose B(x) contains some y (eq. 4), in [0, 1].
+    All depend on N, M, k and the extractor: compare at equal sizes only. `block` rows at a time
+    bound the memory (three buffers of 4 · block · max(N, M) bytes) and change nothing. Raises
+    `ValueError` for sets of k images or fewer.
     """
-    x64, y64 = _centred(real, synthetic, k)
+    x64, y64 = _centered(real, synthetic, k)
     x, y = x64.float(), y64.float()
     real_radii, synthetic_radii = (_radii(a, a64, k, block) for a, a64 in ((x, x64), (y, y64)))
     in_real = torch.zeros(len(y), dtype=torch.int64)  # real balls that hold each synthetic image
@@ -58,8 +59,8 @@ def manifold_scores(
     }
 
 
-def _centred(real: np.ndarray, synthetic: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
-    """Both sets in float64 about their common mean: short vectors lose least in |x|² + |y|² - 2 x·y."""
+def _centered(real: np.ndarray, synthetic: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
+    """Both sets in float64 about their mean: short vectors lose least in |x|² + |y|² - 2 x·y."""
     sets = [
         torch.from_numpy(np.ascontiguousarray(features, np.float64))
         for features in (real, synthetic)
@@ -67,17 +68,19 @@ def _centred(real: np.ndarray, synthetic: np.ndarray, k: int) -> tuple[Tensor, T
     for features in sets:
         if features.ndim != 2 or len(features) <= k or k < 1 or not bool(features.isfinite().all()):
             raise ValueError(
-                f"features must be (N, D), finite, N above k = {k} and k at least 1; got {tuple(features.shape)}"
+                f"features must be (N, D), finite, N above k = {k} and k at least 1; "
+                f"got {tuple(features.shape)}"
             )
     middle = (sets[0].mean(0) + sets[1].mean(0)) / 2
     return sets[0] - middle, sets[1] - middle
 
 
 def _blocks(x: Tensor, y: Tensor, block: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yield (rows of x, |y|² - 2 x·y (b, M), |x|² (b,), how far their sum may be from the squared distance (b,)), float32.
+    """Yield (rows of x, |y|² - 2 x·y (b, M), |x|² (b,), error bound of their sum (b,)), float32.
 
-    The bound is that of a dot product of D terms, D u |x| |y| with u the unit roundoff (Higham 2002, section 3.1), and a
-    few roundings more for the sums and for a radius. The first array is the caller's until the next turn.
+    The bound is that of a dot product of D terms, D u |x| |y| with unit roundoff u (Higham 2002,
+    section 3.1), plus roundings of the sums and of a radius. The first array is valid until the
+    next iteration.
     """
     x_norms, y_norms = (torch.linalg.vecdot(a, a) for a in (x, y))
     share = (x.shape[1] + 16) * UNIT
@@ -101,7 +104,7 @@ def _radii(x: Tensor, x64: Tensor, k: int, block: int) -> Tensor:
             -1, count
         )
         radii[rows] = exact.kthvalue(k, dim=1).values
-        # A row that is no candidate is at least this far: may it still be nearer than the radius found?
+        # Lower bound of the distance of all other rows: below the radius, they have to be checked.
         beyond = (found[:, -1] + norms - slack).clamp_min(0.0)
         if count < len(x) - 1:
             for row in own[radii[rows] > beyond].tolist():
@@ -114,12 +117,12 @@ def _radii(x: Tensor, x64: Tensor, k: int, block: int) -> Tensor:
 def _inside(
     partial: Tensor, limits: Tensor, slack: Tensor, x64: Tensor, y64: Tensor, radii: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rows and columns (P,) of the pairs within a radius: partial (b, M) ≤ limits (b,), decided in float64 where they are
-    within `slack`; radii (b, 1) or (1, M) float64 are the squared radii themselves.
+    """Rows and columns (P,) of the pairs within a radius.
+
+    Pairs have partial (b, M) ≤ limits (b,); within `slack` of the limit float64 decides. radii (b,
+    1) or (1, M) float64 are the squared radii.
     """
-    slack = slack + 4 * UNIT * (
-        slack + radii.max().float()
-    )  # the radii were rounded to float32 as well
+    slack = slack + 4 * UNIT * (slack + radii.max().float())  # radii are rounded to float32 too
     rows, columns = (partial <= (limits + slack).float()[:, None]).nonzero().unbind(1)
     doubtful = (partial[rows, columns] > (limits - slack).float()[rows]).nonzero()[:, 0]
     r, c = rows[doubtful], columns[doubtful]
@@ -129,6 +132,6 @@ def _inside(
 
 
 def _exact(x64: Tensor, y64: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Squared distances (P,) float64 of the pairs (x[rows], y[columns]), by differences, `PAIRS` at a time."""
+    """Squared distances (P,) float64 of the pairs (x[rows], y[columns]), `PAIRS` at a time."""
     pairs = zip(rows.split(PAIRS), columns.split(PAIRS), strict=True)
     return torch.cat([(x64[r] - y64[c]).square().sum(1) for r, c in pairs])

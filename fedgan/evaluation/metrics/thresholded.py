@@ -1,51 +1,53 @@
-"""Figures of what a classifier decides and how sure it is: balanced accuracy, F1, calibration error.
+"""Metrics of a classifier's decisions: balanced accuracy, F1, expected calibration error.
 
-Each takes probabilities and labels (N, K) and B rows of image weights (B, N), as the bootstrap draws them. Exclusive
-classes: the most probable class is the one that is called. Otherwise every label of at least 0.5 is.
+Each takes probabilities and labels (N, K) and B rows of image weights (B, N) (bootstrap resamples).
+Exclusive classes: the most probable class is predicted. Otherwise: every label with at least 0.5.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-THRESHOLD = 0.5  # of a label that others do not exclude
-BINS = 15  # of equal width, of the calibration error
+THRESHOLD = 0.5  # of labels that are not exclusive
+BINS = 15  # of the calibration error, of equal width
 
 
-def called(probabilities: np.ndarray, exclusive: bool) -> np.ndarray:
-    """What is called, (N, K) float64 of 0 and 1, for probabilities (N, K); of equal probabilities the first class is."""
+def predictions(probabilities: np.ndarray, exclusive: bool) -> np.ndarray:
+    """Predicted labels (N, K) float64 of 0 and 1; of equal probabilities the first class."""
     if not exclusive:
         return (probabilities >= THRESHOLD).astype(np.float64)
-    calls = np.zeros(probabilities.shape)
-    calls[np.arange(len(calls)), probabilities.argmax(1)] = 1.0
-    return calls
+    predicted = np.zeros(probabilities.shape)
+    predicted[np.arange(len(predicted)), probabilities.argmax(1)] = 1.0
+    return predicted
 
 
 def balanced_accuracy(
     probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray, exclusive: bool
 ) -> np.ndarray:
-    """Balanced accuracy (B,) for probabilities and labels (N, K) and B rows of image weights (B, N).
+    """Balanced accuracy (B,) for probabilities and labels (N, K) and image weights (B, N).
 
-    Exclusive classes: mean over the classes present of the recall of the most probable class. Otherwise: mean over
-    labels with positives and negatives of (sensitivity + specificity) / 2 at the threshold 0.5.
+    Exclusive classes: mean recall over the classes present. Otherwise: mean of (sensitivity +
+    specificity) / 2 over labels with positives and negatives, at threshold 0.5.
     """
-    truth, calls = labels.astype(np.float64), called(probabilities, exclusive)
-    parts = share(weights, truth * calls, truth)
+    truth, predicted = labels.astype(np.float64), predictions(probabilities, exclusive)
+    parts = share(weights, truth * predicted, truth)
     if not exclusive:
-        parts = (parts + share(weights, (1.0 - truth) * (1.0 - calls), 1.0 - truth)) / 2.0
+        parts = (parts + share(weights, (1.0 - truth) * (1.0 - predicted), 1.0 - truth)) / 2.0
     return defined_mean(parts)
 
 
-def f1_scores(calls: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """F1 = 2 tp / (2 tp + fp + fn) of each label (B, K) for calls and labels (N, K) and B rows of image weights (B, N).
+def f1_scores(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """F1 = 2 tp / (2 tp + fp + fn) of each label (B, K) for labels (N, K), weights (B, N).
 
-    NaN where a row has no weight on positives: there the figure says nothing about finding them.
+    NaN without weight on positives.
     """
     truth = labels.astype(np.float64)
     positives = weights @ truth
     with np.errstate(invalid="ignore", divide="ignore"):
         f1: np.ndarray = np.where(
-            positives > 0, 2.0 * (weights @ (truth * calls)) / (positives + weights @ calls), np.nan
+            positives > 0,
+            2.0 * (weights @ (truth * predicted)) / (positives + weights @ predicted),
+            np.nan,
         )
     return f1
 
@@ -53,11 +55,11 @@ def f1_scores(calls: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.
 def calibration_error(
     probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray, exclusive: bool
 ) -> np.ndarray:
-    """Expected calibration error (B,), arguments as in `balanced_accuracy` (Guo et al. 2017, arXiv 1706.04599, eq. 3).
+    """Expected calibration error (B,), arguments as in `balanced_accuracy` (arXiv 1706.04599, eq. 3).
 
-    Exclusive classes: 15 bins of equal width of the confidence of the most probable class; the mean over images of
-    |confidence - share that is right| of their bin. Otherwise: the mean over labels of the same error of that label's
-    probability against how often the label is there.
+    Σ_b |B_b| / N · |accuracy(B_b) - confidence(B_b)| over 15 bins of equal width. Exclusive
+    classes: of the confidence of the most probable class. Otherwise: mean over labels of the same
+    error of the label's probability.
     """
     rows = np.arange(len(labels))
     if exclusive:
@@ -75,7 +77,7 @@ def calibration_error(
 
 
 def share(weights: np.ndarray, hits: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Weighted hits among weighted members, (B, K) for B rows of weights (B, N) and (N, K) of each; NaN without members."""
+    """Weighted hits among weighted members, (B, K) for weights (B, N); NaN without members."""
     total = weights @ members
     with np.errstate(invalid="ignore", divide="ignore"):
         part: np.ndarray = np.where(total > 0, (weights @ hits) / total, np.nan)
@@ -83,7 +85,7 @@ def share(weights: np.ndarray, hits: np.ndarray, members: np.ndarray) -> np.ndar
 
 
 def defined_mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of the defined values; NaN where none is."""
+    """Mean of the defined values over the last axis; NaN where none is defined."""
     defined = np.isfinite(values)
     count = defined.sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -1,9 +1,10 @@
-"""Utility: what a classifier's scores on real test images are worth. Arrays in, numbers out.
+"""Utility metrics of classifiers on real test images (TSTR, TRTR, mixed).
 
-Every figure is the mean over classifiers trained with different seeds; its 95 % interval is the percentile bootstrap of
-that mean over test images (over patients where they are known). The interval speaks of the test set's size, not of
-the spread between seeds, which `macro_auc_seeds` shows. Resamples that lack a class of the macro mean are left out; where
-that is more than half of them there is no interval. An AUC below 0.5 is reported as it is.
+Every figure is the mean over classifiers trained with different seeds. Its 95 % interval is the
+percentile bootstrap of this mean over test images (over patients where known): it covers the size
+of the test set, not the spread between seeds, which `macro_auc_seeds` shows. Resamples that lack a
+class of the macro mean are left out; where this is more than half, there is no interval. An AUC
+below 0.5 is reported unchanged.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from typing import Any
 import numpy as np
 
 from fedgan.evaluation.metrics.bootstrap import interval, resamples
-from fedgan.evaluation.metrics.ranking import Ranking, curves, ranking
-from fedgan.evaluation.metrics.ranking import weighted_auc as weighted_auc
-from fedgan.evaluation.metrics.thresholded import balanced_accuracy as balanced_accuracy
-from fedgan.evaluation.metrics.thresholded import calibration_error, called, defined_mean, f1_scores
+from fedgan.evaluation.metrics.ranking import Ranking, ranking, ranking_metrics
+from fedgan.evaluation.metrics.thresholded import (
+    balanced_accuracy,
+    calibration_error,
+    defined_mean,
+    f1_scores,
+    predictions,
+)
 
 NO_FINDING = "no finding"
-NORMAL = (NO_FINDING, "normal", "none")  # labels that say what an all-zero vector would say
+NORMAL = (NO_FINDING, "normal", "none")  # labels with the meaning of an all-zero vector
 
 MACRO = {
     "macro_auc": "auc",
@@ -27,17 +32,17 @@ MACRO = {
     "macro_f1": "f1",
     "sensitivity_at_90": "sensitivity",
 }
-OF_ONE_SET = ("micro_auc", "micro_auprc", "balanced_accuracy", "ece")
-FIGURES = (*MACRO, *OF_ONE_SET)  # with an interval each
+MICRO = ("micro_auc", "micro_auprc", "balanced_accuracy", "ece")
+FIGURES = (*MACRO, *MICRO)  # each with an interval
 
 
 def names_normal(label_names: tuple[str, ...]) -> bool:
-    """Whether one of the labels itself says that nothing was found."""
+    """Whether one of the labels means that nothing was found."""
     return any(name.lower().replace("_", " ") in NORMAL for name in label_names)
 
 
 def with_no_finding(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Add a last column 'no finding' to multi-label probabilities (S, N, K) and labels (N, K): the product of 1 - p."""
+    """Add a last column 'no finding', Π (1 - p), to probabilities (S, N, K) and labels (N, K)."""
     none = np.prod(1.0 - probabilities, axis=2, keepdims=True)
     return np.concatenate([probabilities, none], axis=2), np.c_[
         labels, (labels.sum(1) == 0).astype(labels.dtype)
@@ -45,10 +50,11 @@ def with_no_finding(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.n
 
 
 def majority_scores(train_labels: np.ndarray, count: int, exclusive: bool) -> np.ndarray:
-    """Scores (1, count, K) of the classifier that never looks: for every image the shares of the training labels (N, K).
+    """Scores (1, count, K) of the majority classifier: the shares of the training labels.
 
-    What `utility` makes of them is the always-majority row: AUC 0.5 by ties within each class, average precision the share
-    of positives, balanced accuracy 1 / K. Only the micro figures are above chance, as they compare scores of several labels.
+    Baseline of `utility`: AUC 0.5 by ties within each class, average precision the share of
+    positives, balanced accuracy 1 / K. Only the micro figures exceed chance, as they compare scores
+    of several labels.
     """
     labels = np.asarray(train_labels, np.float64)
     prevalence = labels.mean(0) if len(labels) else np.zeros(labels.shape[1])
@@ -58,10 +64,10 @@ def majority_scores(train_labels: np.ndarray, count: int, exclusive: bool) -> np
 
 
 class Scored:
-    """Probabilities (S, N, K) of S classifiers on N images with labels (N, K), ordered once and weighted many times.
+    """Probabilities (S, N, K) of S classifiers on N images with labels (N, K), ranked once.
 
-    Multi-label data gain a last column, normal (no finding) against the rest, which no macro or micro figure counts; it is
-    called where its own probability, the product of 1 - p, is at least 0.5.
+    Multi-label data get a last column 'no finding', which macro and micro figures leave out; it is
+    predicted where the product of 1 - p is at least 0.5.
     """
 
     def __init__(self, probabilities: np.ndarray, labels: np.ndarray, exclusive: bool) -> None:
@@ -84,17 +90,17 @@ class Scored:
         ]
 
     def statistics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """The figures for B rows of image weights (B, N), as the function `statistics` lists them."""
+        """The figures for image weights (B, N), as the function `statistics` lists them."""
         classes = self.labels.shape[1]
-        rows = [[curves(one, weights) for one in seed] for seed in self.by_class]
-        micro = [curves(one, weights) for one in self.micro]
+        rows = [[ranking_metrics(one, weights) for one in seed] for seed in self.by_class]
+        micro = [ranking_metrics(one, weights) for one in self.micro]
         found = {
             "auc": _over_seeds([[one.auc for one in seed] for seed in rows]),
             "auprc": _over_seeds([[one.average_precision for one in seed] for seed in rows]),
             "sensitivity": _over_seeds([[one.sensitivity for one in seed] for seed in rows]),
             "f1": np.mean(
                 [
-                    f1_scores(called(seed, self.exclusive), self.truth, weights)
+                    f1_scores(predictions(seed, self.exclusive), self.truth, weights)
                     for seed in self.scores
                 ],
                 axis=0,
@@ -116,12 +122,13 @@ class Scored:
 def statistics(
     probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray, exclusive: bool
 ) -> dict[str, np.ndarray]:
-    """All figures, means over seeds, of probabilities (S, N, K) and labels (N, K) for B rows of image weights (B, N).
+    """All figures, means over seeds, of probabilities (S, N, K), labels (N, K), weights (B, N).
 
-    By class, (B, K): `auc`, `auprc`, `f1`, `sensitivity` (at 90 % specificity). Over all, (B,): their macro means
-    `macro_auc`, `macro_auprc`, `macro_f1`, `sensitivity_at_90` over the classes where they are defined; `micro_auc` and
-    `micro_auprc` over all (image, label) pairs; `balanced_accuracy`; `ece`. For multi-label data what is by class has one
-    further column, normal (no finding) against the rest, which macro and micro figures leave out.
+    Per class, (B, K): `auc`, `auprc`, `f1`, `sensitivity` (at 90 % specificity). Overall, (B,): the
+    macro means `macro_auc`, `macro_auprc`, `macro_f1`, `sensitivity_at_90` over the classes where
+    they are defined; `micro_auc` and `micro_auprc` over all (image, label) pairs;
+    `balanced_accuracy`; `ece`. Multi-label data have one more class column, 'no finding', outside
+    macro and micro figures.
     """
     return Scored(probabilities, labels, exclusive).statistics(weights)
 
@@ -135,33 +142,35 @@ def utility(
     bootstrap: int,
     seed: int,
 ) -> dict[str, Any]:
-    """All figures of one arm on one set of test images, as evaluation.json has them.
+    """All figures of one arm on one set of test images, as in evaluation.json.
 
-    probabilities (S, N, K) of S classifiers, labels (N, K), groups (N,) the cluster (patient) of each image.
-    Macro figures are means over the classes with both positive and negative test images (F1: with positive ones); what is
-    not defined is None. `sensitivity_at_90` is the macro mean of the highest sensitivity at a specificity of at least 90 %;
-    `ece` is about the most probable class (15 bins), for multi-label data the mean over labels. `bootstrap` resamples serve
-    every interval; resampling adds noise to a calibration error, so the interval of `ece` lies on its high side.
+    probabilities (S, N, K) of S classifiers, labels (N, K), groups (N,) the cluster (patient) of
+    each image. Macro figures are means over the classes with positive and negative test images (F1:
+    with positive ones); undefined figures are None. `sensitivity_at_90`: macro mean of the highest
+    sensitivity at a specificity of at least 90 %. `ece`: calibration error of the most probable
+    class (15 bins), for multi-label data the mean over labels. All intervals share `bootstrap`
+    resamples. Resampling adds noise to a calibration error, so the interval of `ece` is biased
+    upwards.
     """
     scored = Scored(probabilities, labels, exclusive)
     once = np.ones((1, len(labels)))
     point = scored.statistics(once)
     blocks = [scored.statistics(weights) for weights in resamples(groups, bootstrap, seed)]
     drawn = {key: np.concatenate([block[key] for block in blocks]) for key in point}
-    # A resample without one of the classes has the mean of other classes: another quantity, so it is left out.
+    # A resample without one of the classes averages other classes: it is left out.
     counted = np.isfinite(point["auc"][0, : len(label_names)])
-    lacking = (~np.isfinite(drawn["auc"][:, : len(label_names)]) & counted).any(axis=1)
+    incomplete = (~np.isfinite(drawn["auc"][:, : len(label_names)]) & counted).any(axis=1)
     for key in (*MACRO, "balanced_accuracy"):
-        drawn[key][lacking] = np.nan
+        drawn[key][incomplete] = np.nan
     result: dict[str, Any] = {}
     for key in FIGURES:
-        result[key] = number(point[key][0])
+        result[key] = finite_or_none(point[key][0])
         result[f"{key}_ci"] = interval(drawn[key]) if np.isfinite(point[key][0]) else None
     alone = [
         Scored(one[None], labels, exclusive).statistics(once)["macro_auc"][0]
         for one in probabilities
     ]
-    result["macro_auc_seeds"] = [number(value) for value in alone]
+    result["macro_auc_seeds"] = [finite_or_none(value) for value in alone]
     result["per_class"] = _per_class(scored.truth, label_names, exclusive, point, drawn)
     result["images"] = len(labels)
     return result
@@ -174,7 +183,7 @@ def _per_class(
     point: dict[str, np.ndarray],
     drawn: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    """A row a label, and one of 'no finding' where images are multi-label, some have none and no label says so."""
+    """One row per label, and 'no finding' for multi-label images without a label that means it."""
     names = label_names if exclusive else (*label_names, NO_FINDING)
     rows: dict[str, Any] = {}
     for k, name in enumerate(names):
@@ -182,21 +191,21 @@ def _per_class(
         if k >= len(label_names) and (names_normal(label_names) or not 0 < positives < len(truth)):
             continue
         rows[name] = {
-            "auc": number(point["auc"][0, k]),
+            "auc": finite_or_none(point["auc"][0, k]),
             "auc_ci": interval(drawn["auc"][:, k]) if np.isfinite(point["auc"][0, k]) else None,
-            "auprc": number(point["auprc"][0, k]),
+            "auprc": finite_or_none(point["auprc"][0, k]),
             "auprc_ci": interval(drawn["auprc"][:, k])
             if np.isfinite(point["auprc"][0, k])
             else None,
-            "f1": number(point["f1"][0, k]),
-            "sensitivity_at_90": number(point["sensitivity"][0, k]),
+            "f1": finite_or_none(point["f1"][0, k]),
+            "sensitivity_at_90": finite_or_none(point["sensitivity"][0, k]),
             "positives": positives,
         }
     return rows
 
 
-def number(value: float) -> float | None:
-    """A Python float, or None for what is not defined."""
+def finite_or_none(value: float) -> float | None:
+    """A Python float; None for an undefined value."""
     return float(value) if np.isfinite(value) else None
 
 

@@ -296,7 +296,7 @@ def _figures(hospital: Tree) -> Iterator[Figure]:
 def _area(head: str, name: str, measure: str, found: Tree, out: bool | None) -> Figure:
     """An area under the curve beside that of held-out images."""
     value, ci = number(found.get("auc")), bounds(found.get("auc_ci"))
-    blind = found.get("sees_leak") is False
+    blind = found.get("detects_leak") is False
     return Figure(
         head,
         name,

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from fedgan.evaluation.metrics import prdc as manifold
-from fedgan.evaluation.metrics.prdc import manifold_scores
+from fedgan.evaluation.metrics import prdc as module
+from fedgan.evaluation.metrics.prdc import prdc
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -53,7 +53,7 @@ def test_scores_are_those_of_the_papers_whatever_the_block(seed, n, m, dimension
         count = min(n, m) // 2
         synthetic[:count] = real[:count]
         synthetic[-3:] = synthetic[0]
-    assert manifold_scores(real, synthetic, k, block) == pytest.approx(
+    assert prdc(real, synthetic, k, block) == pytest.approx(
         _by_the_papers(real, synthetic, k), abs=1e-12
     )
 
@@ -65,7 +65,7 @@ def test_decisions_are_those_of_float64_where_float32_is_blind(distance):
     real, synthetic = (
         rng.normal(size=(120, 24)) + distance * rng.integers(0, 2, (120, 1)) for _ in range(2)
     )
-    assert manifold_scores(real, synthetic, 5, 50) == pytest.approx(
+    assert prdc(real, synthetic, 5, 50) == pytest.approx(
         _by_the_papers(real, synthetic, 5), abs=1e-12
     )
 
@@ -82,7 +82,7 @@ def test_precision_and_recall_agree_with_torch_fidelity(k):
         save_cpu_ram=False,
         verbose=False,
     )
-    ours = manifold_scores(real, synthetic, k)
+    ours = prdc(real, synthetic, k)
     assert 0.05 < ours["precision"] < 0.95 or 0.05 < ours["recall"] < 0.95
     assert [ours["precision"], ours["recall"]] == pytest.approx(
         [theirs["precision"], theirs["recall"]], rel=1e-4
@@ -92,7 +92,7 @@ def test_precision_and_recall_agree_with_torch_fidelity(k):
 def test_identical_sets_are_perfect():
     features = np.random.default_rng(2).normal(size=(100, 8))
     # Each image lies in its own ball and in those of k others: the density of a copy is above 1.
-    assert manifold_scores(features, features, 4) == {
+    assert prdc(features, features, 4) == {
         "precision": 1,
         "recall": 1,
         "density": 5 / 4,
@@ -103,9 +103,7 @@ def test_identical_sets_are_perfect():
 def test_fresh_images_of_the_same_distribution_have_density_one_and_the_coverage_of_the_formula():
     rng = np.random.default_rng(3)
     n, k, runs = 150, 5, 60
-    scores = [
-        manifold_scores(rng.normal(size=(n, 3)), rng.normal(size=(n, 3)), k) for _ in range(runs)
-    ]
+    scores = [prdc(rng.normal(size=(n, 3)), rng.normal(size=(n, 3)), k) for _ in range(runs)]
     # arXiv 2002.09797, lemma 2: E[coverage] = 1 - (M-1)…(M-k) / ((2M-1)…(2M-k)), E[density] = 1.
     steps = np.arange(1, k + 1)
     expected = 1 - np.prod((n - steps) / (2 * n - steps))
@@ -116,13 +114,13 @@ def test_fresh_images_of_the_same_distribution_have_density_one_and_the_coverage
 def test_a_far_shift_leaves_nothing():
     rng = np.random.default_rng(4)
     real = rng.normal(size=(100, 6))
-    assert set(manifold_scores(real, rng.normal(size=(100, 6)) + 50).values()) == {0.0}
+    assert set(prdc(real, rng.normal(size=(100, 6)) + 50).values()) == {0.0}
 
 
 def test_scores_fall_as_a_gaussian_moves_away():
     rng = np.random.default_rng(5)
     real, synthetic = rng.normal(size=(300, 4)), rng.normal(size=(300, 4))
-    scores = [manifold_scores(real, synthetic + shift) for shift in (0.0, 1.0, 2.0, 4.0)]
+    scores = [prdc(real, synthetic + shift) for shift in (0.0, 1.0, 2.0, 4.0)]
     for name in scores[0]:
         values = [score[name] for score in scores]
         assert values == sorted(values, reverse=True), name
@@ -136,7 +134,7 @@ def test_a_dropped_mode_lowers_recall_and_coverage_but_not_precision():
     whole, part = (
         middles[rng.integers(0, modes, 400)] + rng.normal(size=(400, 3)) for modes in (4, 3)
     )
-    before, after = manifold_scores(real, whole), manifold_scores(real, part)
+    before, after = prdc(real, whole), prdc(real, part)
     assert after["recall"] < before["recall"] - 0.15
     assert after["coverage"] < before["coverage"] - 0.15
     assert after["precision"] == pytest.approx(before["precision"], abs=0.03)
@@ -160,14 +158,14 @@ def test_damaged_images_lower_precision(damage):
         bad = (bad + np.roll(bad, 1, 1) + np.roll(bad, 1, 2) + np.roll(bad, (1, 1), (1, 2))) / 4
     else:
         bad = bad + 2 * rng.normal(size=bad.shape)
-    before, after = (manifold_scores(_means(real), _means(set_)) for set_ in (good, bad))
+    before, after = (prdc(_means(real), _means(set_)) for set_ in (good, bad))
     assert after["precision"] < before["precision"] - 0.3
     assert after["density"] < before["density"] / 2
 
 
 def test_a_collapsed_generator_has_precision_without_recall():
     rng = np.random.default_rng(8)
-    scores = manifold_scores(
+    scores = prdc(
         rng.normal(size=(60, 3)), np.zeros((60, 3))
     )  # 60 equal images, at the middle of the real ones
     assert scores["precision"] == 1
@@ -177,12 +175,12 @@ def test_a_collapsed_generator_has_precision_without_recall():
 
 def test_pairs_in_doubt_are_few_in_ordinary_features(monkeypatch):
     decided = []
-    exact = manifold._exact
-    monkeypatch.setattr(manifold, "_exact", lambda *a: decided.append(len(a[2])) or exact(*a))
+    exact = module._exact
+    monkeypatch.setattr(module, "_exact", lambda *a: decided.append(len(a[2])) or exact(*a))
     rng = np.random.default_rng(9)
     n = 600
-    manifold_scores(rng.normal(size=(n, 64)), rng.normal(size=(n, 64)))
-    assert sum(decided) < 2 * n * (5 + manifold.SPARE) + 1e-4 * n * n
+    prdc(rng.normal(size=(n, 64)), rng.normal(size=(n, 64)))
+    assert sum(decided) < 2 * n * (5 + module.SPARE) + 1e-4 * n * n
 
 
 @pytest.mark.parametrize("bad", [np.zeros((5, 3)), np.zeros(30), np.full((30, 3), np.nan)])
@@ -190,4 +188,4 @@ def test_what_is_no_sample_is_refused(bad):
     good = np.random.default_rng(0).normal(size=(30, 3))
     for sets in ((good, bad), (bad, good)):
         with pytest.raises(ValueError, match="above k = 5"):
-            manifold_scores(*sets)
+            prdc(*sets)

@@ -143,7 +143,7 @@ def seeds_of(folder: Path) -> list[int]:
         return [int(row["seed"]) for row in csv.DictReader(stream)]
 
 
-def test_a_quarantined_release_says_what_was_dropped_and_what_it_is_worth(
+def test_filtered_release_reports_dropped_images_and_utility(
     fedgan: Run, finished: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["generate", "--release", finished.path, "--images", "28", "--seed", "3"]
@@ -159,7 +159,7 @@ def test_a_quarantined_release_says_what_was_dropped_and_what_it_is_worth(
     monkeypatch.setattr(
         release_filter, "MOST_DRAWS", 500
     )  # images of one class of an untrained generator are much alike
-    code, out, err = fedgan(*words, "--quarantine", "--output", "kept")
+    code, out, err = fedgan(*words, "--release-filter", "--output", "kept")
     assert code == 0, err
     dropped = distances <= fence
     assert dropped.sum() == 6
@@ -167,11 +167,11 @@ def test_a_quarantined_release_says_what_was_dropped_and_what_it_is_worth(
     assert card["replaced"] == dropped.sum()
     assert card["dropped"] == {hospital.name: card["drawn"] - 28}
     assert (card["hospitals_compared"], card["hospitals_trained"]) == (1, 1)
-    assert {"unfiltered", "quarantined"} <= card["utility"].keys()
+    assert {"unfiltered", "filtered"} <= card["utility"].keys()
     text = Path("kept/dataset_card.md").read_text()
     assert f"{card['replaced']} of 28 images were replaced" in text
-    assert "without quarantine" in text
-    assert f"quarantine  {card['replaced']} images drawn again" in out
+    assert "without the filter" in text
+    assert f"release filter  {card['replaced']} images drawn again" in out
     # what was not dropped is as it was; what was can be drawn again by the seed of its row
     before, after, seeds = (
         pictures(Path("plain")),
@@ -200,16 +200,16 @@ def test_a_release_without_quarantine_says_nothing_of_one(fedgan: Run, finished:
         fedgan("generate", "--release", finished.path, "--images", "7", "--output", "plain")[0] == 0
     )
     assert json.loads(Path("plain/dataset_card.json").read_text())["release_filter"] is None
-    assert "Quarantine" not in Path("plain/dataset_card.md").read_text()
+    assert "Release filter" not in Path("plain/dataset_card.md").read_text()
     assert set(seeds_of(Path("plain"))) == {0}
 
 
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (["--quarantine"], 2, "give --release --quarantine"),
-        (["--release", "--shards", "."], 2, "give --release --quarantine"),
-        (["--release", "--quarantine", "--shards", "nowhere"], 3, "no data at nowhere"),
+        (["--release-filter"], 2, "give --release --release-filter"),
+        (["--release", "--shards", "."], 2, "give --release --release-filter"),
+        (["--release", "--release-filter", "--shards", "nowhere"], 3, "no data at nowhere"),
     ],
 )
 def test_what_cannot_be_filtered_is_one_line(
@@ -225,7 +225,7 @@ def test_a_private_run_is_not_filtered(fedgan: Run, tmp_path: Path) -> None:
     changed: dict[str, Any] = {"privacy": {"epsilon": 10.0}}
     run = small_run(tmp_path / "private", **changed)
     code, _, err = fedgan(
-        "generate", "--release", "--quarantine", run.path, "--images", "7", "--output", "out"
+        "generate", "--release", "--release-filter", run.path, "--images", "7", "--output", "out"
     )
     assert code == 2
     assert "covered by the epsilon" in err
