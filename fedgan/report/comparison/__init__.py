@@ -1,9 +1,9 @@
-"""From a comparison folder to one self-contained page.
+"""Report of a comparison folder: one self-contained HTML file.
 
-`write_comparison(folder)` reads `comparison.json` and the sample grids and nothing else; what is not there
-becomes a sentence on the page.
+`write_comparison_report(folder)` reads only `comparison.json`, `config.toml` and the sample grids.
+Missing content becomes a sentence in the report.
 """
 
-from fedgan.report.comparison.report import write_comparison
+from fedgan.report.comparison.report import write_comparison_report
 
-__all__ = ["write_comparison"]
+__all__ = ["write_comparison_report"]

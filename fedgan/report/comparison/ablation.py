@@ -1,117 +1,96 @@
-"""The ladder of an ablation: one chart and one table of what each rung changed, gave, cost and bought in privacy."""
+"""Ablation: chart and table of what each variant changed, reached and cost, privacy included."""
 
 from __future__ import annotations
 
 from markupsafe import Markup
 
-from fedgan.report.comparison.data import Comparison
-from fedgan.report.comparison.parts import auc_domain, chance, chart_figure
+from fedgan.report.comparison.charts import auc_dots, auc_figure
+from fedgan.report.comparison.data import Comparison, failure_note
+from fedgan.report.comparison.measures import interval_columns
 from fedgan.report.facts import leaves
 from fedgan.report.html import format as text
-from fedgan.report.html.charts import Dot, Row, legend
-from fedgan.report.html.format import DASH, bounds, number
+from fedgan.report.html.charts import Row, legend
+from fedgan.report.html.format import DASH, number
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import render
 from fedgan.report.run.data import Tree, tree, trees
 
-QUESTION = "What does each thing that differential privacy imposes cost, and is it the noise that costs most?"
+QUESTION = (
+    "How much does each part of differential privacy cost, and does the noise cost most?"
+)
 INFINITE, UNKNOWN = "∞", "not known"
-OPEN, CLIPPED, NOISY = "a1", "a3", "a2"  # styles of what has no privacy, clipping alone, and noise
-KINDS = (
-    (OPEN, "without privacy"),
-    (CLIPPED, "clipping alone, ε = ∞"),
-    (NOISY, "with noise, ε as named"),
+NO_PRIVACY, CLIPPED, NOISY = "a1", "a3", "a2"  # chart styles
+STYLE_NAMES = {
+    NO_PRIVACY: "without privacy",
+    CLIPPED: "clipping alone, ε = ∞",
+    NOISY: "with noise, ε as given",
+}
+NOTES = (
+    "Macro AUC: mean over classes, of classifiers trained only on the images of the variant and "
+    "tested on the same real images.",
+    "Differences are paired, on the same test images; p-values and verdicts are under Paired differences.",
+    "Fréchet distance, precision, recall, coverage and time are means over seeds.",
+    "Images seen: real training images, summed over hospitals, in whole batches; "
+    "for a private step the expected number.",
 )
 
 
 def epsilon(variant: Tree) -> str:
-    """ε as text: a dash without privacy."""
+    """ε as text; a dash without privacy."""
     if variant.get("private") is not True:
         return DASH
-    if variant.get("unknown") is True:
-        return UNKNOWN
-    value = number(variant.get("epsilon"))
-    return INFINITE if value is None else text.significant(value, 3)
+    return UNKNOWN if variant.get("unknown") is True else _epsilon(variant.get("epsilon"))
 
 
 def chart(comparison: Comparison) -> Markup:
-    """Macro AUC by rung, with its interval, its seeds and its ε."""
-    rows = [_row(comparison, variant) for variant in comparison.variants]
-    real = comparison.real.value
-    references = chance(rows) + ([("real images", real)] if real is not None else [])
-    return chart_figure(
+    """Macro AUC per variant, with its interval, its seeds and its ε."""
+    return auc_figure(
         "ablation-auc",
-        "Macro AUC on real test images of classifiers trained on each rung's images",
-        rows,
-        "macro AUC (0.5 is chance)",
-        auc_domain(rows),
-        references,
+        "Macro AUC on real test images of classifiers trained on the images of each variant",
+        [_row(variant) for variant in comparison.variants],
+        real=comparison.real.value,
     )
 
 
-def marks(comparison: Comparison) -> Markup:
-    """The legend of `chart`: the kinds of privacy that occur."""
+def chart_legend(comparison: Comparison) -> Markup:
+    """Legend of `chart`: the kinds of privacy that occur."""
     found = {_style(variant) for variant in comparison.variants}
-    kinds = [(words, style) for style, words in KINDS if style in found]
+    kinds = [(name, style) for style, name in STYLE_NAMES.items() if style in found]
     return legend([*kinds, ("one generator's seed", "single main")], "dot")
 
 
-def ladder(comparison: Comparison) -> Markup:
-    """The table: quality, utility, ε and time, a row a rung."""
+def variants_table(comparison: Comparison) -> Markup:
+    """Quality, utility, ε and time; one row per variant."""
     columns = [
-        Column("Rung", numeric=False),
-        Column("Comes from", numeric=False),
+        Column("Variant", numeric=False),
+        Column("Derived from", numeric=False),
         Column("Changes", numeric=False),
         Column("ε", title="Of this training alone; the largest of its hospitals and seeds"),
-        Column("Macro AUC"),
-        Column("Macro AUC, 95% interval"),
-        Column("Minus the one before"),
-        Column("Minus the one before, 95% interval"),
-        Column("Minus the foot"),
-        Column("Minus the foot, 95% interval"),
+        *interval_columns("Macro AUC"),
+        *interval_columns("Minus the variant before"),
+        *interval_columns("Minus the baseline"),
         Column("Fréchet distance"),
         Column("Precision"),
         Column("Recall"),
         Column("Coverage"),
         Column("Images seen"),
-        Column(
-            "Public images", title="Shown by the training on public phantoms that it begins from"
-        ),
+        Column("Public images", title="Images of the pretraining on public phantoms"),
         Column("Wall time"),
     ]
-    troubles = [
-        f"{entry.label} {entry.failure_reason}."
-        for entry in comparison.arms
-        if entry.failure_reason
-    ]
-    more = " ".join(
-        [
-            "Macro AUC: mean over classes, of classifiers trained on the rung's images alone and tested on the same real ones.",
-            "Differences are paired, on the same test images; their p-values and verdicts stand under Paired.",
-            "Fréchet distance, precision, recall, coverage and time are means over seeds.",
-            "Images seen: real training images, summed over hospitals, in whole batches; a private step expects that many.",
-            *troubles,
-        ]
-    )
-    return table(
-        "The ladder",
-        columns,
-        [_cells(variant) for variant in comparison.variants],
-        "ablation",
-        strong=1,
-        more=more,
-    )
+    rows = [_cells(variant) for variant in comparison.variants]
+    more = " ".join([*NOTES, failure_note(comparison.arms)]).strip()
+    return table("The variants", columns, rows, "ablation", strong=1, more=more)
 
 
 def privacy(comparison: Comparison) -> Markup:
-    """How to read the ladder, and ε of each hospital."""
+    """Scope of ε, and ε of each hospital."""
     rows = [
-        [_name(variant), str(place.get("name", "unnamed")), *_spent(place)]
+        [_name(variant), str(hospital.get("name", "unnamed")), *_spent_cells(hospital)]
         for variant in comparison.variants
-        for place in trees(variant.get("hospitals"))
+        for hospital in trees(variant.get("hospitals"))
     ]
     columns = [
-        Column("Rung", numeric=False),
+        Column("Variant", numeric=False),
         Column("Hospital", numeric=False),
         Column("ε"),
         Column("δ"),
@@ -120,15 +99,12 @@ def privacy(comparison: Comparison) -> Markup:
         Column("Steps"),
         Column(
             "ε of the whole ledger",
-            title="Of all private trainings in the hospital's ledger when this was written",
+            title="Of all private trainings in the hospital's ledger at the time of writing",
         ),
     ]
-    found = (
-        table("ε of each hospital, the largest over seeds", columns, rows, "ablation-privacy")
-        if rows
-        else Markup("")
-    )
-    return render("comparison_ablation.html.j2", table=found)
+    caption = "ε of each hospital, the largest over seeds"
+    content = table(caption, columns, rows, "ablation-privacy") if rows else Markup("")
+    return render("comparison_ablation.html.j2", table=content)
 
 
 def _name(variant: Tree) -> str:
@@ -137,32 +113,25 @@ def _name(variant: Tree) -> str:
 
 def _style(variant: Tree) -> str:
     if variant.get("private") is not True:
-        return OPEN
+        return NO_PRIVACY
     return CLIPPED if number(variant.get("epsilon")) is None else NOISY
 
 
-def _row(comparison: Comparison, variant: Tree) -> Row:
-    bound = epsilon(variant)
-    label = _name(variant) if bound == DASH else f"{_name(variant)} · ε {bound}"
-    value, seeds = number(variant.get("macro_auc")), variant.get("macro_auc_seeds")
-    if value is None:
-        return Row(label, note="no figures: see below")
-    singles = [
-        n for one in (seeds if isinstance(seeds, list) else []) if (n := number(one)) is not None
-    ]
-    return Row(
-        label,
-        [Dot("macro AUC", value, bounds(variant.get("macro_auc_ci")), _style(variant), singles)],
-    )
+def _row(variant: Tree) -> Row:
+    value = epsilon(variant)
+    label = _name(variant) if value == DASH else f"{_name(variant)} · ε {value}"
+    dots = auc_dots("macro AUC", variant, _style(variant), seeds=True)
+    return Row(label, dots, note="" if dots else "no figures: see below")
 
 
 def _cells(variant: Tree) -> list[str]:
     step, baseline = tree(variant.get("step")), tree(variant.get("from_baseline"))
+    changes = [f"{key} = {value}" for key, value in leaves(tree(variant.get("changes")))]
+    public = variant.get("public_images")
     return [
         _name(variant),
         str(variant.get("parent") or DASH),
-        "; ".join(f"{key} = {words}" for key, words in leaves(tree(variant.get("changes"))))
-        or DASH,
+        "; ".join(changes) or DASH,
         epsilon(variant),
         text.decimal(variant.get("macro_auc")),
         text.interval(variant.get("macro_auc_ci")),
@@ -173,22 +142,25 @@ def _cells(variant: Tree) -> list[str]:
         text.significant(variant.get("frechet")),
         *(text.decimal(variant.get(key)) for key in ("precision", "recall", "coverage")),
         text.whole(variant.get("images_seen")),
-        "none"
-        if number(variant.get("public_images")) is None
-        else text.whole(variant.get("public_images")),
+        "none" if number(public) is None else text.whole(public),
         text.duration(variant.get("wall_seconds")),
     ]
 
 
-def _spent(place: Tree) -> list[str]:
-    if place.get("unknown") is True:
+def _spent_cells(hospital: Tree) -> list[str]:
+    if hospital.get("unknown") is True:
         return [UNKNOWN, *[DASH] * 5]
-    whole, own = (number(place.get(key)) for key in ("ledger_epsilon", "epsilon"))
     return [
-        INFINITE if own is None else text.significant(own, 3),
-        text.significant(place.get("delta"), 3),
-        text.significant(place.get("noise_multiplier"), 3),
-        text.significant(place.get("sample_rate"), 3),
-        text.whole(place.get("steps")),
-        INFINITE if whole is None else text.significant(whole, 3),
+        _epsilon(hospital.get("epsilon")),
+        text.significant(hospital.get("delta"), 3),
+        text.significant(hospital.get("noise_multiplier"), 3),
+        text.significant(hospital.get("sample_rate"), 3),
+        text.whole(hospital.get("steps")),
+        _epsilon(hospital.get("ledger_epsilon")),
     ]
+
+
+def _epsilon(value: object) -> str:
+    """ε as text; null is infinite (no noise)."""
+    found = number(value)
+    return INFINITE if found is None else text.significant(found, 3)

@@ -1,42 +1,32 @@
-"""A part for each class: who has images of it, how well it is told apart, how true and how varied its synthetic images are."""
+"""One part per class: who holds its images, its AUC, its fidelity and diversity."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from fedgan.report.comparison.data import Comparison
-from fedgan.report.comparison.fidelity import FEW, FRECHET, SHARES
-from fedgan.report.comparison.parts import (
-    NO_INTERVAL,
-    SMALL,
-    figure_of,
-    floored,
-    lacks_interval,
-    range_of,
-    with_floors,
+from fedgan.report.comparison.fidelity import TOO_FEW
+from fedgan.report.comparison.measures import (
+    FRECHET,
+    PRDC,
+    interval_cell,
+    interval_columns,
+    interval_note,
+    measure_cells,
+    measure_columns,
+    value_cell,
 )
+from fedgan.report.comparison.parts import Part, render_parts
+from fedgan.report.html.section import Section
 from fedgan.report.comparison.utility import positives
 from fedgan.report.facts import WITHHELD, counts_withheld
 from fedgan.report.html import format as text
 from fedgan.report.html.format import number
-from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
-from fedgan.report.html.templating import absent, render
+from fedgan.report.html.templating import absent
 from fedgan.report.run.data import dig, tree
 
-MEASURES = (FRECHET, *(measure for measure in SHARES if measure.key != "density"))
-
-
-@dataclass(frozen=True)
-class Part:
-    """One class's part of the section. `id` is its anchor."""
-
-    id: str
-    name: str
-    counts: str
-    tables: Markup
+MEASURES = (FRECHET, *(measure for measure in PRDC if measure.key != "density"))
 
 
 def _render(comparison: Comparison) -> Markup:
@@ -47,76 +37,69 @@ def _render(comparison: Comparison) -> Markup:
             f"class-{i}",
             label,
             _counts(comparison, label),
-            _auc(comparison, label) + _fidelity(comparison, label),
+            [("Figures", _auc(comparison, label) + _fidelity(comparison, label))],
         )
         for i, label in enumerate(comparison.labels, 1)
     ]
-    return render(
-        "comparison_classes.html.j2", parts=parts, small=SMALL if comparison.small_counts else ""
-    )
+    return render_parts(comparison, parts)
 
 
 def _counts(comparison: Comparison, label: str) -> str:
-    """Who has training images of the class, and how many test images have it."""
-    held = [
-        f"{hospital.get('name', 'unnamed')} {text.whole(n)}"
-        for hospital in comparison.hospitals
-        if (n := number(dig(hospital, "counts", "train", label))) is not None
-    ]
-    tested = [
-        n
-        for hospital in comparison.hospitals
-        if (n := number(dig(hospital, "counts", "test", label))) is not None
-    ]
+    """Training images of the class per hospital, and its test images."""
+    counts = {
+        split: [
+            (str(hospital.get("name", "unnamed")), n)
+            for hospital in comparison.hospitals
+            if (n := number(dig(hospital, "counts", split, label))) is not None
+        ]
+        for split in ("train", "test")
+    }
     if any(map(counts_withheld, comparison.hospitals)):
-        words = f"Training images of this class: {WITHHELD}."
+        training = f"Training images of this class: {WITHHELD}."
+    elif counts["train"]:
+        held = ", ".join(f"{name} {text.whole(n)}" for name, n in counts["train"])
+        training = f"Training images: {held}."
     else:
-        words = (
-            f"Training images: {', '.join(held)}."
-            if held
-            else "Who has training images of this class is not known."
-        )
-    known = positives(comparison, label)
-    total = text.whole(sum(tested)) if tested else text.DASH
-    count = total if known == text.DASH else known
-    if count == "0":
-        return f"{words} No real test image has this class, so its AUC cannot be measured."
-    return f"{words} Real test images: {count}."
+        training = "Which hospitals have training images of this class is not known."
+    tested = positives(comparison, label)
+    if tested == text.DASH and counts["test"]:
+        tested = text.whole(sum(n for _, n in counts["test"]))
+    if tested == "0":
+        return f"{training} No real test image has this class, so its AUC cannot be measured."
+    return f"{training} Real test images: {tested}."
 
 
 def _auc(comparison: Comparison, label: str) -> Markup:
-    """AUC of the class over all real test images, a row an arm and a hospital alone."""
-    found = [(entry, entry.of_class(label)) for entry in comparison.entries]
-    rows = [[entry.label, figure_of(row, "auc"), range_of(row, "auc")] for entry, row in found]
-    columns = [
-        Column("Trained on images of", numeric=False),
-        Column("AUC"),
-        Column("AUC, 95% interval"),
-    ]
-    more = NO_INTERVAL if lacks_interval([row for _, row in found], "auc") else ""
+    """AUC of the class over all real test images; one row per arm and hospital."""
+    found = [(entry, entry.for_class(label)) for entry in comparison.entries]
+    rows = [[entry.label, value_cell(row, "auc"), interval_cell(row, "auc")] for entry, row in found]
     return table(
-        f"{label}: AUC on {positives(comparison, label)} real test images that have it, among all",
-        columns,
+        f"{label}: AUC on all real test images, {positives(comparison, label)} of this class",
+        [Column("Trained on images of", numeric=False), *interval_columns("AUC")],
         rows,
         f"class-{label}",
-        more=more,
+        more=interval_note([row for _, row in found], "auc"),
     )
 
 
 def _fidelity(comparison: Comparison, label: str) -> Markup:
-    """Distance and shares of the class's synthetic images, a row a training; a sentence where there are none."""
+    """Fréchet distance and PRDC of the class; one row per training."""
     runs = [
         (run, found)
         for run in comparison.arm_runs
-        if (found := tree(dig(run.evaluation, "fidelity", "per_class", label)))
+        if (found := tree(dig(run.fidelity, "per_class", label)))
     ]
     if not runs:
-        return absent(f"The synthetic images of {label} were not measured on their own{FEW}")
+        return absent(f"The synthetic images of {label} were not measured separately{TOO_FEW}")
     rows = [
-        [run.label, text.whole(found.get("images")), *floored(found, MEASURES)]
+        [run.label, text.whole(found.get("images")), *measure_cells(found, MEASURES, True)]
         for run, found in runs
     ]
-    columns = [Column("Arm", numeric=False), Column("Images"), *with_floors(MEASURES)]
+    columns = [
+        Column("Arm", numeric=False),
+        Column("Images"),
+        *measure_columns(MEASURES, reference=True),
+    ]
     return table(f"{label}: fidelity and diversity", columns, rows, f"class-{label}-fidelity")
 
 

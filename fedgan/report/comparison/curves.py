@@ -1,23 +1,23 @@
-"""Training by images seen: the Fréchet distance and the losses of every arm, a line a seed."""
+"""Fréchet distance and losses by images seen, one line per arm and seed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
+from fedgan.report.comparison.charts import arm_legend
 from fedgan.report.comparison.data import FINETUNED, ArmRun, Comparison
-from fedgan.report.comparison.parts import arm_legend
+from fedgan.report.html.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Line, legend, line_chart
 from fedgan.report.html.format import number, short
-from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
-from fedgan.report.run.curves import CURVES
+from fedgan.report.run.curves import CURVES, points
 from fedgan.report.run.data import trees
 
-LOSSES = CURVES[:4]  # what comparison.json keeps of each round
+LOSSES = CURVES[:4]  # those that comparison.json holds per round
 
 
 def _render(comparison: Comparison) -> Markup:
@@ -26,80 +26,67 @@ def _render(comparison: Comparison) -> Markup:
         return absent("There are no curves: comparison.json lists no arm.")
     threshold = number(comparison.content.get("frechet_threshold"))
     references = [("distance to reach", threshold)] if threshold is not None else []
-    fidelity = _figure(
-        comparison,
-        "frechet",
-        "Fréchet distance",
-        "Synthetic to real, lower is better.",
-        lambda run: run.content.get("curve"),
-        references,
-    )
+    title, description = "Fréchet distance", "Synthetic to real, lower is better."
+    fidelity = _figure(comparison, "frechet", title, description, distances, references)
     losses = [
-        drawn
-        for key, title, desc in LOSSES
-        if (
-            drawn := _figure(
-                comparison, key, title, desc, lambda run: run.content.get("losses"), []
-            )
-        )
-        is not None
+        _figure(comparison, key, title, description, lambda run, key=key: _losses(run, key))
+        for key, title, description in LOSSES
     ]
-    unmeasured = [run.label for run in runs if not points(run.content.get("curve"), "frechet")]
     return render(
         "comparison_curves.html.j2",
         legend=legend(arm_legend(comparison, real=False), "line"),
         fidelity=fidelity,
-        losses=losses,
-        unmeasured=unmeasured,
-        tuned=any(run.kind == FINETUNED for run in runs),
-        extractor=str(comparison.content.get("extractor") or "an extractor that is not named"),
-        table=_table(comparison) if fidelity is not None else None,
+        losses=[figure for figure in losses if figure],
+        unmeasured=[run.label for run in runs if not distances(run)],
+        is_finetuned=any(run.kind == FINETUNED for run in runs),
+        extractor=str(comparison.content.get("extractor") or "an unnamed extractor"),
+        table=_table(comparison) if fidelity else None,
     )
 
 
-def points(rows: object, key: str) -> list[tuple[float, float]]:
-    """(images seen, value) of the points that have both, by rising images seen."""
-    found = [(number(row.get("images_seen")), number(row.get(key))) for row in trees(rows)]
-    return sorted((x, y) for x, y in found if x is not None and y is not None)
+def distances(run: ArmRun) -> list[tuple[float, float]]:
+    """(images seen, Fréchet distance) of the measured points."""
+    return points(tuple(trees(run.content.get("curve"))), "frechet")
+
+
+def _losses(run: ArmRun, key: str) -> list[tuple[float, float]]:
+    return points(tuple(trees(run.content.get("losses"))), key)
 
 
 def _figure(
     comparison: Comparison,
     key: str,
     title: str,
-    desc: str,
-    rows: Callable[[ArmRun], object],
-    references: list[tuple[str, float]],
-) -> Markup | None:
+    description: str,
+    curve: Callable[[ArmRun], list[tuple[float, float]]],
+    references: Sequence[tuple[str, float]] = (),
+) -> Markup:
+    """A line chart with a title; empty where no training has a point."""
     lines = [
-        Line(run.label, points(rows(run), key), comparison.style(run.name))
+        Line(run.label, found, comparison.style(run.name))
         for run in comparison.arm_runs
+        if (found := curve(run))
     ]
-    lines = [line for line in lines if line.points]
     if not lines:
-        return None
+        return Markup("")
     ends = "; ".join(f"{line.name} {short(line.points[-1][1])}" for line in lines)
-    words = f"{desc} By images seen. Last values: {ends}."
-    chart = line_chart(
-        f"curves-{key.replace('_', '-')}", title, words, lines, "images seen", references
-    )
+    spoken = f"{description} By images seen. Last values: {ends}."
+    svg_key = f"curves-{key.replace('_', '-')}"
+    chart = line_chart(svg_key, title, spoken, lines, "images seen", references)
     return Markup("<figure><figcaption>{}<small>{}</small></figcaption>{}</figure>").format(
-        title, desc, chart
+        title, description, chart
     )
 
 
 def _table(comparison: Comparison) -> Markup:
-    """A row a measured point: the images seen, and the distance of every training."""
-    runs = [run for run in comparison.arm_runs if points(run.content.get("curve"), "frechet")]
-    curves = [dict(points(run.content.get("curve"), "frechet")) for run in runs]
-    places = sorted({x for curve in curves for x in curve})
-    rows = [[text.whole(x), *(text.significant(curve.get(x)) for curve in curves)] for x in places]
-    return table(
-        "Fréchet distance by images seen",
-        [Column("Images seen"), *(Column(run.label) for run in runs)],
-        rows,
-        "curves",
-    )
+    """One row per measured point: images seen and the distance of every training."""
+    curves = [(run.label, dict(distances(run))) for run in comparison.arm_runs if distances(run)]
+    steps = sorted({x for _, curve in curves for x in curve})
+    rows = [
+        [text.whole(x), *(text.significant(curve.get(x)) for _, curve in curves)] for x in steps
+    ]
+    columns = [Column("Images seen"), *(Column(label) for label, _ in curves)]
+    return table("Fréchet distance by images seen", columns, rows, "curves")
 
 
 SECTION = Section("curves", "Training", _render)

@@ -1,12 +1,13 @@
-"""All that the comparison's page knows: `comparison.json`, read once and made harmless, and where the pictures lie.
+"""Content of a comparison folder as the report reads it: `comparison.json` and the folder's path.
 
-Nothing here raises for damaged content: what cannot be read becomes a sentence in `problems`. The arms that failed stay
-in every list, so that each table has a row for them.
+Damaged content raises nothing: it becomes a sentence in `problems`. Failed arms stay in every list,
+so each table has a row for them.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from fedgan.report.run.data import Tree, clean, dig, tree, trees
 
 REAL, CENTRALIZED, FEDERATED, LOCAL = "real", "centralized", "federated", "local"
 FINETUNED, COALITION = "finetuned", "coalition"
-STYLES = 8  # arms that colour, dash and shape tell apart; the ninth looks like the first
+STYLES = 8  # distinct arm styles (colour, dash, shape); the ninth arm repeats the first
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,23 @@ class ArmRun:
 
     @property
     def name(self) -> str:
-        return str(self.content.get("name") or self.content.get("arm") or "unnamed arm")
+        return _name(self.content)
 
     @property
     def kind(self) -> str:
         return str(self.content.get("arm") or "")
 
     @property
-    def seed(self) -> str:
+    def label(self) -> str:
         seed = number(self.content.get("seed"))
-        return "not known" if seed is None else f"{seed:g}"
+        return f"{self.name}, seed {'not known' if seed is None else f'{seed:g}'}"
 
     @property
-    def label(self) -> str:
-        return f"{self.name}, seed {self.seed}"
+    def row_label(self) -> str:
+        """`label`, followed by the status of a training without figures."""
+        if not self.failure_reason:
+            return self.label
+        return f"{self.label} ({'not evaluated' if self.status == 'done' else self.status})"
 
     @property
     def status(self) -> str:
@@ -56,24 +60,32 @@ class ArmRun:
         return tree(self.content.get("evaluation"))
 
     @property
+    def utility(self) -> Tree:
+        return tree(self.evaluation.get("utility"))
+
+    @property
+    def fidelity(self) -> Tree:
+        return tree(self.evaluation.get("fidelity"))
+
+    @property
+    def cost(self) -> Tree:
+        return tree(self.content.get("cost"))
+
+    @property
     def failure_reason(self) -> str:
-        """Why this training gives no figures, as half a sentence; empty where it gives some."""
+        """Predicate that says why there are no figures; empty where there are some."""
         if self.status != "done":
             reason = str(redact(self.content.get("failure") or "")).strip().rstrip(".")
             verb = "failed" if self.status == "failed" else f"is {self.status}"
-            return f"{verb}: {reason}" if reason else f"{verb}, and no reason was written down"
-        return "" if self.evaluation else "was trained, but not evaluated"
-
-    @property
-    def members(self) -> list[Tree]:
-        return trees(self.content.get("members"))
+            return f"{verb}: {reason}" if reason else f"{verb}, without a recorded reason"
+        return "" if self.evaluation else "was trained but not evaluated"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Something that is compared: training on real images, an arm over its seeds, or one hospital alone.
+    """A row of the comparison: training on real images, an arm over its seeds, or one hospital.
 
-    `figures` is its row of `summary`, empty where there is none; `style` is its CSS class in every chart.
+    `figures` is its row of `summary` (empty if missing); `style` its CSS class in every chart.
     """
 
     name: str
@@ -87,10 +99,19 @@ class Entry:
     def label(self) -> str:
         if self.kind == REAL:
             return "real images"
-        return f"{self.hospital} alone" if self.is_alone and self.kind == LOCAL else self.name
+        return f"{self.hospital} alone" if self.is_hospital and self.kind == LOCAL else self.name
 
     @property
-    def is_alone(self) -> bool:
+    def row_label(self) -> str:
+        """`label`, followed by the status of an arm without a macro AUC."""
+        if self.value is not None:
+            return self.label
+        failed = self.runs and all(run.status == "failed" for run in self.runs)
+        return f"{self.label} ({'failed' if failed else 'no figures'})"
+
+    @property
+    def is_hospital(self) -> bool:
+        """Whether the row is the own generator of one hospital."""
         return self.hospital is not None
 
     @property
@@ -99,30 +120,25 @@ class Entry:
         return number(self.figures.get("macro_auc"))
 
     @property
-    def interval(self) -> tuple[float, float] | None:
-        return bounds(self.figures.get("macro_auc_ci"))
-
-    @property
     def failure_reason(self) -> str:
-        """Why there is no macro AUC, as half a sentence; empty where there is one."""
+        """Predicate that says why there is no macro AUC; empty where there is one."""
         if self.value is not None:
             return ""
-        reasons = list(dict.fromkeys(run.failure_reason for run in self.runs if run.failure_reason))
-        if reasons:
-            return "; ".join(reasons)
-        return "has no macro AUC: comparison.json gives none"
+        reasons = dict.fromkeys(run.failure_reason for run in self.runs if run.failure_reason)
+        return "; ".join(reasons) or "has no macro AUC: comparison.json gives none"
 
-    def inside(self, institution: str) -> Tree:
-        """Its figures on the test images of one institution."""
-        return tree(dig(self.figures, "per_institution", institution))
+    def in_institution(self, name: str) -> Tree:
+        """Figures on the test images of one institution."""
+        return tree(dig(self.figures, "per_institution", name))
 
-    def of_class(self, label: str) -> Tree:
+    def for_class(self, label: str) -> Tree:
+        """Figures for one class."""
         return tree(dig(self.figures, "per_class", label))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The content of a comparison folder. `content` is `comparison.json`, or empty where it could not be read."""
+    """Content of a comparison folder. `content`: `comparison.json`, empty if it is unreadable."""
 
     content: Tree
     folder: Path | None = None
@@ -134,7 +150,7 @@ class Comparison:
 
     @property
     def labels(self) -> list[str]:
-        """Labels that the classifiers tell apart: the named ones, then any that only a figure has."""
+        """Classes of the classifiers: those of `label_names`, then any other that has figures."""
         named = self.content.get("label_names")
         found = dict.fromkeys(str(name) for name in named) if isinstance(named, list) else {}
         for row in trees(self.content.get("summary")):
@@ -147,7 +163,7 @@ class Comparison:
 
     @property
     def hospital_names(self) -> list[str]:
-        """The hospitals of the data, then any that only a figure names."""
+        """Hospitals of the data, then any other that has figures."""
         found = dict.fromkeys(
             str(row["name"]) for row in self.hospitals if row.get("name") is not None
         )
@@ -158,7 +174,7 @@ class Comparison:
 
     @property
     def data_labels(self) -> list[str]:
-        """Labels of the images, and so of the rows of the sample grids, in the order in which the hospitals list them."""
+        """Labels of the images (rows of the sample grids), in the order of the hospitals' counts."""
         found: dict[str, None] = {}
         for hospital in self.hospitals:
             for split in tree(hospital.get("counts")).values():
@@ -167,71 +183,64 @@ class Comparison:
 
     @cached_property
     def runs(self) -> tuple[ArmRun, ...]:
-        """Every training, coalitions too: arm by arm in the order in which the arms are first listed, then by seed."""
+        """All trainings, coalitions included: arms in the order of the file, then seeds."""
         found = [ArmRun(row) for row in trees(self.content.get("arms"))]
         order = list(dict.fromkeys(run.name for run in found))
         return tuple(sorted(found, key=lambda run: order.index(run.name)))
 
     @cached_property
     def arm_runs(self) -> tuple[ArmRun, ...]:
-        """Every training but those of coalitions, which serve the contribution alone."""
+        """All trainings except coalitions, which only serve the contribution."""
         return tuple(run for run in self.runs if run.kind != COALITION)
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
-        """Real images, then the arms in the order of `arms` (those without a figure too), then each hospital alone."""
+        """Real images, the arms in the order of `arms`, then each hospital's own generator."""
         rows = [row for row in trees(self.content.get("summary")) if row.get("arm") != COALITION]
-        real = [row for row in rows if row.get("arm") == REAL]
-        whole = {
+        real = next((row for row in rows if row.get("arm") == REAL), {})
+        arm_rows = {
             _name(row): row
             for row in rows
             if row.get("arm") != REAL and row.get("hospital") is None
         }
-        names = list(dict.fromkeys([*(run.name for run in self.arm_runs), *whole]))
-        styles = {name: f"a{i % STYLES + 1}" for i, name in enumerate(names)}
         arms = []
-        for name in names:
+        names = dict.fromkeys([*(run.name for run in self.arm_runs), *arm_rows])
+        for i, name in enumerate(names):
             runs = tuple(run for run in self.arm_runs if run.name == name)
-            row = whole.get(name, {})
+            row = arm_rows.get(name, {})
             kind = str(row.get("arm") or (runs[0].kind if runs else ""))
-            arms.append(Entry(name, kind, None, row, styles[name], runs))
-        alone = [
-            Entry(
-                _name(row),
-                str(row.get("arm") or ""),
-                str(row["hospital"]),
-                row,
-                "alone",
-                self._runs_of(str(row.get("arm"))),
-            )
-            for row in rows
-            if row.get("hospital") is not None
-        ]
-        return (Entry(REAL, REAL, None, real[0] if real else {}, "real"), *arms, *alone)
+            arms.append(Entry(name, kind, None, row, f"a{i % STYLES + 1}", runs))
+        hospitals = []
+        for row in rows:
+            if row.get("hospital") is not None:
+                runs = tuple(run for run in self.arm_runs if run.kind == str(row.get("arm")))
+                kind, name = str(row.get("arm") or ""), str(row["hospital"])
+                hospitals.append(Entry(_name(row), kind, name, row, "alone", runs))
+        return (Entry(REAL, REAL, None, real, "real"), *arms, *hospitals)
 
     @property
     def arms(self) -> list[Entry]:
-        """The arms, without real images and without hospitals alone."""
-        return [entry for entry in self.entries if entry.kind != REAL and not entry.is_alone]
+        """The arms, without real images and single hospitals."""
+        return [entry for entry in self.entries if entry.kind != REAL and not entry.is_hospital]
 
     @property
-    def alone(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry.is_alone]
+    def hospital_entries(self) -> list[Entry]:
+        """The own generators of single hospitals."""
+        return [entry for entry in self.entries if entry.is_hospital]
 
     @property
     def real(self) -> Entry:
         return self.entries[0]
 
     @property
-    def central(self) -> Entry | None:
+    def centralized(self) -> Entry | None:
+        """The centralised arm: the one of that name, else the first of that kind."""
         found = [entry for entry in self.arms if entry.kind == CENTRALIZED]
-        return next(
-            (entry for entry in found if entry.name == CENTRALIZED), next(iter(found), None)
-        )
+        return next((e for e in found if e.name == CENTRALIZED), next(iter(found), None))
 
     @property
     def federated(self) -> Entry | None:
-        """The federated arm that the page speaks of: the one called so, else the first with figures, else the first."""
+        """The main federated arm: the one named so, else the first with figures, else the first."""
         found = [entry for entry in self.arms if entry.kind == FEDERATED]
         measured = [entry for entry in found if entry.value is not None]
         return next(
@@ -241,95 +250,113 @@ class Comparison:
 
     @property
     def variants(self) -> list[Tree]:
-        """The rungs of an ablation, its foot first; empty for any other comparison."""
+        """The arms of an ablation, the baseline first; empty for any other comparison."""
         return trees(dig(self.content, "ablation", "variants"))
 
     @property
-    def drawn(self) -> bool:
-        """Whether every image was drawn by a program, so that no figure speaks of patients."""
+    def has_only_phantoms(self) -> bool:
+        """Whether all images are phantoms, so no figure describes patients."""
         provenance = tree(self.content.get("provenance"))
         foreign = dig(provenance, "settings", "evaluation", "root")
         return not foreign and all_drawn(
             row.get("source") for row in trees(provenance.get("sources"))
         )
 
+    @property
+    def margin(self) -> float | None:
+        """The non-inferiority margin; None unless it is positive."""
+        margin = number(self.content.get("margin"))
+        return margin if margin is not None and margin > 0 else None
+
     def test_images(self, institution: str) -> float | None:
-        """How many real test images of an institution every arm was tested on."""
-        places = [dig(run.evaluation, "utility", key, "per_institution", institution, "images")
-                  for run in self.arm_runs for key in ("synthetic", "real")]  # fmt: skip
-        return next((n for value in places if (n := number(value)) is not None), None)
+        """Number of an institution's real test images, the same for every arm."""
+        return first_number(
+            dig(run.utility, key, "per_institution", institution, "images")
+            for run in self.arm_runs
+            for key in ("synthetic", "real")
+        )
 
     def label(self, name: str) -> str:
-        """What the page calls the row of `summary` with this name."""
+        """Label of the row of `summary` with this name."""
         return next((entry.label for entry in self.entries if entry.name == name), name)
 
     @property
-    def small_counts(self) -> bool:
-        """Whether the page prints a count of 1 to 9 images or patients of somebody."""
+    def has_small_counts(self) -> bool:
+        """Whether the report prints a count of 1 to 9 images or patients of real people."""
         counts = [
             n
             for row in self.hospitals
             for key in ("counts", "images", "patients")
-            for n in _numbers(row.get(key))
+            for n in numbers(row.get(key))
         ]
-        return not self.drawn and any(1 <= n <= 9 for n in counts)
+        return not self.has_only_phantoms and any(1 <= n <= 9 for n in counts)
 
     @property
-    def comparisons(self) -> list[Tree]:
+    def pairs(self) -> list[Tree]:
+        """The paired comparisons."""
         return trees(self.content.get("comparisons"))
 
-    @property
-    def failures(self) -> list[tuple[str, str]]:
-        """(training, why it gives no figures) of every training that gives none."""
-        return [(run.label, run.failure_reason) for run in self.runs if run.failure_reason]
-
     def style(self, name: str) -> str:
-        """The CSS class of an arm by its name."""
+        """CSS class of an arm by its name."""
         return next((entry.style for entry in self.arms if entry.name == name), "main")
 
     def difference(self, a: str, b: str) -> Tree:
-        """The paired difference a − b with its interval and p-values, whichever way round it was measured; empty if not."""
-        for row in self.comparisons:
+        """The paired difference a − b in either order of measurement; empty if not measured."""
+        for row in self.pairs:
             pair = (str(row.get("a")), str(row.get("b")))
             if pair == (a, b) and number(row.get("difference")) is not None:
                 return row
             if pair == (b, a) and (value := number(row.get("difference"))) is not None:
                 ends = bounds(row.get("ci"))
-                return row | {
-                    "a": a,
-                    "b": b,
-                    "difference": -value,
-                    "ci": [-ends[1], -ends[0]] if ends else None,
-                }
+                ci = [-ends[1], -ends[0]] if ends else None
+                return row | {"a": a, "b": b, "difference": -value, "ci": ci}
         return {}
-
-    def _runs_of(self, kind: str) -> tuple[ArmRun, ...]:
-        return tuple(run for run in self.arm_runs if run.kind == kind)
 
 
 def load(folder: Path) -> Comparison:
-    """Read a comparison folder. Raises `ConfigError` when it has no `comparison.json`; nothing else."""
-    place = ComparisonFolder.at(folder)
-    if not place.comparison.is_file():
+    """Read a comparison folder. Raises `ConfigError` if it has no `comparison.json`."""
+    paths = ComparisonFolder.at(folder)
+    if not paths.comparison.is_file():
         raise ConfigError(
-            f"{place.path} holds no comparison.json: give the folder of a comparison, or let `fedgan compare` finish first"
+            f"{paths.path} holds no comparison.json: give the folder of a comparison, "
+            "or let `fedgan compare` finish first"
         )
     try:
-        content: Any = clean(json.loads(place.comparison.read_text(encoding="utf-8")))
+        content: Any = clean(json.loads(paths.comparison.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         content = None
     if isinstance(content, dict):
-        return Comparison(content, place.path)
-    problem = "comparison.json is damaged and could not be read, so this page has no figures; `fedgan compare` writes it again."
-    return Comparison({}, place.path, (problem,))
+        return Comparison(content, paths.path)
+    problem = (
+        "comparison.json is damaged and could not be read, so this report has no figures; "
+        "`fedgan compare` writes it again."
+    )
+    return Comparison({}, paths.path, (problem,))
+
+
+def numbers(value: Any) -> list[float]:
+    """All finite numbers of a nested dict or list."""
+    if isinstance(value, dict | list):
+        items = value.values() if isinstance(value, dict) else value
+        return [n for item in items for n in numbers(item)]
+    return [n] if (n := number(value)) is not None else []
+
+
+def first_number(values: Iterable[object]) -> float | None:
+    """The first value that is a finite number."""
+    return next((n for value in values if (n := number(value)) is not None), None)
+
+
+def mean_number(values: Iterable[object]) -> float | None:
+    """Mean of the values that are finite numbers; None without any."""
+    known = [n for value in values if (n := number(value)) is not None]
+    return sum(known) / len(known) if known else None
+
+
+def failure_note(rows: Iterable[ArmRun | Entry]) -> str:
+    """One sentence per row without figures, with its reason; empty if there is none."""
+    return " ".join(f"{row.label} {row.failure_reason}." for row in rows if row.failure_reason)
 
 
 def _name(row: Tree) -> str:
     return str(row.get("name") or row.get("arm") or "unnamed arm")
-
-
-def _numbers(value: Any) -> list[float]:
-    """All numbers of a nested dict."""
-    if isinstance(value, dict):
-        return [n for item in value.values() for n in _numbers(item)]
-    return [n] if (n := number(value)) is not None else []

@@ -1,4 +1,4 @@
-"""How close the synthetic images are to real ones and how much of their variety they hold, each beside its floor."""
+"""Fidelity and diversity of the synthetic images, each figure beside its reference value."""
 
 from __future__ import annotations
 
@@ -6,101 +6,72 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from fedgan.report.comparison.data import ArmRun, Comparison
-from fedgan.report.comparison.parts import (
+from fedgan.report.comparison.data import ArmRun, Comparison, failure_note, first_number
+from fedgan.report.comparison.measures import (
+    FRECHET,
+    KERNEL,
+    PRDC,
     Measure,
-    failure_note,
-    floored,
-    join_words,
-    run_label,
-    with_floors,
+    comma_list,
+    measure_cells,
+    measure_columns,
 )
+from fedgan.report.html.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.format import DASH, number
-from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import Tree, dig, tree
 
-FRECHET = Measure(
-    "frechet", "Fréchet distance", "Heusel et al. 2017, over the named features", None
-)
-KERNEL = Measure(
-    "kernel",
-    "Kernel distance",
-    "Bińkowski et al. 2018; unbiased, so around zero for equal sets",
-    None,
-)
-SHARES = (
-    Measure("precision", "Precision", "Share of synthetic images that lie among the real ones"),
-    Measure("recall", "Recall", "Share of real images that lie among the synthetic ones"),
-    Measure("density", "Density", "Like precision, but robust to outliers; may exceed 1"),
-    Measure("coverage", "Coverage", "Share of real images that have a synthetic neighbour"),
-)
 DISTANCES = (FRECHET, KERNEL)
-FEW = ": fewer than 10 images on a side, or see the notes."
+TOO_FEW = ": fewer than 10 images on a side, or see the notes."
+PRDC_NAMES = "Precision, recall, density and coverage"
 PARTS = (("per_class", "class"), ("per_hospital", "hospital"))
 
 
 def _render(comparison: Comparison) -> Markup:
     runs = comparison.arm_runs
-    if not any(_fidelity(run) for run in runs):
+    if not any(run.fidelity for run in runs):
         return absent("No distance and no share was measured: no arm has fidelity figures.")
     return render(
         "comparison_fidelity.html.j2",
-        how=_how(comparison),
+        method=_method(comparison),
         distances=_table(
-            "Distances, lower is better", runs, DISTANCES, "fidelity-distances", over=True
+            "Distances, lower is better", runs, DISTANCES, "fidelity-distances", ratio=True
         ),
-        shares=_table(
-            "Precision, recall, density and coverage: higher is better",
-            runs,
-            SHARES,
-            "fidelity-shares",
-        ),
-        others=_others(comparison),
+        shares=_table(f"{PRDC_NAMES}: higher is better", runs, PRDC, "fidelity-shares"),
+        others=_path_length(comparison) + _ms_ssim(comparison),
         parts=[
-            (f"The same for each {what}", _by_part(comparison, key, what)) for key, what in PARTS
+            (f"The same per {unit}", _by_part(comparison, key, unit)) for key, unit in PARTS
         ],
     )
 
 
-def _fidelity(run: ArmRun) -> Tree:
-    return tree(run.evaluation.get("fidelity"))
-
-
-def _how(comparison: Comparison) -> str:
-    """How the figures were made, from what the evaluator wrote down."""
-    first = next(found for run in comparison.arm_runs if (found := _fidelity(run)))
-    extractor = str(
-        first.get("extractor")
-        or comparison.content.get("extractor")
-        or "an extractor that is not named"
-    )
-    parts = [
-        f"Features: {extractor}, the same for all arms"
-        + (" (so the Fréchet distance is an FID)." if first.get("fid") is True else ".")
-    ]
+def _method(comparison: Comparison) -> str:
+    """Extractor, number of images and neighbours, as the evaluator recorded them."""
+    first = next(run.fidelity for run in comparison.arm_runs if run.fidelity)
+    extractor = first.get("extractor") or comparison.content.get("extractor")
+    fid = " (so the Fréchet distance is an FID)" if first.get("fid") is True else ""
+    parts = [f"Features: {extractor or 'an unnamed extractor'}, the same for all arms{fid}."]
     others = {
-        str(other) for run in comparison.arm_runs if (other := _fidelity(run).get("extractor"))
+        str(other) for run in comparison.arm_runs if (other := run.fidelity.get("extractor"))
     }
     if len(others) > 1:
         parts.append(
-            f"Beware: the arms name different extractors ({', '.join(sorted(others))}); their distances cannot be compared."
+            f"Warning: the arms name different extractors ({', '.join(sorted(others))}), "
+            "so their distances cannot be compared."
         )
-    images, floor = number(first.get("images")), number(first.get("reference_images"))
+    images, reference = number(first.get("images")), number(first.get("reference_images"))
     if images is not None:
-        same = floor is None or floor == images
+        is_same = reference is None or reference == images
         parts.append(
             f"{text.whole(images)} images on each side"
-            + ("." if same else f", {text.whole(floor)} for the floor.")
+            + ("." if is_same else f", {text.whole(reference)} for the reference value.")
         )
     if isinstance(first.get("real"), str):
-        parts.append(f"The real side: {first['real']}.")
+        parts.append(f"Real side: {first['real']}.")
     if number(first.get("k")) is not None:
-        parts.append(
-            f"Precision, recall, density and coverage look at {text.whole(first['k'])} neighbours."
-        )
+        parts.append(f"{PRDC_NAMES} use {text.whole(first['k'])} nearest neighbours.")
     return " ".join(parts)
 
 
@@ -109,125 +80,103 @@ def _table(
     runs: Sequence[ArmRun],
     measures: Sequence[Measure],
     download: str,
-    over: bool = False,
+    ratio: bool = False,
 ) -> Markup:
-    """A row a training: each figure, its interval and its floor; `over`: also the first figure over its floor."""
-    columns = [Column("Arm", numeric=False), *with_floors(measures)] + (
-        [Column("Fréchet over floor")] if over else []
-    )
+    """One row per training: figure, interval, reference and, if asked, Fréchet ratio to it."""
+    columns = [Column("Arm", numeric=False), *measure_columns(measures, reference=True)]
+    columns += [Column("Fréchet over reference")] if ratio else []
     rows = [
         [
-            run_label(run),
-            *floored(_fidelity(run), measures),
-            *([_over(_fidelity(run))] if over else []),
+            run.row_label,
+            *measure_cells(run.fidelity, measures, reference=True),
+            *([_ratio(run.fidelity)] if ratio else []),
         ]
         for run in runs
     ]
     return table(caption, columns, rows, download, more=failure_note(runs))
 
 
-def _over(found: Tree) -> str:
-    value, floor = number(found.get("frechet")), number(found.get("frechet_reference"))
-    return (
-        f"{value / floor:.1f} ×" if value is not None and floor is not None and floor > 0 else DASH
-    )
+def _ratio(found: Tree) -> str:
+    value, reference = number(found.get("frechet")), number(found.get("frechet_reference"))
+    if value is None or reference is None or reference <= 0:
+        return DASH
+    return f"{value / reference:.1f} ×"
 
 
-def _by_part(comparison: Comparison, key: str, what: str) -> Markup:
-    """A row for each class (or hospital) and training, the distances in one table and the shares in another."""
-    runs = [run for run in comparison.arm_runs if tree(_fidelity(run).get(key))]
-    names = list(dict.fromkeys(name for run in runs for name in tree(_fidelity(run).get(key))))
-    measured = [name for name in names if any(tree(dig(_fidelity(run), key, name)) for run in runs)]
+def _by_part(comparison: Comparison, key: str, unit: str) -> Markup:
+    """One row per class (or hospital) and training: a table of distances and one of shares."""
+    runs = [run for run in comparison.arm_runs if tree(run.fidelity.get(key))]
+    names = list(dict.fromkeys(name for run in runs for name in tree(run.fidelity.get(key))))
+    measured = [name for name in names if any(tree(dig(run.fidelity, key, name)) for run in runs)]
     if not measured:
-        return absent(f"Nothing was measured for each {what} on its own{FEW if names else '.'}")
-    more = "With few images a distance comes out large, for real images too: read each beside its floor."
+        return absent(f"Nothing was measured per {unit}{TOO_FEW if names else '.'}")
+    more = (
+        "With few images a distance is large, for real images too: "
+        "read each beside its reference value."
+    )
     if empty := [name for name in names if name not in measured]:
-        more += f" Not measured for {join_words(empty)}{FEW}"
-    heads = [
-        Column(what.capitalize(), numeric=False),
-        Column("Arm", numeric=False),
-        Column("Images"),
-    ]
+        more += f" Not measured for {comma_list(empty)}{TOO_FEW}"
+    head = [Column(unit.capitalize(), numeric=False), Column("Arm", numeric=False), Column("Images")]
     download = f"fidelity-{key.replace('_', '-')}"
+    tables = []
+    for caption, measures, file in (
+        (f"Distances per {unit}", DISTANCES, download),
+        (f"{PRDC_NAMES} per {unit}", PRDC, f"{download}-shares"),
+    ):
+        rows = [
+            [name, run.label, text.whole(found.get("images")), *measure_cells(found, measures, True)]
+            for name in measured
+            for run in runs
+            for found in [tree(dig(run.fidelity, key, name))]
+        ]
+        columns = [*head, *measure_columns(measures, reference=True)]
+        tables.append(table(caption, columns, rows, file, more=more))
+    return Markup("").join(tables)
 
-    def part(caption: str, measures: Sequence[Measure], name: str) -> Markup:
-        rows = []
-        for place in measured:
-            for run in runs:
-                found = tree(dig(_fidelity(run), key, place))
-                rows.append(
-                    [place, run.label, text.whole(found.get("images")), *floored(found, measures)]
-                )
-        return table(caption, [*heads, *with_floors(measures)], rows, name, more=more)
 
-    shares = part(
-        f"Precision, recall, density and coverage of each {what}", SHARES, f"{download}-shares"
+def _path_length(comparison: Comparison) -> Markup:
+    rows = [
+        [run.label, text.significant(run.fidelity.get("path_length"))]
+        for run in comparison.arm_runs
+        if run.fidelity
+    ]
+    if all(cell == DASH for _, cell in rows):
+        return absent("Perceptual path length was not measured.")
+    return table(
+        "Perceptual path length, lower is smoother",
+        [Column("Arm", numeric=False), Column("Path length")],
+        rows,
+        "fidelity-path-length",
+        more="Distance in feature space that an image moves for a small step of the latent. "
+        "It is not defined for an arm with one generator per hospital.",
     )
-    return part(f"Distances of each {what}", DISTANCES, download) + shares
 
 
-def _others(comparison: Comparison) -> Markup:
-    """Perceptual path length and, for each class, how alike its images are among themselves."""
-    runs = [run for run in comparison.arm_runs if _fidelity(run)]
+def _ms_ssim(comparison: Comparison) -> Markup:
+    """MS-SSIM among the images of each class, synthetic and real."""
+    runs = [run for run in comparison.arm_runs if run.fidelity]
     labels = list(
-        dict.fromkeys(label for run in runs for label in tree(_fidelity(run).get("ms_ssim")))
+        dict.fromkeys(label for run in runs for label in tree(run.fidelity.get("ms_ssim")))
     )
-    parts = []
-    if any(_path_length(run) is not None for run in runs):
-        rows = [[run.label, text.significant(_path_length(run))] for run in runs]
-        columns = [Column("Arm", numeric=False), Column("Path length")]
-        more = "How far an image moves, to the extractor, for a small step of the latent. "
-        more += "An arm with a generator for each hospital has no one path length."
-        parts.append(
-            table(
-                "Perceptual path length, lower is smoother",
-                columns,
-                rows,
-                "fidelity-path-length",
-                more=more,
-            )
-        )
-    else:
-        parts.append(absent("Perceptual path length was not measured."))
     if not labels:
-        return Markup("").join(
-            [*parts, absent("How alike the images of one class are (MS-SSIM) was not measured.")]
-        )
+        return absent("The similarity of images of one class (MS-SSIM) was not measured.")
     rows = []
     for label in labels:
-        real = next(
-            (
-                n
-                for run in runs
-                if (n := number(dig(_fidelity(run), "ms_ssim", label, "real"))) is not None
-            ),
-            None,
-        )
-        rows.append(
-            [
-                label,
-                text.decimal(real),
-                *(text.decimal(dig(_fidelity(run), "ms_ssim", label, "synthetic")) for run in runs),
-            ]
-        )
+        found = [tree(dig(run.fidelity, "ms_ssim", label)) for run in runs]
+        real = first_number(row.get("real") for row in found)
+        synthetic = [text.decimal(row.get("synthetic")) for row in found]
+        rows.append([label, text.decimal(real), *synthetic])
     columns = [
         Column("Class", numeric=False),
         Column("Real images"),
         *(Column(run.label) for run in runs),
     ]
-    more = "Mean over pairs of images of the same class. A value above that of real images says that the images repeat themselves."
-    return Markup("").join(
-        [
-            *parts,
-            table(
-                "Likeness inside each class (MS-SSIM)", columns, rows, "fidelity-ms-ssim", more=more
-            ),
-        ]
+    more = (
+        "Mean over pairs of images of the same class. A value above that of real images shows "
+        "that the synthetic images repeat themselves."
     )
-
-
-def _path_length(run: ArmRun) -> float | None:
-    return number(_fidelity(run).get("path_length"))
+    caption = "Similarity within each class (MS-SSIM)"
+    return table(caption, columns, rows, "fidelity-ms-ssim", more=more)
 
 
 SECTION = Section("fidelity", "Fidelity", _render)

@@ -1,4 +1,4 @@
-"""Where the numbers come from: settings, seeds, versions, machine, data hashes, licences."""
+"""Provenance: settings, seeds, versions, machine, data hashes and licences."""
 
 from __future__ import annotations
 
@@ -12,44 +12,34 @@ from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import Tree, tree, trees
 
 KEY_COLUMNS = (Column("Key", numeric=False), Column("Value", numeric=False))
+FACT_COLUMNS = (Column("Fact", numeric=False), Column("Value", numeric=False))
 FACTS = (
     ("Seeds of the generators", "seeds"),
     ("Classifier", "classifier"),
     ("Extractor", "extractor"),
     ("Suite", "suite"),
     ("Non-inferiority margin", "margin"),
-    ("Images seen by each arm", "images_seen_budget"),
+    ("Images seen per arm", "images_seen_budget"),
     ("Resolution", "resolution"),
     ("Channels", "channels"),
     ("Classes exclude each other", "exclusive"),
-    ("Written", "created"),
+    ("Created", "created"),
 )
+HASHES = (("Hash of the settings", "settings_hash"), ("Code version", "code_version"))
 
 
 def _render(comparison: Comparison) -> Markup:
     provenance = tree(comparison.content.get("provenance"))
     facts = [
-        [head, word(comparison.content[key])]
+        [head, word(value)]
         for head, key in FACTS
-        if comparison.content.get(key) is not None
+        if (value := comparison.content.get(key)) is not None
     ]
-    facts += [
-        [head, word(provenance[key])]
-        for head, key in (
-            ("Hash of the settings", "settings_hash"),
-            ("Code version", "code_version"),
-        )
-        if provenance.get(key)
-    ]
+    facts += [[head, word(value)] for head, key in HASHES if (value := provenance.get(key))]
     settings = leaves(provenance["settings"]) if provenance.get("settings") else []
     return render(
         "comparison_provenance.html.j2",
-        facts=table(
-            "In short",
-            [Column("Fact", numeric=False), Column("Value", numeric=False)],
-            facts,
-            "facts",
-        )
+        facts=table("In short", FACT_COLUMNS, facts, "facts")
         if facts
         else absent("comparison.json does not say how the comparison was made."),
         settings=table("Every setting of the scenario", KEY_COLUMNS, settings, "settings")
@@ -69,13 +59,13 @@ def _environment(provenance: Tree) -> Markup:
 
 
 def _sources(comparison: Comparison, provenance: Tree) -> Markup:
-    """A row a hospital: source, licence, content hash; the hashes of `hospitals` where no source is named."""
+    """Source, licence and content hash per hospital; only the hash where no source is named."""
     sources = trees(provenance.get("sources"))
     if not sources:
         sources = [
-            {"hospital": row.get("name"), "content_hash": told}
+            {"hospital": row.get("name"), "content_hash": digest}
             for row in comparison.hospitals
-            if (told := content_hash(row))
+            if (digest := content_hash(row))
         ]
     keys = list(dict.fromkeys(key for source in sources for key in source))
     if not keys:

@@ -1,7 +1,4 @@
-"""The comparison's page: `report.html`, one self-contained file made from `comparison.json` and the sample grids.
-
-No script, no network, no outside font or picture; the page's own content security policy forbids them.
-"""
+"""Write `report.html` of a comparison: one self-contained file from `comparison.json` and grids."""
 
 from __future__ import annotations
 
@@ -17,8 +14,8 @@ from fedgan.report.comparison import (
     curves,
     fidelity,
     hospitals,
-    missing,
-    pairs,
+    not_measured,
+    paired,
     provenance,
     samples,
     summary,
@@ -33,26 +30,26 @@ SECTIONS: tuple[Section[Comparison], ...] = (
     curves.SECTION,
     fidelity.SECTION,
     utility.SECTION,
-    pairs.SECTION,
+    paired.SECTION,
     cross_site.SECTION,
     hospitals.SECTION,
     classes.SECTION,
     cost.SECTION,
     contribution.SECTION,
-    missing.SECTION,
+    not_measured.SECTION,
     provenance.SECTION,
 )
 
 
-def write_comparison(folder: Path) -> Path:
+def write_comparison_report(folder: Path) -> Path:
     """Write `report.html` into a comparison folder, atomically, and return its path.
 
-    Reads `comparison.json` and the PNGs of `arms/*/samples`. What is null, missing or damaged becomes a sentence.
-    Raises `ConfigError` where the folder has no `comparison.json`, `StorageError` where the page cannot be written.
+    Null, missing or damaged content becomes a sentence. Raises `ConfigError` if the folder has no
+    `comparison.json`, `StorageError` if the report cannot be written.
     """
-    place = ComparisonFolder.at(folder)
-    files.write_text(place.report, build_report(load(place.path)))
-    return place.report
+    paths = ComparisonFolder.at(folder)
+    files.write_text(paths.report, build_report(load(paths.path)))
+    return paths.report
 
 
 def build_report(comparison: Comparison) -> str:
