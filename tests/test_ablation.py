@@ -29,7 +29,7 @@ from fedgan.evaluation.arms.summary import check_comparable
 from fedgan.privacy.accounting import Mechanism, epsilon_of
 from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.privacy.ledger import Ledger
-from fedgan.report.comparison import write_comparison
+from fedgan.report.comparison import write_comparison_report
 from fedgan.runs.preparation import open_prepared
 from simulations.comparison.arm import check_arm
 from simulations.comparison.compare import compare, prepare
@@ -539,7 +539,7 @@ def _check_epsilon(found: dict[str, Any], folder: ComparisonFolder) -> None:
 
 
 def _check_page(found: dict[str, Any], folder: ComparisonFolder) -> None:
-    page = Page(write_comparison(folder.path).read_text(encoding="utf-8"))
+    page = Page(write_comparison_report(folder.path).read_text(encoding="utf-8"))
     rows = tables(page)["ablation.csv"]
     assert [row[0] for row in rows[1:]] == [
         variant["name"] for variant in found["ablation"]["variants"]
@@ -549,12 +549,12 @@ def _check_page(found: dict[str, Any], folder: ComparisonFolder) -> None:
     assert rows[3][1:3] == ["plain", "privacy.noise_multiplier = 0; privacy.label_noise = 5"]
     assert len(tables(page)["ablation-privacy.csv"]) == 1 + 4 * 3
     assert found["answer"] in page.words
-    assert "is it the noise that costs most?" in page.words
+    assert "does the noise cost most?" in page.words
     damaged = copy.deepcopy(found)
     for variant, key in itertools.product(
         damaged["ablation"]["variants"], list(found["ablation"]["variants"][0])
     ):
         variant[key] = None
     files.write_json(folder.comparison, damaged)
-    assert "ablation" in write_comparison(folder.path).read_text(encoding="utf-8")
+    assert "ablation" in write_comparison_report(folder.path).read_text(encoding="utf-8")
     files.write_json(folder.comparison, found)

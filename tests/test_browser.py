@@ -21,7 +21,7 @@ from comparison_data import make_comparison, write_folder
 from test_report import make_run
 
 from fedgan.report import write_report
-from fedgan.report.comparison import write_comparison
+from fedgan.report.comparison import write_comparison_report
 
 PAGES = ("comparison", "failed", "hostile", "run")
 HOSTILE = '</title><script>document.title="run"</script>'
@@ -50,7 +50,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> dict[st
         "hostile": hostile,
     }
     found = {
-        name: write_comparison(write_folder(folder / name, content))
+        name: write_comparison_report(write_folder(folder / name, content))
         for name, content in comparisons.items()
     }
     return found | {"run": write_report(make_run(folder / "run"))}

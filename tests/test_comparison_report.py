@@ -1,4 +1,4 @@
-"""The comparison's page: what it shows, what it survives, and that nothing is left out without a word."""
+"""Comparison report: content, missing and damaged input, accessibility and size."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from test_report import HOSTILE, Page, places, replaced, scraps
 
 from fedgan.errors import ConfigError
 from fedgan.evaluation.grids import draw_grid
-from fedgan.report.comparison import write_comparison
+from fedgan.report.comparison import write_comparison_report
 from fedgan.report.comparison.data import Comparison
+from fedgan.report.comparison.measures import NO_INTERVAL, SMALL_COUNTS, UTILITY
+from fedgan.report.comparison.paired import verdict
 from fedgan.report.comparison.report import SECTIONS, build_report
-from fedgan.report.comparison.pairs import verdict
-from fedgan.report.comparison.parts import UTILITY
+from fedgan.report.comparison.summary import QUESTION
+from fedgan.report.facts import DRAWN
 from fedgan.report.run.data import clean, tree
 
 
-def page_of(content: dict[str, Any]) -> Page:
+def report_of(content: dict[str, Any]) -> Page:
     return Page(build_report(Comparison(clean(content))))
 
 
@@ -44,30 +46,28 @@ def folder(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def html(folder: Path) -> str:
-    return write_comparison(folder).read_text(encoding="utf-8")
+    return write_comparison_report(folder).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def page(html: str) -> Page:
+def report(html: str) -> Page:
     return Page(html)
 
 
-def tables(page: Page) -> dict[str, list[list[str]]]:
+def tables(report: Page) -> dict[str, list[list[str]]]:
     """The CSV of every table, by its file name."""
-    links = [dict(row) for row in page_links(page)]
+    links = [dict(row) for row in csv_links(report)]
     texts = {link["download"]: unquote(link["href"].split(",", 1)[1]) for link in links}
-    assert all(words.startswith("\ufeff") for words in texts.values()), (
-        "a spreadsheet knows that the file is UTF-8"
-    )
+    assert all(content.startswith("\ufeff") for content in texts.values()), "UTF-8 in spreadsheets"
     return {
-        name: list(csv.reader(io.StringIO(words.removeprefix("\ufeff"))))
-        for name, words in texts.items()
+        name: list(csv.reader(io.StringIO(content.removeprefix("\ufeff"))))
+        for name, content in texts.items()
     }
 
 
-def page_links(page: Page) -> list[list[tuple[str, str]]]:
+def csv_links(report: Page) -> list[list[tuple[str, str]]]:
     found: list[list[tuple[str, str]]] = []
-    for tag, name, value in page.attributes:
+    for tag, name, value in report.attributes:
         if tag == "a" and name == "class" and value == "csv":
             found.append([])
         if tag == "a" and name in ("download", "href") and found and len(found[-1]) < 2:
@@ -79,27 +79,23 @@ def section(html: str, key: str) -> str:
     """The text of one section, without tags."""
     part = html[html.index(f'<section id="{key}"') :]
     end = part.find("\n<section id=", 10)
-    parts = [n for n in (end,) if n > 0]
-    words = re.sub(r"<[^>]+>", " ", part[: parts[0]] if parts else part)
-    return " ".join(words.split())
+    text = re.sub(r"<[^>]+>", " ", part[:end] if end > 0 else part)
+    return " ".join(text.split())
 
 
-# --- what the page shows -------------------------------------------------------------------------
+# --- content --------------------------------------------------------------------------------------
 
 
-def test_the_first_screen_has_question_answer_chart_and_table(
-    content: dict[str, Any], html: str, page: Page
+def test_summary_has_question_answer_chart_and_table(
+    content: dict[str, Any], html: str, report: Page
 ) -> None:
     first = section(html, "summary")
-    assert (
-        "What does federation cost against centralised training, and what does it gain over each hospital alone?"
-        in first
-    )
-    assert content["answer"] in page.words
+    assert QUESTION in first
+    assert content["answer"] in report.words
     assert (
         html.index(content["answer"][:40]) < html.index("summary-auc-title") < html.index("<table>")
     )
-    rows = tables(page)["arms.csv"]
+    rows = tables(report)["arms.csv"]
     assert [row[0] for row in rows[1:]] == [
         "real images",
         *ARMS,
@@ -118,7 +114,7 @@ def test_the_first_screen_has_question_answer_chart_and_table(
         "the gain over each hospital alone"
     )
     assert gains["centralized"] == ["-0.027", "[-0.039, -0.016]"]
-    assert rows[1][8] == "2.6 (floor)"
+    assert rows[1][8] == "2.6 (reference)"
     assert rows[1][9] == rows[2][9] == rows[5][9] == "none"
     assert rows[3][9] == "482 MB"
     assert [row[1] for row in rows[5:]] == ["36,000", "16,800", "7,200"]
@@ -126,25 +122,19 @@ def test_the_first_screen_has_question_answer_chart_and_table(
     assert len(rows[0]) == len(set(rows[0]))
 
 
-def test_the_first_screen_tells_how_many_were_tested_and_that_they_were_drawn(
-    content: dict[str, Any], html: str
-) -> None:
-    assert "All images were drawn by a program: these figures say nothing of patients." in section(
-        html, "summary"
-    )
-    assert "330 drawn test images ·" in section(html, "summary"), (
-        "not of the hospitals' patients: their test images are others"
-    )
+def test_summary_counts_test_images_and_names_phantoms(content: dict[str, Any], html: str) -> None:
+    assert DRAWN in section(html, "summary")
+    assert "330 phantom test images ·" in section(html, "summary"), "the hospitals have others"
     hospitals = json.loads(json.dumps(content["hospitals"]))
     for row in hospitals:
         row |= {"images": row["images"] | {"test": 110}, "patients": row["patients"] | {"test": 50}}
-    words = page_of(of_patients(content) | {"hospitals": hospitals}).words
-    assert "330 real test images of 150 patients" in words
-    assert "drawn by a program: these" not in words
+    text = report_of(of_patients(content) | {"hospitals": hospitals}).words
+    assert "330 real test images of 150 patients" in text
+    assert DRAWN not in text
 
 
 def of_patients(content: dict[str, Any]) -> dict[str, Any]:
-    """The same comparison, of images that nobody drew."""
+    """The same comparison on images that are no phantoms."""
     sources = [
         row | {"source": "dermatoscopy archive of a county"}
         for row in content["provenance"]["sources"]
@@ -162,7 +152,7 @@ def of_patients(content: dict[str, Any]) -> dict[str, Any]:
         ("", "", False),
     ],
 )
-def test_real_images_are_shown_only_where_the_scenario_allows_it(
+def test_samples_show_real_images_only_if_the_scenario_allows_it(
     tmp_path: Path, content: dict[str, Any], show_real: str, root: str, shown: bool
 ) -> None:
     folder = write_folder(
@@ -172,26 +162,23 @@ def test_real_images_are_shown_only_where_the_scenario_allows_it(
     (stray / "real.png").write_bytes((folder / "samples" / "real.png").read_bytes())
     if not show_real:
         (folder / "config.toml").unlink()
-    page = Page(write_comparison(folder).read_text())
-    titles = {alt.rpartition(": ")[2] for alt in page.values("alt")}
+    report = Page(write_comparison_report(folder).read_text())
+    titles = {alt.rpartition(": ")[2] for alt in report.values("alt")}
     assert titles == {*(f"{arm}, seed 0" for arm in ARMS), *({"Real"} if shown else ())}
-    assert ("This page holds real images." in page.words) is shown
-    assert ("in it real images, then images of each arm" in page.words) is shown
+    assert ("This report contains real images." in report.words) is shown
+    assert ("One part per class: real images, then images of each arm" in report.words) is shown
     reason = (
-        "evaluation.show_real does not allow it"
-        if show_real
-        else "config.toml, which says whether they may be"
+        "evaluation.show_real does not allow it" if show_real else "config.toml, which allows them"
     )
-    assert (reason in page.words) is not shown
+    assert (reason in report.words) is not shown
 
 
-def test_counts_that_may_give_somebody_away_are_pointed_out(content: dict[str, Any]) -> None:
-    words = "Some of these counts are below 10"
-    assert page_of(of_patients(content)).words.count(words) == 2
-    assert words not in page_of(content).words, "nobody is behind a drawn image"
+def test_small_counts_of_patients_get_a_warning(content: dict[str, Any]) -> None:
+    assert report_of(of_patients(content)).words.count(SMALL_COUNTS) == 2
+    assert SMALL_COUNTS not in report_of(content).words, "phantoms are nobody's images"
 
 
-def test_a_difference_is_turned_round_when_it_was_measured_the_other_way(
+def test_difference_is_negated_for_the_reverse_order(
     content: dict[str, Any],
 ) -> None:
     comparison = Comparison(content)
@@ -202,7 +189,7 @@ def test_a_difference_is_turned_round_when_it_was_measured_the_other_way(
     assert comparison.difference("federated", "nobody") == {}
 
 
-def test_the_sections_stand_in_their_order(html: str) -> None:
+def test_sections_and_parts_are_in_order(html: str) -> None:
     ids = re.findall(r'<(?:section|div) [^>]*?id="([^"]+)"', html)
     assert [key for key in ids if key in {section.id for section in SECTIONS}] == [
         section.id for section in SECTIONS
@@ -215,8 +202,8 @@ def test_the_sections_stand_in_their_order(html: str) -> None:
     assert [key for key in ids if key.startswith("class-")] == [f"class-{n}" for n in range(1, 7)]
 
 
-def test_every_figure_of_the_utility_stands_in_a_table(content: dict[str, Any], page: Page) -> None:
-    found = tables(page)
+def test_utility_tables_have_every_figure(content: dict[str, Any], report: Page) -> None:
+    found = tables(report)
     cells = {cell for row in found["utility.csv"] + found["utility-others.csv"] for cell in row}
     for run in (run for run in content["arms"] if run["arm"] != "coalition"):
         utility = run["evaluation"]["utility"]
@@ -234,13 +221,13 @@ def test_every_figure_of_the_utility_stands_in_a_table(content: dict[str, Any], 
         row[0] for row in found["utility-others.csv"]
     }
     assert "real images (TRTR)" in found["utility.csv"][1]
-    assert "nothing: always the majority" in found["utility.csv"][2]
+    assert "nothing: majority class" in found["utility.csv"][2]
 
 
-def test_fidelity_stands_beside_its_floor_over_all_and_in_each_part(
-    content: dict[str, Any], page: Page
+def test_fidelity_has_reference_values_overall_and_per_part(
+    content: dict[str, Any], report: Page
 ) -> None:
-    found = tables(page)
+    found = tables(report)
     fidelity = content["arms"][0]["evaluation"]["fidelity"]
     row = found["fidelity-distances.csv"][1]
     assert row[:4] == ["centralized, seed 0", f"{fidelity['frechet']:.4g}", row[2], "2.63"]
@@ -271,8 +258,8 @@ def test_fidelity_stands_beside_its_floor_over_all_and_in_each_part(
     assert found["fidelity-ms-ssim.csv"][1][:3] == ["nevus", "0.280", "0.310"]
 
 
-def test_the_matrix_prints_each_number_and_marks_a_hospitals_own(html: str, page: Page) -> None:
-    rows = tables(page)["cross-site.csv"]
+def test_cross_site_matrix_has_values_and_marks_own_hospitals(html: str, report: Page) -> None:
+    rows = tables(report)["cross-site.csv"]
     assert len(rows) == 1 + 7
     assert rows[1][:3] == ["real images", "0.954", "0.922–0.983"]
     matrix = html[html.index('<table class="matrix">') :]
@@ -288,11 +275,11 @@ def test_the_matrix_prints_each_number_and_marks_a_hospitals_own(html: str, page
     )
 
 
-def test_each_hospital_is_told_what_it_gains(html: str) -> None:
+def test_hospitals_have_their_gain_and_missing_classes(html: str) -> None:
     part = section(html, "hospitals")
     assert (
-        "alone reach a macro AUC of 0.740 (0.708–0.769), those trained on what federated training generates 0.882"
-        in part
+        "its own generator reach a macro AUC of 0.740 (0.708–0.769), those trained on images of "
+        "the federated generator 0.882" in part
     )
     assert "(0.850–0.911): +0.142." in part
     assert "(95% interval +0.130 to +0.153). federated is better." in part
@@ -300,23 +287,23 @@ def test_each_hospital_is_told_what_it_gains(html: str) -> None:
     assert "It has training images of every class." in part
 
 
-def test_cost_names_budget_bytes_and_distance(html: str, page: Page) -> None:
-    rows = tables(page)["cost.csv"]
+def test_cost_has_budget_bytes_and_distance(html: str, report: Page) -> None:
+    rows = tables(report)["cost.csv"]
     assert rows[3][:5] == ["federated, seed 0", "60,000", "2 min 11 s", "4 min 22 s", "482 MB"]
     assert rows[3][-1] == "48.0"
     part = section(html, "cost")
     assert "Every arm was trained on the same budget: 60,000 real images" in part
-    assert "training had 1 processor thread." in part
+    assert "The training of each hospital had 1 processor thread." in part
     assert (
-        "at most 61.5, the worst last distance of all trainings. It is at most one interval of measurement"
-        in part
+        "at most 61.5, the largest final distance of all trainings. "
+        "It is at most one interval of measurement" in part
     )
     assert "too late. Not reached, or not measured: local, seed 0; local, seed 1." in part
     assert "federation.strategy = fedavg" in part
-    assert "What the bytes buy" not in part, "one federated arm is no choice"
+    assert "Communication cost" not in part, "one federated arm has nothing to compare"
 
 
-def test_provenance_has_hashes_licences_and_no_path_of_a_machine(html: str) -> None:
+def test_provenance_has_hashes_licences_and_no_local_path(html: str) -> None:
     part = section(html, "provenance")
     for fact in (
         "sha256:77ab",
@@ -332,28 +319,28 @@ def test_provenance_has_hashes_licences_and_no_path_of_a_machine(html: str) -> N
     assert "somebody" not in html
 
 
-def test_neither_source_nor_failure_tells_a_name_of_a_file(content: dict[str, Any]) -> None:
+def test_sources_and_failures_hide_file_names(content: dict[str, Any]) -> None:
     sources = [row | {"source": "/data/pacs/doe_john"} for row in content["provenance"]["sources"]]
     failure = "cannot read /data/pacs/doe_john.dcm: it is no image"
     arms = [
         content["arms"][0] | {"status": "failed", "failure": failure, "evaluation": None},
         *content["arms"][1:],
     ]
-    page = page_of(
+    report = report_of(
         content | {"arms": arms, "provenance": content["provenance"] | {"sources": sources}}
     )
-    assert "doe_john" not in page.text
-    assert "named by a file: not shown" in page.words
-    assert "centralized, seed 0 failed: cannot read (path not shown)" in page.words
+    assert "doe_john" not in report.text
+    assert "named by a file: not shown" in report.words
+    assert "centralized, seed 0 failed: cannot read (path not shown)" in report.words
 
 
-def test_pictures_of_real_and_of_every_arm_stand_under_each_class(page: Page) -> None:
-    alts = page.values("alt")
+def test_samples_have_real_and_arm_images_per_class(report: Page) -> None:
+    alts = report.values("alt")
     for label in LABELS:
-        for title in ("Drawn", *(f"{arm}, seed 0" for arm in ARMS)):
+        for title in ("Phantoms", *(f"{arm}, seed 0" for arm in ARMS)):
             assert f"5 images of class {label}: {title}" in alts
     assert len(alts) == 6 * 4
-    assert "This page holds real images." not in page.words
+    assert "This report contains real images." not in report.words
 
 
 @pytest.mark.parametrize(
@@ -362,7 +349,12 @@ def test_pictures_of_real_and_of_every_arm_stand_under_each_class(page: Page) ->
         (0.05, [0.03, 0.07], 0.002, "A is better."),
         (-0.05, [-0.07, -0.03], 0.002, "B is better, by more than the margin."),
         (-0.012, [-0.018, -0.006], 0.002, "B is better, but by less than the margin."),
-        (-0.018, [-0.03, -0.006], 0.002, "B is better; by more or less than the margin is open."),
+        (
+            -0.018,
+            [-0.03, -0.006],
+            0.002,
+            "B is better; whether by more than the margin is not shown.",
+        ),
         (0.001, [-0.01, 0.012], 0.8, "No difference shown; A is not inferior."),
         (
             -0.01,
@@ -374,7 +366,7 @@ def test_pictures_of_real_and_of_every_arm_stand_under_each_class(page: Page) ->
         (0.01, None, None, "No verdict: there is no interval or no p-value."),
     ],
 )
-def test_verdicts_follow_from_interval_p_value_and_margin(
+def test_verdict_follows_interval_p_value_and_margin(
     difference: Any, ci: Any, p: Any, words: str
 ) -> None:
     assert (
@@ -385,7 +377,7 @@ def test_verdicts_follow_from_interval_p_value_and_margin(
     )
 
 
-def test_no_arm_is_called_better_where_the_seeds_disagree() -> None:
+def test_verdict_is_withheld_where_seeds_disagree() -> None:
     row = {
         "a": "A",
         "b": "B",
@@ -397,7 +389,7 @@ def test_no_arm_is_called_better_where_the_seeds_disagree() -> None:
     seeds = [{"seed": 0, "difference": 0.11}, {"seed": 1, "difference": -0.01}]
     assert (
         verdict(row | {"seed_differences": seeds})
-        == "A difference is shown, but not the same in every seed."
+        == "A difference is shown, but not with the same sign in every seed."
     )
     assert (
         verdict(row | {"seed_differences": [seeds[0], {"seed": 1, "difference": 0.01}]})
@@ -405,15 +397,15 @@ def test_no_arm_is_called_better_where_the_seeds_disagree() -> None:
     )
 
 
-# --- what is not there ---------------------------------------------------------------------------
+# --- missing and damaged content ------------------------------------------------------------------
 
 
-def test_an_arm_that_failed_is_a_row_everywhere_with_its_reason(tmp_path: Path) -> None:
-    html = write_comparison(
+def test_failed_arm_has_a_row_in_every_table_and_its_reason(tmp_path: Path) -> None:
+    html = write_comparison_report(
         write_folder(tmp_path / "c", make_comparison(failed="federated"))
     ).read_text()
-    page = Page(html)
-    found = tables(page)
+    report = Page(html)
+    found = tables(report)
     assert found["arms.csv"][3] == ["federated (failed)", *["–"] * 9]
     for name in ("utility.csv", "fidelity-distances.csv", "fidelity-shares.csv", "cost.csv"):
         failed = [row for row in found[name] if row[0].startswith("federated, seed")]
@@ -422,41 +414,41 @@ def test_an_arm_that_failed_is_a_row_everywhere_with_its_reason(tmp_path: Path) 
             "federated, seed 1 (failed)",
         ]
     assert found["cross-site.csv"][3] == ["federated (failed)", *["–"] * 6]
-    for key in ("summary", "utility", "fidelity", "cost", "cross-site", "missing"):
+    for key in ("summary", "utility", "fidelity", "cost", "cross-site", "not-measured"):
         assert "failed: The generator's images are not finite after round 4" in section(
             html, key
         ).replace("&#39;", "'"), key
     assert "federated: there is no sample grid, because it failed" in section(html, "samples")
     assert "Without a curve: federated, seed 0; federated, seed 1." in section(html, "curves")
     assert "Not measured: one of the two has no figures." in section(html, "pairs")
-    assert "What it gains is not known: federated has no macro AUC on its test images." in section(
+    assert "The gain is not known: federated has no macro AUC on its test images." in section(
         html, "hospitals"
     )
 
 
-def test_a_seed_that_failed_beside_one_that_did_not_is_named_under_the_first_table(
+def test_single_failed_seed_is_named_below_the_summary_table(
     content: dict[str, Any],
 ) -> None:
     arms = list(content["arms"])
     one = next(i for i, run in enumerate(arms) if (run["name"], run["seed"]) == ("federated", 1))
     arms[one] = arms[one] | {"status": "failed", "failure": "Disk full.", "evaluation": None}
-    page = page_of(content | {"arms": arms})
+    report = report_of(content | {"arms": arms})
     assert (
-        "federated, seed 1 failed: Disk full: the figures of federated are of its other seeds."
-        in page.words
+        "federated, seed 1 failed: Disk full: the figures of federated cover its other seeds."
+        in report.words
     )
 
 
-def test_an_arm_that_was_not_reached_or_not_evaluated_says_so(content: dict[str, Any]) -> None:
+def test_missing_or_unevaluated_training_has_its_reason(content: dict[str, Any]) -> None:
     arms = [run for run in content["arms"] if run["arm"] != "coalition"]
     arms[0] = {key: value for key, value in arms[0].items() if key not in ("status", "evaluation")}
     arms[1] = arms[1] | {"evaluation": None}
-    page = page_of(content | {"arms": arms})
-    assert "centralized, seed 0 is missing, and no reason was written down." in page.words
-    assert "federated, seed 0 was trained, but not evaluated." in page.words
+    report = report_of(content | {"arms": arms})
+    assert "centralized, seed 0 is missing, without a recorded reason." in report.words
+    assert "federated, seed 0 was trained but not evaluated." in report.words
 
 
-def test_a_row_of_the_summary_without_figures_is_a_row_of_the_page(content: dict[str, Any]) -> None:
+def test_summary_row_without_figures_stays_a_row(content: dict[str, Any]) -> None:
     """As the comparison writes it: a failed arm keeps its row, of nulls."""
     empty = {
         "arm": "federated",
@@ -467,10 +459,10 @@ def test_a_row_of_the_summary_without_figures_is_a_row_of_the_page(content: dict
         "macro_auc_ci": None,
     }
     rows = [row | (empty if row["name"] == "federated" else {}) for row in content["summary"]]
-    arms = [run | ({"status": "failed", "failure": "Disk full.", "evaluation": None} if run["name"] == "federated" else {})
-            for run in content["arms"]]  # fmt: skip
+    failed = {"status": "failed", "failure": "Disk full.", "evaluation": None}
+    arms = [run | (failed if run["name"] == "federated" else {}) for run in content["arms"]]
     found = tables(
-        page_of(
+        report_of(
             content
             | {
                 "summary": rows,
@@ -483,7 +475,7 @@ def test_a_row_of_the_summary_without_figures_is_a_row_of_the_page(content: dict
     assert found["arms.csv"][3][2:4] == ["–", "–"]
 
 
-def test_a_hospitals_fine_tuned_generator_is_not_called_alone(content: dict[str, Any]) -> None:
+def test_finetuned_hospital_keeps_its_own_label(content: dict[str, Any]) -> None:
     tuned = [
         row | {"arm": "finetuned", "name": f"finetuned: {row['hospital']}"}
         for row in content["summary"]
@@ -491,38 +483,38 @@ def test_a_hospitals_fine_tuned_generator_is_not_called_alone(content: dict[str,
     ]
     heads = [
         row[0]
-        for row in tables(page_of(content | {"summary": content["summary"] + tuned}))["arms.csv"]
+        for row in tables(report_of(content | {"summary": content["summary"] + tuned}))["arms.csv"]
     ]
     assert {"harbour alone", "finetuned: harbour"} <= set(heads)
     assert len(heads) == len(set(heads))
 
 
-def test_chance_is_marked_where_an_arm_lies_below_it(content: dict[str, Any]) -> None:
-    assert " chance " not in page_of(content).words.replace("is chance", "")
+def test_chance_line_appears_for_an_auc_below_it(content: dict[str, Any]) -> None:
+    assert " chance " not in report_of(content).words.replace("is chance", "")
     rows = [
         row | ({"macro_auc": 0.41, "macro_auc_ci": [0.3, 0.5]} if row["name"] == "local" else {})
         for row in content["summary"]
     ]
-    page = page_of(content | {"summary": rows})
-    assert " chance " in page.words.replace("is chance", "")
-    assert tables(page)["arms.csv"][4][2] == "0.410", "no flipping"
+    report = report_of(content | {"summary": rows})
+    assert " chance " in report.words.replace("is chance", "")
+    assert tables(report)["arms.csv"][4][2] == "0.410", "no flipping"
 
 
-def test_one_seed_is_enough() -> None:
-    page = page_of(make_comparison(seeds=(4,)))
-    assert "1 seed " in page.words
-    assert [row[0] for row in tables(page)["cost.csv"][1:4]] == [f"{arm}, seed 4" for arm in ARMS]
+def test_report_works_with_one_seed() -> None:
+    report = report_of(make_comparison(seeds=(4,)))
+    assert "1 seed " in report.words
+    assert [row[0] for row in tables(report)["cost.csv"][1:4]] == [f"{arm}, seed 4" for arm in ARMS]
 
 
-def test_contributions_that_nobody_asked_for_are_a_sentence() -> None:
+def test_contribution_not_requested_is_a_sentence() -> None:
     assert (
-        "contributions were not asked for: add 'coalitions' to comparison.arms"
-        in page_of(make_comparison(coalitions=False)).words
+        "contribution of the hospitals was not requested: add 'coalitions' to comparison.arms"
+        in report_of(make_comparison(coalitions=False)).words
     )
 
 
-def test_contributions_have_their_tables(page: Page) -> None:
-    found = tables(page)
+def test_contribution_has_its_tables(report: Page) -> None:
+    found = tables(report)
     assert found["leave-one-out.csv"][1] == ["northfield", "0.850", "+0.044", "[+0.001, +0.070]"]
     assert found["shapley.csv"][1][:2] == ["northfield", "+0.200"]
     assert len(found["coalitions.csv"]) == 1 + 7
@@ -531,12 +523,12 @@ def test_contributions_have_their_tables(page: Page) -> None:
     )
 
 
-def test_a_class_without_test_images_is_named(tmp_path: Path) -> None:
-    html = write_comparison(
+def test_class_without_test_images_is_named(tmp_path: Path) -> None:
+    html = write_comparison_report(
         write_folder(tmp_path / "c", make_comparison(untested="melanoma"))
     ).read_text()
     assert (
-        "Not measured for melanoma: the AUC of a class needs test images that have it"
+        "Not measured for melanoma: the AUC of a class needs test images with and without it"
         in section(html, "utility")
     )
     assert "No real test image has this class, so its AUC cannot be measured." in section(
@@ -544,23 +536,23 @@ def test_a_class_without_test_images_is_named(tmp_path: Path) -> None:
     )
     row = next(row for row in tables(Page(html))["utility-classes.csv"] if row[0] == "melanoma")
     assert row == ["melanoma", "0", *["–"] * 8]
-    assert "utility › synthetic › per_class › melanoma › auc" in section(html, "missing")
+    assert "utility › synthetic › per_class › melanoma › auc" in section(html, "not-measured")
     assert not re.search(r"\b(nan|NaN|None|inf)\b", Page(html).words)
 
 
-def test_arms_of_unlike_budget_or_extractor_are_called_unfair(content: dict[str, Any]) -> None:
+def test_different_budget_or_extractor_gets_a_warning(content: dict[str, Any]) -> None:
     arms = json.loads(json.dumps(content["arms"]))
     arms[0]["images_seen"] = 30_000
     arms[1]["evaluation"]["fidelity"]["extractor"] = "another network"
-    page = page_of(content | {"arms": arms})
-    assert "The arms did not see the same number of images: 30,000, 60,000." in page.words
+    report = report_of(content | {"arms": arms})
+    assert "The arms did not see the same number of images: 30,000, 60,000." in report.words
     assert (
-        "Beware: the arms name different extractors (another network, reference classifier"
-        in page.words
+        "Warning: the arms name different extractors (another network, reference classifier"
+        in report.words
     )
 
 
-def test_a_quick_suite_says_what_it_left_out(content: dict[str, Any]) -> None:
+def test_quick_suite_names_missing_measures(content: dict[str, Any]) -> None:
     arms = json.loads(json.dumps([run for run in content["arms"] if run["arm"] != "coalition"]))
     for run in arms:
         for key in ("real_on_synthetic", "mixed"):
@@ -568,22 +560,22 @@ def test_a_quick_suite_says_what_it_left_out(content: dict[str, Any]) -> None:
         for key in ("per_class", "per_hospital", "ms_ssim", "path_length"):
             del run["evaluation"]["fidelity"][key]
         run["evaluation"]["label_fidelity"] = None
-    page = page_of(content | {"arms": arms})
+    report = report_of(content | {"arms": arms})
     for sentence in (
         "Not measured: classifiers trained on real and tested on synthetic images (TRTS)",
-        "Nothing was measured for each class on its own.",
-        "Nothing was measured for each hospital on its own.",
+        "Nothing was measured per class.",
+        "Nothing was measured per hospital.",
         "Perceptual path length was not measured.",
         "(MS-SSIM) was not measured.",
         "Label fidelity was not measured",
     ):
-        assert sentence in page.words
+        assert sentence in report.words
 
 
-def test_an_empty_comparison_says_what_is_not_there() -> None:
-    page = page_of({})
+def test_empty_comparison_names_missing_content() -> None:
+    report = report_of({})
     for sentence in (
-        "The question has no answer yet",
+        "No answer is available",
         "No picture can be shown",
         "There are no curves",
         "No distance and no share was measured",
@@ -593,32 +585,30 @@ def test_an_empty_comparison_says_what_is_not_there() -> None:
         "No hospital is known",
         "The figures name no class.",
         "The cost is not known",
-        "contributions were not asked for",
+        "contribution of the hospitals was not requested",
         "comparison.json lists no training.",
         "does not say how the comparison was made",
     ):
-        assert sentence in page.words
-    assert page.tags["section"] == len(SECTIONS)
+        assert sentence in report.words
+    assert report.tags["section"] == len(SECTIONS)
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"arms": ', b"\xff\xfe\x00", b"[1]", b"7"])
-def test_a_damaged_file_becomes_a_page_that_says_so(tmp_path: Path, damage: bytes) -> None:
+def test_damaged_file_is_named_in_the_report(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "comparison.json").write_bytes(damage)
     assert (
         "comparison.json is damaged and could not be read"
-        in Page(write_comparison(tmp_path).read_text()).words
+        in Page(write_comparison_report(tmp_path).read_text()).words
     )
 
 
-def test_no_page_where_there_is_no_comparison(tmp_path: Path) -> None:
+def test_folder_without_comparison_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no comparison\.json"):
-        write_comparison(tmp_path)
+        write_comparison_report(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures_that_are_damaged_or_outside_the_folder_are_not_shown(
-    tmp_path: Path, content: dict[str, Any]
-) -> None:
+def test_damaged_or_foreign_pictures_are_not_shown(tmp_path: Path, content: dict[str, Any]) -> None:
     outside = tmp_path / "outside" / "samples"
     outside.mkdir(parents=True)
     draw_grid(LABELS, blobs(6, 8, np.random.default_rng(0))).save(outside / "final.png")
@@ -630,131 +620,128 @@ def test_pictures_that_are_damaged_or_outside_the_folder_are_not_shown(
     (folder / "comparison.json").write_text(json.dumps(content | {"arms": arms}))
     for path in (folder / "arms").glob("local-seed*/samples/*.png"):
         path.write_bytes(b"no picture")
-    page = Page(write_comparison(folder).read_text())
-    assert {alt.rpartition(": ")[2] for alt in page.values("alt")} == {
-        "Drawn",
+    report = Page(write_comparison_report(folder).read_text())
+    assert {alt.rpartition(": ")[2] for alt in report.values("alt")} == {
+        "Phantoms",
         "centralized, seed 0",
     }
-    assert "federated: there is no sample grid." in page.words
+    assert "federated: there is no sample grid." in report.words
     assert (
         "local: its sample grid is damaged or has no cells of 32 × 32 pixels, so it is not shown."
-        in page.words
+        in report.words
     )
 
 
-def test_hospitals_alone_have_no_figures_where_the_arm_of_their_own_generators_failed() -> None:
-    page = page_of(make_comparison(failed="local"))
-    row = next(row for row in tables(page)["arms.csv"] if row[0].startswith("harbour alone"))
+def test_hospitals_have_no_figures_if_the_local_arm_failed() -> None:
+    report = report_of(make_comparison(failed="local"))
+    row = next(row for row in tables(report)["arms.csv"] if row[0].startswith("harbour alone"))
     assert row == ["harbour alone (failed)", *["–"] * 8, "none"]
     assert (
-        "harbour alone failed: The generator's images are not finite after round 4." in page.words
+        "harbour alone failed: The generator's images are not finite after round 4." in report.words
     )
 
 
-def test_what_a_fine_tuned_hospital_sent_is_not_called_nothing(content: dict[str, Any]) -> None:
+def test_bytes_of_a_finetuned_hospital_are_unknown(content: dict[str, Any]) -> None:
     tuned = [
         row | {"arm": "finetuned", "name": f"finetuned: {row['hospital']}"}
         for row in content["summary"]
         if row["hospital"]
     ]
-    rows = tables(page_of(content | {"summary": content["summary"] + tuned}))["arms.csv"]
+    rows = tables(report_of(content | {"summary": content["summary"] + tuned}))["arms.csv"]
     assert {row[-1] for row in rows if row[0].startswith("finetuned: ")} == {"–"}
 
 
-def test_an_interval_that_was_not_measured_is_explained_and_its_images_counted(
+def test_missing_interval_is_explained_with_image_counts(
     content: dict[str, Any], html: str
 ) -> None:
-    words = "No interval: fewer than half of the resamples have both kinds of images."
-    assert words not in section(html, "cross-site")
+    assert NO_INTERVAL not in section(html, "cross-site")
     changed = json.loads(json.dumps(content))
     for line in changed["cross_site"]["ci"]:
         line[2] = None
     for row in changed["summary"]:
         row["per_institution"]["st-elm"]["macro_auc_ci"] = None
-    page = build_report(Comparison(changed))
+    report = build_report(Comparison(changed))
     for key in ("cross-site", "hospitals", "utility"):
-        assert words in section(page, key), key
-    assert "(too few test images for an interval)" in section(page, "hospitals")
-    assert "harbour 90 test images" in section(page, "cross-site")
-    assert [row[4] for row in tables(Page(page))["tested-on-harbour.csv"][1:]] == ["90"] * 7
-    assert [row[1] for row in tables(Page(page))["utility-institutions.csv"][1:]] == [
+        assert NO_INTERVAL in section(report, key), key
+    assert "(too few test images for an interval)" in section(report, "hospitals")
+    assert "harbour 90 test images" in section(report, "cross-site")
+    assert [row[4] for row in tables(Page(report))["tested-on-harbour.csv"][1:]] == ["90"] * 7
+    assert [row[1] for row in tables(Page(report))["utility-institutions.csv"][1:]] == [
         "180",
         "90",
         "60",
     ]
 
 
-def test_a_class_with_too_few_images_for_distances_is_named_and_not_a_row_of_dashes(
+def test_class_with_too_few_images_is_named_and_has_no_row(
     content: dict[str, Any],
 ) -> None:
     changed = json.loads(json.dumps(content))
     for run in changed["arms"]:
         run["evaluation"]["fidelity"]["per_class"]["melanoma"] = None
-    page = page_of(changed)
-    assert "Not measured for melanoma: fewer than 10 images on a side" in page.words
+    report = report_of(changed)
+    assert "Not measured for melanoma: fewer than 10 images on a side" in report.words
     assert (
-        "The synthetic images of melanoma were not measured on their own: fewer than 10 images"
-        in page.words
+        "The synthetic images of melanoma were not measured separately: fewer than 10 images"
+        in report.words
     )
-    assert "melanoma" not in {row[0] for row in tables(page)["fidelity-per-class.csv"]}
+    assert "melanoma" not in {row[0] for row in tables(report)["fidelity-per-class.csv"]}
 
 
-def test_the_spoken_text_of_a_chart_has_the_intervals(page: Page) -> None:
-    assert "centralized: 0.921 (0.901 to 0.939)" in page.words
+def test_chart_description_has_intervals(report: Page) -> None:
+    assert "centralized: 0.921 (0.901 to 0.939)" in report.words
 
 
-# --- what the page is ----------------------------------------------------------------------------
+# --- accessibility, size and reproducibility ------------------------------------------------------
 
 
-def test_the_page_needs_nothing_from_outside_and_is_small(html: str, page: Page) -> None:
-    assert page.tags["script"] == page.tags["iframe"] == page.tags["object"] == 0
-    assert all(value.startswith("data:image/") for value in page.values("src"))
-    assert all(value.startswith(("#", "data:")) for value in page.values("href"))
+def test_report_is_self_contained_and_small(html: str, report: Page) -> None:
+    assert report.tags["script"] == report.tags["iframe"] == report.tags["object"] == 0
+    assert all(value.startswith("data:image/") for value in report.values("src"))
+    assert all(value.startswith(("#", "data:")) for value in report.values("href"))
     assert not [
         name
-        for _, name, _ in page.attributes
+        for _, name, _ in report.attributes
         if name.startswith("on") or name in ("style", "srcset", "action")
     ]
-    assert "default-src 'none'" in page.values("content")[0]
+    assert "default-src 'none'" in report.values("content")[0]
     assert len(html.encode()) < 1_500_000
 
 
-def test_ids_are_unique_links_lead_somewhere_and_headings_are_in_order(
-    html: str, page: Page
-) -> None:
-    ids = page.values("id")
+def test_ids_links_and_heading_levels_are_valid(html: str, report: Page) -> None:
+    ids = report.values("id")
     assert len(ids) == len(set(ids))
-    assert {value[1:] for value in page.values("href") if value.startswith("#")} <= set(ids)
-    for names in page.values("aria-labelledby"):
+    assert {value[1:] for value in report.values("href") if value.startswith("#")} <= set(ids)
+    for names in report.values("aria-labelledby"):
         assert set(names.split()) <= set(ids)
     levels = [int(level) for level in re.findall(r"<h(\d)", html)]
     assert levels.count(1) == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
 
 
-def test_tables_have_captions_scopes_and_regions_for_the_keyboard(html: str, page: Page) -> None:
-    assert page.tags["table"] == page.tags["caption"] == html.count('class="scroll" role="group"')
+def test_tables_have_captions_scopes_and_focusable_regions(html: str, report: Page) -> None:
     assert (
-        len([1 for tag, name, _ in page.attributes if tag == "th" and name == "scope"])
-        == page.tags["th"]
+        report.tags["table"] == report.tags["caption"] == html.count('class="scroll" role="group"')
     )
-    assert page.values("tabindex").count("0") == page.tags["table"]
+    assert (
+        len([1 for tag, name, _ in report.attributes if tag == "th" and name == "scope"])
+        == report.tags["th"]
+    )
+    assert report.values("tabindex").count("0") == report.tags["table"]
 
 
-def test_every_csv_is_rectangular_and_has_a_name_of_its_own(page: Page) -> None:
-    found = tables(page)
-    assert len(found) == len(page_links(page)) >= 20
+def test_csv_files_are_rectangular_and_have_unique_names(report: Page) -> None:
+    found = tables(report)
+    assert len(found) == len(csv_links(report)) >= 20
     assert all(len(row) == len(rows[0]) for rows in found.values() for row in rows)
 
 
-def test_writing_twice_gives_the_same_page_and_leaves_nothing_beside_it(
-    folder: Path, html: str
-) -> None:
-    assert write_comparison(folder).read_text(encoding="utf-8") == html
+def test_report_is_reproducible_and_leaves_no_other_file(folder: Path, html: str) -> None:
+    assert write_comparison_report(folder).read_text(encoding="utf-8") == html
     assert not list(folder.glob(".*"))
 
 
-def test_hostile_names_are_shown_as_text(tmp_path: Path) -> None:
+def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     labels = [HOSTILE, 'a,b;"c"', "مرحبا", "x" * 90, "{{ 7*7 }}", "=1+1"]
     content = make_comparison(
         labels=labels, hospitals=["<b>h</b>", "\ud800 \x00\u202egnp.exe", "y" * 70], name=HOSTILE
@@ -762,17 +749,19 @@ def test_hostile_names_are_shown_as_text(tmp_path: Path) -> None:
     for run in content["arms"]:
         if run["arm"] == "federated":
             run |= {"status": "failed", "failure": HOSTILE, "evaluation": None}
-    html = write_comparison(write_folder(tmp_path / "c", content)).read_text(encoding="utf-8")
-    page = Page(html)
+    html = write_comparison_report(write_folder(tmp_path / "c", content)).read_text(
+        encoding="utf-8"
+    )
+    report = Page(html)
     assert "<script" not in html
-    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
-    assert HOSTILE in page.text
+    assert not [name for _, name, _ in report.attributes if name.startswith("on")]
+    assert HOSTILE in report.text
     assert not re.search("[\x00-\x08\u202a-\u202e\ud800-\udfff]", html)
-    assert len(page.values("id")) == len(set(page.values("id")))
-    assert "'=1+1" in [row[0] for row in tables(page)["utility-classes.csv"]]
+    assert len(report.values("id")) == len(set(report.values("id")))
+    assert "'=1+1" in [row[0] for row in tables(report)["utility-classes.csv"]]
 
 
-def test_a_large_comparison_stays_below_five_megabytes(tmp_path: Path) -> None:
+def test_large_comparison_stays_below_five_megabytes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = [f"class {i}" for i in range(14)]
     content = make_comparison(labels=labels, coalitions=False) | {"resolution": 64}
@@ -792,15 +781,15 @@ def test_a_large_comparison_stays_below_five_megabytes(tmp_path: Path) -> None:
             noise.save(samples / "final.png", compress_level=0)
     (folder / "samples").mkdir()
     noise.save(folder / "samples" / "real.png", compress_level=0)
-    html = write_comparison(folder).read_text()
+    html = write_comparison_report(folder).read_text()
     assert len(html.encode()) < 5_000_000
-    assert "Not shown, to keep the page small:" in Page(html).words
-    assert "Not shown, for want of room: arm 4, seed 0." in Page(html).words
+    assert "Not shown, to keep the report small:" in Page(html).words
+    assert "Not shown, because space is limited: arm 4, seed 0." in Page(html).words
 
 
 @settings(max_examples=12)
 @given(data=st.data())
-def test_no_content_of_the_file_stops_the_page(data: st.DataObject) -> None:
+def test_any_content_renders(data: st.DataObject) -> None:
     content: Any = make_comparison(labels=LABELS[:2], hospitals=HOSPITALS[:2], seeds=(0,))
     every = [path for path in places(content) if path]
     for _ in range(data.draw(st.integers(1, 4))):
@@ -809,6 +798,6 @@ def test_no_content_of_the_file_stops_the_page(data: st.DataObject) -> None:
             content = replaced(content, path, data.draw(scraps))
         except (KeyError, IndexError, TypeError):
             continue  # a scrap already stands above this place
-    page = page_of(tree(content))
-    assert page.tags["section"] >= len(SECTIONS)
-    assert len(page.values("id")) == len(set(page.values("id")))
+    report = report_of(tree(content))
+    assert report.tags["section"] >= len(SECTIONS)
+    assert len(report.values("id")) == len(set(report.values("id")))

@@ -62,11 +62,11 @@ def compare(
         raise MachineError(REPOSITORY) from None
     from fedgan.cli.compare_progress import CompareProgress
     from fedgan.report.cards import write_comparison_cards
-    from fedgan.report.comparison.report import write_comparison
+    from fedgan.report.comparison.report import write_comparison_report
 
     with stoppable(folder), console.stdout_for_results(), CompareProgress() as progress:
         found = simulations.comparison.compare.compare(settings, folder, progress.on_event, jobs)
-        page = write_comparison(folder.path)
+        page = write_comparison_report(folder.path)
         write_comparison_cards(folder.path)
     console.emit(headline(found, page), as_json, headline_text(found, page))
     if failed := [row for row in found["arms"] if row["status"] != "done"]:

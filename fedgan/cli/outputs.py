@@ -296,7 +296,7 @@ def report(
     Trains and measures nothing. --tensorboard needs the extra fedgan[tracking].
     """
     from fedgan.comparison_folder import ComparisonFolder
-    from fedgan.report.comparison.report import write_comparison
+    from fedgan.report.comparison.report import write_comparison_report
     from fedgan.report.run.report import write_report
     from fedgan.report.tensorboard import write_tensorboard
 
@@ -306,7 +306,7 @@ def report(
         run.refuse_comparison()
         console.refuse_existing(tensorboard, "the event files")
         write_tensorboard(run, tensorboard)
-    page = write_comparison(run.path) if _is_comparison(run) else write_report(run)
+    page = write_comparison_report(run.path) if _is_comparison(run) else write_report(run)
     result, text = {"run": str(run.path), "report": str(page)}, f"report      {console.shown(page)}"
     if tensorboard is not None:
         result["tensorboard"] = str(tensorboard.resolve())

@@ -15,9 +15,7 @@ from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import render
 from fedgan.report.run.data import Tree, tree, trees
 
-QUESTION = (
-    "How much does each part of differential privacy cost, and does the noise cost most?"
-)
+QUESTION = "How much does each part of differential privacy cost, and does the noise cost most?"
 INFINITE, UNKNOWN = "∞", "not known"
 NO_PRIVACY, CLIPPED, NOISY = "a1", "a3", "a2"  # chart styles
 STYLE_NAMES = {
@@ -28,7 +26,8 @@ STYLE_NAMES = {
 NOTES = (
     "Macro AUC: mean over classes, of classifiers trained only on the images of the variant and "
     "tested on the same real images.",
-    "Differences are paired, on the same test images; p-values and verdicts are under Paired differences.",
+    "Differences are paired, on the same test images; p-values and verdicts are under "
+    "Paired differences.",
     "Fréchet distance, precision, recall, coverage and time are means over seeds.",
     "Images seen: real training images, summed over hospitals, in whole batches; "
     "for a private step the expected number.",

@@ -17,11 +17,11 @@ from fedgan.report.comparison.measures import (
     value_cell,
 )
 from fedgan.report.comparison.parts import Part, render_parts
-from fedgan.report.html.section import Section
 from fedgan.report.comparison.utility import positives
 from fedgan.report.facts import WITHHELD, counts_withheld
 from fedgan.report.html import format as text
 from fedgan.report.html.format import number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent
 from fedgan.report.run.data import dig, tree
@@ -72,7 +72,9 @@ def _counts(comparison: Comparison, label: str) -> str:
 def _auc(comparison: Comparison, label: str) -> Markup:
     """AUC of the class over all real test images; one row per arm and hospital."""
     found = [(entry, entry.for_class(label)) for entry in comparison.entries]
-    rows = [[entry.label, value_cell(row, "auc"), interval_cell(row, "auc")] for entry, row in found]
+    rows = [
+        [entry.label, value_cell(row, "auc"), interval_cell(row, "auc")] for entry, row in found
+    ]
     return table(
         f"{label}: AUC on all real test images, {positives(comparison, label)} of this class",
         [Column("Trained on images of", numeric=False), *interval_columns("AUC")],

@@ -76,9 +76,7 @@ def _arm_cost(comparison: Comparison, central: Entry, entry: Entry) -> ArmCost:
         entry,
         mean_number(rounds for rounds, _ in costs),
         mean_number(
-            n / rounds
-            for rounds, n in costs
-            if rounds is not None and rounds > 0 and n is not None
+            n / rounds for rounds, n in costs if rounds is not None and rounds > 0 and n is not None
         ),
         sent if sent is None or sent >= 0 else None,
         gap,
@@ -104,9 +102,7 @@ def _chart(comparison: Comparison, central: Entry, shown: list[ArmCost]) -> Mark
     for i, arm in enumerate(shown, 1):
         low, high = map(text.signed, arm.interval or (None, None))
         ends = f" ({low} to {high})" if arm.interval else ""
-        values.append(
-            f"{i} {arm.entry.label} {text.size(arm.bytes)}, {text.signed(arm.gap)}{ends}"
-        )
+        values.append(f"{i} {arm.entry.label} {text.size(arm.bytes)}, {text.signed(arm.gap)}{ends}")
     chart = scatter_chart(
         "communication-cost",
         title,

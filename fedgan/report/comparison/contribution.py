@@ -7,10 +7,10 @@ from markupsafe import Markup
 from fedgan.report.comparison.charts import dot_figure
 from fedgan.report.comparison.data import COALITION, Comparison, failure_note
 from fedgan.report.comparison.measures import interval_columns
-from fedgan.report.html.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Dot, Row
 from fedgan.report.html.format import bounds, number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import Tree, sentences, tree, trees

@@ -8,10 +8,10 @@ from markupsafe import Markup
 
 from fedgan.report.comparison.communication_cost import communication_cost
 from fedgan.report.comparison.data import ArmRun, Comparison, failure_note
-from fedgan.report.html.section import Section
 from fedgan.report.facts import leaves
 from fedgan.report.html import format as text
 from fedgan.report.html.format import DASH, number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import dig, tree
@@ -24,9 +24,7 @@ COLUMNS = (
     Column("Bytes exchanged", title="Both ways, all hospitals"),
     Column("Peak memory"),
     Column("Rounds"),
-    Column(
-        "kimg to the distance", title="Thousand images until the Fréchet distance was reached"
-    ),
+    Column("kimg to the distance", title="Thousand images until the Fréchet distance was reached"),
 )
 DEFINITIONS = (
     "Core time: processor time of the training in the hospitals, without server and transport. "

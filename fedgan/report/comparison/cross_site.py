@@ -9,9 +9,9 @@ from markupsafe import Markup
 
 from fedgan.report.comparison.data import Comparison, failure_note
 from fedgan.report.comparison.measures import NO_INTERVAL
-from fedgan.report.html.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.format import bounds, number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import csv_link
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import Tree, tree

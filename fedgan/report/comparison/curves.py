@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from markupsafe import Markup
 
 from fedgan.report.comparison.charts import arm_legend
 from fedgan.report.comparison.data import FINETUNED, ArmRun, Comparison
-from fedgan.report.html.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Line, legend, line_chart
 from fedgan.report.html.format import number, short
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.curves import CURVES, points
@@ -29,7 +30,7 @@ def _render(comparison: Comparison) -> Markup:
     title, description = "Fréchet distance", "Synthetic to real, lower is better."
     fidelity = _figure(comparison, "frechet", title, description, distances, references)
     losses = [
-        _figure(comparison, key, title, description, lambda run, key=key: _losses(run, key))
+        _figure(comparison, key, title, description, partial(_losses, key))
         for key, title, description in LOSSES
     ]
     return render(
@@ -49,7 +50,7 @@ def distances(run: ArmRun) -> list[tuple[float, float]]:
     return points(tuple(trees(run.content.get("curve"))), "frechet")
 
 
-def _losses(run: ArmRun, key: str) -> list[tuple[float, float]]:
+def _losses(key: str, run: ArmRun) -> list[tuple[float, float]]:
     return points(tuple(trees(run.content.get("losses"))), key)
 
 

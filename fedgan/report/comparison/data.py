@@ -174,7 +174,7 @@ class Comparison:
 
     @property
     def data_labels(self) -> list[str]:
-        """Labels of the images (rows of the sample grids), in the order of the hospitals' counts."""
+        """Labels of the images (rows of the sample grids), in the order of the counts."""
         found: dict[str, None] = {}
         for hospital in self.hospitals:
             for split in tree(hospital.get("counts")).values():

@@ -16,9 +16,9 @@ from fedgan.report.comparison.measures import (
     measure_cells,
     measure_columns,
 )
-from fedgan.report.html.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.format import DASH, number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import Tree, dig, tree
@@ -41,9 +41,7 @@ def _render(comparison: Comparison) -> Markup:
         ),
         shares=_table(f"{PRDC_NAMES}: higher is better", runs, PRDC, "fidelity-shares"),
         others=_path_length(comparison) + _ms_ssim(comparison),
-        parts=[
-            (f"The same per {unit}", _by_part(comparison, key, unit)) for key, unit in PARTS
-        ],
+        parts=[(f"The same per {unit}", _by_part(comparison, key, unit)) for key, unit in PARTS],
     )
 
 
@@ -53,9 +51,7 @@ def _method(comparison: Comparison) -> str:
     extractor = first.get("extractor") or comparison.content.get("extractor")
     fid = " (so the Fréchet distance is an FID)" if first.get("fid") is True else ""
     parts = [f"Features: {extractor or 'an unnamed extractor'}, the same for all arms{fid}."]
-    others = {
-        str(other) for run in comparison.arm_runs if (other := run.fidelity.get("extractor"))
-    }
+    others = {str(other) for run in comparison.arm_runs if (other := run.fidelity.get("extractor"))}
     if len(others) > 1:
         parts.append(
             f"Warning: the arms name different extractors ({', '.join(sorted(others))}), "
@@ -116,7 +112,11 @@ def _by_part(comparison: Comparison, key: str, unit: str) -> Markup:
     )
     if empty := [name for name in names if name not in measured]:
         more += f" Not measured for {comma_list(empty)}{TOO_FEW}"
-    head = [Column(unit.capitalize(), numeric=False), Column("Arm", numeric=False), Column("Images")]
+    head = [
+        Column(unit.capitalize(), numeric=False),
+        Column("Arm", numeric=False),
+        Column("Images"),
+    ]
     download = f"fidelity-{key.replace('_', '-')}"
     tables = []
     for caption, measures, file in (
@@ -124,7 +124,12 @@ def _by_part(comparison: Comparison, key: str, unit: str) -> Markup:
         (f"{PRDC_NAMES} per {unit}", PRDC, f"{download}-shares"),
     ):
         rows = [
-            [name, run.label, text.whole(found.get("images")), *measure_cells(found, measures, True)]
+            [
+                name,
+                run.label,
+                text.whole(found.get("images")),
+                *measure_cells(found, measures, True),
+            ]
             for name in measured
             for run in runs
             for found in [tree(dig(run.fidelity, key, name))]

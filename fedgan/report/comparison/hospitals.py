@@ -15,11 +15,11 @@ from fedgan.report.comparison.measures import (
 )
 from fedgan.report.comparison.paired import verdict
 from fedgan.report.comparison.parts import Part, render_parts
-from fedgan.report.html.section import Section
 from fedgan.report.facts import WITHHELD, counts_withheld
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Row
 from fedgan.report.html.format import bounds, number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent
 from fedgan.report.run.data import Tree, dig, tree
@@ -107,7 +107,9 @@ def _missing_classes(comparison: Comparison, hospital: Tree) -> str:
         if federated and (value := number(federated.for_class(label).get("auc"))) is not None
     ]
     if found and federated:
-        sentences += f" AUC after {federated.label} training, on all test images: {', '.join(found)}."
+        sentences += (
+            f" AUC after {federated.label} training, on all test images: {', '.join(found)}."
+        )
     return sentences
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from fedgan.report.comparison.data import REAL, Comparison
-from fedgan.report.html.section import Section
 from fedgan.report.facts import nulls
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import sentences, tree

@@ -7,11 +7,11 @@ from markupsafe import Markup
 from fedgan.report.comparison.charts import dot_figure
 from fedgan.report.comparison.data import Comparison, numbers
 from fedgan.report.comparison.measures import p_value
-from fedgan.report.html.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Dot, Row
 from fedgan.report.html.format import bounds, number
 from fedgan.report.html.scales import span
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import Tree, trees

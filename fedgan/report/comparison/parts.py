@@ -20,7 +20,7 @@ class Part:
     name: str
     text: str
     details: Sequence[tuple[str, Markup]]
-    chart: Markup = Markup("")
+    chart: Markup | str = ""
 
 
 def render_parts(comparison: Comparison, parts: Sequence[Part]) -> Markup:

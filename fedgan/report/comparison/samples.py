@@ -61,7 +61,7 @@ def _render(comparison: Comparison) -> Markup:
 def _grids(
     comparison: Comparison, folder: Path, side: int
 ) -> tuple[list[tuple[str, Grid]], list[str]]:
-    """(title, grid) of real images and of each arm's first seed with a grid; notes on the others."""
+    """(title, grid) of real images and of one seed per arm; notes on the others."""
     grids: list[tuple[str, Grid]] = []
     notes: list[str] = []
     names = comparison.data_labels

@@ -15,11 +15,11 @@ from fedgan.report.comparison.data import (
     first_number,
     mean_number,
 )
-from fedgan.report.html.section import Section
 from fedgan.report.facts import DRAWN
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Row, legend
 from fedgan.report.html.format import number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import render
 from fedgan.report.run.data import dig
@@ -32,7 +32,8 @@ NO_ANSWER = "No answer is available: comparison.json has none."
 DEFINITIONS = (
     "Macro AUC: area under the ROC curve, mean over classes, of classifiers trained only on the "
     "images of the row and tested on the same real images.",
-    "Differences are paired, on the same test images; p-values and verdicts are under Paired differences.",
+    "Differences are paired, on the same test images; p-values and verdicts are under "
+    "Paired differences.",
     "Intervals cover the choice of test images, the small dots training with another seed.",
     "Fréchet distance: from synthetic to real images, mean over seeds, lower is better; its "
     "reference value is the distance from real to real images. "
@@ -148,9 +149,7 @@ def _distance(comparison: Comparison, entry: Entry) -> str:
     """Fréchet distance; for real images the reference value, which all arms share."""
     if entry.kind != REAL:
         return text.significant(entry.figures.get("frechet"))
-    reference = first_number(
-        run.fidelity.get("frechet_reference") for run in comparison.arm_runs
-    )
+    reference = first_number(run.fidelity.get("frechet_reference") for run in comparison.arm_runs)
     return text.DASH if reference is None else f"{text.significant(reference, 2)} (reference)"
 
 

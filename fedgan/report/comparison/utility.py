@@ -18,10 +18,10 @@ from fedgan.report.comparison.measures import (
     measure_columns,
     value_cell,
 )
-from fedgan.report.html.section import Section
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Row, legend
 from fedgan.report.html.format import DASH, number
+from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import Tree, dig, tree, trees

@@ -1,10 +1,11 @@
-"""AUC gap against bytes, on the comparison's page: where the marks stand, what the table says, and when there is neither."""
+"""Communication cost in the comparison report: AUC gap by bytes, as chart and table."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from fedgan.report.html.scales import Scale, log_range
 from fedgan.report.run.data import clean
 
 # Name: bytes of seed 0, rounds, gap to centralised training.
-PRICED = {
+COSTS = {
     "fedavg": (482_000_000, 10, 0.027),
     "half": (241_000_000, 5, 0.041),
     "generator-only": (96_400_000, 10, 0.060),
@@ -29,8 +30,10 @@ PRICED = {
 }
 
 
-def priced(arms: dict[str, tuple[float | None, float | None, float]] = PRICED) -> dict[str, Any]:  # type: ignore[assignment]
-    """A comparison whose federated arms are these, with two seeds, the second of twice as many bytes as the first."""
+def with_costs(
+    arms: Mapping[str, tuple[float | None, float | None, float]] = COSTS,
+) -> dict[str, Any]:
+    """A comparison of these federated arms; the second seed has twice the bytes of the first."""
     content = make_comparison(labels=LABELS[:2], coalitions=False)
     federated = {
         key: [row for row in content[key] if row["arm"] == "federated"]
@@ -66,12 +69,12 @@ def html_of(content: dict[str, Any]) -> str:
 
 
 def chart_of(html: str) -> ElementTree.Element:
-    start = html.rindex("<svg", 0, html.index('<title id="cost-price-title">'))
+    start = html.rindex("<svg", 0, html.index('<title id="communication-cost-title">'))
     return ElementTree.fromstring(html[start : html.index("</svg>", start) + 6])
 
 
 def marks_of(chart: ElementTree.Element) -> dict[str, tuple[float, float]]:
-    """Where each mark stands, by its spoken words up to the colon: a path begins, and a whisker of it hangs, at its x."""
+    """(x, y) of each mark by its title up to the colon."""
     found = {}
     for group in chart.iter("g"):
         mark = next(e for e in group if "mark" in e.get("class", "").split())
@@ -84,38 +87,38 @@ def marks_of(chart: ElementTree.Element) -> dict[str, tuple[float, float]]:
     return found
 
 
-def words_of(chart: ElementTree.Element, style: str) -> list[str]:
+def texts_of(chart: ElementTree.Element, style: str) -> list[str]:
     return [str(e.text) for e in chart.iter("text") if e.get("class") == style]
 
 
-def price_table(html: str) -> dict[str, list[str]]:
-    return {row[0]: row[1:] for row in tables(Page(html))["price.csv"]}
+def cost_table(html: str) -> dict[str, list[str]]:
+    return {row[0]: row[1:] for row in tables(Page(html))["communication-cost.csv"]}
 
 
 # --- the chart -----------------------------------------------------------------------------------
 
 
-def test_marks_stand_by_bytes_and_gap() -> None:
-    marks = marks_of(chart_of(html_of(priced())))
+def test_marks_are_placed_by_bytes_and_gap() -> None:
+    marks = marks_of(chart_of(html_of(with_costs())))
     names = ["1 generator-only", "2 half", "3 fedavg", "4 every step"]
     xs, ys = zip(*(marks[name] for name in names), strict=True)
     assert len(marks) == 4
     assert list(xs) == sorted(set(xs)), "by bytes"
-    assert list(ys) == sorted(set(ys)), "a smaller gap stands lower"
-    # On a logarithmic axis equal ratios are equal distances: 5 × between the first and the third, 20 × to the last.
+    assert list(ys) == sorted(set(ys)), "a smaller gap is lower"
+    # On a log axis equal ratios are equal distances: 5 × from first to third, 20 × to the last.
     assert (xs[3] - xs[2]) / (xs[2] - xs[0]) == pytest.approx(1.8614, rel=0.02)
     assert (ys[1] - ys[0]) / (ys[2] - ys[1]) == pytest.approx(19 / 14, rel=0.02)
 
 
-def test_a_whisker_is_the_interval_of_the_pair_and_lines_stand_at_zero_and_at_the_margin() -> None:
-    chart = chart_of(html_of(priced()))
+def test_whiskers_show_intervals_and_lines_zero_and_margin() -> None:
+    chart = chart_of(html_of(with_costs()))
     marks = marks_of(chart)
     for group in chart.iter("g"):
         x, y = marks[str(group[0].text).split(":")[0]]
         bar = next(e for e in group if "whisker" in e.get("class", "").split())
         assert float(bar.get("x1", 0)) == float(bar.get("x2", 0)) == x
         low, high = (float(bar.get(key, 0)) for key in ("y1", "y2"))
-        # gap − 0.02 to gap + 0.01: the other way round than in comparison.json, which has arm minus centralised
+        # gap − 0.02 to gap + 0.01: negated, because comparison.json has arm minus centralised
         assert (low - y) / (y - high) == pytest.approx(2, rel=0.05)
     lines = [float(e.get("y1", 0)) for e in chart.iter("line") if e.get("class") == "reference"]
     heights = {name: y for name, (_, y) in marks.items()}
@@ -123,116 +126,118 @@ def test_a_whisker_is_the_interval_of_the_pair_and_lines_stand_at_zero_and_at_th
     assert lines == pytest.approx(
         [heights["4 every step"] + (v - 0.004) * scale for v in (0.02, 0.0)], abs=0.3
     )
-    assert words_of(chart, "note") == ["margin", "equal"]
+    assert texts_of(chart, "note") == ["margin", "equal"]
 
 
-def test_without_a_margin_there_is_no_line_for_it() -> None:
-    html = html_of(priced() | {"margin": None})
-    assert words_of(chart_of(html), "note") == ["equal"]
-    assert "lies below the margin" not in section(html, "cost")
+def test_missing_margin_has_no_line() -> None:
+    html = html_of(with_costs() | {"margin": None})
+    assert texts_of(chart_of(html), "note") == ["equal"]
+    assert "is below the margin" not in section(html, "cost")
 
 
-def test_the_axis_of_bytes_has_round_sizes_that_do_not_touch() -> None:
-    chart = chart_of(html_of(priced()))
+def test_byte_axis_has_round_sizes_without_overlap() -> None:
+    chart = chart_of(html_of(with_costs()))
     ticks = [
         e
         for e in chart.iter("text")
         if e.get("class") == "tick" and e.get("text-anchor") == "middle"
     ]
     assert [e.text for e in ticks] == ["200 MB", "500 MB", "1 GB", "2 GB", "5 GB", "10 GB"]
-    near = {"fedavg": PRICED["fedavg"], "like it": (490_000_000, 10, 0.02)}
+    near = {"fedavg": COSTS["fedavg"], "similar": (490_000_000, 10, 0.02)}
     ticks = [
         e
-        for e in chart_of(html_of(priced(near))).iter("text")
+        for e in chart_of(html_of(with_costs(near))).iter("text")
         if "B" in str(e.text) and e.get("class") == "tick"
     ]
-    assert [e.text for e in ticks] == ["500 MB", "1 GB"], "even where the arms send about the same"
+    assert [e.text for e in ticks] == ["500 MB", "1 GB"], "also for nearly equal bytes"
 
 
-def test_arms_of_the_same_bytes_stand_side_by_side_near_their_place() -> None:
+def test_marks_of_equal_bytes_are_side_by_side() -> None:
     same = {f"strategy {i}": (482_000_000, 10, 0.03) for i in range(3)}
-    chart = chart_of(html_of(priced(same | {"half": PRICED["half"]})))
+    chart = chart_of(html_of(with_costs(same | {"half": COSTS["half"]})))
     marks = marks_of(chart)
     xs = [marks[f"{i + 2} strategy {i}"][0] for i in range(3)]
     assert [round(after - before, 1) for before, after in itertools.pairwise(xs)] == [10, 10]
-    place = Scale(*log_range([1.5 * 241e6, 1.5 * 482e6]), LEFT, WIDE - GUTTER, log=True)(
+    expected = Scale(*log_range([1.5 * 241e6, 1.5 * 482e6]), LEFT, WIDE - GUTTER, log=True)(
         1.5 * 482e6
     )
-    assert xs[1] == pytest.approx(place, abs=0.1)
+    assert xs[1] == pytest.approx(expected, abs=0.1)
 
 
 # --- the table -----------------------------------------------------------------------------------
 
 
-def test_the_table_has_every_number_of_the_chart_and_ratios_to_fedavg() -> None:
-    html = html_of(priced())
-    rows = price_table(html)
+def test_table_has_the_values_of_the_chart_and_ratios_to_fedavg() -> None:
+    html = html_of(with_costs())
+    rows = cost_table(html)
     assert list(rows) == ["Arm", "generator-only", "half", "fedavg", "every step"]
-    assert rows["Arm"][4] == "Bytes over those of fedavg"
+    assert rows["Arm"][4] == "Bytes relative to fedavg"
     assert rows["fedavg"] == ["3", "10", "72.3 MB", "723 MB", "1 ×", "+0.027", "[+0.007, +0.037]"]
     assert rows["half"] == ["2", "5", "72.3 MB", "362 MB", "0.5 ×", "+0.041", "[+0.021, +0.051]"]
     assert [rows[name][4] for name in ("generator-only", "every step")] == ["0.2 ×", "20 ×"]
-    spoken = ElementTree.tostring(chart_of(html), encoding="unicode")
-    assert "2 half 362 MB, +0.041 (+0.021 to +0.051);" in spoken
-    assert words_of(chart_of(html), "strong") == [row[0] for row in list(rows.values())[1:]]
+    description = ElementTree.tostring(chart_of(html), encoding="unicode")
+    assert "2 half 362 MB, +0.041 (+0.021 to +0.051);" in description
+    assert texts_of(chart_of(html), "strong") == [row[0] for row in list(rows.values())[1:]]
 
 
-def test_without_an_arm_called_fedavg_the_cheapest_is_the_measure() -> None:
-    rows = price_table(
-        html_of(priced({name: PRICED[name] for name in ("half", "generator-only", "every step")}))
+def test_cheapest_arm_is_the_base_without_fedavg() -> None:
+    rows = cost_table(
+        html_of(
+            with_costs({name: COSTS[name] for name in ("half", "generator-only", "every step")})
+        )
     )
-    assert rows["Arm"][4] == "Bytes over those of generator-only"
+    assert rows["Arm"][4] == "Bytes relative to generator-only"
     assert [row[4] for row in list(rows.values())[1:]] == ["1 ×", "2.5 ×", "100 ×"]
 
 
-def test_rounds_that_are_not_known_are_dashes() -> None:
-    content = priced()
+def test_unknown_rounds_are_dashes() -> None:
+    content = with_costs()
     for run in content["arms"]:
         if run["name"] == "half":
             del run["cost"]["rounds"]
-    assert price_table(html_of(content))["half"][:4] == ["2", "–", "–", "362 MB"]
+    assert cost_table(html_of(content))["half"][:4] == ["2", "–", "–", "362 MB"]
 
 
-def test_a_training_that_was_broken_off_does_not_make_its_arm_cheaper() -> None:
-    content = priced()
+def test_interrupted_training_does_not_count() -> None:
+    content = with_costs()
     run = next(run for run in content["arms"] if (run["name"], run["seed"]) == ("fedavg", 1))
     run |= {"status": "failed", "failure": "Disk full.", "evaluation": None}
     run["cost"]["bytes_exchanged"] = 10
-    assert price_table(html_of(content))["fedavg"][3] == "482 MB"
+    assert cost_table(html_of(content))["fedavg"][3] == "482 MB"
 
 
-def test_without_a_pair_the_gap_is_that_of_the_means_and_has_no_whisker() -> None:
-    html = html_of(priced() | {"comparisons": []})
-    assert price_table(html)["half"][-2:] == ["+0.041", "–"]
+def test_unpaired_gap_is_the_difference_of_means_without_whisker() -> None:
+    html = html_of(with_costs() | {"comparisons": []})
+    assert cost_table(html)["half"][-2:] == ["+0.041", "–"]
     assert not [e for e in chart_of(html).iter("line") if "whisker" in e.get("class", "")]
     assert "Without an interval" in section(html, "cost")
 
 
-# --- what is not there ---------------------------------------------------------------------------
+# --- missing content ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "lacking", ["a centralised arm", "a second federated arm", "a second arm that sends"]
+    "missing", ["a centralised arm", "a second federated arm", "a second arm with bytes"]
 )
-def test_there_is_no_chart_without_something_to_compare(lacking: str) -> None:
-    content = priced()
-    if lacking == "a centralised arm":
+def test_chart_needs_arms_to_compare(missing: str) -> None:
+    content = with_costs()
+    if missing == "a centralised arm":
         for key in ("arms", "summary"):
             content[key] = [row for row in content[key] if row["arm"] != "centralized"]
-    elif lacking == "a second federated arm":
-        content = priced({"fedavg": PRICED["fedavg"]})
+    elif missing == "a second federated arm":
+        content = with_costs({"fedavg": COSTS["fedavg"]})
     else:
-        content = priced(
-            {"fedavg": PRICED["fedavg"], "silent": (0, 10, 0.02), "unknown": (None, 10, 0.02)}
+        content = with_costs(
+            {"fedavg": COSTS["fedavg"], "silent": (0, 10, 0.02), "unknown": (None, 10, 0.02)}
         )
-    assert "cost-price" not in html_of(content)
-    assert "What the bytes buy" not in html_of(content)
-    assert "cost-price" in html_of(priced())
+    assert "communication-cost" not in html_of(content)
+    assert "Communication cost" not in html_of(content)
+    assert "communication-cost" in html_of(with_costs())
 
 
-def test_an_arm_without_bytes_or_auc_is_named_and_left_out_of_the_chart() -> None:
-    content = priced(
-        PRICED
+def test_arm_without_bytes_or_auc_is_named_and_not_in_the_chart() -> None:
+    content = with_costs(
+        COSTS
         | {"silent": (0, 10, 0.02), "unknown": (None, 10, 0.02), "failed one": (1e8, 10, 0.02)}
     )
     for row in content["summary"]:
@@ -240,31 +245,31 @@ def test_an_arm_without_bytes_or_auc_is_named_and_left_out_of_the_chart() -> Non
     content["comparisons"] = [row for row in content["comparisons"] if row["a"] != "failed one"]
     html = html_of(content)
     assert len(marks_of(chart_of(html))) == 4
-    words = section(html, "cost")
+    text = section(html, "cost")
     assert (
-        "Not in the chart: silent (no bytes); unknown (bytes not known); failed one (no macro AUC to compare)."
-        in words
+        "Not in the chart: silent (no bytes); unknown (bytes not known); "
+        "failed one (no macro AUC to compare)." in text
     )
-    rows = price_table(html)
+    rows = cost_table(html)
     assert rows["silent"][:5] == ["–", "10", "none", "none", "0 ×"]
     assert rows["unknown"][:5] == ["–", "10", "–", "–", "–"]
     assert rows["failed one (no figures)"][5:] == ["–", "–"]
-    assert "Not in the chart" not in section(html_of(priced()), "cost")
+    assert "Not in the chart" not in section(html_of(with_costs()), "cost")
 
 
-def test_a_table_alone_is_shown_where_centralised_training_failed() -> None:
-    content = priced() | {"comparisons": []}
+def test_failed_centralised_training_leaves_the_table_only() -> None:
+    content = with_costs() | {"comparisons": []}
     for row in content["summary"]:
         row |= {"macro_auc": None} if row["arm"] == "centralized" else {}
     html = html_of(content)
-    assert "No arm can be compared with centralized: no chart." in section(html, "cost")
-    assert price_table(html)["half"][3] == "362 MB"
+    assert "No arm can be compared with centralized, so there is no chart." in section(html, "cost")
+    assert cost_table(html)["half"][3] == "362 MB"
 
 
 @settings(max_examples=20)
 @given(data=st.data())
-def test_no_number_of_the_file_stops_the_chart(data: st.DataObject) -> None:
-    content: Any = priced({name: PRICED[name] for name in ("fedavg", "half")})
+def test_any_number_renders(data: st.DataObject) -> None:
+    content: Any = with_costs({name: COSTS[name] for name in ("fedavg", "half")})
     ends = (
         "bytes_exchanged",
         "rounds",
@@ -282,10 +287,10 @@ def test_no_number_of_the_file_stops_the_chart(data: st.DataObject) -> None:
     ]
     for _ in range(data.draw(st.integers(1, 6))):
         content = replaced(content, data.draw(st.sampled_from(every)), data.draw(scraps))
-    page = Page(html_of(content))
-    assert len(page.values("id")) == len(set(page.values("id")))
-    assert all(len(row) == len(rows[0]) for rows in tables(page).values() for row in rows)
+    report = Page(html_of(content))
+    assert len(report.values("id")) == len(set(report.values("id")))
+    assert all(len(row) == len(rows[0]) for rows in tables(report).values() for row in rows)
 
 
-def test_writing_twice_gives_the_same_chart() -> None:
-    assert html_of(priced()) == html_of(priced())
+def test_chart_is_reproducible() -> None:
+    assert html_of(with_costs()) == html_of(with_costs())
