@@ -74,24 +74,24 @@ def make_trainers(resolution: int, precision: str, folder: Path) -> tuple[Traine
 
 def plain_step(trainer: Trainer) -> None:
     """One step of D on a shuffled batch."""
-    trainer._discriminator_step(defaultdict(list))
-    trainer.steps += 1
+    trainer.step._d_main(defaultdict(list))
+    trainer.step.steps += 1
 
 
 def private_step(trainer: Trainer) -> None:
     """One step of D on a Poisson sample."""
-    assert trainer.private is not None
-    trainer._private_discriminator_step(trainer.private)
-    trainer.steps += 1
+    trainer.step._d_main_private(trainer.private)
+    trainer.step.steps += 1
 
 
 def gradients(trainer: Trainer) -> tuple[Callable[[], object], Callable[[], object]]:
-    """(D's gradient of one batch, the clipped sum of its pairs' gradients), of the same fakes and reals."""
-    network = trainer.discriminator
-    real, real_c = trainer._real_batch()
+    """(D's gradient of one batch, the clipped sum of its pairs' gradients), for the same images."""
+    step, streams = trainer.step, trainer.streams
+    network = step.discriminator
+    real, real_c = trainer.batches.real(streams.host)
     with torch.no_grad():
-        fake_c = trainer._fake_labels(len(real))
-        fake = trainer._synthesise(trainer._styles(fake_c))
+        fake_c = trainer.batches.generator_labels(len(real), streams.host)
+        fake = step._synthesize(step._map(fake_c, streams), streams)
     parameters, units = list(network.parameters()), torch.arange(len(real))
 
     def plain() -> object:

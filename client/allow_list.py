@@ -37,8 +37,7 @@ from fedgan.config import ModelSettings, Settings
 from fedgan.exchange.masking import CLIPPED, FACTOR
 from fedgan.exchange.number_formats import DTYPES
 from fedgan.exchange.round_metrics import ROUND_METRICS, allowed_metrics
-from fedgan.models.stylegan2.discriminator import Discriminator
-from fedgan.models.stylegan2.generator import Generator
+from fedgan.models.families import network_classes
 
 HELLO, TRAIN = "`query.hello`", "`train`"  # as the documentation shows them
 MASKED = "masked"  # the record of a masked change
@@ -153,10 +152,11 @@ def model_arrays(
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all arrays of the model under these settings; a scalar has shape (1,)."""
     rng = torch.Generator()  # separate, so that the training's random numbers do not change
-    generator = Generator(model, resolution, channels, label_dim, rng)
-    discriminator = Discriminator(model, resolution, channels, label_dim, rng)
-    parts: dict[str, torch.nn.Module] = {"generator": generator, "ema": generator}
-    parts["discriminator"] = discriminator
+    parts = {
+        part: network(model, resolution, channels, label_dim, rng)
+        for part, network in network_classes(model.family).items()
+    }
+    parts["ema"] = parts["generator"]
     return {
         f"{part}/{name}": tuple(tensor.shape) or (1,)
         for part, network in parts.items()

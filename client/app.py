@@ -133,7 +133,7 @@ def train_round(
 
     context_.step = "loading the server's model"
     before_round = received_model(context_.message, settings)
-    trainer.incoming(before_round)
+    trainer.load_parameters(before_round)
 
     context_.step = f"training round {request.round}"
     before, progress = trainer.images_seen, Progress(local.folder, request.round, request.images)
@@ -145,7 +145,7 @@ def train_round(
 
     context_.step = "encoding its update for federation.wire"
     parts = [part for part in PARTS if part in settings.federation.exchange]
-    arrays = update_record(trainer.outgoing(parts), before_round, settings)
+    arrays = update_record(trainer.get_parameters(parts), before_round, settings)
     facts = reported_metrics(settings, {**means, "peak_memory_bytes": peak_memory()})
     facts |= {"images_seen": trainer.images_seen, "threads": threads, "round": request.round}
     if trainer.exhausted:

@@ -31,6 +31,7 @@ STRATEGIES = (
     "multikrum",
 )
 PARTS = ("generator", "discriminator", "ema")
+FAMILIES = ("stylegan2",)
 CLASSIFIERS = ("small-cnn", "resnet18", "densenet121", "efficientnet-b2")
 T = TypeVar("T")
 
@@ -90,8 +91,9 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The size of the StyleGAN2 networks."""
+    """The generator family and the size of its networks."""
 
+    family: str = meaning("stylegan2", "Generator family.", choices=FAMILIES)
     z_dim: int = meaning(128, "Dimension of the latent z.", low=1)
     w_dim: int = meaning(128, "Dimension of the intermediate latent w.", low=1)
     mapping_layers: int = meaning(

@@ -497,7 +497,7 @@ def test_labels_are_released_once_also_after_a_restart(tmp_path):
     second = begin_training(settings_of(*words), images_of(60), **begin)
     second.load_state_dict(first.state_dict())
     second.train(12)
-    assert second.label_weights == first.label_weights
+    assert second.batches.label_weights == first.batches.label_weights
     assert [entry.kind for entry in Ledger(ledger).entries()].count("label counts") == 1
 
 
@@ -568,15 +568,15 @@ def test_the_generators_draws_do_not_tell_the_size_of_the_sample(tmp_path):
     for trainer in trainers:
         trainer.train(12)
     first, second = trainers
-    assert torch.equal(first.host.get_state(), second.host.get_state())
-    assert torch.equal(first.noise.get_state(), second.noise.get_state())
+    assert torch.equal(first.streams.host.get_state(), second.streams.host.get_state())
+    assert torch.equal(first.streams.noise.get_state(), second.streams.noise.get_state())
 
 
 def test_what_fakes_share_does_not_depend_on_where_chunks_end(tmp_path, monkeypatch):
     """Else one more image in the sample would move the fakes of others, which the clip does not bound."""
     seen = []
     for size in (1, 256):
-        monkeypatch.setattr("fedgan.training.trainer.SYNTHESIS_CHUNK", size)
+        monkeypatch.setattr("fedgan.training.stylegan2_step.SYNTHESIS_CHUNK", size)
         trainer = trainer_of(
             tmp_path, "training.style_mixing=0.5", "privacy.noise_multiplier=0", secret=5
         )
@@ -586,53 +586,56 @@ def test_what_fakes_share_does_not_depend_on_where_chunks_end(tmp_path, monkeypa
                 "gradient",
                 lambda d, loss, fakes, *rest: (seen.append(fakes), (0.0, 0))[1],
             )
-            trainer._private_discriminator_step(trainer.private)
+            trainer.step._d_main_private(trainer.private)
     torch.testing.assert_close(seen[0][1], seen[1][1])
     torch.testing.assert_close(seen[0][0], seen[1][0], rtol=1e-3, atol=1e-3)
 
 
 def test_the_generator_learns_from_the_average_of_d(tmp_path):
     trainer = trainer_of(tmp_path, "training.d_average=0.5")
-    expected = {name: value.clone() for name, value in trainer.d_average.state_dict().items()}
+    expected = {name: value.clone() for name, value in trainer.step.d_average.state_dict().items()}
 
     def follow(trainer) -> None:
-        for name, value in trainer.discriminator.state_dict().items():
+        for name, value in trainer.step.discriminator.state_dict().items():
             expected[name].lerp_(value, 0.5)
 
     trainer.train(18, follow)
-    for name, value in trainer.d_average.state_dict().items():
+    for name, value in trainer.step.d_average.state_dict().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_the_average_of_d_follows_a_d_that_arrives(tmp_path):
     trainer = trainer_of(tmp_path, "training.d_average=0.999")
-    theirs = {name: array + 1 for name, array in trainer.outgoing(["discriminator"]).items()}
-    trainer.incoming(theirs)  # before the first step it is all that there is an average of
-    for name, value in trainer.d_average.state_dict().items():
-        torch.testing.assert_close(value, trainer.discriminator.state_dict()[name], rtol=0, atol=0)
+    theirs = {name: array + 1 for name, array in trainer.get_parameters(["discriminator"]).items()}
+    trainer.load_parameters(theirs)  # before the first step it is all that there is an average of
+    for name, value in trainer.step.d_average.state_dict().items():
+        torch.testing.assert_close(
+            value, trainer.step.discriminator.state_dict()[name], rtol=0, atol=0
+        )
     trainer.train(18)
-    before = {name: value.clone() for name, value in trainer.d_average.state_dict().items()}
-    trainer.incoming(trainer.outgoing(["discriminator"]))  # its own D: nothing moves
+    before = {name: value.clone() for name, value in trainer.step.d_average.state_dict().items()}
+    trainer.load_parameters(trainer.get_parameters(["discriminator"]))  # its own D: nothing moves
     assert all(
-        torch.equal(value, before[name]) for name, value in trainer.d_average.state_dict().items()
+        torch.equal(value, before[name])
+        for name, value in trainer.step.d_average.state_dict().items()
     )
-    trainer.incoming(
-        {name: array + 1 for name, array in trainer.outgoing(["discriminator"]).items()}
+    trainer.load_parameters(
+        {name: array + 1 for name, array in trainer.get_parameters(["discriminator"]).items()}
     )
-    moved = {name for name, _ in trainer.discriminator.named_parameters()}
-    for name, value in trainer.d_average.state_dict().items():
+    moved = {name for name, _ in trainer.step.discriminator.named_parameters()}
+    for name, value in trainer.step.d_average.state_dict().items():
         torch.testing.assert_close(value, before[name] + (name in moved), rtol=1e-5, atol=1e-5)
 
 
 def test_the_generator_waits_for_d_by_what_d_says_of_fakes_alone(tmp_path):
     asked = trainer_of(tmp_path, "training.d_accuracy=1.0", "privacy.noise_multiplier=50")
     told = asked.train(60)
-    assert asked.steps == 10
-    assert asked.g_steps < 10  # a D of noise calls no whole batch fake, step after step
+    assert asked.step.steps == 10
+    assert asked.step.g_steps < 10  # a D of noise calls no whole batch fake, step after step
     assert "d_accuracy" in told
     free = trainer_of(tmp_path)
     free.train(60)
-    assert free.g_steps == 10
+    assert free.step.g_steps == 10
 
 
 def test_a_round_tells_nothing_that_was_measured_on_real_images(tmp_path):

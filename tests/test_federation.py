@@ -231,11 +231,11 @@ def test_one_hospital_with_all_data_is_centralised_training(tmp_path: Path) -> N
     torch.set_num_threads(1)
     try:
         trainer = Trainer(settings, open_hospitals(settings)[0].train, "cpu", stream=0)
-        start = trainer.outgoing(ALL)
+        start = trainer.get_parameters(ALL)
         trainer.train(100)
     finally:
         torch.set_num_threads(threads)
-    central = trainer.outgoing(ALL)
+    central = trainer.get_parameters(ALL)
     tensors, meta = load_tensors(run.checkpoint(3))
     assert meta["images_seen"] == trainer.images_seen == 100
     assert set(tensors) == set(central)

@@ -266,9 +266,9 @@ def test_fine_tuning_goes_on_with_the_federation_s_weights_and_with_what_this_ho
     def watched(self: Trainer, *arguments: Any, **more: Any) -> dict[str, float]:
         facts = {
             "seen": self.images_seen,
-            "steps": self.steps,
-            "p": self.ada.p,
-            "parts": self.outgoing(self.parts),
+            "steps": self.step.steps,
+            "p": self.step.ada.p,
+            "parts": self.get_parameters(self.parts),
         }
         begun.append(facts)
         return train(self, *arguments, **more)
@@ -331,10 +331,10 @@ def test_after_a_step_of_fine_tuning_the_average_is_still_near_the_received_one(
             arrays = {
                 key: tensor.numpy() for key, tensor in received.items() if not key.startswith(STRATEGY_STATE)
             }
-            trainer.incoming(arrays)
+            trainer.load_parameters(arrays)
         trainer.train(4)
         found[kind] = {
-            part: with_prefix(trainer.outgoing(trainer.parts), f"{part}/")
+            part: with_prefix(trainer.get_parameters(trainer.parts), f"{part}/")
             for part in ("ema", "generator")
         }
     fresh, going = found["begins anew"], found["goes on"]

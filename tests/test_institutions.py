@@ -22,7 +22,7 @@ from fedgan.evaluation.reference import pool_hospitals
 from fedgan.evaluation.sampling import generate_images
 from fedgan.models.stylegan2.discriminator import Discriminator
 from fedgan.models.stylegan2.generator import Generator
-from fedgan.models.stylegan2.hospital_condition import HospitalCondition
+from fedgan.models.hospital_condition import HospitalCondition
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator, load_tensors, save_tensors
 from fedgan.training.trainer import Trainer
@@ -110,7 +110,7 @@ def test_a_hospital_can_be_named_and_is_seen() -> None:
         generator(z, torch.cat([label, torch.eye(3)[[k]]], 1), noise="const") for k in (0, 1)
     )
     assert (first - second).abs().max() > 1e-3
-    with pytest.raises(FedganError, match="does not know the hospitals' shares"):
+    with pytest.raises(FedganError, match="no label counts of the hospitals"):
         generator(z, label)
 
 
@@ -207,7 +207,7 @@ def test_a_checkpoint_says_who_holds_what(tmp_path: Path) -> None:
         tensors,
         {key: value for key, value in meta.items() if key not in ("format", "sha256")},
     )
-    with pytest.raises(CheckpointError, match="does not tell the hospitals' shares"):
+    with pytest.raises(CheckpointError, match="lacks the hospitals' label counts"):
         load_generator(run.checkpoint(2))
 
 
@@ -217,10 +217,10 @@ def test_pooled_images_keep_their_hospitals(tmp_path: Path) -> None:
     hospitals = open_hospitals(settings)[:2]
     data = pool_hospitals([(hospital.name, hospital.train) for hospital in hospitals], "both")
     places = np.repeat([0, 1], [len(hospital.train) for hospital in hospitals])
-    trainer = Trainer(settings, data, places=places)
-    before = trainer.generator.mapping.embed.weight.detach().clone()  # type: ignore[union-attr]
+    trainer = Trainer(settings, data, hospital_of_row=places)
+    before = trainer.step.generator.mapping.embed.weight.detach().clone()  # type: ignore[union-attr]
     trainer.train(96)
-    after = trainer.generator.mapping.embed.weight.detach()  # type: ignore[union-attr]
+    after = trainer.step.generator.mapping.embed.weight.detach()  # type: ignore[union-attr]
     assert ((after - before).abs().amax(0)[2:] > 0).tolist() == [True, True, False]
 
 

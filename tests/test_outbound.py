@@ -907,7 +907,7 @@ def test_model_arrays_match_the_output_of_the_trainer(
     data = dataclasses.replace(
         data, labels=data.labels[:, :labels], label_names=data.label_names[:labels]
     )
-    outgoing = Trainer(settings, data).outgoing(("generator", "discriminator", "ema"))
+    outgoing = Trainer(settings, data).get_parameters(("generator", "discriminator", "ema"))
     listed = model_arrays(settings.model, settings.data.resolution, data.channels, labels)
     assert {name: array.shape for name, array in outgoing.items()} == listed
 

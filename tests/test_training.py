@@ -191,12 +191,14 @@ def test_trainer_gives_adam_the_correction_and_names_no_integer_beta():
     trainer = Trainer(
         tiny_settings("training.path_length_interval=4", "training.r1_interval=16"), tiny_dataset()
     )
-    assert math.isclose(trainer.g_adam.param_groups[0]["lr"], 0.0025 * 4 / 5)
-    assert math.isclose(trainer.d_adam.param_groups[0]["betas"][1], 0.99 ** (16 / 17))
+    assert math.isclose(trainer.step.g_adam.param_groups[0]["lr"], 0.0025 * 4 / 5)
+    assert math.isclose(trainer.step.d_adam.param_groups[0]["betas"][1], 0.99 ** (16 / 17))
     plain = Trainer(
         tiny_settings("training.path_length_weight=0", "training.r1_gamma=0"), tiny_dataset()
     )
-    assert plain.g_adam.param_groups[0]["lr"] == plain.d_adam.param_groups[0]["lr"] == 0.0025
+    assert (
+        plain.step.g_adam.param_groups[0]["lr"] == plain.step.d_adam.param_groups[0]["lr"] == 0.0025
+    )
 
 
 # --- the average generator -----------------------------------------------------------------------
@@ -278,8 +280,8 @@ def test_a_budget_cut_into_rounds_is_the_same_budget():
         cut.train(images)
     assert whole.images_seen == cut.images_seen == 104
     assert all(
-        np.array_equal(a, cut.outgoing(["generator"])[name])
-        for name, a in whole.outgoing(["generator"]).items()
+        np.array_equal(a, cut.get_parameters(["generator"])[name])
+        for name, a in whole.get_parameters(["generator"]).items()
     )
 
 
@@ -288,21 +290,22 @@ def test_hospitals_start_alike_and_draw_differently():
     first, second = Trainer(settings_, dataset, stream=0), Trainer(settings_, dataset, stream=1)
     parts = ("generator", "discriminator", "ema")
     assert all(
-        np.array_equal(a, second.outgoing(parts)[name]) for name, a in first.outgoing(parts).items()
+        np.array_equal(a, second.get_parameters(parts)[name])
+        for name, a in first.get_parameters(parts).items()
     )
     first.train(8)
     second.train(8)
     name = "generator/synthesis.b16.conv1.weight"
     assert not np.array_equal(
-        first.outgoing(["generator"])[name], second.outgoing(["generator"])[name]
+        first.get_parameters(["generator"])[name], second.get_parameters(["generator"])[name]
     )
 
 
 def test_training_changes_every_parameter_and_reports_what_it_did():
     trainer = Trainer(tiny_settings(), tiny_dataset())
-    before = trainer.outgoing(["generator", "discriminator", "ema"])
+    before = trainer.get_parameters(["generator", "discriminator", "ema"])
     result = trainer.train(160)
-    after = trainer.outgoing(["generator", "discriminator", "ema"])
+    after = trainer.get_parameters(["generator", "discriminator", "ema"])
     assert [name for name in before if np.array_equal(before[name], after[name])] == []
     assert {
         "loss_g",
@@ -336,9 +339,9 @@ def test_generator_labels_follow_the_hospitals_own_mix():
     dataset = tiny_dataset(400, 3)
     dataset.labels[:] = 0
     dataset.labels[np.arange(400), np.where(np.arange(400) < 300, 0, 2)] = 1
-    drawn = torch.cat(
-        [Trainer(tiny_settings(), dataset, stream=s)._fake_labels(400) for s in range(5)]
-    ).mean(dim=0)
+    trainers = [Trainer(tiny_settings(), dataset, stream=s) for s in range(5)]
+    sampled = [t.batches.generator_labels(400, t.streams.host) for t in trainers]
+    drawn = torch.cat(sampled).mean(dim=0)
     assert drawn[1] == 0
     assert abs(float(drawn[0]) - 0.75) < 0.05
 
@@ -346,40 +349,40 @@ def test_generator_labels_follow_the_hospitals_own_mix():
 def test_what_travels_has_a_dimension_is_float32_sorted_and_comes_back():
     a, b = (Trainer(tiny_settings(), tiny_dataset(), stream=s) for s in (0, 1))
     a.train(24)
-    arrays = a.outgoing(["generator", "discriminator", "ema"])
+    arrays = a.get_parameters(["generator", "discriminator", "ema"])
     assert list(arrays) == sorted(arrays)
     assert all(array.dtype == np.float32 and array.ndim >= 1 for array in arrays.values())
     assert not [name for name in arrays if "fir" in name or "noise_const" in name]
-    b.incoming(arrays)
+    b.load_parameters(arrays)
     assert all(
-        np.array_equal(array, b.outgoing(["generator", "discriminator", "ema"])[name])
+        np.array_equal(array, b.get_parameters(["generator", "discriminator", "ema"])[name])
         for name, array in arrays.items()
     )
 
 
 def test_a_model_that_does_not_fit_changes_nothing():
     trainer = Trainer(tiny_settings(), tiny_dataset())
-    before = trainer.outgoing(["generator", "discriminator"])
+    before = trainer.get_parameters(["generator", "discriminator"])
     wrong = dict(before)
     wrong["discriminator/b4.out.weight"] = np.zeros((1, 1), np.float32)
     with pytest.raises(CheckpointError, match=r"b4\.out\.weight"):
-        trainer.incoming(wrong)
+        trainer.load_parameters(wrong)
     with pytest.raises(CheckpointError, match="unknown part"):
-        trainer.incoming({"labels/x": np.zeros(1, np.float32)})
+        trainer.load_parameters({"labels/x": np.zeros(1, np.float32)})
     assert all(
-        np.array_equal(array, trainer.outgoing(["generator", "discriminator"])[name])
+        np.array_equal(array, trainer.get_parameters(["generator", "discriminator"])[name])
         for name, array in before.items()
     )
 
 
 def test_proximal_term_adds_mu_times_the_distance():
     trainer = Trainer(tiny_settings("training.proximal_mu=0.5"), tiny_dataset())
-    trainer.incoming(trainer.outgoing(["generator", "discriminator"]))
-    parameter = next(iter(trainer.discriminator.parameters()))
+    trainer.load_parameters(trainer.get_parameters(["generator", "discriminator"]))
+    parameter = next(iter(trainer.step.discriminator.parameters()))
     with torch.no_grad():
         parameter += 2.0
     loss = parameter.sum() * 3.0
-    trainer._update(trainer.d_adam, loss, "discriminator")
+    trainer.step._update_d(loss)
     assert torch.allclose(parameter.grad, torch.full_like(parameter, 3.0 + 0.5 * 2.0), atol=1e-4)
 
 
@@ -389,10 +392,10 @@ def test_the_proximal_pull_keeps_a_hospital_near_the_model_it_was_given():
             tiny_settings(f"training.proximal_mu={mu}", "training.learning_rate=0.01"),
             tiny_dataset(),
         )
-        start = trainer.outgoing(["discriminator"])
-        trainer.incoming(start | trainer.outgoing(["generator"]))
+        start = trainer.get_parameters(["discriminator"])
+        trainer.load_parameters(start | trainer.get_parameters(["generator"]))
         trainer.train(160)
-        end = trainer.outgoing(["discriminator"])
+        end = trainer.get_parameters(["discriminator"])
         return sum(
             float(np.square(end[name] - start[name]).sum()) for name in start if ".conv" in name
         )
@@ -403,13 +406,13 @@ def test_the_proximal_pull_keeps_a_hospital_near_the_model_it_was_given():
 def test_p_zero_spends_nothing_and_none_never_augments():
     trainer = Trainer(tiny_settings("augment.mode=none"), tiny_dataset())
     images = torch.randn(2, 3, 16, 16)
-    assert trainer._augment(images) is images
+    assert trainer.step._augment(images, trainer.streams) is images
 
 
 def test_a_diverged_training_is_an_error_not_a_number():
     trainer = Trainer(tiny_settings(), tiny_dataset())
     with torch.no_grad():
-        trainer.generator.synthesis.b4.const.fill_(float("nan"))
+        trainer.step.generator.synthesis.b4.const.fill_(float("nan"))
     with pytest.raises(FedganError, match="diverged"):
         trainer.train(8)
 
@@ -444,7 +447,7 @@ def test_a_shard_that_changed_under_a_run_is_noticed_and_nothing_is_half_loaded(
     with pytest.raises(CheckpointError, match="other images or labels"):
         Trainer(tiny_settings(), relabelled).load_state_dict((tensors, plain))
     fresh = Trainer(tiny_settings(), dataset)
-    before = fresh.outgoing(["generator"])
+    before = fresh.get_parameters(["generator"])
     broken = {name: tensor for name, tensor in tensors.items() if not name.startswith("ema/")}
     with pytest.raises(CheckpointError, match="another model"):
         fresh.load_state_dict((broken, plain))
@@ -453,7 +456,8 @@ def test_a_shard_that_changed_under_a_run_is_noticed_and_nothing_is_half_loaded(
             (tensors, {key: value for key, value in plain.items() if key != "sampler"})
         )
     assert all(
-        np.array_equal(array, fresh.outgoing(["generator"])[name]) for name, array in before.items()
+        np.array_equal(array, fresh.get_parameters(["generator"])[name])
+        for name, array in before.items()
     )
     with pytest.raises(DataError, match="no training image"):
         Trainer(tiny_settings(), dataset.take(np.empty(0, np.int64)))
@@ -462,7 +466,7 @@ def test_a_shard_that_changed_under_a_run_is_noticed_and_nothing_is_half_loaded(
 def test_the_average_w_is_near_the_mean_of_w_after_a_short_training():
     trainer = Trainer(tiny_settings("training.style_mixing=0"), tiny_dataset(labels=0))
     trainer.train(320)
-    mapping = trainer.generator.mapping
+    mapping = trainer.step.generator.mapping
     mean = mapping(
         torch.randn(4000, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(4000, 0)
     ).mean(dim=0)
@@ -496,7 +500,7 @@ def test_a_checkpoint_gives_back_the_generator_that_made_it(tmp_path):
     trainer.train(16)
     arrays = {
         name: torch.from_numpy(array)
-        for name, array in trainer.outgoing(["generator", "ema"]).items()
+        for name, array in trainer.get_parameters(["generator", "ema"]).items()
     }
     meta = {
         "settings": to_dict(trainer.settings),

@@ -22,7 +22,7 @@ from fedgan.run_folder import RunFolder
 from fedgan.runs.compatibility import check_compatibility
 from fedgan.training.checkpoint import load_tensors
 from fedgan.training.trainer import Trainer
-from fedgan.training.variates import ControlVariates
+from fedgan.training.control_variates import ControlVariates
 
 ON = "federation.control_variates=true"
 ALIKE = (ON, "federation.local_images=equal", "training.kimg=0.96")
@@ -57,7 +57,7 @@ def test_hospitals_that_pull_apart_meet_at_the_optimum_of_all(
         for net, control in zip(nets, variates, strict=True):
             made = [net.weight.detach().clone()]
             nn.init.constant_(net.weight, x)
-            control.arrived("net", made, net)
+            control.update("net", made, net)
         for net, control, slope, optimum in zip(nets, variates, a, optima, strict=True):
             for _ in range(steps):
                 with torch.no_grad():
@@ -88,33 +88,33 @@ def test_without_corrections_they_do_not_meet_there() -> None:
 
 def test_a_round_adds_the_whole_correction_however_many_steps_it_has() -> None:
     trainer = Trainer(tiny_settings(ON, "training.learning_rate=1e-12"), tiny_dataset())
-    trainer.incoming(trainer.outgoing(PARTS))
+    trainer.load_parameters(trainer.get_parameters(PARTS))
     trainer.train(24)
-    made = trainer.outgoing(PARTS)
+    made = trainer.get_parameters(PARTS)
     sent = {key: array + np.float32(0.25) for key, array in made.items()}
-    trainer.incoming(sent)
+    trainer.load_parameters(sent)
     trainer.train(40)
     parameters = {
         f"{part}/{name}" for part in PARTS for name, _ in trainer.parts[part].named_parameters()
     }
-    for key, array in trainer.outgoing(PARTS).items():
+    for key, array in trainer.get_parameters(PARTS).items():
         if key in parameters:
             np.testing.assert_allclose(array, sent[key] + 0.25, atol=1e-4, err_msg=key)
 
 
 def test_the_first_model_that_arrives_corrects_nothing() -> None:
     trainer = Trainer(tiny_settings(ON), tiny_dataset())
-    trainer.incoming({key: array + np.float32(1) for key, array in trainer.outgoing(PARTS).items()})
-    assert set(trainer._variates.corrections) == set(PARTS)
-    for corrections in trainer._variates.corrections.values():
+    trainer.load_parameters({key: array + np.float32(1) for key, array in trainer.get_parameters(PARTS).items()})
+    assert set(trainer.exchange.control_variates.corrections) == set(PARTS)
+    for corrections in trainer.exchange.control_variates.corrections.values():
         assert not any(correction.any() for correction in corrections)
 
 
 def test_who_goes_on_without_the_setting_goes_on_without_corrections() -> None:
     trainer = Trainer(tiny_settings(ON), tiny_dataset())
     for _ in range(2):
-        trainer.incoming(
-            {key: array + np.float32(1) for key, array in trainer.outgoing(PARTS).items()}
+        trainer.load_parameters(
+            {key: array + np.float32(1) for key, array in trainer.get_parameters(PARTS).items()}
         )
     state = trainer.state_dict()
     plain, corrected = (
@@ -123,9 +123,9 @@ def test_who_goes_on_without_the_setting_goes_on_without_corrections() -> None:
     )
     for other in (plain, corrected):
         other.load_state_dict(state)
-    assert not plain._variates.corrections
-    corrected.incoming(
-        trainer.outgoing(PARTS) | {key: array + 1 for key, array in trainer.outgoing(PARTS).items()}
+    assert not plain.exchange.control_variates.corrections
+    corrected.load_parameters(
+        trainer.get_parameters(PARTS) | {key: array + 1 for key, array in trainer.get_parameters(PARTS).items()}
     )
     for part in PARTS:  # a state is not changed by who loads it
         kept = state[0][f"variates/{part}/000"]
@@ -138,13 +138,13 @@ def test_corrections_go_on_after_a_restart() -> None:
             Trainer(tiny_settings(ON), tiny_dataset(seed=number), stream=number)
             for number in range(2)
         ]
-        sent = hospitals[0].outgoing(PARTS)
+        sent = hospitals[0].get_parameters(PARTS)
         for number in range(3):
             for hospital in hospitals:
-                hospital.incoming(sent)
+                hospital.load_parameters(sent)
                 hospital.train(8)
             sent = mean_of(
-                [hospital.outgoing(PARTS) for hospital in hospitals], np.array([0.5, 0.5])
+                [hospital.get_parameters(PARTS) for hospital in hospitals], np.array([0.5, 0.5])
             )
             if restart and number == 1:
                 states = [hospital.state_dict() for hospital in hospitals]

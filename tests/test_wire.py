@@ -395,7 +395,7 @@ def test_a_model_that_outgrows_fp16_ends_the_run_by_name_and_it_can_go_on(
         kimg=0.016,
     )
     run = RunFolder.at(tmp_path / "run")
-    usual = Trainer.outgoing
+    usual = Trainer.get_parameters
 
     def grown(trainer: Trainer, parts: object) -> dict[str, np.ndarray]:
         arrays = usual(trainer, parts)  # type: ignore[arg-type]
@@ -404,7 +404,7 @@ def test_a_model_that_outgrows_fp16_ends_the_run_by_name_and_it_can_go_on(
         return arrays
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "outgoing", grown)
+        patch.setattr(Trainer, "get_parameters", grown)
         with pytest.raises(FederationError) as caught:
             federate(settings, run, app)
     assert str(caught.value) == (

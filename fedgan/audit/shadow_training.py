@@ -63,7 +63,7 @@ def train_shadows(
         shadow = _train(audited, everybody.take(np.flatnonzero(chosen)), audit, number)
         scores[DISCRIMINATOR].append(
             discriminator_scores(
-                shadow.discriminator,
+                shadow.parts["discriminator"],
                 part.images,
                 part.labels,
                 audited.device,
@@ -93,7 +93,7 @@ def _train(
             settings, dataset, planned_images=images, ledgers=ledgers, run=f"shadow-{number}"
         )
         trainer.train(images)
-    trainer.discriminator.float()
+    trainer.parts["discriminator"].float()
     return trainer
 
 

@@ -197,12 +197,12 @@ def load_audited_model(checkpoint: Path, settings: Settings) -> tuple[AuditedMod
             discriminator.mapping.hospital_condition = generator.mapping.hospital_condition
         discriminator = discriminator.eval().requires_grad_(False).to(device)
     numbers = {}
-    if settings.model.hospitals and len(meta["shares"]) > 1:
+    if settings.model.hospitals and len(meta["participants"]) > 1:
         known = (
             generator.mapping.hospital_condition.known
         )  # not those whose answers are in no model
         numbers = {
-            share["name"]: share["number"] for share in meta["shares"] if share["number"] in known
+            share["name"]: share["number"] for share in meta["participants"] if share["number"] in known
         }
     return AuditedModel(settings, generator, discriminator, device, numbers), meta
 

@@ -1,1 +1,1 @@
-"""Generator, discriminator and classifiers: nn.Modules only."""
+"""Networks: one folder per generator family, and the classifiers."""

@@ -228,19 +228,14 @@ class PrivateStep:
             noisy / noisy.sum() if noisy.sum() > 0 else np.full(len(noisy), 1 / max(1, len(noisy)))
         )
 
-    def facts(self, r_t: float, p: float) -> dict[str, float]:
-        """What a round may tell of a private training: nothing that was measured on real images without noise."""
-        told = {
-            "p": p,
+    def metrics(self) -> dict[str, float]:
+        """What a round reports of the guarantee; nothing is measured on real images."""
+        return {
             "epsilon": self.epsilon(),
             "delta": self.delta,
             "noise_multiplier": self.noise_multiplier,
+            "sample_rate": self.sample_rate,
         }
-        return (
-            told
-            | {"sample_rate": self.sample_rate}
-            | ({"r_t": r_t} if self.settings.r_t_noise else {})
-        )
 
 
 def releases_labels(settings: Settings, label_dim: int = 1) -> bool:

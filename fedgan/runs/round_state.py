@@ -84,11 +84,11 @@ def initial_state(settings: Settings, members: Sequence[Member]) -> State:
         dataclasses.replace(settings, privacy=PrivacySettings()), nobody
     )  # no image is seen here
     warm_start(begin, settings)
-    arrays = begin.outgoing(settings.federation.exchange)
+    arrays = begin.get_parameters(settings.federation.exchange)
     phantoms = all(member.phantoms for member in members)
     shape_of = (first.label_names, first.exclusive, first.channels, first.resolution)
     participants = [member.participant(0) for member in members]
-    average = begin.outgoing(["ema"]) if keeps_average(settings) else {}
+    average = begin.get_parameters(["ema"]) if keeps_average(settings) else {}
     return State(
         0,
         arrays,

@@ -1,1 +1,1 @@
-"""Losses, ADA, EMA and the one Trainer."""
+"""The Trainer, one training step per generator family, losses, ADA and EMA."""

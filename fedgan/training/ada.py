@@ -1,4 +1,4 @@
-"""The adaptive controller: how strongly to augment, from the signs of D on real images (arXiv 2006.06676, section 3)."""
+"""Adaptive discriminator augmentation: the controller of p (arXiv 2006.06676, section 3)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fedgan.errors import CheckpointError
 
 
 class AdaController:
-    """Holds the augmentation strength p and moves it so that r_t = E[sign(D(real))] comes to the target.
+    """Augmentation strength p, moved so that r_t = E[sign(D(real))] reaches the target.
 
-    Over a window of `interval` steps the signs of the logits of real images are summed. At its end p rises (r_t above
-    the target: D overfits) or falls by window images / (1000 * speed_kimg), and is clamped to [0, 1]. So p can go from
-    0 to 1 in `speed_kimg` thousand real images, whatever the batch size. Mode `fixed` keeps p at its start, mode `none`
-    keeps it at 0; both still measure r_t.
+    The signs of D on real images are summed over a window of `interval` steps. At its end p rises (r_t
+    above the target: D overfits) or falls by window images / (1000 * speed_kimg), within [0, 1]: from 0
+    to 1 in `speed_kimg` thousand real images for any batch size. Mode `fixed` keeps p at its start, mode
+    `none` at 0; both still measure r_t.
     """
 
     def __init__(self, settings: AugmentSettings) -> None:
@@ -28,20 +28,20 @@ class AdaController:
         self._signs: torch.Tensor | float = 0.0
 
     def observe(self, logits_real: torch.Tensor) -> None:
-        """Add D's logits of real images, of any shape, to the window. Does not wait for the device."""
+        """Add D's logits on real images, of any shape, to the window, without waiting for the device."""
         logits = logits_real.detach()
         self._signs = self._signs + torch.sign(logits).sum(dtype=torch.float32)
         self._images += logits.numel()
 
     def observe_sum(self, signs: float, images: int) -> None:
-        """Add a sum of signs of about `images` logits to the window: what a private training releases, with noise."""
+        """Add a noisy sum of the signs of about `images` logits, as a private training releases it."""
         self._signs = self._signs + signs
         self._images += images
 
     def step(self) -> None:
         """End one training step; at the end of a window set `r_t` and, in mode `ada`, move `p`.
 
-        A window in which nothing was observed changes nothing.
+        A window without observations changes nothing.
         """
         self._steps += 1
         if self._steps < self.settings.interval:
@@ -50,13 +50,13 @@ class AdaController:
             self.r_t = float(self._signs) / self._images
             if self.settings.mode == "ada":
                 gap = self.r_t - self.settings.target
-                direction = (gap > 0) - (gap < 0)  # 0 for a NaN as well: a broken D must not move p
+                direction = (gap > 0) - (gap < 0)  # 0 for NaN: a broken D must not move p
                 change = direction * self._images / (self.settings.speed_kimg * 1000)
                 self.p = min(1.0, max(0.0, self.p + change))
         self._steps, self._images, self._signs = 0, 0, 0.0
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on, as JSON values: `p r_t steps images signs`."""
+        """The state as JSON values: p, r_t, steps, images, signs."""
         return {
             "p": self.p,
             "r_t": self.r_t,
@@ -66,16 +66,18 @@ class AdaController:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state()` gave. Raises `CheckpointError` when it is not such a state; then nothing changes."""
+        """Restore what `state()` returned; a value that is no such state is a `CheckpointError`."""
         try:
             p, r_t, signs = float(state["p"]), float(state["r_t"]), float(state["signs"])
             steps, images = int(state["steps"]), int(state["images"])
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(
-                "the checkpoint's ADA state is damaged or of another version: resume from an older one"
+                "the ADA state of the checkpoint is damaged or of another version: "
+                "resume from an older one"
             ) from None
         if not 0.0 <= p <= 1.0 or steps < 0 or images < 0:
             raise CheckpointError(
-                f"the checkpoint's ADA state is out of range (p = {p:g}): resume from an older one"
+                f"the ADA state of the checkpoint is out of range (p = {p:g}): "
+                "resume from an older one"
             )
         self.p, self.r_t, self._steps, self._images, self._signs = p, r_t, steps, images, signs

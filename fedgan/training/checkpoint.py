@@ -1,7 +1,7 @@
-"""Checkpoints: tensors in one `.safetensors`, their meaning in the `.json` beside it. No pickle.
+"""Checkpoints: tensors in a `.safetensors`, their meaning in the `.json` beside it. No pickle.
 
-The JSON is written last and holds the hash of the tensors: a checkpoint without its JSON, or with another
-hash, does not count.
+The JSON is written last and holds the hash of the tensors: without it, or with another hash, a checkpoint
+is invalid.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from torch import Tensor
 from fedgan import files
 from fedgan.config import from_dict
 from fedgan.errors import CheckpointError
-from fedgan.models.stylegan2.generator import Generator
+from fedgan.models.families import network_classes
+from fedgan.models.hospital_condition import set_label_counts
 
-FORMAT = 2
+FORMAT = 2  # of the JSON
 
 
 class FormatError(CheckpointError):
-    """A checkpoint that another version of fedgan wrote."""
+    """A checkpoint of another format."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write `tensors` to `path` (.safetensors) and `meta` to the .json beside it, atomically, JSON last."""
+    """Write `tensors` to `path` (.safetensors), then `meta` to the .json beside it, atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     data = format_tensors(plain)
     side = path.with_suffix(".json")
     if side.exists():
-        side.unlink()  # the old pair ends before the new one begins
+        side.unlink()  # invalidates the old pair before the new one is written
     files.write_bytes(path, data)
     files.write_json(side, {"format": FORMAT, "sha256": hashlib.sha256(data).hexdigest(), **meta})
 
@@ -44,7 +45,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote: (tensors on the CPU, meta).
 
-    Raises `CheckpointError` when a file is missing, truncated or does not belong to the other.
+    Raises `CheckpointError` when a file is missing or truncated, or the two do not belong together.
     """
     side = path.with_suffix(".json")
     for file in (path, side):
@@ -55,7 +56,8 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         data = path.read_bytes()
         if not isinstance(meta, dict) or meta.get("sha256") != hashlib.sha256(data).hexdigest():
             raise CheckpointError(
-                f"checkpoint {path} is damaged: its hash differs from {side.name}; use an earlier one"
+                f"checkpoint {path} is damaged: its hash differs from {side.name}; "
+                "use an earlier one"
             )
         if meta.get("format") != FORMAT:
             raise FormatError(
@@ -70,14 +72,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose name starts with `prefix`, without it."""
+    """The tensors whose names start with `prefix`, by the rest of their names."""
     return {
         name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)
     }
 
 
 def numbered(lists: Mapping[str, Sequence[Tensor]], prefix: str) -> dict[str, Tensor]:
-    """Lists of tensors, one for each part of the model, under names that `lists_of` reads: `prefix` part/number."""
+    """Lists of tensors by part, as named tensors `prefix` part/number for `lists_of`."""
     return {
         f"{prefix}{part}/{number:03d}": tensor
         for part, row in lists.items()
@@ -88,7 +90,7 @@ def numbered(lists: Mapping[str, Sequence[Tensor]], prefix: str) -> dict[str, Te
 def lists_of(
     tensors: Mapping[str, Tensor], prefix: str, device: torch.device
 ) -> dict[str, list[Tensor]]:
-    """What was given to `numbered`, copied to `device`; other names are left alone."""
+    """The lists that `numbered` named, copied to `device`; other names are ignored."""
     lists: dict[str, list[Tensor]] = {}
     for name, tensor in sorted(with_prefix(tensors, prefix).items()):
         lists.setdefault(name.partition("/")[0], []).append(tensor.to(device, copy=True))
@@ -99,14 +101,16 @@ def lists_of(
 def load_into(
     module: torch.nn.Module, tensors: Mapping[str, Tensor], where: str, check_only: bool = False
 ) -> None:
-    """Copy tensors into a module's parameters and persistent buffers by name.
+    """Copy tensors into the parameters and persistent buffers of a module, by name.
 
-    Raises `CheckpointError` when a name or a shape differs; the module is untouched then. `check_only`: copy nothing.
+    Raises `CheckpointError` when a name or a shape differs; then nothing changes. `check_only`: copy
+    nothing.
     """
     own = module.state_dict()
     if missing := sorted(own.keys() ^ tensors.keys()):
         raise CheckpointError(
-            f"{where} is of another model: '{missing[0]}' and {len(missing) - 1} more names differ; check model.* settings"
+            f"{where} is of another model: '{missing[0]}' and {len(missing) - 1} more names differ; "
+            "check model.* settings"
         )
     for name, target in own.items():
         if target.shape != tensors[name].shape:
@@ -119,10 +123,11 @@ def load_into(
             target.copy_(tensors[name])
 
 
-def load_generator(path: Path, device: str = "cpu") -> tuple[Generator, dict[str, Any]]:
-    """The generator to sample from: the average where it travels, else the generator itself; and the meta.
+def load_generator(path: Path, device: str = "cpu") -> tuple[Any, dict[str, Any]]:
+    """The generator of a round's checkpoint (the average where it travels) and the checkpoint's meta.
 
-    Where it tells hospitals apart it draws from those whose answers are in it: the column of another is as the seed gave it.
+    With `model.hospitals` it samples from the hospitals whose updates are in it: the column of another
+    hospital is still its initialisation.
     """
     tensors, meta = load_tensors(path)
     weights = with_prefix(tensors, "ema/") or with_prefix(tensors, "generator/")
@@ -134,27 +139,29 @@ def load_generator(path: Path, device: str = "cpu") -> tuple[Generator, dict[str
         key for key in ("settings", "resolution", "channels", "label_names") if key not in meta
     ]:
         raise CheckpointError(
-            f"{path} is no checkpoint of a round (it lacks '{missing[0]}'): give one of RUN/checkpoints"
+            f"{path} is no checkpoint of a round (it lacks '{missing[0]}'): "
+            "give one of RUN/checkpoints"
         )
     settings = from_dict(meta["settings"], source=str(path.with_suffix(".json")))
-    generator = Generator(
-        settings.model, meta["resolution"], meta["channels"], len(meta["label_names"])
+    labels = len(meta["label_names"])
+    generator = network_classes(settings.model.family)["generator"](
+        settings.model, meta["resolution"], meta["channels"], labels
     )
     load_into(generator, weights, f"checkpoint {path}")
     if settings.model.hospitals:
-        shares, labels = meta.get("shares", []), len(meta["label_names"])
-        if not shares or any(len(share.get("label_counts", ())) != labels for share in shares):
+        participants = meta.get("participants", [])
+        if not participants or any(
+            len(participant.get("label_counts", ())) != labels for participant in participants
+        ):
             raise CheckpointError(
-                f"{path} does not tell the hospitals' shares of the labels, by which model.hospitals draws: give a checkpoint "
-                "of a round as the run left it"
+                f"{path} lacks the hospitals' label counts, from which model.hospitals samples: "
+                "give a checkpoint of a round as the run wrote it"
             )
-        answered = {int(number) for number in meta.get("since", {})} or {
-            share["number"] for share in shares
+        numbers = {int(number) for number in meta.get("since", {})}
+        counts = {
+            participant["number"]: (participant["images"], participant["label_counts"])
+            for participant in participants
+            if not numbers or participant["number"] in numbers
         }
-        known = {
-            share["number"]: (share["images"], share["label_counts"])
-            for share in shares
-            if share["number"] in answered
-        }
-        generator.mapping.hospital_condition.set_label_counts(known, meta.get("exclusive", True))
+        set_label_counts(generator, counts, meta.get("exclusive", True))
     return generator.eval().requires_grad_(False).to(device), meta

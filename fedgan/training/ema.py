@@ -1,4 +1,4 @@
-"""The generator's exponential moving average (arXiv 1710.10196, section 4; ramp-up of arXiv 2006.06676)."""
+"""Exponential moving average of the generator (arXiv 1710.10196, section 4; ramp-up of 2006.06676)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from fedgan.config import TrainingSettings
-from fedgan.models.stylegan2.generator import Generator
 
 AVERAGE, SOURCE = "ema/", "generator/"
 
@@ -17,8 +16,8 @@ AVERAGE, SOURCE = "ema/", "generator/"
 def ema_decay(batch_size: int, half_life_kimg: float, rampup: float, images_seen: int) -> float:
     """Share of the average that stays after one batch: 0.5 to the power of batch / half-life.
 
-    The half-life in images is 1000 · `half_life_kimg`, but at most `rampup` · `images_seen` (0: no limit),
-    so that the average follows quickly in the beginning.
+    The half-life in images is 1000 · `half_life_kimg`, at most `rampup` · `images_seen` (`rampup` 0: no
+    limit), so that the average follows quickly at first.
     """
     half_life = half_life_kimg * 1000
     if rampup > 0:
@@ -28,14 +27,14 @@ def ema_decay(batch_size: int, half_life_kimg: float, rampup: float, images_seen
 
 @torch.no_grad()
 def ema_update(average: nn.Module, source: nn.Module, decay: float) -> None:
-    """average ← decay · average + (1 - decay) · source; a mapping's w_avg, an average already, is copied."""
+    """average ← decay · average + (1 - decay) · source; buffers (w_avg, an average already) are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), 1 - decay)
-    if isinstance(average, Generator) and isinstance(source, Generator):
-        average.mapping.w_avg.copy_(source.mapping.w_avg)
+    for old, new in zip(average.buffers(), source.buffers(), strict=True):
+        old.copy_(new)
 
 
 def half_life_kimg(training: TrainingSettings, batch_size: int) -> float:
-    """`training.ema_half_life_kimg`, or the default that goes with a step of `batch_size` images."""
+    """`training.ema_half_life_kimg`, or its default for steps of `batch_size` images."""
     given = training.ema_half_life_kimg
     return batch_size * 10 / 32 if given < 0 else given
 
@@ -47,10 +46,11 @@ def average_of_rounds(
     shown: int,
     images_seen: int,
 ) -> dict[str, np.ndarray]:
-    """The server's average after a round: `average` (`ema/…`) moved towards the generator in `model` (`generator/…`).
+    """The server's average after a round: `average` (`ema/…`) moved towards `model` (`generator/…`).
 
-    For a federation in which the average does not travel. `shown`: images of the round; `images_seen`: before it. A round
-    counts as one step of so many images: over short rounds it is a Trainer's average, over long ones the last generator.
+    For a federation in which the average does not travel. `shown`: images of the round; `images_seen`:
+    images before it. A round counts as one step of that many images: over short rounds the result is a
+    Trainer's average, over long ones the last generator.
     """
     decay = ema_decay(
         shown, half_life_kimg(training, training.batch_size), training.ema_rampup, images_seen

@@ -1,4 +1,4 @@
-"""Losses of StyleGAN2: short functions of tensors, papers in the docstrings."""
+"""Losses and regularisers of StyleGAN2 as functions of tensors."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def discriminator_loss(fake_logits: Tensor, real_logits: Tensor) -> Tensor:
-    """Mean of -log sigmoid(D(x)) plus mean of -log(1 - sigmoid(D(G(z)))) (arXiv 1406.2661, eq. 1)."""
+    """Mean of -log sigmoid(D(x)) - log(1 - sigmoid(D(G(z)))) (arXiv 1406.2661, eq. 1)."""
     return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
 
 
 def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
-    """Squared norm of dD(x)/dx for each image (B,), before the factor γ/2 (arXiv 1801.04406, eq. 9).
+    """Squared norm of dD(x)/dx per image (B,), before the factor γ/2 (arXiv 1801.04406, eq. 9).
 
-    `images` (B, C, H, W) must require gradients and be what D saw, that is after augmentation.
+    `images` (B, C, H, W) must require gradients and be what D saw: after augmentation.
     """
     (gradient,) = torch.autograd.grad(real_logits.sum(), images, create_graph=True)
     return gradient.square().sum(dim=(1, 2, 3))
 
 
 def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
-    """Length of Jᵀy for each image (B,): y = `noise` / √(H·W), J = d images / d ws (arXiv 1912.04958, eq. 4).
+    """Length of Jᵀy per image (B,): y = `noise` / √(H·W), J = d images / d ws (arXiv 1912.04958, eq. 4).
 
     `images` (B, C, H, W) made from `ws` (B, L, w_dim); the square is averaged over the L layers.
     """
@@ -41,15 +41,15 @@ def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
 def lazy_adam(
     learning_rate: float, betas: tuple[float, float], interval: int
 ) -> tuple[float, tuple[float, float]]:
-    """Adam's settings when a regulariser runs every `interval` steps as a step of its own.
+    """Adam's settings for a regulariser that takes a step of its own every `interval` steps.
 
     With c = k / (k + 1): learning rate · c and β to the power c, so that the k + 1 steps of an interval
-    move and forget as k steps did (arXiv 1912.04958, appendix B, "lazy regularization").
+    move and decay as k steps do (arXiv 1912.04958, appendix B, "lazy regularization").
     """
     c = interval / (interval + 1)
     return learning_rate * c, (betas[0] ** c, betas[1] ** c)
 
 
 def default_r1_gamma(resolution: int, batch_size: int) -> float:
-    """The starting value 0.0002 · pixels / batch of arXiv 2006.06676, appendix C."""
+    """γ = 0.0002 · pixels / batch (arXiv 2006.06676, appendix C)."""
     return 0.0002 * resolution**2 / batch_size

@@ -1,6 +1,6 @@
-"""Which rows come next: endless, seeded, and resumable from three whole numbers.
+"""Seeded, resumable samplers of rows, for training without privacy.
 
-For training without privacy: with it, rows are drawn by a secret that nobody else has (fedgan/privacy/step.py).
+With privacy the rows are drawn from a secret (fedgan/privacy/step.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Sampler:
         self._order = self._shuffled()
 
     def _shuffled(self) -> np.ndarray:
-        # Each pass has a generator of its own, so the place in it says all there is to know.
+        # Each pass has its own generator: epoch and position are the whole state.
         return np.random.Generator(
             np.random.PCG64([self.seed, self.stream, self.epoch])
         ).permutation(self.size)
@@ -44,10 +44,10 @@ class Sampler:
 
 
 class PoissonSampler(Sampler):
-    """Each row with the probability that gives `take`'s count on average: what DP-SGD draws, for comparison without noise."""
+    """Poisson samples, as DP-SGD draws them: each row independently, `count` rows on average."""
 
     def take(self, count: int) -> np.ndarray:
-        """Rows (int64) of one draw; their number varies round `count` and may be 0."""
+        """Rows (int64) of one draw; their number varies around `count` and may be 0."""
         self.epoch += 1  # counts draws here
         rng = np.random.Generator(np.random.PCG64([self.seed, self.stream, self.epoch]))
         return np.flatnonzero(rng.random(self.size) < count / self.size)

@@ -8,7 +8,7 @@ metrics.jsonl, not from the server, which sees each update before the noise. It 
 which hides an image or a patient from everybody, the server included.
 
 What Flower's code asks of its callers, and who sees to it here: arrays without a dimension would escape the clip
-(`Trainer.outgoing` gives none, `even` refuses them); arrays are paired by place and not by name (`even` sorts them);
+(`Trainer.get_parameters` gives none, `even` refuses them); arrays are paired by place and not by name (`even` sorts them);
 FedAvg's weights would raise one hospital's reach above C / n (`even` gives all the same); an update of nothing divides by
 zero (who showed no image is not counted); noise is for as many hospitals as were told (server/aggregation/strategies.py:expect).
 """

@@ -39,7 +39,7 @@ from flwr.app import Message
 from fedgan.config import Settings
 from fedgan.runs.compatibility import SUMS
 from fedgan.training.ema import AVERAGE, SOURCE
-from fedgan.training.warm_start import LABEL_LAYER
+from fedgan.models.families import LABEL_EMBEDDING
 from server.records import ARRAYS, METRICS, WEIGHT, to_record
 
 
@@ -52,7 +52,7 @@ def weigh(settings: Settings, replies: Sequence[Message], sent: Mapping[str, np.
         {key: array.numpy() for key, array in reply.content.array_records[ARRAYS].items()}
         for reply in replies
     ]
-    rows = [key for key in sent if federation.label_rows and key.endswith(LABEL_LAYER)]
+    rows = [key for key in sent if federation.label_rows and key.endswith(LABEL_EMBEDDING)]
     moved = {
         key: [np.asarray(model[key], np.float64) - sent[key] for model in models] for key in rows
     }

@@ -70,7 +70,7 @@ def train_standalone(job: Job, on_event: OnEvent) -> None:
             planned_images=sum(job.images),
             ledgers=[ledger_of(hospital, run).path for hospital in hospitals],
             run=experiment_of(run),
-            places=np.repeat(
+            hospital_of_row=np.repeat(
                 np.arange(len(hospitals)), [len(hospital.train) for hospital in hospitals]
             ),
         )
@@ -99,7 +99,7 @@ def _restore(
     if state is not None and state.round:
         trainer.load(_trainer_state(run, state.round))
         if job.start is not None and state.participants:  # none in a checkpoint of before they were kept
-            trainer.at(state.participants[0].number)
+            trainer.set_hospital(state.participants[0].number)
         if state.line is not None and not has_line(run, state.round):
             write_line(run, state.line)
         return state
@@ -112,7 +112,7 @@ def _restore(
         drawn, shares = _take_over(job.start, job.members[0], trainer, drawn, shares)
     state = State(
         0,
-        trainer.outgoing(PARTS),
+        trainer.get_parameters(PARTS),
         {},
         trainer.images_seen,
         0,
@@ -137,7 +137,7 @@ def _take_over(
     """
     run = RunFolder(start.folder)
     tensors, meta = load_tensors(run.checkpoint(start.round))
-    trainer.incoming(
+    trainer.load_parameters(
         {name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith(STRATEGY_STATE)}
     )
     lines = [line for line in files.read_json_lines(run.metrics) if line["round"] <= start.round]
@@ -145,9 +145,9 @@ def _take_over(
     row = rows[
         -1
     ]  # of that round; of an earlier one where this hospital's privacy budget was spent before
-    trainer.restore_progress(row["images_seen"], row.get("p", trainer.ada.p))
+    trainer.restore_progress(row["images_seen"], row.get("p"))
     number = next(share["number"] for share in meta["participants"] if share["name"] == hospital)
-    trainer.at(number)
+    trainer.set_hospital(number)
     return meta.get("phantoms") is True and drawn, [
         dataclasses.replace(share, number=number) for share in shares
     ]
@@ -205,7 +205,7 @@ def _round(
     }
     after = State(
         round=number,
-        arrays=trainer.outgoing(PARTS),
+        arrays=trainer.get_parameters(PARTS),
         images_seen=trainer.images_seen,
         wall_seconds=before.wall_seconds + time.perf_counter() - begun,
         label_names=before.label_names,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedgan.config import ModelSettings
-from fedgan.models.stylegan2.hospital_condition import HospitalCondition
+from fedgan.models.hospital_condition import HospitalCondition
 from fedgan.models.stylegan2.layers import (
     GAIN,
     Linear,
