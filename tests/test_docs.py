@@ -1,4 +1,4 @@
-"""What README and docs promise exists: their links resolve, and the commands they show would start."""
+"""README and docs: links resolve, and the commands that they show would start."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from fedgan.config import load_scenario
-from fedgan.runs.compatibility import check_compatibility
+from fedgan.runs.compatibility import check_strategy
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"\bfedgan (?:simulate|compare|doctor) [^`#\n]*")
 SHIPPED = {
@@ -22,13 +22,13 @@ SHIPPED = {
 
 
 def commands() -> list[str]:
-    """The `fedgan simulate`, `compare` and `doctor` lines of the pages that name a shipped scenario; `\\` continues a line."""
+    """`fedgan simulate`, `compare` and `doctor` lines that name a shipped scenario."""
     text = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES)
     found = dict.fromkeys(match.strip() for match in COMMAND.findall(text))
     return [command for command in found if any(word in SHIPPED for word in command.split())]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files_of_the_repository(page: Path) -> None:
     links = [
         link.partition("#")[0]
@@ -39,12 +39,24 @@ def test_links_lead_to_files_of_the_repository(page: Path) -> None:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_shown_command_is_one_that_would_start(command: str) -> None:
+def test_shown_command_has_valid_settings(command: str) -> None:
     words = shlex.split(command)
     overrides = [value for option, value in itertools.pairwise(words) if option == "--set"]
     for scenario in SHIPPED.keys() & set(words):
-        check_compatibility(load_scenario(SHIPPED[scenario], overrides))
+        check_strategy(load_scenario(SHIPPED[scenario], overrides))
 
 
-def test_the_pages_show_commands() -> None:
+def test_pages_show_each_kind_of_command() -> None:
     assert {command.split()[1] for command in commands()} == {"simulate", "compare", "doctor"}
+
+
+def test_lines_have_at_most_100_characters() -> None:
+    files = [*PAGES, *ROOT.glob("*.toml"), *(ROOT / "simulations").glob("*.toml"), ROOT / "Makefile"]
+    files += [*ROOT.glob("*.yml"), *(ROOT / "client").glob("*.yml")]
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > 100 and "](" not in line
+    ]
+    assert long == []
