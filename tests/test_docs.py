@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedgan.config import load_scenario
-from fedgan.runs.compatibility import check_strategy
+from fedgan.runs.compatibility import check_compatibility
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -43,7 +43,7 @@ def test_shown_command_has_valid_settings(command: str) -> None:
     words = shlex.split(command)
     overrides = [value for option, value in itertools.pairwise(words) if option == "--set"]
     for scenario in SHIPPED.keys() & set(words):
-        check_strategy(load_scenario(SHIPPED[scenario], overrides))
+        check_compatibility(load_scenario(SHIPPED[scenario], overrides))
 
 
 def test_pages_show_each_kind_of_command() -> None:
