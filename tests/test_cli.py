@@ -1,4 +1,4 @@
-"""The command line: every verb explains itself, every kind of bad input has one clear error and its exit code."""
+"""The command line: help, errors and exit codes, and the verbs simulate, evaluate, generate, doctor."""
 
 from __future__ import annotations
 
@@ -85,28 +85,30 @@ def make_run(
     return run
 
 
-# --- help ----------------------------------------------------------------------------------------
+# --- help -----------------------------------------------------------------------------------------
 
 
-def verbs(command: click.Command, words: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """All verbs of the command line as the words that lead to them."""
+def verbs(command: click.Command, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """All verbs of the command line, each as its sequence of arguments."""
     if not isinstance(command, click.Group):
-        return [words]
+        return [path]
     return [
-        verb for name, below in command.commands.items() for verb in verbs(below, (*words, name))
+        verb
+        for name, subcommand in command.commands.items()
+        for verb in verbs(subcommand, (*path, name))
     ]
 
 
 VERBS = verbs(help.build(app))
 
 
-@pytest.mark.parametrize("words", VERBS, ids="-".join)
-def test_each_verb_explains_itself_its_arguments_and_gives_an_example(
-    words: tuple[str, ...], fedgan: Run
+@pytest.mark.parametrize("arguments", VERBS, ids="-".join)
+def test_help_of_each_verb_has_arguments_and_an_example(
+    arguments: tuple[str, ...], fedgan: Run
 ) -> None:
-    code, out, _ = fedgan(*words, "--help")
+    code, out, _ = fedgan(*arguments, "--help")
     assert code == 0
-    assert f"Example: fedgan {' '.join(words)}" in " ".join(out.split())
+    assert f"Example: fedgan {' '.join(arguments)}" in " ".join(out.split())
     assert "\\[" not in out
     described = out.partition("Arguments:")[2].partition("Options:")[0].splitlines()
     assert all(
@@ -114,8 +116,8 @@ def test_each_verb_explains_itself_its_arguments_and_gives_an_example(
     ), out
 
 
-def test_the_promised_verbs_are_there() -> None:
-    promised = {
+def test_all_verbs_exist() -> None:
+    expected = {
         "demo",
         "simulate",
         "compare",
@@ -128,11 +130,11 @@ def test_the_promised_verbs_are_there() -> None:
         "data",
         "keys",
     }
-    assert promised <= {words[0] for words in VERBS}
+    assert expected <= {arguments[0] for arguments in VERBS}
     assert ("data", "import", "npz") in VERBS
 
 
-def test_no_words_print_the_help_with_the_exit_codes(fedgan: Run) -> None:
+def test_no_arguments_print_help_with_exit_codes(fedgan: Run) -> None:
     code, out, err = fedgan()
     assert (code, err) == (0, "")
     for kind in (
@@ -146,15 +148,15 @@ def test_no_words_print_the_help_with_the_exit_codes(fedgan: Run) -> None:
         assert f" {kind.exit_code} " in " ".join(out.partition("Exit codes:")[2].split())
 
 
-def test_the_version_is_printed(fedgan: Run) -> None:
+def test_version_is_printed(fedgan: Run) -> None:
     assert fedgan("--version") == (0, f"fedgan {__version__}\n", "")
 
 
-# --- errors --------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "text"),
+    ("arguments", "code", "text"),
     [
         (["simulte"], 2, "No such command 'simulte'. Did you mean 'simulate'? (see fedgan --help)"),
         (["simulate"], 2, "see fedgan simulate --help"),
@@ -193,15 +195,15 @@ def test_the_version_is_printed(fedgan: Run) -> None:
     ],
     ids=lambda value: "_".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_clear_error_with_its_exit_code(
-    words: list[str], code: int, text: str, fedgan: Run, scenario: Path, tmp_path: Path
+def test_bad_input_is_one_error_with_its_exit_code(
+    arguments: list[str], code: int, text: str, fedgan: Run, scenario: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").write_text("")
     RunFolder.at(tmp_path / "young").write_settings(Settings())
     before = set(tmp_path.rglob("*"))
 
-    found, out, err = fedgan(*words)
+    found, out, err = fedgan(*arguments)
     assert (found, out) == (code, "")
     message = " ".join(err.replace("small study: 1 kimg in 10 rounds → ", "").split())
     assert text in message
@@ -210,11 +212,11 @@ def test_bad_input_is_one_clear_error_with_its_exit_code(
     left = {path for path in tmp_path.rglob("*") if path.name != "runs"}
     assert left == before  # nothing half-written
 
-    found, out, err = fedgan(*words, "--json")
+    found, out, err = fedgan(*arguments, "--json")
     assert (found, out) == (code, "")
-    told = json.loads(err.splitlines()[-1])
-    assert told["exit_code"] == code
-    assert set(told) == {"error", "kind", "exit_code"}
+    printed = json.loads(err.splitlines()[-1])
+    assert printed["exit_code"] == code
+    assert set(printed) == {"error", "kind", "exit_code"}
 
 
 @pytest.mark.parametrize(
@@ -247,7 +249,7 @@ def test_bad_input_is_one_clear_error_with_its_exit_code(
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_each_failure_of_a_run_ends_with_its_exit_code(
+def test_each_failure_of_a_run_has_its_exit_code(
     error: BaseException,
     code: int,
     text: str,
@@ -266,15 +268,15 @@ def test_each_failure_of_a_run_ends_with_its_exit_code(
     assert "Traceback" not in err
 
 
-def test_debug_adds_the_traceback_wherever_it_stands(fedgan: Run) -> None:
-    for words in (["--debug", "simulate", "none.toml"], ["simulate", "none.toml", "--debug"]):
-        code, _, err = fedgan(*words)
+def test_debug_prints_the_traceback_at_any_position(fedgan: Run) -> None:
+    for arguments in (["--debug", "simulate", "none.toml"], ["simulate", "none.toml", "--debug"]):
+        code, _, err = fedgan(*arguments)
         assert code == 2
         assert "Traceback" in err
         assert err.splitlines()[-1].startswith("fedgan: no scenario at none.toml")
 
 
-def test_stopping_before_the_run_began_says_so(
+def test_stop_before_the_start_is_reported(
     fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def simulate(settings: Settings, run: RunFolder, on_event: Any) -> None:
@@ -287,7 +289,7 @@ def test_stopping_before_the_run_began_says_so(
     assert "stopped before the run began" in err
 
 
-def test_sigterm_ends_any_verb_as_ctrl_c_does(
+def test_sigterm_ends_a_verb_like_ctrl_c(
     fedgan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run")
@@ -304,17 +306,17 @@ def test_sigterm_ends_any_verb_as_ctrl_c_does(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-# --- a second look -------------------------------------------------------------------------------
+# --- evaluate -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def judged(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
-    """An evaluator that writes the facts and some utility, and keeps the settings that it was given."""
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """Replace the evaluator by one that writes fixed results; return the settings it received."""
     from fedgan.runs import evaluator, preparation
 
     seen: list[Settings] = []
 
-    class Judge:
+    class FakeEvaluator:
         def __init__(
             self, settings: Settings, place: RunFolder, hospitals: Any, progress: Any
         ) -> None:
@@ -324,19 +326,19 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
         def evaluate_final(self, generator: Any, facts: dict[str, Any]) -> None:
             files.write_json(self.place.evaluation, EVALUATION | facts)
 
-    monkeypatch.setattr(evaluator, "Evaluator", Judge)
+    monkeypatch.setattr(evaluator, "Evaluator", FakeEvaluator)
     monkeypatch.setattr(preparation, "evaluation_hospitals", lambda settings, run: [])
     return seen
 
 
-def test_a_second_look_is_a_folder_of_its_own_that_is_no_run(
-    fedgan: Run, tmp_path: Path, judged: list[Settings]
+def test_evaluate_with_output_writes_a_separate_folder(
+    fedgan: Run, tmp_path: Path, evaluated: list[Settings]
 ) -> None:
     run = make_run(tmp_path / "run")
     files.write_json(run.environment, {"experiment": "first"})
     files.write_text(run.metrics, '{"round": 1, "images_seen": 1000}\n')
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
-    words = [
+    arguments = [
         "evaluate",
         "run",
         "--output",
@@ -346,14 +348,14 @@ def test_a_second_look_is_a_folder_of_its_own_that_is_no_run(
         "evaluation.root=shards",
         "--set",
     ]
-    code, out, err = fedgan(*words, "evaluation.features=weights.npz")
+    code, out, err = fedgan(*arguments, "evaluation.features=weights.npz")
     assert code == 0, err
     look = RunFolder.at(tmp_path / "look")
     assert json.loads(out)["report"] == str(look.report)
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
-    assert look.settings() == judged[0]
-    assert judged[0].evaluation.root == str(tmp_path / "shards")
-    assert judged[0].evaluation.features == str(tmp_path / "weights.npz")
+    assert look.settings() == evaluated[0]
+    assert evaluated[0].evaluation.root == str(tmp_path / "shards")
+    assert evaluated[0].evaluation.features == str(tmp_path / "weights.npz")
     assert look.read_json(look.look) == {"run": str(run.path)}
     assert look.read_json(look.evaluation)["round"] == 1
     assert "fedgan resume" not in look.report.read_text(encoding="utf-8")
@@ -366,8 +368,8 @@ def test_a_second_look_is_a_folder_of_its_own_that_is_no_run(
 
 
 @pytest.mark.parametrize("place", ["arms/centralized-seed0", "arms/local-seed0/members/north"])
-def test_an_arm_is_judged_by_its_comparison_alone(
-    place: str, fedgan: Run, tmp_path: Path, judged: list[Settings]
+def test_evaluate_of_an_arm_needs_output(
+    place: str, fedgan: Run, tmp_path: Path, evaluated: list[Settings]
 ) -> None:
     make_run(tmp_path / "study")
     run = make_run(tmp_path / "study" / place)
@@ -376,16 +378,16 @@ def test_an_arm_is_judged_by_its_comparison_alone(
     before = run.evaluation.read_bytes()
     code, _, err = fedgan("evaluate", run.path)
     assert (code, len(err.splitlines())) == (2, 1)
-    assert "an arm is judged by fedgan compare alone: give --output DIR for a second look" in err
-    assert judged == []
+    assert "an arm is evaluated by fedgan compare alone: give --output DIR for a second look" in err
+    assert evaluated == []
     assert fedgan("evaluate", run.path, "--output", "look")[0] == 0
     assert run.evaluation.read_bytes() == before
     assert json.loads((tmp_path / "look" / "evaluation.json").read_text())["arm"] == kind
 
 
 @pytest.mark.parametrize("held", [None, "{", '{"arm": "centralized"}'])
-def test_evaluate_keeps_the_arm_that_a_run_names(
-    held: str | None, fedgan: Run, tmp_path: Path, judged: list[Settings]
+def test_evaluate_keeps_the_arm_of_a_run(
+    held: str | None, fedgan: Run, tmp_path: Path, evaluated: list[Settings]
 ) -> None:
     run = make_run(tmp_path / "run")
     if held:
@@ -398,11 +400,11 @@ def test_evaluate_keeps_the_arm_that_a_run_names(
 
 
 @pytest.mark.parametrize("error", [DataError("no such shard"), KeyboardInterrupt()])
-def test_a_second_look_that_fails_leaves_nothing(
+def test_failed_evaluate_with_output_leaves_nothing(
     error: BaseException,
     fedgan: Run,
     tmp_path: Path,
-    judged: list[Settings],
+    evaluated: list[Settings],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from fedgan.runs import preparation
@@ -419,19 +421,19 @@ def test_a_second_look_that_fails_leaves_nothing(
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_an_installed_wheel_says_that_simulations_need_the_repository(
+def test_installed_wheel_reports_that_simulate_needs_the_repository(
     fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "simulations"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "simulations", None)
-    for words in (["demo"], ["simulate", scenario], ["doctor", "none.toml"]):
-        code, _, err = fedgan(*words)
-        assert code == (7 if words[0] != "doctor" else 2)
-        assert words[0] == "doctor" or "pip install -e ." in err
+    for arguments in (["demo"], ["simulate", scenario], ["doctor", "none.toml"]):
+        code, _, err = fedgan(*arguments)
+        assert code == (7 if arguments[0] != "doctor" else 2)
+        assert arguments[0] == "doctor" or "pip install -e ." in err
 
 
-# --- simulate, demo, resume ----------------------------------------------------------------------
+# --- simulate, demo, resume -----------------------------------------------------------------------
 
 EVALUATION = {
     "images_seen": 2000,
@@ -481,7 +483,7 @@ EVENTS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def short_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runner that only tells its events and writes what a run would have found."""
+    """Replace the runner by one that emits `EVENTS` and writes `EVALUATION`."""
 
     def simulate(
         settings: Settings, run: RunFolder, on_event: Callable[[dict[str, Any]], None]
@@ -496,7 +498,7 @@ def short_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_run")
-def test_simulate_tells_each_round_on_stderr_and_the_result_on_stdout(
+def test_simulate_prints_rounds_on_stderr_and_the_result_on_stdout(
     fedgan: Run, scenario: Path, tmp_path: Path
 ) -> None:
     code, out, err = fedgan("simulate", scenario)
@@ -525,7 +527,7 @@ def test_simulate_with_json_prints_one_object(fedgan: Run, scenario: Path) -> No
 
 
 @pytest.mark.usefixtures("short_run")
-def test_a_second_run_does_not_overwrite_the_first(fedgan: Run, scenario: Path) -> None:
+def test_second_run_does_not_overwrite_the_first(fedgan: Run, scenario: Path) -> None:
     assert fedgan("simulate", scenario)[0] == 0
     code, _, err = fedgan("simulate", scenario)
     assert code == 2
@@ -533,38 +535,38 @@ def test_a_second_run_does_not_overwrite_the_first(fedgan: Run, scenario: Path) 
 
 
 @pytest.mark.usefixtures("short_run")
-def test_demo_says_where_the_page_is_and_takes_a_free_folder(fedgan: Run, tmp_path: Path) -> None:
-    for place in ("demo", "demo-2"):
+def test_demo_prints_the_report_path_and_uses_a_free_folder(fedgan: Run, tmp_path: Path) -> None:
+    for folder in ("demo", "demo-2"):
         code, out, err = fedgan("demo")
-        page = tmp_path / "runs" / place / "report.html"
+        report = tmp_path / "runs" / folder / "report.html"
         assert code == 0
-        assert page.is_file()
-        assert page.as_uri() in out
-    assert "runs/demo is there already: this run goes to runs/demo-2" in err
+        assert report.is_file()
+        assert report.as_uri() in out
+    assert "runs/demo exists: this run is written to runs/demo-2" in err
 
 
-def test_a_run_without_numbers_yet_has_a_headline_all_the_same(tmp_path: Path) -> None:
+def test_headline_of_a_run_without_evaluation(tmp_path: Path) -> None:
     numbers = runs.headline(make_run(tmp_path / "run"))
     assert numbers["real_macro_auc"] is None
     assert runs.headline_text(numbers).startswith("report ")
 
 
 @pytest.mark.parametrize("name", ["a/b", "../up", "..", "  ", "Größe 3"])
-def test_a_scenario_s_name_becomes_one_folder(name: str) -> None:
+def test_folder_name_is_one_safe_path_component(name: str) -> None:
     folder = runs.folder_name(name)
     assert folder
     assert Path(folder).name == folder
     assert not folder.startswith(".")
 
 
-def test_the_progress_follows_a_run_on_a_terminal_too() -> None:
+def test_progress_screen_follows_a_run() -> None:
     state = progress.RunState()
     screen = progress.Screen(state)
     seen = []
     for event in EVENTS:
         state.follow(event)
         screen.refresh()
-        screen.picture()
+        screen.render()
         seen.append((state.images_now, state.hospital_shares()))
     assert seen[3] == (300, {"north": 0.5, "south": 0.0})
     assert seen[4] == (1000, {"north": 1.0, "south": 1.0})
@@ -574,7 +576,7 @@ def test_the_progress_follows_a_run_on_a_terminal_too() -> None:
     assert progress.rounds_table(state.lines).row_count == 2
 
 
-# --- generate ------------------------------------------------------------------------------------
+# --- generate -------------------------------------------------------------------------------------
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -582,9 +584,7 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_generate_draws_each_class_equally_often_as_png_and_csv(
-    fedgan: Run, tmp_path: Path
-) -> None:
+def test_generate_writes_each_class_equally_often(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     code, out, _ = fedgan("generate", run.path, "--images", "7", "--output", "out", "--seed", "3")
     assert code == 0
@@ -600,9 +600,7 @@ def test_generate_draws_each_class_equally_often_as_png_and_csv(
             assert picture.text["synthetic"] == "true"  # type: ignore[attr-defined]
 
 
-def test_the_same_seed_gives_the_same_images_whatever_the_batch(
-    fedgan: Run, tmp_path: Path
-) -> None:
+def test_generate_is_independent_of_the_batch_size(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for name, seed, batch in (("a", 3, 2), ("b", 3, 64), ("c", 4, 64)):
         assert (
@@ -631,12 +629,12 @@ def test_the_same_seed_gives_the_same_images_whatever_the_batch(
     assert np.abs(np.subtract(pixels["a"], pixels["c"])).max() > 1
 
 
-def test_generate_writes_a_shard_that_the_library_opens(fedgan: Run, tmp_path: Path) -> None:
+def test_generate_writes_a_valid_shard(fedgan: Run, tmp_path: Path) -> None:
     from fedgan.data.shard import Shard
 
     run = make_run(tmp_path / "run")
-    words = ["--labels-from", "mix", "--format", "shard", "--json"]
-    code, out, _ = fedgan("generate", run.path, "--images", "20", "--output", "out", *words)
+    arguments = ["--labels-from", "mix", "--format", "shard", "--json"]
+    code, out, _ = fedgan("generate", run.path, "--images", "20", "--output", "out", *arguments)
     assert code == 0
     shard = Shard.open(tmp_path / "out", verify=True)
     assert shard.labels.sum(axis=0).tolist() == [12, 6, 2]
@@ -648,9 +646,7 @@ def test_generate_writes_a_shard_that_the_library_opens(fedgan: Run, tmp_path: P
     assert len(table(tmp_path / "again")) == 10
 
 
-def test_generate_draws_label_vectors_and_names_that_go_together(
-    fedgan: Run, tmp_path: Path
-) -> None:
+def test_generate_takes_label_vectors_and_names(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", exclusive=False)
     vectors = ["--vector", "1,0,1", "--vector", "0,0,0"]
     assert fedgan("generate", run.path, "--images", "3", "--output", "out", *vectors)[0] == 0
@@ -667,17 +663,17 @@ def test_generate_draws_label_vectors_and_names_that_go_together(
     ]
 
 
-def test_an_unconditional_model_draws_without_labels(fedgan: Run, tmp_path: Path) -> None:
+def test_generate_with_an_unconditional_model_has_no_labels(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", label_names=())
     assert fedgan("generate", run.path, "--images", "2", "--output", "out")[0] == 0
     assert list(table(tmp_path / "out")[0]) == ["file", "seed", "index"]
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "text"),
+    ("arguments", "code", "text"),
     [
         (["--label", "melanom"], 3, "no label 'melanom'; did you mean 'melanoma'?"),
-        (["--label", "xyz"], 3, "it knows nevus, melanoma, keratosis"),
+        (["--label", "xyz"], 3, "its labels: nevus, melanoma, keratosis"),
         (["--vector", "1,0"], 2, "give 3 numbers 0 or 1"),
         (["--vector", "1,2,0"], 2, "give 3 numbers 0 or 1"),
         (["--vector", "1,1,0"], 2, "exclude each other"),
@@ -686,17 +682,17 @@ def test_an_unconditional_model_draws_without_labels(fedgan: Run, tmp_path: Path
         (["--psi", "2"], 2, "--psi"),
     ],
 )
-def test_labels_that_the_model_cannot_draw_are_refused(
-    words: list[str], code: int, text: str, fedgan: Run, tmp_path: Path
+def test_generate_refuses_labels_that_the_model_lacks(
+    arguments: list[str], code: int, text: str, fedgan: Run, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run")
-    found, _, err = fedgan("generate", run.path, "--images", "2", "--output", "out", *words)
+    found, _, err = fedgan("generate", run.path, "--images", "2", "--output", "out", *arguments)
     assert found == code
     assert text in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_a_disk_that_fills_up_while_images_are_written_leaves_nothing(
+def test_generate_on_a_full_disk_leaves_nothing(
     fedgan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run")
@@ -716,9 +712,7 @@ def test_a_disk_that_fills_up_while_images_are_written_leaves_nothing(
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no json", "other model"])
-def test_a_checkpoint_that_cannot_be_used_is_refused(
-    damage: str, fedgan: Run, tmp_path: Path
-) -> None:
+def test_generate_refuses_an_unusable_checkpoint(damage: str, fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     checkpoint = run.checkpoint(1)
     if damage == "truncated":
@@ -735,7 +729,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_report_rewrites_the_page_alone(fedgan: Run, tmp_path: Path) -> None:
+def test_report_rewrites_only_the_report(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
     code, out, _ = fedgan("report", run.path)
@@ -745,7 +739,7 @@ def test_report_rewrites_the_page_alone(fedgan: Run, tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_an_unfinished_comparison_gets_no_page_of_a_run(fedgan: Run, tmp_path: Path) -> None:
+def test_report_refuses_an_unfinished_comparison(fedgan: Run, tmp_path: Path) -> None:
     study = make_run(tmp_path / "study")
     make_run(study.arms / "federated-seed0")
     code, _, err = fedgan("report", study.path)
@@ -754,18 +748,18 @@ def test_an_unfinished_comparison_gets_no_page_of_a_run(fedgan: Run, tmp_path: P
     assert not study.report.exists()
 
 
-def test_vectors_are_spread_evenly() -> None:
+def test_spread_evenly_gives_the_remainder_to_the_first() -> None:
     vectors = np.eye(3, dtype=np.uint8)
     assert labels.spread_evenly(vectors, 2).sum(axis=0).tolist() == [1, 1, 0]
     assert labels.spread_evenly(vectors, 10).sum(axis=0).tolist() == [4, 3, 3]
 
 
-# --- doctor --------------------------------------------------------------------------------------
+# --- doctor ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A probe that needs no five seconds."""
+    """Replace the probe, which takes five seconds."""
     measured = probe.Measured(
         images_per_second=100.0, classifier_images_per_second=1000.0, memory=2**29, device="cpu"
     )
@@ -775,7 +769,7 @@ def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 def give_machine(
     monkeypatch: pytest.MonkeyPatch, memory: float | None = 8, disk: float = 100
 ) -> None:
-    """A machine of so many GiB of free memory and disk."""
+    """Set the free memory and disk in GiB."""
     monkeypatch.setattr(
         doctor, "_free_memory", lambda: None if memory is None else int(memory * doctor.GIB)
     )
@@ -785,7 +779,7 @@ def give_machine(
 
 
 @pytest.mark.usefixtures("quick_probe")
-def test_doctor_finds_what_is_there_and_forecasts_the_scenario(
+def test_doctor_lists_checks_and_forecasts_the_scenario(
     fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give_machine(monkeypatch)
@@ -804,13 +798,13 @@ def test_doctor_finds_what_is_there_and_forecasts_the_scenario(
         "small study takes about",
     ):
         assert word in out
-    told = json.loads(fedgan("doctor", scenario, "--json")[1])
-    assert told["ready"] is True
-    assert told["forecast"]["seconds"]["training"] > 0
+    printed = json.loads(fedgan("doctor", scenario, "--json")[1])
+    assert printed["ready"] is True
+    assert printed["forecast"]["seconds"]["training"] > 0
 
 
 @pytest.mark.usefixtures("quick_probe")
-def test_doctor_names_a_missing_and_a_broken_package_and_fails(
+def test_doctor_fails_for_missing_and_broken_packages(
     fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import importlib
@@ -830,7 +824,7 @@ def test_doctor_names_a_missing_and_a_broken_package_and_fails(
 
 
 @pytest.mark.usefixtures("quick_probe")
-def test_doctor_tells_that_the_scenario_s_data_cannot_be_used(
+def test_doctor_fails_for_unusable_data_of_the_scenario(
     fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give_machine(monkeypatch)
@@ -840,7 +834,7 @@ def test_doctor_tells_that_the_scenario_s_data_cannot_be_used(
     assert "nowhere" in out
 
 
-def test_doctor_fails_where_memory_or_disk_is_short(
+def test_doctor_fails_for_too_little_memory_or_disk(
     fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give_machine(monkeypatch, memory=1.9, disk=0.9)
@@ -852,7 +846,7 @@ def test_doctor_fails_where_memory_or_disk_is_short(
     assert "takes about" not in text  # it trains only where training can work
 
 
-def test_doctor_looks_at_the_limits_of_memory_and_disk(
+def test_doctor_accepts_the_limits_of_memory_and_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give_machine(monkeypatch, memory=2, disk=1)
@@ -867,7 +861,7 @@ def test_doctor_looks_at_the_limits_of_memory_and_disk(
     assert doctor.disk_check(tmp_path).status == "failed"
 
 
-def test_doctor_tells_that_a_port_is_taken() -> None:
+def test_doctor_warns_about_a_port_in_use() -> None:
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -880,7 +874,7 @@ def test_doctor_tells_that_a_port_is_taken() -> None:
     assert [(check.name, check.status) for check in checks][-1] == (f"port {port}", "warning")
 
 
-def test_doctor_fails_where_a_scenario_wants_a_gpu_that_is_not_there(
+def test_doctor_fails_for_a_missing_gpu_that_the_scenario_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
@@ -896,14 +890,14 @@ def test_doctor_fails_where_a_scenario_wants_a_gpu_that_is_not_there(
     )
 
 
-def test_a_round_is_as_long_as_its_busiest_place() -> None:
+def test_busiest_share_is_the_longest_worker_of_a_round() -> None:
     assert probe.busiest_share([0.5, 0.3, 0.2], 1) == pytest.approx(1.0)
     assert probe.busiest_share([0.5, 0.3, 0.2], 2) == pytest.approx(0.5)
     assert probe.busiest_share([0.5, 0.3, 0.2], 3) == pytest.approx(0.5)
     assert probe.busiest_share([0.25] * 4, 3) == pytest.approx(0.5)
 
 
-def test_the_forecast_is_images_over_rate() -> None:
+def test_forecast_is_images_over_rate() -> None:
     settings = Settings()
     measured = probe.Measured(
         images_per_second=100.0, classifier_images_per_second=1000.0, memory=0, device="cpu"
@@ -917,7 +911,7 @@ def test_the_forecast_is_images_over_rate() -> None:
 
 
 @pytest.mark.slow
-def test_the_probe_really_trains() -> None:
+def test_probe_measures_a_real_training() -> None:
     model = ModelSettings(z_dim=8, w_dim=8, channel_base=64, channel_max=8)
     settings = Settings(model=model, data=DataSettings(resolution=16))
     measured = probe.measure(settings, channels=1, labels=2, exclusive=True, at_once=2, threads=1)
@@ -926,13 +920,13 @@ def test_the_probe_really_trains() -> None:
     assert measured.memory > 2**26
 
 
-def test_a_probe_that_dies_is_a_machine_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_probe_is_a_machine_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", shutil.which("false") or "/bin/false")
     with pytest.raises(MachineError, match="the training probe failed"):
         probe.measure(Settings(), 3, 7, True, at_once=1, threads=1)
 
 
-# --- the real thing ------------------------------------------------------------------------------
+# --- the real thing -------------------------------------------------------------------------------
 
 TINY = """
 name = "tiny"
@@ -945,14 +939,14 @@ evaluation = {suite = "quick", every = 0, images = 64, epochs = 1, bootstrap = 2
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_and_is_evaluated_again(
+def test_ctrl_c_in_a_round_exits_130_and_the_run_can_be_resumed(
     fedgan: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "tiny.toml").write_text(TINY)
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "fedgan.cli", "simulate", "tiny.toml", "--output", "run"]
-    # a job in the background of a script ignores SIGINT, and its children would too
-    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    # a background job of a script ignores SIGINT, and its children would, too
+    restore_sigint = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     stopped = subprocess.Popen(
         command,
         cwd=tmp_path,
@@ -960,7 +954,7 @@ def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_and_is_evaluated_
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=heed,
+        preexec_fn=restore_sigint,
     )
     assert stopped.stderr is not None
     with watchdog(stopped):
@@ -976,18 +970,18 @@ def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_and_is_evaluated_
     assert not run.evaluation.exists()
 
     for verb in ("resume", "evaluate"):
-        code, out, said = fedgan(verb, "run", "--json")
-        assert code == 0, said
+        code, out, err = fedgan(verb, "run", "--json")
+        assert code == 0, err
         assert json.loads(out)["images_seen"] >= 1200
         assert run.report.is_file()
         assert run.evaluation.is_file()
     assert not list(run.path.rglob("*.part"))
 
-    # A second look with merged labels has a page of its own and leaves the run as it is.
+    # A separate evaluation with merged labels has its own report and leaves the run unchanged.
     before = run.evaluation.read_bytes()
     label_map = "evaluation.label_map=nv=nevus,*=other"
-    code, _, said = fedgan("evaluate", "run", "--output", "look", "--set", label_map, "--json")
-    assert code == 0, said
+    code, _, err = fedgan("evaluate", "run", "--output", "look", "--set", label_map, "--json")
+    assert code == 0, err
     second = RunFolder.at(tmp_path / "look")
     assert second.read_json(second.evaluation)["label_names"] == ["nevus", "other"]
     assert second.report.is_file()
@@ -996,11 +990,11 @@ def test_ctrl_c_in_mid_round_ends_with_130_and_the_run_resumes_and_is_evaluated_
         ["--set", "evaluation.epochs=2"],
         ["--set", "training.kimg=2", "--output", "third"],
     ):
-        code, _, said = fedgan("evaluate", "run", *extra)
-        assert code == 2, said
+        code, _, err = fedgan("evaluate", "run", *extra)
+        assert code == 2, err
 
 
-def test_results_alone_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_results_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     with console.stdout_for_results():
         print("chatter")
     console.emit({"a": 1}, True, "text")

@@ -734,11 +734,11 @@ def test_changed_and_unfinished_lines_are_found_in_every_part(
     for path in (tmp_path, log.path):
         code, out, _ = fedgan("outbound", path)
         assert code == 0
-        assert "in all: 5 messages" in out
-        assert "changed after they were written: outbound-00001.jsonl:3" in out
-        assert "no entries: 2 lines" in out
+        assert "total: 5 messages" in out
+        assert "changed after writing: outbound-00001.jsonl:3" in out
+        assert "unfinished or damaged: 2 lines" in out
     assert fedgan("outbound", log.part(2))[1].count("train") > 0
-    assert "in all: 1 messages" in fedgan("outbound", log.part(2))[1]
+    assert "total: 1 messages" in fedgan("outbound", log.part(2))[1]
 
 
 def test_moved_parts_are_reported_and_their_numbers_not_reused(
@@ -752,7 +752,7 @@ def test_moved_parts_are_reported_and_their_numbers_not_reused(
     assert [entry.round for entry in log.read().entries] == [4, 5, 6]
     code, out, _ = fedgan("outbound", tmp_path)
     assert code == 0
-    assert "not here: 2 parts of this log, outbound.jsonl the first of them" in out
+    assert "missing: 2 parts of this log, the first is outbound.jsonl" in out
     assert json.loads(fedgan("outbound", tmp_path, "--json")[1])["logs"][0]["missing_parts"] == [
         NAME,
         "outbound-00001.jsonl",
@@ -803,12 +803,12 @@ def test_outbound_lists_messages_by_shard_and_by_run(hospital: Hospital, fedgan:
         ("train", 1),
     ]
     assert beta["totals"]["bytes"] == sum(row["bytes"] for row in beta["messages"]) > 1000
-    assert beta["held"]["train"]["arrays"] == ["discriminator", "ema", "generator"]
-    assert "loss_d" in beta["held"]["train"]["facts"]
+    assert beta["contents"]["train"]["arrays"] == ["discriminator", "ema", "generator"]
+    assert "loss_d" in beta["contents"]["train"]["facts"]
     code, out, _ = fedgan("outbound", hospital.data / "beta")
     assert code == 0
     assert beta["messages"][1]["sha256"][:12] in out
-    assert f"in all: 2 messages, {beta['totals']['bytes']:,} bytes" in out
+    assert f"total: 2 messages, {beta['totals']['bytes']:,} bytes" in out
 
 
 def test_outbound_of_a_run_omits_other_experiments(hospital: Hospital, fedgan: Any) -> None:
@@ -836,10 +836,10 @@ def test_outbound_reports_changed_lines_and_errors(tmp_path: Path, fedgan: Any) 
     log.path.write_text(log.path.read_text().replace("0.5", "0.7") + "{")
     code, out, _ = fedgan("outbound", log.path)
     assert code == 0
-    assert "2 messages, 1 of them errors" in out
+    assert "2 messages (errors: 1)" in out
     assert "hospital: OSError while x" in out
-    assert "changed after they were written: outbound.jsonl:2" in out
-    assert "no entries: 1 lines" in out
+    assert "changed after writing: outbound.jsonl:2" in out
+    assert "unfinished or damaged: 1 lines" in out
 
 
 def test_outbound_without_a_log_says_where_to_look(tmp_path: Path, fedgan: Any) -> None:

@@ -1,4 +1,4 @@
-"""`python -m fedgan.cli`, the same as `fedgan`."""
+"""`python -m fedgan.cli`: the same as `fedgan`."""
 
 import sys
 

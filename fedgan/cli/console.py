@@ -1,6 +1,6 @@
-"""What every verb shares: where results, progress and errors go.
+"""Output of every verb: results to stdout, progress and errors to stderr.
 
-Results go to stdout, progress and errors to stderr, so that `fedgan … --json | jq` always works.
+So `fedgan … --json | jq` always works.
 """
 
 from __future__ import annotations
@@ -30,68 +30,68 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while a run was under way; says how to go on."""
+    """Ctrl-C during a run; the message says how to continue."""
 
 
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
-    """Print the result of a verb on stdout: `text` for people, or one JSON object for programs."""
+    """Print a verb's result on stdout: `text`, or one JSON object."""
     typer.echo(json.dumps(result, allow_nan=False) if as_json else text)
 
 
 def note(text: str) -> None:
-    """Print a line for people on stderr."""
+    """Print a line on stderr."""
     typer.echo(text, err=True)
 
 
 @contextlib.contextmanager
 def stdout_for_results() -> Iterator[None]:
-    """Send what libraries print to stderr, so that stdout holds results alone."""
+    """Redirect the output of libraries to stderr, so that stdout holds only results."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 @contextlib.contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM raise `KeyboardInterrupt`, so that whatever a verb holds is put away. For the main thread."""
+    """Let SIGTERM raise `KeyboardInterrupt`, so that a verb cleans up. For the main thread."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager
 def stoppable(run: RunFolder) -> Iterator[None]:
-    """Turn `KeyboardInterrupt` during a run into `Interrupted`, which says how to go on."""
+    """Turn `KeyboardInterrupt` during a run into `Interrupted`, which says how to continue."""
     try:
         yield
     except KeyboardInterrupt:
-        begun = run.config.is_file()
         raise Interrupted(
             f"stopped; continue with: fedgan resume {shown(run.path)}"
-            if begun
+            if run.config.is_file()
             else "stopped before the run began"
         ) from None
 
 
 def shown(path: Path) -> str:
-    """A path as a person would type it: relative where it lies below the working directory."""
+    """A path for display: relative where it lies below the working directory."""
     with contextlib.suppress(ValueError, OSError):
         return str(path.relative_to(Path.cwd()))
     return str(path)
 
 
 def describe_failure(error: BaseException, debug: bool) -> tuple[str, str, int]:
-    """Message, kind and exit code of an exception that ended a verb."""
+    """Message, kind and exit code of an exception that ends a verb."""
     if isinstance(error, OSError) and error.errno in _DISK:
         error = files.storage_error(Path(str(error.filename or "the output")), error)
     if isinstance(error, ModuleNotFoundError):
         error = MachineError(
-            f"the package '{error.name}' is missing: pip install -e . in the repository (see fedgan doctor)"
+            f"the package '{error.name}' is missing: "
+            "pip install -e . in the repository (see fedgan doctor)"
         )
     if isinstance(error, FedganError):
         return str(error), type(error).__name__, error.exit_code
@@ -109,7 +109,7 @@ def describe_failure(error: BaseException, debug: bool) -> tuple[str, str, int]:
 
 
 def fail(error: BaseException, as_json: bool, debug: bool) -> int:
-    """Report an exception on stderr and return the exit code that belongs to it."""
+    """Report an exception on stderr and return its exit code."""
     if debug:
         traceback.print_exception(error, file=sys.stderr)
     message, kind, exit_code = describe_failure(error, debug)
@@ -118,7 +118,7 @@ def fail(error: BaseException, as_json: bool, debug: bool) -> int:
 
 
 def report_failure(message: str, kind: str, exit_code: int, as_json: bool) -> None:
-    """Write one error to stderr, as a line or as a JSON object."""
+    """Write one error to stderr, as a line or a JSON object."""
     note(
         json.dumps({"error": message, "kind": kind, "exit_code": exit_code})
         if as_json
@@ -127,17 +127,18 @@ def report_failure(message: str, kind: str, exit_code: int, as_json: bool) -> No
 
 
 def refuse_existing(output: Path, what: str) -> None:
-    """Raise `ConfigError` unless `output` is absent or an empty folder, `StorageError` where it cannot be written."""
+    """Raise `ConfigError` for a non-empty output, `StorageError` for one that is not writable."""
     if output.is_dir() and any(output.iterdir()):
         raise ConfigError(
-            f"{shown(output)} is not empty: choose another place for {what} with --output, or remove it"
+            f"{shown(output)} is not empty: choose another folder for {what} with --output, "
+            "or remove it"
         )
-    place = output.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise StorageError(f"{shown(place)} is a file: choose a folder for {what} with --output")
-    if not os.access(place, os.W_OK | os.X_OK):
+    parent = output.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise StorageError(f"{shown(parent)} is a file: choose a folder for {what} with --output")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise StorageError(
-            f"{shown(place)} cannot be written: choose another place for {what} with --output"
+            f"{shown(parent)} is not writable: choose another folder for {what} with --output"
         )

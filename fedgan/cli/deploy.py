@@ -179,7 +179,7 @@ def logs(
     """Show a run's log from its beginning to the run's end, and end with its exit status; --json: its events, a line each."""
     from fedgan.cli.progress import Progress
 
-    progress, ending = Progress(quietly=True), dict[str, Any]()
+    progress, ending = Progress(is_quiet=True), dict[str, Any]()
 
     def show(line: str) -> None:
         event = events.from_line(line)
@@ -187,7 +187,7 @@ def logs(
             ending.update(event)
         if as_json and event:
             typer.echo(events.as_line(event))
-        elif not as_json and (text := progress.in_words(event) if event else line):
+        elif not as_json and (text := progress.as_text(event) if event else line):
             typer.echo(text)
 
     with _connected(superlink, ca, wait) as link:

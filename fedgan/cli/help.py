@@ -1,8 +1,8 @@
-"""Help texts that say all they should, whichever typer and click Flower's pins have brought together.
+"""Complete help texts under every combination of typer and click that Flower's pins allow.
 
-Two faults of typer 0.20 beside click 8.5: an argument's help is lost, because click now has a field of
-that name, which it clears after typer has set it; and brackets are escaped for rich even where rich is off.
-"""
+Two bugs of typer 0.20 with click 8.5: an argument's help is lost, because click has a field of that
+name, which it clears after typer has set it; and brackets are escaped for rich even with rich
+switched off."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from typer.models import ArgumentInfo
 
 
 def build(app: typer.Typer) -> click.Command:
-    """The click command of a typer app, with every help text in its place."""
-    typer.core.HAS_RICH = False  # it only decides whether help texts are escaped and coloured
+    """The click command of a typer app, with all help texts."""
+    typer.core.HAS_RICH = False  # decides only whether help texts are escaped and coloured
     command = typer.main.get_command(app)
-    _restore(command)
+    _restore_help(command)
     return command
 
 
-def _restore(command: click.Command) -> None:
-    """Give the arguments of a command, and of those below it, the help that they were declared with."""
+def _restore_help(command: click.Command) -> None:
+    """Restore the declared help of the arguments of a command and its subcommands."""
     if isinstance(command, click.Group):
-        for below in command.commands.values():
-            _restore(below)
+        for subcommand in command.commands.values():
+            _restore_help(subcommand)
     if command.callback is None:
         return
     hints = typing.get_type_hints(inspect.unwrap(command.callback), include_extras=True)
@@ -39,9 +39,10 @@ def _restore(command: click.Command) -> None:
             if isinstance(extra, ArgumentInfo)
         ]
         if declared and declared[0].help and not getattr(parameter, "help", None):
-            # not `parameter.help = …`: click would then list the argument a second time
-            parameter.get_help_record = functools.partial(_record, parameter, declared[0].help)  # type: ignore[method-assign]
+            # not `parameter.help = …`: click would list the argument twice
+            record = functools.partial(_help_record, parameter, declared[0].help)
+            parameter.get_help_record = record  # type: ignore[method-assign]
 
 
-def _record(parameter: click.Parameter, text: str, context: click.Context) -> tuple[str, str]:
+def _help_record(parameter: click.Parameter, text: str, context: click.Context) -> tuple[str, str]:
     return parameter.make_metavar(context), f"{text}  [required]" if parameter.required else text

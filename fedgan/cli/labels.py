@@ -1,4 +1,4 @@
-"""Which labels the images of `fedgan generate` get when the user names them."""
+"""Label vectors of `fedgan generate` from label names and vectors that the user gives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def named_vectors(names: Sequence[str], label_names: Sequence[str]) -> np.ndarray:
-    """One-hot vectors (len(names), K) uint8 of label names. Raises `DataError` with the nearest name for an unknown one."""
+    """One-hot vectors (len(names), K) uint8 of label names. Raises `DataError` for unknown ones."""
     import numpy as np
 
     vectors = np.zeros((len(names), len(label_names)), np.uint8)
@@ -23,15 +23,15 @@ def named_vectors(names: Sequence[str], label_names: Sequence[str]) -> np.ndarra
             advice = (
                 f"did you mean '{near[0]}'?"
                 if near
-                else f"it knows {', '.join(label_names) or 'no labels'}"
+                else f"its labels: {', '.join(label_names) or 'none'}"
             )
-            raise DataError(f"the model knows no label '{name}'; {advice}")
+            raise DataError(f"the model has no label '{name}'; {advice}")
         vectors[row, list(label_names).index(name)] = 1
     return vectors
 
 
 def parsed_vectors(texts: Sequence[str], label_names: Sequence[str], exclusive: bool) -> np.ndarray:
-    """Vectors (len(texts), K) uint8 of texts such as `1,0,1`. Raises `ConfigError` unless each fits the model's labels."""
+    """Vectors (len(texts), K) uint8 of texts such as `1,0,1`. Raises `ConfigError`."""
     import numpy as np
 
     vectors = np.zeros((len(texts), len(label_names)), np.uint8)
@@ -45,15 +45,16 @@ def parsed_vectors(texts: Sequence[str], label_names: Sequence[str], exclusive: 
         vectors[row] = [int(part) for part in parts]
         if exclusive and vectors[row].sum() != 1:
             raise ConfigError(
-                f"--vector {text}: this model's classes exclude each other, so exactly one number must be 1"
+                f"--vector {text}: this model's classes exclude each other, "
+                "so exactly one number must be 1"
             )
     return vectors
 
 
 def spread_evenly(vectors: np.ndarray, images: int) -> np.ndarray:
-    """`images` rows (images, K), each vector equally often; the first ones get the remainder. In the order of the vectors."""
+    """Repeat vectors equally often to (images, K); the first ones get the remainder."""
     import numpy as np
 
-    times = np.full(len(vectors), images // len(vectors))
-    times[: images % len(vectors)] += 1
-    return np.repeat(vectors, times, axis=0)
+    repeats = np.full(len(vectors), images // len(vectors))
+    repeats[: images % len(vectors)] += 1
+    return np.repeat(vectors, repeats, axis=0)

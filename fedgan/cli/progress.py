@@ -1,7 +1,8 @@
-"""Progress of a run: a bar a hospital and a table of rounds on a terminal, plain lines elsewhere, or JSON (FEDGAN_LOG=json).
+"""Progress of a run: bars and a table of rounds on a terminal, plain lines elsewhere, or JSON
+lines.
 
-`simulations/runner.py` says which events there are. `RunState` follows them and knows nothing of screens.
-"""
+FEDGAN_LOG=json selects JSON. `simulations/runner.py` lists the events. `RunState` follows them
+without any output."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PREPARING = {
-    "phantoms": "drawing phantoms",
+    "phantoms": "generating phantoms",
     "hospitals": "opening the hospitals' shards",
     "engine": "starting Flower",
 }
@@ -30,19 +31,19 @@ SHOWN_ROUNDS = 8
 
 @dataclass
 class RunState:
-    """Where a run stands, by its events."""
+    """State of a run, by its events."""
 
     stage: str = "preparing"
     rounds: int = 0
     round: int = 0
     images: int = 0
     images_seen: int = 0
-    shown: dict[str, int] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
     goals: dict[str, int] = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def follow(self, event: dict[str, Any]) -> None:
-        """Take over one event; unknown ones are ignored."""
+        """Apply one event; unknown events are ignored."""
         kind = event.get("event")
         if kind == "preparing":
             self.stage = PREPARING.get(event["what"], event["what"])
@@ -53,47 +54,51 @@ class RunState:
             self.goals = dict.fromkeys(event["hospitals"], 0)
         elif kind == "round_start":
             self.stage, self.round, self.rounds = "training", event["round"], event["rounds"]
-            self.goals, self.shown = dict(event["images"]), dict.fromkeys(event["images"], 0)
+            self.goals, self.seen = dict(event["images"]), dict.fromkeys(event["images"], 0)
         elif kind == "progress" and event["round"] == self.round:
-            self.shown[event["hospital"]] = event["images"]
+            self.seen[event["hospital"]] = event["images"]
         elif kind == "evaluation":
             self.stage = "final evaluation" if event["final"] else "sampling"
         elif kind == "status":
             self.stage = event["text"]
         elif kind == "round_end":
             self.lines.append(event["line"])
-            self.images_seen, self.shown = event["line"]["images_seen"], {}
-            self.stage = "between two rounds"
+            self.images_seen, self.seen = event["line"]["images_seen"], {}
+            self.stage = "between rounds"
         elif kind in ("finished", "complete"):
             self.stage = "finished"
 
     @property
     def images_now(self) -> int:
-        """Images seen over all hospitals, with those of the round that is under way."""
-        return min(self.images, self.images_seen + sum(self.shown.values()))
+        """Images seen over all hospitals, including the current round."""
+        return min(self.images, self.images_seen + sum(self.seen.values()))
 
     def hospital_shares(self) -> dict[str, float]:
-        """Share of its round that each hospital has done, from 0 to 1."""
-        between = not self.shown and self.lines
+        """Finished share of the current round per hospital, from 0 to 1."""
+        is_between_rounds = not self.seen and self.lines
         return {
-            name: 1.0 if between else min(1.0, self.shown.get(name, 0) / goal) if goal else 0.0
+            name: 1.0
+            if is_between_rounds
+            else min(1.0, self.seen.get(name, 0) / goal)
+            if goal
+            else 0.0
             for name, goal in self.goals.items()
         }
 
 
 class Progress:
-    """Shows the events of a run on stderr. Use as a context and give `on_event` to the runner.
+    """Shows the events of a run on stderr. Use as a context and pass `on_event` to the runner.
 
-    `quietly`: shows nothing by itself, for a caller that asks for each event `in_words`.
+    `is_quiet`: prints nothing, for a caller that prints each event's `as_text`.
     """
 
-    def __init__(self, quietly: bool = False) -> None:
+    def __init__(self, is_quiet: bool = False) -> None:
         self.state = RunState()
         self.as_json = events.wants_json()
         self.screen = (
-            Screen(self.state) if sys.stderr.isatty() and not (quietly or self.as_json) else None
+            Screen(self.state) if sys.stderr.isatty() and not (is_quiet or self.as_json) else None
         )
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Progress:
         if self.screen:
@@ -115,7 +120,7 @@ class Progress:
         if self.as_json:
             console.note(events.as_line(event))
             return
-        text = self.in_words(event)
+        text = self.as_text(event)
         if self.screen:
             if event.get("event") == "note":
                 self.screen.live.console.print(event["text"], highlight=False)
@@ -123,24 +128,22 @@ class Progress:
         elif text:
             console.note(text)
 
-    def in_words(self, event: dict[str, Any]) -> str:
-        """An event as a plain line; most are worth none."""
+    def as_text(self, event: dict[str, Any]) -> str:
+        """An event as a plain line; "" for most events."""
         self.state.follow(event)
-        if text := self._plain(event):
-            self._said = time.monotonic()
+        if text := self._plain_line(event):
+            self._last_line = time.monotonic()
         return text
 
-    def _plain(self, event: dict[str, Any]) -> str:
-        """The line that an event is worth where there is no terminal; most are worth none."""
+    def _plain_line(self, event: dict[str, Any]) -> str:
         kind, state = event.get("event"), self.state
         if kind in ("preparing", "evaluation", "status"):
             return f"{state.stage} ..."
         if kind == "start":
-            rounds = f"rounds {event['first_round']} to {state.rounds}"
-            return (
-                f"hospitals {', '.join(event['hospitals'])}: {rounds}, {state.images} images in all"
-            )
-        if kind == "progress" and time.monotonic() - self._said > QUIET_SECONDS:
+            names, first = ", ".join(event["hospitals"]), event["first_round"]
+            rounds = f"rounds {first} to {state.rounds}"
+            return f"hospitals {names}: {rounds}, {state.images} images in total"
+        if kind == "progress" and time.monotonic() - self._last_line > QUIET_SECONDS:
             return f"round {state.round}/{state.rounds}: " + ", ".join(
                 f"{name} {share:.0%}" for name, share in state.hospital_shares().items()
             )
@@ -152,7 +155,7 @@ class Progress:
 
 
 class Screen:
-    """The picture on a terminal: a bar for the run and for each hospital, and the newest rounds."""
+    """Terminal display: a bar for the run and for each hospital, and the newest rounds."""
 
     def __init__(self, state: RunState) -> None:
         from rich.console import Console
@@ -178,11 +181,11 @@ class Screen:
         self.run = self.bars.add_task("preparing", total=None)
         self.tasks: dict[str, Any] = {}
         self.live = Live(
-            get_renderable=self.picture, console=Console(stderr=True), refresh_per_second=4
+            get_renderable=self.render, console=Console(stderr=True), refresh_per_second=4
         )
 
     def refresh(self) -> None:
-        """Bring the bars up to date with the state."""
+        """Update the bars."""
         state = self.state
         title = (
             f"round {state.round}/{state.rounds}, {state.stage}" if state.rounds else state.stage
@@ -194,11 +197,11 @@ class Screen:
             if name not in self.tasks:
                 self.tasks[name] = self.bars.add_task(f"  {name}", total=1.0)
             if share < (self.bars.tasks[self.tasks[name]].completed or 0):
-                self.bars.reset(self.tasks[name])  # a new round: its own clock
+                self.bars.reset(self.tasks[name])  # a new round: restart its clock
             self.bars.update(self.tasks[name], completed=share)
 
-    def picture(self) -> Group:
-        """What stands on the screen now."""
+    def render(self) -> Group:
+        """Table of rounds and bars."""
         from rich.console import Group
 
         return Group(
@@ -208,17 +211,17 @@ class Screen:
 
 
 def rounds_table(lines: list[dict[str, Any]]) -> Table:
-    """Rounds as a table: number, images seen, losses, r_t, p, ε with privacy, and the Fréchet distance where measured."""
+    """Table of rounds: number, images seen, losses, r_t, p, ε with privacy, Fréchet distance."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2))
-    private = any(privacy_text(line) for line in lines)
-    for title in ("round", "kimg", *COLUMNS, *(["ε"] if private else []), "Fréchet"):
+    is_private = any(privacy_text(line) for line in lines)
+    for title in ("round", "kimg", *COLUMNS, *(["ε"] if is_private else []), "Fréchet"):
         table.add_column(title, justify="right")
     for line in lines:
         mean = line.get("mean") or {}
         numbers = [_number(mean.get(name)) for name in COLUMNS] + (
-            [privacy_text(line)] if private else []
+            [privacy_text(line)] if is_private else []
         )
         distance = (line.get("fidelity") or {}).get("frechet")
         table.add_row(
@@ -237,21 +240,24 @@ def round_text(line: dict[str, Any], rounds: int) -> str:
     distance = (line.get("fidelity") or {}).get("frechet")
     tail = f"  ε {spent}" if (spent := privacy_text(line)) else ""
     tail += f"  Fréchet {distance:.3g}" if distance is not None else ""
-    stopped = [row["name"] for row in line.get("hospitals") or [] if row.get("exhausted")]
-    tail += f"  budget spent: {', '.join(stopped)}" if stopped else ""
-    return f"round {line['round']:>{len(str(rounds))}}/{rounds}  {line['images_seen'] / 1000:.1f} kimg  {numbers}{tail}"
+    exhausted = [row["name"] for row in line.get("hospitals") or [] if row.get("exhausted")]
+    tail += f"  budget spent: {', '.join(exhausted)}" if exhausted else ""
+    head = (
+        f"round {line['round']:>{len(str(rounds))}}/{rounds}  {line['images_seen'] / 1000:.1f} kimg"
+    )
+    return f"{head}  {numbers}{tail}"
 
 
 def privacy_text(line: dict[str, Any]) -> str:
-    """The largest ε of the round's hospitals, ∞ where one adds no noise; empty without privacy."""
-    found = [
+    """Largest ε of the round's hospitals; ∞ without noise, "" without privacy."""
+    epsilons = [
         row["epsilon"]
         for row in [*(line.get("hospitals") or []), line.get("client_level_dp") or {}]
         if "epsilon" in row
     ]
-    if not found:
+    if not epsilons:
         return ""
-    return "∞" if None in found else f"{max(found):.3g}"
+    return "∞" if None in epsilons else f"{max(epsilons):.3g}"
 
 
 def _number(value: float | None) -> str:

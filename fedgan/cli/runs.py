@@ -1,4 +1,4 @@
-"""`fedgan demo`, `simulate`, `resume`, `settings`: from a scenario to a run folder with its page."""
+"""`fedgan demo`, `simulate`, `resume`: from a scenario to a run folder with its report."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from fedgan.errors import CheckpointError, ConfigError, MachineError
 if TYPE_CHECKING:
     from fedgan.run_folder import RunFolder
 
-REPOSITORY = "this needs the repository, not the installed library alone: clone it, then pip install -e . in it"
+REPOSITORY = (
+    "this command needs the repository, not only the installed library: "
+    "clone it, then run pip install -e . in it"
+)
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Set one key of the scenario; may be repeated. All keys: fedgan settings.",
+        help="Set a key of the scenario; may be repeated. All keys: fedgan settings.",
     ),
 ]
 Output = Annotated[
@@ -32,7 +35,7 @@ Output = Annotated[
 
 
 def demo(output: Output = None, overrides: Overrides = None, as_json: console.Json = False) -> None:
-    """Run three hospitals on drawn skin lesions and write the page.
+    """Train three simulated hospitals on procedural skin lesions and write the report.
 
     Takes minutes on two cores and downloads nothing.
     """
@@ -42,44 +45,44 @@ def demo(output: Output = None, overrides: Overrides = None, as_json: console.Js
     if scenario is None:
         raise MachineError(REPOSITORY)
     settings = load_scenario(scenario, overrides or [])
-    place = output or _free(Path("runs/demo"))
-    if output is None and place.name != "demo":
-        console.note(f"runs/demo is there already: this run goes to {place}")
-    run = RunFolder.at(place)
-    _begin(settings, run, as_json)
+    folder = output or _free_folder(Path("runs/demo"))
+    if output is None and folder.name != "demo":
+        console.note(f"runs/demo exists: this run is written to {folder}")
+    run = RunFolder.at(folder)
+    _start(settings, run, as_json)
     if not as_json:
-        typer.echo(f"\nThe page: {run.report}\nOpen it in a browser: {run.report.as_uri()}")
+        typer.echo(f"\nReport: {run.report}\nOpen it in a browser: {run.report.as_uri()}")
 
 
 def simulate(
     scenario: Annotated[
         Path,
         typer.Argument(
-            metavar="SCENARIO.toml", help="The study, e.g. simulations/three_hospitals.toml."
+            metavar="SCENARIO.toml", help="Scenario, e.g. simulations/three_hospitals.toml."
         ),
     ],
     overrides: Overrides = None,
     output: Output = None,
     as_json: console.Json = False,
 ) -> None:
-    """Train a scenario's hospitals together on this machine.
+    """Simulate a scenario: train its hospitals together on this machine.
 
-    Ends with the central evaluation and the page.
+    Ends with the central evaluation and the report.
     """
     from fedgan.run_folder import RunFolder
 
     settings = load_scenario(scenario, overrides or [])
     run = RunFolder.at(output or Path("runs") / folder_name(settings.name))
-    _begin(settings, run, as_json)
+    _start(settings, run, as_json)
 
 
 def resume(
     run_path: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Run folder that was stopped or killed.")
+        Path, typer.Argument(metavar="RUN", help="Run folder of a stopped or killed run.")
     ],
     as_json: console.Json = False,
 ) -> None:
-    """Continue a stopped or killed run from its last whole round."""
+    """Continue a stopped or killed run from its last complete round."""
     from fedgan.cli.progress import Progress
     from fedgan.run_folder import RunFolder
 
@@ -93,16 +96,16 @@ def resume(
 
 
 def headline(run: RunFolder) -> dict[str, Any]:
-    """The numbers that a person asks for first, from `evaluation.json`; None where there is no such number."""
-    found = run.read_json(run.evaluation) or {}
-    utility, fidelity = found.get("utility") or {}, found.get("fidelity") or {}
+    """The main numbers of `evaluation.json`; None for a missing one."""
+    evaluation = run.read_json(run.evaluation) or {}
+    utility, fidelity = evaluation.get("utility") or {}, evaluation.get("fidelity") or {}
     real, synthetic = utility.get("real") or {}, utility.get("synthetic") or {}
     return {
         "run": str(run.path),
         "report": str(run.report),
-        "images_seen": found.get("images_seen"),
-        "wall_seconds": found.get("wall_seconds"),
-        "bytes_exchanged": found.get("bytes_exchanged"),
+        "images_seen": evaluation.get("images_seen"),
+        "wall_seconds": evaluation.get("wall_seconds"),
+        "bytes_exchanged": evaluation.get("bytes_exchanged"),
         "real_macro_auc": real.get("macro_auc"),
         "real_macro_auc_ci": real.get("macro_auc_ci"),
         "synthetic_macro_auc": synthetic.get("macro_auc"),
@@ -114,12 +117,13 @@ def headline(run: RunFolder) -> dict[str, Any]:
 
 
 def headline_text(numbers: dict[str, Any]) -> str:
-    """`headline` as a few lines for people."""
+    """`headline` as text."""
     lines = []
     if numbers["images_seen"] is not None:
         minutes, mebibytes = numbers["wall_seconds"] / 60, numbers["bytes_exchanged"] / 2**20
         lines.append(
-            f"trained     {numbers['images_seen'] / 1000:.1f} kimg in {minutes:.1f} min, {mebibytes:.0f} MiB exchanged"
+            f"trained     {numbers['images_seen'] / 1000:.1f} kimg in {minutes:.1f} min, "
+            f"{mebibytes:.0f} MiB exchanged"
         )
     for name, title in (("real", "real images"), ("synthetic", "synthetic images only")):
         if numbers[f"{name}_macro_auc"] is not None:
@@ -130,32 +134,35 @@ def headline_text(numbers: dict[str, Any]) -> str:
                 else ""
             )
             lines.append(
-                f"macro AUC   {numbers[f'{name}_macro_auc']:.3f}{interval}, classifier trained on {title}, tested on real"
+                f"macro AUC   {numbers[f'{name}_macro_auc']:.3f}{interval}, "
+                f"classifier trained on {title}, tested on real images"
             )
     if numbers["frechet"] is not None:
-        floor = (
+        reference = (
             f", {numbers['frechet_reference']:.3g} between halves of the real images"
             if numbers["frechet_reference"] is not None
             else ""
         )
         lines.append(
-            f"Fréchet     {numbers['frechet']:.3g}{floor} (features: {numbers['extractor']})"
+            f"Fréchet     {numbers['frechet']:.3g}{reference} (features: {numbers['extractor']})"
         )
     return "\n".join([*lines, f"report      {console.shown(Path(numbers['report']))}"])
 
 
-def _begin(settings: Settings, run: RunFolder, as_json: bool) -> None:
+def _start(settings: Settings, run: RunFolder, as_json: bool) -> None:
     if run.config.is_file():
-        there = console.shown(run.path)
+        path = console.shown(run.path)
         raise ConfigError(
-            f"{there} already holds a run: continue it with fedgan resume {there}, or choose another --output"
+            f"{path} already holds a run: continue it with fedgan resume {path}, "
+            "or choose another --output"
         )
     console.refuse_existing(run.path, "the run")
     engine = runner()
     from fedgan.cli.progress import Progress
 
     console.note(
-        f"{settings.name}: {settings.training.kimg:g} kimg in {settings.federation.rounds} rounds → {console.shown(run.path)}"
+        f"{settings.name}: {settings.training.kimg:g} kimg in {settings.federation.rounds} rounds "
+        f"→ {console.shown(run.path)}"
     )
     with console.stoppable(run), console.stdout_for_results(), Progress() as progress:
         engine.simulate(settings, run, on_event=progress.on_event)
@@ -173,18 +180,18 @@ def _finish(run: RunFolder, as_json: bool) -> None:
 
 
 def runner() -> ModuleType:
-    """`simulations.runner`, which only the repository has. Raises `MachineError` in an installed wheel."""
+    """The module `simulations.runner`. Raises `MachineError` where only the wheel is installed."""
     try:
         import simulations.runner
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("simulations", "server", "client"):
-            raise  # a package such as flwr is missing: that has its own message
+            raise  # a missing package such as flwr has its own message
         raise MachineError(REPOSITORY) from None
     return simulations.runner
 
 
 def shipped_scenario(name: str) -> Path | None:
-    """The scenario that the repository ships under `name`; None where there is no such file (an installed wheel)."""
+    """The repository's scenario `name`; None where it is missing (an installed wheel)."""
     try:
         import simulations
     except ModuleNotFoundError:
@@ -193,25 +200,24 @@ def shipped_scenario(name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _free(place: Path) -> Path:
-    """`place`, or the first of place-2, place-3, … that is not taken."""
-    taken = 1
-    candidate = place
+def _free_folder(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, … that is absent or empty."""
+    number, candidate = 1, folder
     while candidate.exists() and (not candidate.is_dir() or any(candidate.iterdir())):
-        taken += 1
-        candidate = place.with_name(f"{place.name}-{taken}")
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
     return candidate
 
 
 def folder_name(name: str) -> str:
-    """A scenario's name as the name of one folder."""
+    """A scenario's name as a folder name."""
     return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "run"
 
 
 def checkpoint_of(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest of the run folder at `path`.
+    """The checkpoint at `path`: the file itself, or the newest of a run folder.
 
-    Raises `CheckpointError` when there is none, `ConfigError` when `path` is neither, or is a second look.
+    Raises `CheckpointError` for no checkpoint, `ConfigError` for a folder without a run's model.
     """
     from fedgan.run_folder import RunFolder
 
@@ -228,6 +234,7 @@ def checkpoint_of(path: Path) -> Path:
     newest = run.last_round()
     if newest is None:
         raise CheckpointError(
-            f"{console.shown(run.path)} has no finished round yet: fedgan resume {console.shown(run.path)}"
+            f"{console.shown(run.path)} has no finished round yet: "
+            f"fedgan resume {console.shown(run.path)}"
         )
     return run.checkpoint(newest)
