@@ -21,7 +21,9 @@ class Parcels:
         """The message with a parcel in the place of each record's arrays."""
         for name, record in list(message.content.array_records.items()):
             if id(record) not in self.made:
-                self.sent = data = pack_bundle({key: array.numpy() for key, array in record.items()})
+                self.sent = data = pack_bundle(
+                    {key: array.numpy() for key, array in record.items()}
+                )
                 self.made[id(record)] = (
                     record,
                     ArrayRecord({BUNDLE: Array("uint8", (len(data),), BUNDLE, data)}),

@@ -413,7 +413,10 @@ def test_no_path_and_no_file_name_of_a_hospital_is_told(tmp_path: Path) -> None:
         ("in '/srv/St Elm/doe john' today", f"in '{REDACTED}' today"),
         ("at C:\\scans\\St Elm\\doe john.dcm, 2020", f"at {REDACTED}, 2020"),
         ("at C:/scans/doe.dcm, 2020", f"at {REDACTED}, 2020"),
-        ("doe_john.DCM is damaged, as is pacs/doe.nii.gz", f"{REDACTED} is damaged, as is {REDACTED}"),
+        (
+            "doe_john.DCM is damaged, as is pacs/doe.nii.gz",
+            f"{REDACTED} is damaged, as is {REDACTED}",
+        ),
         (
             "round-00001.safetensors and evaluation.json",
             "round-00001.safetensors and evaluation.json",

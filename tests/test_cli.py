@@ -1,4 +1,4 @@
-"""The command line: help, errors and exit codes, and the verbs simulate, evaluate, generate, doctor."""
+"""The command line: help, errors, exit codes; simulate, evaluate, generate and doctor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from PIL import Image
 from watchdog import watchdog
 
 from fedgan import __version__, files
-from fedgan.cli import app, console, doctor, help, labels, outputs, probe, progress, runs
+from fedgan.cli import app, console, doctor, generate, help, labels, probe, progress, runs
 from fedgan.config import DataSettings, ModelSettings, Settings, to_dict
 from fedgan.errors import (
     CheckpointError,
@@ -298,7 +298,7 @@ def test_sigterm_ends_a_verb_like_ctrl_c(
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr(outputs, "_write_pngs", write)
+    monkeypatch.setattr(generate, "_write_pngs", write)
     before = signal.getsignal(signal.SIGTERM)
     code, out, err = fedgan("generate", run.path, "--images", "3", "--output", "images")
     assert (code, out, err) == (130, "", "fedgan: stopped\n")
@@ -378,7 +378,7 @@ def test_evaluate_of_an_arm_needs_output(
     before = run.evaluation.read_bytes()
     code, _, err = fedgan("evaluate", run.path)
     assert (code, len(err.splitlines())) == (2, 1)
-    assert "an arm is evaluated by fedgan compare alone: give --output DIR for a second look" in err
+    assert "only fedgan compare may replace its evaluation: give --output DIR" in err
     assert evaluated == []
     assert fedgan("evaluate", run.path, "--output", "look")[0] == 0
     assert run.evaluation.read_bytes() == before

@@ -492,7 +492,10 @@ def test_a_run_is_evaluated_from_its_first_picture_to_its_last_number(tmp_path, 
     evaluator = _evaluator(tmp_path, hospitals, epochs=3)
     generator = _Generator(hospitals[0].train)
     evaluator.write_real_samples()
-    first, second = evaluator.evaluate_round(generator, 5, 500), evaluator.evaluate_round(generator, 10, 1000)
+    first, second = (
+        evaluator.evaluate_round(generator, 5, 500),
+        evaluator.evaluate_round(generator, 10, 1000),
+    )
     assert first["samples"] == "round-00005.png"
     assert first["fidelity"] == second["fidelity"]  # the same latents in every round
     assert first["fidelity"]["split"] == "val"
@@ -553,9 +556,9 @@ def test_the_full_suite_has_every_figure_and_the_quick_one_the_same_without_the_
         ModelSettings(z_dim=8, w_dim=8, channel_base=64, channel_max=8), SIDE, 1, CLASSES
     )
     quick, full = (
-        _evaluator(tmp_path / suite, hospitals, epochs=1, seeds=1, images=200, suite=suite).evaluate_final(
-            generator, FACTS
-        )
+        _evaluator(
+            tmp_path / suite, hospitals, epochs=1, seeds=1, images=200, suite=suite
+        ).evaluate_final(generator, FACTS)
         for suite in ("quick", "full")
     )
     assert (quick["suite"], full["suite"]) == ("quick", "full")

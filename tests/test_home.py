@@ -329,7 +329,9 @@ def test_after_a_step_of_fine_tuning_the_average_is_still_near_the_received_one(
             home._take_over(job.start, job.members[0], trainer, True, [])
         else:  # the same weights without the count: what a first step of any training does
             arrays = {
-                key: tensor.numpy() for key, tensor in received.items() if not key.startswith(STRATEGY_STATE)
+                key: tensor.numpy()
+                for key, tensor in received.items()
+                if not key.startswith(STRATEGY_STATE)
             }
             trainer.load_parameters(arrays)
         trainer.train(4)

@@ -130,7 +130,9 @@ def test_an_audit_asks_about_one_hospital_alone() -> None:
     assert discriminator.mapping is not None
     for network in (generator, discriminator):
         network.mapping.hospital_condition.set_label_counts(SHARES, exclusive=True)  # type: ignore[union-attr]
-    audited = AuditedModel(from_dict({}), generator, discriminator, numbers={"alpha": 0, "gamma": 2})
+    audited = AuditedModel(
+        from_dict({}), generator, discriminator, numbers={"alpha": 0, "gamma": 2}
+    )
     label, images, z = (
         torch.tensor([[0.0, 1.0]]).repeat(4, 1),
         torch.randn(4, 1, 16, 16),

@@ -170,7 +170,8 @@ def test_a_private_run_draws_labels_that_tell_nothing_of_the_real_ones(tmp_path)
         (1, 0): 3,
     }
     assert (
-        label_sampling.LabelChoice().words(False, private=True) == "every label alone, and none, equally often"
+        label_sampling.LabelChoice().words(False, private=True)
+        == "every label alone, and none, equally often"
     )
 
 
@@ -183,7 +184,11 @@ def test_the_real_mix_of_a_private_run_is_refused_with_what_to_use_instead(
         ConfigError, match=r"does not cover real labels.*--mix, --label or --vector"
     ):
         label_sampling.requested_labels(
-            reported_metrics(exclusive), tmp_path, 9, label_sampling.LabelChoice(labels_from=source), seed=0
+            reported_metrics(exclusive),
+            tmp_path,
+            9,
+            label_sampling.LabelChoice(labels_from=source),
+            seed=0,
         )
 
 

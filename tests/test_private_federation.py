@@ -335,7 +335,8 @@ def test_the_sentence_of_an_early_end_counts_who_is_left() -> None:
     assert reason_to_end(plain, ["a", "b", "c"]) == ""
     for each in (settings, plain):
         assert (
-            reason_to_end(each, ["a", "b", "c", "d"]) == "the privacy budget of every hospital is spent"
+            reason_to_end(each, ["a", "b", "c", "d"])
+            == "the privacy budget of every hospital is spent"
         )
 
 

@@ -370,7 +370,11 @@ def test_a_hospital_that_was_absent_from_the_start_joins_between_two_rounds(tmp_
     assert "hospital 3 ('gamma') has joined after round 1" in [event.get("text") for event in said]
     state = load_state(run, experiment_of(run))
     assert state is not None
-    assert [(share.number, share.joined) for share in state.participants] == [(0, 0), (1, 0), (2, 1)]
+    assert [(share.number, share.joined) for share in state.participants] == [
+        (0, 0),
+        (1, 0),
+        (2, 1),
+    ]
     assert state.since == {0: 3, 1: 3, 2: 3}
     assert [row["name"] for row in json.loads(run.hospitals.read_text())] == [
         "alpha",
@@ -407,7 +411,10 @@ def test_a_hospital_that_comes_back_with_another_shard_is_refused(tmp_path: Path
 def test_shares_never_change_whoever_comes_later() -> None:
     settings = tiny(Path("data"), rounds=4, kimg=0.2)
     first = [Participant(0, "alpha", 30), Participant(2, "gamma", 10)]
-    before, after = Plan(settings, first), Plan(settings, [*first, Participant(1, "beta", 20, joined=2)])
+    before, after = (
+        Plan(settings, first),
+        Plan(settings, [*first, Participant(1, "beta", 20, joined=2)]),
+    )
     for share in first:
         assert [before.images(done, share.number) for done in range(4)] == [
             after.images(done, share.number) for done in range(4)

@@ -663,9 +663,7 @@ def test_a_hospital_that_insists_tells_a_run_in_clear_one_reason_and_nothing_els
     tmp_path: Path,
 ) -> None:
     tried = Tried(tmp_path, answer=insisting(1))
-    with pytest.raises(
-        FederationError, match="ConfigError while applying its require-secure"
-    ):
+    with pytest.raises(FederationError, match="ConfigError while applying its require-secure"):
         tried.train()
     (reply,) = [reply for who, _, reply in tried.replies if who == 1]
     assert reply.has_error()
@@ -673,8 +671,12 @@ def test_a_hospital_that_insists_tells_a_run_in_clear_one_reason_and_nothing_els
     assert "require-secure = true, and the run has no secure aggregation" in log.read_text()
 
 
-@pytest.mark.parametrize("gate", [app, OutboundGate()], ids=["this app", "a handler that does not ask"])
-def test_no_round_in_clear_leaves_a_hospital_that_insists(tmp_path: Path, gate: OutboundGate) -> None:
+@pytest.mark.parametrize(
+    "gate", [app, OutboundGate()], ids=["this app", "a handler that does not ask"]
+)
+def test_no_round_in_clear_leaves_a_hospital_that_insists(
+    tmp_path: Path, gate: OutboundGate
+) -> None:
     """Also where the server's first question was about a secure run, and where only the gate holds the rule."""
     handed: list[tuple[Message, Context]] = []
 
@@ -697,11 +699,7 @@ def test_no_round_in_clear_leaves_a_hospital_that_insists(tmp_path: Path, gate: 
     with mock.patch.dict(os.environ, {SIMULATION: "1"}):
         assert not gate(copy.deepcopy(message), context).has_error()
         refusal = insisting(1, gate)(message, context)
-    doing = (
-        "applying its require-secure"
-        if gate is app
-        else "checking the reply"
-    )
+    doing = "applying its require-secure" if gate is app else "checking the reply"
     assert str(refusal.error.reason).startswith(f"hospital: ConfigError while {doing}")
     assert (
         len(log.read().entries) == before + 1

@@ -104,7 +104,9 @@ def test_a_round_adds_the_whole_correction_however_many_steps_it_has() -> None:
 
 def test_the_first_model_that_arrives_corrects_nothing() -> None:
     trainer = Trainer(tiny_settings(ON), tiny_dataset())
-    trainer.load_parameters({key: array + np.float32(1) for key, array in trainer.get_parameters(PARTS).items()})
+    trainer.load_parameters(
+        {key: array + np.float32(1) for key, array in trainer.get_parameters(PARTS).items()}
+    )
     assert set(trainer.exchange.control_variates.corrections) == set(PARTS)
     for corrections in trainer.exchange.control_variates.corrections.values():
         assert not any(correction.any() for correction in corrections)
@@ -125,7 +127,8 @@ def test_who_goes_on_without_the_setting_goes_on_without_corrections() -> None:
         other.load_state_dict(state)
     assert not plain.exchange.control_variates.corrections
     corrected.load_parameters(
-        trainer.get_parameters(PARTS) | {key: array + 1 for key, array in trainer.get_parameters(PARTS).items()}
+        trainer.get_parameters(PARTS)
+        | {key: array + 1 for key, array in trainer.get_parameters(PARTS).items()}
     )
     for part in PARTS:  # a state is not changed by who loads it
         kept = state[0][f"variates/{part}/000"]

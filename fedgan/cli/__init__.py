@@ -19,6 +19,7 @@ from fedgan.cli import (
     data,
     deploy,
     doctor,
+    generate,
     help,
     keys,
     ledger,
@@ -60,7 +61,7 @@ app.command(
     "Example: fedgan generate runs/demo --images 20 --label mel --psi 0.8 --output melanomas\n\n"
     "Example: fedgan generate --release runs/demo --images 7000 --mix nv=0.5,mel=0.3,bcc=0.2 "
     "--output release",
-)(outputs.generate)
+)(generate.generate)
 app.command(epilog="Example: fedgan evaluate runs/demo")(outputs.evaluate)
 app.command(epilog="Example: fedgan report runs/demo --tensorboard events")(outputs.report)
 app.command(epilog="Example: fedgan cards runs/demo")(outputs.cards)

@@ -202,7 +202,9 @@ def load_audited_model(checkpoint: Path, settings: Settings) -> tuple[AuditedMod
             generator.mapping.hospital_condition.known
         )  # not those whose answers are in no model
         numbers = {
-            share["name"]: share["number"] for share in meta["participants"] if share["number"] in known
+            share["name"]: share["number"]
+            for share in meta["participants"]
+            if share["number"] in known
         }
     return AuditedModel(settings, generator, discriminator, device, numbers), meta
 

@@ -126,6 +126,19 @@ def report_failure(message: str, kind: str, exit_code: int, as_json: bool) -> No
     )
 
 
+@contextlib.contextmanager
+def staged_output(output: Path) -> Iterator[Path]:
+    """A folder that replaces `output` on success. Raises `StorageError` for a failed write."""
+    from fedgan.data.shard import staged_folder
+
+    output = output.resolve()
+    with staged_folder(output) as folder:
+        try:
+            yield folder
+        except OSError as error:
+            raise files.storage_error(output, error) from error
+
+
 def refuse_existing(output: Path, what: str) -> None:
     """Raise `ConfigError` for a non-empty output, `StorageError` for one that is not writable."""
     if output.is_dir() and any(output.iterdir()):

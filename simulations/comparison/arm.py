@@ -209,6 +209,8 @@ def dealt(settings: Settings, sizes: Mapping[str, int]) -> dict[str, list[int]]:
 
 def alone(settings: Settings, hospital: str, sizes: Mapping[str, int]) -> Settings:
     """The settings of one hospital at home, with the step that it has in the federation."""
-    batch = dict(zip(sizes, make_budget(settings, list(sizes.values())).batches, strict=True))[hospital]
+    batch = dict(zip(sizes, make_budget(settings, list(sizes.values())).batches, strict=True))[
+        hospital
+    ]
     training = dataclasses.replace(settings.training, batch_size=batch)
     return standalone(dataclasses.replace(settings, training=training), (hospital,))

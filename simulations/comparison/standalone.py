@@ -98,7 +98,9 @@ def _restore(
     state = load_state(run, experiment, on_event)
     if state is not None and state.round:
         trainer.load(_trainer_state(run, state.round))
-        if job.start is not None and state.participants:  # none in a checkpoint of before they were kept
+        if (
+            job.start is not None and state.participants
+        ):  # none in a checkpoint of before they were kept
             trainer.set_hospital(state.participants[0].number)
         if state.line is not None and not has_line(run, state.round):
             write_line(run, state.line)
@@ -138,7 +140,11 @@ def _take_over(
     run = RunFolder(start.folder)
     tensors, meta = load_tensors(run.checkpoint(start.round))
     trainer.load_parameters(
-        {name: tensor.numpy() for name, tensor in tensors.items() if not name.startswith(STRATEGY_STATE)}
+        {
+            name: tensor.numpy()
+            for name, tensor in tensors.items()
+            if not name.startswith(STRATEGY_STATE)
+        }
     )
     lines = [line for line in files.read_json_lines(run.metrics) if line["round"] <= start.round]
     rows = [row for line in lines for row in line["hospitals"] if row["name"] == hospital]
