@@ -167,7 +167,7 @@ def find_local_hospital(request: TrainRequest, node: Mapping[str, Any]) -> Local
         else RunFolder(Path(request.run)).hospital_state(hospital.name)
     )
     # The ledger outlives every run: it lies beside the shard, or in this node's state-dir.
-    shard_folder = Path(own_state) if own_state else hospital.place or folder
+    shard_folder = Path(own_state) if own_state else hospital.shard_path or folder
     # In a simulation the shard's folder may be read-only.
     log_place = shard_folder if own_state or os.access(shard_folder, os.W_OK) else folder
     return LocalHospital(number, hospital, folder, shard_folder / LEDGER, log_place / OUTBOUND)

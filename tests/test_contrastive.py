@@ -18,14 +18,14 @@ from fedgan.audit.attacks.contrastive import (
 from fedgan.audit.attacks.copies import find_copies
 from fedgan.audit.attacks.copy_controls import plant_copies, recovered
 from fedgan.audit.attacks.nearest import nearest
-from fedgan.data.phantoms import LESION_LABELS, draw_lesion
+from fedgan.data.phantoms import LESION_LABELS, render_lesion
 
 
 @pytest.fixture(scope="module")
 def lesions() -> np.ndarray:
     """Drawn lesions (360, 3, 32, 32) uint8."""
     pictures = [
-        draw_lesion(LESION_LABELS[i % 7], np.random.default_rng([4, i]), 32)[0] for i in range(360)
+        render_lesion(LESION_LABELS[i % 7], np.random.default_rng([4, i]), 32)[0] for i in range(360)
     ]
     return np.stack(pictures).transpose(0, 3, 1, 2)
 

@@ -22,7 +22,7 @@ from fedgan.audit.attacks.copies import (
 )
 from fedgan.audit.attacks.copy_controls import negative_control, plant_copies, recovered
 from fedgan.audit.attacks.nearest import Moves, pixels
-from fedgan.data.phantoms import LESION_LABELS, draw_lesion
+from fedgan.data.phantoms import LESION_LABELS, render_lesion
 from fedgan.evaluation.metrics.intervals import wilson_interval
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -46,7 +46,7 @@ def by_brute_force(queries: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, n
 def lesions() -> np.ndarray:
     """Drawn lesions (420, 3, 32, 32) uint8."""
     pictures = [
-        draw_lesion(LESION_LABELS[i % 7], np.random.default_rng([9, i]), 32)[0] for i in range(420)
+        render_lesion(LESION_LABELS[i % 7], np.random.default_rng([9, i]), 32)[0] for i in range(420)
     ]
     return np.stack(pictures).transpose(0, 3, 1, 2)
 

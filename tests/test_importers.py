@@ -1,4 +1,4 @@
-"""Every row of a source ends in a shard or in a count with its reason; a bad source leaves nothing behind."""
+"""Importers: every row is in a shard or a count with its reason; invalid sources write nothing."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def save_png(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
-def our_pack(
+def own_pack(
     path: Path, count: int = 60, card: dict | None = None, **changes: np.ndarray | None
 ) -> Path:
     arrays = {
@@ -51,12 +51,12 @@ def our_pack(
     return path
 
 
-def test_copies_without_a_patient_stay_together_and_copies_across_a_given_split_are_counted(
+def test_copies_share_a_split_and_copies_across_given_splits_count(
     tmp_path,
 ):
     rng = np.random.default_rng(0)
     images = np.repeat(rng.integers(0, 256, (30, 16, 16), dtype=np.uint8), 2, axis=0)
-    bare = our_pack(
+    bare = own_pack(
         tmp_path / "bare.npz",
         images=images,
         label=np.zeros(60, int),
@@ -70,7 +70,7 @@ def test_copies_without_a_patient_stay_together_and_copies_across_a_given_split_
     assert np.array_equal(splits[::2], splits[1::2])
     assert len(set(splits.tolist())) == 3
     assert not any("another split" in note for note in shard.card.notes)
-    given = our_pack(
+    given = own_pack(
         tmp_path / "given.npz",
         images=images,
         label=np.zeros(60, int),
@@ -86,11 +86,14 @@ def test_copies_without_a_patient_stay_together_and_copies_across_a_given_split_
 # --- npz -----------------------------------------------------------------------------------------
 
 
-def test_our_pack_becomes_a_shard_for_each_institution(tmp_path):
-    pack = our_pack(tmp_path / "pack.npz", card={
-        "labels": ["normal", "a", "b"], "institutions": ["north", "St. Mary's / south"], "title": "Two towns",
+def test_own_npz_layout_gives_one_shard_per_institution(tmp_path):
+    card = {
+        "labels": ["normal", "a", "b"],
+        "institutions": ["north", "St. Mary's / south"],
+        "title": "Two towns",
         "provenance": [{"institution": "north", "data_licence": "CC BY 4.0"}],
-    })  # fmt: skip
+    }
+    pack = own_pack(tmp_path / "pack.npz", card=card)
     south, north = import_source(read_npz(pack), tmp_path / "out")  # by name: capitals come first
     with np.load(pack) as arrays:
         images, split = arrays["images"], arrays["split"]
@@ -110,8 +113,8 @@ def test_our_pack_becomes_a_shard_for_each_institution(tmp_path):
     assert north.samples.sources[3] == "3.png"
 
 
-def test_names_of_codes_may_stand_inside_the_pack(tmp_path):
-    pack = our_pack(
+def test_npz_arrays_can_hold_the_code_names(tmp_path):
+    pack = own_pack(
         tmp_path / "pack.npz",
         labels=np.array(["x", "y", "z"]),
         institutions=np.array(["one", "two"]),
@@ -121,7 +124,7 @@ def test_names_of_codes_may_stand_inside_the_pack(tmp_path):
         "one",
         "two",
     ]
-    bare = our_pack(tmp_path / "bare.npz", institution=None, split=None, patient=None, name=None)
+    bare = own_pack(tmp_path / "bare.npz", institution=None, split=None, patient=None, name=None)
     bare.with_suffix(".json").unlink()
     (shard,) = import_source(read_npz(bare), tmp_path / "bare")
     assert shard.name == "bare"
@@ -130,8 +133,8 @@ def test_names_of_codes_may_stand_inside_the_pack(tmp_path):
     assert "images without a patient id, each its own patient: 60" in shard.card.notes
 
 
-def test_a_label_map_merges_classes_and_leaves_the_split_alone(tmp_path):
-    pack = our_pack(tmp_path / "pack.npz")
+def test_label_map_merges_classes_and_keeps_the_split(tmp_path):
+    pack = own_pack(tmp_path / "pack.npz")
     six = import_source(read_npz(pack), tmp_path / "six")
     two = import_source(
         read_npz(pack), tmp_path / "two", ImportOptions(label_map="normal=normal,*=abnormal")
@@ -149,7 +152,7 @@ def test_a_label_map_merges_classes_and_leaves_the_split_alone(tmp_path):
 
 
 @pytest.mark.parametrize("columns", [1, 3])
-def test_the_medmnist_layout_keeps_its_three_splits(tmp_path, columns):
+def test_medmnist_layout_keeps_its_splits(tmp_path, columns):
     counts = {"train": 20, "val": 5, "test": 7}
     arrays = {}
     for seed, (split, count) in enumerate(counts.items()):
@@ -179,20 +182,20 @@ def test_the_medmnist_layout_keeps_its_three_splits(tmp_path, columns):
     )
 
 
-def test_fortran_order_and_a_channel_axis_give_the_same_images(tmp_path):
-    plain = import_source(read_npz(our_pack(tmp_path / "a.npz")), tmp_path / "a")
+def test_fortran_order_and_channel_axis_give_the_same_images(tmp_path):
+    plain = import_source(read_npz(own_pack(tmp_path / "a.npz")), tmp_path / "a")
     images = np.asfortranarray(noise(60, 16, 16)[..., None])
-    other = import_source(read_npz(our_pack(tmp_path / "b.npz", images=images)), tmp_path / "b")
+    other = import_source(read_npz(own_pack(tmp_path / "b.npz", images=images)), tmp_path / "b")
     assert [shard.card.content_hash for shard in plain] == [
         shard.card.content_hash for shard in other
     ]
 
 
-def test_a_pack_keeps_identical_images_and_says_so_unless_asked(tmp_path):
+def test_npz_keeps_and_counts_duplicates_by_default(tmp_path):
     images = noise(60, 16, 16)
     images[1] = images[0]  # the next label
     images[3] = images[0]  # the same label
-    pack = our_pack(tmp_path / "pack.npz", images=images)
+    pack = own_pack(tmp_path / "pack.npz", images=images)
     kept = import_source(read_npz(pack), tmp_path / "kept")
     assert sum(map(len, kept)) == 60
     assert any("kept: 2" in note for note in kept[0].card.notes)
@@ -220,15 +223,15 @@ def test_a_pack_keeps_identical_images_and_says_so_unless_asked(tmp_path):
         ({"label": np.array([{}] * 60, dtype=object)}, "pickle"),
     ],
 )
-def test_a_pack_that_does_not_fit_is_one_clear_error(tmp_path, changes, message):
+def test_invalid_npz_is_one_clear_error(tmp_path, changes, message):
     with pytest.raises(DataError, match=message):
-        import_source(read_npz(our_pack(tmp_path / "pack.npz", **changes)), tmp_path / "out")
+        import_source(read_npz(own_pack(tmp_path / "pack.npz", **changes)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("left", [0, 0.3, 0.9])
-def test_a_truncated_or_missing_pack_is_one_clear_error(tmp_path, left):
-    pack = our_pack(tmp_path / "pack.npz")
+def test_truncated_or_missing_npz_is_one_clear_error(tmp_path, left):
+    pack = own_pack(tmp_path / "pack.npz")
     pack.write_bytes(pack.read_bytes()[: int(left * pack.stat().st_size)])
     with pytest.raises(DataError, match="truncated or damaged"):
         read_npz(pack)
@@ -236,8 +239,8 @@ def test_a_truncated_or_missing_pack_is_one_clear_error(tmp_path, left):
         read_npz(tmp_path / "nowhere.npz")
 
 
-def test_damage_in_the_middle_of_the_images_leaves_nothing_behind(tmp_path):
-    pack = our_pack(tmp_path / "pack.npz")
+def test_damaged_npz_images_leave_no_output(tmp_path):
+    pack = own_pack(tmp_path / "pack.npz")
     data = bytearray(pack.read_bytes())
     data[5000:5100] = bytes(100)  # inside the first member, the images
     pack.write_bytes(data)
@@ -246,15 +249,15 @@ def test_damage_in_the_middle_of_the_images_leaves_nothing_behind(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pack.json", "pack.npz"]
 
 
-def test_a_patient_in_two_splits_of_the_source_is_refused(tmp_path):
+def test_patient_in_two_splits_of_the_source_is_refused(tmp_path):
     split = (np.arange(60) % 2).astype(np.uint8)  # each patient has an even and an odd row
     with pytest.raises(SplitError, match="30 patients are in more than one split"):
-        import_source(read_npz(our_pack(tmp_path / "pack.npz", split=split)), tmp_path / "out")
+        import_source(read_npz(own_pack(tmp_path / "pack.npz", split=split)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_is_not_empty_is_refused(tmp_path):
-    pack = our_pack(tmp_path / "pack.npz")
+def test_non_empty_output_is_refused(tmp_path):
+    pack = own_pack(tmp_path / "pack.npz")
     (tmp_path / "out").mkdir()
     import_source(read_npz(pack), tmp_path / "out")
     before = sorted((tmp_path / "out").rglob("*"))
@@ -266,7 +269,7 @@ def test_an_output_that_is_not_empty_is_refused(tmp_path):
 # --- folders -------------------------------------------------------------------------------------
 
 
-def test_class_folders_count_every_file_they_cannot_use(tmp_path):
+def test_class_folders_count_every_skipped_file(tmp_path):
     root = tmp_path / "photos"
     for i in range(20):
         save_png(
@@ -311,7 +314,7 @@ def test_split_folders_keep_their_split(tmp_path):
     ).tolist()
 
 
-def test_a_folder_without_usable_images_is_one_clear_error(tmp_path):
+def test_folder_without_usable_images_is_one_clear_error(tmp_path):
     with pytest.raises(DataError, match="no folder at"):
         read_folder(tmp_path / "nowhere")
     save_png(tmp_path / "flat" / "a.png", noise(16, 16))
@@ -338,12 +341,12 @@ def manifest(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-def pictures(folder: Path, count: int) -> list[str]:
+def save_images(folder: Path, count: int) -> list[str]:
     return [save_png(folder / f"{i}.png", noise(16, 16, seed=i)).name for i in range(count)]
 
 
-def test_a_manifest_with_one_label_column(tmp_path):
-    names = pictures(tmp_path, 30)
+def test_manifest_with_one_label_column(tmp_path):
+    names = save_images(tmp_path, 30)
     rows = [
         {
             "path": name,
@@ -375,8 +378,8 @@ def test_a_manifest_with_one_label_column(tmp_path):
         )
 
 
-def test_a_manifest_with_several_label_columns(tmp_path):
-    names = pictures(tmp_path / "images", 12)
+def test_manifest_with_several_label_columns(tmp_path):
+    names = save_images(tmp_path / "images", 12)
     rows = [
         {"file": name, "effusion": i % 2, "nodule": (i // 2) % 2, "subject": i // 2}
         for i, name in enumerate(names)
@@ -395,10 +398,10 @@ def test_a_manifest_with_several_label_columns(tmp_path):
     assert shard.samples.patients.tolist() == [str(row["subject"]) for row in rows]
 
 
-def test_one_hot_columns_are_classes_that_exclude_each_other(tmp_path):
+def test_one_hot_columns_are_exclusive_classes(tmp_path):
     rows = [
         {"path": name, "MEL": i % 2, "NV": 1 - i % 2}
-        for i, name in enumerate(pictures(tmp_path, 10))
+        for i, name in enumerate(save_images(tmp_path, 10))
     ]
     (shard,) = import_source(
         read_manifest(manifest(tmp_path / "m.csv", rows), Columns(labels=("MEL", "NV"))),
@@ -411,10 +414,10 @@ def test_one_hot_columns_are_classes_that_exclude_each_other(tmp_path):
     assert bare.labels.shape == (10, 0)
 
 
-def test_a_manifest_that_cannot_be_read_says_which_column_or_row(tmp_path):
+def test_invalid_manifest_error_names_column_or_row(tmp_path):
     rows = [
         {"path": name, "label": "a", "patiant": i, "split": "holdout"}
-        for i, name in enumerate(pictures(tmp_path, 4))
+        for i, name in enumerate(save_images(tmp_path, 4))
     ]
     file = manifest(tmp_path / "m.csv", rows)
     for columns, message in (
@@ -441,7 +444,7 @@ def test_a_manifest_that_cannot_be_read_says_which_column_or_row(tmp_path):
 # --- pixels --------------------------------------------------------------------------------------
 
 
-def test_the_whole_picture_is_stretched_unless_the_centre_is_asked_for(tmp_path):
+def test_images_are_stretched_unless_cropped(tmp_path):
     pixels = np.zeros((32, 64), np.uint8)
     pixels[:, 16:48] = 200
     stretched, cropped = fit_square(pixels, 16, 1, crop=False), fit_square(pixels, 16, 1, crop=True)
@@ -451,15 +454,15 @@ def test_the_whole_picture_is_stretched_unless_the_centre_is_asked_for(tmp_path)
     assert fit_square(pixels, 16, 3, crop=True).shape == (3, 16, 16)
 
 
-def test_deep_and_turned_pictures_are_read_as_they_look(tmp_path):
+def test_decode_handles_16_bit_exif_rotation_and_alpha(tmp_path):
     deep = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
     assert np.array_equal(decode(tmp_path / "deep.png"), (deep >> 8).astype(np.uint8))
     picture = Image.fromarray(noise(16, 24))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn right to see it upright
-    picture.save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(decode(tmp_path / "turned.png"), np.rot90(np.asarray(picture), -1))
+    exif[0x0112] = 6  # orientation: rotate by 90 degrees clockwise
+    picture.save(tmp_path / "rotated.png", exif=exif)
+    assert np.array_equal(decode(tmp_path / "rotated.png"), np.rot90(np.asarray(picture), -1))
     Image.fromarray(noise(16, 16, 4), "RGBA").save(tmp_path / "alpha.png")
     assert decode(tmp_path / "alpha.png").shape == (16, 16, 3)
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tiff")
@@ -469,16 +472,16 @@ def test_deep_and_turned_pictures_are_read_as_they_look(tmp_path):
 
 # --- label maps ----------------------------------------------------------------------------------
 
-WORDS = st.text(st.sampled_from("abcdefgh"), min_size=1, max_size=3)
+LABELS = st.text(st.sampled_from("abcdefgh"), min_size=1, max_size=3)
 
 
-@given(st.lists(WORDS, min_size=1, max_size=5, unique=True), st.data())
+@given(st.lists(LABELS, min_size=1, max_size=5, unique=True), st.data())
 @settings(max_examples=50)
-def test_two_maps_one_after_the_other_are_their_composition(names, data):
-    middle = data.draw(st.lists(WORDS, min_size=len(names), max_size=len(names)))
+def test_label_maps_compose(names, data):
+    middle = data.draw(st.lists(LABELS, min_size=len(names), max_size=len(names)))
     first = LabelMap(tuple(zip(names, middle, strict=True)))
     reached = list(dict.fromkeys(middle))
-    second = LabelMap(tuple((name, data.draw(WORDS)) for name in reached))
+    second = LabelMap(tuple((name, data.draw(LABELS)) for name in reached))
     both = LabelMap(tuple((name, second.target(first.target(name))) for name in names))
     labels = np.random.default_rng(len(names)).integers(0, 2, (20, len(names)), dtype=np.uint8)
     after, after_names = second.apply(*first.apply(labels, names))
@@ -488,11 +491,11 @@ def test_two_maps_one_after_the_other_are_their_composition(names, data):
     assert np.array_equal(whole.any(axis=1), labels.any(axis=1))
 
 
-@given(st.lists(WORDS, min_size=1, max_size=6, unique=True), st.data())
+@given(st.lists(LABELS, min_size=1, max_size=6, unique=True), st.data())
 @settings(max_examples=50)
-def test_a_map_keeps_one_label_an_image_and_every_image(names, data):
+def test_label_map_keeps_one_label_per_image(names, data):
     label_map = LabelMap(
-        (*((n, data.draw(WORDS)) for n in names if data.draw(st.booleans())), ("*", "rest"))
+        (*((n, data.draw(LABELS)) for n in names if data.draw(st.booleans())), ("*", "rest"))
     )
     labels = np.eye(len(names), dtype=np.uint8)
     mapped, out = label_map.apply(labels, names)
@@ -504,7 +507,7 @@ def test_a_map_keeps_one_label_an_image_and_every_image(names, data):
     assert np.array_equal(same, labels)
 
 
-def test_a_map_is_read_as_it_is_written():
+def test_label_map_parsing_and_errors():
     label_map = LabelMap.parse(" normal = normal , * = abnormal ")
     assert label_map.names(["x", "normal", "y"]) == ("normal", "abnormal")
     with pytest.raises(DataError, match="did you mean 'normal'"):

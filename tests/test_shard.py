@@ -1,4 +1,4 @@
-"""A shard comes back as it was written, appears whole or not at all, and tells what is wrong with it."""
+"""Shards: round trip, atomic writing, and clear errors for damaged files."""
 
 import json
 import resource
@@ -52,7 +52,7 @@ def edit_card(path: Path, **changes: object) -> None:
     st.data(),
 )
 @settings(max_examples=15)
-def test_a_shard_comes_back_as_it_was_written(
+def test_shard_round_trip(
     tmp_path_factory, count, channels, resolution, label_dim, exclusive, data
 ):
     rng = np.random.default_rng(count)
@@ -104,7 +104,7 @@ def test_a_shard_comes_back_as_it_was_written(
         assert np.array_equal(shard.dataset(split).images[np.arange(rows.sum())], images[rows])
 
 
-def test_the_content_hash_follows_the_content_and_not_the_place(tmp_path):
+def test_content_hash_depends_on_content_not_on_path(tmp_path):
     first = make_shard(tmp_path / "a")
     copy = make_shard(
         tmp_path / "deep" / "b",
@@ -135,7 +135,7 @@ def test_chunks_give_the_same_shard_as_one_array(tmp_path):
     assert np.array_equal(np.load(tmp_path / "a/images.npy", allow_pickle=False), images)
 
 
-def test_an_existing_shard_is_not_overwritten_unless_asked(tmp_path):
+def test_existing_shard_needs_overwrite(tmp_path):
     before = make_shard(tmp_path / "a")
     with pytest.raises(DataError, match="exists already"):
         make_shard(tmp_path / "a", seed=1)
@@ -145,10 +145,10 @@ def test_an_existing_shard_is_not_overwritten_unless_asked(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path):
+def test_full_disk_leaves_no_file(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     images = np.zeros((600, 1, 32, 32), np.uint8)
-    try:  # the kernel refuses the write as a full disk would
+    try:  # the kernel refuses the write like a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
         with pytest.raises(StorageError, match="cannot write"):
             make_shard(tmp_path / "a", 600, images=images)
@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_writer_that_never_finishes_leaves_nothing_behind(tmp_path):
+def test_unfinished_writer_leaves_no_file(tmp_path):
     def stop_early() -> None:
         with ShardWriter(tmp_path / "a", 1, 16) as writer:
             writer.append(np.zeros((2, 1, 16, 16), np.uint8))
@@ -170,14 +170,14 @@ def test_a_writer_that_never_finishes_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_is_no_folder_is_a_storage_error(tmp_path):
+def test_path_below_a_file_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         make_shard(tmp_path / "file" / "a")
 
 
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "samples.csv", "card.json"])
-def test_a_missing_file_is_named(tmp_path, name):
+def test_missing_file_is_named(tmp_path, name):
     make_shard(tmp_path / "a")
     (tmp_path / "a" / name).unlink()
     with pytest.raises(DataError, match=name):
@@ -186,7 +186,7 @@ def test_a_missing_file_is_named(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["images.npy", "labels.npy", "samples.csv", "card.json"])
 @pytest.mark.parametrize("left", [0, 0.5, 0.95])
-def test_a_truncated_file_is_one_clear_error(tmp_path, name, left):
+def test_truncated_file_is_one_clear_error(tmp_path, name, left):
     make_shard(tmp_path / "a", 40, splits=["train"] * 40)
     file = tmp_path / "a" / name
     file.write_bytes(file.read_bytes()[: int(left * file.stat().st_size)])
@@ -202,18 +202,18 @@ def test_arrays_with_python_objects_are_refused(tmp_path):
         Shard.open(tmp_path / "a")
 
 
-def test_one_changed_pixel_is_found_when_verifying(tmp_path):
+def test_verify_detects_one_changed_pixel(tmp_path):
     make_shard(tmp_path / "a")
     file = tmp_path / "a/images.npy"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     Shard.open(tmp_path / "a")
-    with pytest.raises(DataError, match="not those that the card was written for"):
+    with pytest.raises(DataError, match="do not match the content hash"):
         Shard.open(tmp_path / "a", verify=True)
 
 
-def test_a_patient_in_two_splits_is_a_split_error_without_the_patient(tmp_path):
+def test_patient_in_two_splits_is_an_error_without_the_patient_id(tmp_path):
     splits = ["train"] * 11 + ["test"]  # p5 has rows 10 and 11
     with pytest.raises(SplitError, match="1 patient is in more than one split") as raised:
         make_shard(tmp_path / "a", splits=splits)
@@ -227,7 +227,7 @@ def test_a_patient_in_two_splits_is_a_split_error_without_the_patient(tmp_path):
         Shard.open(tmp_path / "b")
 
 
-def test_a_label_outside_the_card_is_refused(tmp_path):
+def test_label_outside_the_card_is_refused(tmp_path):
     make_shard(tmp_path / "a")
     edit_card(tmp_path / "a", label_names=["normal", "abnormal"])
     with pytest.raises(DataError, match="outside the card"):
@@ -238,7 +238,7 @@ def test_a_label_outside_the_card_is_refused(tmp_path):
     np.save(tmp_path / "b/labels.npy", labels)
     with pytest.raises(DataError, match="0 or 1"):
         Shard.open(tmp_path / "b")
-    with pytest.raises(DataError, match="1 images have not exactly one label"):
+    with pytest.raises(DataError, match="1 images do not have exactly one label"):
         make_shard(
             tmp_path / "c",
             labels=np.concatenate([np.eye(3, dtype=np.uint8)[[0] * 11], [[1, 1, 0]]]),
@@ -246,7 +246,7 @@ def test_a_label_outside_the_card_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("resolution", [8, 24, 48])
-def test_a_resolution_that_is_no_power_of_two_is_refused(tmp_path, resolution):
+def test_resolution_must_be_a_power_of_two(tmp_path, resolution):
     with pytest.raises(DataError, match=f"{resolution} is no power of two"):
         make_shard(tmp_path / "a", resolution=resolution)
     make_shard(tmp_path / "b")
@@ -255,7 +255,7 @@ def test_a_resolution_that_is_no_power_of_two_is_refused(tmp_path, resolution):
         Shard.open(tmp_path / "b")
 
 
-def test_a_card_of_another_format_or_a_name_that_is_a_path_is_refused(tmp_path):
+def test_card_of_another_format_or_with_a_path_as_name_is_refused(tmp_path):
     make_shard(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     edit_card(tmp_path / "a", format="fedgan-shard-99")
@@ -268,7 +268,7 @@ def test_a_card_of_another_format_or_a_name_that_is_a_path_is_refused(tmp_path):
         Shard.open(tmp_path / "nowhere")
 
 
-def test_samples_must_have_a_row_an_image_and_a_known_split(tmp_path):
+def test_samples_need_one_row_per_image_and_a_known_split(tmp_path):
     images = np.zeros((3, 1, 16, 16), np.uint8)
     column = np.array(["a", "b"])
     with ShardWriter(tmp_path / "a", 1, 16) as writer:

@@ -1,4 +1,4 @@
-"""Splits and partitions never part a patient; hospitals open as the settings say."""
+"""Splits and partitions by patient, and opening the hospitals of a scenario."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedgan.config import Settings, from_dict
 from fedgan.data import partitions
 from fedgan.data.federation import (
-    area_mean,
+    block_mean,
     describe_hospitals,
     open_hospital,
     open_hospitals,
@@ -27,15 +27,15 @@ FAST = settings(max_examples=40)
 
 @st.composite
 def tables(draw: st.DrawFn, least_patients: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Columns of a pool: patients, institutions (one a patient) and classes (of each row)."""
+    """Columns of a pool: patients, institutions (one per patient), classes (one per row)."""
     count = draw(st.integers(least_patients, 60))
     rng = np.random.default_rng(draw(st.integers(0, 2**31)))
     rows = np.repeat(np.arange(count), rng.integers(1, 5, count))
     rng.shuffle(rows)
-    homes = rng.integers(0, 3, count)
+    institutions = rng.integers(0, 3, count)
     return (
         np.char.add("p", rows.astype(str)),
-        np.char.add("h", homes[rows].astype(str)),
+        np.char.add("h", institutions[rows].astype(str)),
         rng.integers(0, 4, len(rows)),
     )
 
@@ -57,7 +57,7 @@ def assert_whole_patients(
 
 @given(tables(), st.integers(0, 5), st.booleans())
 @FAST
-def test_splits_never_part_a_patient(table, seed, has_test):
+def test_splits_keep_patients_whole(table, seed, has_test):
     patients, institutions, classes = table
     given = None
     if has_test:
@@ -74,7 +74,7 @@ def test_splits_never_part_a_patient(table, seed, has_test):
 
 @given(tables(), st.integers(0, 5), st.randoms(use_true_random=False))
 @FAST
-def test_splits_do_not_depend_on_the_order_of_rows(table, seed, random):
+def test_splits_do_not_depend_on_row_order(table, seed, random):
     patients, institutions, classes = table
     order = np.array(random.sample(range(len(patients)), len(patients)))
     splits = make_splits(patients, institutions, classes, seed=seed)
@@ -85,7 +85,7 @@ def test_splits_do_not_depend_on_the_order_of_rows(table, seed, random):
 
 @given(tables(least_patients=20), st.integers(0, 5))
 @FAST
-def test_each_institution_is_divided_in_proportion(table, seed):
+def test_institutions_are_split_in_proportion(table, seed):
     patients, institutions, _ = table
     splits = make_splits(patients, institutions, seed=seed)
     for name in np.unique(institutions):
@@ -101,7 +101,7 @@ def test_each_institution_is_divided_in_proportion(table, seed):
             assert found["val"] == max(1, round(0.125 * (count - found["test"])))
 
 
-def test_the_only_patient_of_a_class_stays_in_train_and_classes_are_spread():
+def test_single_patient_of_a_class_stays_in_train():
     patients = np.arange(101).astype(str)
     classes = np.repeat([0, 1, 2], [1, 50, 50])
     for seed in range(10):
@@ -112,7 +112,7 @@ def test_the_only_patient_of_a_class_stays_in_train_and_classes_are_spread():
             assert 4 <= (splits[classes == label] == "val").sum() <= 6
 
 
-def test_a_given_validation_split_is_kept_and_bad_ones_are_refused():
+def test_given_split_is_kept_and_invalid_ones_are_refused():
     patients, given = np.array(list("aabbcc")), np.array(["train"] * 2 + ["val"] * 2 + ["test"] * 2)
     assert np.array_equal(make_splits(patients, given=given), given)
     with pytest.raises(SplitError, match="1 patient is"):
@@ -171,7 +171,7 @@ def test_institutions_are_a_disjoint_cover(table):
     st.integers(0, 3),
 )
 @FAST
-def test_fixed_quantities_are_disjoint_and_never_more_than_asked(table, quantities, seed):
+def test_fixed_quantities_are_disjoint_upper_bounds(table, quantities, seed):
     patients, _, _ = table
     assume(sum(quantities) + 8 <= len(patients))
     parts = partitions.fixed_quantities(patients, quantities, seed)
@@ -180,22 +180,22 @@ def test_fixed_quantities_are_disjoint_and_never_more_than_asked(table, quantiti
         assert wanted - 3 <= len(part) <= wanted  # a patient has at most 4 images
 
 
-def test_fixed_quantities_are_met_exactly_by_patients_of_one_image():
+def test_fixed_quantities_are_exact_for_single_image_patients():
     patients = np.arange(100).astype(str)
     assert [len(part) for part in partitions.fixed_quantities(patients, [10, 30, 60], 0)] == [
         10,
         30,
         60,
     ]
-    with pytest.raises(DataError, match="asks for 101 images"):
+    with pytest.raises(DataError, match="requires 101 images"):
         partitions.fixed_quantities(patients, [1, 100], 0)
     with pytest.raises(DataError, match="leaves a hospital empty"):
         partitions.fixed_quantities(np.array(["a"] * 5 + ["b"] * 5), [3, 5], 0)
-    with pytest.raises(DataError, match="2 patients cannot be dealt to 3"):
+    with pytest.raises(DataError, match="2 patients cannot be divided over 3"):
         partitions.iid(np.array(["a", "b", "b"]), 3, 0)
 
 
-def test_alpha_sets_how_unequal_the_labels_are():
+def test_alpha_controls_the_label_skew():
     patients, classes = np.arange(3000).astype(str), np.arange(3000) % 5
 
     def spread(alpha: float) -> float:
@@ -210,7 +210,7 @@ def test_alpha_sets_how_unequal_the_labels_are():
 
 @given(st.integers(1, 4), st.integers(1, 30), st.integers(0, 100))
 @FAST
-def test_a_row_of_several_labels_counts_for_the_rarest(label_dim, count, seed):
+def test_class_of_several_labels_is_the_rarest(label_dim, count, seed):
     labels = np.random.default_rng(seed).integers(0, 2, (count, label_dim), dtype=np.uint8)
     frequency = labels.sum(axis=0)
     for row, found in zip(labels, partitions.row_classes(labels, exclusive=False), strict=True):
@@ -223,7 +223,7 @@ def test_a_row_of_several_labels_counts_for_the_rarest(label_dim, count, seed):
 
 @given(tables())
 @FAST
-def test_a_patient_counts_for_its_most_frequent_class(table):
+def test_class_of_a_patient_is_the_most_frequent(table):
     patients, _, classes = table
     codes, sizes, groups = partitions.patient_table(patients, classes)
     for number, patient in enumerate(np.unique(patients)):
@@ -265,7 +265,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_shard_each_the_largest_first(root):
+def test_shards_are_hospitals_with_the_largest_first(root):
     hospitals = open_hospitals(scenario(f"data.root={root}"))
     assert [hospital.name for hospital in hospitals] == ["also-big", "big", "small"]
     assert partition_record(hospitals) == []
@@ -311,16 +311,16 @@ def test_label_map_and_resolution_apply_on_opening(root):
 
 @given(st.sampled_from([2, 4, 8]), st.integers(0, 100))
 @FAST
-def test_the_area_mean_rounds_to_the_nearest(factor, seed):
+def test_block_mean_rounds_to_nearest(factor, seed):
     images = np.random.default_rng(seed).integers(0, 256, (2, 3, 16, 16), dtype=np.uint8)
     size = 16 // factor
     exact = images.astype(float).reshape(2, 3, size, factor, size, factor).mean(axis=(3, 5))
-    assert np.array_equal(area_mean(images, factor), np.floor(exact + 0.5).astype(np.uint8))
-    assert (area_mean(np.full((1, 1, 16, 16), 255, np.uint8), factor) == 255).all()
+    assert np.array_equal(block_mean(images, factor), np.floor(exact + 0.5).astype(np.uint8))
+    assert (block_mean(np.full((1, 1, 16, 16), 255, np.uint8), factor) == 255).all()
 
 
 @pytest.mark.parametrize("partition", ["iid", "dirichlet", "quantities"])
-def test_a_pool_is_dealt_by_patient_and_recorded(root, partition):
+def test_pool_is_partitioned_by_patient_and_recorded(root, partition):
     config = scenario(
         f"data.partition={partition}",
         "federation.hospitals=4",
@@ -344,9 +344,9 @@ def test_a_pool_is_dealt_by_patient_and_recorded(root, partition):
         for h in hospitals
     ]
     for split in ("train", "val", "test"):
-        dealt = sum(len(h.split(split)) for h in hospitals)
+        assigned = sum(len(h.split(split)) for h in hospitals)
         held = sum(len(shard.rows(split)) for shard in shards.values())
-        assert dealt == (100 if partition == "quantities" and split == "train" else held)
+        assert assigned == (100 if partition == "quantities" and split == "train" else held)
     assert sum(map(len, owners)) == len(set().union(*owners))
     record = json.loads(json.dumps(partition_record(hospitals)))
     for hospital, entry in zip(hospitals, record, strict=True):
@@ -370,14 +370,14 @@ def test_a_pool_is_dealt_by_patient_and_recorded(root, partition):
     assert {h.train.content_hash for h in other}.isdisjoint(h.train.content_hash for h in hospitals)
 
 
-def test_one_hospital_that_holds_all_data_holds_every_row(root):
+def test_single_hospital_has_every_row(root):
     (hospital,) = open_hospitals(scenario("data.partition=iid", "federation.hospitals=1"), root)
     assert len(hospital.train) == sum(
         Shard.open(path).card.images["train"] for path in root.iterdir()
     )
 
 
-def test_one_shard_with_several_institutions_is_parted_by_them(tmp_path):
+def test_shard_is_partitioned_by_institution(tmp_path):
     hospital_shard(tmp_path / "pool", 60, 0, institutions=np.repeat(["x y", "z"], [20, 40]))
     hospitals = open_hospitals(scenario("federation.hospitals=2"), tmp_path / "pool")
     assert [hospital.name for hospital in hospitals] == ["z", "x-y"]
@@ -387,7 +387,7 @@ def test_one_shard_with_several_institutions_is_parted_by_them(tmp_path):
     assert whole.name == "pool"
 
 
-def test_patient_numbers_that_collide_between_hospitals_are_kept_apart(tmp_path):
+def test_colliding_patient_ids_stay_separate(tmp_path):
     for name, splits in (
         ("a", ["train"] * 20 + ["test"] * 4),
         ("b", ["test"] * 4 + ["train"] * 20),
@@ -399,7 +399,7 @@ def test_patient_numbers_that_collide_between_hospitals_are_kept_apart(tmp_path)
     assert sum(len(hospital.train) for hospital in hospitals) == 40
 
 
-def test_an_unconditional_shard_opens_without_labels(tmp_path):
+def test_unconditional_shard_opens_without_labels(tmp_path):
     hospital_shard(tmp_path / "a", 30, 0, labels=np.zeros((30, 0), np.uint8))
     (hospital,) = open_hospitals(scenario("federation.hospitals=1"), tmp_path)
     assert hospital.train.batch(np.arange(2))[1].shape == (2, 0)
@@ -407,7 +407,7 @@ def test_an_unconditional_shard_opens_without_labels(tmp_path):
     assert sum(len(part.train) for part in parts) == len(hospital.train)
 
 
-def test_what_does_not_fit_is_one_clear_error(root, tmp_path):
+def test_settings_that_do_not_match_the_data_are_clear_errors(root, tmp_path):
     with pytest.raises(ConfigError, match=r"data\.root is empty"):
         open_hospitals(scenario())
     with pytest.raises(DataError, match="no data at"):
@@ -416,7 +416,7 @@ def test_what_does_not_fit_is_one_clear_error(root, tmp_path):
         open_hospitals(scenario(), tmp_path)
     with pytest.raises(DataError, match=r"--set federation\.hospitals=3"):
         open_hospitals(scenario("federation.hospitals=2"), root)
-    with pytest.raises(DataError, match=r"32 pixels, data\.resolution = 64"):
+    with pytest.raises(DataError, match=r"32 pixels, fewer than data\.resolution = 64"):
         open_hospitals(scenario("data.resolution=64"), root)
     with pytest.raises(DataError, match="no rule for 'b'"):
         open_hospitals(scenario("data.label_map=normal=normal,a=a"), root)
@@ -428,7 +428,7 @@ def test_what_does_not_fit_is_one_clear_error(root, tmp_path):
         )
 
 
-def test_hospitals_that_do_not_fit_together_are_named(tmp_path):
+def test_incompatible_hospitals_are_named(tmp_path):
     hospital_shard(tmp_path / "a", 30, 0)
     hospital_shard(tmp_path / "b", 30, 0, label_names=("normal", "x", "y"))
     with pytest.raises(DataError, match="'a' and 'b' differ in label_names"):
@@ -438,7 +438,7 @@ def test_hospitals_that_do_not_fit_together_are_named(tmp_path):
         open_hospitals(scenario("federation.hospitals=2"), tmp_path)
 
 
-def test_a_class_that_no_hospital_holds_is_an_error(tmp_path):
+def test_class_without_training_images_is_an_error(tmp_path):
     two = np.eye(3, dtype=np.uint8)[np.arange(30) % 2]
     hospital_shard(tmp_path / "a", 30, 0, labels=two)
     hospital_shard(tmp_path / "b", 30, 1, labels=two)
@@ -454,7 +454,7 @@ def test_a_class_that_no_hospital_holds_is_an_error(tmp_path):
     )
     assert (
         open_hospital(scenario(), tmp_path / "a").name == "a"
-    )  # a hospital alone cannot know what others hold
+    )  # one shard is not compared with others
     hospital_shard(tmp_path / "c", 30, 2, splits=["test"] * 30)
     with pytest.raises(DataError, match="'c' has no image in its training split"):
         open_hospitals(scenario("federation.hospitals=3"), tmp_path)

@@ -14,8 +14,8 @@ from fedgan.audit.attacks.contrastive import train_embedding
 from fedgan.audit.attacks.nearest import Moves, pixels
 from fedgan.config import Settings
 from fedgan.data.dataset import HospitalData, ImageArray, ImageDataset, pool
-from fedgan.data.federation import Reduced
-from fedgan.data.splits import check_patients_apart
+from fedgan.data.federation import Downsampled
+from fedgan.data.splits import check_disjoint_patients
 from fedgan.errors import FedganError
 from fedgan.evaluation.features import ReferenceExtractor
 from fedgan.evaluation.metrics.bootstrap import clusters
@@ -133,7 +133,7 @@ def roles_of(hospital: HospitalData, seed: int) -> Roles:
     Raises `SplitError` when a patient is both in training and held out: such a figure would be of images that were learnt.
     """
     parts = [data for data in (hospital.val, hospital.test) if len(data)]
-    check_patients_apart(hospital.train, *parts)
+    check_disjoint_patients(hospital.train, *parts)
     held = pool(parts, "held out") if len(parts) > 1 else parts[0]
     rng = np.random.default_rng([seed, 11])
     count = len(hospital.train)
@@ -217,7 +217,7 @@ def pixel_space(shape: tuple[int, ...]) -> Space:
     factor = max(1, height // PIXEL_SIDE)
 
     def rows(images: ImageArray) -> np.ndarray:
-        small = Reduced(images, factor) if factor > 1 else images
+        small = Downsampled(images, factor) if factor > 1 else images
         starts = range(0, images.shape[0], BLOCK)
         blocks = [
             pixels(small[np.arange(start, min(start + BLOCK, images.shape[0]))]) for start in starts

@@ -105,11 +105,11 @@ def show(
     """
     from fedgan.data.contact_sheet import write_contact_sheet
     from fedgan.data.federation import find_shards
-    from fedgan.data.overview import warnings_of
+    from fedgan.data.overview import shard_warnings
     from fedgan.data.shard import Shard
 
     shards = [Shard.open(path, verify) for path in find_shards(source)]
-    warnings = warnings_of(shards)
+    warnings = shard_warnings(shards)
     sheet_path = (
         write_contact_sheet(output or source / "contact-sheet.png", shards, seed=seed)
         if sheet

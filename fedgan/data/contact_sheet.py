@@ -1,4 +1,4 @@
-"""A contact sheet: real images side by side, classes as rows, hospitals as groups of columns."""
+"""Contact sheet: real images side by side, one row per class, columns grouped by hospital."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT_SIZE = 13
 def write_contact_sheet(
     path: str | Path, shards: Sequence[Shard], per_cell: int = 0, seed: int = 0
 ) -> Path:
-    """Draw `contact_sheet` and write it as PNG to `path`, atomically. Raises `StorageError`."""
+    """Write `contact_sheet` as PNG to `path`, atomically. Raises `StorageError`."""
     path, sheet = Path(path).expanduser(), contact_sheet(shards, per_cell, seed)
     with files.atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
@@ -27,9 +27,9 @@ def write_contact_sheet(
 
 
 def contact_sheet(shards: Sequence[Shard], per_cell: int = 0, seed: int = 0) -> Image.Image:
-    """One picture of all shards: `per_cell` images (0: as many as look well) for each class and hospital, drawn at random.
+    """Contact sheet with `per_cell` random images per class and hospital (0: a suitable number).
 
-    With several labels an image may stand in several rows; images without any label have a row of their own.
+    An image with several labels may be in several rows; images without a label have their own row.
     """
     labels = list(dict.fromkeys(label for shard in shards for label in shard.card.label_names))
     rows = [*labels, *(["(no label)"] if any(_unlabelled(shard).any() for shard in shards) else [])]
@@ -38,7 +38,7 @@ def contact_sheet(shards: Sequence[Shard], per_cell: int = 0, seed: int = 0) -> 
     font = ImageFont.load_default(TEXT_SIZE)
     left = MARGIN + 10 + max(int(font.getlength(label)) for label in [*rows, "hospital"])
     group = per_cell * (tile + GAP) - GAP
-    # a hospital's name and size must fit over its columns
+    # The name and size of a hospital must fit above its columns.
     group = max(group, *(int(font.getlength(line)) for shard in shards for line in _heading(shard)))
     top = MARGIN + 2 * (TEXT_SIZE + 4) + 4
     width = left + len(shards) * (group + GROUP_GAP) - GROUP_GAP + MARGIN
@@ -46,8 +46,8 @@ def contact_sheet(shards: Sequence[Shard], per_cell: int = 0, seed: int = 0) -> 
     draw = ImageDraw.Draw(sheet)
     for line, label in enumerate(rows):
         draw.text((MARGIN, top + line * (tile + 8) + tile // 2), label, INK, font, anchor="lm")
-    for place, shard in enumerate(shards):
-        x = left + place * (group + GROUP_GAP)
+    for column, shard in enumerate(shards):
+        x = left + column * (group + GROUP_GAP)
         for line, text in enumerate(_heading(shard)):
             draw.text((x, MARGIN + line * (TEXT_SIZE + 4)), text, INK, font)
         for line, label in enumerate(rows):
@@ -86,7 +86,7 @@ def _tile(image: np.ndarray, side: int) -> Image.Image:
     ).convert("RGB")
     if picture.width == side:
         return picture
-    # small images are enlarged without smoothing: a person must see the pixels that the network sees
+    # Small images are enlarged without smoothing, to show the pixels of the network input.
     return picture.resize(
         (side, side), Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
     )

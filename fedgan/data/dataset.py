@@ -1,4 +1,4 @@
-"""What a Trainer and an evaluator see of a shard: rows of images with their labels, nothing else."""
+"""Image datasets of the Trainer and the evaluator: rows of images with labels."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 from fedgan.errors import DataError
 
-OWN_PATIENT = "image:"  # begins the patient of an image whose patient is not known: the image stands for itself
+UNKNOWN_PATIENT = "image:"  # prefix of the patient id of an image whose patient is not known
 
 
 class ImageArray(Protocol):
-    """Anything that gives (n, C, H, W) uint8 for an index array: an ndarray, a memory map, a view of rows."""
+    """Array that returns (n, C, H, W) uint8 for an index array: ndarray, memory map, row view."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -25,7 +25,7 @@ class ImageArray(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a larger image array, read only when they are asked for."""
+    """A view of some rows of an image array, read on access."""
 
     images: ImageArray
     rows: np.ndarray
@@ -40,7 +40,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Several image arrays one behind the other."""
+    """Several image arrays, concatenated."""
 
     parts: Sequence[ImageArray]
 
@@ -65,7 +65,7 @@ class ImageDataset:
     """Images of one hospital (or of several, pooled) with their labels.
 
     `images` (N, C, H, W) uint8, `labels` (N, K) uint8 multi-hot (K = 0: unconditional),
-    `patients` and `institutions` (N,) str. `exclusive`: exactly one label an image.
+    `patients` and `institutions` (N,) str. `exclusive`: exactly one label per image.
     """
 
     name: str
@@ -82,8 +82,9 @@ class ImageDataset:
             len(self.label_names),
         ):
             raise DataError(
-                f"hospital '{self.name}': {self.images.shape[0]} images, labels of shape {self.labels.shape} "
-                f"and {len(self.label_names)} label names do not fit together: import the shard again"
+                f"hospital '{self.name}': {self.images.shape[0]} images, labels of shape "
+                f"{self.labels.shape} and {len(self.label_names)} label names do not match: import "
+                "the shard again"
             )
 
     def __len__(self) -> int:
@@ -107,7 +108,7 @@ class ImageDataset:
         return torch.from_numpy(images), torch.from_numpy(self.labels[index].astype(np.float32))
 
     def take(self, rows: np.ndarray, name: str | None = None) -> ImageDataset:
-        """The dataset of some rows, without copying images."""
+        """A dataset of some rows; images are not copied."""
         return ImageDataset(
             name=name or self.name,
             images=Rows(self.images, np.asarray(rows)),
@@ -121,7 +122,7 @@ class ImageDataset:
 
 
 def pool(datasets: Sequence[ImageDataset], name: str = "pooled") -> ImageDataset:
-    """All images of several hospitals as one dataset. Raises `DataError` when their labels or sizes differ."""
+    """Pool several hospitals into one dataset. Raises `DataError` if labels or sizes differ."""
     first = datasets[0]
     for other in datasets[1:]:
         if (
@@ -147,7 +148,7 @@ def pool(datasets: Sequence[ImageDataset], name: str = "pooled") -> ImageDataset
 
 
 class HospitalData(Protocol):
-    """A hospital as evaluator and audit see it: its name and its splits."""
+    """Interface of a hospital for evaluation and audit: its name and its splits."""
 
     @property
     def name(self) -> str: ...

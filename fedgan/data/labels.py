@@ -1,7 +1,7 @@
 """Label maps: `normal=normal,*=abnormal` merges labels by name.
 
-A map is a list of `source=target` rules; `*` stands for every label without a rule of its own. Targets come out
-in the order in which the rules name them.
+A map is a list of `source=target` rules; `*` matches every label without its own rule. The targets
+have the order of the rules.
 """
 
 from __future__ import annotations
@@ -19,19 +19,23 @@ WILDCARD = "*"
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Rules from source label to target label. No rule at all is the identity."""
+    """Rules from source label to target label; without rules the identity."""
 
     rules: tuple[tuple[str, str], ...] = ()
 
     @staticmethod
     def parse(text: str) -> LabelMap:
-        """Read `source=target,source=target,…`. Raises `ConfigError` for a rule without '=' or a source that stands twice."""
+        """Parse `source=target,source=target,…`.
+
+        Raises `ConfigError` for a rule without '=' or a repeated source.
+        """
         rules: dict[str, str] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
             source, equals, target = (piece.strip() for piece in part.partition("="))
             if not equals or not source or not target or target == WILDCARD:
                 raise ConfigError(
-                    f"'{part}' is no rule of a label map: write source=target, e.g. normal=normal,*=abnormal"
+                    f"'{part}' is no rule of a label map: write source=target, e.g. "
+                    "normal=normal,*=abnormal"
                 )
             if source in rules:
                 raise ConfigError(f"the label map has two rules for '{source}': keep one")
@@ -40,11 +44,11 @@ class LabelMap:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The labels that can come out, in the order of the rules."""
+        """Possible target labels, in the order of the rules."""
         return tuple(dict.fromkeys(target for _, target in self.rules))
 
     def target(self, label: str) -> str:
-        """What `label` becomes. Raises `DataError` when no rule holds for it."""
+        """Target of `label`. Raises `DataError` if no rule matches."""
         if not self.rules:
             return label
         rules = dict(self.rules)
@@ -53,7 +57,10 @@ class LabelMap:
         return rules.get(label, rules.get(WILDCARD, ""))
 
     def names(self, labels: Sequence[str]) -> tuple[str, ...]:
-        """The label names after the map. Raises `DataError` for a label without a rule and for a rule without a label."""
+        """Label names after the map.
+
+        Raises `DataError` for a label without a rule and for a rule without a label.
+        """
         for source, _ in self.rules:
             if source != WILDCARD and source not in labels:
                 near = difflib.get_close_matches(source, labels, n=1)
@@ -63,17 +70,19 @@ class LabelMap:
                     else f": the labels are {', '.join(labels)}"
                 )
                 raise DataError(
-                    f"the label map has a rule for '{source}', which the data does not know{hint}"
+                    f"the label map has a rule for '{source}', which is no label of the data{hint}"
                 )
         reached = [self.target(label) for label in labels]
         order = self.targets if self.rules else tuple(dict.fromkeys(reached))
         return tuple(name for name in order if name in reached)
 
     def apply(self, labels: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Merge the columns of `labels` (N, K) of 0 and 1: a target is 1 where any of its sources is. Returns (N, K'), names."""
+        """Merge columns of `labels` (N, K): a target is 1 if any of its sources is.
+
+        Returns (N, K') uint8 and the target names.
+        """
         out_names = self.names(names)
         out = np.zeros((len(labels), len(out_names)), np.uint8)
         for column, name in enumerate(names):
-            place = out_names.index(self.target(name))
-            out[:, place] |= labels[:, column].astype(np.uint8)
+            out[:, out_names.index(self.target(name))] |= labels[:, column].astype(np.uint8)
         return out, out_names

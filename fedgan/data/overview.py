@@ -1,4 +1,4 @@
-"""What shards hold, as a table of counts, and what a person should know before training on them."""
+"""Overview of shards: table of counts, and warnings before training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FEW_IMAGES = 20
 
 @dataclass(frozen=True)
 class CountRow:
-    """Images of one class (or of all, `label` "") in one institution, for each split."""
+    """Images per split of one class (`label` "": all classes) in one institution."""
 
     institution: str
     label: str
@@ -21,7 +21,7 @@ class CountRow:
 
 
 def count_rows(shards: Sequence[Shard]) -> list[CountRow]:
-    """Images for each institution, class and split; a row with an empty label gives the images of the institution."""
+    """Images per institution, class and split; rows with an empty label count all classes."""
     rows = []
     for shard in shards:
         several = len(shard.card.institutions) > 1
@@ -39,14 +39,14 @@ def count_rows(shards: Sequence[Shard]) -> list[CountRow]:
     return rows
 
 
-def warnings_of(shards: Sequence[Shard]) -> list[str]:
-    """Sentences about what would stop or mislead a training: missing splits and classes, unlike shards, skipped files."""
+def shard_warnings(shards: Sequence[Shard]) -> list[str]:
+    """Warnings about missing splits and classes, shards that differ, and skipped files."""
     first, found = shards[0], []
     for shard in shards:
         for what in ("label_names", "exclusive", "channels", "resolution"):
             if getattr(shard.card, what) != getattr(first.card, what):
                 found.append(
-                    f"{shard.name} and {first.name} differ in {what}: they cannot train together as they are"
+                    f"{shard.name} and {first.name} differ in {what}: they cannot train together"
                 )
         for split in SPLITS:
             if not shard.card.images[split]:
@@ -67,12 +67,14 @@ def warnings_of(shards: Sequence[Shard]) -> list[str]:
         total = sum(train.values())
         if not total:
             found.append(
-                f"no hospital holds '{label}' in its train split: merge it by a label map or leave it out"
+                f"no hospital holds '{label}' in its train split: merge it by a label map or "
+                "leave it out"
             )
         elif total < FEW_IMAGES:
             found.append(f"'{label}' has only {total} training images")
         if len(held) == 1 and len(shards) > 1:
             found.append(
-                f"only {held[0]} holds '{label}': its look and the hospital's look cannot be told apart"
+                f"only {held[0]} holds '{label}': the class cannot be distinguished from the image "
+                "style of the hospital"
             )
     return found

@@ -1,7 +1,7 @@
-"""Dealing one pool of images to hospitals: pure functions from columns to lists of row numbers.
+"""Partition a pool of images over hospitals: pure functions from columns to row numbers.
 
-Each returns one sorted array of rows for each hospital. The arrays are disjoint, a patient is whole in one of them, and
-together they hold every row (`fixed_quantities` leaves over what nobody asked for).
+Each function returns one sorted array of rows per hospital. The arrays are disjoint and keep all
+images of a patient together. They cover all rows, except those that `fixed_quantities` leaves out.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ ATTEMPTS = 1000
 
 
 def by_institution(institutions: np.ndarray) -> tuple[list[str], list[np.ndarray]]:
-    """The natural partition: names of the institutions (sorted) and the rows of each."""
+    """Natural partition: sorted names of the institutions and the rows of each."""
     names, codes = np.unique(institutions.astype(str), return_inverse=True)
     return names.tolist(), [np.flatnonzero(codes == code) for code in range(len(names))]
 
 
 def iid(patients: np.ndarray, hospitals: int, seed: int) -> list[np.ndarray]:
-    """Random hospitals of equal size, as far as whole patients allow."""
+    """IID partition: random hospitals of equal size, up to whole patients."""
     _enough_patients(patients, hospitals)
-    return deal_by_shares(
+    return partition_by_shares(
         patients, np.zeros(len(patients), np.int64), np.full((1, hospitals), 1 / hospitals), seed
     )
 
@@ -37,11 +37,12 @@ def dirichlet(
     seed: int,
     minimum: int = 1,
 ) -> list[np.ndarray]:
-    """Label skew: each class is dealt by shares drawn from Dirichlet(alpha, …, alpha) (arXiv 1909.06335).
+    """Label skew: the shares of each class are drawn from Dirichlet(alpha, …) (arXiv 1909.06335).
 
-    `classes` (N,) int from `row_classes`. A draw that leaves a hospital fewer than `minimum` images is drawn again.
+    `classes` (N,) int from `row_classes`. Draws that leave a hospital fewer than `minimum` images
+    are repeated.
     """
-    return deal_by_shares(
+    return partition_by_shares(
         patients,
         classes,
         dirichlet_shares(patients, classes, hospitals, alpha, seed, minimum),
@@ -57,28 +58,28 @@ def dirichlet_shares(
     seed: int,
     minimum: int = 1,
 ) -> np.ndarray:
-    """The first draw (G, hospitals), each row a point of the simplex, that leaves no hospital fewer than `minimum` images."""
+    """First draw of shares (G, hospitals) that gives every hospital at least `minimum` images."""
     _enough_patients(patients, hospitals)
     rng = np.random.default_rng([seed, 1])
     groups = int(classes.max(initial=0)) + 1
     for _ in range(ATTEMPTS):
         shares = rng.dirichlet(np.full(hospitals, alpha), size=groups)
         if np.isfinite(shares).all() and all(
-            len(rows) >= minimum for rows in deal_by_shares(patients, classes, shares, seed)
+            len(rows) >= minimum for rows in partition_by_shares(patients, classes, shares, seed)
         ):
             return shares
     raise DataError(
-        f"Dirichlet(alpha = {alpha:g}) leaves one of {hospitals} hospitals under {minimum} images in {ATTEMPTS} draws: "
-        "raise data.alpha or lower federation.hospitals"
+        f"Dirichlet(alpha = {alpha:g}) leaves one of {hospitals} hospitals under {minimum} images "
+        f"in {ATTEMPTS} draws: raise data.alpha or lower federation.hospitals"
     )
 
 
-def deal_by_shares(
+def partition_by_shares(
     patients: np.ndarray, classes: np.ndarray, shares: np.ndarray, seed: int
 ) -> list[np.ndarray]:
-    """Deal the patients of each class in random order by `shares` (G, hospitals), measured in images.
+    """Divide the patients of each class, in random order, by `shares` (G, hospitals) of its images.
 
-    A patient goes where the middle of its images falls, so a share is met to within one patient.
+    The midpoint of a patient's images determines its hospital: shares are exact up to one patient.
     """
     codes, sizes, groups = patient_table(patients, classes)
     hospital = np.zeros(len(sizes), np.int64)
@@ -94,22 +95,23 @@ def deal_by_shares(
 def fixed_quantities(
     patients: np.ndarray, quantities: Sequence[int], seed: int
 ) -> list[np.ndarray]:
-    """Hospitals of given numbers of images; whole patients are added at random while they fit.
+    """Hospitals of at most the given numbers of images; whole patients are added at random.
 
-    A hospital never gets more than it asked for. Raises `DataError` when the pool is too small or a hospital stays empty.
+    Raises `DataError` if the pool is too small or a hospital stays empty.
     """
     if min(quantities, default=0) < 1 or sum(quantities) > len(patients):
         raise DataError(
-            f"data.quantities asks for {sum(quantities)} images ({', '.join(map(str, quantities))}), the training pool has "
-            f"{len(patients)}: each must be at least 1 and all together no more than that"
+            f"data.quantities requires {sum(quantities)} images "
+            f"({', '.join(map(str, quantities))}), the training pool has {len(patients)}: each "
+            "must be at least 1 and their sum no more than that"
         )
     codes, sizes, _ = patient_table(patients, np.zeros(len(patients), np.int64))
     hospital = np.full(len(sizes), -1, np.int64)
-    waiting = np.random.default_rng([seed, 3]).permutation(len(sizes))
-    # the largest first: it can take patients with many images that fit no small hospital
+    order = np.random.default_rng([seed, 3]).permutation(len(sizes))
+    # The largest first: it has room for patients with many images that fit no small hospital.
     for number in sorted(range(len(quantities)), key=lambda number: -quantities[number]):
         room = quantities[number]
-        for patient in waiting[hospital[waiting] < 0]:
+        for patient in order[hospital[order] < 0]:
             if sizes[patient] <= room:
                 hospital[patient] = number
                 room -= int(sizes[patient])
@@ -118,13 +120,14 @@ def fixed_quantities(
     parts = [np.flatnonzero(hospital[codes] == number) for number in range(len(quantities))]
     if not all(len(rows) for rows in parts):
         raise DataError(
-            "data.quantities leaves a hospital empty: no whole patient has so few images; raise the smallest quantity"
+            "data.quantities leaves a hospital empty: no patient has so few images; raise the "
+            "smallest quantity"
         )
     return parts
 
 
 def row_classes(labels: np.ndarray, exclusive: bool) -> np.ndarray:
-    """One class for each row of `labels` (N, K): its label, or with several the rarest over all rows; K for a row with none."""
+    """Class of each row of `labels` (N, K): its rarest label over all rows, K for a row without."""
     count, label_dim = labels.shape
     if not label_dim:
         return np.zeros(count, np.int64)
@@ -138,10 +141,10 @@ def row_classes(labels: np.ndarray, exclusive: bool) -> np.ndarray:
 def patient_table(
     patients: np.ndarray, classes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Patient number of each row (N,), images of each patient (P,), and each patient's most frequent class (P,)."""
+    """Patient number per row (N,), images and most frequent class per patient (P,)."""
     names, codes = np.unique(patients.astype(str), return_inverse=True)
     sizes = np.bincount(codes, minlength=len(names))
-    # sort (patient, class) pairs by how often they occur: the last pair of a patient is its most frequent class
+    # Sort (patient, class) pairs by count: the last pair of a patient is its most frequent class.
     pairs, times = np.unique(
         np.stack([codes, classes.astype(np.int64)]), axis=1, return_counts=True
     )
@@ -155,5 +158,6 @@ def _enough_patients(patients: np.ndarray, hospitals: int) -> None:
     found = len(np.unique(patients.astype(str)))
     if found < hospitals:
         raise DataError(
-            f"{found} patients cannot be dealt to {hospitals} hospitals: lower federation.hospitals"
+            f"{found} patients cannot be divided over {hospitals} hospitals: lower "
+            "federation.hospitals"
         )

@@ -1,13 +1,13 @@
 """A shard: the images of one hospital on its own disk.
 
     images.npy    (N, C, H, W) uint8, read through a memory map
-    labels.npy    (N, K) uint8, multi-hot; one-hot when classes exclude each other; K = 0: unconditional
+    labels.npy    (N, K) uint8, multi-hot; one-hot if classes are exclusive; K = 0: unconditional
     samples.csv   row, patient, institution, split, source
-    card.json     what the shard is: label names, counts, resolution, licence, content hash, skipped files
+    card.json     label names, counts, resolution, licence, content hash, skipped files
 
-A shard appears whole or not at all: it is written into a hidden folder beside its place and renamed.
-Images go to the disk in a stream, because a store to a memory map of a full disk ends the process
-with SIGBUS where `write` gives an error that can be told to the user.
+Shards are written atomically: into a hidden folder beside the target, which is then renamed. Images
+are written as a stream: on a full disk, `write` raises an error, while a store to a memory map ends
+the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard, opened. `images` is a read-only memory map (N, C, H, W) uint8, `labels` (N, K) uint8."""
+    """An open shard: `images` (N, C, H, W) uint8 as read-only memory map, `labels` (N, K) uint8."""
 
     path: Path
     card: Card
@@ -70,11 +70,11 @@ class Shard:
 
     @staticmethod
     def open(path: str | Path, verify: bool = False) -> Shard:
-        """Open the shard in folder `path` and check that its files fit together.
+        """Open the shard in folder `path` and check that its files match.
 
-        `verify` also reads every image and compares the content hash. Raises `DataError` for a missing,
-        truncated or damaged file, a label outside the card or a resolution that is no power of two, and
-        `SplitError` for a patient in two splits.
+        `verify` also reads every image and compares the content hash. Raises `DataError` for a
+        missing, truncated or damaged file, a label outside the card or a resolution that is no
+        power of two, and `SplitError` for a patient in two splits.
         """
         path = Path(path)
         card = read_card(path)
@@ -86,8 +86,9 @@ class Shard:
             card.resolution,
         ):
             raise DataError(
-                f"{path / 'images.npy'} holds {images.dtype} of shape {images.shape}, but the card says uint8 of "
-                f"(N, {card.channels}, {card.resolution}, {card.resolution}): import the shard again"
+                f"{path / 'images.npy'} holds {images.dtype} of shape {images.shape}, but the card "
+                f"requires uint8 of (N, {card.channels}, {card.resolution}, {card.resolution}): "
+                "import the shard again"
             )
         check_labels(labels, len(images), card.label_names, card.exclusive, str(path))
         samples = read_samples(path / "samples.csv", len(images))
@@ -95,7 +96,8 @@ class Shard:
         shard = Shard(path, card, images, labels, samples)
         if verify and shard.hash_content() != card.content_hash:
             raise DataError(
-                f"{path}: the images or labels are not those that the card was written for: import the shard again"
+                f"{path}: images or labels do not match the content hash of the card: import the "
+                "shard again"
             )
         return shard
 
@@ -111,7 +113,7 @@ class Shard:
         return np.flatnonzero(self.samples.splits == split)
 
     def dataset(self, split: str | None = None) -> ImageDataset:
-        """The images of one split (all when None) as the Trainer sees them, without copying them."""
+        """Dataset of one split, or of all images if None; images are not copied."""
         rows = np.arange(len(self)) if split is None else self.rows(split)
         return ImageDataset(
             name=self.name,
@@ -125,7 +127,7 @@ class Shard:
         )
 
     def hash_content(self) -> str:
-        """sha256 over images, labels, and the patient and split columns; paths and names do not enter."""
+        """sha256 of images, labels, and the patient and split columns, without paths and names."""
         digest = hashlib.sha256()
         for chunk in chunks(self.images):
             digest.update(np.ascontiguousarray(chunk).tobytes())
@@ -133,13 +135,13 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes one shard image by image; the folder appears at its place only when `finish` was called.
+    """Write a shard in chunks of images; `finish` creates the folder.
 
         with ShardWriter(path, channels=1, resolution=64) as writer:
-            writer.append(images)               # (n, 1, 64, 64) uint8, as often as wanted
+            writer.append(images)               # (n, 1, 64, 64) uint8, repeatedly
             shard = writer.finish(labels, samples, name="north", label_names=("normal", "abnormal"))
 
-    Raises `DataError` when `path` exists already (unless `overwrite`) and `StorageError` when the disk is full.
+    Raises `DataError` if `path` exists (unless `overwrite`), `StorageError` if the disk is full.
     """
 
     def __init__(
@@ -179,14 +181,14 @@ class ShardWriter:
     ) -> None:
         try:
             self._stream.close()
-        except OSError as problem:  # what was buffered finds the disk full a second time
+        except OSError as problem:  # flushing the buffer fails again on a full disk
             if kind is None:
                 raise files.storage_error(self.path, problem) from problem
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def append(self, images: np.ndarray) -> None:
-        """Add images (n, C, H, W) uint8 at the end."""
+        """Append images (n, C, H, W) uint8."""
         images = np.ascontiguousarray(images)
         if images.dtype != np.uint8 or images.shape[1:] != (
             self.channels,
@@ -194,8 +196,8 @@ class ShardWriter:
             self.resolution,
         ):
             raise DataError(
-                f"{self.path}: images of {images.dtype} {images.shape} do not fit a shard of uint8 "
-                f"(n, {self.channels}, {self.resolution}, {self.resolution})"
+                f"{self.path}: images of {images.dtype} {images.shape} do not match a shard of "
+                f"uint8 (n, {self.channels}, {self.resolution}, {self.resolution})"
             )
         data = images.tobytes()
         try:
@@ -219,15 +221,15 @@ class ShardWriter:
         skipped: Mapping[str, int] | None = None,
         notes: Sequence[str] = (),
     ) -> Shard:
-        """Write labels, samples and card, put the folder in its place and open it."""
+        """Write labels, samples and card, move the folder to its path and open it."""
         labels = np.ascontiguousarray(labels, dtype=np.uint8).reshape(len(labels), len(label_names))
         if not self.count:
             raise DataError(
-                f"{self.path}: no image is left to write; see the reasons of the skipped files"
+                f"{self.path}: there is no image to write; see the reasons of the skipped files"
             )
         if len(samples) != self.count:
             raise DataError(
-                f"{self.path}: {self.count} images and {len(samples)} samples do not fit together"
+                f"{self.path}: {self.count} images and {len(samples)} samples do not match"
             )
         check_labels(labels, self.count, tuple(label_names), exclusive, str(self.path))
         check_splits(samples.patients, samples.splits, str(self.path))
@@ -256,15 +258,15 @@ class ShardWriter:
             files.write_json(
                 self.folder / "card.json", {"format": FORMAT, **dataclasses.asdict(card)}
             )
-            self._move_in_place()
+            self._publish()
         except OSError as error:
             raise files.storage_error(self.path, error) from error
         return Shard.open(self.path)
 
-    def _move_in_place(self) -> None:
+    def _publish(self) -> None:
         files.publish(self.folder)
         if self.overwrite and self.path.exists():
-            _keep_others(self.path, self.folder)
+            _copy_other_files(self.path, self.folder)
             old = self.folder.with_suffix(".old")
             os.rename(self.path, old)
             os.rename(self.folder, self.path)
@@ -273,8 +275,8 @@ class ShardWriter:
             os.rename(self.folder, self.path)
 
 
-def _keep_others(old: Path, new: Path) -> None:
-    """Copy the files of `old` that are none of the shard's four: the hospital's, such as the ledger of its images."""
+def _copy_other_files(old: Path, new: Path) -> None:
+    """Copy files of the hospital that are not part of a shard, such as its ledger."""
     for file in old.iterdir():
         if file.is_file() and not (new / file.name).exists():
             shutil.copy2(file, new / file.name)
@@ -301,9 +303,9 @@ def write_shard(
 ) -> Shard:
     """Write a shard to the folder `path` and open it.
 
-    `images`: (N, C, H, W) uint8, anything that gives rows by index, or an iterable of chunks of such rows;
-    never more than a chunk is in memory. `labels` (N, K) of 0 and 1; the columns have N entries.
-    `name` defaults to the folder's name, `institutions` to `name`. Raises `DataError`, `SplitError`, `StorageError`.
+    `images`: (N, C, H, W) uint8, an array indexed by rows or an iterable of chunks of rows; at most
+    one chunk is in memory. `labels` (N, K) of 0 and 1; the columns have N entries. `name` defaults
+    to the folder name, `institutions` to `name`. Raises `DataError`, `SplitError`, `StorageError`.
     """
     path = Path(path)
     name = folder_name(name or path.name)
@@ -341,9 +343,9 @@ def write_shard(
 
 @contextlib.contextmanager
 def staged_folder(output: Path) -> Iterator[Path]:
-    """A hidden folder beside `output` that takes its place when all went well and is removed when not.
+    """A hidden folder beside `output`, renamed to it on success and removed on failure.
 
-    Raises `DataError` when `output` exists and is not empty, and `StorageError` when the disk refuses.
+    Raises `DataError` if `output` exists and is not empty, `StorageError` if writing fails.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(
@@ -361,7 +363,7 @@ def staged_folder(output: Path) -> Iterator[Path]:
             os.rename(stage, output)
         except OSError as error:
             raise files.storage_error(output, error) from error
-    except FedganError as error:  # the user knows the output, not the folder beside it
+    except FedganError as error:  # errors name the output, not the hidden folder
         raise type(error)(str(error).replace(str(stage), str(output))) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The four files of a shard: what stands in each, and how each is read, checked and written."""
+"""The four files of a shard: content, reading, checks and writing."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ from fedgan.errors import DataError
 
 FORMAT = "fedgan-shard-1"
 COLUMNS = ("row", "patient", "institution", "split", "source")
-PHANTOMS = re.compile(
-    r"procedural \w+ phantoms\b"
-)  # how the source of drawn images begins (phantoms/writer.py)
+PHANTOMS = re.compile(r"procedural \w+ phantoms\b")  # `source` of phantoms (phantoms/writer.py)
 HEADER_BYTES = 128
 CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is known of each image beside its labels: four columns of N strings."""
+    """Columns of samples.csv: four arrays of N strings."""
 
     patients: np.ndarray
     institutions: np.ndarray
@@ -39,7 +37,7 @@ class Samples:
         return len(self.patients)
 
     def take(self, rows: np.ndarray) -> Samples:
-        """The same columns for some rows."""
+        """The columns of some rows."""
         return Samples(
             self.patients[rows], self.institutions[rows], self.splits[rows], self.sources[rows]
         )
@@ -47,7 +45,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Card:
-    """What `card.json` says. `counts`: {split: {label: images}}; `institutions`: the same for each institution."""
+    """Content of card.json. `counts`: {split: {label: images}}; `institutions`: counts of each."""
 
     name: str
     label_names: tuple[str, ...]
@@ -69,7 +67,10 @@ class Card:
 def count_samples(
     labels: np.ndarray, samples: Samples, label_names: Sequence[str]
 ) -> dict[str, Any]:
-    """The card's `images`, `patients`, `counts` and `institutions`. With several labels an image counts for each."""
+    """Fields `images`, `patients`, `counts` and `institutions` of the card.
+
+    An image with several labels counts for each.
+    """
 
     def per_split(rows: np.ndarray) -> dict[str, dict[str, int]]:
         table = {}
@@ -92,7 +93,7 @@ def count_samples(
 
 
 def folder_name(name: str) -> str:
-    """`name` as a folder can be called on any system: letters, digits, dot, dash and underscore; never empty or hidden."""
+    """`name` as a portable folder name of letters, digits, ".", "-", "_"; not empty or hidden."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-")[:64].rstrip(".-") or "hospital"
 
 
@@ -100,22 +101,25 @@ def check_shard_resolution(resolution: int, where: str) -> None:
     """Raise `DataError` unless `resolution` is a power of two of at least 16."""
     if resolution < 16 or resolution & (resolution - 1):
         raise DataError(
-            f"{where}: the resolution {resolution} is no power of two from 16 on: import with --resolution 64 or alike"
+            f"{where}: the resolution {resolution} is no power of two of at least 16: import with "
+            "e.g. --resolution 64"
         )
 
 
 def read_card(path: Path) -> Card:
-    """`card.json` of the shard in folder `path`. Raises `DataError`."""
+    """Read `card.json` of the shard in folder `path`. Raises `DataError`."""
     if not path.is_dir():
         raise DataError(
-            f"no shard at {path}: give a folder that `fedgan data import` or `fedgan data phantoms` wrote"
+            f"no shard at {path}: give a folder written by `fedgan data import` or "
+            "`fedgan data phantoms`"
         )
     file = path / "card.json"
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
         if tree["format"] != FORMAT:
             raise DataError(
-                f"{file} has the format '{tree['format']}', this version reads '{FORMAT}': import the shard again"
+                f"{file} has the format '{tree['format']}', this version reads '{FORMAT}': import "
+                "the shard again"
             )
         known = {item.name for item in dataclasses.fields(Card)}
         card = Card(**{key: value for key, value in tree.items() if key in known})
@@ -123,9 +127,10 @@ def read_card(path: Path) -> Card:
             card, label_names=tuple(map(str, card.label_names)), notes=tuple(card.notes)
         )
         check_shard_resolution(int(card.resolution), str(file))
-        if card.name != folder_name(card.name):  # it names folders of a run
+        if card.name != folder_name(card.name):  # the name becomes a folder of a run
             raise DataError(
-                f"{file}: the name must be letters, digits, '.', '-' or '_', e.g. '{folder_name(card.name)}'"
+                f"{file}: the name must be letters, digits, '.', '-' or '_', e.g. "
+                f"'{folder_name(card.name)}'"
             )
     except FileNotFoundError:
         raise DataError(f"{path} is no shard: it has no card.json") from None
@@ -137,7 +142,7 @@ def read_card(path: Path) -> Card:
 
 
 def read_array(file: Path, memory_map: bool = False) -> np.ndarray:
-    """An array file, never with pickle. Raises `DataError` when it is missing, truncated or damaged."""
+    """Read an array file without pickle. Raises `DataError` if missing, truncated or damaged."""
     try:
         return np.load(file, mmap_mode="r" if memory_map else None, allow_pickle=False)
     except FileNotFoundError:
@@ -149,33 +154,36 @@ def read_array(file: Path, memory_map: bool = False) -> np.ndarray:
 def check_labels(
     labels: np.ndarray, count: int, label_names: Sequence[str], exclusive: bool, where: str
 ) -> None:
-    """Raise `DataError` unless `labels` are (count, K) of 0 and 1 that fit the card."""
+    """Raise `DataError` unless `labels` are (count, K) of 0 and 1 that match the card."""
     if labels.dtype != np.uint8 or labels.shape != (count, len(label_names)):
         raise DataError(
-            f"{where}: labels of {labels.dtype} {labels.shape} for {count} images and {len(label_names)} label names: "
-            "a label stands outside the card, or the file is truncated; import the shard again"
+            f"{where}: labels of {labels.dtype} {labels.shape} for {count} images and "
+            f"{len(label_names)} label names: a label is outside the card, or the file is "
+            "truncated; import the shard again"
         )
     if len(set(label_names)) != len(label_names):
         raise DataError(f"{where}: the card names a label twice: give each label its own name")
     if labels.size and labels.max() > 1:
         raise DataError(
-            f"{where}: labels must be 0 or 1 (multi-hot), one holds {labels.max()}: import the shard again"
+            f"{where}: labels must be 0 or 1 (multi-hot), but one is {labels.max()}: import the "
+            "shard again"
         )
     if exclusive and label_names:
         wrong = int((labels.sum(axis=1) != 1).sum())
         if wrong:
             raise DataError(
-                f"{where}: {wrong} images have not exactly one label, but the card calls labels exclusive"
+                f"{where}: {wrong} images do not have exactly one label, but the labels are "
+                "exclusive by the card"
             )
 
 
 def is_phantom_source(source: Any) -> bool:
-    """Whether a card's source says that a program drew the images."""
+    """Whether the `source` of a card is a phantom generator."""
     return bool(PHANTOMS.match(str(source)))
 
 
 def read_samples(file: Path, count: int) -> Samples:
-    """`samples.csv`, which must have `count` rows in order. Raises `DataError`."""
+    """Read `samples.csv` with `count` rows in order. Raises `DataError`."""
     try:
         with open(file, newline="", encoding="utf-8") as stream:
             reader = csv.reader(stream)
@@ -193,7 +201,8 @@ def read_samples(file: Path, count: int) -> Samples:
         len(row) != len(COLUMNS) or row[0] != str(i) for i, row in enumerate(rows)
     ):
         raise DataError(
-            f"{file} has {len(rows)} rows for {count} images, or rows out of order: import the shard again"
+            f"{file} has {len(rows)} rows for {count} images, or rows out of order: import the "
+            "shard again"
         )
     _, patients, institutions, splits, sources = (
         np.array(column, dtype=str) for column in zip(*rows, strict=True)
@@ -211,7 +220,7 @@ def write_samples(file: Path, samples: Samples) -> None:
 
 
 def npy_header(shape: tuple[int, ...]) -> bytes:
-    """A .npy header (format 1.0) of always the same length, so that the count can be set after the last image."""
+    """A .npy header (format 1.0) of fixed length, so that the final count can replace it."""
     text = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).encode("latin1")
     return (
         b"\x93NUMPY\x01\x00"
@@ -222,13 +231,13 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
 
 
 def chunks(images: ImageArray) -> Iterator[np.ndarray]:
-    """The rows of `images` in order, some hundred at a time."""
+    """The rows of `images` in order, `CHUNK_ROWS` at a time."""
     for start in range(0, images.shape[0], CHUNK_ROWS):
         yield np.asarray(images[np.arange(start, min(start + CHUNK_ROWS, images.shape[0]))])
 
 
 def finish_hash(digest: Any, shape: tuple[int, ...], labels: np.ndarray, samples: Samples) -> str:
-    """The content hash, from the `digest` that has seen all image bytes."""
+    """Content hash from the `digest` of all image bytes."""
     digest = digest.copy()
     digest.update(json.dumps([list(shape), list(labels.shape)]).encode())
     digest.update(np.ascontiguousarray(labels).tobytes())

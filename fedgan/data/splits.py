@@ -1,7 +1,7 @@
 """Train, validation and test splits by patient, never by image.
 
-A patient's place is decided by a hash of (seed, patient) within strata (institution and label), so it does not
-depend on the order of the rows, and each stratum is divided as nearly in proportion as whole patients allow.
+A hash of (seed, patient) within strata (institution and label) determines the split of a patient,
+independent of the row order. Each stratum is divided in proportion, up to whole patients.
 """
 
 from __future__ import annotations
@@ -10,40 +10,44 @@ import hashlib
 
 import numpy as np
 
-from fedgan.data.dataset import OWN_PATIENT, ImageDataset
+from fedgan.data.dataset import UNKNOWN_PATIENT, ImageDataset
 from fedgan.errors import DataError, SplitError
 
 SPLITS = ("train", "val", "test")
 
 
 def check_splits(patients: np.ndarray, splits: np.ndarray, where: str) -> None:
-    """Raise `SplitError` when a patient is in two splits, `DataError` for a split of another name."""
+    """Raise `SplitError` if a patient is in two splits, `DataError` for another split name."""
     unknown = sorted(set(np.unique(splits).tolist()) - set(SPLITS))
     if unknown:
         raise DataError(f"{where}: '{unknown[0]}' is no split: use {', '.join(SPLITS)}")
     pairs = np.unique(np.stack([patients.astype(str), splits.astype(str)]), axis=1)
-    _, places = np.unique(pairs[0], return_counts=True)
-    twice = int((places > 1).sum())
+    _, counts = np.unique(pairs[0], return_counts=True)
+    twice = int((counts > 1).sum())
     if twice:
+        patients_are = "patient is" if twice == 1 else "patients are"
         raise SplitError(
-            f"{where}: {twice} {'patient is' if twice == 1 else 'patients are'} in more than one split: "
-            "put all images of a patient into one split, or leave the split out and let the import make it"
+            f"{where}: {twice} {patients_are} in more than one split: "
+            "put all images of a patient into one split, or omit the split so that the import "
+            "makes it"
         )
 
 
-def check_patients_apart(train: ImageDataset, *held: ImageDataset) -> None:
-    """Raise `SplitError` when a known patient of `train` is also in a held-out set. No patient is named.
+def check_disjoint_patients(train: ImageDataset, *held: ImageDataset) -> None:
+    """Raise `SplitError` if a known patient of `train` is also in a held-out set.
 
-    For sets that come from several shards: within a shard `check_splits` has seen to it. A patient id is told apart by the
-    image's institution; images whose patient is not known stand for themselves.
+    For sets from several shards; `check_splits` covers a single shard. Patients are identified by
+    institution and patient id; images without a known patient are not compared. The message names
+    no patient.
     """
     trained = _known_patients(train)
     for other in held:
         if shared := len(trained & _known_patients(other)):
+            patients, are = ("patient", "is") if shared == 1 else ("patients", "are")
             raise SplitError(
-                f"{shared} {'patient' if shared == 1 else 'patients'} of the training images {'is' if shared == 1 else 'are'} "
-                f"also in '{other.name}': a figure on those images would be of images that were learnt; "
-                "split by patient over all shards before they are imported, or give another evaluation.root"
+                f"{shared} {patients} of the training images {are} also in '{other.name}', so "
+                "figures would include training patients; split by patient over all shards before "
+                "import, or give another evaluation.root"
             )
 
 
@@ -51,22 +55,27 @@ def _known_patients(dataset: ImageDataset) -> set[tuple[str, str]]:
     count = len(dataset)
     if len(dataset.patients) != count:
         return set()
-    places = dataset.institutions if len(dataset.institutions) == count else np.full(count, "")
+    institutions = (
+        dataset.institutions if len(dataset.institutions) == count else np.full(count, "")
+    )
     pairs = zip(
-        np.asarray(places, str).tolist(), np.asarray(dataset.patients, str).tolist(), strict=True
+        np.asarray(institutions, str).tolist(),
+        np.asarray(dataset.patients, str).tolist(),
+        strict=True,
     )
     return {
-        (place, patient)
-        for place, patient in pairs
-        if patient and not patient.startswith(OWN_PATIENT)
+        (institution, patient)
+        for institution, patient in pairs
+        if patient and not patient.startswith(UNKNOWN_PATIENT)
     }
 
 
 def check_shares(val: float, test: float) -> None:
-    """Raise `DataError` unless both shares are at least 0 and leave something for train."""
+    """Raise `DataError` unless both shares are at least 0 and their sum is below 1."""
     if not (0 <= val < 1 and 0 <= test < 1 and val + test < 1):
         raise DataError(
-            f"the split shares val = {val:g} and test = {test:g} must be at least 0 and below 1 together"
+            f"the split shares val = {val:g} and test = {test:g} must be at least 0 and their sum "
+            "below 1"
         )
 
 
@@ -81,20 +90,30 @@ def make_splits(
 ) -> np.ndarray:
     """The split of each row, (N,) str.
 
-    `given` (N,) str is kept: test stays test; where it has no 'val', the share `val` of the training patients becomes it.
-    Without `given`, shares of the patients: `test`, then `val`, the rest train. Each institution is divided for itself, its
-    `classes` (N,) int in proportion; a patient counts for its first institution and class in sorted order. A wanted split gets
-    at least one patient as long as train keeps one, and the only patient of a class in an institution stays in train.
-    Raises `SplitError` when `given` puts a patient into two splits.
+    `given` (N,) str is kept; if it has no 'val', the share `val` of the training patients becomes
+    val. Without `given`, shares of the patients become test and val, the rest train. Each
+    institution is divided separately, its `classes` (N,) int in proportion; a patient belongs to
+    its first institution and class in sorted order. A requested split gets at least one patient as
+    long as train keeps one; the only patient of a class in an institution stays in train. Raises
+    `SplitError` if `given` puts a patient into two splits.
     """
     check_shares(val, test)
     count = len(patients)
     institutions = np.full(count, "") if institutions is None else institutions.astype(str)
     classes = np.zeros(count, np.int64) if classes is None else classes
-    codes, homes, groups = _patients(patients, institutions, classes)
+    codes, institution_codes, groups = _patients(patients, institutions, classes)
     if given is None:
         splits = np.full(count, "train", dtype="<U5")
-        testing = _chosen(np.arange(len(homes)), homes, groups, patients, codes, test, seed, "test")
+        testing = _chosen(
+            np.arange(len(institution_codes)),
+            institution_codes,
+            groups,
+            patients,
+            codes,
+            test,
+            seed,
+            "test",
+        )
         splits[np.isin(codes, testing)] = "test"
         share = val / (1 - test)
     else:
@@ -103,13 +122,15 @@ def make_splits(
         share = 0.0 if (splits == "val").any() else val
     training = np.unique(codes[splits == "train"])
     splits[
-        np.isin(codes, _chosen(training, homes, groups, patients, codes, share, seed, "val"))
+        np.isin(
+            codes, _chosen(training, institution_codes, groups, patients, codes, share, seed, "val")
+        )
     ] = "val"
     return splits
 
 
 def unit_hash(*parts: object) -> float:
-    """A number in [0, 1) that depends on the text of `parts` alone."""
+    """A number in [0, 1) that depends only on the text of `parts`."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
@@ -117,17 +138,17 @@ def unit_hash(*parts: object) -> float:
 def _patients(
     patients: np.ndarray, institutions: np.ndarray, classes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Patient number of each row (N,), and each patient's institution number and class (P,)."""
+    """Patient number per row (N,), institution number and class per patient (P,)."""
     names, codes = np.unique(patients.astype(str), return_inverse=True)
-    homes = np.unique(institutions, return_inverse=True)[1]
-    order = np.lexsort((classes, homes, codes))
+    institution_codes = np.unique(institutions, return_inverse=True)[1]
+    order = np.lexsort((classes, institution_codes, codes))
     first = order[np.searchsorted(codes[order], np.arange(len(names)))]
-    return codes, homes[first], classes[first]
+    return codes, institution_codes[first], classes[first]
 
 
 def _chosen(
     members: np.ndarray,
-    homes: np.ndarray,
+    institution_codes: np.ndarray,
     groups: np.ndarray,
     patients: np.ndarray,
     codes: np.ndarray,
@@ -135,17 +156,17 @@ def _chosen(
     seed: int,
     purpose: str,
 ) -> np.ndarray:
-    """About `share` of the patients `members` (numbers), institution by institution, spread evenly over classes."""
+    """About `share` of the patients `members` per institution, in proportion to classes."""
     if share <= 0 or not len(members):
         return np.empty(0, np.int64)
-    names = np.empty(len(homes), patients.astype(str).dtype)
+    names = np.empty(len(institution_codes), patients.astype(str).dtype)
     names[codes] = patients
     picked: list[int] = []
-    for home in np.unique(homes[members]):
-        here = members[homes[members] == home]
+    for institution in np.unique(institution_codes[members]):
+        here = members[institution_codes[members] == institution]
         kinds, sizes = np.unique(groups[here], return_counts=True)
         several = here[np.isin(groups[here], kinds[sizes > 1])] if len(kinds) > 1 else here
-        # systematic sampling: every (n / wanted)-th of the list sorted by class gives each class its share to within one patient
+        # Systematic sampling of the list sorted by class: exact shares up to one patient.
         line = sorted(
             several.tolist(),
             key=lambda code: (groups[code], unit_hash(seed, purpose, names[code]), names[code]),

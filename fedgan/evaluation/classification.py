@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fedgan.data.dataset import OWN_PATIENT, ImageArray, ImageDataset
+from fedgan.data.dataset import UNKNOWN_PATIENT, ImageArray, ImageDataset
 from fedgan.errors import DataError
 from fedgan.evaluation.mixing import stratified_rows
 from fedgan.evaluation.sampling import to_float
@@ -100,7 +100,7 @@ def split_for_validation(
     vector stays in training. Raises `DataError` for images with known patients (which are split by
     patient at import), for another share and for fewer than two images.
     """
-    if any(patient and not str(patient).startswith(OWN_PATIENT) for patient in dataset.patients):
+    if any(patient and not str(patient).startswith(UNKNOWN_PATIENT) for patient in dataset.patients):
         raise DataError(
             f"'{dataset.name}' has patients: a split by image would separate their images; "
             "use its validation split"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedgan.data.dataset import OWN_PATIENT, ImageDataset
+from fedgan.data.dataset import UNKNOWN_PATIENT, ImageDataset
 from fedgan.errors import DataError
 from fedgan.evaluation.classification import (
     BATCH,
@@ -205,7 +205,7 @@ def _validation_sources(reference: RealReference, held_back: int) -> str:
 def _resampled(test: ImageDataset) -> str:
     """The unit of the bootstrap: patients, images, or patients where they are known."""
     known = [
-        bool(patient) and not str(patient).startswith(OWN_PATIENT) for patient in test.patients
+        bool(patient) and not str(patient).startswith(UNKNOWN_PATIENT) for patient in test.patients
     ]
     if not any(known):
         return "images"

@@ -33,7 +33,7 @@ from fedgan.data.federation import (
 from fedgan.data.phantoms import write_phantoms
 from fedgan.data.shard import Shard
 from fedgan.data.shard_files import is_phantom_source
-from fedgan.data.splits import check_patients_apart
+from fedgan.data.splits import check_disjoint_patients
 from fedgan.errors import ConfigError, DataError, FederationError
 from fedgan.evaluation.features import REFERENCE, check_features
 from fedgan.evaluation.reference import merged, pool_hospitals
@@ -170,7 +170,7 @@ def check_private_hospitals(
 
 def ledger_of(hospital: Hospital, run: RunFolder) -> Ledger:
     """The ledger of a simulated hospital: beside its shard; in the run where it was dealt for this run."""
-    return Ledger((hospital.place or run.hospital_state(hospital.name)) / LEDGER)
+    return Ledger((hospital.shard_path or run.hospital_state(hospital.name)) / LEDGER)
 
 
 def write_key(run: RunFolder) -> str:
@@ -226,7 +226,7 @@ def check_evaluation(
             pool_hospitals([(guest.name, guest.split(split)) for guest in guests], split)
             for split in ("val", "test")
         )
-        check_patients_apart(trained, *held)
+        check_disjoint_patients(trained, *held)
 
 
 def is_prepared(run: RunFolder) -> bool:

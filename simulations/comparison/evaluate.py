@@ -27,7 +27,7 @@ from fedgan.config import Settings, to_dict
 from fedgan.data.dataset import ImageDataset, pool
 from fedgan.data.federation import Hospital, find_shards
 from fedgan.data.shard import Shard
-from fedgan.data.splits import check_patients_apart
+from fedgan.data.splits import check_disjoint_patients
 from fedgan.errors import CheckpointError
 from fedgan.evaluation.evaluate import EvaluationResult, evaluate_synthetic
 from fedgan.evaluation.features import REFERENCE
@@ -69,7 +69,7 @@ def open_evaluation_context(
         pool_hospitals([(guest.name, guest.split(split)) for guest in guests], split)
         for split in ("val", "test")
     ]
-    check_patients_apart(trained, *held)
+    check_disjoint_patients(trained, *held)
     train, val, test = (_by_name(guests, split) for split in ("train", "val", "test"))
     reference = RealReference(
         train,

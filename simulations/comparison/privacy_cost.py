@@ -41,7 +41,7 @@ def _of_hospital(job: Job, hospital: Hospital) -> dict[str, Any]:
         ("epsilon", "delta", "noise_multiplier", "sample_rate", "steps", "ledger_epsilon")
     )
     try:
-        ledger = Ledger((hospital.place or job.run.hospital_state(hospital.name)) / LEDGER)
+        ledger = Ledger((hospital.shard_path or job.run.hospital_state(hospital.name)) / LEDGER)
         entries = ledger.entries()
         experiment = experiment_of(job.run)
     except (DataError, FederationError):

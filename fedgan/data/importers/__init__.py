@@ -1,6 +1,6 @@
-"""Importers: a source becomes one shard for each institution, side by side in one folder.
+"""Importers: write one shard per institution of a source, side by side in one folder.
 
-read_npz(file)            an .npz pack, ours or MedMNIST's
+read_npz(file)            an .npz pack in the layout of fedgan or MedMNIST
 read_folder(folder)       class folders: SOURCE/class/*.png, or SOURCE/train/class/*.png
 read_manifest(file)       a CSV: path, label column(s), patient, institution, split
 import_source(source, output, options)

@@ -1,4 +1,4 @@
-"""Class folders: SOURCE/class/*.png, or SOURCE/train/class/*.png where the source brings its own split."""
+"""Class folders: SOURCE/class/*.png, or SOURCE/train/class/*.png if the source has a split."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgan.data.importers.pixels import SUFFIXES, UnreadableError, decode, peek
-from fedgan.data.importers.source import SPELLINGS, Skipped, Source
+from fedgan.data.importers.pixels import SUFFIXES, UnreadableError, decode, read_header
+from fedgan.data.importers.source import SPLIT_NAMES, Skipped, Source
 from fedgan.errors import DataError
 
-PEEKED = 64
+MAX_HEADERS = 64  # files whose header is read for size and colour
 
 
 def read_folder(folder: str | Path, name: str = "", patient_pattern: str = "") -> Source:
-    """The images below the class folders of `folder`, in the order of their paths.
+    """Read the images below the class folders of `folder`, in the order of their paths.
 
-    When all sub-folders are called train, val or test (or alike), the classes are one level deeper. `name` is the institution
-    (default: the folder's name). `patient_pattern` is a regular expression with one group that finds the patient in the file
-    name, e.g. `(person\\d+)_`. Raises `DataError` when the folder is missing or holds no image.
+    If all sub-folders are named train, val, test or alike, the classes are one level deeper. `name`
+    is the institution (default: the folder name). `patient_pattern` is a regular expression with
+    one group for the patient in the file name, e.g. `(person\\d+)_`. Raises `DataError` if the
+    folder is missing or has no image.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise DataError(f"no folder at {folder}: give a folder with one sub-folder a class")
+        raise DataError(f"no folder at {folder}: give a folder with one sub-folder per class")
     pattern = _pattern(patient_pattern)
-    tops = sorted(
+    top_folders = sorted(
         child.name
         for child in folder.iterdir()
         if child.is_dir() and not child.name.startswith(".")
     )
-    has_splits = bool(tops) and all(top.lower() in SPELLINGS for top in tops)
+    has_splits = bool(top_folders) and all(name.lower() in SPLIT_NAMES for name in top_folders)
     depth = 2 if has_splits else 1
     skipped: Counter[str] = Counter()
     found: list[tuple[str, ...]] = []
@@ -46,12 +47,12 @@ def read_folder(folder: str | Path, name: str = "", patient_pattern: str = "") -
             found.append(parts)
     if not found:
         raise DataError(
-            f"{folder} holds no image in class folders (SOURCE/class/*.png): nothing to import"
+            f"{folder} has no image in class folders (SOURCE/class/*.png): nothing to import"
         )
     classes = [parts[depth - 1] for parts in found]
     label_names, codes = np.unique(classes, return_inverse=True)
     paths = [folder.joinpath(*parts) for parts in found]
-    size, colour = look_at(paths)
+    size, colour = read_headers(paths)
     return Source(
         title=folder.resolve().name,
         labels=np.eye(len(label_names), dtype=np.uint8)[codes],
@@ -59,19 +60,19 @@ def read_folder(folder: str | Path, name: str = "", patient_pattern: str = "") -
         exclusive=True,
         patients=np.array([_patient(pattern, parts[-1]) for parts in found], dtype=str),
         institutions=np.full(len(found), name or folder.resolve().name),
-        given=np.array([SPELLINGS[parts[0].lower()] for parts in found], dtype=str)
+        given=np.array([SPLIT_NAMES[parts[0].lower()] for parts in found], dtype=str)
         if has_splits
         else None,
         names=np.array(["/".join(parts) for parts in found], dtype=str),
-        pictures=lambda: read_pictures(paths),
+        images=lambda: decode_images(paths),
         size=size,
         colour=colour,
         skipped=dict(skipped),
     )
 
 
-def read_pictures(paths: Sequence[Path | Skipped]) -> Iterator[np.ndarray | Skipped]:
-    """Decode one file after the other; what cannot be read comes as `Skipped`."""
+def decode_images(paths: Sequence[Path | Skipped]) -> Iterator[np.ndarray | Skipped]:
+    """Decode files in order; yield `Skipped` for a file that cannot be read."""
     for path in paths:
         if isinstance(path, Skipped):
             yield path
@@ -82,18 +83,20 @@ def read_pictures(paths: Sequence[Path | Skipped]) -> Iterator[np.ndarray | Skip
             yield Skipped(str(error))
 
 
-def look_at(paths: Sequence[Path | Skipped]) -> tuple[tuple[int, int], bool]:
-    """Size of the first readable picture, and whether any of the first ones is in colour (by their headers)."""
+def read_headers(paths: Sequence[Path | Skipped]) -> tuple[tuple[int, int], bool]:
+    """Size of the first readable image, and whether any of the first images is in colour."""
     headers = [
-        header for path in paths[:PEEKED] if isinstance(path, Path) and (header := peek(path))
+        header
+        for path in paths[:MAX_HEADERS]
+        if isinstance(path, Path) and (header := read_header(path))
     ]
     return (headers[0][0] if headers else (0, 0)), any(colour for _, colour in headers)
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, ...]]:
-    for place, folders, names in os.walk(folder, followlinks=False):
+    for parent, folders, names in os.walk(folder, followlinks=False):
         folders.sort()
-        yield from (Path(place, name).relative_to(folder).parts for name in sorted(names))
+        yield from (Path(parent, name).relative_to(folder).parts for name in sorted(names))
 
 
 def _pattern(text: str) -> re.Pattern[str] | None:
@@ -105,7 +108,8 @@ def _pattern(text: str) -> re.Pattern[str] | None:
         raise DataError(f"the patient pattern '{text}' is no regular expression: {error}") from None
     if pattern.groups != 1:
         raise DataError(
-            f"the patient pattern '{text}' must have exactly one group in round brackets, e.g. '(person\\d+)_'"
+            f"the patient pattern '{text}' must have exactly one group in round brackets, e.g. "
+            "'(person\\d+)_'"
         )
     return pattern
 

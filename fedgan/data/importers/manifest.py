@@ -1,4 +1,4 @@
-"""The CSV manifest: one row an image, with its path, label column(s), patient, institution and split."""
+"""CSV manifest: one row per image with path, label column(s), patient, institution, split."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgan.data.importers.folder import look_at, read_pictures
+from fedgan.data.importers.folder import decode_images, read_headers
 from fedgan.data.importers.source import Skipped, Source, read_split
 from fedgan.errors import DataError
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the manifest's columns. Empty patient, institution and split: the column of that name where there is one.
+    """Column names of the manifest. Empty: the column `patient`, `institution`, `split`, if any.
 
-    One label column holds a class name in each row; several hold 0 or 1 each. No label column: unconditional.
+    One label column contains a class name per row, several contain 0 or 1 each; without a label
+    column the data is unconditional.
     """
 
     path: str = "path"
@@ -32,11 +33,12 @@ class Columns:
 def read_manifest(
     file: str | Path, columns: Columns | None = None, root: str | Path | None = None, name: str = ""
 ) -> Source:
-    """The rows of the CSV (or .tsv) `file`. Image paths are relative to `root` (default: the folder of `file`).
+    """Read the rows of the CSV (or .tsv) `file`.
 
-    `name` is the institution where no column names one (default: the file's stem). A row without a label, with a cell that is
-    neither 0 nor 1, or without a split where the others have one is counted as skipped.
-    Raises `DataError` for a missing file or column.
+    Image paths are relative to `root` (default: the folder of `file`). `name` is the institution if
+    no column names it (default: the file stem). Rows without a label, with a cell that is neither 0
+    nor 1, or without a split if there is a split column are skipped. Raises `DataError` for a
+    missing file or column.
     """
     file, columns = Path(file).expanduser(), columns or Columns()
     base = Path(root).expanduser() if root else file.parent
@@ -56,10 +58,11 @@ def read_manifest(
             reasons[row] = reasons[row] or "no split"
     if given is not None:
         given[given == ""] = "train"  # a placeholder: these rows are skipped
-    places: list[Path | Skipped] = [
-        Skipped(why) if why else base / path for path, why in zip(paths, reasons, strict=True)
+    files: list[Path | Skipped] = [
+        Skipped(reason) if reason else base / path
+        for path, reason in zip(paths, reasons, strict=True)
     ]
-    size, colour = look_at(places)
+    size, colour = read_headers(files)
     return Source(
         title=file.name,
         labels=labels,
@@ -69,14 +72,14 @@ def read_manifest(
         institutions=np.array(institutions or [name or file.stem] * count, dtype=str),
         given=given,
         names=np.array(paths, dtype=str),
-        pictures=lambda: read_pictures(places),
+        images=lambda: decode_images(files),
         size=size,
         colour=colour,
     )
 
 
 def _read(file: Path) -> dict[str, list[str]]:
-    """The table as columns of stripped texts."""
+    """Read the table as columns of stripped text."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
             rows = list(
@@ -93,11 +96,12 @@ def _read(file: Path) -> dict[str, list[str]]:
     if not body:
         raise DataError(f"{file} has no row below its header")
     if len(set(header)) != len(header):
-        raise DataError(f"{file}: a column name stands twice in the header: rename one")
+        raise DataError(f"{file}: the header repeats a column name: rename one")
     for number, row in enumerate(body, start=2):
         if len(row) != len(header):
             raise DataError(
-                f"{file}: row {number} has {len(row)} cells for {len(header)} columns: mend the row or quote its commas"
+                f"{file}: row {number} has {len(row)} cells for {len(header)} columns: correct the "
+                "row or quote its commas"
             )
     return {
         name: [cell.strip() for cell in column]
@@ -117,17 +121,15 @@ def _column(file: Path, table: dict[str, list[str]], name: str, option: str) -> 
     return table[name]
 
 
-def _optional(
-    file: Path, table: dict[str, list[str]], asked: str, default: str
-) -> list[str] | None:
-    """The column asked for (it must be there), else the one of the default name, else None."""
-    return _column(file, table, asked, f"--{default}-column") if asked else table.get(default)
+def _optional(file: Path, table: dict[str, list[str]], name: str, default: str) -> list[str] | None:
+    """The column `name`, which must exist; if it is empty the column `default` or None."""
+    return _column(file, table, name, f"--{default}-column") if name else table.get(default)
 
 
 def _labels(
     file: Path, table: dict[str, list[str]], names: Sequence[str], reasons: list[str]
 ) -> tuple[np.ndarray, tuple[str, ...], bool]:
-    """Labels (N, K), their names and whether classes exclude each other; `reasons` takes why a row cannot be used."""
+    """Labels (N, K), their names, whether they are exclusive; fills `reasons` of skipped rows."""
     columns = [_column(file, table, name, "--label-column") for name in names]
     count = len(reasons)
     if not columns:
@@ -146,6 +148,6 @@ def _labels(
     for row in np.flatnonzero((cells < 0).any(axis=1)).tolist():
         reasons[row] = "label neither 0 nor 1" if (cells[row] == -2).any() else "no label"
     usable = (cells >= 0).all(axis=1)
-    # one-hot columns (HAM10000, ISIC 2019) are classes that exclude each other
+    # One-hot columns (HAM10000, ISIC 2019) are exclusive classes.
     exclusive = bool(usable.any() and (cells[usable].sum(axis=1) == 1).all())
     return np.clip(cells, 0, 1).astype(np.uint8), tuple(names), exclusive

@@ -1,8 +1,9 @@
-"""The .npz pack, in two layouts. Images are streamed out of the archive, never held all at once.
+"""Image packs (.npz) in two layouts. Images are streamed from the archive.
 
-Ours: `images` (N, H, W) or (N, H, W, C) uint8 with `label`, `institution`, `split` (0 train, 1 test), `patient`, `name`, all
-but the first optional. What the codes mean stands in a JSON beside the file (same stem: "labels", "institutions", "split_codes")
-or in arrays of those names. MedMNIST (arXiv 2110.14795): `train_images`, `train_labels`, and the same for `val` and `test`.
+fedgan: `images` (N, H, W) or (N, H, W, C) uint8 and, optionally, `label`, `institution`, `split` (0
+train, 1 test), `patient`, `name`. A JSON with the same stem ("labels", "institutions",
+"split_codes") or arrays of these names decode the codes. MedMNIST (arXiv 2110.14795):
+`train_images`, `train_labels`, and the same for `val` and `test`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import numpy as np
 from fedgan.data.importers.source import Source, read_split
 from fedgan.errors import DataError
 
-BROKEN = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 def read_npz(file: str | Path, name: str = "") -> Source:
-    """The rows of an .npz pack. `name` stands for the institution where the pack names none (default: the file's stem).
+    """Read the rows of an .npz pack.
 
-    Raises `DataError` for a missing or damaged file, arrays that do not fit together, and a label code outside the card.
+    `name` is the institution if the pack names none (default: the file stem). Raises `DataError`
+    for a missing or damaged file, arrays that do not match, and a label code outside the card.
     """
     file = Path(file).expanduser()
     if not file.is_file():
@@ -36,14 +38,15 @@ def read_npz(file: str | Path, name: str = "") -> Source:
             medmnist = "train_images" in pack.files
             if not medmnist and "images" not in pack.files:
                 raise DataError(
-                    f"{file} holds neither 'images' nor 'train_images': it is no image pack in a known layout"
+                    f"{file} holds neither 'images' nor 'train_images': it is no image pack in a "
+                    "known layout"
                 )
-            return (_medmnist if medmnist else _ours)(file, pack, card, name or file.stem)
-    except BROKEN as error:
-        raise _broken(file, error) from None
+            return (_medmnist if medmnist else _own_layout)(file, pack, card, name or file.stem)
+    except DAMAGE as error:
+        raise _damage_error(file, error) from None
 
 
-def _ours(file: Path, pack: Any, card: Mapping[str, Any], name: str) -> Source:
+def _own_layout(file: Path, pack: Any, card: Mapping[str, Any], name: str) -> Source:
     shape = _image_shape(file, "images")
     count = shape[0]
 
@@ -109,7 +112,7 @@ def _source(
     card: Mapping[str, Any],
     **columns: Any,
 ) -> Source:
-    def pictures() -> Iterator[np.ndarray]:
+    def images() -> Iterator[np.ndarray]:
         for key, _ in members:
             yield from _stream(file, key)
 
@@ -123,11 +126,11 @@ def _source(
             licences[entry["institution"]] = str(entry.get("data_licence", licence))
     return Source(
         title=str(card.get("title", file.name)),
-        pictures=pictures,
+        images=images,
         size=(shape[2], shape[1]),
         colour=len(shape) == 4 and shape[3] == 3,
         licences=licences,
-        skip_duplicates=False,  # a pack is curated: its counts are kept, and the card says how many repeat
+        skip_duplicates=False,  # packs are curated: duplicates are kept and counted in the card
         **columns,
     )
 
@@ -136,7 +139,7 @@ def _source(
 
 
 def _card(file: Path, pack: Any) -> dict[str, Any]:
-    """Names of the codes: the JSON beside the pack, else arrays inside it."""
+    """Read the names of the codes from the JSON beside the pack, else from its arrays."""
     beside = file.with_suffix(".json")
     card: dict[str, Any] = {}
     if beside.is_file():
@@ -150,7 +153,7 @@ def _card(file: Path, pack: Any) -> dict[str, Any]:
         if key not in card and key in pack.files:
             card[key] = [str(value) for value in np.atleast_1d(pack[key])]
     for key in ("labels", "institutions", "split_codes"):
-        if isinstance(card.get(key), dict):  # MedMNIST's own way: {"0": "name", …}
+        if isinstance(card.get(key), dict):  # MedMNIST: {"0": "name", …}
             try:
                 card[key] = [card[key][str(code)] for code in range(len(card[key]))]
             except KeyError:
@@ -165,7 +168,7 @@ def _card(file: Path, pack: Any) -> dict[str, Any]:
 def _labels(
     file: Path, codes: np.ndarray | None, names: list[str] | None
 ) -> tuple[np.ndarray, tuple[str, ...], bool]:
-    """Multi-hot labels (N, K), names and whether classes exclude each other; K = 0 where the pack has no label."""
+    """Multi-hot labels (N, K), names, whether they are exclusive; K = 0 without labels."""
     if codes is None:
         return np.zeros((_image_shape(file, "images")[0], 0), np.uint8), (), True
     if codes.dtype.kind in "US":
@@ -175,7 +178,8 @@ def _labels(
         outside = [value for value in found.tolist() if value not in names]
         if outside:
             raise DataError(
-                f"{file}: the label '{outside[0]}' is not in the card: add it to \"labels\" or mend the pack"
+                f"{file}: the label '{outside[0]}' is not in the card: add it to \"labels\" or "
+                "correct the pack"
             )
         codes = np.array([names.index(value) for value in found.tolist()])[codes]
     if codes.dtype.kind not in "iub":
@@ -184,7 +188,8 @@ def _labels(
         names = names or [f"class-{code}" for code in range(codes.shape[1])]
         if len(names) != codes.shape[1] or codes.min(initial=0) < 0 or codes.max(initial=0) > 1:
             raise DataError(
-                f"{file}: {codes.shape[1]} label columns of 0 and 1 must fit the {len(names)} labels of the card"
+                f"{file}: {codes.shape[1]} label columns of 0 and 1 must match the {len(names)} "
+                "labels of the card"
             )
         return codes.astype(np.uint8), tuple(names), False
     codes = codes.reshape(len(codes)).astype(np.int64)
@@ -192,7 +197,8 @@ def _labels(
     if len(codes) and (codes.min() < 0 or codes.max() >= len(names)):
         wrong = int(((codes < 0) | (codes >= len(names))).sum())
         raise DataError(
-            f"{file}: {wrong} images have a label code outside the card's {len(names)} labels: mend the card or the pack"
+            f"{file}: {wrong} images have a label code outside the card's {len(names)} labels: "
+            "correct the card or the pack"
         )
     return np.eye(len(names), dtype=np.uint8)[codes], tuple(names), True
 
@@ -217,15 +223,16 @@ def _decode(
         or codes.max(initial=0) >= len(names)
     ):
         raise DataError(
-            f"{file}: '{key}' holds a code outside the card's {len(names)} names: mend the card or the pack"
+            f"{file}: '{key}' holds a code outside the card's {len(names)} names: correct the card "
+            "or the pack"
         )
     return np.array(names, dtype=str)[codes]
 
 
 def _splits(file: Path, codes: np.ndarray, names: list[str] | None) -> np.ndarray:
     texts = _decode(file, "split", codes, names or ["train", "test", "val"], len(codes), "")
-    spelled = {text: read_split(text) for text in np.unique(texts).tolist()}
-    return np.array([spelled[text] for text in texts.tolist()], dtype=str)
+    names_of = {text: read_split(text) for text in np.unique(texts).tolist()}
+    return np.array([names_of[text] for text in texts.tolist()], dtype=str)
 
 
 def _texts(values: np.ndarray | None, count: int) -> np.ndarray:
@@ -249,7 +256,8 @@ def _header(stream: Any, where: str) -> tuple[tuple[int, ...], bool, np.dtype[An
         or (len(shape) == 4 and shape[3] not in (1, 3))
     ):
         raise DataError(
-            f"{where} is {dtype} {shape}: images must be uint8 of (N, H, W), (N, H, W, 1) or (N, H, W, 3)"
+            f"{where} is {dtype} {shape}: images must be uint8 of (N, H, W), (N, H, W, 1) or "
+            "(N, H, W, 3)"
         )
     return shape, fortran, dtype
 
@@ -260,31 +268,32 @@ def _image_shape(file: Path, key: str) -> tuple[int, ...]:
 
 
 def _stream(file: Path, key: str) -> Iterator[np.ndarray]:
-    """The images of one array of the archive, one by one, (H, W) or (H, W, 3) uint8."""
+    """Yield the images of one array of the archive, (H, W) or (H, W, 3) uint8."""
     try:
         with zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as stream:
             shape, fortran, _ = _header(stream, f"{file}: '{key}'")
-            if fortran:  # the first axis is the fastest: rows cannot be streamed
+            if fortran:  # the first axis is the fastest, so rows cannot be streamed
                 with np.load(file, allow_pickle=False) as pack:
-                    yield from (_plane(image) for image in pack[key])
+                    yield from (_squeeze(image) for image in pack[key])
                 return
             size = int(np.prod(shape[1:]))
             for _ in range(shape[0]):
                 data = stream.read(size)
                 if len(data) < size:
                     raise EOFError("the array ends early")
-                yield _plane(np.frombuffer(data, np.uint8).reshape(shape[1:]))
-    except BROKEN as error:
-        raise _broken(file, error) from None
+                yield _squeeze(np.frombuffer(data, np.uint8).reshape(shape[1:]))
+    except DAMAGE as error:
+        raise _damage_error(file, error) from None
 
 
-def _plane(image: np.ndarray) -> np.ndarray:
+def _squeeze(image: np.ndarray) -> np.ndarray:
     return image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
 
 
-def _broken(file: Path, error: Exception) -> DataError:
+def _damage_error(file: Path, error: Exception) -> DataError:
     if "allow_pickle" in str(error) or "Object arrays" in str(error):
         return DataError(
-            f"{file} holds Python objects (pickle), which are not read: save its arrays as numbers and fixed-width texts"
+            f"{file} holds Python objects (pickle), which are not read: save its arrays as numbers "
+            "and fixed-width text"
         )
-    return DataError(f"{file} is truncated or damaged ({type(error).__name__}): fetch it again")
+    return DataError(f"{file} is truncated or damaged ({type(error).__name__}): download it again")

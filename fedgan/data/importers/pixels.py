@@ -1,4 +1,4 @@
-"""One picture on its way into a shard: decoding, grey or colour, square size."""
+"""Decode images and fit them to the channels and square size of a shard."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ GREY_MODES = frozenset({"1", "L", "LA", "La", *DEEP_MODES})
 
 
 class UnreadableError(Exception):
-    """A picture that cannot be decoded; its text is the reason that is counted."""
+    """An image that cannot be decoded; the text is the reason in the counts."""
 
 
 def decode(path: Path) -> np.ndarray:
-    """The pixels of an image file, (H, W) grey or (H, W, 3) colour, uint8, upright by its EXIF tag.
+    """Decode an image file to (H, W) grey or (H, W, 3) colour, uint8, rotated by its EXIF tag.
 
     16-bit grey keeps its upper 8 bits. Raises `UnreadableError`.
     """
@@ -32,34 +32,32 @@ def decode(path: Path) -> np.ndarray:
         raise UnreadableError("missing file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UnreadableError("too many pixels") from None
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
         raise UnreadableError("unreadable or truncated file") from error
     if mode in DEEP_MODES:
         deep = np.asarray(upright).astype(np.int64)
         if deep.min() < 0 or deep.max() > 65535:
-            raise UnreadableError("more than 16 bits a pixel")
+            raise UnreadableError("more than 16 bits per pixel")
         return (deep >> 8).astype(np.uint8)
     if mode == "F":
         raise UnreadableError("floating-point pixels")
     return np.asarray(upright.convert("L" if mode in GREY_MODES else "RGB"))
 
 
-def peek(path: Path) -> tuple[tuple[int, int], bool] | None:
-    """((width, height), colour?) from the file's header, or None when it cannot be read."""
+def read_header(path: Path) -> tuple[tuple[int, int], bool] | None:
+    """((width, height), is in colour) from the file header, or None if it cannot be read."""
     try:
         with Image.open(path) as picture:
             return picture.size, picture.mode not in GREY_MODES
-    except Exception:  # the same variety as in decode; the file is counted when it is decoded
+    except Exception:  # as in decode, which counts the file
         return None
 
 
 def fit_square(pixels: np.ndarray, resolution: int, channels: int, crop: bool) -> np.ndarray:
     """(H, W) or (H, W, 3) uint8 as (channels, resolution, resolution) uint8.
 
-    `crop` takes the central square first; otherwise the whole picture is stretched. Resized by Pillow's LANCZOS,
-    which low-passes when it shrinks; colour becomes grey by ITU-R 601 weights.
+    `crop` takes the central square first; otherwise the image is stretched. Pillow's LANCZOS, which
+    applies a low-pass filter when shrinking, resizes; grey is computed with ITU-R 601 weights.
     """
     picture = Image.fromarray(np.ascontiguousarray(pixels)).convert("L" if channels == 1 else "RGB")
     size = (resolution, resolution)

@@ -1,6 +1,6 @@
-"""The way that all sources share: rows of a table and a stream of pictures become shards.
+"""Import of any source: a table of rows and a stream of images become shards.
 
-Every row ends in a shard or in a count with its reason. The output folder appears whole or not at all.
+Every row is in a shard or in a count with its reason. The output folder is written atomically.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgan.data.dataset import OWN_PATIENT
+from fedgan.data.dataset import UNKNOWN_PATIENT
 from fedgan.data.importers.pixels import fit_square
 from fedgan.data.labels import LabelMap
 from fedgan.data.partitions import row_classes
@@ -29,8 +29,8 @@ from fedgan.data.shard import (
 from fedgan.data.splits import SPLITS, check_shares, make_splits
 from fedgan.errors import DataError
 
-MOST_INSTITUTIONS = 256
-SPELLINGS = {
+MAX_INSTITUTIONS = 256
+SPLIT_NAMES = {
     **{"train": "train", "training": "train"},
     **{"val": "val", "valid": "val", "validation": "val", "dev": "val"},
     **{"test": "test", "testing": "test"},
@@ -39,17 +39,18 @@ SPELLINGS = {
 
 @dataclass(frozen=True)
 class Skipped:
-    """Stands in the stream of pictures for one that cannot be used."""
+    """Replaces an image that cannot be used in the stream of images."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Source:
-    """N rows of a source. `patients` and `institutions` may hold "" (unknown); `given` is the source's own split or None.
+    """N rows of a source. `patients` and `institutions` may be "" (unknown).
 
-    `pictures()` gives N pictures in order, (H, W) or (H, W, 3) uint8 or `Skipped`. `size` (width, height) and `colour` are
-    those of the first pictures. `skipped` counts what never became a row.
+    `given`: the split of the source or None. `images()` yields N images in order, (H, W) or (H, W,
+    3) uint8 or `Skipped`. `size` (width, height) and `colour` describe the first images. `skipped`
+    counts files without a row, by reason.
     """
 
     title: str
@@ -60,7 +61,7 @@ class Source:
     institutions: np.ndarray
     given: np.ndarray | None
     names: np.ndarray
-    pictures: Callable[[], Iterator[np.ndarray | Skipped]]
+    images: Callable[[], Iterator[np.ndarray | Skipped]]
     size: tuple[int, int]
     colour: bool
     licences: Mapping[str, str] = field(default_factory=dict)
@@ -74,7 +75,7 @@ class Source:
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What the user may choose for every source. `resolution` 0: as the source; `channels`: auto, grey or rgb."""
+    """Options of an import. `resolution` 0: that of the source; `channels`: auto, grey or rgb."""
 
     resolution: int = 0
     channels: str = "auto"
@@ -93,10 +94,11 @@ def import_source(
     options: ImportOptions | None = None,
     on_image: Callable[[int, int], None] | None = None,
 ) -> list[Shard]:
-    """Write one shard for each institution of `source` into the folder `output` and open them, by folder name.
+    """Write one shard per institution of `source` into the folder `output`; return them by name.
 
-    `on_image(done, total)` is called after each picture. Raises `DataError` when `output` exists and is not empty, for a label
-    without a rule and when nothing is left; `SplitError` for a patient in two splits; `StorageError` for a full disk.
+    `on_image(done, total)` is called after each image. Raises `DataError` if `output` exists and is
+    not empty, for a label without a rule and if no image is left; `SplitError` for a patient in two
+    splits; `StorageError` for a full disk.
     """
     options, output = options or ImportOptions(), Path(output).expanduser()
     labels, label_names = LabelMap.parse(options.label_map).apply(source.labels, source.label_names)
@@ -108,18 +110,18 @@ def import_source(
             name: stack.enter_context(ShardWriter(stage / folder, channels, resolution))
             for name, folder in folders.items()
         }
-        taken = _copy_pictures(source, labels, institutions, writers, options, on_image)
-        kept = taken.kept
+        copied = _copy_images(source, labels, institutions, writers, options, on_image)
+        kept = copied.kept
         if not len(kept):
             raise DataError(
-                f"no image of {source.title} could be used: {_reasons(source.skipped, taken.skipped)}"
+                f"no image of {source.title} could be used: "
+                f"{_reasons(source.skipped, copied.skipped)}"
             )
-        patients, unknown = _patients(source, taken.twins)
+        patients, unknown = _patients(source, copied.duplicates_kept)
         splits = np.full(len(source), "", dtype="<U5")
         given = None if source.given is None else source.given[kept]
-        classes = row_classes(
-            source.labels, source.exclusive
-        )  # before the map: it must not move the split
+        # The classes before the label map, so that the map does not change the split.
+        classes = row_classes(source.labels, source.exclusive)
         splits[kept] = make_splits(
             patients[kept],
             institutions[kept],
@@ -129,13 +131,13 @@ def import_source(
             options.val,
             options.test,
         )
-        shared = _notes(source, splits, taken)
+        shared = _notes(source, splits, copied)
         for name, writer in writers.items():
             rows = kept[institutions[kept] == name]
             if not len(rows):
-                continue  # _notes says so
+                continue  # recorded by _notes
             own = int(unknown[rows].sum())
-            skipped = taken.skipped.get(name, Counter()) + (
+            skipped = copied.skipped.get(name, Counter()) + (
                 Counter(source.skipped) if len(writers) == 1 else Counter()
             )
             writer.finish(
@@ -146,7 +148,7 @@ def import_source(
                 exclusive=source.exclusive,
                 source=source.title,
                 licence=options.licence or source.licences.get(name, ""),
-                resize=_resize_text(resolution, options.crop, taken.resized),
+                resize=_resize_text(resolution, options.crop, copied.resized),
                 skipped=dict(sorted(skipped.items())),
                 notes=(
                     *shared,
@@ -160,59 +162,59 @@ def import_source(
     ]
 
 
-# --- the pictures --------------------------------------------------------------------------------
+# --- images --------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Taken:
-    """What the stream of pictures gave: rows kept, reasons for each institution, and what the card must tell."""
+class _Copied:
+    """Result of copying the images: rows kept, skip reasons per institution, facts for the card."""
 
     kept: np.ndarray
     skipped: dict[str, Counter[str]]
-    twins: list[tuple[int, int]]  # (row, earlier row with the same pixels), both kept
+    duplicates_kept: list[tuple[int, int]]  # (row, earlier row with the same pixels), both kept
     resized: int
 
 
-def _copy_pictures(
+def _copy_images(
     source: Source,
     labels: np.ndarray,
     institutions: np.ndarray,
     writers: Mapping[str, ShardWriter],
     options: ImportOptions,
     on_image: Callable[[int, int], None] | None,
-) -> _Taken:
+) -> _Copied:
     skip_repeated = (
         source.skip_duplicates if options.duplicates == "auto" else options.duplicates == "skip"
     )
     seen: dict[bytes, tuple[bytes, int]] = {}
     kept: list[int] = []
-    taken = _Taken(np.empty(0, np.int64), {name: Counter() for name in writers}, [], 0)
-    for row, picture in enumerate(source.pictures()):
+    copied = _Copied(np.empty(0, np.int64), {name: Counter() for name in writers}, [], 0)
+    for row, image in enumerate(source.images()):
         name = str(institutions[row])
         if on_image:
             on_image(row + 1, len(source))
-        if isinstance(picture, Skipped):
-            taken.skipped[name][picture.reason] += 1
+        if isinstance(image, Skipped):
+            copied.skipped[name][image.reason] += 1
             continue
         digest = hashlib.blake2b(
-            repr(picture.shape).encode() + picture.tobytes(), digest_size=16
+            repr(image.shape).encode() + image.tobytes(), digest_size=16
         ).digest()
         label = labels[row].tobytes()
         if digest in seen:
             if skip_repeated:
-                same = seen[digest][0] == label
-                taken.skipped[name][
-                    "identical pixels" if same else "identical pixels with another label"
+                is_same_label = seen[digest][0] == label
+                copied.skipped[name][
+                    "identical pixels" if is_same_label else "identical pixels with another label"
                 ] += 1
                 continue
-            taken.twins.append((row, seen[digest][1]))
+            copied.duplicates_kept.append((row, seen[digest][1]))
         seen.setdefault(digest, (label, row))
         writer = writers[name]
-        taken.resized += picture.shape[:2] != (writer.resolution, writer.resolution)
-        writer.append(fit_square(picture, writer.resolution, writer.channels, options.crop)[None])
+        copied.resized += image.shape[:2] != (writer.resolution, writer.resolution)
+        writer.append(fit_square(image, writer.resolution, writer.channels, options.crop)[None])
         kept.append(row)
-    taken.kept = np.array(kept, np.int64)
-    return taken
+    copied.kept = np.array(kept, np.int64)
+    return copied
 
 
 def _target(source: Source, options: ImportOptions) -> tuple[int, int]:
@@ -232,61 +234,66 @@ def _target(source: Source, options: ImportOptions) -> tuple[int, int]:
     if width != height or width < 16 or width & (width - 1):
         near = 2 ** int(np.clip(round(np.log2(max(1, min(width, height)))), 4, 10))
         raise DataError(
-            f"the pictures of {source.title} are {width}×{height}, no square of a power of two: "
+            f"the images of {source.title} are {width}×{height}, not square with a power of two: "
             f"choose a size, e.g. --resolution {near}"
         )
     return width, channels
 
 
-# --- the columns ---------------------------------------------------------------------------------
+# --- columns -------------------------------------------------------------------------------------
 
 
 def read_split(text: str) -> str:
-    """'train', 'val' or 'test' for the usual spellings, "" for an empty cell. Raises `DataError` for another word."""
+    """Parse 'train', 'val' or 'test' in common spellings; "" if empty. Raises `DataError`."""
     word = text.strip().lower()
-    if word and word not in SPELLINGS:
+    if word and word not in SPLIT_NAMES:
         raise DataError(
             f"'{text[:30]}' is no split: use {', '.join(SPLITS)}, or name another split column"
         )
-    return SPELLINGS.get(word, "")
+    return SPLIT_NAMES.get(word, "")
 
 
-def _patients(source: Source, twins: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Patient of each row (an image without one is its own, together with its copies) and the mask of those without."""
+def _patients(
+    source: Source, duplicates: Sequence[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Patient per row, and the mask of unknown patients: an image and its copies are one."""
     unknown = source.patients == ""
     numbers = np.arange(len(source))
-    for row, first in twins:
+    for row, first in duplicates:
         if unknown[row] and unknown[first] and source.given is None:
-            numbers[row] = numbers[first]  # copies must not part when the rows are split
-    own = np.char.add(OWN_PATIENT, numbers.astype(str))
+            numbers[row] = numbers[first]  # copies stay in one split
+    own = np.char.add(UNKNOWN_PATIENT, numbers.astype(str))
     return np.where(unknown, own, source.patients), unknown
 
 
-def _notes(source: Source, splits: np.ndarray, taken: _Taken) -> tuple[str, ...]:
+def _notes(source: Source, splits: np.ndarray, copied: _Copied) -> tuple[str, ...]:
     notes = list(source.notes)
-    cut = (
+    val_note = (
         ""
         if source.given is not None and (source.given == "val").any()
-        else "; val was cut from train by patient"
+        else "; val was taken from train by patient"
     )
     notes.append(
         "split by patient at import"
         if source.given is None
-        else f"the source's own split was kept{cut}"
+        else f"the split of the source was kept{val_note}"
     )
     notes += [
         f"no image is in the {split} split" for split in SPLITS if not (splits == split).any()
     ]
-    if taken.twins:
+    if copied.duplicates_kept:
         notes.append(
-            f"images of the source with the pixels of an earlier one, kept: {len(taken.twins)}"
+            f"images with the pixels of an earlier image, kept: {len(copied.duplicates_kept)}"
         )
-    if apart := sum(bool(splits[row] != splits[first]) for row, first in taken.twins):
+    if separated := sum(
+        bool(splits[row] != splits[first]) for row, first in copied.duplicates_kept
+    ):
         notes.append(
-            f"of these, images whose copy is in another split: {apart}; import with --duplicates skip to leave them out"
+            f"of these, images whose copy is in another split: {separated}; import with "
+            "--duplicates skip to leave them out"
         )
-    used = set(source.institutions[taken.kept].tolist())
-    for name, reasons in taken.skipped.items():
+    used = set(source.institutions[copied.kept].tolist())
+    for name, reasons in copied.skipped.items():
         if reasons and name not in used and not (name == "unknown" and "" in used):
             notes.append(f"institution '{name}' has no usable image: {_reasons(reasons, {})}")
     return tuple(notes)
@@ -310,14 +317,15 @@ def _resize_text(resolution: int, crop: bool, resized: int) -> str:
     return f"LANCZOS (Pillow) to {resolution}×{resolution}, {shape}"
 
 
-# --- the place -----------------------------------------------------------------------------------
+# --- folders -------------------------------------------------------------------------------------
 
 
 def _folders(names: list[str]) -> dict[str, str]:
-    """A folder name for each institution, distinct even where the letters left over are the same."""
-    if len(names) > MOST_INSTITUTIONS:
+    """A unique folder name per institution."""
+    if len(names) > MAX_INSTITUTIONS:
         raise DataError(
-            f"the institution column has {len(names)} values, more than {MOST_INSTITUTIONS}: name another column"
+            f"the institution column has {len(names)} values, more than {MAX_INSTITUTIONS}: name "
+            "another column"
         )
     folders: dict[str, str] = {}
     for name in names:

@@ -1,10 +1,10 @@
-"""Procedural phantoms: the embedded default data. They need no download and know their own truth.
+"""Procedural phantoms: the default data, without download and with known ground truth.
 
-`write_phantoms` writes the shards of whole hospitals; `draw_lesion` and `draw_chest` draw one picture.
+`write_phantoms` writes one shard per hospital; `render_lesion` and `render_chest` return one image.
 """
 
-from fedgan.data.phantoms.chest import draw_chest
-from fedgan.data.phantoms.lesions import draw_lesion
+from fedgan.data.phantoms.chest import render_chest
+from fedgan.data.phantoms.lesions import render_lesion
 from fedgan.data.phantoms.scanners import (
     CHEST_LABELS,
     LESION_LABELS,
@@ -23,8 +23,8 @@ __all__ = [
     "ChestLook",
     "LesionLook",
     "chest_look",
-    "draw_chest",
-    "draw_lesion",
     "lesion_look",
+    "render_chest",
+    "render_lesion",
     "write_phantoms",
 ]

@@ -1,4 +1,4 @@
-"""The photograph of a skin: light through its layers, what lies on it, and the dermatoscope itself."""
+"""Dermatoscopic photograph: light through skin layers, objects on the skin, and the camera."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from scipy import ndimage
 from fedgan.data.phantoms.canvas import Canvas, step
 from fedgan.data.phantoms.scanners import LesionLook
 
-# Skin under polarised light for tones 1 to 6, and what each layer does to it (red, green, blue).
+# Skin under polarised light for tones 1 to 6, and the optics of each layer (red, green, blue).
 _TONES = np.array(
-    [[240, 205, 194], [230, 184, 167], [212, 160, 138], [178, 126, 102], [134, 91, 73], [98, 67, 56]], np.float32
+    [[240, 205, 194], [230, 184, 167], [212, 160, 138],
+     [178, 126, 102], [134, 91, 73], [98, 67, 56]], np.float32
 ) / 255  # fmt: skip
-_MELANIN = np.array([0.52, 0.88, 1.08], np.float32)  # absorption by one unit
+_MELANIN = np.array([0.52, 0.88, 1.08], np.float32)  # absorption per unit
 _BLOOD = np.array([0.16, 0.78, 0.62], np.float32)
-_BLUE = np.array([88, 98, 128], np.float32) / 255  # colours towards which a layer draws
+_BLUE = np.array([88, 98, 128], np.float32) / 255  # colours that scattering layers add
 _KERATIN = np.array([202, 156, 96], np.float32) / 255
 _WHITE = np.array([240, 222, 212], np.float32) / 255
 
 
 class SkinLayers(Protocol):
-    """What lies in the skin, each (work, work)."""
+    """Layers of the skin, each (work, work)."""
 
     melanin: np.ndarray
     blood: np.ndarray
@@ -32,29 +33,29 @@ class SkinLayers(Protocol):
 
 
 def photograph(
-    board: Canvas,
+    canvas: Canvas,
     rng: np.random.Generator,
     look: LesionLook,
     tone: float,
     hairiness: float,
     layers: SkinLayers,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """The picture (resolution, resolution, 3) uint8 of skin of `tone` with `layers`, and what else is seen on it."""
+    """Photograph (resolution, resolution, 3) uint8 of skin with `layers`, and its artefacts."""
     light = _light(tone, layers)
-    seen: dict[str, Any] = {}
-    seen["bubbles"] = _bubbles(board, rng, look, light)
-    seen["hairs"] = _hairs(board, rng, look.hair * hairiness, tone, light)
-    seen["ruler"] = _ruler(board, rng, look, light)
-    picture = board.down(light)
-    return _develop(board, rng, look, picture), seen
+    artefacts: dict[str, Any] = {}
+    artefacts["bubbles"] = _bubbles(canvas, rng, look, light)
+    artefacts["hairs"] = _hairs(canvas, rng, look.hair * hairiness, tone, light)
+    artefacts["ruler"] = _ruler(canvas, rng, look, light)
+    image = canvas.down(light)
+    return _develop(canvas, rng, look, image), artefacts
 
 
 def _light(tone: float, layers: SkinLayers) -> np.ndarray:
-    """The light that comes back, (3, work, work): Beer-Lambert for what absorbs, mixing for what scatters."""
+    """Reflected light (3, work, work): Beer-Lambert for absorbing layers, mixing for scattering."""
     skin = np.array(
         [np.interp(tone, np.arange(1, 7), _TONES[:, channel]) for channel in range(3)], np.float32
     )
-    lit = float(skin[0])  # on dark skin, deep and scattering layers look darker as well
+    lit = float(skin[0])  # dark skin also darkens deep and scattering layers
     dim = np.float32(0.45 + 0.55 * lit)
     out = np.empty((3, *layers.melanin.shape), np.float32)
     blue, keratin, white = (
@@ -69,15 +70,15 @@ def _light(tone: float, layers: SkinLayers) -> np.ndarray:
     return out
 
 
-def _bubbles(board: Canvas, rng: np.random.Generator, look: LesionLook, light: np.ndarray) -> int:
+def _bubbles(canvas: Canvas, rng: np.random.Generator, look: LesionLook, light: np.ndarray) -> int:
     """Air bubbles in the gel: bright rings with a highlight."""
     count = int(min(rng.poisson(look.bubbles), 6))
     for x, y, size in rng.uniform((-0.95, -0.95, 0.03), (0.95, 0.95, 0.10), (count, 3)).astype(
         np.float32
     ):
-        away = np.hypot(board.x - x, board.y - y) / size
+        away = np.hypot(canvas.x - x, canvas.y - y) / size
         ring = 0.28 * np.exp(-np.square((away - 1.0) / 0.16)) + 0.5 * np.exp(
-            -(np.square(board.x - x + 0.35 * size) + np.square(board.y - y + 0.35 * size))
+            -(np.square(canvas.x - x + 0.35 * size) + np.square(canvas.y - y + 0.35 * size))
             / (0.22 * size) ** 2
         )
         light += ring * (0.97 - light)
@@ -85,9 +86,9 @@ def _bubbles(board: Canvas, rng: np.random.Generator, look: LesionLook, light: n
 
 
 def _hairs(
-    board: Canvas, rng: np.random.Generator, mean: float, tone: float, light: np.ndarray
+    canvas: Canvas, rng: np.random.Generator, mean: float, tone: float, light: np.ndarray
 ) -> int:
-    """Hairs, mostly in one direction, brown to black."""
+    """Hairs, mostly parallel, brown to black."""
     count = int(min(rng.poisson(mean), 24))
     direction, dark = rng.uniform(0, np.pi), rng.uniform(0.05, 0.32 if tone < 3 else 0.12)
     middle, heading = rng.uniform(-1.0, 1.0, (count, 2)), direction + rng.normal(0, 0.35, count)
@@ -96,13 +97,13 @@ def _hairs(
         [middle - half, middle + rng.normal(0, 0.18, (count, 2)), middle + half], axis=1
     )
     thick = rng.uniform(0.004, 0.010, count)
-    cover = board.strokes(curves, np.stack([thick, 0.6 * thick], axis=1), 0.9)
+    cover = canvas.strokes(curves, np.stack([thick, 0.6 * thick], axis=1), 0.9)
     for channel, tint in enumerate((1.0, 0.72, 0.52)):
         light[channel] += cover * (np.float32(dark * tint) - light[channel])
     return count
 
 
-def _ruler(board: Canvas, rng: np.random.Generator, look: LesionLook, light: np.ndarray) -> bool:
+def _ruler(canvas: Canvas, rng: np.random.Generator, look: LesionLook, light: np.ndarray) -> bool:
     """Millimetre ticks along one edge, every fifth longer."""
     present, edge, gap, start = (
         rng.random() < look.ruler,
@@ -115,17 +116,17 @@ def _ruler(board: Canvas, rng: np.random.Generator, look: LesionLook, light: np.
     along = np.arange(-1.0 + start, 1.0, gap)
     length = np.where(np.arange(len(along)) % 5 == 0, 0.20, 0.11)
     tips = [np.stack([along, -1.0 + share * length], axis=1) for share in (0.0, 0.5, 1.0)]
-    light += np.rot90(board.strokes(np.stack(tips, axis=1), 0.008, 0.8), edge) * (
+    light += np.rot90(canvas.strokes(np.stack(tips, axis=1), 0.008, 0.8), edge) * (
         np.float32(0.10) - light
     )
     return True
 
 
 def _develop(
-    board: Canvas, rng: np.random.Generator, look: LesionLook, picture: np.ndarray
+    canvas: Canvas, rng: np.random.Generator, look: LesionLook, image: np.ndarray
 ) -> np.ndarray:
-    """Uneven light, vignette, blur, colour, tone curve, grain: (3, R, R) in [0, 1] to (R, R, 3) uint8."""
-    size = board.resolution
+    """Apply light, vignette, blur, colour, tone curve, grain: (3, R, R) to (R, R, 3) uint8."""
+    size = canvas.resolution
     grid = ((np.arange(size) + 0.5) * (2.0 / size) - 1.0).astype(np.float32)
     slope = rng.normal(0, 0.045, 2).astype(np.float32)
     exposure, tint = look.exposure * rng.normal(1.0, 0.035), rng.normal(0, 0.012, 3)
@@ -138,17 +139,17 @@ def _develop(
         - np.float32(look.vignette) * (far**2) / 2
     )
     gain = exposure * (1.0 + tint + look.warmth * np.array([1.0, 0.1, -1.0]))
-    picture = picture * shade * gain.astype(np.float32)[:, None, None]
+    image = image * shade * gain.astype(np.float32)[:, None, None]
     if corner_cut:
-        picture *= 1.0 - 0.93 * step(far, cut_radius - 0.03, cut_radius + 0.03)
+        image *= 1.0 - 0.93 * step(far, cut_radius - 0.03, cut_radius + 0.03)
     if look.blur * size > 0.25:
-        picture = ndimage.gaussian_filter(
-            picture, (0, look.blur * size, look.blur * size), mode="nearest"
+        image = ndimage.gaussian_filter(
+            image, (0, look.blur * size, look.blur * size), mode="nearest"
         )
-    picture = np.clip(picture, 0.0, 1.0) ** np.float32(look.gamma)
-    picture = (picture - 0.5) * np.float32(look.contrast) + 0.5
-    # The grain comes last: it is the only draw whose number depends on the resolution.
-    picture += np.float32(look.noise) * rng.standard_normal(picture.shape, np.float32)
+    image = np.clip(image, 0.0, 1.0) ** np.float32(look.gamma)
+    image = (image - 0.5) * np.float32(look.contrast) + 0.5
+    # The grain is last: only its number of random draws depends on the resolution.
+    image += np.float32(look.noise) * rng.standard_normal(image.shape, np.float32)
     return np.ascontiguousarray(
-        (np.clip(picture, 0.0, 1.0) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+        (np.clip(image, 0.0, 1.0) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
     )

@@ -1,8 +1,8 @@
-"""The drawing board of the phantoms: coordinates, band-limited noise, strokes, discs, area means.
+"""Canvas of the phantoms: coordinates, band-limited noise, strokes, discs, area means.
 
-Everything is drawn in normalised coordinates, x to the right and y down in [-1, 1], on a board of
-`work` pixels a side, and averaged down to the asked resolution at the end. A phantom that is drawn
-with the same generator at two resolutions is therefore the same picture.
+Phantoms are rendered in normalised coordinates, x to the right and y down in [-1, 1], on a canvas
+of `work` x `work` pixels, and averaged down to the requested resolution at the end. The same
+generator state therefore gives the same image at every resolution.
 """
 
 from __future__ import annotations
@@ -15,19 +15,17 @@ import numpy as np
 from fedgan.errors import ConfigError
 
 SMALLEST, LARGEST = 16, 1024
-_STEPS = (
-    64  # a noise field is moved by multiples of 1/64 of the board, which every board can do exactly
-)
-_FIELDS = 3  # fields in the bank for each band
-_SPECTRUM = 512  # cycles that the noise spectrum holds; a board takes those that it can show
+_STEPS = 64  # noise fields shift by multiples of 1/64 of the canvas, exact for every canvas size
+_FIELDS = 3  # fields per band
+_SPECTRUM = 512  # cycles of the noise spectrum; a canvas uses those below its Nyquist limit
 
-# Cycles across the board: from, to.
+# Cycles across the canvas: from, to.
 BANDS = {"broad": (0.7, 2.6), "coarse": (1.5, 5.0), "middle": (5.0, 14.0), "fine": (16.0, 60.0)}
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """A board of `work` x `work` pixels for pictures of `resolution` x `resolution`."""
+    """A canvas of `work` x `work` pixels for images of `resolution` x `resolution`."""
 
     resolution: int
     work: int
@@ -36,15 +34,14 @@ class Canvas:
 
     @property
     def pixel(self) -> float:
-        """Side of one pixel of the board in normalised units."""
+        """Side of one canvas pixel in normalised units."""
         return 2.0 / self.work
 
     def noise(self, rng: np.random.Generator, band: str) -> np.ndarray:
-        """A (work, work) float32 field of mean 0 and variance 1 whose cycles lie in `BANDS[band]`."""
+        """Noise (work, work) float32 of mean 0, variance 1 and frequencies `BANDS[band]`."""
         total = np.zeros((self.work, self.work), np.float32)
-        for _ in range(
-            2
-        ):  # the sum of two shifted fields: (3 * 64 * 64 * 4) squared different ones
+        # The sum of two shifted fields gives (3 * 64 * 64 * 4) squared different ones.
+        for _ in range(2):
             which, down, right, turn = (int(n) for n in rng.integers((_FIELDS, _STEPS, _STEPS, 4)))
             tiled = _bank(self.work, band)[which]
             top, left = down * self.work // _STEPS, right * self.work // _STEPS
@@ -56,7 +53,10 @@ class Canvas:
     def blobs(
         self, points: np.ndarray, radii: np.ndarray | float, heights: np.ndarray | float = 1.0
     ) -> np.ndarray:
-        """The sum of K round Gaussians: `points` (K, 2) as x, y; `radii` (K,) standard deviations; (work, work) float32."""
+        """Sum of K round Gaussians, (work, work) float32.
+
+        `points` (K, 2) as x, y; `radii` (K,) standard deviations.
+        """
         points = np.asarray(points, np.float32).reshape(-1, 2)
         scale = (
             -0.5
@@ -70,17 +70,18 @@ class Canvas:
     def strokes(
         self, curves: np.ndarray, widths: np.ndarray | float, strengths: np.ndarray | float = 1.0
     ) -> np.ndarray:
-        """Coverage (work, work) float32 in [0, 1] by K smooth lines.
+        """Coverage (work, work) float32 in [0, 1] of K smooth lines.
 
-        `curves` (K, 3, 2): control points x, y of quadratic Bezier curves; `widths` (K, 2) or alike: half
-        widths at both ends; `strengths` (K,): coverage of a wide line's middle. Lines overlap by the maximum.
+        `curves` (K, 3, 2): control points x, y of quadratic Bezier curves; `widths`: half widths at
+        both ends, broadcast to (K, 2); `strengths` (K,): coverage in the middle of a wide line.
+        Overlapping lines take the maximum.
         """
         cover = np.zeros(self.work * self.work, np.float32)
         curves = np.asarray(curves, np.float64).reshape(-1, 3, 2)
         if not len(curves):
             return cover.reshape(self.work, self.work)
         points, half, strength = self._along(curves, np.asarray(widths), np.asarray(strengths))
-        # A line thinner than a pixel covers it in part: the width of a pixel, less strength.
+        # A line thinner than a pixel gets the width of a pixel and less strength.
         floor = 0.75 * self.pixel
         strength = strength * np.minimum(1.0, half / floor)
         reach = int(np.ceil(max(half.max(), floor) / self.pixel)) + 1
@@ -107,7 +108,7 @@ class Canvas:
     def _along(
         self, curves: np.ndarray, widths: np.ndarray, strengths: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Points (P, 2) on all curves, about a pixel apart, with their half widths and strengths."""
+        """Points (P, 2) on all curves, about one pixel apart, with half widths and strengths."""
         legs = np.hypot(*np.moveaxis(np.diff(curves, axis=1), -1, 0)).sum(axis=1)
         counts = np.maximum(2, (legs / self.pixel).astype(int) + 1)
         which = np.repeat(np.arange(len(curves)), counts)
@@ -121,19 +122,22 @@ class Canvas:
             np.broadcast_to(strengths, len(curves))[which],
         )
 
-    def down(self, picture: np.ndarray) -> np.ndarray:
-        """The area mean of (..., work, work), as (..., resolution, resolution) float32."""
-        return area_mean(picture, self.resolution)
+    def down(self, image: np.ndarray) -> np.ndarray:
+        """Area mean of (..., work, work) as (..., resolution, resolution) float32."""
+        return area_mean(image, self.resolution)
 
 
-def area_mean(picture: np.ndarray, resolution: int) -> np.ndarray:
-    """Means over squares of equal size: (..., S, S) to (..., resolution, resolution), S a multiple of `resolution`."""
-    size = picture.shape[-1]
+def area_mean(image: np.ndarray, resolution: int) -> np.ndarray:
+    """Means over equal squares: (..., S, S) to (..., resolution, resolution).
+
+    S is a multiple of `resolution`.
+    """
+    size = image.shape[-1]
     factor = size // resolution
     if factor == 1:
-        return np.asarray(picture, np.float32)
-    lead = picture.shape[:-2]
-    rows = picture.reshape(*lead, resolution, factor, size).mean(axis=-2, dtype=np.float32)
+        return np.asarray(image, np.float32)
+    lead = image.shape[:-2]
+    rows = image.reshape(*lead, resolution, factor, size).mean(axis=-2, dtype=np.float32)
     return rows.reshape(*lead, resolution, resolution, factor).mean(axis=-1, dtype=np.float32)
 
 
@@ -147,13 +151,17 @@ def check_resolution(resolution: int) -> None:
     """Raise `ConfigError` unless `resolution` is a power of two from 16 to 1024."""
     if not SMALLEST <= resolution <= LARGEST or resolution & (resolution - 1):
         raise ConfigError(
-            f"data.resolution = {resolution}: phantoms are drawn at powers of two from {SMALLEST} to {LARGEST}"
+            f"data.resolution = {resolution}: phantoms need a power of two from {SMALLEST} to "
+            f"{LARGEST}"
         )
 
 
 @lru_cache(maxsize=8)
-def canvas(resolution: int) -> Canvas:
-    """The board for pictures of `resolution`: 128 pixels up to 64, twice the resolution at 128 and 256, then as it is."""
+def make_canvas(resolution: int) -> Canvas:
+    """The canvas for images of `resolution`.
+
+    128 pixels up to 64, twice the resolution at 128 and 256, the resolution itself above.
+    """
     check_resolution(resolution)
     work = 128 if resolution <= 64 else 2 * resolution if resolution <= 256 else resolution
     centres = ((np.arange(work) + 0.5) * (2.0 / work) - 1.0).astype(np.float32)
@@ -162,10 +170,10 @@ def canvas(resolution: int) -> Canvas:
 
 @lru_cache(maxsize=len(BANDS) * 2)
 def _bank(work: int, band: str) -> np.ndarray:
-    """Noise fields (_FIELDS, 2 * work, 2 * work), each repeated once to either side, for cutting out shifted views.
+    """Noise fields (_FIELDS, 2 * work, 2 * work), repeated twice per axis for shifted views.
 
-    They come from one fixed spectrum that is cut to what the board can show, so that boards of all
-    sizes hold the same fields.
+    One fixed spectrum, cut at the Nyquist limit of the canvas, gives every canvas size the same
+    fields.
     """
     low, high = BANDS[band]
     half = int(min(np.ceil(high * 1.6), _SPECTRUM))
@@ -187,8 +195,7 @@ def _bank(work: int, band: str) -> np.ndarray:
         spectrum[:keep, : keep + 1] = coefficients[:keep, : keep + 1]
         spectrum[-keep:, : keep + 1] = coefficients[-keep:, : keep + 1]
         field = np.fft.irfft2(spectrum) * work * work
-        power = np.sqrt(
-            2 * (gain**2).sum() * 2
-        )  # by the whole spectrum, so that a small board is not louder
+        # The power of the whole spectrum gives every canvas size the same amplitude.
+        power = np.sqrt(2 * (gain**2).sum() * 2)
         out[index] = np.tile((field / power).astype(np.float32), (2, 2))
     return out

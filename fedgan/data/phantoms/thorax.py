@@ -1,7 +1,7 @@
-"""The anatomy of a chest radiograph: a person's thorax, and where each pixel of a film lies in it.
+"""Anatomy of a chest radiograph: a person's thorax and the patient coordinates of each pixel.
 
-Film convention: the patient's right is on the left of the picture. Brightness grows with what the
-ray passed: air is dark, bone and fluid are bright.
+Film convention: the patient's right is on the left of the image. Brightness grows with attenuation:
+air is dark, bone and fluid are bright.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fedgan.data.phantoms.canvas import Canvas, step
 
 @dataclass(frozen=True)
 class Anatomy:
-    """One person. Lengths in normalised units (the picture is 2 wide)."""
+    """One person. Lengths in normalised units (the image is 2 wide)."""
 
     female: bool
     width: float  # half width of the rib cage at its base
@@ -28,18 +28,18 @@ class Anatomy:
     vessels: float  # strength of the vascular markings
     breast: float  # size of the breast shadows, 0 for none
     bones: float  # brightness of the bones
-    slope: float  # how steeply the ribs fall
+    slope: float  # steepness of the ribs
 
 
 @dataclass
 class Thorax:
-    """A person on a film: the patient's coordinates of every pixel and the organs' signed distances, (work, work) each.
+    """Patient coordinates of every pixel and signed distances of the organs, (work, work) each.
 
-    A distance is positive inside the organ and in normalised units.
+    A distance is in normalised units and positive inside the organ.
     """
 
     anatomy: Anatomy
-    x: np.ndarray  # from the midline, positive towards the patient's left (right in the picture)
+    x: np.ndarray  # from the midline, positive towards the patient's left (right in the image)
     y: np.ndarray
     side: np.ndarray  # |x|
     cage: np.ndarray  # rib cage, down to the costophrenic angle
@@ -48,8 +48,8 @@ class Thorax:
     body: np.ndarray
 
 
-def draw_person(rng: np.random.Generator, female_share: float) -> Anatomy:
-    """A person by chance."""
+def sample_anatomy(rng: np.random.Generator, female_share: float) -> Anatomy:
+    """Draw the anatomy of a random person."""
     female = bool(rng.random() < female_share)
     size = rng.normal(1.0, 0.05)
     return Anatomy(
@@ -68,13 +68,15 @@ def draw_person(rng: np.random.Generator, female_share: float) -> Anatomy:
     )
 
 
-def place(board: Canvas, rng: np.random.Generator, person: Anatomy, supine: bool) -> Thorax:
-    """The person before the film: tilt, shift, scale, depth of breath (lying: shallower)."""
+def position_thorax(
+    canvas: Canvas, rng: np.random.Generator, person: Anatomy, supine: bool
+) -> Thorax:
+    """Position a person in front of the film: tilt, shift, scale, breath (supine: shallower)."""
     tilt, scale = rng.normal(0, 0.035), rng.normal(1.0, 0.035)
     shift = rng.normal(0, 0.035, 2)
     breath = rng.normal(0.0, 0.03) - (0.10 if supine else 0.0)
     cos, sin = np.float32(np.cos(tilt) / scale), np.float32(np.sin(tilt) / scale)
-    left, down = board.x - np.float32(shift[0]), board.y - np.float32(shift[1])
+    left, down = canvas.x - np.float32(shift[0]), canvas.y - np.float32(shift[1])
     x, y = cos * left + sin * down, cos * down - sin * left
     side = np.abs(x)
     wide, apex, base = person.width, person.apex, person.base + breath
@@ -85,13 +87,12 @@ def place(board: Canvas, rng: np.random.Generator, person: Anatomy, supine: bool
     reach -= np.float32(0.5) * wide * np.square(np.maximum(depth - 0.82, 0.0))
     tip = y - apex - np.float32(0.8) * np.square(side - np.float32(0.42) * wide) / wide
     cage = np.minimum(reach - side, tip)
-    # Each dome falls towards the flank; towards the middle the heart lies on it.
+    # Each dome descends towards the flank; the heart lies on its middle.
     lift = np.float32(0.24) * (
         1.0 - np.square((np.maximum(side, 0.36 * wide) - np.float32(0.40) * wide) / (0.60 * wide))
     )
-    lift += (
-        np.float32(0.05) * step(-x, -0.12, 0.12) * (1.0 - step(side, 0.7 * wide, wide))
-    )  # the liver lifts the right dome
+    # The liver lifts the right dome.
+    lift += np.float32(0.05) * step(-x, -0.12, 0.12) * (1.0 - step(side, 0.7 * wide, wide))
     dome = base - lift - y
     middle = np.float32(0.115) + np.float32(0.05) * np.square(y + 0.1)
     lung = np.minimum(np.minimum(cage, dome), side - middle)
@@ -113,14 +114,14 @@ def _body(person: Anatomy, side: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @dataclass
 class Film:
-    """A film in the making: brightness 0 to 1 (work, work), and what the vessels add to it."""
+    """An unprocessed film: brightness 0 to 1 and the parts of vessels and bones, (work, work)."""
 
     light: np.ndarray
     vessels: np.ndarray
     bones: np.ndarray
 
 
-def healthy_film(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> Film:
+def render_healthy_film(canvas: Canvas, rng: np.random.Generator, thorax: Thorax) -> Film:
     """Soft tissue, lungs, diaphragm and bones, without heart and findings."""
     person = thorax.anatomy
     film = step(thorax.body, -0.02, 0.06) * np.float32(0.36 + 0.12 * person.fat)
@@ -136,16 +137,16 @@ def healthy_film(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> Fil
     film += below * (liver - film) * np.float32(0.85)
     if person.breast:
         film += _breasts(thorax) * np.float32(0.10 * person.breast)
-    stomach, place, size = rng.random() < 0.55, rng.normal(0, 0.03, 2), rng.uniform(0.07, 0.11)
+    stomach, offset, size = rng.random() < 0.55, rng.normal(0, 0.03, 2), rng.uniform(0.07, 0.11)
     if stomach:  # air in the stomach, under the left dome
         away = np.hypot(
-            thorax.x - np.float32(0.45 * person.width + place[0]),
+            thorax.x - np.float32(0.45 * person.width + offset[0]),
             1.3 * (thorax.dome + np.float32(size + 0.05)),
         )
         film -= 0.20 * step(1.0 - away / np.float32(size), 0.0, 0.6) * below
-    vessels = _vessels(board, rng, thorax) * lungs
-    bones = np.float32(person.bones) * _bones(board, rng, thorax)
-    film += vessels + bones + 0.010 * board.noise(rng, "middle") * step(thorax.body, 0.0, 0.1)
+    vessels = _vessels(canvas, rng, thorax) * lungs
+    bones = np.float32(person.bones) * _bones(canvas, rng, thorax)
+    film += vessels + bones + 0.010 * canvas.noise(rng, "middle") * step(thorax.body, 0.0, 0.1)
     return Film(film, vessels, bones)
 
 
@@ -157,8 +158,8 @@ def _breasts(thorax: Thorax) -> np.ndarray:
     return step(1.0 - np.sqrt(across * across + down * down), 0.0, 0.35) * step(down, -0.9, 0.5)
 
 
-def _vessels(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarray:
-    """Hila and the vessels that spread from them, thinner and fainter outwards."""
+def _vessels(canvas: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarray:
+    """Hila and their vessels, thinner and fainter outwards."""
     person = thorax.anatomy
     curves, widths = [], []
     for sign in (-1, 1):
@@ -171,7 +172,7 @@ def _vessels(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndar
             middle, end = root + 0.5 * ahead + bend, root + ahead
             curves.append([root, middle, end])
             widths.append([0.016, 0.003])
-            # a side branch from the middle of each
+            # A side branch from the middle of each vessel.
             fork = angle + rng.normal(0, 0.6)
             twig = (
                 middle
@@ -185,18 +186,18 @@ def _vessels(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndar
                 ]
             )
             widths.append([0.009, 0.002])
-    film = board.strokes(np.asarray(curves), np.asarray(widths), 0.9)
+    film = canvas.strokes(np.asarray(curves), np.asarray(widths), 0.9)
     away = np.square(thorax.side - np.float32(0.15)) + np.square(thorax.y + np.float32(0.06))
     near = np.exp(away / np.float32(-0.10))
     hila = np.exp(
         -np.square((thorax.side - np.float32(0.16)) / 0.075)
         - np.square((thorax.y + np.float32(0.06)) / 0.14)
     )
-    mesh = step(board.noise(rng, "middle"), 0.0, 2.0) * (np.float32(0.4) + near)
+    mesh = step(canvas.noise(rng, "middle"), 0.0, 2.0) * (np.float32(0.4) + near)
     return np.float32(person.vessels) * (film * (0.035 + 0.05 * near) + 0.13 * hila + 0.045 * mesh)
 
 
-def _bones(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarray:
+def _bones(canvas: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarray:
     """Ribs (back and front), clavicles, shoulder blades, spine."""
     person = thorax.anatomy
     out = thorax.side / np.float32(person.width)
@@ -231,8 +232,8 @@ def _bones(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarra
                 [sign * (w + 0.30), y + 0.12],
             ]
         )
-    clavicles = board.strokes(np.asarray(plain), np.array([[0.040, 0.026], [0.026, 0.036]] * 2))
-    shoulder = board.strokes(np.asarray(blades), 0.014, 0.5)
+    clavicles = canvas.strokes(np.asarray(plain), np.array([[0.040, 0.026], [0.026, 0.036]] * 2))
+    shoulder = canvas.strokes(np.asarray(blades), 0.014, 0.5)
     spine = step(np.float32(0.085) - thorax.side, 0.0, 0.03)
     discs = 0.55 + 0.45 * step(
         np.cos(thorax.y * np.float32(2 * np.pi / 0.135) + np.float32(6.28 * start)), -0.9, -0.3
@@ -247,9 +248,8 @@ def _bones(board: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarra
 def _bars(where: np.ndarray, spacing: float, start: float, share: float) -> np.ndarray:
     """Parallel bars with brighter edges (the cortex), 0 to 1. `share` of each spacing is bar."""
     phase = where * np.float32(1.0 / spacing) + np.float32(start)
-    away = np.abs(
-        phase - np.floor(phase) - np.float32(0.5)
-    )  # 0 on a bar's axis, 0.5 between two bars
+    # 0 on the axis of a bar, 0.5 between two bars.
+    away = np.abs(phase - np.floor(phase) - np.float32(0.5))
     half = 0.5 * share
     bar = 1.0 - step(away, half - 0.07, half + 0.05)
     return bar * (0.62 + 0.38 * step(away, 0.3 * half, 0.9 * half))

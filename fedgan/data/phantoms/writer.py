@@ -1,7 +1,8 @@
-"""Phantom hospitals on disk: who holds how many patients of what, and one shard for each hospital."""
+"""Phantom hospitals on disk: patients per hospital, label and split, one shard per hospital."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ from fedgan import files
 from fedgan.apportion import apportion
 from fedgan.data.phantoms import scanners
 from fedgan.data.phantoms.canvas import check_resolution
-from fedgan.data.phantoms.chest import draw_chest
-from fedgan.data.phantoms.lesions import draw_lesion
+from fedgan.data.phantoms.chest import render_chest
+from fedgan.data.phantoms.lesions import render_lesion
 from fedgan.data.phantoms.scanners import CHEST_LABELS, LESION_LABELS
 from fedgan.data.shard import write_shard
 from fedgan.errors import ConfigError, DataError
@@ -24,7 +25,18 @@ TRUTH = "truth.jsonl"
 SMALLEST_HOSPITAL = 5  # images
 _CHUNK = 64
 _SHARES = (0.5, 0.3, 0.2)
-_PLACES = ("train", "test", "val", "train", "train", "train", "test", "train", "train", "train")
+_SPLIT_CYCLE = (
+    "train",
+    "test",
+    "val",
+    "train",
+    "train",
+    "train",
+    "test",
+    "train",
+    "train",
+    "train",
+)
 _SECOND, _THIRD = 0.30, 0.08  # probability that a film with a finding has a second one, and a third
 
 
@@ -38,30 +50,29 @@ def write_phantoms(
     overwrite: bool = False,
     prefix: str = "",
 ) -> list[Path]:
-    """Draw `images` phantoms and write a shard for each hospital under `root`; returns the shards' folders, largest first.
+    """Render `images` phantoms, write one shard per hospital under `root`, return their folders.
 
-    `kind`: 'lesions' (RGB, one of 7 classes) or 'chest' (grey, any of 5 findings). Three hospitals hold
-    exactly 50, 30 and 20 % (rounded to whole images), other numbers decreasing shares. About 70, 10 and
-    20 % of the patients are in train, val and test, every class in each split of the union. What is
-    true of each picture stands beside the shard in `truth.jsonl`, one object a row. `prefix` begins the names of hospitals
-    and so of patients: phantoms of two seeds are then known to be of other patients. The same arguments give the same
-    bytes; another resolution gives the same pictures. Raises `ConfigError` for a resolution that is no power of two from
-    16 to 1024 and for too few images, `DataError` for an unknown kind or an existing shard (unless `overwrite`),
-    `StorageError` when the disk is full.
+    `kind`: 'lesions' (RGB, one of 7 classes) or 'chest' (grey, any of 5 findings). Three hospitals
+    hold exactly 50, 30 and 20 % (rounded to whole images), other numbers of hospitals decreasing
+    shares, the largest first. About 70, 10 and 20 % of the patients are in train, val and test; the
+    union has every class in each split. `truth.jsonl` beside the shard has the ground truth, one
+    object per row. `prefix` begins the names of hospitals and patients, so that phantoms of two
+    seeds are different patients. The same arguments give the same bytes; another resolution gives
+    the same images. Raises `ConfigError` unless the resolution is a power of two from 16 to 1024
+    and for too few images, `DataError` for an unknown kind or an existing shard (unless
+    `overwrite`), `StorageError` when the disk is full.
     """
     check_kind(kind)
     check_resolution(resolution)
     sizes = hospital_sizes(images, hospitals)
-    deals = deal(kind, sizes, seed)
+    assigned = assign_patients(kind, sizes, seed)
     label_names = LESION_LABELS if kind == "lesions" else CHEST_LABELS
-    for place in (
-        Path(root) / f"{prefix}{scanners.hospital_name(index)}" for index in range(hospitals)
-    ):
-        if place.exists() and not overwrite:
-            raise DataError(f"{place} exists already: choose another --output or remove it first")
+    names = [prefix + scanners.hospital_name(index) for index in range(hospitals)]
+    for folder in (Path(root) / name for name in names):
+        if folder.exists() and not overwrite:
+            raise DataError(f"{folder} exists already: choose another --output or remove it first")
     shards = []
-    for index, patients in enumerate(deals):
-        name = prefix + scanners.hospital_name(index)
+    for index, (name, patients) in enumerate(zip(names, assigned, strict=True)):
         rows = [
             (number, patient)
             for number, patient in enumerate(patients)
@@ -73,7 +84,7 @@ def write_phantoms(
         truths: list[dict[str, Any]] = []
         shard = write_shard(
             Path(root) / name,
-            _pictures(kind, index, rows, resolution, seed, truths),
+            _render_images(kind, index, rows, resolution, seed, truths),
             labels,
             patients=[f"{name}-{number:05d}" for number, _ in rows],
             splits=[patient["split"] for _, patient in rows],
@@ -83,7 +94,7 @@ def write_phantoms(
             name=name,
             source=f"procedural {kind} phantoms, seed {seed}, hospital {index + 1} of {hospitals}",
             licence="CC0-1.0",
-            notes=("Drawn by a program; shows no person.",),
+            notes=("Procedural images; they show no person.",),
             overwrite=overwrite,
         )
         files.write_text(
@@ -97,13 +108,14 @@ def write_phantoms(
 def check_kind(kind: str) -> None:
     """Raise `DataError` unless there are phantoms of this kind."""
     if kind not in KINDS:
-        raise DataError(
-            f"there are no phantoms of the kind '{kind}': choose from {', '.join(KINDS)}"
-        )
+        raise DataError(f"there are no phantoms of kind '{kind}': choose from {', '.join(KINDS)}")
 
 
 def hospital_sizes(images: int, hospitals: int) -> list[int]:
-    """Images of each hospital, decreasing; 50, 30 and 20 % for three. Raises `ConfigError` when one would hold too few."""
+    """Images per hospital, decreasing; 50, 30 and 20 % for three.
+
+    Raises `ConfigError` if one would hold too few.
+    """
     if hospitals < 1:
         raise ConfigError(f"federation.hospitals = {hospitals}: at least one hospital is needed")
     shares = np.array(_SHARES if hospitals == len(_SHARES) else 0.8 ** np.arange(hospitals))
@@ -111,18 +123,19 @@ def hospital_sizes(images: int, hospitals: int) -> list[int]:
     sizes = apportion(exact.tolist(), images, tolerance=1e-9)
     if min(sizes) < SMALLEST_HOSPITAL:
         raise ConfigError(
-            f"{images} phantom images are too few for {hospitals} hospitals: the smallest would hold {min(sizes)}, "
-            f"it needs {SMALLEST_HOSPITAL}; raise data.phantom_images or lower federation.hospitals"
+            f"{images} phantom images are too few for {hospitals} hospitals: the smallest would "
+            f"hold {min(sizes)}, it needs {SMALLEST_HOSPITAL}; raise data.phantom_images or lower "
+            "federation.hospitals"
         )
     return sizes
 
 
-def deal(kind: str, sizes: list[int], seed: int) -> list[list[dict[str, Any]]]:
+def assign_patients(kind: str, sizes: list[int], seed: int) -> list[list[dict[str, Any]]]:
     """The patients of each hospital: `labels` (tuple of names), `images` (1 to 3), `split`.
 
-    Each hospital has exactly its share of each label (of each leading finding for chest films, "" for
-    none), to the nearest image. Splits go round within each label over all hospitals, so that the
-    union has every label in every split. Raises `ConfigError` when a label has too few patients.
+    Each hospital has its share of each label (of each leading finding for chest films, "" for
+    none), to the nearest image. Splits alternate within each label over all hospitals, so the union
+    has every label in every split. Raises `ConfigError` if a label has too few patients.
     """
     hospitals: list[list[dict[str, Any]]] = []
     for index, size in enumerate(sizes):
@@ -144,7 +157,7 @@ def deal(kind: str, sizes: list[int], seed: int) -> list[list[dict[str, Any]]]:
 
 
 def _findings(rng: np.random.Generator, leading: str, mix: dict[str, float]) -> tuple[str, ...]:
-    """The leading finding and, sometimes, others that the same patient has."""
+    """The leading finding and, sometimes, other findings of the same patient."""
     chance = rng.random()
     extra = 0 if not leading or chance > _SECOND else 2 if chance < _THIRD else 1
     others = [name for name in mix if name not in ("", leading)]
@@ -154,35 +167,36 @@ def _findings(rng: np.random.Generator, leading: str, mix: dict[str, float]) -> 
 
 
 def _split(hospitals: list[list[dict[str, Any]]], leading: list[str]) -> None:
-    """Put each patient into a split: 7 of 10 in train, 1 in val, 2 in test, label by label."""
+    """Assign each patient to a split: 7 of 10 to train, 1 to val, 2 to test, per label."""
     for label in leading:
         line = [
             patient for patients in hospitals for patient in patients if patient["leading"] == label
         ]
         if len(line) < 3:
             raise ConfigError(
-                f"too few phantom images: a label has {len(line)} patients, but train, val and test need one each; "
-                "raise data.phantom_images"
+                f"too few phantom images: a label has {len(line)} patients, but train, val and "
+                "test need one each; raise data.phantom_images"
             )
-        for place, patient in enumerate(line):
-            patient["split"] = _PLACES[place % len(_PLACES)]
-    for patients in hospitals:  # a small hospital may have missed a split that it could have
+        for patient, split in zip(line, itertools.cycle(_SPLIT_CYCLE)):
+            patient["split"] = split
+    # A small hospital may lack a split although it has enough patients.
+    for patients in hospitals:
         for wanted in ("train", "test", "val"):
             present = [patient["split"] for patient in patients]
             if wanted in present:
                 continue
             spare = max(set(present), key=present.count)
-            mover = next(p for p in patients if p["split"] == spare and _can_leave(hospitals, p))
+            mover = next(p for p in patients if p["split"] == spare and _can_move(hospitals, p))
             mover["split"] = wanted
 
 
-def _can_leave(hospitals: list[list[dict[str, Any]]], patient: dict[str, Any]) -> bool:
-    """Whether the patient's split keeps another patient of the same leading label in the union."""
+def _can_move(hospitals: list[list[dict[str, Any]]], patient: dict[str, Any]) -> bool:
+    """Whether another patient of the same leading label stays in the patient's split."""
     same = [p for patients in hospitals for p in patients if p["leading"] == patient["leading"]]
     return sum(p["split"] == patient["split"] for p in same) > 1
 
 
-def _pictures(
+def _render_images(
     kind: str,
     hospital: int,
     rows: list[tuple[int, dict[str, Any]]],
@@ -190,22 +204,22 @@ def _pictures(
     seed: int,
     truths: list[dict[str, Any]],
 ) -> Iterator[np.ndarray]:
-    """Chunks (n, C, R, R) uint8 of one hospital's pictures; what is true of each is appended to `truths`."""
+    """Yield chunks (n, C, R, R) uint8 of one hospital's images; append their truth to `truths`."""
     lesion_look, chest_look = scanners.lesion_look(hospital), scanners.chest_look(hospital)
     chunk = []
     for row, (number, patient) in enumerate(rows):
-        picture_rng = np.random.default_rng([seed, 2, hospital, row])
+        image_rng = np.random.default_rng([seed, 2, hospital, row])
         patient_rng = np.random.default_rng([seed, 3, hospital, number])
         if kind == "lesions":
-            picture, truth = draw_lesion(
-                patient["leading"], picture_rng, resolution, lesion_look, patient_rng
+            image, truth = render_lesion(
+                patient["leading"], image_rng, resolution, lesion_look, patient_rng
             )
-            chunk.append(picture.transpose(2, 0, 1))
+            chunk.append(image.transpose(2, 0, 1))
         else:
-            picture, truth = draw_chest(
-                patient["labels"], picture_rng, resolution, chest_look, patient_rng
+            image, truth = render_chest(
+                patient["labels"], image_rng, resolution, chest_look, patient_rng
             )
-            chunk.append(picture[None])
+            chunk.append(image[None])
         truths.append(
             {name: value for name, value in truth.items() if not isinstance(value, np.ndarray)}
         )
