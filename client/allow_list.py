@@ -6,7 +6,8 @@ three without training. A message may hold the records below and no other, a rec
 and no other, and every value has one type. Arrays are those that the server sent, that
 `federation.exchange` names and that this hospital's own model has, in its own shapes. An
 introduction holds this hospital's own values and nothing else. An error is one line of listed texts
-(client/error_messages.py). `reference_markdown` renders the list for the docs."""
+(client/error_messages.py). `reference_markdown` renders the list for the docs.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Two messages: `query.hello` (describe the hospital) and `train` (train this model on so many images;
 with `federation.secure` a round is four of them, see client/secure.py). The traceback of a failure
 goes to the hospital's own client.log; the server receives one line with the kind of failure and no
-path, patient or label. Every reply passes the gate of client/gate.py."""
+path, patient or label. Every reply passes the gate of client/gate.py.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +110,8 @@ def train_round(
     """Load the previous state, load the server's model, train, save, and return the update.
 
     Where the privacy ledger stops the training, the update up to that point is returned with
-    `exhausted`, and the server sends no further request."""
+    `exhausted`, and the server sends no further request.
+    """
     settings = local_settings(request)
     threads = settings.federation.threads or usable_cores()
     torch.set_num_threads(threads)

@@ -70,7 +70,8 @@ def reason(error: BaseException, step: str, partition_id: object = None) -> str:
     """One line for the server: kind of the error and failed step, in listed texts.
 
     An exception class that is not in `KINDS` is named by its nearest listed ancestor, because a
-    class may have any name."""
+    class may have any name.
+    """
     kind = next(kind.__name__ for kind in [*type(error).__mro__, Exception] if kind in KINDS)
     listed = step if re.fullmatch(_STEPS, step) else "replying"
     is_id = re.fullmatch(r"[0-9]{1,4}", str(partition_id))

@@ -5,7 +5,8 @@ sent.
 client/allow_list.py lists what may leave. A reply with other content becomes an error that names
 the kind of content; this hospital's client.log names the content itself. A reply leaves once its
 line is on the disk; a failure to write the log is an error, too. Only an error in listed texts may
-leave without a line, where the log cannot be written or the node has no folder for it."""
+leave without a line, where the log cannot be written or the node has no folder for it.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +97,8 @@ class ReplyGuard:
 
     def _find_hospital(self) -> None:
         """Find this hospital, if possible: where its shard does not open or its own rules refuse
-        the run, no reply but an error leaves."""
+        the run, no reply but an error leaves.
+        """
         try:
             self.request = TrainRequest.read(self.message.content.config_records["config"])
             self.request = apply_epsilon_cap(self.request, self.node)

@@ -4,7 +4,8 @@ In a simulation the state lies in a folder of the run (`hospitals/NAME`), and th
 with the hospital's number. In a deployment both come from the SuperNode's node-config (`data-root`,
 `state-dir`), and no path from the server is read or written; `max-epsilon` and `require-secure` in
 the node-config override the server's request. A hospital is simulated when its process was started
-by `fedgan simulate` (`SIMULATION` in its environment) or by Flower's own engine (Ray's actors)."""
+by `fedgan simulate` (`SIMULATION` in its environment) or by Flower's own engine (Ray's actors).
+"""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class TrainRequest:
 
     `batch`: images per step at this hospital; `since`: the round whose state is continued (0:
     none); `least_noise`: lower bound of the noise multiplier; `note`: why this hospital's last
-    reply did not count."""
+    reply did not count.
+    """
 
     settings: Settings
     experiment: str
@@ -177,7 +179,8 @@ def apply_epsilon_cap(request: TrainRequest, node: Mapping[str, Any]) -> TrainRe
     """Lower the request's `privacy.max_epsilon` to this node's own `max-epsilon`.
 
     Raises `ConfigError` where it is no number above 0, and for a run without privacy, where epsilon
-    is unbounded."""
+    is unbounded.
+    """
     if _node_value(node, "max-epsilon") is None:
         return request
     try:

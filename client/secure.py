@@ -5,7 +5,8 @@ A round is four messages: public keys (`setup`), shares of the secrets for the o
 (`share_keys`), the training and its masked result (`collect_masked_vectors`), shares that remove
 the masks from the sum (`unmask`). Between messages the secrets stay in Flower's `context.state`,
 which is the SuperNode's memory; the last message deletes them. docs/federation.md says what secure
-aggregation hides."""
+aggregation hides.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def mask_update(message: Message, context: Context, call_next: ClientAppCallable
     """Flower mod: handle one of the four messages with `federation.secure`; otherwise only train.
 
     Raises `ConfigError` where the server's parameters weaken the protocol, and the errors of
-    Flower's mod."""
+    Flower's mod.
+    """
     request = TrainRequest.read(message.content.config_records["config"])
     if not request.settings.federation.secure:
         return call_next(message, context)
@@ -99,7 +101,8 @@ def check_request(stage: str, config: Mapping[str, Any], node: int) -> None:
 
     Those are sums of fewer than three hospitals, a threshold that two disjoint groups of hospitals
     can reach, parameters under which numbers overflow, and an `unmask` that requests both secrets
-    of a hospital, or lists this one as lost although it has sent its masked change."""
+    of a hospital, or lists this one as lost although it has sent its masked change.
+    """
     if stage == Stage.SETUP:
         hospitals = config[Key.SAMPLE_NUMBER]
         if (

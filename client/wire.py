@@ -2,7 +2,8 @@
 (fedgan/exchange/number_formats.py).
 
 Between machines the arrays of a record travel as one bundle (fedgan/exchange/bundle.py): the reply
-to a request in bundles is in bundles."""
+to a request in bundles is in bundles.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def update_record(
     """The update of a hospital that trained `before` to `after`, as a record.
 
     Raises `FederationError`, whose text names an array and settings only, when 16 bits cannot hold
-    it."""
+    it.
+    """
     federation = settings.federation
     # masked are always changes: weights of magnitude 100 would exceed any range
     delta = federation.delta or federation.secure
@@ -44,7 +46,8 @@ def clip_update(message: Message, context: Context, call_next: ClientAppCallable
     """Flower mod: clip the update where the server's strategy requests it (`fixedclipping_mod`).
 
     A reply without any change passes unclipped, because Flower would divide by the norm of the
-    change."""
+    change.
+    """
     is_requested = any(
         CLIPPING_NORM in config for config in message.content.config_records.values()
     )

@@ -1,4 +1,4 @@
-"""What left a hospital, put together again from the requests that a recording filter saw (tests/recording_filter.py)."""
+"""Messages of a hospital, reassembled from the recorded requests (tests/recording_filter.py)."""
 
 from __future__ import annotations
 
@@ -21,30 +21,27 @@ PUSH_OBJECT, PUSH_MESSAGES = "/v1/fleet/push-object", "/v1/fleet/push-messages"
 
 
 class Capture:
-    """All requests under one public key (PEM): the answers in them, objects that belong to none, and bodies by path."""
+    """Requests under one public key (PEM): replies, unreferenced objects, body sizes."""
 
     def __init__(self, recording: Path, public_key: bytes) -> None:
-        self.messages: dict[
-            str, Message
-        ] = {}  # by object id: a SuperNode pushes again what a busy SuperLink did not take
+        # by object id: a SuperNode pushes again what a busy SuperLink refused
+        self.messages: dict[str, Message] = {}
         self.headers: set[str] = set()
-        self.parcels: dict[
-            str, str
-        ] = {}  # by object id of its message, the SHA-256 of the parcel's bytes
+        self.bundles: dict[str, str] = {}  # by object id of the message: SHA-256 of its bundle
         self.objects: dict[str, bytes] = {}
-        self.largest: Counter[str] = Counter()  # bytes of the largest body under each path
+        self.largest: Counter[str] = Counter()  # bytes of the largest body per path
         pushes = []
         for file in sorted(recording.glob("[0-9]*.json")):
-            told = json.loads(file.read_text())
-            if base64.b64decode(told["headers"].get("flwr-public-key", "")) != public_key:
+            recorded = json.loads(file.read_text())
+            if base64.b64decode(recorded["headers"].get("flwr-public-key", "")) != public_key:
                 continue
-            body = base64.b64decode(told["body"])
-            self.headers |= set(told["headers"])
-            self.largest[told["path"]] = max(self.largest[told["path"]], len(body))
-            if told["path"] == PUSH_OBJECT:
+            body = base64.b64decode(recorded["body"])
+            self.headers |= set(recorded["headers"])
+            self.largest[recorded["path"]] = max(self.largest[recorded["path"]], len(body))
+            if recorded["path"] == PUSH_OBJECT:
                 content = PushObjectRequest.FromString(body).object_content
                 self.objects[get_object_id(content)] = content
-            if told["path"] == PUSH_MESSAGES:
+            if recorded["path"] == PUSH_MESSAGES:
                 pushes.append(PushMessagesRequest.FromString(body))
         self.strays = set(self.objects)
         for push in pushes:
@@ -59,13 +56,13 @@ class Capture:
                     self.messages[tree.object_id] = self._inflate(tree.object_id)
 
     def _inflate(self, key: str) -> Message:
-        contents = self.objects.copy()  # taken out of as they are read
+        contents = self.objects.copy()  # inflating removes what it reads
         message = inflate_object_from_contents(key, contents)
         self.strays -= set(self.objects) - set(contents)
         assert isinstance(message, Message)
         for record in message.content.array_records.values():
             (array,) = record.values()
             assert (array.dtype, array.shape, array.stype) == ("uint8", (len(array.data),), BUNDLE)
-            self.parcels[key] = hashlib.sha256(array.data).hexdigest()
+            self.bundles[key] = hashlib.sha256(array.data).hexdigest()
         unpack_bundles(message.content)
         return message

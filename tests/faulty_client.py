@@ -1,4 +1,4 @@
-"""ClientApps of hospitals that fail, for the federation's tests: `raises`, `dies`, `slow`."""
+"""ClientApps of failing hospitals: `raises`, `dies`, `slow`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from client.hospital import LocalHospital, TrainRequest
 def with_fault(
     fault: Callable[[RequestContext], None], round_number: int, hospital: int | None
 ) -> ClientApp:
-    """The real ClientApp, but `fault` happens in one round at one hospital (None: at each)."""
+    """The real ClientApp with `fault` in one round at one hospital (None: at all)."""
     app = OutboundGate()
 
     @app.query("hello")

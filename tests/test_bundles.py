@@ -1,4 +1,4 @@
-"""Arrays that travel in one piece: they come out as they went in, and bytes of anything else are refused by name."""
+"""Bundles of arrays: round trip, refusal of invalid bytes, and their use in a round."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ ARRAYS = NUMBERS.flatmap(
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=12), ARRAYS, max_size=5))
-def test_arrays_come_out_as_they_went_in(arrays: dict[str, np.ndarray]) -> None:
+def test_unpacked_arrays_equal_the_packed_arrays(arrays: dict[str, np.ndarray]) -> None:
     arrays = {name: array for name, array in arrays.items() if name != "__metadata__"}
-    opened = unpack_bundle(pack_bundle(arrays))
-    assert list(opened) == sorted(arrays)
+    unpacked = unpack_bundle(pack_bundle(arrays))
+    assert list(unpacked) == sorted(arrays)
     for name, array in arrays.items():
-        assert (opened[name].dtype, opened[name].shape) == (array.dtype, array.shape)
-        assert opened[name].tobytes() == array.tobytes()
+        assert (unpacked[name].dtype, unpacked[name].shape) == (array.dtype, array.shape)
+        assert unpacked[name].tobytes() == array.tobytes()
 
 
-def test_an_array_that_is_turned_in_memory_comes_out_as_it_looks() -> None:
+def test_transposed_array_keeps_its_values() -> None:
     turned = np.arange(6, dtype=np.float32).reshape(2, 3).T
     assert np.array_equal(unpack_bundle(pack_bundle({"x": turned}))["x"], turned)
 
@@ -54,7 +54,7 @@ def with_header(header: Any, body: bytes = b"\0" * 8) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
-def told(**changes: Any) -> dict[str, Any]:
+def header_of_one_array(**changes: Any) -> dict[str, Any]:
     return {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
 
 
@@ -62,35 +62,35 @@ BAD = {
     "nothing": b"",
     "no length": b"\1\2",
     "a length beyond the end": struct.pack("<Q", 2**63) + b"{}",
-    "half a header": with_header(told())[:20],
-    "half the numbers": with_header(told())[:-4],
-    "bytes behind the numbers": with_header(told()) + b"more",
+    "half a header": with_header(header_of_one_array())[:20],
+    "half the numbers": with_header(header_of_one_array())[:-4],
+    "bytes behind the numbers": with_header(header_of_one_array()) + b"more",
     "no json": with_header(b"{'x': 1}"),
     "a list": with_header([1, 2]),
     "a deep nest": with_header(b"[" * 50_000),
-    "offsets outside": with_header(told(data_offsets=[0, 2**40])),
-    "offsets that are negative": with_header(told(data_offsets=[-8, 0])),
-    "a shape that overflows": with_header(told(shape=[2**62, 2**62])),
-    "a shape of another size": with_header(told(shape=[3])),
-    "a kind of number that is unknown": with_header(told(dtype="OBJECT")),
-    "a kind that numpy has not": with_header(told(dtype="F8_E4M3", shape=[8])),
+    "offsets outside": with_header(header_of_one_array(data_offsets=[0, 2**40])),
+    "offsets that are negative": with_header(header_of_one_array(data_offsets=[-8, 0])),
+    "a shape that overflows": with_header(header_of_one_array(shape=[2**62, 2**62])),
+    "a shape of another size": with_header(header_of_one_array(shape=[3])),
+    "a kind of number that is unknown": with_header(header_of_one_array(dtype="OBJECT")),
+    "a kind that numpy has not": with_header(header_of_one_array(dtype="F8_E4M3", shape=[8])),
     "two in one place": with_header(
-        told() | {"y": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+        header_of_one_array() | {"y": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
     ),
     "a pickle": pickle.dumps({"x": 1}),
 }
 
 
 @pytest.mark.parametrize("data", BAD.values(), ids=BAD)
-def test_bytes_that_are_no_parcel_are_refused_in_words_that_tell_nothing_of_them(
+def test_invalid_bytes_are_refused_without_quoting_them(
     data: bytes,
 ) -> None:
     with pytest.raises(FederationError, match=r"^bytes that are no bundle of arrays$"):
         unpack_bundle(data)
 
 
-def test_a_parcel_may_not_be_far_larger_than_the_one_it_answers() -> None:
-    """A header of empty arrays is short on the wire and long in the making."""
+def test_bundle_far_larger_than_the_request_is_refused() -> None:
+    """A short header of many empty arrays expands to many objects."""
     sent = pack_bundle({f"generator/{number}": np.zeros(4, np.float32) for number in range(100)})
     assert len(unpack_bundle(sent, sent)) == 100
     many = pack_bundle({f"a{number}": np.zeros(0, np.float32) for number in range(1000)})
@@ -99,7 +99,7 @@ def test_a_parcel_may_not_be_far_larger_than_the_one_it_answers() -> None:
             unpack_bundle(data, sent)
 
 
-def test_hospitals_that_are_elsewhere_are_sent_one_array_which_is_packed_once(
+def test_model_is_packed_once_for_all_remote_hospitals(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("run_id", "task_id", "node_id"):
@@ -117,7 +117,7 @@ def test_hospitals_that_are_elsewhere_are_sent_one_array_which_is_packed_once(
 
 
 class Tampering(LocalGrid):
-    """A grid on which the second hospital's answer of round 1 is replaced by other bytes on its way."""
+    """A grid that replaces the second hospital's reply of round 1 by other bytes."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(3, app)
@@ -135,7 +135,7 @@ class Tampering(LocalGrid):
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "text"),
     [
         (BAD["a shape that overflows"], "answered with bytes that are no bundle of arrays"),
         (
@@ -143,14 +143,14 @@ class Tampering(LocalGrid):
             "answered with a bundle of arrays that is far larger",
         ),
         (
-            with_header({"../../../etc/passwd": told()["x"]}),
+            with_header({"../../../etc/passwd": header_of_one_array()["x"]}),
             "answered with other arrays than were sent",
         ),
     ],
     ids=["header", "number", "names"],
 )
-def test_a_hospital_with_a_bad_parcel_is_named_and_the_round_goes_on(
-    data: bytes, words: str, tmp_path: Path
+def test_round_continues_without_a_hospital_whose_bundle_is_bad(
+    data: bytes, text: str, tmp_path: Path
 ) -> None:
     settings = tiny(
         write_shards(tmp_path / "data", (48, 32, 24)),
@@ -166,7 +166,7 @@ def test_a_hospital_with_a_bad_parcel_is_named_and_the_round_goes_on(
     )  # type: ignore[arg-type]
     (line,) = files.read_json_lines(run.metrics)
     assert [row["name"] for row in line["hospitals"]] == ["alpha", "gamma"]
-    ((why),) = [row["why"] for row in line["absent"] if row["name"] == "beta"]
-    assert words in why
-    assert "passwd" not in why
+    ((reason),) = [row["why"] for row in line["absent"] if row["name"] == "beta"]
+    assert text in reason
+    assert "passwd" not in reason
     assert grid.tampered == 1

@@ -1,4 +1,4 @@
-"""The `fedgan data` verbs, as a user types them."""
+"""`fedgan data`: import, phantoms, show."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def photos(root: Path, count: int = 24) -> Path:
     return root
 
 
-def test_import_show_and_look_again(tmp_path, capsys):
+def test_import_then_show_then_import_again_is_refused(tmp_path, capsys):
     source, output = photos(tmp_path / "clinic"), tmp_path / "out"
     arguments = [
         "data",
@@ -57,7 +57,7 @@ def test_import_show_and_look_again(tmp_path, capsys):
     assert len(Shard.open(output / "clinic")) == 24
 
 
-def test_json_is_one_object_for_programs(tmp_path, capsys):
+def test_json_output_is_one_object(tmp_path, capsys):
     source, output = photos(tmp_path / "clinic"), tmp_path / "out"
     assert (
         main(
@@ -86,7 +86,7 @@ def test_json_is_one_object_for_programs(tmp_path, capsys):
     assert sorted(path.name for path in output.iterdir()) == ["clinic"]
 
 
-def test_npz_and_csv_verbs_take_their_options(tmp_path, capsys):
+def test_npz_and_csv_imports_take_their_options(tmp_path, capsys):
     rng = np.random.default_rng(0)
     np.savez(
         tmp_path / "pack.npz",
@@ -159,7 +159,7 @@ def test_npz_and_csv_verbs_take_their_options(tmp_path, capsys):
         (["import", "folder", "clinic"], 2, "--output"),
     ],
 )
-def test_bad_input_is_one_line_an_exit_code_and_nothing_written(
+def test_bad_input_is_one_line_and_writes_nothing(
     tmp_path, capsys, monkeypatch, arguments, code, message
 ):
     monkeypatch.chdir(tmp_path)
@@ -173,7 +173,7 @@ def test_bad_input_is_one_line_an_exit_code_and_nothing_written(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_phantoms_are_drawn_into_shards(tmp_path, capsys):
+def test_phantoms_are_written_as_shards(tmp_path, capsys):
     arguments = [
         "data",
         "phantoms",
@@ -196,7 +196,7 @@ def test_phantoms_are_drawn_into_shards(tmp_path, capsys):
     assert not (tmp_path / "few").exists()
 
 
-def test_every_verb_has_help_with_an_example(capsys):
+def test_every_data_verb_has_help_with_an_example(capsys):
     for verb in (
         ["import", "npz"],
         ["import", "folder"],
@@ -208,7 +208,7 @@ def test_every_verb_has_help_with_an_example(capsys):
         assert f"Example: fedgan data {' '.join(verb)}" in " ".join(capsys.readouterr().out.split())
 
 
-def test_warnings_name_what_would_stop_or_mislead_a_training(tmp_path, capsys):
+def test_show_warns_about_splits_and_labels_that_harm_training(tmp_path, capsys):
     images = np.zeros((30, 1, 16, 16), np.uint8)
     for name, label in (("north", 0), ("south", 1)):
         labels = np.eye(3, dtype=np.uint8)[np.full(30, label)]
@@ -234,7 +234,7 @@ def test_warnings_name_what_would_stop_or_mislead_a_training(tmp_path, capsys):
         assert any(sentence in warning for warning in warnings)
 
 
-def test_the_contact_sheet_shows_each_class_of_each_hospital_in_its_place(tmp_path):
+def test_contact_sheet_has_one_cell_per_hospital_and_class(tmp_path):
     shades = {("north", 0): 60, ("north", 1): 120, ("south", 1): 180}
     for name in ("north", "south"):
         held = [label for hospital, label in shades if hospital == name]

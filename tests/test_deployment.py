@@ -184,7 +184,7 @@ def test_all_that_crossed_the_wire_is_what_the_outbound_log_lists(
     for (key, message), entry in zip(seen.messages.items(), entries, strict=True):
         for travelled, listed in zip(records_of(message), entry.records, strict=True):
             if listed["kind"] == "arrays":
-                assert listed.pop("parcel") == seen.parcels[key]
+                assert listed.pop("bundle") == seen.bundles[key]
                 travelled["bytes"] = listed[
                     "bytes"
                 ]  # those of the parcel, which its hash stands for

@@ -1,4 +1,4 @@
-"""What travels between server and hospitals, and what does not."""
+"""Exchange between server and hospitals: requests, replies, states, introductions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from server.roster import check_members, introduce, read_member
 
 @pytest.fixture(autouse=True)
 def identity() -> None:
-    """Messages can be made only where Flower knows a task."""
+    """Set the task identity that Flower's Message needs."""
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
 
@@ -53,13 +53,13 @@ def member(number: int, **changes: object) -> Member:
     return Member(**(facts | changes))  # type: ignore[arg-type]
 
 
-def question(node: int = 100, **config: object) -> Message:
+def request(node: int = 100, **config: object) -> Message:
     records = {
         "arrays": to_record({"ema/w": np.ones(3, np.float32)}),
         "config": ConfigRecord(config),
     }  # type: ignore[arg-type]
     message = Message(RecordDict(records), node, "train")
-    message.metadata.__dict__["_message_id"] = "question"
+    message.metadata.__dict__["_message_id"] = "request"
     return message
 
 
@@ -68,17 +68,17 @@ def answer(arrays: dict[str, np.ndarray], to: Message | None = None) -> Message:
         "arrays": ArrayRecord({k: Array(v) for k, v in arrays.items()}),
         "metrics": MetricRecord({"num_examples": 5}),
     }
-    return Message(RecordDict(content), reply_to=to or question())
+    return Message(RecordDict(content), reply_to=to or request())
 
 
 def grid(hospitals: int, fault: Callable[[int, Message], Message | None] | None = None) -> Any:
     return LocalGrid(hospitals, app, fault)
 
 
-# --- a whole run without Ray -----------------------------------------------------------------------
+# --- a whole run without Ray ----------------------------------------------------------------------
 
 
-def test_only_the_named_parts_travel_and_bytes_are_counted(tmp_path: Path) -> None:
+def test_only_exchanged_parts_travel_and_bytes_are_counted(tmp_path: Path) -> None:
     settings = tiny(
         write_shards(tmp_path / "data", (24, 16)),
         'federation.exchange=["ema"]',
@@ -94,23 +94,23 @@ def test_only_the_named_parts_travel_and_bytes_are_counted(tmp_path: Path) -> No
     assert (
         meta["bytes_exchanged"] == 2 * 2 * 2 * 4 * numbers
     )  # rounds, hospitals, directions, float32
-    homes = [
+    states = [
         load_tensors(run.hospital_state(name) / "state-00002.safetensors")[0]
         for name in ("alpha", "beta")
     ]
-    assert not homes[0]["discriminator/" + _first(homes[0], "discriminator/")].equal(
-        homes[1]["discriminator/" + _first(homes[1], "discriminator/")]
+    assert not states[0]["discriminator/" + _first(states[0], "discriminator/")].equal(
+        states[1]["discriminator/" + _first(states[1], "discriminator/")]
     )
 
 
 def _first(tensors: dict[str, object], prefix: str) -> str:
-    """The largest tensor's name of a part."""
+    """Name of the largest tensor of a part."""
     return max(
         (key for key in tensors if key.startswith(prefix)), key=lambda key: tensors[key].numel()
     ).removeprefix(prefix)  # type: ignore[attr-defined]
 
 
-def test_the_mean_is_that_of_the_hospitals_models_whatever_the_order_of_answers(
+def test_mean_of_models_is_independent_of_reply_order(
     tmp_path: Path,
 ) -> None:
     settings = tiny(write_shards(tmp_path / "data", (40, 24, 16)), rounds=2, kimg=0.024)
@@ -130,7 +130,7 @@ def test_the_mean_is_that_of_the_hospitals_models_whatever_the_order_of_answers(
             np.testing.assert_allclose(tensor.numpy(), mean, rtol=1e-6, atol=1e-7)
 
 
-def test_budgets_of_the_rounds_add_up_in_every_hospital(tmp_path: Path) -> None:
+def test_image_budgets_of_rounds_add_up_per_hospital(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (64, 8)), hospitals=2, rounds=5, kimg=0.043)
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
@@ -144,7 +144,7 @@ def test_budgets_of_the_rounds_add_up_in_every_hospital(tmp_path: Path) -> None:
     assert all("loss_g" not in row for row in idle)
 
 
-def test_hospitals_keep_their_last_states_only(tmp_path: Path) -> None:
+def test_hospitals_keep_only_their_last_states(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2, rounds=5, kimg=0.04)
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
@@ -156,7 +156,7 @@ def test_hospitals_keep_their_last_states_only(tmp_path: Path) -> None:
     ]
 
 
-def test_what_goes_wrong_in_a_hospital_stays_there(tmp_path: Path) -> None:
+def test_failure_of_a_hospital_reveals_only_kind_and_step(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2, rounds=3, kimg=0.024)
     run = RunFolder.at(tmp_path / "run")
 
@@ -167,16 +167,15 @@ def test_what_goes_wrong_in_a_hospital_stays_there(tmp_path: Path) -> None:
 
     with pytest.raises(FederationError) as caught:
         federate(settings, run, app, lose_state)
-    assert (
-        str(caught.value)
-        == "hospital 2 ('beta') failed in round 2: CheckpointError while loading its state of round 1"
+    assert str(caught.value) == (
+        "hospital 2 ('beta') failed in round 2: CheckpointError while loading its state of round 1"
     )
     log = (run.hospital_state("beta") / "client.log").read_text()
     assert "Traceback" in log
     assert str(run.path) in log
 
 
-def test_a_damaged_state_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
+def test_damaged_state_is_an_error(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2, rounds=2, kimg=0.016)
     run = RunFolder.at(tmp_path / "run")
 
@@ -192,7 +191,7 @@ def test_a_damaged_state_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> No
         federate(settings, run, app, damage)
 
 
-def test_a_state_of_another_experiment_is_refused(
+def test_state_of_another_experiment_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(SIMULATION, "1")
@@ -206,9 +205,9 @@ def test_a_state_of_another_experiment_is_refused(
         "round": 2,
         "since": 1,
     }
-    order = TrainRequest.read(config)
+    train_request = TrainRequest.read(config)
     with pytest.raises(CheckpointError, match="another experiment"):
-        find_local_hospital(order, {"partition-id": 0}).state_of(order)
+        find_local_hospital(train_request, {"partition-id": 0}).state_of(train_request)
     with pytest.raises(CheckpointError, match="another experiment"):
         load_state(run, "another")
     state = load_state(run, experiment_of(run))
@@ -216,19 +215,19 @@ def test_a_state_of_another_experiment_is_refused(
     assert state.round == 2
 
 
-def test_a_hospital_of_its_own_keeps_data_and_state_where_its_node_says(tmp_path: Path) -> None:
+def test_deployed_hospital_uses_the_paths_of_its_node_config(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", (16, 24))
     settings = tiny(tmp_path / "nowhere", hospitals=2)
-    order = TrainRequest(settings, "exp-1", str(tmp_path / "run"))
-    site = find_local_hospital(
-        order,
+    train_request = TrainRequest(settings, "exp-1", str(tmp_path / "run"))
+    local = find_local_hospital(
+        train_request,
         {"partition-id": 1, "data-root": str(data / "alpha"), "state-dir": str(tmp_path / "disk")},
     )
-    assert (site.number, site.hospital.name, len(site.hospital.train)) == (1, "alpha", 8)
-    assert site.folder == tmp_path / "disk" / "exp-1"
+    assert (local.number, local.hospital.name, len(local.hospital.train)) == (1, "alpha", 8)
+    assert local.folder == tmp_path / "disk" / "exp-1"
 
 
-def test_a_server_cannot_choose_where_a_hospital_keeps_its_state(tmp_path: Path) -> None:
+def test_server_cannot_choose_the_state_folder_of_a_hospital(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", (16, 24))
     settings = tiny(tmp_path / "nowhere", hospitals=2)
     with pytest.raises(ConfigError, match="no state-dir"):
@@ -243,35 +242,35 @@ def test_a_server_cannot_choose_where_a_hospital_keeps_its_state(tmp_path: Path)
             )
 
 
-def test_no_path_of_a_server_is_used_outside_a_simulation(
+def test_server_paths_are_used_only_in_a_simulation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_shards(tmp_path / "data", (16, 24))
-    order = TrainRequest(tiny(data, hospitals=2), "e", str(tmp_path / "run"))
+    train_request = TrainRequest(tiny(data, hospitals=2), "e", str(tmp_path / "run"))
     own = {"partition-id": 0, "data-root": str(data / "alpha")}
     for node in ({"partition-id": 0}, {"partition-id": 0, "num-partitions": 2}, own):
         with pytest.raises(ConfigError, match=r"this node names no (data-root|state-dir)"):
-            find_local_hospital(order, node)
-        assert log_folder(order, node) is None
+            find_local_hospital(train_request, node)
+        assert log_folder(train_request, node) is None
     assert (
-        log_folder(order, {"partition-id": 0, "state-dir": str(tmp_path / "disk")})
+        log_folder(train_request, {"partition-id": 0, "state-dir": str(tmp_path / "disk")})
         == tmp_path / "disk"
     )
 
     monkeypatch.setenv(SIMULATION, "1")
-    assert log_folder(order, own) is None  # data of its own: never the server's paths
+    assert log_folder(train_request, own) is None  # own data: never the server's paths
     assert (
-        find_local_hospital(order, {"partition-id": 0}).folder
+        find_local_hospital(train_request, {"partition-id": 0}).folder
         == tmp_path / "run" / "hospitals" / "beta"
     )
     monkeypatch.delenv(SIMULATION)
     monkeypatch.setitem(
         sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True)
     )  # an actor of `flwr run`
-    assert find_local_hospital(order, {"partition-id": 1}).hospital.name == "alpha"
+    assert find_local_hospital(train_request, {"partition-id": 1}).hospital.name == "alpha"
 
 
-def test_a_partition_id_without_hospital_is_an_error(
+def test_partition_id_without_hospital_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(SIMULATION, "1")
@@ -280,16 +279,16 @@ def test_a_partition_id_without_hospital_is_an_error(
         find_local_hospital(TrainRequest(settings, "e", str(tmp_path)), {"partition-id": 2})
 
 
-def test_a_shard_that_cannot_be_opened_fails_before_the_first_round(tmp_path: Path) -> None:
+def test_unreadable_shard_fails_before_the_first_round(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2)
     run = RunFolder.at(tmp_path / "run")
 
     def remove(number: int, message: Message) -> None:
         (tmp_path / "data" / "beta" / "images.npy").unlink(missing_ok=True)
 
-    from client import hospital as site
+    from client import hospital as hospital_module
 
-    site._open_all.cache_clear()
+    hospital_module._open_all.cache_clear()
     with pytest.raises(
         FederationError,
         match=r"a hospital could not join: DataError while opening its shard \(partition-id \d\)$",
@@ -297,15 +296,15 @@ def test_a_shard_that_cannot_be_opened_fails_before_the_first_round(tmp_path: Pa
         federate(settings, run, app, remove)
 
 
-# --- one answer ------------------------------------------------------------------------------------
+# --- one reply ------------------------------------------------------------------------------------
 
 
-def test_each_hospital_gets_its_own_number_of_images() -> None:
-    message = question(node=7, round=3)
-    mine = personal(message, {"images": 11, "planned": 99, "batch": 4}, 30.0)
-    assert mine.content.config_records["config"]["images"] == 11
-    assert mine.content.config_records["config"]["batch"] == 4
-    assert mine.metadata.ttl == 30.0
+def test_each_hospital_receives_its_own_number_of_images() -> None:
+    message = request(node=7, round=3)
+    personal_message = personal(message, {"images": 11, "planned": 99, "batch": 4}, 30.0)
+    assert personal_message.content.config_records["config"]["images"] == 11
+    assert personal_message.content.config_records["config"]["batch"] == 4
+    assert personal_message.metadata.ttl == 30.0
     assert "images" not in message.content.config_records["config"]
 
 
@@ -318,14 +317,12 @@ def test_each_hospital_gets_its_own_number_of_images() -> None:
         ({"ema/w": np.array([1, np.nan, 2], np.float32)}, "not finite"),
     ],
 )
-def test_an_answer_that_would_spoil_the_model_is_refused(
-    arrays: dict[str, np.ndarray], word: str
-) -> None:
+def test_reply_with_wrong_arrays_is_refused(arrays: dict[str, np.ndarray], word: str) -> None:
     with pytest.raises(FederationError, match=rf"hospital 1 \('clinic-0'\) .*{word}"):
         check_reply(member(0), answer(arrays), {"ema/w": np.ones(3, np.float32)})
 
 
-def test_an_answer_as_it_should_be_passes() -> None:
+def test_valid_reply_passes_the_check() -> None:
     sent = {"ema/w": np.ones(3, np.float32)}
     check_reply(member(0), answer(sent), sent)
     assert array_bytes(answer(sent)) == 12
@@ -348,53 +345,53 @@ def test_an_answer_as_it_should_be_passes() -> None:
         ("ClientApp stopped responding.", 8, "its process died (killed, or out of memory)"),
     ],
 )
-def test_reasons_are_shown_only_where_they_are_safe(reason: str, code: int, shown: str) -> None:
+def test_failure_reasons_are_shown_only_if_listed(reason: str, code: int, shown: str) -> None:
     def fault(number: int, message: Message) -> Message | None:
         return error_reply(message, reason, code) if number == 1 else answer({}, message)
 
     found = send_and_receive(
-        grid(2, fault), [1000, 999], lambda node, left: question(node), timeout=60
+        grid(2, fault), [1000, 999], lambda node, left: request(node), timeout=60
     )
     assert found.failures == {999: shown}
-    assert list(found.replies) in ([], [1000])  # nobody waits for the others once one has failed
+    assert list(found.replies) in ([], [1000])  # the wait ends with the first failure
 
 
-def test_who_does_not_answer_in_time_is_named() -> None:
+def test_late_hospitals_are_reported() -> None:
     def fault(number: int, message: Message) -> Message | None:
         if number:
             raise LookupError
         return answer({}, message)
 
     found = send_and_receive(
-        grid(3, fault), [1000, 999, 998], lambda node, left: question(node), timeout=0.3
+        grid(3, fault), [1000, 999, 998], lambda node, left: request(node), timeout=0.3
     )
     assert (list(found.replies), found.failures) == ([1000], {999: LATE, 998: LATE})
 
 
-def test_a_wait_ends_as_soon_as_enough_cannot_answer_any_more() -> None:
+def test_wait_ends_when_too_few_hospitals_can_reply() -> None:
     def fault(number: int, message: Message) -> Message | None:
         if number == 2:
             return error_reply(message, "broken")
         raise LookupError
 
     found = send_and_receive(
-        grid(3, fault), [1000, 999, 998], lambda node, left: question(node), timeout=60
+        grid(3, fault), [1000, 999, 998], lambda node, left: request(node), timeout=60
     )
     assert found.failures[998] == "an error that its own log explains"
     assert found.failures[1000] == found.failures[999] == UNASKED
 
 
-def test_with_a_quorum_one_failure_ends_no_wait() -> None:
+def test_one_failure_does_not_end_the_wait_with_a_quorum() -> None:
     def fault(number: int, message: Message) -> Message | None:
         return error_reply(message, "broken") if number == 2 else answer({}, message)
 
     found = send_and_receive(
-        grid(3, fault), [1000, 999, 998], lambda node, left: question(node), timeout=60, enough=2
+        grid(3, fault), [1000, 999, 998], lambda node, left: request(node), timeout=60, enough=2
     )
     assert sorted(found.replies) == [999, 1000]
 
 
-def test_who_comes_back_is_asked_again_while_time_is_left() -> None:
+def test_reconnected_hospital_receives_the_request_again() -> None:
     tries: list[int] = []
 
     def fault(number: int, message: Message) -> Message | None:
@@ -408,7 +405,7 @@ def test_who_comes_back_is_asked_again_while_time_is_left() -> None:
     found = send_and_receive(
         grid(2, fault),
         [1000, 999],
-        lambda node, left: question(node),
+        lambda node, left: request(node),
         timeout=60,
         reconnecting=True,
     )
@@ -416,8 +413,8 @@ def test_who_comes_back_is_asked_again_while_time_is_left() -> None:
     assert sorted(tries) == [0, 1, 1]
 
 
-def test_a_hospital_s_own_word_is_its_last_and_a_process_that_always_dies_is_given_up() -> None:
-    for reason, code, often in (
+def test_client_errors_are_not_retried_and_dead_processes_a_few_times() -> None:
+    for reason, code, expected_tries in (
         ("hospital: DataError while opening its shard", 2, 1),
         ("ClientApp stopped responding.", 8, TRIES),
     ):
@@ -431,43 +428,43 @@ def test_a_hospital_s_own_word_is_its_last_and_a_process_that_always_dies_is_giv
             send_and_receive(
                 grid(1, fault),
                 [1000],
-                lambda node, left: question(node),
+                lambda node, left: request(node),
                 timeout=60,
                 reconnecting=True,
             )
-        assert len(tries) == often
+        assert len(tries) == expected_tries
 
 
-def test_nobody_is_asked_who_is_away() -> None:
+def test_absent_hospital_receives_no_request() -> None:
     nobody = grid(1)
     nobody.nodes = {}
     found = send_and_receive(
-        nobody, [1000], lambda node, left: question(node), timeout=0.3, reconnecting=True
+        nobody, [1000], lambda node, left: request(node), timeout=0.3, reconnecting=True
     )
     assert found.failures == {1000: AWAY}
     assert nobody.sent == []
 
 
-# --- who takes part --------------------------------------------------------------------------------
+# --- introductions --------------------------------------------------------------------------------
 
 
-def test_the_wait_for_hospitals_is_bounded(tmp_path: Path) -> None:
+def test_wait_for_hospitals_is_bounded(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 40, 24)), "federation.join_timeout=1")
-    order = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
+    config = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
     with pytest.raises(FederationError, match="2 of 3 hospitals came online within 1 s"):
-        introduce(grid(2), settings, order)
+        introduce(grid(2), settings, config)
     with pytest.raises(ConfigError, match="4 nodes for"):
-        introduce(grid(4), settings, order)
+        introduce(grid(4), settings, config)
 
 
-def test_a_quorum_begins_without_a_hospital_that_does_not_come(tmp_path: Path) -> None:
+def test_quorum_starts_without_an_absent_hospital(tmp_path: Path) -> None:
     settings = tiny(
         write_shards(tmp_path / "data", (16, 40, 24)),
         "federation.join_timeout=1",
         "federation.min_hospitals=2",
     )
-    order = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
-    members, problems = introduce(grid(2), settings, order)
+    config = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
+    members, problems = introduce(grid(2), settings, config)
     assert ([member.number for member in members], problems) == ([0, 1], [])
 
 
@@ -489,7 +486,7 @@ def test_a_quorum_begins_without_a_hospital_that_does_not_come(tmp_path: Path) -
         ("exclusive", 1),
     ],
 )
-def test_an_impossible_introduction_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+def test_invalid_introduction_is_refused(key: str, value: Any, tmp_path: Path) -> None:
     settings = tiny(tmp_path)
     facts = {
         "number": 0,
@@ -500,19 +497,19 @@ def test_an_impossible_introduction_is_refused(key: str, value: Any, tmp_path: P
         "channels": 1,
         "resolution": 16,
     }
-    right = Message(RecordDict({"hospital": ConfigRecord(facts)}), reply_to=question())
+    right = Message(RecordDict({"hospital": ConfigRecord(facts)}), reply_to=request())
     assert read_member(7, right, settings).name == "a"
     wrong = Message(
-        RecordDict({"hospital": ConfigRecord(facts | {key: value})}), reply_to=question()
+        RecordDict({"hospital": ConfigRecord(facts | {key: value})}), reply_to=request()
     )
     with pytest.raises(FederationError, match=f"impossible {key}"):
         read_member(7, wrong, settings)
 
 
-def test_hospitals_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_hospitals_are_sorted_by_number(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 40, 24)))
-    order = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
-    members, _ = introduce(grid(3), settings, order)
+    config = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
+    members, _ = introduce(grid(3), settings, config)
     assert [(one.number, one.name, one.images) for one in members] == [
         (0, "beta", 20),
         (1, "gamma", 12),
@@ -521,7 +518,7 @@ def test_hospitals_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert members[0].label_names == ("dark", "bright")
 
 
-def test_hospitals_that_do_not_fit_together_are_refused() -> None:
+def test_incompatible_hospitals_are_refused() -> None:
     with pytest.raises(
         FederationError, match=r"\('clinic-0'\) and hospital 2 \('clinic-1'\) differ"
     ):
@@ -534,10 +531,10 @@ def test_hospitals_that_do_not_fit_together_are_refused() -> None:
         check_members([member(0), member(2)], 2)
 
 
-# --- lines -----------------------------------------------------------------------------------------
+# --- lines ----------------------------------------------------------------------------------------
 
 
-def test_a_round_has_one_line_even_when_it_was_repeated_or_torn(tmp_path: Path) -> None:
+def test_repeated_round_replaces_its_line_in_metrics(tmp_path: Path) -> None:
     run = RunFolder.at(tmp_path)
     for number in (1, 2, 3):
         write_line(run, {"round": number, "try": 1})
@@ -548,7 +545,7 @@ def test_a_round_has_one_line_even_when_it_was_repeated_or_torn(tmp_path: Path) 
     assert run.metrics.read_text().count("\n") == 2
 
 
-def test_nothing_of_a_message_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_holds_no_patient_and_no_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2, rounds=1, kimg=0.008)
     with caplog.at_level(logging.DEBUG):
         federate(settings, RunFolder.at(tmp_path / "run"), app)
@@ -556,7 +553,7 @@ def test_nothing_of_a_message_is_logged(tmp_path: Path, caplog: pytest.LogCaptur
     assert str(tmp_path) not in caplog.text  # no path
 
 
-def test_two_hospitals_of_one_name_are_refused_whenever_they_come(tmp_path: Path) -> None:
+def test_two_hospitals_of_one_name_are_refused(tmp_path: Path) -> None:
     first, other = member(0, name="xrays"), member(1, name="xrays")
     with pytest.raises(FederationError, match="give each shard a name of its own"):
         check_members([first, other], 2)

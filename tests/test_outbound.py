@@ -516,7 +516,8 @@ def test_outbound_log_matches_what_the_server_received(tmp_path: Path) -> None:
         return found
 
     grid.pull_messages = see  # type: ignore[method-assign]
-    Federation(run.settings(), run, experiment_of(run), NoEvaluator()).train(grid)  # type: ignore[arg-type]
+    federation = Federation(run.settings(), run, experiment_of(run), NoEvaluator())
+    federation.train(grid)  # type: ignore[arg-type]
     for name in names.values():
         reading = OutboundLog(data / name / NAME).read()
         assert (reading.changed, reading.unfinished) == ([], 0)

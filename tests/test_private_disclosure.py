@@ -1,4 +1,4 @@
-"""What a private run gives away beside its model: labels, hashes, and what a server may ask of a hospital."""
+"""Disclosures of a private run beside its model: labels, hashes, counts, and epsilon caps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from small_federation import LocalGrid, NoEvaluator, write_shards
 from test_dp_step import images_of, settings_of
 from test_private_federation import private
 
-from client import hospital as site_module
+from client import hospital as hospital_module
 from client.app import app
 from client.hospital import TrainRequest, apply_epsilon_cap
 from fedgan import files
@@ -40,10 +40,10 @@ from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import data_key, experiment_of, open_prepared, prepare_run
 from server.federation import Federation
 
-# --- what promises nothing ---------------------------------------------------------------------------
+# --- delta ----------------------------------------------------------------------------------------
 
 
-def test_a_delta_above_one_in_n_is_refused(tmp_path):
+def test_delta_above_one_over_n_is_refused(tmp_path):
     def begin(delta: float) -> PrivateStep:
         settings = settings_of(f"privacy.delta={delta}", "privacy.unit=patient")
         return PrivateStep(
@@ -62,25 +62,25 @@ def test_a_delta_above_one_in_n_is_refused(tmp_path):
     assert begin(0.1).delta == begin(0).delta == 0.1
 
 
-# --- a hospital's own bound --------------------------------------------------------------------------
+# --- epsilon cap of a hospital --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("servers", "own", "counts"), [(0.0, "3", 3.0), (8.0, 3, 3.0), (2.0, 3.0, 2.0)]
 )
-def test_the_smaller_of_a_hospitals_bound_and_the_servers_counts(servers, own, counts):
+def test_smaller_epsilon_cap_of_hospital_and_server_applies(servers, own, counts):
     request = TrainRequest(settings_of(f"privacy.max_epsilon={servers}"), "e", "run")
     assert apply_epsilon_cap(request, {"max-epsilon": own}).settings.privacy.max_epsilon == counts
     assert apply_epsilon_cap(request, {}) == request
 
 
-def test_a_bound_in_another_spelling_is_refused():
+def test_misspelled_epsilon_cap_is_refused():
     with pytest.raises(ConfigError, match="has max_epsilon: it is written max-epsilon"):
         apply_epsilon_cap(TrainRequest(settings_of(), "e", "run"), {"max_epsilon": 3})
 
 
 @pytest.mark.parametrize("own", ["0", -1, "nan", "inf", "much"])
-def test_a_bound_that_is_no_number_above_zero_is_refused(own):
+def test_epsilon_cap_must_be_a_positive_number(own):
     with pytest.raises(ConfigError, match="give a number above 0"):
         apply_epsilon_cap(TrainRequest(settings_of(), "e", "run"), {"max-epsilon": own})
 
@@ -99,8 +99,8 @@ def steps_by_rdp(
 
 
 @pytest.fixture
-def bounded_nodes(monkeypatch):
-    """Simulated hospitals whose node-config says max-epsilon = 0.3."""
+def capped_nodes(monkeypatch):
+    """Simulated hospitals with max-epsilon = 0.3 in their node-config."""
     for module in (ledger_module, step_module):  # the exact accountant has tests of its own
         monkeypatch.setattr(module, "epsilon_of", epsilon_rdp, raising=False)
     monkeypatch.setattr(ledger_module, "steps_within", steps_by_rdp)
@@ -115,7 +115,7 @@ def bounded_nodes(monkeypatch):
         push(self, message, key)
 
     monkeypatch.setattr(LocalGrid, "_answer", answer)
-    site_module._open_all.cache_clear()
+    hospital_module._open_all.cache_clear()
 
 
 def train(settings: Settings, run: RunFolder) -> Federation:
@@ -125,7 +125,7 @@ def train(settings: Settings, run: RunFolder) -> Federation:
     return federation
 
 
-def test_a_hospital_with_a_bound_refuses_a_run_without_privacy(tmp_path, bounded_nodes):
+def test_hospital_with_an_epsilon_cap_refuses_a_run_without_privacy(tmp_path, capped_nodes):
     run = RunFolder(tmp_path / "run")
     settings = private(
         write_shards(tmp_path / "data", (48,)), "privacy.noise_multiplier=-1", hospitals=1
@@ -136,7 +136,7 @@ def test_a_hospital_with_a_bound_refuses_a_run_without_privacy(tmp_path, bounded
     assert "max-epsilon = 0.3, and the run has no privacy" in log.read_text()
 
 
-def test_a_hospital_stops_at_its_own_bound_though_the_server_asks_for_more(tmp_path, bounded_nodes):
+def test_hospital_stops_at_its_own_epsilon_cap(tmp_path, capped_nodes):
     run, data = RunFolder(tmp_path / "run"), write_shards(tmp_path / "data", (48,))
     train(private(data, "privacy.noise_multiplier=3", rounds=1, hospitals=1), run)
     assert [
@@ -146,7 +146,7 @@ def test_a_hospital_stops_at_its_own_bound_though_the_server_asks_for_more(tmp_p
     assert 0 < Ledger(data / "alpha" / "privacy-ledger.jsonl").epsilon(1e-3) <= 0.3
 
 
-# --- labels of what is generated -----------------------------------------------------------------------
+# --- labels of generated images -------------------------------------------------------------------
 
 
 def reported_metrics(exclusive: bool, *overrides: str) -> dict:
@@ -157,7 +157,7 @@ def reported_metrics(exclusive: bool, *overrides: str) -> dict:
     }
 
 
-def test_a_private_run_draws_labels_that_tell_nothing_of_the_real_ones(tmp_path):
+def test_labels_of_a_private_run_are_independent_of_real_labels(tmp_path):
     found = label_sampling.requested_labels(
         reported_metrics(exclusive=False), tmp_path, 9, label_sampling.LabelChoice(), seed=0
     )
@@ -177,9 +177,7 @@ def test_a_private_run_draws_labels_that_tell_nothing_of_the_real_ones(tmp_path)
 
 @pytest.mark.parametrize("exclusive", [True, False])
 @pytest.mark.parametrize("source", ["mix", "shards/alpha"])
-def test_the_real_mix_of_a_private_run_is_refused_with_what_to_use_instead(
-    tmp_path, exclusive, source
-):
+def test_real_label_mix_of_a_private_run_is_refused(tmp_path, exclusive, source):
     with pytest.raises(
         ConfigError, match=r"does not cover real labels.*--mix, --label or --vector"
     ):
@@ -192,7 +190,7 @@ def test_the_real_mix_of_a_private_run_is_refused_with_what_to_use_instead(
         )
 
 
-# --- what a checkpoint says of its images ---------------------------------------------------------------
+# --- phantoms in a checkpoint ---------------------------------------------------------------------
 
 
 def phantoms(root: Path) -> Path:
@@ -209,7 +207,7 @@ def phantoms(root: Path) -> Path:
 @pytest.mark.parametrize(
     ("write", "drawn"), [(phantoms, True), (lambda root: write_shards(root, (48,)), False)]
 )
-def test_a_checkpoint_says_whether_all_hospitals_hold_drawn_phantoms(tmp_path, write, drawn):
+def test_checkpoint_states_whether_all_hospitals_hold_phantoms(tmp_path, write, drawn):
     settings = private(
         write(tmp_path / "data"), "privacy.noise_multiplier=-1", rounds=1, hospitals=1
     )
@@ -221,7 +219,7 @@ def test_a_checkpoint_says_whether_all_hospitals_hold_drawn_phantoms(tmp_path, w
     ]
 
 
-# --- hashes and counts ------------------------------------------------------------------------------------
+# --- hashes and counts ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +231,7 @@ def prepared(tmp_path_factory):
     return run, data
 
 
-def test_a_private_run_publishes_no_hash_and_no_label_count_of_its_images(prepared):
+def test_private_run_publishes_no_hash_and_no_label_counts(prepared):
     run, data = prepared
     for row in run.read_json(run.hospitals):
         assert row["content_hash"] is None
@@ -247,7 +245,7 @@ def test_a_private_run_publishes_no_hash_and_no_label_count_of_its_images(prepar
     assert stat.S_IMODE(run.data_key.stat().st_mode) == 0o600
 
 
-def test_the_keyed_hash_tells_changed_images_and_needs_the_runs_own_key(prepared):
+def test_keyed_hash_detects_changed_images_with_the_run_key_only(prepared):
     run, _ = prepared
     rows, key = run.read_json(run.hospitals), data_key(run)
     assert describe_hospitals(open_prepared(run.settings(), run), key) == rows
@@ -258,7 +256,7 @@ def test_the_keyed_hash_tells_changed_images_and_needs_the_runs_own_key(prepared
     assert describe_hospitals(changed, key) != rows
 
 
-def test_a_run_without_privacy_and_drawn_phantoms_keep_their_counts_and_hashes(tmp_path):
+def test_counts_and_hashes_are_kept_without_privacy_and_for_phantoms(tmp_path):
     open_run, drawn_run = RunFolder(tmp_path / "open"), RunFolder(tmp_path / "drawn")
     prepare_run(
         private(write_shards(tmp_path / "a", (48,)), "privacy.noise_multiplier=-1", hospitals=1),
@@ -271,11 +269,11 @@ def test_a_run_without_privacy_and_drawn_phantoms_keep_their_counts_and_hashes(t
         assert row["counts"]["train"] == {"dark": 12, "bright": 12}
 
 
-def test_page_and_cards_say_what_is_withheld(prepared):
+def test_report_and_cards_state_what_is_withheld(prepared):
     run, _ = prepared
     data = load(run)
-    words = provenance.SECTION.render(data)
-    assert words.count("withheld: privacy") == 4  # a hash of each hospital and of each source
+    html = provenance.SECTION.render(data)
+    assert html.count("withheld: privacy") == 4  # a hash of each hospital and of each source
     assert "class counts of the hospitals: withheld: privacy" in hospitals_section.SECTION.render(
         data
     )
@@ -285,11 +283,11 @@ def test_page_and_cards_say_what_is_withheld(prepared):
     assert data_limits(rows) == []
 
 
-def test_a_comparison_says_no_class_is_missing_where_the_counts_are_withheld(prepared):
+def test_comparison_names_no_missing_class_if_counts_are_withheld(prepared):
     run, _ = prepared
     content = {"label_names": ["dark", "bright"], "hospitals": run.read_json(run.hospitals)}
     found = Comparison(content)
-    words = comparison_hospitals.SECTION.render(found) + classes.SECTION.render(found)
-    assert "no training image of" not in words
-    assert "Counts of each class: withheld: privacy" in words
-    assert "Training images of this class: withheld: privacy" in words
+    html = comparison_hospitals.SECTION.render(found) + classes.SECTION.render(found)
+    assert "no training image of" not in html
+    assert "Counts of each class: withheld: privacy" in html
+    assert "Training images of this class: withheld: privacy" in html

@@ -1,4 +1,4 @@
-"""What 16 bits and differences on the wire may cost: half the bytes, one rounding, and never a drift of the model."""
+"""16-bit formats and changes on the wire: half the bytes, bounded rounding, no drift."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from server.aggregation.weights import is_average
 from server.records import check_reply, to_record
 from server.wire import inward, outward, outward_bytes
 
-SHARE = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # of a number, that rounding may move it by
-STEP = {"fp16": 2.0**-25, "bf16": 2.0**-134}  # half of the smallest number
+SHARE = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # relative rounding error
+STEP = {"fp16": 2.0**-25, "bf16": 2.0**-134}  # half the smallest number
 BITS16 = pytest.mark.parametrize("wire", ["fp16", "bf16"])
 PARTS = ("generator/", "discriminator/", "ema/")
 
@@ -38,7 +38,7 @@ weights = hnp.arrays(np.float32, shapes, elements=st.floats(-60000, 60000, width
 
 @pytest.fixture(autouse=True)
 def identity() -> None:
-    """Messages can be made only where Flower knows a task."""
+    """Set the task identity that Flower's Message needs."""
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
 
@@ -56,19 +56,19 @@ def message(arrays: dict[str, np.ndarray]) -> Message:
 
 
 def reply(arrays: dict[str, np.ndarray]) -> Message:
-    question = message({})
-    question.metadata.__dict__["_message_id"] = "question"
+    request = message({})
+    request.metadata.__dict__["_message_id"] = "request"
     records = {"arrays": ArrayRecord({key: Array(value) for key, value in arrays.items()})}
     return Message(
-        RecordDict(records | {"metrics": MetricRecord({"num_examples": 5})}), reply_to=question
+        RecordDict(records | {"metrics": MetricRecord({"num_examples": 5})}), reply_to=request
     )  # type: ignore[arg-type]
 
 
-# --- packing ---------------------------------------------------------------------------------------
+# --- packing --------------------------------------------------------------------------------------
 
 
 @given(hnp.arrays(np.uint16, shapes))
-def test_numbers_of_the_wire_come_back_to_the_bit(bits: np.ndarray) -> None:
+def test_packing_is_exact_for_representable_numbers(bits: np.ndarray) -> None:
     for wire, exact in (("fp16", bits.view(np.float16)), ("bf16", bits)):
         with np.errstate(invalid="ignore"):
             wide = unpack({"g/w": exact}, wire)["g/w"]
@@ -82,7 +82,7 @@ def test_numbers_of_the_wire_come_back_to_the_bit(bits: np.ndarray) -> None:
 
 @BITS16
 @given(array=weights)
-def test_rounding_moves_a_number_by_its_share_at_most(wire: str, array: np.ndarray) -> None:
+def test_rounding_error_is_bounded(wire: str, array: np.ndarray) -> None:
     found = unpack(pack({"g/w": array}, wire), wire)["g/w"]
     assert found.dtype == np.float32
     assert (
@@ -91,7 +91,7 @@ def test_rounding_moves_a_number_by_its_share_at_most(wire: str, array: np.ndarr
     ).all()
 
 
-def test_bf16_is_the_upper_half_of_float32_rounded_to_the_even_one_of_two() -> None:
+def test_bf16_rounds_to_nearest_even() -> None:
     numbers = np.array([1.0, -2.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 3e38], np.float32)
     assert pack({"w": numbers}, "bf16")["w"].tolist() == [
         0x3F80,
@@ -103,7 +103,7 @@ def test_bf16_is_the_upper_half_of_float32_rounded_to_the_even_one_of_two() -> N
     ]
 
 
-def test_float32_travels_as_it_is() -> None:
+def test_float32_is_not_copied() -> None:
     sent, trained = (
         {"w": np.array([0.1, np.nan], np.float32)},
         {"w": np.array([0.3, 1e38], np.float32)},
@@ -116,7 +116,7 @@ def test_float32_travels_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wire", "value", "words"),
+    ("wire", "value", "text"),
     [
         ("fp16", 65520.0, "beyond the range of fp16: set federation.wire = 'bf16' or 'fp32'"),
         ("bf16", 3.4e38, "beyond the range of bf16: set federation.wire = 'fp32'"),
@@ -124,17 +124,17 @@ def test_float32_travels_as_it_is() -> None:
         ("bf16", -np.inf, "not finite: the training diverged"),
     ],
 )
-def test_what_the_wire_cannot_hold_is_an_error_that_names_the_array(
-    wire: str, value: float, words: str
+def test_unrepresentable_number_is_an_error_with_the_array_name(
+    wire: str, value: float, text: str
 ) -> None:
     good, bad = np.ones(3, np.float32), np.array([1, value], np.float32)
     with pytest.raises(FederationError) as caught:
         pack({"ema/good": good, "generator/bad": bad}, wire)
     assert str(caught.value).startswith("'generator/bad' ")
-    assert words in str(caught.value)
+    assert text in str(caught.value)
 
 
-def test_an_array_of_another_wire_is_refused() -> None:
+def test_array_of_another_dtype_is_refused() -> None:
     with pytest.raises(
         FederationError,
         match=r"'ema/w' arrived as float32, but federation.wire = 'fp16' sends float16",
@@ -147,13 +147,13 @@ def test_an_array_of_another_wire_is_refused() -> None:
         )
 
 
-# --- the algebra -----------------------------------------------------------------------------------
+# --- the algebra ----------------------------------------------------------------------------------
 
 
 @BITS16
 @pytest.mark.parametrize("delta", [True, False])
 @given(array=weights)
-def test_hospitals_that_change_nothing_leave_the_master_as_it_is(
+def test_unchanged_updates_leave_the_master_unchanged(
     wire: str, delta: bool, array: np.ndarray
 ) -> None:
     master = {"g/w": array}
@@ -172,7 +172,7 @@ def test_hospitals_that_change_nothing_leave_the_master_as_it_is(
     st.sampled_from([1e-3, 1.0, 100.0]),
     st.sampled_from([1e-4, 1e-2, 1.0]),
 )
-def test_the_mean_is_that_of_the_changes_but_for_their_rounding(
+def test_mean_of_restored_models_is_the_mean_change(
     wire: str, seed: int, hospitals: int, scale: float, size: float
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -196,8 +196,8 @@ def test_the_mean_is_that_of_the_changes_but_for_their_rounding(
 
 
 @BITS16
-def test_steps_below_the_gap_of_a_weight_add_up_with_delta_and_are_lost_without(wire: str) -> None:
-    step = 100 * SHARE[wire] / 20  # less than a tenth of half the gap at 100
+def test_small_steps_accumulate_only_with_delta(wire: str) -> None:
+    step = 100 * SHARE[wire] / 20  # below a tenth of half the gap at 100
     for delta, moved in ((True, 200), (False, 0)):
         master = {"mapping/w": np.full(3, 100.0, np.float32)}
         for _ in range(200):
@@ -207,10 +207,10 @@ def test_steps_below_the_gap_of_a_weight_add_up_with_delta_and_are_lost_without(
         assert master["mapping/w"] == pytest.approx(100 + moved * step, abs=0.005 * 200 * step)
 
 
-# --- server and hospitals --------------------------------------------------------------------------
+# --- server and hospitals -------------------------------------------------------------------------
 
 
-def test_an_answer_is_held_against_the_dtype_of_the_wire() -> None:
+def test_reply_is_checked_against_the_dtype_of_the_wire() -> None:
     member = Member(100, 0, "clinic", 10, ("a", "b"), True, 1, 16)
     sent = {"ema/w": np.ones(3, np.float32)}
     check_reply(member, reply({"ema/w": np.ones(3, np.float16)}), sent, "fp16")
@@ -230,7 +230,7 @@ def test_an_answer_is_held_against_the_dtype_of_the_wire() -> None:
             check_reply(member, reply({"ema/w": np.array([bad] * 3)}), sent, wire)
 
 
-def test_the_server_sends_nothing_that_the_wire_cannot_hold(tmp_path: Path) -> None:
+def test_server_refuses_to_send_an_unrepresentable_model(tmp_path: Path) -> None:
     settings = tiny(tmp_path, "federation.wire=fp16")
     master = {"ema/big": np.array([1e6], np.float32), "ema/w": np.ones(3, np.float32)}
     with pytest.raises(FederationError, match="'ema/big' holds a number beyond"):
@@ -250,9 +250,7 @@ def test_the_server_sends_nothing_that_the_wire_cannot_hold(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "override", ["federation.wire=fp16", "federation.wire=bf16", "federation.delta=true"]
 )
-def test_hospitals_that_clip_their_own_models_send_them_whole(
-    override: str, tmp_path: Path
-) -> None:
+def test_clipping_at_the_hospital_needs_whole_float32_models(override: str, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"leave federation.wire = 'fp32' and federation.delta = false"
     ):
@@ -271,15 +269,15 @@ def test_hospitals_that_clip_their_own_models_send_them_whole(
         ("fedadam", "bf16", True),
     ],
 )
-def test_a_strategy_aggregates_what_the_hospitals_changed_onto_the_master(
+def test_strategies_add_the_aggregated_change_to_the_master(
     strategy: str, wire: str, delta: bool, tmp_path: Path
 ) -> None:
-    words = (
+    text = (
         f"federation.strategy={strategy}",
         f"federation.wire={wire}",
         f"federation.delta={str(delta).lower()}",
     )
-    settings = tiny(write_shards(tmp_path / "data", (48, 24, 16)), *words, rounds=1, kimg=0.012)
+    settings = tiny(write_shards(tmp_path / "data", (48, 24, 16)), *text, rounds=1, kimg=0.012)
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
     master, after = arrays_of(run, 0), arrays_of(run, 1)
@@ -288,7 +286,7 @@ def test_a_strategy_aggregates_what_the_hospitals_changed_onto_the_master(
         load_tensors(run.hospital_state(name) / "state-00001.safetensors")[0]
         for name in ("alpha", "beta", "gamma")
     ]
-    fits: list[np.ndarray] = []  # of each array, whether each expectation is met
+    fits: list[np.ndarray] = []  # per array: whether each expectation is met
     for key in after:
         trained = np.stack([state[key].double().numpy() for state in states])
         change = trained - sent[key]
@@ -299,8 +297,8 @@ def test_a_strategy_aggregates_what_the_hospitals_changed_onto_the_master(
             case "fedmedian":
                 expected = [np.median(change, axis=0)]
             case "krum":
-                expected = list(change)  # one of the hospitals, whole
-            case "fedadam" if is_average(key):  # no optimiser steps beyond an average
+                expected = list(change)  # the model of one hospital
+            case "fedadam" if is_average(key):  # the optimiser does not change averages
                 expected = [mean]
             case "fedadam":
                 expected = [
@@ -311,7 +309,7 @@ def test_a_strategy_aggregates_what_the_hospitals_changed_onto_the_master(
                     * mean
                     / (0.1 * np.abs(mean) + 1e-3)
                 ]
-        # What rounding on the way up may do: to a change with delta, to the model without.
+        # rounding on the way up: of the change with delta, else of the model
         slack = SHARE.get(wire, 0) * np.abs(change if delta else trained).max(axis=0) + 1e-6 * (
             1 + np.abs(master[key])
         )
@@ -322,14 +320,14 @@ def test_a_strategy_aggregates_what_the_hospitals_changed_onto_the_master(
     assert np.all(fits, axis=0).any()
 
 
-def test_rounds_without_training_leave_the_model_where_float32_does(tmp_path: Path) -> None:
+def test_rounds_without_training_keep_the_model_on_any_wire(tmp_path: Path) -> None:
     data, models = write_shards(tmp_path / "data", (16, 16)), []
-    for number, words in enumerate(
+    for number, text in enumerate(
         ([], ["federation.wire=bf16", "federation.delta=true"], ["federation.wire=fp16"])
     ):
         run = RunFolder.at(tmp_path / str(number))
         federate(
-            tiny(data, *words, "training.learning_rate=0", hospitals=2, rounds=3, kimg=0.024),
+            tiny(data, *text, "training.learning_rate=0", hospitals=2, rounds=3, kimg=0.024),
             run,
             app,
         )
@@ -340,7 +338,7 @@ def test_rounds_without_training_leave_the_model_where_float32_does(tmp_path: Pa
         assert all(np.array_equal(models[0][key], rounded[key]) for key in still)
 
 
-def test_half_the_bytes_travel_and_are_counted(tmp_path: Path) -> None:
+def test_sixteen_bit_wires_halve_the_counted_bytes(tmp_path: Path) -> None:
     data, counted = write_shards(tmp_path / "data", (16, 16)), {}
     for wire in ("fp32", "fp16", "bf16"):
         run = RunFolder.at(tmp_path / wire)
@@ -365,17 +363,17 @@ def test_half_the_bytes_travel_and_are_counted(tmp_path: Path) -> None:
     assert counted["fp16"] == counted["bf16"] == [8 * numbers, 16 * numbers]
 
 
-def test_a_run_of_rounded_differences_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    words = ("federation.wire=bf16", "federation.delta=true")
+def test_resumed_run_with_bf16_changes_equals_an_unbroken_run(tmp_path: Path) -> None:
+    text = ("federation.wire=bf16", "federation.delta=true")
     settings = tiny(
-        write_shards(tmp_path / "data", (24, 16)), *words, hospitals=2, rounds=3, kimg=0.024
+        write_shards(tmp_path / "data", (24, 16)), *text, hospitals=2, rounds=3, kimg=0.024
     )
     whole, broken = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "broken")
     federate(settings, whole, app)
 
-    def fault(number: int, question: Message) -> Message | None:
-        last = question.content.config_records["config"].get("round") == 3
-        return error_reply(question, "gone") if last and number == 1 else None
+    def fault(number: int, request: Message) -> Message | None:
+        last = request.content.config_records["config"].get("round") == 3
+        return error_reply(request, "gone") if last and number == 1 else None
 
     with pytest.raises(FederationError, match="in round 3"):
         federate(settings, broken, app, fault)
@@ -384,7 +382,7 @@ def test_a_run_of_rounded_differences_goes_on_as_if_it_had_not_stopped(tmp_path:
     assert all(np.array_equal(one[key], other[key]) for key in one)
 
 
-def test_a_model_that_outgrows_fp16_ends_the_run_by_name_and_it_can_go_on(
+def test_model_beyond_fp16_stops_the_run_which_can_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = tiny(
@@ -395,25 +393,26 @@ def test_a_model_that_outgrows_fp16_ends_the_run_by_name_and_it_can_go_on(
         kimg=0.016,
     )
     run = RunFolder.at(tmp_path / "run")
-    usual = Trainer.get_parameters
+    original = Trainer.get_parameters
 
-    def grown(trainer: Trainer, parts: object) -> dict[str, np.ndarray]:
-        arrays = usual(trainer, parts)  # type: ignore[arg-type]
+    def oversized(trainer: Trainer, parts: object) -> dict[str, np.ndarray]:
+        arrays = original(trainer, parts)  # type: ignore[arg-type]
         if trainer.stream == 1 and trainer.images_seen > 4:
             arrays["generator/mapping.w_avg"] += 1e6
         return arrays
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "get_parameters", grown)
+        patch.setattr(Trainer, "get_parameters", oversized)
         with pytest.raises(FederationError) as caught:
             federate(settings, run, app)
     assert str(caught.value) == (
-        "hospital 2 ('beta') failed in round 2: FederationError while encoding its update for federation.wire"
+        "hospital 2 ('beta') failed in round 2: "
+        "FederationError while encoding its update for federation.wire"
     )
-    told_at_home = (run.hospital_state("beta") / "client.log").read_text()
+    client_log = (run.hospital_state("beta") / "client.log").read_text()
     assert (
-        "'generator/mapping.w_avg' holds a number beyond the range of fp16: set federation.wire = 'bf16' or 'fp32'"
-        in told_at_home
+        "'generator/mapping.w_avg' holds a number beyond the range of fp16: "
+        "set federation.wire = 'bf16' or 'fp32'" in client_log
     )
     assert run.last_round() == 1
     assert [line["round"] for line in files.read_json_lines(run.metrics)] == [1]

@@ -1,4 +1,4 @@
-"""A Flower app without torch, for tests of the deployment itself: each hospital adds its number to an array, two rounds."""
+"""A Flower app without torch, for deployment tests: hospitals add their number to an array."""
 
 from __future__ import annotations
 
@@ -54,12 +54,15 @@ def main(grid, context):
             raise RuntimeError(f"only {len(nodes)} nodes")
         time.sleep(0.5)
     for _ in range(config["rounds"]):
-        content = RecordDict({"model": ArrayRecord({"x": Array(x)}), "config": ConfigRecord({"wait": config["wait"]})})
-        asked = [Message(content, dst_node_id=node, message_type="train") for node in nodes]
-        answers = [answer for answer in grid.send_and_receive(asked, timeout=90) if not answer.has_error()]
-        if len(answers) < len(nodes):
-            raise RuntimeError(f"{len(answers)} of {len(nodes)} answered")
-        x = np.sum([answer.content["model"]["x"].numpy() for answer in answers], axis=0, dtype=np.float32)
+        wait = ConfigRecord({"wait": config["wait"]})
+        content = RecordDict({"model": ArrayRecord({"x": Array(x)}), "config": wait})
+        requests = [Message(content, dst_node_id=node, message_type="train") for node in nodes]
+        received = grid.send_and_receive(requests, timeout=90)
+        replies = [reply for reply in received if not reply.has_error()]
+        if len(replies) < len(nodes):
+            raise RuntimeError(f"{len(replies)} of {len(nodes)} replied")
+        arrays = [reply.content["model"]["x"].numpy() for reply in replies]
+        x = np.sum(arrays, axis=0, dtype=np.float32)
         sums.append(float(x[0]))
     with open(config["output"], "w") as file:
         json.dump(sums, file)
@@ -67,7 +70,7 @@ def main(grid, context):
 
 
 def write_tiny_app(folder: Path) -> Path:
-    """Write the app; returns its folder. Its ServerApp writes x[0] of each round to the file of the run-config's `output`."""
+    """Write the app to a folder; its ServerApp writes x[0] of each round to the file `output`."""
     (folder / "tiny").mkdir(parents=True)
     (folder / "pyproject.toml").write_text(PYPROJECT, encoding="utf-8")
     for name, text in (("__init__", ""), ("client", CLIENT), ("server", SERVER)):
@@ -76,7 +79,7 @@ def write_tiny_app(folder: Path) -> Path:
 
 
 def expected_sums(hospitals: int = 3, rounds: int = 2) -> list[float]:
-    """What that file holds when every hospital took part in every round."""
+    """Expected content of that file when every hospital takes part in every round."""
     x, sums = 0.0, []
     for _ in range(rounds):
         x = sum(x + 1 + number for number in range(hospitals))

@@ -119,7 +119,8 @@ def generate(
 
     Without --label, --vector, --mix or --labels-from, each class is equally often; a model
     whose labels may occur together (chest findings) follows the run's training images, or, where
-    the run was private, gives each label alone, and none, equally often."""
+    the run was private, gives each label alone, and none, equally often.
+    """
     choice = label_sampling.LabelChoice(label or [], vector or [], labels_from, mix or [])
     if created is not None and not as_release:
         raise ConfigError("--created is a date on the card of a release: give --release as well")

@@ -2,7 +2,8 @@
 
 Two bugs of typer 0.20 with click 8.5: an argument's help is lost, because click has a field of that
 name, which it clears after typer has set it; and brackets are escaped for rich even with rich
-switched off."""
+switched off.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ def evaluate(
 
     Rewrites evaluation.json and the report. With --output both go to a separate folder: use it to
     evaluate a run with other classifiers, features or merged labels. An arm of a comparison always
-    needs --output."""
+    needs --output.
+    """
     from fedgan.report.cards.collect import comparison_of
     from fedgan.report.run.report import write_report
     from fedgan.run_folder import RunFolder

@@ -2,7 +2,8 @@
 lines.
 
 FEDGAN_LOG=json selects JSON. `simulations/runner.py` lists the events. `RunState` follows them
-without any output."""
+without any output.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Flower sends every array of a record as an object with its own requests on every hop, each signed
 and stored in a database. A model of a few hundred small arrays then takes time by their number, not
-by their bytes. Safetensors needs no pickle."""
+by their bytes. Safetensors needs no pickle.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def unpack_bundle(data: bytes, request: bytes | None = None) -> dict[str, np.nda
 
     `request`: the bundle that this one replies to and may not exceed by much. Both lengths are
     checked before the header is parsed, because a short header of many empty arrays expands to many
-    objects."""
+    objects.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 

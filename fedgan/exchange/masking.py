@@ -9,7 +9,8 @@ as fine as float32's own gaps at the largest weight of the array.
 
 The power of two comes from the array's largest number and not from its mean square: a sum may
 differ in its last bit from machine to machine, and a scale that differs between the two sides would
-double one hospital's change unnoticed."""
+double one hospital's change unnoticed.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def ranges(sent: Mapping[str, np.ndarray], secure_range: float) -> dict[str, flo
     """Largest change of a number in one round, by array.
 
     `secure_range` times the next power of two at or above the array's largest number, at least
-    times `MIN_RANGE`."""
+    times `MIN_RANGE`.
+    """
     return {
         key: secure_range * max(MIN_RANGE, _power(float(np.max(np.abs(array), initial=0.0))))
         for key, array in sent.items()
@@ -62,7 +64,8 @@ def scale(
     of clipped values.
 
     The last array holds the share of clipped values. Raises `FederationError` with the array's name
-    for values that are not finite, because the server cannot detect them under a mask."""
+    for values that are not finite, because the server cannot detect them under a mask.
+    """
     scaled, clipped = list[np.ndarray](), 0
     for key in sorted(change):
         if not np.isfinite(change[key]).all():
@@ -94,7 +97,8 @@ def mask_numbers(
     int64, in these shapes.
 
     Replaces Flower's generator, a Mersenne Twister whose seed is folded to 32 bits (28 of a shared
-    key): a server could try all of them and find the mask."""
+    key): a server could try all of them and find the mask.
+    """
     if num_range != MODULUS:
         raise ValueError("masks are 32-bit numbers")
     stream = Cipher(

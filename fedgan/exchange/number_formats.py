@@ -30,7 +30,8 @@ below half a gap of the weight itself (2^-11 or 2^-8 of its size). Use 16 bits w
 mean over hospitals is then off by at most that share of the mean change.
 
 fp16 ends at 65504: a larger number is an error. bf16 has float32's range; it travels as its bits in
-uint16, because Flower's arrays have no bfloat16."""
+uint16, because Flower's arrays have no bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def pack(arrays: Mapping[str, np.ndarray], wire: str) -> Arrays:
     unchanged.
 
     Raises `FederationError` with the array's name for a number that is not finite or does not fit
-    into 16 bits."""
+    into 16 bits.
+    """
     return (
         dict(arrays)
         if wire == "fp32"

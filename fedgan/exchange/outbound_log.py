@@ -10,7 +10,8 @@ never sent.
 A round's line has 20 kB and more, mostly hashes, so the log is split into parts: outbound.jsonl,
 then outbound-00001.jsonl and so on when a part is full. Lines go to the last existing part; this
 module never renames or removes a part. Each line is checked independently of the line before it:
-parts may be moved away, and a missing part between others is reported."""
+parts may be moved away, and a missing part between others is reported.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def values_record(name: str, kind: str, values: Mapping[str, Any]) -> Record:
     'nan').
 
     Bytes are replaced by their length and SHA-256: they are keys and shares of keys
-    (`federation.secure`), and a reader of several hospitals' logs could combine shares."""
+    (`federation.secure`), and a reader of several hospitals' logs could combine shares.
+    """
     plain = {key: _plain(value) for key, value in values.items()}
     extra = sum(_extra_bytes(value) for value in values.values())
     return {"name": name, "kind": kind, "bytes": len(_json(plain)) + extra, "values": plain}

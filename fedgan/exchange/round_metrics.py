@@ -2,7 +2,8 @@
 
 The client's allow-list, the reply, the server's checks and means and the table of the documentation
 are made from `ROUND_METRICS`. A number that the Trainer measures but that is not in the table never
-leaves a hospital."""
+leaves a hospital.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
-"""What a deployment's processes are made to suffer that have this folder in PYTHONPATH.
+"""Faults of a deployment's processes that have this folder in PYTHONPATH.
 
-Heartbeats come each 12 s in the place of 30, so that a ClientApp's death is noticed in 24 s. Not the ServerApp's, which is
-left at 30: while the SuperLink is away its heartbeats are tried again ever later. The SuperLink waits for three heartbeats in
-the place of two, 36 s for a SuperNode's: filter and SuperLink die one after the other, and on a busy machine it may be 20 s
-until one passes.
+Heartbeats are sent every 12 s instead of 30, so that a ClientApp's death is detected within 24 s.
+The ServerApp keeps 30 s: while the SuperLink is down, its heartbeats are retried at growing
+intervals. The SuperLink waits for three heartbeats instead of two, 36 s for a SuperNode: proxy and
+SuperLink stop one after the other, and on a busy machine it may take 20 s until a heartbeat
+arrives.
 
-A ClientApp does not find its code while the file `slow` lies in its folder, and goes on sending heartbeats: a disk that is far
-too slow.
+While the file `slow` exists in its FLWR_HOME, a ClientApp does not find its code but keeps sending
+heartbeats, as on a very slow disk.
 """
 
 import os
@@ -26,7 +27,7 @@ elif NAME != "serverapp":
 
 
 class Slow:
-    """Stands before all finders of modules, and finds none."""
+    """First module finder; blocks the import of the ClientApp and finds nothing."""
 
     @staticmethod
     def find_spec(name: str, *_: object) -> None:
