@@ -172,7 +172,7 @@ def audit(*hospitals: dict[str, Any], round_number: int = 10) -> dict[str, Any]:
     """audit.json; of three clean hospitals where none is given."""
     found = list(hospitals) or [hospital_audit(name) for name in HOSPITALS]
     return {
-        "format": "fedgan-audit-1",
+        "format": "fedgan-audit-2",
         "round": round_number,
         "checkpoint_sha256": "ab" * 32,
         "valid": all(row["valid"] for row in found),

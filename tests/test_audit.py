@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fedgan import files
-from fedgan.audit.audit import HospitalAudit, audit_hospital, headline, report_of, signs
+from fedgan.audit.audit import HospitalAudit, audit_hospital, headline, audit_report, signs
 from fedgan.audit.copy_search import plant
-from fedgan.audit.membership_inference import _negative, attacks_of, rows_of
-from fedgan.audit.subject import AuditedModel, AuditSettings, pixel_space, roles_of
+from fedgan.audit.membership_inference import _negative, attack_functions, role_rows
+from fedgan.audit.subject import AuditedModel, AuditSettings, pixel_space, assign_roles
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.data.federation import Hospital, open_hospitals
@@ -129,7 +129,7 @@ def test_each_figure_stands_beside_the_one_for_held_out_images(clean: HospitalAu
 
 
 def test_only_numbers_leave(leaky: HospitalAudit, hospital: Hospital, settings: Settings) -> None:
-    report = report_of([leaky], AuditedModel(settings, None), QUICK, 3, "ab12")
+    report = audit_report([leaky], AuditedModel(settings, None), QUICK, 3, "ab12")
     text = json.dumps(report)
     assert not any(str(patient) in text for patient in hospital.train.patients)
     assert not {"pairs", "distances", "rows"} & report["hospitals"][0]["copies"]["pixels"].keys()
@@ -143,7 +143,7 @@ def test_the_page_reads_what_the_audit_writes(
 ) -> None:
     for found in (clean, leaky):
         content = json.loads(
-            json.dumps(report_of([found], AuditedModel(settings, None), QUICK, 3, "ab12"))
+            json.dumps(audit_report([found], AuditedModel(settings, None), QUICK, 3, "ab12"))
         )
         page = Audit(content)
         assert page.valid, page.why_not
@@ -166,8 +166,8 @@ def test_the_pictures_show_each_space(leaky: HospitalAudit) -> None:
 def test_an_audit_under_privacy_says_that_epsilon_does_not_cover_it(clean: HospitalAudit) -> None:
     private = from_dict({"privacy": {"epsilon": 8.0}})
     assert any(
-        "not covered by the epsilon" in note
-        for note in report_of([clean], AuditedModel(private, None), QUICK, 1, "x")["notes"]
+        "the epsilon of the training does not cover" in note
+        for note in audit_report([clean], AuditedModel(private, None), QUICK, 1, "x")["notes"]
     )
 
 
@@ -195,11 +195,11 @@ def test_a_leak_does_not_spoil_the_control_that_vouches_for_its_finding(
 def test_members_and_non_members_that_are_not_alike_make_it_not_valid(hospital: Hospital) -> None:
     """Held-out images of another scanner, darker: any attack would call them strangers, whatever the generator."""
     dark = dataclasses.replace(hospital.test, images=pixels_of(hospital.test) // 3)
-    roles = roles_of(dataclasses.replace(hospital, test=dark, val=dark.take(np.arange(0))), 0)
+    roles = assign_roles(dataclasses.replace(hospital, test=dark, val=dark.take(np.arange(0))), 0)
     space = pixel_space(hospital.train.images.shape[1:])
-    alike = roles_of(hospital, 0)
-    assert _negative(attacks_of(space), rows_of(space, alike), alike, QUICK, 3)["passed"]
-    found = _negative(attacks_of(space), rows_of(space, roles), roles, QUICK, 3)
+    alike = assign_roles(hospital, 0)
+    assert _negative(attack_functions(space), role_rows(space, alike), alike, QUICK, 3)["passed"]
+    found = _negative(attack_functions(space), role_rows(space, roles), roles, QUICK, 3)
     assert not found["passed"]
     assert "differ without any generator" in found["reason"]
 
@@ -232,7 +232,7 @@ def test_a_detector_that_sees_nothing_makes_it_not_valid(
     assert "no space finds the planted copies" in found["controls"]["positive"]["reason"]
     assert "finds planted members with an AUC" in found["controls"]["positive"]["reason"]
     assert headline({"hospitals": [found]}).startswith("not valid at")
-    assert sum("Blind:" in note for note in found["notes"]) == 2
+    assert sum("Insensitive:" in note for note in found["notes"]) == 2
 
 
 # --- what cannot be measured -------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_too_few_held_out_images_give_null_and_the_reason(
         None,
         False,
     )
-    assert "12 held-out images are too few" in headline(report_of([found], audited, QUICK, 1, "x"))
+    assert "12 held-out images are too few" in headline(audit_report([found], audited, QUICK, 1, "x"))
 
 
 def test_held_out_images_of_few_patients_are_not_divided(
@@ -271,7 +271,7 @@ def test_a_patient_in_training_and_held_out_is_refused(hospital: Hospital) -> No
     patients = np.array(hospital.test.patients)
     patients[0] = hospital.train.patients[0]
     with pytest.raises(SplitError, match="also in"):
-        roles_of(
+        assign_roles(
             dataclasses.replace(
                 hospital, test=dataclasses.replace(hospital.test, patients=patients)
             ),
@@ -291,16 +291,16 @@ def test_a_generator_of_another_size_is_refused(settings: Settings, hospital: Ho
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_patient_has_two_roles(hospital: Hospital, seed: int) -> None:
-    roles = roles_of(hospital, seed)
+    roles = assign_roles(hospital, seed)
     for parts in (
-        (roles.tested, roles.pseudo_members, roles.reference),
+        (roles.non_members, roles.pseudo_members, roles.reference),
         (roles.query_half, roles.reference_half),
     ):
-        patients = [set(roles.held_patients[part].tolist()) for part in parts]
+        patients = [set(roles.held_out_patients[part].tolist()) for part in parts]
         assert sum(len(some) for some in patients) == len(set().union(*patients))
-        assert sorted(np.concatenate(parts).tolist()) == list(range(len(roles.held)))
+        assert sorted(np.concatenate(parts).tolist()) == list(range(len(roles.held_out)))
         assert max(map(len, parts)) - min(map(len, parts)) <= 3
-    assert len(roles.members) == len(roles.tested)
+    assert len(roles.members) == len(roles.non_members)
 
 
 def entry(**copies: Any) -> dict[str, Any]:
@@ -442,7 +442,7 @@ def test_shadows_are_trained_and_stated(fedgan: Run, finished: RunFolder) -> Non
     ]
     code, _, err = fedgan("audit", finished.path, *words, "--output", "shadowed")
     assert code == 0, err
-    assert "2 shadow trainings of 0.008 kimg: 0.016 kimg in all" in err
+    assert "2 shadow trainings of 0.008 kimg: 0.016 kimg in total" in err
     rows = json.loads(Path("shadowed/audit.json").read_text())["hospitals"][0]["membership"]
     notes = {row["attack"]: row["note"] for row in rows}
     assert {

@@ -257,12 +257,12 @@ def test_an_audit_of_a_run_asks_about_each_hospital_alone(tmp_path: Path) -> Non
         asked.append((of.generator.mapping.hospital_condition.odds(torch.eye(2)), rest[-1]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit, "too_few", lambda hospital: "")
+        patch.setattr(audit, "reason_unauditable", lambda hospital: "")
         patch.setattr(audit, "_audit", look)
         audit.audit_hospital(audited, hospital, AuditSettings())
     odds, notes = asked[0]
     assert (odds == torch.tensor([0, 1, 0])).all()
-    assert notes == [audit.ALONE]
+    assert notes == [audit.CONDITIONED]
     tensors, _ = load_tensors(run.checkpoint(2))
     meta["since"].pop("1")  # as of a hospital that joined and never answered
     save_tensors(tmp_path / "without.safetensors", tensors, meta)

@@ -24,7 +24,7 @@ from fedgan.audit.attacks.nearest import nearest
 from fedgan.audit.attacks.roc import roc_figures
 from fedgan.audit.attacks.shadow import (
     calibrated_scores,
-    deal_shadows,
+    assign_shadows,
     likelihood_ratio_scores,
 )
 from fedgan.config import ModelSettings
@@ -318,7 +318,7 @@ def test_the_reduction_whitens_and_keeps_the_widest_directions(features):
 
 def test_sets_count_equally_in_the_reduction_and_flat_axes_are_left_out():
     small, large = cloud(0, 40, 6), cloud(1, 900, 6) + 3
-    assert fit_reduction(small, large).middle == pytest.approx((small.mean(0) + large.mean(0)) / 2)
+    assert fit_reduction(small, large).center == pytest.approx((small.mean(0) + large.mean(0)) / 2)
     flat = np.concatenate([small, np.zeros((40, 2))], 1)
     assert fit_reduction(flat).axes.shape == (8, 6)
 
@@ -427,7 +427,7 @@ def test_discriminator_scores_refuse_what_does_not_fit(overfitted):
     discriminator, images, labels = overfitted
     with pytest.raises(ValueError, match="do not fit 16 images and a discriminator of 2 labels"):
         discriminator_scores(discriminator, images, labels[:, :1])
-    with pytest.raises(DataError, match="no group of 4"):
+    with pytest.raises(DataError, match="fewer than a group of 4"):
         discriminator_scores(discriminator, images, labels, companions=(images[:3], labels[:3]))
     broken = Discriminator(ModelSettings(channel_base=64, channel_max=8), 8, 1, 2)
     with torch.no_grad():
@@ -445,7 +445,7 @@ def test_every_row_is_in_half_of_the_shadows_and_patients_stay_whole(seed, rows,
     groups = np.random.default_rng(seed).integers(0, max(2, rows // 3), rows) if grouped else None
     if grouped and len(set(groups)) < 2:
         groups[0] = groups[-1] + 1
-    inside = deal_shadows(rows, 2 * pairs, seed, groups)
+    inside = assign_shadows(rows, 2 * pairs, seed, groups)
     assert inside.shape == (2 * pairs, rows)
     assert (inside.sum(0) == pairs).all()
     assert inside.any(1).all()
@@ -466,14 +466,14 @@ def test_shadows_that_cannot_be_dealt_are_refused():
         (0, 2, None),
     ):
         with pytest.raises(ConfigError, match="even number of models"):
-            deal_shadows(rows, shadows, 0, groups)
+            assign_shadows(rows, shadows, 0, groups)
 
 
 def shadowed(seed, shadows, rows=400, gain=1.0):
     """Scores of a target model and shadows: how easy an image is, a gain for whom it was trained on, and noise."""
     rng = np.random.default_rng(seed)
     easy, member = 3 * rng.normal(size=rows), rng.random(rows) < 0.5
-    inside = deal_shadows(rows, shadows, seed)
+    inside = assign_shadows(rows, shadows, seed)
     scores = easy + gain * inside + 0.5 * rng.normal(size=inside.shape)
     return easy + gain * member + 0.5 * rng.normal(size=rows), scores, inside, member
 
@@ -521,5 +521,5 @@ def test_shadows_that_do_not_fit_are_refused():
         calibrated_scores(target, scores, np.ones_like(inside))
     with pytest.raises(ValueError, match="four or more"):
         likelihood_ratio_scores(target, scores, inside)
-    with pytest.raises(ValueError, match="are no"):
+    with pytest.raises(ValueError, match="are not"):
         calibrated_scores(target[:-1], scores, inside)

@@ -170,7 +170,7 @@ def test_labels_of_a_private_run_are_independent_of_real_labels(tmp_path):
         (1, 0): 3,
     }
     assert (
-        label_sampling.LabelChoice().words(False, private=True)
+        label_sampling.LabelChoice().description(False, private=True)
         == "every label alone, and none, equally often"
     )
 

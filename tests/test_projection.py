@@ -121,12 +121,12 @@ def test_it_starts_from_the_images_own_labels(generator):
     start, _ = project(generator, images, labels, steps=0)
     other, _ = project(generator, images, labels[:, ::-1], steps=0)
     assert start.mean() < other.mean()
-    old = projection.REMEMBERED
+    old = projection.CACHED_VECTORS
     try:
-        projection.REMEMBERED = 1
+        projection.CACHED_VECTORS = 1
         assert np.array_equal(project(generator, images, labels, steps=0)[0], start)
     finally:
-        projection.REMEMBERED = old
+        projection.CACHED_VECTORS = old
 
 
 def test_an_unconditional_generator_is_projected_on_too():

@@ -273,7 +273,7 @@ def test_a_run_with_damaged_files_is_released_with_blanks(
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--release", "--format", "shard"], "a shard has no place for the marks"),
+        (["--release", "--format", "shard"], "a shard cannot hold the marks"),
         (["--release", "--created", "yesterday"], "write a date such as"),
         (["--created", "2031-05-06"], "give --release as well"),
         (
@@ -312,7 +312,7 @@ def test_a_bare_checkpoint_is_not_released(fedgan: Run, tmp_path: Path) -> None:
         "generate", "--release", run.checkpoint(1), "--images", "2", "--output", "out"
     )
     assert code == 2
-    assert "lies in no run folder" in err
+    assert "is not in a run folder" in err
 
 
 def test_a_release_that_fails_at_the_end_leaves_nothing(
@@ -323,7 +323,7 @@ def test_a_release_that_fails_at_the_end_leaves_nothing(
     def fails(folder: Path) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(release, "hashes", fails)
+    monkeypatch.setattr(release, "checksums", fails)
     code, _, err = fedgan("generate", "--release", run.path, "--images", "2", "--output", "out")
     assert code == 6
     assert "the disk is full" in err
@@ -366,7 +366,7 @@ def test_a_mix_makes_one_hot_vectors(tmp_path: Path) -> None:
 def test_hashes_come_by_path_and_without_their_own_file(tmp_path: Path) -> None:
     for name in ("b.txt", "a/c.txt", "SHA256SUMS"):
         files.write_text(tmp_path / name, name)
-    assert [line.split("  ")[1] for line in release.hashes(tmp_path).splitlines()] == [
+    assert [line.split("  ")[1] for line in release.checksums(tmp_path).splitlines()] == [
         "a/c.txt",
         "b.txt",
     ]

@@ -95,7 +95,7 @@ def test_a_generator_that_only_copies_is_given_up(
         match=r"4 of 4 images came too near .* 20 times in a row: this generator copies",
     ):
         ReleaseFilter(thresholds, draw, 0).images(np.zeros((4, 7), np.uint8), np.arange(4))
-    assert len(set(draws)) == len(draws) == release_filter.MOST_DRAWS
+    assert len(set(draws)) == len(draws) == release_filter.MAX_DRAWS
 
 
 def test_a_fence_keeps_the_closest_of_a_hundred_held_out_images_back(
@@ -157,7 +157,7 @@ def test_filtered_release_reports_dropped_images_and_utility(
     fence = float(np.quantile(distances, 0.2))
     monkeypatch.setattr(release_filter, "release_threshold", lambda *_, **__: fence)
     monkeypatch.setattr(
-        release_filter, "MOST_DRAWS", 500
+        release_filter, "MAX_DRAWS", 500
     )  # images of one class of an untrained generator are much alike
     code, out, err = fedgan(*words, "--release-filter", "--output", "kept")
     assert code == 0, err
@@ -171,7 +171,7 @@ def test_filtered_release_reports_dropped_images_and_utility(
     text = Path("kept/dataset_card.md").read_text()
     assert f"{card['replaced']} of 28 images were replaced" in text
     assert "without the filter" in text
-    assert f"release filter  {card['replaced']} images drawn again" in out
+    assert f"filter      {card['replaced']} images redrawn" in out
     # what was not dropped is as it was; what was can be drawn again by the seed of its row
     before, after, seeds = (
         pictures(Path("plain")),

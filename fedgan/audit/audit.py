@@ -1,11 +1,12 @@
-"""The audit of a run: would somebody who holds the generator, or what it releases, learn who was trained on?
+"""Audit of a run: does the generator, or its release, reveal who was trained on?
 
-Each hospital is audited by itself with its own images: copies in three spaces, membership, projection; each figure beside
-the same figure for held-out real images. Controls come first: a leak that is planted on purpose must be caught, and held-out
-images in the place of synthetic ones must not be called one. Without both the audit is not valid, whatever it found.
+Each hospital is audited with its own images: copies in three spaces, membership, projection, each
+figure beside the same figure for held-out real images. The controls come first: a planted leak must
+be found, and held-out images in the place of synthetic ones must not be called a leak. Otherwise
+the audit is not valid.
 
-A space that does not see the planted copies is told as blind, and the audit stays valid where another one sees them:
-features that were trained to tell classes apart look the same for two images of one class, and are no copy detector.
+A space that does not find the planted copies is insensitive; the audit stays valid if another one
+finds them. Class features, for example, are alike for two images of one class and no copy detector.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fedgan.audit.membership_inference import (
 )
 from fedgan.audit.rules import (
     FEW_PATIENTS,
+    FORMAT,
     Measured,
     attack_stands_out,
     copies_stand_out,
@@ -39,31 +41,38 @@ from fedgan.audit.subject import (
     Roles,
     Space,
     Spaces,
+    assign_roles,
     draw_synthetic,
     held_out_count,
-    roles_of,
-    too_few,
+    reason_unauditable,
 )
 from fedgan.data.dataset import HospitalData
 from fedgan.models.stylegan2.generator import Generator
 
-FORMAT = "fedgan-audit-1"
-EVIDENCE = "These figures are evidence about the attacks that were tried, not proof that no other attack would find more."
-NO_SHADOWS = "No shadow models were trained (--shadows 0): the strongest membership attacks that are known were not tried."
+EVIDENCE = (
+    "These figures are evidence about the attacks that were tried, not proof that no other attack "
+    "would find more."
+)
+NO_SHADOWS = (
+    "No shadow models were trained (--shadows 0): the strongest known membership attacks were not "
+    "tried."
+)
 NOT_COVERED = (
-    "The audit reads private images without noise: its figures are not covered by the epsilon of the training. "
-    "Whoever passes them on releases them in addition."
+    "The audit reads private images without noise: the epsilon of the training does not cover its "
+    "figures. Publishing them is an additional release."
 )
-ALONE = (
-    "The networks were asked about this hospital alone, which whoever holds them can do (model.hospitals); in a released set "
-    "its images lie among the others'."
+CONDITIONED = (
+    "The networks were conditioned on this hospital alone, which everyone with the networks can do "
+    "(model.hospitals); in a released set its images are mixed with the others'."
 )
-NOT_IN = "The model was never given anything that this hospital trained: the figures are those of a stranger."
+NOT_IN_FEDERATION = (
+    "The model contains no update of this hospital: the figures are those of a non-participant."
+)
 
 
 @dataclass(frozen=True)
 class HospitalAudit:
-    """One hospital. `numbers` is its entry of audit.json; `pictures` (by space) show patients and stay in the hospital."""
+    """One hospital: `numbers`, its entry of audit.json; `pictures` by space, which stay there."""
 
     numbers: dict[str, Any]
     pictures: dict[str, Image.Image]
@@ -75,59 +84,66 @@ def audit_hospitals(
     audit: AuditSettings,
     on_progress: OnProgress = lambda text: None,
 ) -> list[HospitalAudit]:
-    """Audit each hospital by itself. `on_progress` is told what is being done.
+    """Audit each hospital separately.
 
-    Raises `FedganError` for a generator that does not fit the images or gives none that are finite, `ConfigError` for a number
-    of shadows that cannot be dealt.
+    Raises `FedganError` for a generator that does not fit the images or gives images that are not
+    finite, `ConfigError` for an unusable number of shadows.
     """
-    judged = len(hospitals) * len(CONTROLLED)
-    return [audit_hospital(audited, hospital, audit, judged, on_progress) for hospital in hospitals]
+    joint_controls = len(hospitals) * len(CONTROLLED)
+    return [
+        audit_hospital(audited, hospital, audit, joint_controls, on_progress)
+        for hospital in hospitals
+    ]
 
 
 def audit_hospital(
     audited: AuditedModel,
     hospital: HospitalData,
     audit: AuditSettings,
-    judged: int = len(CONTROLLED),
+    joint_controls: int = len(CONTROLLED),
     on_progress: OnProgress = lambda text: None,
 ) -> HospitalAudit:
-    """One hospital's audit; `judged`: negative controls of membership over all hospitals of the audit."""
-    if reason := too_few(hospital):
+    """Audit one hospital.
+
+    `joint_controls`: number of negative controls of membership over all hospitals of the audit.
+    """
+    if reason := reason_unauditable(hospital):
         return HospitalAudit(_unmeasured(hospital, reason), {})
     with audited.conditioned_on(hospital.name) as alone:
-        note = [ALONE] if alone else [NOT_IN] if audited.numbers else []
-        return _audit(audited, hospital, audit, judged, on_progress, note)
+        note = [CONDITIONED] if alone else [NOT_IN_FEDERATION] if audited.numbers else []
+        return _audit(audited, hospital, audit, joint_controls, on_progress, note)
 
 
 def _audit(
     audited: AuditedModel,
     hospital: HospitalData,
     audit: AuditSettings,
-    judged: int,
+    joint_controls: int,
     on_progress: OnProgress,
     notes: list[str],
 ) -> HospitalAudit:
     name = hospital.name
-    roles = roles_of(hospital, audit.seed)
+    roles = assign_roles(hospital, audit.seed)
     on_progress(f"{name}: drawing {audit.images} synthetic images")
     synthetic = draw_synthetic(audited, roles.train, audit.images, audit.seed, audit.psi)
     planted = plant(synthetic, roles.train, audit.seed)
     spaces = Spaces(hospital, roles, audited.settings, audit, audited.device)
-    if roles.whole_training > len(roles.train):
+    if roles.training_images > len(roles.train):
         notes.append(
-            f"A sample of {len(roles.train)} of {roles.whole_training} training images was looked up."
+            f"A sample of {len(roles.train)} of {roles.training_images} training images was "
+            "searched."
         )
-    patients = int(roles.held_patients.max()) + 1
+    patients = int(roles.held_out_patients.max()) + 1
     if patients < FEW_PATIENTS:
-        each = len(np.unique(roles.held_patients[roles.tested]))
+        each = len(np.unique(roles.held_out_patients[roles.non_members]))
         notes.append(
-            f"Few patients: {patients} are held out, and an attack is judged on {each} of them. Intervals from so few can be "
-            "too narrow, and only a gross leak would show."
+            f"Few patients: {patients} are held out, and an attack is tested on {each} of them. "
+            "Their intervals can be too narrow, and only a gross leak would show."
         )
     searches = _copies(spaces, roles, synthetic, audit, notes, on_progress)
     on_progress(f"{name}: attacking membership")
     membership = measure_membership(
-        audited, roles, spaces.pixels, synthetic, planted, audit, judged, on_progress
+        audited, roles, spaces.pixels, synthetic, planted, audit, joint_controls, on_progress
     )
     projection = _projection(audited, roles, audit, notes, on_progress)
     controls = _controls(searches, membership)
@@ -135,7 +151,7 @@ def _audit(
     numbers = {
         "name": name,
         "members": len(roles.train),
-        "held_out": len(roles.held),
+        "held_out": len(roles.held_out),
         "held_out_patients": patients,
         "synthetic": len(synthetic),
         "copies": {space: search.figures if search else None for space, search in searches.items()},
@@ -153,14 +169,14 @@ def _audit(
     return HospitalAudit({**numbers, "signs": signs(numbers)}, pictures)
 
 
-def report_of(
+def audit_report(
     audits: Sequence[HospitalAudit],
     audited: AuditedModel,
     audit: AuditSettings,
     round_number: int | None,
     checkpoint_sha256: str,
 ) -> dict[str, Any]:
-    """The content of audit.json: numbers alone; no path, no patient, no image. The same audit gives the same content."""
+    """The content of audit.json: numbers only, no path, patient or image; deterministic."""
     hospitals = [found.numbers for found in audits]
     notes = [
         EVIDENCE,
@@ -179,11 +195,11 @@ def report_of(
 
 
 def headline(report: dict[str, Any]) -> str:
-    """The verdict in a sentence for each hospital that is not valid or has signs of a leak, or one for all."""
+    """The verdict: one sentence per invalid hospital or sign of a leak, or one for all."""
     lines = []
     for hospital in report["hospitals"]:
         if not hospital["valid"]:
-            lines.append(f"not valid at {hospital['name']}: {'; '.join(why_not_valid(hospital))}")
+            lines.append(f"not valid at {hospital['name']}: {'; '.join(invalid_reasons(hospital))}")
         elif hospital["signs"]:
             lines.append(
                 f"evidence of a leak at {hospital['name']}: {'; '.join(hospital['signs'])}"
@@ -193,7 +209,7 @@ def headline(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def why_not_valid(hospital: dict[str, Any]) -> list[str]:
+def invalid_reasons(hospital: dict[str, Any]) -> list[str]:
     """Why one hospital's entry of audit.json is not valid."""
     if hospital["controls"] is None:
         return list(hospital["notes"])
@@ -204,7 +220,7 @@ def why_not_valid(hospital: dict[str, Any]) -> list[str]:
 
 
 def signs(numbers: dict[str, Any]) -> list[str]:
-    """Figures of one hospital that lie above the same figure for held-out images by more than both intervals allow."""
+    """Figures of one hospital above the same figure for held-out images, beyond both intervals."""
     found = []
     for space, copies in numbers["copies"].items():
         near = [
@@ -214,19 +230,22 @@ def signs(numbers: dict[str, Any]) -> list[str]:
         if copies and copies_stand_out(copies["excess_ci"], *near):
             share, real = copies["copying_share"], copies["held_out_share"]
             found.append(
-                f"{share:.1%} of the synthetic images copy training images by {space}, of held-out images {real:.1%}"
+                f"{share:.1%} of the synthetic images copy training images by {space}, "
+                f"of held-out images {real:.1%}"
             )
     for row in numbers["membership"]:
         if attack_stands_out(
             (row["auc"], row["auc_ci"]), _measured(row, "null_auc", "null_auc_ci")
         ):
             found.append(
-                f"membership by {row['attack']} has an AUC of {row['auc']:.2f}, held-out images {row['null_auc']:.2f}"
+                f"membership by {row['attack']} has an AUC of {row['auc']:.2f}, "
+                f"held-out images {row['null_auc']:.2f}"
             )
     projection = numbers["projection"]
     if projection and projection_stands_out(projection["gap_ci"], projection["auc_ci"]):
         found.append(
-            f"training images are projected with an error smaller by {projection['gap']:.2f} grey levels"
+            "training images are projected with an error smaller by "
+            f"{projection['gap']:.2f} grey levels"
         )
     return found
 
@@ -235,7 +254,7 @@ def _measured(row: dict[str, Any], key: str, ci: str) -> Measured | None:
     return (row[key], row[ci]) if key in row else None
 
 
-# --- parts -------------------------------------------------------------------------------------------
+# --- parts --------------------------------------------------------------------------------------
 
 
 def _copies(
@@ -246,30 +265,32 @@ def _copies(
     notes: list[str],
     on_progress: OnProgress,
 ) -> dict[str, CopySearch | None]:
-    """The search in each space, None where a space cannot be had."""
+    """The search in each space, None for a space that is unavailable."""
 
     def search(space: Space) -> CopySearch:
         return search_copies(space, roles, synthetic, audit.seed, audit.bootstrap)
 
-    on_progress(f"{roles.name}: looking for copies by pixels")
+    on_progress(f"{roles.name}: searching copies by pixels")
     found: dict[str, CopySearch | None] = {"pixels": search(spaces.pixels)}
-    on_progress(f"{roles.name}: looking for copies by features")
+    on_progress(f"{roles.name}: searching copies by features")
     features = spaces.features
     found["features"] = search(features) if features else None
     if features is None:
         notes.append(
-            "The images have no classes to train the reference extractor on: copies were not looked for by features."
+            "The images have no classes to train the reference extractor on: copies were not "
+            "searched by features."
         )
     elif features.fitted:
         notes.append(
             "The features are of a classifier that was trained on this hospital's training images."
         )
-    on_progress(f"{roles.name}: training the embedding and looking for copies by it")
+    on_progress(f"{roles.name}: training the embedding and searching copies by it")
     found["embedding"] = search(spaces.embedding)
     for space, result in found.items():
         if result and not result.positive["passed"]:
             notes.append(
-                f"Blind: by {space} the planted copies were not found as they should be, so that finding few proves little."
+                f"Insensitive: by {space} the planted copies were not found as required, "
+                "so few copies prove little."
             )
     return found
 
@@ -286,23 +307,26 @@ def _projection(
     found = measure_projection(audited, roles, audit)
     if found is None:
         notes.append(
-            "No image was projected: none was asked for, or the generator has no latent space that can be searched."
+            "No image was projected: none was requested, or the generator has no searchable latent "
+            "space."
         )
     return found
 
 
 def _controls(searches: dict[str, CopySearch | None], membership: Membership) -> dict[str, Any]:
-    """Both controls of one hospital, each with `passed`, and a `reason` where it did not.
+    """Both controls of one hospital, each with `passed`, and a `reason` if it failed.
 
-    Positive: a space sees planted copies, and the distance attack finds planted members. Negative: no space that sees takes
-    held-out images for copies, and no attack finds members when held-out images play the synthetic set.
+    Positive: a space finds planted copies, and the distance attack finds planted members. Negative:
+    no sensitive space calls held-out images copies, and no attack finds members when held-out
+    images replace the synthetic set.
     """
     positive = {space: search.positive for space, search in searches.items() if search}
     negative = {space: search.negative for space, search in searches.items() if search}
     sensitive = [space for space, control in positive.items() if control["passed"]]
-    caught, quiet = bool(sensitive), all(negative[space]["passed"] for space in sensitive)
+    detected = bool(sensitive)
+    no_false_alarm = all(negative[space]["passed"] for space in sensitive)
     reasons = {
-        "positive": [] if caught else ["no space finds the planted copies"],
+        "positive": [] if detected else ["no space finds the planted copies"],
         "negative": [
             f"by {space} {negative[space]['reason']}"
             for space in sensitive
@@ -311,36 +335,36 @@ def _controls(searches: dict[str, CopySearch | None], membership: Membership) ->
     }
     parts = {
         "positive": (
-            {space: _plain(control) for space, control in positive.items()},
+            {space: _without_none(control) for space, control in positive.items()},
             membership.positive,
-            caught,
+            detected,
         ),
         "negative": (
-            {space: _plain(control) for space, control in negative.items()},
+            {space: _without_none(control) for space, control in negative.items()},
             membership.negative,
-            quiet,
+            no_false_alarm,
         ),
     }
     found = {}
-    for name, (copies, attack, good) in parts.items():
-        why = [*reasons[name], *([attack["reason"]] if "reason" in attack else [])]
-        reason = {"reason": "; ".join(why)} if why else {}
+    for name, (copies, attack, copies_passed) in parts.items():
+        failures = [*reasons[name], *([attack["reason"]] if "reason" in attack else [])]
+        reason = {"reason": "; ".join(failures)} if failures else {}
         found[name] = {
             "copies": copies,
             "membership": attack,
             "sensitive": sensitive,
-            "passed": good and attack["passed"],
+            "passed": copies_passed and attack["passed"],
             **reason,
         }
     return found
 
 
-def _plain(control: dict[str, Any]) -> dict[str, Any]:
+def _without_none(control: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in control.items() if value is not None}
 
 
 def _unmeasured(hospital: HospitalData, note: str) -> dict[str, Any]:
-    """The entry of a hospital that cannot be audited: every figure is null, and a note says why."""
+    """The entry of a hospital that cannot be audited: all figures null, and a note."""
     return {
         "name": hospital.name,
         "members": len(hospital.train),

@@ -1,4 +1,4 @@
-"""Copies in one space: what was found, whether the search would have found planted copies, and the pairs to look at."""
+"""Copy search in one space, with its controls and a picture of the nearest pairs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from fedgan.audit.attacks.copies import CopyFindings, find_copies
 from fedgan.audit.attacks.copy_controls import (
-    LEAST_AUC,
+    MIN_AUC,
     Recovery,
     negative_control,
     plant_copies,
@@ -25,13 +25,13 @@ from fedgan.evaluation.grids import draw_grid
 from fedgan.evaluation.metrics.intervals import Interval, wilson_interval
 
 PLANTED_SHARE = 0.3
-PRIVATE = ("pairs", "distances", "rows")  # of single patients: they stay in the hospital
-COLUMNS = 8  # pairs in a row of the picture
+PRIVATE = ("pairs", "distances", "rows")  # of single patients: stay in the hospital
+COLUMNS = 8  # pairs per row of the picture
 
 
 @dataclass(frozen=True)
 class Planted:
-    """A set that leaks: `images` (S, C, H, W) with planted copies; `flags` (S,): which; `rows` (S,): of which training row."""
+    """A set that leaks: `images` (S, C, H, W), planted `flags` (S,), training `rows` (S,)."""
 
     images: np.ndarray
     flags: np.ndarray
@@ -44,7 +44,7 @@ class Planted:
 
 
 def plant(images: np.ndarray, train: ImageDataset, seed: int) -> Planted:
-    """Replace three in ten `images` by training images that are moved, mirrored and noised a little."""
+    """Replace 30 % of `images` by training images that are slightly moved, mirrored and noised."""
     return Planted(
         *plant_copies(images, train.images, PLANTED_SHARE, np.random.default_rng([seed, 13]))
     )
@@ -52,7 +52,7 @@ def plant(images: np.ndarray, train: ImageDataset, seed: int) -> Planted:
 
 @dataclass(frozen=True)
 class CopySearch:
-    """One space: `figures` and the controls may leave the hospital, `found` may not."""
+    """Result in one space: `figures` and controls may leave the hospital, `found` may not."""
 
     figures: dict[str, Any]
     positive: dict[str, Any]
@@ -63,8 +63,8 @@ class CopySearch:
 def search_copies(
     space: Space, roles: Roles, synthetic: np.ndarray, seed: int, bootstrap: int
 ) -> CopySearch:
-    """Look for copies of one hospital's training images in one space, with both controls."""
-    training, held = space.rows(roles.train.images), space.rows(roles.held.images)
+    """Search copies of one hospital's training images in one space, with both controls."""
+    training, held = space.rows(roles.train.images), space.rows(roles.held_out.images)
     options: dict[str, Any] = {
         "seed": seed,
         "bootstrap": bootstrap,
@@ -72,42 +72,42 @@ def search_copies(
         "training_groups": roles.train_patients,
     }
     made = space.rows(synthetic)
-    found = find_copies(made, training, held, held_out_groups=roles.held_patients, **options)
+    found = find_copies(made, training, held, held_out_groups=roles.held_out_patients, **options)
     recovery, auc_ci = _recovery(space, roles, training, held, options)
     negative = negative_control(
-        training, held, seed=seed, moves=space.moves, held_out_groups=roles.held_patients
+        training, held, seed=seed, moves=space.moves, held_out_groups=roles.held_out_patients
     )
     positive = dataclasses.asdict(recovery) | {"auc_ci": auc_ci}
     if not recovery.passed:
         positive["reason"] = (
-            f"planted copies are found with an AUC of {recovery.auc:.3f} ({LEAST_AUC} is needed) and as a share of "
-            f"{recovery.found_share:.3f}, {recovery.found_ci[0]:.3f} to {recovery.found_ci[1]:.3f}, where it is "
-            f"{recovery.planted_share:.3f}"
+            f"planted copies are found with an AUC of {recovery.auc:.3f} ({MIN_AUC} is needed) and "
+            f"as a share of {recovery.found_share:.3f}, {recovery.found_ci[0]:.3f} to "
+            f"{recovery.found_ci[1]:.3f}, where it is {recovery.planted_share:.3f}"
         )
-    refused = dataclasses.asdict(negative)
+    negative_figures = dataclasses.asdict(negative)
     if not negative.passed:
-        refused["reason"] = (
+        negative_figures["reason"] = (
             f"held-out images are taken for copies in {1 - negative.covered:.0%} of the splits"
         )
     figures = _figures(found, space) | (
-        _both_ways(space, made, training, held, found.threshold, seed) if not space.fitted else {}
+        _near_shares(space, made, training, held, found.threshold, seed) if not space.fitted else {}
     )
-    return CopySearch(figures, positive, refused, found)
+    return CopySearch(figures, positive, negative_figures, found)
 
 
 def _recovery(
     space: Space, roles: Roles, training: np.ndarray, held: np.ndarray, options: dict[str, Any]
 ) -> tuple[Recovery, Interval]:
-    """Are copies found that are planted in one half of the held-out images, while the other is held out? And the AUC's interval.
+    """Positive control: copies planted in one half of the held-out images; also the AUC's interval.
 
-    Not in the audited generator's images: those may hold copies already, and the control would fail for the very leak that
-    it is there to vouch for.
+    The other half is held out. Not in the audited generator's images: those may contain copies
+    already, and the control would fail because of the very leak that it has to validate.
     """
-    query_half = np.asarray(roles.held.images[roles.query_half])
+    query_half = np.asarray(roles.held_out.images[roles.query_half])
     planted = plant(query_half, roles.train, options["seed"])
     rest = {
         "held_out": held[roles.reference_half],
-        "held_out_groups": roles.held_patients[roles.reference_half],
+        "held_out_groups": roles.held_out_patients[roles.reference_half],
         **options,
     }
     clean = find_copies(held[roles.query_half], training, **rest)
@@ -119,12 +119,12 @@ def _recovery(
         seed=options["seed"],
         bootstrap=options["bootstrap"],
         match=False,
-        non_member_groups=roles.held_patients[roles.query_half][~planted.flags],
+        non_member_groups=roles.held_out_patients[roles.query_half][~planted.flags],
     )
     return recovered(leaking, planted.flags, clean, planted.rows), area.auc_ci
 
 
-def _both_ways(
+def _near_shares(
     space: Space,
     made: np.ndarray,
     training: np.ndarray,
@@ -132,9 +132,10 @@ def _both_ways(
     threshold: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Shares of the synthetic images within the threshold of a training image, and of a held-out one, among as many of each.
+    """Shares of synthetic images within the threshold of a training and of a held-out image.
 
-    A blurred or typical image is near to both; a copy is near to the one that it copies. Wilson's intervals.
+    Among equally many of each, with Wilson's intervals. A blurred or typical image is near to both;
+    a copy is near to its source.
     """
     rng, size = np.random.default_rng([seed, 19]), min(len(training), len(held))
     shares = []
@@ -151,20 +152,20 @@ def _both_ways(
 
 
 def _figures(found: CopyFindings, space: Space) -> dict[str, Any]:
-    """The findings without what tells of single patients; a threshold, being one image's distance, only to two digits."""
+    """Findings without figures of single patients; the threshold is rounded to 2 digits."""
     figures = {
         item.name: getattr(found, item.name)
         for item in dataclasses.fields(found)
         if item.name not in PRIVATE
     }
     figures["threshold"] = float(f"{found.threshold:.2g}")
-    if space.fitted:  # 0.5 is no neutral point there
+    if space.fitted:  # 0.5 is not neutral there
         figures |= {"closer_share": None, "closer_ci": None}
     return figures
 
 
 def pairs_picture(found: CopyFindings, synthetic: np.ndarray, train: ImageDataset) -> Image.Image:
-    """Synthetic images, each above its nearest training image, nearest first. Shows patients: it stays in the hospital."""
+    """Synthetic images above their nearest training images. Stays in the hospital."""
     texts: list[str] = []
     rows: list[np.ndarray] = []
     for start in range(0, len(found.pairs), COLUMNS):

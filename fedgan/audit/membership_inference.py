@@ -1,7 +1,7 @@
-"""Membership and projection of one hospital: each attack on members, on held-out images in their place, and under controls.
+"""Membership and projection of one hospital: attacks, pseudo-members, controls.
 
-Images are compared by their pixels: features that were fitted to the training images know members from others before
-any generator is asked.
+Images are compared by pixels: features fitted to the training images distinguish members without
+any generator.
 """
 
 from __future__ import annotations
@@ -27,31 +27,27 @@ from fedgan.audit.subject import (
     OnProgress,
     Roles,
     Space,
-    companions_of,
+    companion_images,
 )
 from fedgan.errors import DataError
 from fedgan.evaluation.metrics.intervals import LEVEL
 from fedgan.models.stylegan2.generator import Generator
 
 DENSITY, RATIO = "density", "density ratio"
-CONTROLLED = (
-    DISTANCE,
-    DENSITY,
-    RATIO,
-)  # attacks by synthetic images alone: a leak can be planted in those
-SHADOWS_FOR_RATIO = 4  # with two, an image is in one shadow only and a spread cannot be told
+CONTROLLED = (DISTANCE, DENSITY, RATIO)  # use synthetic images only, so a leak can be planted
+SHADOWS_FOR_RATIO = 4  # with two, an image is in one shadow only, which has no variance
 
-# (points (N, F), synthetic rows (S, F), population rows (R, F)) → scores (N,), higher for a suspected member
+# (points (N, F), synthetic (S, F), population (R, F)) → scores (N,), higher for suspected members
 Attack = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Pixels of the images of each role, a row an image."""
+    """Pixel rows of the images of each role."""
 
     train: np.ndarray
     members: np.ndarray
-    tested: np.ndarray
+    non_members: np.ndarray
     pseudo_members: np.ndarray
     reference: np.ndarray
 
@@ -66,8 +62,8 @@ class Membership:
     notes: list[str]
 
 
-def attacks_of(space: Space) -> dict[str, Attack]:
-    """The attacks that need synthetic images alone, by name."""
+def attack_functions(space: Space) -> dict[str, Attack]:
+    """The attacks that need synthetic images only, by name."""
     return {
         DISTANCE: lambda points, synthetic, _: -nearest(points, synthetic, moves=space.moves)[0],
         DENSITY: lambda points, synthetic, population: density_scores(
@@ -77,15 +73,15 @@ def attacks_of(space: Space) -> dict[str, Attack]:
     }
 
 
-def rows_of(space: Space, roles: Roles) -> Rows:
+def role_rows(space: Space, roles: Roles) -> Rows:
     """Rows of all roles in `space`."""
-    train, held = space.rows(roles.train.images), space.rows(roles.held.images)
+    train, held_out = space.rows(roles.train.images), space.rows(roles.held_out.images)
     return Rows(
         train,
         train[roles.members],
-        held[roles.tested],
-        held[roles.pseudo_members],
-        held[roles.reference],
+        held_out[roles.non_members],
+        held_out[roles.pseudo_members],
+        held_out[roles.reference],
     )
 
 
@@ -96,18 +92,22 @@ def measure_membership(
     synthetic: np.ndarray,
     planted: Planted,
     audit: AuditSettings,
-    judged: int,
+    joint_controls: int,
     on_progress: OnProgress,
 ) -> Membership:
-    """All attacks on one hospital. `judged`: negative controls that are judged together, over all hospitals of the audit."""
-    rows, attacks, notes = rows_of(space, roles), attacks_of(space), []
+    """All attacks on one hospital.
+
+    `joint_controls`: number of negative controls tested together, over all hospitals of the audit.
+    """
+    rows, attacks, notes = role_rows(space, roles), attack_functions(space), []
     made, leaked = space.rows(synthetic), space.rows(planted.images)
     positive = _positive(attacks, rows, leaked, planted, audit)
-    negative = _negative(attacks, rows, roles, audit, judged)
+    negative = _negative(attacks, rows, roles, audit, joint_controls)
     found = []
     if audited.discriminator is None:
         notes.append(
-            "The discriminator stays in the hospitals and is not in the checkpoint: it was not attacked."
+            "The discriminator stays in the hospitals and is not in the checkpoint: "
+            "it was not attacked."
         )
     else:
         by_d = _by_discriminator(audited, roles)
@@ -115,7 +115,7 @@ def measure_membership(
     scores = {
         name: tuple(
             attack(points, made, rows.reference)
-            for points in (rows.members, rows.tested, rows.pseudo_members)
+            for points in (rows.members, rows.non_members, rows.pseudo_members)
         )
         for name, attack in attacks.items()
     }
@@ -124,8 +124,11 @@ def measure_membership(
         leak = positive["attacks"][name]["auc"]
         row |= {"leak_auc": leak, "detects_leak": leak >= LEAK_AUC}
         if not row["detects_leak"]:
-            blind = f"it finds planted members with an AUC of {leak:.2f} only, so that chance here proves little"
-            row["note"] = "; ".join(part for part in (row["note"], blind) if part)
+            insensitive = (
+                f"insensitive: it finds planted members with an AUC of {leak:.2f} only, "
+                "so a result at chance proves little"
+            )
+            row["note"] = "; ".join(part for part in (row["note"], insensitive) if part)
         found.append(row)
     if audit.shadows:
         shadows = train_shadows(audited, roles, space, audit, on_progress)
@@ -139,14 +142,20 @@ def measure_membership(
 def measure_projection(
     audited: AuditedModel, roles: Roles, audit: AuditSettings
 ) -> dict[str, Any] | None:
-    """The gap between members and held-out images, and between halves of those; None where nothing can be projected."""
+    """The gap between members and held-out images, and between halves of those.
+
+    None where nothing can be projected.
+    """
     if not isinstance(audited.generator, Generator) or min(audit.projected, len(roles.members)) < 2:
         return None
     rng = np.random.default_rng([audit.seed, 17])
-    count = min(audit.projected, len(roles.members), len(roles.tested) + len(roles.pseudo_members))
-    held = np.sort(rng.permutation(np.concatenate([roles.tested, roles.pseudo_members]))[:count])
+    count = min(
+        audit.projected, len(roles.members), len(roles.non_members) + len(roles.pseudo_members)
+    )
+    candidates = np.concatenate([roles.non_members, roles.pseudo_members])
+    held_out = np.sort(rng.permutation(candidates)[:count])
     trained = np.sort(rng.permutation(roles.members)[:count])
-    sides = roles.train.take(trained), roles.held.take(held)
+    sides = roles.train.take(trained), roles.held_out.take(held_out)
     options: dict[str, Any] = {
         "steps": audit.projection_steps,
         "device": audited.device,
@@ -155,7 +164,7 @@ def measure_projection(
     near, far = (
         project(audited.generator, side.images, side.labels, **options)[0] for side in sides
     )
-    patients = roles.train_patients[trained], roles.held_patients[held]
+    patients = roles.train_patients[trained], roles.held_out_patients[held_out]
     gap = projection_gap(
         near,
         far,
@@ -178,27 +187,30 @@ def measure_projection(
     return {**dataclasses.asdict(gap), **null, "steps": audit.projection_steps}
 
 
-# --- one attack --------------------------------------------------------------------------------------
+# --- one attack ---------------------------------------------------------------------------------
 
 
 def _row(
     name: str, scores: tuple[np.ndarray, ...], roles: Roles, audit: AuditSettings
 ) -> dict[str, Any]:
-    """One attack's entry of audit.json. `scores`: of members, of those tested, and of those that pose as members."""
-    members, tested, pseudo_members = scores
+    """One attack's entry of audit.json.
+
+    `scores`: of members, non-members and pseudo-members.
+    """
+    members, non_members, pseudo_members = scores
     own, null = (
         score_attack(
             name,
             side,
-            tested,
+            non_members,
             seed=audit.seed,
             bootstrap=audit.bootstrap,
             member_groups=groups,
-            non_member_groups=roles.held_patients[roles.tested],
+            non_member_groups=roles.held_out_patients[roles.non_members],
         )
         for side, groups in (
             (members, roles.train_patients[roles.members]),
-            (pseudo_members, roles.held_patients[roles.pseudo_members]),
+            (pseudo_members, roles.held_out_patients[roles.pseudo_members]),
         )
     )
     beside = {
@@ -216,10 +228,10 @@ def _by_discriminator(audited: AuditedModel, roles: Roles) -> tuple[np.ndarray, 
     assert audited.discriminator is not None
     sides = (
         roles.train.take(roles.members),
-        roles.held.take(roles.tested),
-        roles.held.take(roles.pseudo_members),
+        roles.held_out.take(roles.non_members),
+        roles.held_out.take(roles.pseudo_members),
     )
-    companions = companions_of(roles, audited.settings.model.minibatch_std_group)
+    companions = companion_images(roles, audited.settings.model.minibatch_std_group)
     return tuple(
         discriminator_scores(
             audited.discriminator, side.images, side.labels, audited.device, companions=companions
@@ -231,8 +243,8 @@ def _by_discriminator(audited: AuditedModel, roles: Roles) -> tuple[np.ndarray, 
 def _calibrated(
     target: dict[str, np.ndarray], shadows: ShadowScores, roles: Roles, audit: AuditSettings
 ) -> list[dict[str, Any]]:
-    """The entries of the attacks that ask shadow models how easy an image is."""
-    ends = np.cumsum([len(roles.members), len(roles.tested)])
+    """The entries of the attacks calibrated by shadow models."""
+    ends = np.cumsum([len(roles.members), len(roles.non_members)])
     found = []
     for name, scores in target.items():
         kinds = {
@@ -245,13 +257,16 @@ def _calibrated(
             kinds[f"{name}, likelihood ratio of shadows"] = ratios
         for kind, values in kinds.items():
             row = _row(kind, tuple(np.split(values, ends)), roles, audit)
-            trained = f"{len(shadows.inside)} shadow models of {audit.shadow_kimg:g} kimg each, each with half of the images"
+            trained = (
+                f"{len(shadows.inside)} shadow models of {audit.shadow_kimg:g} kimg each, "
+                "each with half of the images"
+            )
             row["note"] = "; ".join(part for part in (trained, row["note"]) if part)
             found.append(row)
     return found
 
 
-# --- controls ----------------------------------------------------------------------------------------
+# --- controls -----------------------------------------------------------------------------------
 
 
 def _positive(
@@ -261,12 +276,12 @@ def _positive(
     planted: Planted,
     audit: AuditSettings,
 ) -> dict[str, Any]:
-    """Members that were planted among the synthetic images against images that were not: the distance must find them."""
+    """Positive control: planted members against non-members; the distance attack must find them."""
     found: dict[str, dict[str, Any]] = {}
     for name, attack in attacks.items():
         scores = (
             attack(points, leaked, rows.reference)
-            for points in (rows.train[planted.sources], rows.tested)
+            for points in (rows.train[planted.sources], rows.non_members)
         )
         result = score_attack(
             name, *scores, seed=audit.seed, bootstrap=audit.bootstrap, match=False
@@ -283,28 +298,29 @@ def _positive(
         {}
         if passed
         else {
-            "reason": f"the distance finds planted members with an AUC of {auc:.3f}, {LEAK_AUC} is needed"
+            "reason": f"the distance finds planted members with an AUC of {auc:.3f}, "
+            f"{LEAK_AUC} is needed"
         }
     )
     return {"attacks": found, "passed": passed, **reason}
 
 
 def _negative(
-    attacks: dict[str, Attack], rows: Rows, roles: Roles, audit: AuditSettings, judged: int
+    attacks: dict[str, Attack], rows: Rows, roles: Roles, audit: AuditSettings, joint_controls: int
 ) -> dict[str, Any]:
-    """Held-out images play the synthetic set, which then cannot leak: every attack must be at chance.
+    """Negative control: held-out images replace the synthetic set; attacks must be at chance.
 
-    It would not be if members and non-members were not drawn alike (another year, another scanner), and no figure on them
-    would be evidence then (arXiv 2406.16201). Intervals have the level 1 - 0.05 / `judged`, so that one audit in
-    twenty at most fails where nothing is wrong.
+    It fails where members and non-members differ in distribution (another year, another scanner);
+    figures on them would be no evidence (arXiv 2406.16201). Intervals have the level 1 - 0.05 /
+    `joint_controls` (Bonferroni), so at most one audit in twenty fails without a cause.
     """
-    level = 1 - (1 - LEVEL) / judged
+    level = 1 - (1 - LEVEL) / joint_controls
     found: dict[str, dict[str, Any]] = {}
     reasons = []
     for name, attack in attacks.items():
         scores = (
             attack(points, rows.reference, rows.pseudo_members)
-            for points in (rows.members, rows.tested)
+            for points in (rows.members, rows.non_members)
         )
         result = score_attack(
             name,
@@ -313,7 +329,7 @@ def _negative(
             bootstrap=audit.bootstrap,
             level=level,
             member_groups=roles.train_patients[roles.members],
-            non_member_groups=roles.held_patients[roles.tested],
+            non_member_groups=roles.held_out_patients[roles.non_members],
         )
         found[name] = {
             "auc": result.auc,
@@ -323,7 +339,8 @@ def _negative(
         }
         if not result.auc_ci[0] <= 0.5 <= result.auc_ci[1]:
             reasons.append(
-                f"by {name} training and held-out images differ without any generator (AUC {result.auc:.3f})"
+                f"by {name} training and held-out images differ without any generator "
+                f"(AUC {result.auc:.3f})"
             )
     return {
         "attacks": found,

@@ -1,13 +1,13 @@
-"""The release filter: synthetic images that lie too near to a training image are dropped and drawn again.
+"""Release filter: synthetic images too near to a training image are dropped and redrawn.
 
-Distances are of pixels (averaged down to 32 a side, mirrored and moved by a pixel): that space is fitted to nothing, so
-that dropping tells as little as possible of the real images, and it finds planted copies where the features of a
-classifier do not. The threshold of each hospital is the distance that only the closest 1 % of its held-out images come
-within: of a generator that copies nothing about that share is dropped, too. A copy that was turned or drawn otherwise passes this
-filter; the audit looks for those as well.
+Distances are of pixels (averaged down to 32 per side, mirrored, moved by one pixel): this space is
+fitted to nothing, so dropping reveals as little as possible about the real images, and it finds
+planted copies where class features do not. The threshold of each hospital is the distance of the
+closest 1 % of its held-out images: a generator that copies nothing loses about this share, too.
+Rotated or redrawn copies pass this filter; the audit searches those as well.
 
-What is dropped depends on private images without noise: a set that was filtered so is no longer mere post-processing of a
-private model, and its epsilon does not cover it.
+Dropping depends on private images without noise: a filtered set is no longer mere post-processing
+of a private model, and its epsilon does not cover it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from fedgan.config import Settings
 from fedgan.data.dataset import HospitalData, ImageDataset
 from fedgan.errors import ConfigError, DataError, FedganError
 from fedgan.evaluation.evaluate import MIN_TEST_IMAGES, synthetic_only
-from fedgan.evaluation.reference import RealReference, merged
+from fedgan.evaluation.reference import OnProgress, RealReference, merged
 
 PERCENTILE = 1.0  # of the held-out images' distances
-MOST_DRAWS = 20  # drawings of one image, the first one counted: a generator that copies so often cannot be released so
+MAX_DRAWS = 20  # of one image, including the first: a generator that always copies is refused
 
-# (label vectors (n, K), seed, their places (n,) in the set) → images (n, C, H, W) uint8
+# (label vectors (n, K), seed, positions (n,) in the set) → images (n, C, H, W) uint8
 Draw = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class DistanceThreshold:
-    """One hospital's training images in pixel space, and the distance within which nothing is released. Private."""
+    """One hospital's training images in pixel space and the distance of release. Private."""
 
     hospital: str
     space: Space
@@ -44,7 +44,7 @@ class DistanceThreshold:
     threshold: float
 
     def within(self, rows: np.ndarray) -> np.ndarray:
-        """Which rows (n, F) lie at the threshold or nearer to a training image, (n,) bool."""
+        """Whether each row (n, F) is at most `threshold` from a training image, (n,) bool."""
         near: np.ndarray = nearest(rows, self.training, moves=self.space.moves)[0] <= self.threshold
         return near
 
@@ -52,30 +52,31 @@ class DistanceThreshold:
 def distance_thresholds(
     hospitals: Sequence[HospitalData], percentile: float = PERCENTILE
 ) -> list[DistanceThreshold]:
-    """A fence a hospital. Raises `DataError` for a hospital without held-out images: it has nothing to measure by."""
+    """One threshold per hospital. Raises `DataError` for a hospital without held-out images."""
     thresholds = []
     for hospital in hospitals:
         if not held_out_count(hospital):
             raise DataError(
-                f"hospital '{hospital.name}' has no held-out image, so no distance can be called too near: "
-                "import it with a validation or a test split"
+                f"hospital '{hospital.name}' has no held-out image to derive a distance threshold "
+                "from: import it with a validation or a test split"
             )
         space = pixel_space(hospital.train.images.shape[1:])
         training = space.rows(hospital.train.images)
-        held = np.concatenate(
+        held_out = np.concatenate(
             [space.rows(part.images) for part in (hospital.val, hospital.test) if len(part)]
         )
-        threshold = release_threshold(training, held, percentile, moves=space.moves)
+        threshold = release_threshold(training, held_out, percentile, moves=space.moves)
         thresholds.append(DistanceThreshold(hospital.name, space, training, threshold))
     return thresholds
 
 
 @dataclass
 class ReleaseFilter:
-    """Draws images that lie outside all fences, and counts what it drops.
+    """Draws images outside all distance thresholds, and counts what it drops.
 
-    `drawn`: images drawn in all; `dropped`: of those, how many each hospital's fence kept back (one image may count for
-    several); `redrawn`: places of the set whose first image was dropped.
+    `drawn`: images drawn in total; `dropped`: of these, the number within each hospital's threshold
+    (one image may count for several); `redrawn`: positions of the set whose first image was
+    dropped.
     """
 
     thresholds: Sequence[DistanceThreshold]
@@ -86,77 +87,78 @@ class ReleaseFilter:
     dropped: dict[str, int] = field(default_factory=dict)
 
     def images(
-        self, labels: np.ndarray, places: np.ndarray
+        self, labels: np.ndarray, positions: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """→ images (n, C, H, W) for labels (n, K) at places (n,) of the set, the seed (n,) of each, and the first images.
+        """Images (n, C, H, W) for labels (n, K) at positions (n,), seeds (n,), first images.
 
-        An image is drawn again with the same labels and another seed until it lies outside. Raises `FedganError` for a
-        place that 20 drawings did not fill.
+        An image is redrawn with the same labels and another seed until it is outside. Raises
+        `FedganError` for a position that 20 draws do not fill.
         """
-        first = self.draw(labels, self.seed, places)
+        first = self.draw(labels, self.seed, positions)
         images, seeds = first, np.full(len(labels), self.seed, np.int64)
-        wanting = self._near(first)
-        self.redrawn += len(wanting)
-        if len(wanting):
+        near = self._near(first)
+        self.redrawn += len(near)
+        if len(near):
             images = first.copy()
-        for attempt in range(1, MOST_DRAWS):
-            if not len(wanting):
+        for attempt in range(1, MAX_DRAWS):
+            if not len(near):
                 break
             seed = redraw_seed(self.seed, attempt)
-            images[wanting], seeds[wanting] = (
-                self.draw(labels[wanting], seed, places[wanting]),
-                seed,
-            )
-            wanting = wanting[self._near(images[wanting])]
-        if len(wanting):
+            images[near] = self.draw(labels[near], seed, positions[near])
+            seeds[near] = seed
+            near = near[self._near(images[near])]
+        if len(near):
             raise FedganError(
-                f"{len(wanting)} of {len(labels)} images came too near to a training image {MOST_DRAWS} times in a row: this "
-                "generator copies; look at fedgan audit, raise --psi, or release an earlier round"
+                f"{len(near)} of {len(labels)} images came too near to a training image "
+                f"{MAX_DRAWS} times in a row: this generator copies; check fedgan audit, raise "
+                "--psi, or release an earlier round"
             )
         return images, seeds, first
 
     def _near(self, images: np.ndarray) -> np.ndarray:
-        """Numbers of the images that lie within a fence; all are counted as drawn."""
+        """Rows of the images within a threshold; counts all images as drawn."""
         self.drawn += len(images)
         near = np.zeros(len(images), bool)
-        for fence in self.thresholds:
-            within = fence.within(fence.space.rows(images))
-            self.dropped[fence.hospital] = self.dropped.get(fence.hospital, 0) + int(within.sum())
+        for threshold in self.thresholds:
+            within = threshold.within(threshold.space.rows(images))
+            count = self.dropped.get(threshold.hospital, 0) + int(within.sum())
+            self.dropped[threshold.hospital] = count
             near |= within
         return np.flatnonzero(near)
 
 
 def redraw_seed(seed: int, attempt: int) -> int:
-    """The seed of the latents of drawing number `attempt`; `fedgan generate --seed` takes it as well."""
+    """Seed of the latents of draw number `attempt`, also usable as `fedgan generate --seed`."""
     return int(np.random.SeedSequence([seed, attempt]).generate_state(1, np.uint32)[0])
 
 
 def check_release_filter(settings: Settings) -> None:
-    """Raise `ConfigError` where the filter would void the guarantee that the training gave."""
+    """Raise `ConfigError` where the filter would void the privacy guarantee of the training."""
     if settings.privacy.on and settings.privacy.noise_multiplier != 0:
         raise ConfigError(
-            "--release-filter looks at private images without noise, so that the set would no longer be covered by the epsilon of "
-            "this run (privacy.* is on): release without it, or state no epsilon"
+            "--release-filter reads private images without noise, so the set would no longer be "
+            "covered by the epsilon of this run (privacy.* is on): release without it, or state no "
+            "epsilon"
         )
 
 
-# --- utility, measured again -------------------------------------------------------------------------
+# --- utility ------------------------------------------------------------------------------------
 
 
 def utility_before_and_after(
     reference: RealReference,
     before: ImageDataset,
     after: ImageDataset,
-    on_progress: Callable[[str], None] = lambda text: None,
+    on_progress: OnProgress = lambda text: None,
 ) -> dict[str, Any] | None:
-    """Macro AUC of classifiers trained on each set alone and tested on real images, by the run's evaluator.
+    """Macro AUC of classifiers trained on each set and tested on real images (TSTR).
 
-    {"images", "seeds", "classifier", "unfiltered": {macro_auc, macro_auc_ci}, "filtered": the same}; None where there are no
-    classes or too few real test images.
+    {"images", "seeds", "classifier", "test_images", "unfiltered": {macro_auc, macro_auc_ci},
+    "filtered": the same}; None without classes or with too few real test images.
     """
     if not reference.has_classes or len(reference.test) < MIN_TEST_IMAGES:
         return None
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "images": len(after),
         "seeds": reference.settings.seeds,
         "classifier": reference.classifier_name,
@@ -166,14 +168,14 @@ def utility_before_and_after(
         on_progress(f"training classifiers on the {name} images")
         scores, _ = synthetic_only(reference, merged(made, reference.settings.label_map))
         figures = reference.utility(scores, institutions=False)
-        found[name] = {key: figures[key] for key in ("macro_auc", "macro_auc_ci")}
-    return found
+        result[name] = {key: figures[key] for key in ("macro_auc", "macro_auc_ci")}
+    return result
 
 
 def in_chunks(
     release_filter: ReleaseFilter, labels: np.ndarray, chunk: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
-    """(number of the first, images, seeds, first images) of `chunk` places after `chunk` places."""
+    """(first position, images, seeds, first images) of `chunk` positions at a time."""
     for start in range(0, len(labels), chunk):
-        places = np.arange(start, min(start + chunk, len(labels)))
-        yield (start, *release_filter.images(labels[places], places))
+        positions = np.arange(start, min(start + chunk, len(labels)))
+        yield (start, *release_filter.images(labels[positions], positions))

@@ -1,41 +1,42 @@
-"""When a figure of an audit stands out from the same figure for held-out images: one rule for command, page and cards.
+"""Rules for figures of an audit that exceed those of held-out images; the format of audit.json.
 
-numpy and scipy only: a page is written without torch.
-
-A figure is a pair of its value and its interval. What was not measured is None, and then it excuses nothing.
+Shared by the command, the report and the cards; needs numpy and scipy only, because a report is
+written without torch. A figure is a pair of value and interval, None where it was not measured.
 """
 
 from __future__ import annotations
 
 from fedgan.evaluation.metrics.intervals import Interval, newcombe_interval
 
-CHANCE = 0.5  # of an area under the curve
-FEW_PATIENTS = 60  # held-out ones: with fewer than about twenty on a side the bootstrap's intervals are too narrow
+FORMAT = "fedgan-audit-2"
+CHANCE = 0.5  # AUC of a random score
+FEW_PATIENTS = 60  # held-out: with fewer than about 20 per side bootstrap intervals are too narrow
 Measured = tuple[float, Interval]
 
 
 def above(figure: Measured, other: Measured) -> bool:
-    """Whether `figure` lies above `other` by more than both intervals allow (Newcombe 1998, method 10)."""
+    """Whether `figure` exceeds `other` significantly (Newcombe 1998, method 10)."""
     return newcombe_interval(*figure, *other)[0] > 0
 
 
 def copies_stand_out(
     excess_ci: Interval, near_training: Measured | None, near_held_out: Measured | None
 ) -> bool:
-    """Whether more synthetic than held-out images are as near as copies, and nearer to training than to other images.
+    """Whether synthetic images are copies: more than held-out ones, and nearer to training images.
 
-    Images that are blurred or typical are near to every real image and copy none: `near_training` and `near_held_out` are the
-    shares of synthetic images that are near to a training image, and to a held-out one, among as many of each.
+    Blurred or typical images are near to all real images and copy none. `near_training` and
+    `near_held_out`: shares of synthetic images near to a training image, and to a held-out one,
+    among equally many of each.
     """
     favours = near_training is None or near_held_out is None or above(near_training, near_held_out)
     return excess_ci[0] > 0 and favours
 
 
 def attack_stands_out(auc: Measured, null: Measured | None) -> bool:
-    """Whether an attack's area is above chance and above that of held-out images in the place of members."""
+    """Whether an attack's AUC exceeds chance and that of held-out images as pseudo-members."""
     return auc[1][0] > CHANCE and (null is None or above(auc, null))
 
 
 def projection_stands_out(gap_ci: Interval, auc_ci: Interval) -> bool:
-    """Whether training images are drawn more exactly than held-out ones, by the mean and by the ranks."""
+    """Whether training images are projected more exactly than held-out ones, mean and ranks."""
     return gap_ci[0] > 0 and auc_ci[0] > CHANCE

@@ -1,7 +1,7 @@
-"""Shadow models of one hospital: the run's own training, shortened, on random halves of its images.
+"""Shadow models of one hospital: the run's training, shortened, on random halves of its images.
 
-A shadow that never saw an image tells how high that image scores by itself. Shadows are fitted to real images: they live
-in memory, inside the hospital, and are gone when they have scored.
+The score of a shadow that was not trained on an image measures how easy the image is. Shadows are
+fitted to real images: they stay in memory inside the hospital and are discarded after scoring.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 
 from fedgan.audit.attacks.logan import discriminator_scores
 from fedgan.audit.attacks.nearest import nearest
-from fedgan.audit.attacks.shadow import deal_shadows
+from fedgan.audit.attacks.shadow import assign_shadows
 from fedgan.audit.subject import (
     AuditedModel,
     AuditSettings,
     OnProgress,
     Roles,
     Space,
-    companions_of,
+    companion_images,
 )
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset, pool
@@ -35,7 +35,10 @@ DISCRIMINATOR, DISTANCE = "discriminator", "distance"
 
 @dataclass(frozen=True)
 class ShadowScores:
-    """`scores`: for each attack (J, N) of J shadows on members, tested and posing images; `inside` (J, N): who was trained on."""
+    """Scores of J shadows on N images: members, non-members, pseudo-members.
+
+    `scores`: (J, N) per attack; `inside` (J, N): whether the shadow was trained on the image.
+    """
 
     scores: dict[str, np.ndarray]
     inside: np.ndarray
@@ -44,23 +47,25 @@ class ShadowScores:
 def train_shadows(
     audited: AuditedModel, roles: Roles, space: Space, audit: AuditSettings, on_progress: OnProgress
 ) -> ShadowScores:
-    """Train `audit.shadows` shadows, each on half of the hospital's patients, and let each score the images that are judged.
+    """Train `audit.shadows` shadows, each on half of the hospital's patients, and score the images.
 
-    The reference images are in none of them. Shadows begin from scratch, also where the run had a warm start.
+    The reference images are in no shadow. Shadows start from scratch, also where the run had a warm
+    start.
     """
-    judged_held = np.concatenate([roles.tested, roles.pseudo_members])
-    everybody = pool([roles.train, roles.held.take(judged_held)], roles.name)
+    held_out = np.concatenate([roles.non_members, roles.pseudo_members])
+    images = pool([roles.train, roles.held_out.take(held_out)], roles.name)
     patients = np.concatenate(
-        [roles.train_patients, roles.held_patients[judged_held] + roles.train_patients.max() + 1]
+        [roles.train_patients, roles.held_out_patients[held_out] + roles.train_patients.max() + 1]
     )
-    inside = deal_shadows(len(everybody), audit.shadows, audit.seed, patients)
-    judged = np.concatenate([roles.members, len(roles.train) + np.arange(len(judged_held))])
-    part, points = everybody.take(judged), space.rows(everybody.take(judged).images)
-    companions = companions_of(roles, audited.settings.model.minibatch_std_group)
+    inside = assign_shadows(len(images), audit.shadows, audit.seed, patients)
+    scored = np.concatenate([roles.members, len(roles.train) + np.arange(len(held_out))])
+    part = images.take(scored)
+    points = space.rows(part.images)
+    companions = companion_images(roles, audited.settings.model.minibatch_std_group)
     scores: dict[str, list[np.ndarray]] = {DISCRIMINATOR: [], DISTANCE: []}
     for number, chosen in enumerate(inside):
         on_progress(f"{roles.name}: training shadow {number + 1} of {audit.shadows}")
-        shadow = _train(audited, everybody.take(np.flatnonzero(chosen)), audit, number)
+        shadow = _train(audited, images.take(np.flatnonzero(chosen)), audit, number)
         scores[DISCRIMINATOR].append(
             discriminator_scores(
                 shadow.parts["discriminator"],
@@ -71,19 +76,19 @@ def train_shadows(
             )
         )
         labels = synthetic_labels(roles.train.labels, audit.images, audit.seed)
-        images = generate_images(shadow.ema, labels, audit.seed, audit.psi, device=audited.device)
-        scores[DISTANCE].append(-nearest(points, space.rows(images), moves=space.moves)[0])
+        made = generate_images(shadow.ema, labels, audit.seed, audit.psi, device=audited.device)
+        scores[DISTANCE].append(-nearest(points, space.rows(made), moves=space.moves)[0])
     return ShadowScores(
-        {name: np.stack(values) for name, values in scores.items()}, inside[:, judged]
+        {name: np.stack(values) for name, values in scores.items()}, inside[:, scored]
     )
 
 
 def _train(
     audited: AuditedModel, dataset: ImageDataset, audit: AuditSettings, number: int
 ) -> Trainer:
-    """One shadow. Where the run was private the shadow is, too; its steps go to a ledger that is thrown away with it.
+    """One shadow; private if the run was private, with a temporary ledger.
 
-    That is right because nothing of a shadow leaves the audit but its share in figures, which no ledger covers anyway.
+    Only the shadow's share in figures leaves the audit, and no ledger covers those.
     """
     settings = shadow_settings(audited.settings, audit, number)
     images = round(audit.shadow_kimg * 1000)
@@ -98,7 +103,7 @@ def _train(
 
 
 def shadow_settings(settings: Settings, audit: AuditSettings, number: int) -> Settings:
-    """The run's settings with another seed, no warm start and no budget that an earlier run has spent."""
+    """The run's settings with another seed, no warm start and no spent privacy budget."""
     return dataclasses.replace(
         settings,
         seed=settings.seed + 1000 + audit.seed + number,

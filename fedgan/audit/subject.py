@@ -1,4 +1,4 @@
-"""What an audit looks at: the model, one hospital's images by their roles, and the spaces in which images are compared."""
+"""Subject of an audit: the model, one hospital's images by role, the spaces of comparison."""
 
 from __future__ import annotations
 
@@ -19,43 +19,40 @@ from fedgan.data.splits import check_disjoint_patients
 from fedgan.errors import FedganError
 from fedgan.evaluation.features import ReferenceExtractor
 from fedgan.evaluation.metrics.bootstrap import clusters
+from fedgan.evaluation.reference import OnProgress as OnProgress
 from fedgan.evaluation.reference import RealReference
 from fedgan.evaluation.sampling import generate_images, synthetic_labels
 from fedgan.models.stylegan2.discriminator import Discriminator
 
-OnProgress = Callable[[str], None]
-FEWEST = (
-    30  # held-out images: with fewer, a threshold that 5 % of them fall below is one image's luck
-)
-FEWEST_PATIENTS = 12  # held-out ones, who are divided into three parts
-PIXEL_SIDE = 32  # larger images are averaged down to this side before their pixels are compared
-MOST_TRAINING = (
-    20_000  # training images of one hospital that are looked up; a seeded sample of more
-)
-BLOCK = 1024  # images in memory at once while their pixels are read
+MIN_IMAGES = 30  # training and held-out: with fewer, the 5 % threshold rests on one image
+MIN_PATIENTS = 12  # held-out, divided into three parts
+PIXEL_SIDE = 32  # side to which larger images are averaged down for pixel distances
+MAX_TRAINING_IMAGES = 20_000  # per hospital; of more, a seeded sample is searched
+BLOCK = 1024  # images per batch of pixel rows
 
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """How thoroughly a run is audited. The same settings give the same numbers, whatever was audited before."""
+    """Settings of an audit. The same settings give the same numbers."""
 
     seed: int = 0
-    images: int = 2000  # synthetic images drawn for each hospital
-    projected: int = 64  # training images, and as many held-out ones, that are projected onto the generator; 0: none
+    images: int = 2000  # synthetic images per hospital
+    projected: int = 64  # training images, and as many held-out ones, to project; 0: none
     projection_steps: int = 100
     embedding_steps: int = 300
-    shadows: int = 0  # shadow models a hospital, an even number; 0: none
-    shadow_kimg: float = 2.0  # real images that each of them is shown, in thousands
+    shadows: int = 0  # shadow models per hospital, an even number; 0: none
+    shadow_kimg: float = 2.0  # images seen by each shadow model, in thousands
     bootstrap: int = 1000
-    psi: float = 1.0  # truncation of the synthetic images: that of the release
+    psi: float = 1.0  # truncation of the synthetic images, as in the release
 
 
 @dataclass(frozen=True)
 class AuditedModel:
-    """The model under audit: the run's settings, its generator, and its discriminator where that travels.
+    """The model under audit: the run's settings, its generator, and its discriminator if exchanged.
 
-    `generator`: anything that `generate_images` draws from; the projection needs fedgan's own `Generator`.
-    `numbers`: by name those of the hospitals that the networks know and tell apart (`model.hospitals`), else empty.
+    `generator`: anything that `generate_images` accepts; the projection needs fedgan's own
+    `Generator`. `numbers`: number by name of the hospitals that the networks are conditioned on
+    (`model.hospitals`).
     """
 
     settings: Settings
@@ -66,9 +63,9 @@ class AuditedModel:
 
     @contextmanager
     def conditioned_on(self, hospital: str) -> Iterator[bool]:
-        """Inside, networks that tell hospitals apart speak of `hospital` alone, which is more of an attack than a mixture is.
+        """Condition the networks on `hospital` alone, a stronger attack than the mixture.
 
-        → whether they do.
+        Yields whether the networks are conditioned on it.
         """
         mappings = [
             getattr(network, "mapping", None) for network in (self.generator, self.discriminator)
@@ -84,28 +81,30 @@ class AuditedModel:
 
 @dataclass(frozen=True)
 class Roles:
-    """One hospital's images by what they do in the audit.
+    """One hospital's images by role in the audit.
 
-    `train`: what the generator may have memorised. `held`: validation and test images, of other patients. Rows of `held`, in
-    three parts of about one size and with no patient in common: `tested` are the non-members, `posing` are held out too and
-    pose as members (the same figure for held-out images), `reference` are neither and serve the attacks that need images of the
-    population. `members`: rows of `train`, as many as there are `tested`. `playing` and `judging`: two halves of `held`, again by
-    patient, for the positive control of copies. `train_patients`, `held_patients`: a number an image, the same for images of one
-    patient.
+    `train`: training images, which the generator may have memorised. `held_out`: validation and
+    test images, of other patients. Rows of `held_out`, in three parts of about equal size without
+    common patients: `non_members`; `pseudo_members`, in the place of members (the same figure for
+    held-out images); `reference`, for attacks that need images of the population. `members`: rows
+    of `train`, as many as `non_members`. `query_half`, `reference_half`: two halves of `held_out`,
+    also by patient, for the positive control of copies. `…_patients`: one number per image, equal
+    for images of one patient. `training_images`: size of the training split, of which `train` is a
+    sample above 20,000 images.
     """
 
     name: str
     train: ImageDataset
-    held: ImageDataset
+    held_out: ImageDataset
     train_patients: np.ndarray
-    held_patients: np.ndarray
+    held_out_patients: np.ndarray
     members: np.ndarray
-    tested: np.ndarray
+    non_members: np.ndarray
     pseudo_members: np.ndarray
     reference: np.ndarray
     query_half: np.ndarray
     reference_half: np.ndarray
-    whole_training: int  # images of the training split, of which `train` is a sample when there are more than 20,000
+    training_images: int
 
 
 def held_out_count(hospital: HospitalData) -> int:
@@ -113,58 +112,67 @@ def held_out_count(hospital: HospitalData) -> int:
     return len(hospital.val) + len(hospital.test)
 
 
-def too_few(hospital: HospitalData) -> str:
-    """Why a hospital has too few images for an audit; empty where it has enough."""
-    held, train = held_out_count(hospital), len(hospital.train)
-    if min(held, train) < FEWEST:
-        return f"{train} training and {held} held-out images are too few to measure anything: {FEWEST} of each are needed."
+def reason_unauditable(hospital: HospitalData) -> str:
+    """Why a hospital has too few images or patients for an audit; empty if it has enough."""
+    held_out, train = held_out_count(hospital), len(hospital.train)
+    if min(held_out, train) < MIN_IMAGES:
+        return (
+            f"{train} training and {held_out} held-out images are too few to measure anything: "
+            f"{MIN_IMAGES} of each are needed."
+        )
     parts = [data for data in (hospital.val, hospital.test) if len(data)]
     patients = sum(
         int(clusters(data.patients, data.institutions, len(data)).max()) + 1 for data in parts
     )
-    if patients < FEWEST_PATIENTS:
-        return f"Held-out images of {patients} patients are too few to divide: {FEWEST_PATIENTS} patients are needed."
+    if patients < MIN_PATIENTS:
+        return (
+            f"Held-out images of {patients} patients are too few to divide: "
+            f"{MIN_PATIENTS} patients are needed."
+        )
     return ""
 
 
-def roles_of(hospital: HospitalData, seed: int) -> Roles:
-    """Deal one hospital's images to their roles by `seed`; it has held-out images.
+def assign_roles(hospital: HospitalData, seed: int) -> Roles:
+    """Assign one hospital's images to their roles by `seed`; it needs held-out images.
 
-    Raises `SplitError` when a patient is both in training and held out: such a figure would be of images that were learnt.
+    Raises `SplitError` for a patient both in training and held out.
     """
     parts = [data for data in (hospital.val, hospital.test) if len(data)]
     check_disjoint_patients(hospital.train, *parts)
-    held = pool(parts, "held out") if len(parts) > 1 else parts[0]
+    held_out = pool(parts, "held out") if len(parts) > 1 else parts[0]
     rng = np.random.default_rng([seed, 11])
     count = len(hospital.train)
     rows = (
-        np.sort(rng.choice(count, MOST_TRAINING, replace=False))
-        if count > MOST_TRAINING
+        np.sort(rng.choice(count, MAX_TRAINING_IMAGES, replace=False))
+        if count > MAX_TRAINING_IMAGES
         else np.arange(count)
     )
-    train = hospital.train.take(rows) if count > MOST_TRAINING else hospital.train
-    patients = clusters(held.patients, held.institutions, len(held))
-    tested, pseudo_members, reference = _parts(patients, 3, rng)
+    train = hospital.train.take(rows) if count > MAX_TRAINING_IMAGES else hospital.train
+    patients = clusters(held_out.patients, held_out.institutions, len(held_out))
+    non_members, pseudo_members, reference = _parts(patients, 3, rng)
     query_half, reference_half = _parts(patients, 2, rng)
-    members = np.sort(rng.choice(len(train), min(len(train), len(tested)), replace=False))
+    members = np.sort(rng.choice(len(train), min(len(train), len(non_members)), replace=False))
     return Roles(
         name=hospital.name,
         train=train,
-        held=held,
+        held_out=held_out,
         train_patients=clusters(train.patients, train.institutions, len(train)),
-        held_patients=patients,
+        held_out_patients=patients,
         members=members,
-        tested=tested,
+        non_members=non_members,
         pseudo_members=pseudo_members,
         reference=reference,
         query_half=query_half,
         reference_half=reference_half,
-        whole_training=count,
+        training_images=count,
     )
 
 
 def _parts(patients: np.ndarray, count: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """`count` parts of all rows, no patient in two: patients in a drawn order, each to the part with the fewest images so far."""
+    """Divide all rows into `count` parts, no patient in two.
+
+    Patients come in random order, each into the part with the fewest images so far.
+    """
     sizes = np.bincount(patients)
     part_of, filled = np.zeros(len(sizes), np.int64), np.zeros(count)
     for patient in rng.permutation(len(sizes)):
@@ -173,33 +181,36 @@ def _parts(patients: np.ndarray, count: int, rng: np.random.Generator) -> list[n
     return [np.flatnonzero(part_of[patients] == part) for part in range(count)]
 
 
-def companions_of(roles: Roles, group: int) -> tuple[Any, np.ndarray] | None:
-    """Images that stand for the rest of a batch where D has minibatch-std; None where there are too few or no need."""
-    reference = roles.held.take(roles.reference)
+def companion_images(roles: Roles, group: int) -> tuple[Any, np.ndarray] | None:
+    """Companions for minibatch-std in `discriminator_scores`; None if too few or not needed."""
+    reference = roles.held_out.take(roles.reference)
     return (reference.images, reference.labels) if group and len(reference) >= group else None
 
 
 def draw_synthetic(
     audited: AuditedModel, train: ImageDataset, count: int, seed: int, psi: float
 ) -> np.ndarray:
-    """`count` images (count, C, H, W) uint8 in this hospital's own mix of labels. Raises `FedganError` for another size."""
+    """`count` images (count, C, H, W) uint8 in this hospital's label mix.
+
+    Raises `FedganError` for images of another size.
+    """
     labels = synthetic_labels(train.labels, count, seed)
     images = generate_images(audited.generator, labels, seed, psi, device=audited.device)
     if images.shape[1:] != tuple(train.images.shape[1:]):
         raise FedganError(
-            f"the generator gives images of {images.shape[1:]} (channels, height, width), those of '{train.name}' are "
-            f"{tuple(train.images.shape[1:])}: audit with the shards that the run was trained on"
+            f"the generator gives images of {images.shape[1:]} (channels, height, width), those of "
+            f"'{train.name}' are {tuple(train.images.shape[1:])}: audit with the shards of the run"
         )
     return images
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where images are compared: `rows` maps images (N, C, H, W) uint8 to rows (N, F) float32.
+    """A space of comparison: `rows` maps images (N, C, H, W) uint8 to rows (N, F) float32.
 
-    `moves`: what a copy may have gone through and is still looked for. `fitted`: whether the space was fitted to the
-    training images. Figures of such a space compare synthetic with held-out images, never training with held-out
-    ones: a network knows the images that it learnt from.
+    `moves`: transformations under which copies are searched. `fitted`: whether the space was fitted
+    to the training images. Then only synthetic and held-out images are comparable, not training and
+    held-out ones, because the network was trained on the former.
     """
 
     name: str
@@ -209,9 +220,10 @@ class Space:
 
 
 def pixel_space(shape: tuple[int, ...]) -> Space:
-    """Pixels of images of `shape` (C, H, W), averaged down to 32 a side at most; mirrored and moved by one such pixel.
+    """Pixels of images of `shape` (C, H, W), averaged down to 32 per side at most.
 
-    Needs no training and is fitted to nothing, so that training and held-out images stand in it alike.
+    Copies are also found mirrored and moved by one such pixel. Nothing is fitted, so training and
+    held-out images are comparable.
     """
     channels, height, width = shape
     factor = max(1, height // PIXEL_SIDE)
@@ -234,7 +246,7 @@ def pixel_space(shape: tuple[int, ...]) -> Space:
 
 
 class Spaces:
-    """The three spaces of one hospital. Networks are trained when first asked for and never leave this object."""
+    """The three spaces of one hospital. Networks are trained on first use and stay here."""
 
     def __init__(
         self,
@@ -256,7 +268,7 @@ class Spaces:
 
     @cached_property
     def features(self) -> Space | None:
-        """The features that `evaluation.features` names; the reference classifier is trained on this hospital's images alone.
+        """Features of `evaluation.features`, with a reference classifier of this hospital only.
 
         None where there are no classes to train it on.
         """

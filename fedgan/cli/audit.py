@@ -1,4 +1,4 @@
-"""`fedgan audit`: what the generator of a finished run gives away of each hospital's training images."""
+"""`fedgan audit`: privacy attacks on the generator of a finished run, per hospital."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Shards = Annotated[
     typer.Option(
         "--shards",
         metavar="DIR",
-        help="The hospitals' shards, or one hospital's, where they lie elsewhere by now.",
+        help="The hospitals' shards, or one hospital's, if they were moved.",
     ),
 ]
 
@@ -38,26 +38,26 @@ def audit(
     ],
     images: Annotated[
         int,
-        typer.Option("--images", "-n", min=50, help="Synthetic images drawn for each hospital."),
+        typer.Option("--images", "-n", min=50, help="Synthetic images per hospital."),
     ] = 2000,
     shadows: Annotated[
         int,
         typer.Option(
             "--shadows",
             min=0,
-            help="Shadow trainings for each hospital, an even number; they cost most.",
+            help="Shadow trainings per hospital, an even number; the most expensive part.",
         ),
     ] = 0,
     shadow_kimg: Annotated[
         float,
         typer.Option(
-            "--shadow-kimg", min=0.001, help="Images that one shadow is shown, in thousands."
+            "--shadow-kimg", min=0.001, help="Images seen by one shadow model, in thousands."
         ),
     ] = 2.0,
     hospital: Annotated[
         list[str] | None,
         typer.Option(
-            "--hospital", metavar="NAME", help="Audit this hospital alone; may be repeated."
+            "--hospital", metavar="NAME", help="Audit this hospital only; may be repeated."
         ),
     ] = None,
     shards: Shards = None,
@@ -74,7 +74,7 @@ def audit(
         typer.Option(
             "--embedding-steps",
             min=1,
-            help="Steps that the contrastive copy detector is trained for.",
+            help="Training steps of the contrastive copy detector.",
         ),
     ] = 300,
     psi: Annotated[
@@ -83,7 +83,7 @@ def audit(
             "--psi",
             min=0.0,
             max=1.0,
-            help="Truncation of the images that are audited: that of the release.",
+            help="Truncation of the audited images, as in the release.",
         ),
     ] = 1.0,
     seed: Annotated[
@@ -100,10 +100,10 @@ def audit(
     ] = None,
     as_json: console.Json = False,
 ) -> None:
-    """Attack a finished run as an outsider would: copies, membership, projection.
+    """Attack a finished run like an outsider: copies, membership, projection.
 
-    Writes audit.json: numbers alone, each beside the same figure for held-out real images. It counts only when its controls
-    passed. Pictures of the nearest pairs stay in the hospital's own folder.
+    Writes audit.json: numbers only, each beside the same figure for held-out real images. It is
+    valid only if its controls passed. Pictures of the nearest pairs stay in the hospital's folder.
     """
     from fedgan.run_folder import RunFolder
 
@@ -111,12 +111,13 @@ def audit(
     checkpoint = checkpoint_of(run.path)
     if shadows % 2:
         raise ConfigError(
-            f"--shadows {shadows}: shadow models come in pairs that share the images: give an even number"
+            f"--shadows {shadows}: shadow models come in pairs that share the images: "
+            "give an even number"
         )
     if output is not None:
         console.refuse_existing(output, "the audit")
-    runner()  # has a message of its own where there is no repository
-    from fedgan.audit.audit import audit_hospitals, report_of
+    runner()  # raises a clear error without the repository
+    from fedgan.audit.audit import audit_hospitals, audit_report
     from fedgan.audit.subject import AuditSettings
     from fedgan.runs.lock import locked
 
@@ -135,40 +136,41 @@ def audit(
         if shadows:
             total = shadows * len(hospitals)
             console.note(
-                f"{total} shadow trainings of {shadow_kimg:g} kimg: {total * shadow_kimg:g} kimg in all"
+                f"{total} shadow trainings of {shadow_kimg:g} kimg: "
+                f"{total * shadow_kimg:g} kimg in total"
             )
         audited, meta = load_audited_model(checkpoint, settings)
-        with told(len(hospitals)) as on_progress:
+        with progress_reporter(len(hospitals)) as on_progress:
             found = audit_hospitals(audited, hospitals, chosen, on_progress)
-        report = report_of(found, audited, chosen, meta.get("round"), str(meta["sha256"]))
-        place = (output.resolve() / run.audit.name) if output else run.audit
+        report = audit_report(found, audited, chosen, meta.get("round"), str(meta["sha256"]))
+        path = (output.resolve() / run.audit.name) if output else run.audit
         pictures = write_pictures(run, found)
-        files.write_json(place, report)
+        files.write_json(path, report)
         if output is None and run.report.is_file():
             from fedgan.report.run.report import write_report
 
             write_report(run)
-    _tell(report, place, pictures, as_json)
+    _emit(report, path, pictures, as_json)
 
 
 def open_run_hospitals(settings: Settings, run: RunFolder, shards: Path | None) -> list[Hospital]:
-    """The hospitals as the run opened them, or those whose shards lie in `shards`. Raises `DataError` where there are none."""
+    """The hospitals as the run opened them, or those in `shards`. Raises `DataError` if absent."""
     from fedgan.data.federation import find_shards, open_hospital
     from fedgan.runs.preparation import open_prepared, shards_of
 
     if shards is not None:
         return [open_hospital(settings, path) for path in find_shards(shards)]
-    place = shards_of(settings, run)
-    if not place.is_dir():
+    folder = shards_of(settings, run)
+    if not folder.is_dir():
         raise DataError(
-            f"the hospitals' shards are not at {console.shown(place)} any more, and this needs their images: "
-            "give --shards DIR, or do it in each hospital with its own shard"
+            f"the hospitals' shards are no longer at {console.shown(folder)}, and their images are "
+            "needed: give --shards DIR, or run this in each hospital with its own shard"
         )
     return open_prepared(settings, run)
 
 
 def select_hospitals(hospitals: Sequence[Hospital], names: Sequence[str]) -> list[Hospital]:
-    """Those that are named, or all. Raises `ConfigError` for an unknown name."""
+    """The named hospitals, or all. Raises `ConfigError` for an unknown name."""
     known = [hospital.name for hospital in hospitals]
     for name in names:
         if name not in known:
@@ -179,7 +181,7 @@ def select_hospitals(hospitals: Sequence[Hospital], names: Sequence[str]) -> lis
 
 
 def load_audited_model(checkpoint: Path, settings: Settings) -> tuple[AuditedModel, dict[str, Any]]:
-    """The generator of a checkpoint, its discriminator where that travels, and the checkpoint's meta."""
+    """The generator of a checkpoint, its discriminator if exchanged, and the checkpoint's meta."""
     from fedgan.audit.subject import AuditedModel
     from fedgan.models.stylegan2.discriminator import Discriminator
     from fedgan.runs.evaluator import evaluation_device
@@ -198,19 +200,17 @@ def load_audited_model(checkpoint: Path, settings: Settings) -> tuple[AuditedMod
         discriminator = discriminator.eval().requires_grad_(False).to(device)
     numbers = {}
     if settings.model.hospitals and len(meta["participants"]) > 1:
-        known = (
-            generator.mapping.hospital_condition.known
-        )  # not those whose answers are in no model
+        known = generator.mapping.hospital_condition.known  # hospitals with an update in the model
         numbers = {
-            share["name"]: share["number"]
-            for share in meta["participants"]
-            if share["number"] in known
+            member["name"]: member["number"]
+            for member in meta["participants"]
+            if member["number"] in known
         }
     return AuditedModel(settings, generator, discriminator, device, numbers), meta
 
 
 def write_pictures(run: RunFolder, found: Sequence[HospitalAudit]) -> list[Path]:
-    """Write each hospital's pairs of images to its own folder, and nowhere else; → the folders."""
+    """Write each hospital's pairs of images to its own folder only; returns the folders."""
     from fedgan.evaluation.grids import png_bytes
 
     folders = []
@@ -224,8 +224,8 @@ def write_pictures(run: RunFolder, found: Sequence[HospitalAudit]) -> list[Path]
 
 
 @contextmanager
-def told(hospitals: int) -> Iterator[OnProgress]:
-    """Says on stderr what is being done: a spinner with the time on a terminal, plain lines elsewhere."""
+def progress_reporter(hospitals: int) -> Iterator[OnProgress]:
+    """Progress on stderr: a spinner with the time on a terminal, plain lines elsewhere."""
     if not sys.stderr.isatty():
         yield lambda text: console.note(f"{text} ...")
         return
@@ -238,11 +238,11 @@ def told(hospitals: int) -> Iterator[OnProgress]:
         yield lambda text: bars.update(task, description=text)
 
 
-def _tell(report: dict[str, Any], place: Path, pictures: list[Path], as_json: bool) -> None:
+def _emit(report: dict[str, Any], path: Path, pictures: list[Path], as_json: bool) -> None:
     from fedgan.audit.audit import headline
 
     result = {
-        "audit": str(place),
+        "audit": str(path),
         "valid": report["valid"],
         "headline": headline(report),
         "hospitals": {
@@ -256,11 +256,11 @@ def _tell(report: dict[str, Any], place: Path, pictures: list[Path], as_json: bo
         f"pictures    {console.shown(folder)}: show patients, keep them in the hospital"
         for folder in pictures
     ]
-    console.emit(result, as_json, "\n".join([*lines, f"audit       {console.shown(place)}"]))
+    console.emit(result, as_json, "\n".join([*lines, f"audit       {console.shown(path)}"]))
 
 
 def headline_text(report: dict[str, Any]) -> str:
-    """The verdict, a line each."""
+    """The verdict, one line per sentence."""
     from fedgan.audit.audit import headline
 
     return "\n".join(f"verdict     {line}" for line in headline(report).splitlines())

@@ -153,18 +153,18 @@ def generate(
             per_folder = release.FILES_PER_FOLDER if run else 0
             _write_pngs(folder, chunks, meta, vectors, per_folder)
         if run:
-            asked = choice.words(
+            label_mix = choice.description(
                 bool(meta["exclusive"]),
                 labelled=bool(meta["label_names"]),
                 private=label_sampling.is_private(meta),
             )
-            filter_facts = filtered.facts() if filtered else None
+            filter_facts = filtered.summary() if filtered else None
             release.write_card_and_checksums(
                 folder,
                 run,
                 meta,
                 vectors,
-                asked=asked,
+                label_mix=label_mix,
                 seed=seed,
                 psi=psi,
                 created=created,

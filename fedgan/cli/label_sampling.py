@@ -1,4 +1,4 @@
-"""The label vectors of the images that `fedgan generate` draws, from whichever option the user gave."""
+"""Label vectors of the images of `fedgan generate`, from the options of the user."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHARE = re.compile(r"\s*(?P<name>.+?)\s*=\s*(?P<share>[^,=]*?)\s*(?:,|$)")
 
 @dataclass(frozen=True)
 class LabelChoice:
-    """The options of `generate` that choose labels; at most one of the first four is given."""
+    """The label options of `generate`; at most one of them is given."""
 
     named: Sequence[str] = ()
     vectors: Sequence[str] = ()
@@ -39,8 +39,11 @@ class LabelChoice:
                 "--label, --vector, --labels-from and --mix exclude each other: give one of them"
             )
 
-    def words(self, exclusive: bool, labelled: bool = True, private: bool = False) -> str:
-        """The choice in words, for a card; the path of a shard is not told. `labelled`: whether the model has labels."""
+    def description(self, exclusive: bool, labelled: bool = True, private: bool = False) -> str:
+        """The choice as text, for a card, without the path of a shard.
+
+        `labelled`: whether the model has labels.
+        """
         if not labelled:
             return "none: the model has no labels"
         if self.named:
@@ -63,11 +66,11 @@ class LabelChoice:
 def requested_labels(
     meta: dict[str, Any], checkpoint: Path, images: int, choice: LabelChoice, seed: int
 ) -> np.ndarray:
-    """Label vectors (images, K) uint8. Raises `ConfigError` or `DataError` for labels that the model cannot draw.
+    """Label vectors (images, K) uint8. Raises `ConfigError` or `DataError` for unusable labels.
 
-    A private run's real labels are never asked: labels.csv would hold their mix without noise, rare combinations included,
-    and the run's epsilon pays for the images that the generator learned from, not for that. What stands in their place are
-    the labels of `training.labels = "uniform"`.
+    Real labels of a private run are not used: labels.csv would contain their mix without noise,
+    including rare combinations, and the run's epsilon covers the images that the generator was
+    trained on, not this. Instead, labels are those of `training.labels = "uniform"`.
     """
     import numpy as np
 
@@ -88,8 +91,9 @@ def requested_labels(
     if is_private(meta):
         if choice.labels_from is not None:
             raise ConfigError(
-                f"--labels-from {choice.labels_from}: the run is private, and its epsilon does not cover real labels, whose mix "
-                "would stand in the set without noise; use --mix, --label or --vector, or none of them for equal shares"
+                f"--labels-from {choice.labels_from}: the run is private, and its epsilon does "
+                "not cover real labels, whose mix would be in the set without noise; use --mix, "
+                "--label or --vector, or none of them for equal shares"
             )
         return labels.spread_evenly(np.eye(len(names) + 1, len(names), dtype=np.uint8), images)
     from fedgan.evaluation.sampling import synthetic_labels
@@ -104,15 +108,15 @@ def requested_labels(
 
 
 def is_private(meta: dict[str, Any]) -> bool:
-    """Whether a checkpoint's meta says that it was trained with differential privacy."""
+    """Whether a checkpoint's meta states training with differential privacy."""
     return from_dict(meta["settings"]).privacy.on
 
 
 def parsed_mix(texts: Sequence[str], label_names: Sequence[str]) -> dict[str, Fraction]:
-    """Shares, as they were given, of all `label_names` from texts such as `normal=0.5,pneumonia=0.3`; 0 where none is named.
+    """Shares of all `label_names` from texts such as `normal=0.5,pneumonia=0.3`; 0 if not named.
 
-    Shares need not add up to 1. Raises `ConfigError`, which names the known classes, for an unknown class, one that is
-    named twice, a share that is no number or is negative, or no share above zero.
+    Shares need not add up to 1. Raises `ConfigError` with the known classes for an unknown class, a
+    repeated class, a share that is not a number or negative, or no share above zero.
     """
     known = f"the model knows {', '.join(label_names) or 'no labels'}"
     shares = dict.fromkeys(label_names, Fraction(0))
@@ -141,7 +145,7 @@ def _share(name: str, text: str, known: str) -> Fraction:
         value = math.nan
     if not math.isfinite(value) or value < 0:
         raise ConfigError(f"--mix {name}={text}: a share is a number of at least 0; {known}")
-    return Fraction(repr(value))  # 0.3 is three tenths, not the nearest binary number
+    return Fraction(repr(value))  # 0.3 is 3/10, not the nearest binary number
 
 
 def _shard_labels(path: str, names: tuple[str, ...]) -> np.ndarray:
@@ -153,7 +157,8 @@ def _shard_labels(path: str, names: tuple[str, ...]) -> np.ndarray:
     shard = Shard.open(path)
     if tuple(shard.card.label_names) != names:
         raise DataError(
-            f"{path} has the labels {', '.join(shard.card.label_names)}, the model {', '.join(names)}: give another shard"
+            f"{path} has the labels {', '.join(shard.card.label_names)}, the model "
+            f"{', '.join(names)}: give another shard"
         )
     return np.asarray(shard.labels)
 
@@ -161,8 +166,8 @@ def _shard_labels(path: str, names: tuple[str, ...]) -> np.ndarray:
 def _training_labels(checkpoint: Path, names: tuple[str, ...], exclusive: bool) -> np.ndarray:
     """Label vectors (N, K) of the run's training images.
 
-    One class an image: the counts of hospitals.json are enough. Several at once: only the vectors tell which
-    go together, so the run's shards must still be there.
+    For exclusive classes the counts of hospitals.json suffice. Otherwise combinations are needed,
+    so the run's shards must be present.
     """
     import numpy as np
 
@@ -173,11 +178,13 @@ def _training_labels(checkpoint: Path, names: tuple[str, ...], exclusive: bool) 
         hospitals = run.read_json(run.hospitals)
         if not hospitals:
             raise DataError(
-                f"{console.shown(run.path)} has no hospitals.json to take the mix from: use --label or --vector"
+                f"{console.shown(run.path)} has no hospitals.json with the label mix: "
+                "use --label or --vector"
             )
         if not all(hospital["counts"] for hospital in hospitals):
             raise DataError(
-                f"{console.shown(run.path)} does not know how many images of each class its hospitals hold: use --label"
+                f"{console.shown(run.path)} has no counts of images per class of its hospitals: "
+                "use --label"
             )
         counts = [
             sum(hospital["counts"]["train"].get(name, 0) for hospital in hospitals)
@@ -186,7 +193,8 @@ def _training_labels(checkpoint: Path, names: tuple[str, ...], exclusive: bool) 
         return np.repeat(np.eye(len(names), dtype=np.uint8), counts, axis=0)
     if not run.config.is_file():
         raise DataError(
-            "the mix of labels lies in the run folder: give the run folder, or use --label, --vector or --labels-from SHARD"
+            "the label mix is in the run folder: give the run folder, or use --label, --vector or "
+            "--labels-from SHARD"
         )
     runner()
     from fedgan.runs.preparation import open_prepared

@@ -1,11 +1,11 @@
-"""`fedgan generate --release`: a synthetic set to hand on, with its card and hashes. And the marks of every synthetic PNG.
+"""`fedgan generate --release`: a synthetic set with card and checksums; metadata of synthetic PNGs.
 
-    images/000/00000.png …    at most 1,000 in a folder, each marked as synthetic
-    labels.csv                file, a column a label, seed, index
-    dataset_card.md, .json    what the set is, where it comes from, what is not known
-    SHA256SUMS                hashes of all other files, for sha256sum -c
+    images/000/00000.png …    at most 1,000 per folder, each marked as synthetic
+    labels.csv                file, one column per label, seed, index
+    dataset_card.md, .json    contents, origin, and open fields of the set
+    SHA256SUMS                checksums of all other files, for sha256sum -c
 
-No path, time or name of this machine stands in any file, so that the same draw gives the same bytes.
+No file contains a path, time or name of this machine, so the same draw gives the same bytes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 FILES_PER_FOLDER = 1000  # images in one folder
 SUMS = "SHA256SUMS"
 DESCRIPTION = "Synthetic image drawn by a generative model; not taken of a patient."
-# The IPTC's word for an image made by a model that was trained on images
-# (https://cv.iptc.org/newscodes/digitalsourcetype/), in the XMP packet that picture archives read.
+# IPTC digital source type of an image by a model trained on images
+# (https://cv.iptc.org/newscodes/digitalsourcetype/), in XMP, which picture archives read.
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 XMP_KEYWORD = "XML:com.adobe.xmp"
 XMP = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
@@ -47,7 +47,7 @@ XMP = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 
 def synthetic_marks() -> PngImagePlugin.PngInfo:
-    """The metadata of a synthetic PNG: text chunks for people and programs, XMP for picture archives."""
+    """The metadata of a synthetic PNG: text chunks, and XMP for picture archives."""
     from PIL import PngImagePlugin
 
     marks = PngImagePlugin.PngInfo()
@@ -59,11 +59,12 @@ def synthetic_marks() -> PngImagePlugin.PngInfo:
 
 
 def check_release(png: bool, created: str | None) -> None:
-    """Raise `ConfigError` for options that a release cannot have. `created` is an ISO date or None."""
+    """Raise `ConfigError` for options that exclude a release. `created` is an ISO date or None."""
     if not png:
         raise ConfigError(
-            "--release writes PNG files: a shard has no place for the marks of a synthetic image, for a card or for hashes, and "
-            "calls its images a training split; leave --format away (fedgan data import csv makes a shard of the PNG files)"
+            "--release writes PNG files: a shard cannot hold the marks of a synthetic image, a "
+            "card or checksums, and calls its images a training split; omit --format (fedgan data "
+            "import csv converts the PNG files to a shard)"
         )
     if created is not None:
         try:
@@ -73,12 +74,12 @@ def check_release(png: bool, created: str | None) -> None:
 
 
 def run_of_checkpoint(checkpoint: Path) -> RunFolder:
-    """The run folder of a checkpoint. Raises `ConfigError` where there is none: a release states sources and licences."""
+    """The run folder of a checkpoint. Raises `ConfigError` if there is none."""
     run = RunFolder.at(checkpoint.resolve().parent.parent)
     if not run.config.is_file():
         raise ConfigError(
-            f"{console.shown(checkpoint)} lies in no run folder: a release states where the training images came from, "
-            "which only the run folder tells; give the run folder"
+            f"{console.shown(checkpoint)} is not in a run folder: a release states the sources of "
+            "the training images, which only the run folder contains; give the run folder"
         )
     return run
 
@@ -87,30 +88,30 @@ def write_card_and_checksums(
     folder: Path,
     run: RunFolder,
     meta: dict[str, Any],
-    wanted: np.ndarray,
+    labels: np.ndarray,
     *,
-    asked: str,
+    label_mix: str,
     seed: int,
     psi: float,
     created: str | None,
     release_filter: dict[str, Any] | None = None,
 ) -> None:
-    """Write the card and, last, the hashes beside the images and labels.csv that lie in `folder`.
+    """Write the card and then the checksums beside the images and labels.csv in `folder`.
 
-    `wanted` (N, K) are the label vectors of the images, `meta` the checkpoint's, `asked` the label mix in words, `quarantine`
-    what the filter did, where there was one.
+    `labels` (N, K): label vectors of the images; `meta`: the checkpoint's; `label_mix`: the
+    requested mix as text; `release_filter`: result of the filter, if any.
     """
     from fedgan.report.cards.collect import collect
     from fedgan.report.cards.subjects import Release, release_facts
     from fedgan.report.cards.writing import write_card
 
     release = Release(
-        images=len(wanted),
+        images=len(labels),
         counts={
-            name: int(wanted[:, column].sum()) for column, name in enumerate(meta["label_names"])
+            name: int(labels[:, column].sum()) for column, name in enumerate(meta["label_names"])
         },
-        unlabelled=int((wanted.sum(axis=1) == 0).sum()),
-        asked=asked,
+        unlabelled=int((labels.sum(axis=1) == 0).sum()),
+        asked=label_mix,
         seed=seed,
         psi=psi,
         meta=meta,
@@ -118,11 +119,11 @@ def write_card_and_checksums(
         release_filter=release_filter,
     )
     write_card(folder, "dataset_card", "card_release.md.j2", release_facts(collect(run), release))
-    files.write_text(folder / SUMS, hashes(folder))
+    files.write_text(folder / SUMS, checksums(folder))
 
 
 class FilteredRelease:
-    """A release that is drawn past the fences of the hospitals, and whose utility is measured with and without them."""
+    """A release outside all distance thresholds; measures utility with and without the filter."""
 
     def __init__(
         self,
@@ -131,43 +132,34 @@ class FilteredRelease:
         hospitals: Sequence[Any],
         run: RunFolder,
     ) -> None:
-
         from fedgan.evaluation.mixing import stratified_rows
 
-        self.release_filter, self.vectors, self.hospitals, self.run = (
-            release_filter,
-            vectors,
-            hospitals,
-            run,
-        )
-        self.settings = run.settings()
-        most = min(len(vectors), self.settings.evaluation.images)
-        self._measured = stratified_rows(
-            vectors, most, self.settings.seed
-        )  # places on which utility is measured
+        self.release_filter, self.vectors = release_filter, vectors
+        self.hospitals, self.run, self.settings = hospitals, run, run.settings()
+        count = min(len(vectors), self.settings.evaluation.images)
+        # Positions on which utility is measured.
+        self._measured = stratified_rows(vectors, count, self.settings.seed)
         self._before: list[np.ndarray] = []
         self._after: list[np.ndarray] = []
 
     def chunks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(number of the first, images, seed of each) a chunk at a time, as `generate` writes them."""
+        """(first position, images, seed of each) per chunk."""
         from fedgan.audit.release_filter import in_chunks
 
         for start, images, seeds, first in in_chunks(
             self.release_filter, self.vectors, FILES_PER_FOLDER
         ):
-            inside = (
-                self._measured[(self._measured >= start) & (self._measured < start + len(images))]
-                - start
-            )
-            self._before.append(first[inside])
-            self._after.append(images[inside])
+            rows = self._measured - start
+            rows = rows[(rows >= 0) & (rows < len(images))]
+            self._before.append(first[rows])
+            self._after.append(images[rows])
             yield start, images, seeds
 
-    def facts(self) -> dict[str, Any]:
-        """What the filter did, for the card; after `chunks` has ended. Trains classifiers."""
+    def summary(self) -> dict[str, Any]:
+        """Result of the filter, for the card; call after `chunks` has ended. Trains classifiers."""
         import numpy as np
 
-        from fedgan.audit.release_filter import MOST_DRAWS, PERCENTILE, utility_before_and_after
+        from fedgan.audit.release_filter import MAX_DRAWS, PERCENTILE, utility_before_and_after
         from fedgan.data.dataset import ImageDataset
         from fedgan.evaluation.reference import RealReference, pool_hospitals
         from fedgan.runs.evaluator import evaluation_device
@@ -192,7 +184,7 @@ class FilteredRelease:
         return {
             "space": "pixels",
             "percentile": PERCENTILE,
-            "most_draws": MOST_DRAWS,
+            "most_draws": MAX_DRAWS,
             "hospitals_compared": len(self.hospitals),
             "hospitals_trained": max(len(known), len(self.hospitals)),
             "drawn": filtered.drawn,
@@ -213,13 +205,16 @@ def filtered_release(
     seed: int,
     batch: int,
 ) -> FilteredRelease:
-    """The filter of `--release-filter`, ready to draw. Raises where the hospitals' images are not at hand, or under privacy."""
+    """The release of `--release-filter`, ready to draw.
+
+    Raises if the hospitals' images are absent, or for a private run.
+    """
     from fedgan.audit.release_filter import ReleaseFilter, check_release_filter, distance_thresholds
     from fedgan.cli.audit import open_run_hospitals
     from fedgan.cli.runs import runner
     from fedgan.evaluation.sampling import draw_latents, generate_images
 
-    runner()  # has a message of its own where there is no repository
+    runner()  # raises a clear error without the repository
     from fedgan.runs.evaluator import evaluation_device
 
     settings = run.settings()
@@ -230,45 +225,50 @@ def filtered_release(
         lambda own_seed: draw_latents(len(vectors), generator.z_dim, own_seed)
     )
 
-    def draw(labels: np.ndarray, own_seed: int, places: np.ndarray) -> np.ndarray:
+    def draw(labels: np.ndarray, own_seed: int, positions: np.ndarray) -> np.ndarray:
         return generate_images(
-            generator, labels, own_seed, psi, batch, device, latents=latents(own_seed)[places]
+            generator, labels, own_seed, psi, batch, device, latents=latents(own_seed)[positions]
         )
 
-    held = hospitals[0].train
-    if (held.label_names, held.images.shape[1:]) != (
+    train = hospitals[0].train
+    if (train.label_names, train.images.shape[1:]) != (
         tuple(meta["label_names"]),
         (meta["channels"], *2 * (meta["resolution"],)),
     ):
         raise DataError(
-            f"the shard of '{held.name}' differs from the model in labels, channels or size: give the run's own shards"
+            f"the shard of '{train.name}' differs from the model in labels, channels or size: "
+            "give the run's own shards"
         )
     return FilteredRelease(
         ReleaseFilter(distance_thresholds(hospitals), draw, seed), vectors, hospitals, run
     )
 
 
-def release_filter_text(facts: dict[str, Any]) -> str:
-    """What the filter did, in two lines."""
-    dropped = ", ".join(f"{name} {count}" for name, count in facts["dropped"].items())
+def release_filter_text(summary: dict[str, Any]) -> str:
+    """Result of the filter, in two lines."""
+    dropped = ", ".join(f"{name} {count}" for name, count in summary["dropped"].items())
     lines = [
-        f"release filter  {facts['replaced']} images drawn again; too near to a training image of: {dropped}"
+        f"filter      {summary['replaced']} images redrawn; "
+        f"too near to a training image of: {dropped}"
     ]
-    if utility := facts["utility"]:
+    if utility := summary["utility"]:
         before, after = (utility[name]["macro_auc"] for name in ("unfiltered", "filtered"))
         if before is not None and after is not None:
             lines.append(
-                f"macro AUC   {after:.3f} of classifiers trained on this set, {before:.3f} without the filter"
+                f"macro AUC   {after:.3f} of classifiers trained on this set, "
+                f"{before:.3f} without the filter"
             )
     return "\n".join(lines)
 
 
-def hashes(folder: Path) -> str:
-    """A line `sha256  path` for each file below `folder`, by path, as `sha256sum -c` reads them; not for SHA256SUMS itself."""
+def checksums(folder: Path) -> str:
+    """Lines `sha256  path` for all files below `folder` by path, in the format of `sha256sum -c`.
+
+    SHA256SUMS itself is left out.
+    """
     lines = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS):
         with open(path, "rb") as stream:
-            lines.append(
-                f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {path.relative_to(folder).as_posix()}\n"
-            )
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
     return "".join(lines)

@@ -1,1 +1,1 @@
-"""Attacks that would notice a leak: copies of training images, membership, projection. Arrays in, numbers out."""
+"""Privacy attacks: copies of training images, membership inference, projection."""

@@ -1,9 +1,10 @@
-"""A copy detector of the hospital's own: an embedding trained on its images so that an image and a changed version of it meet.
+"""Contrastive copy detector: an embedding that maps an image and its changed versions together.
 
-NT-Xent (arXiv 2002.05709, eq. 1) with the changes that a copy may have gone through: mirrored, a little turned, shifted,
-scaled, brighter, of more contrast, noisier. Distances in this space find copies that pixels and class features miss
-(arXiv 2402.01054 detects copies so). The network is fitted to private images without any privacy mechanism: neither it
-nor its features may leave the hospital; shares and areas that are counted with it may.
+NT-Xent (arXiv 2002.05709, eq. 1) with the changes of a possible copy: mirrored, rotated, shifted,
+scaled, brighter, with more contrast or noise. Distances in this space find copies that pixels and
+class features miss (as in arXiv 2402.01054). Each hospital trains it on its own images without a
+privacy mechanism: network and features stay in the hospital; shares and AUCs computed with them may
+leave it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from fedgan.data.dataset import ImageArray
 
-BATCH = 128  # images of a step, each seen twice
+BATCH = 128  # images per step, two views each
 STEPS = 400
 TEMPERATURE = 0.1
 LEARNING_RATE = 2e-3
@@ -29,15 +30,15 @@ WIDTHS = (
     24,
     48,
     96,
-)  # of the convolutions; the first brings every side down to 16 pixels, the others halve it
+)  # of the convolutions; the first reduces the side to 16 pixels, others halve it
 DIMENSION = 64  # of the embedding
-LARGEST = 64  # pixels a side that the network sees; larger images are averaged down
-SMALLEST_MAP = 4  # pixels a side of the last map: what lies where tells two patients apart
-FORWARD = 512  # images at once when nothing is learnt
-STEP_ASIDE = 1 / 32  # of the side: how far an image is moved for the mean of its versions
+MAX_SIDE = 64  # pixels; larger images are averaged down
+MIN_MAP_SIDE = 4  # pixels of the last map: positions distinguish two patients
+FORWARD = 512  # images per batch of inference
+VERSION_SHIFT = 1 / 32  # of the side, between the averaged versions of an image
 
-# How far a copy may be changed and still be recognised.
-TURN = 10.0  # degrees, either way
+# Range of changes under which a copy is recognised.
+ROTATION = 10.0  # degrees, either way
 SHIFT = 1 / 16  # of the side
 SCALE = 0.06
 BRIGHTNESS = 0.1  # of the grey range, which is 2
@@ -47,7 +48,7 @@ NOISE = 0.03
 
 @dataclass(frozen=True)
 class Embedding:
-    """A trained network; `device` is where it lies. Private: see the module."""
+    """A trained network on `device`. Private: see the module."""
 
     network: nn.Module
     side: int
@@ -55,7 +56,7 @@ class Embedding:
 
     @torch.no_grad()
     def features(self, images: ImageArray) -> np.ndarray:
-        """Unit rows (N, 64) float32 of images (N, C, H, W) uint8; the same for an image and its mirror image."""
+        """Unit rows (N, 64) float32 of images (N, C, H, W) uint8, invariant to mirroring."""
         self.network.eval()
         rows = [np.empty((0, DIMENSION), np.float32)]
         for start in range(0, images.shape[0], FORWARD):
@@ -72,16 +73,17 @@ class Embedding:
 def train_embedding(
     images: ImageArray, *, seed: int, steps: int = STEPS, device: str = "cpu"
 ) -> Embedding:
-    """An embedding of one hospital's training images (N, C, H, W) uint8, N ≥ 2, H = W ≥ 8; the same for the same seed.
+    """Train an embedding of images (N, C, H, W) uint8, N ≥ 2, H = W ≥ 8; deterministic by seed.
 
-    On the CPU the same bit for bit at the same number of threads. Torch's global generator is left as it was.
+    On the CPU bit-identical for one number of threads. torch's global generator is restored.
     """
     count, channels, height, width = images.shape
-    if count < 2 or height != width or height < 2 * SMALLEST_MAP:
+    if count < 2 or height != width or height < 2 * MIN_MAP_SIDE:
         raise ValueError(
-            f"an embedding needs two or more square images of 8 pixels a side at least, not {images.shape}"
+            "an embedding needs two or more square images of at least 8 pixels per side, "
+            f"not {images.shape}"
         )
-    side = min(height, LARGEST)
+    side = min(height, MAX_SIDE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build_network(channels, side).to(device)
@@ -104,10 +106,11 @@ def train_embedding(
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """The mean loss of eq. 1 of arXiv 2002.05709 over all 2B ordered positive pairs; a scalar.
+    """NT-Xent: mean loss over all 2B ordered positive pairs (arXiv 2002.05709, eq. 1); a scalar.
 
-    `first`, `second` (B, F) unit rows: row i of both is the same image, changed differently. For a view, its partner is
-    the right answer among all 2B - 1 other views, by cosine similarity over `temperature`.
+    `first`, `second` (B, F) unit rows: row i of both is the same image, changed differently. For
+    each view the partner is the correct answer among the 2B - 1 other views, by cosine similarity
+    over `temperature`.
     """
     views = torch.cat([first, second])
     similarity = views @ views.t() / temperature
@@ -119,13 +122,16 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = TEMPERATURE) -> 
 
 
 def change(images: Tensor, draws: torch.Generator) -> Tensor:
-    """Each image (B, C, H, W) in [-1, 1] as a copy might show it; `draws` is a generator on the CPU. The edge is repeated."""
+    """Randomly change each image (B, C, H, W) in [-1, 1] like a copy; edges repeated.
+
+    `draws`: a generator on the CPU.
+    """
     count, device = len(images), images.device
 
     def uniform(most: float) -> Tensor:
         return (2 * torch.rand(count, generator=draws) - 1) * most
 
-    angle, scale = uniform(math.radians(TURN)), 1 + uniform(SCALE)
+    angle, scale = uniform(math.radians(ROTATION)), 1 + uniform(SCALE)
     flip = torch.where(torch.rand(count, generator=draws) < 0.5, -1.0, 1.0)
     cosine, sine = scale * angle.cos(), scale * angle.sin()
     shift_x, shift_y = uniform(2 * SHIFT), uniform(2 * SHIFT)  # the side is 2 in these coordinates
@@ -148,9 +154,9 @@ def change(images: Tensor, draws: torch.Generator) -> Tensor:
 
 
 def build_network(channels: int, side: int) -> nn.Sequential:
-    """Convolutions down to a map of 4 × 4 (for sides from 16 pixels on), then a linear layer on all of that map.
+    """Convolutions down to a map of 4 × 4 (for sides from 16 pixels), then a linear layer.
 
-    The first convolution brings every side to about 16 pixels, so that large images cost little more than small ones.
+    The first convolution reduces every side to about 16 pixels, so large images cost little more.
     """
     stride = max(1, side // 16)
     layers: list[nn.Module] = [
@@ -164,11 +170,12 @@ def build_network(channels: int, side: int) -> nn.Sequential:
 
 
 def _embed(network: nn.Module, images: Tensor) -> Tensor:
-    """Unit rows (B, F): the mean over an image, its mirror image, and both moved a little in 8 directions.
+    """Unit rows (B, F): mean over an image, its mirror image, and both shifted in 8 directions.
 
-    Mirrored images are then one by construction, and strided convolutions, which a shift of one pixel upsets, are evened out.
+    Mirror images are equal by construction, and the sensitivity of strided convolutions to a shift
+    of one pixel is averaged out.
     """
-    most, height, width = max(1, round(STEP_ASIDE * images.shape[-1])), *images.shape[-2:]
+    most, height, width = max(1, round(VERSION_SHIFT * images.shape[-1])), *images.shape[-2:]
     padded = functional.pad(images, (most, most, most, most), mode="replicate")
     offsets = (0, most, 2 * most)
     total = torch.zeros(len(images), DIMENSION, device=images.device)
@@ -188,13 +195,13 @@ def _block(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Modul
 
 
 def _to_float(images: ImageArray, rows: np.ndarray, side: int, device: str) -> Tensor:
-    """Rows of uint8 images as float32 in [-1, 1] of `side` pixels, averaged down where they are larger."""
+    """Rows of uint8 images as float32 in [-1, 1], averaged down to `side` pixels if larger."""
     batch = torch.from_numpy(np.ascontiguousarray(images[rows])).to(device).float() / 127.5 - 1
     return functional.adaptive_avg_pool2d(batch, side) if batch.shape[-1] != side else batch
 
 
 def _schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: linear warm-up, then half a cosine down to nothing."""
+    """Share of the learning rate: linear warm-up, then half a cosine to 0."""
     warm = max(1, round(WARM_UP * steps))
     return (
         (step + 1) / warm

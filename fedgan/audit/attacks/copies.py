@@ -1,17 +1,18 @@
-"""Copies of training images among synthetic ones, each figure beside the same figure for real images that were held out.
+"""Copies of training images among synthetic ones, beside the same figures for held-out images.
 
-A copy lies closer to a training image than real images of the same kind lie to each other. arXiv 2402.01054 calls an
-image a copy when its similarity to a training image is above the 95th percentile of the similarity of real images to
-their nearest ones in the other split. In distances that is the 5th percentile: the threshold is the distance to the
-nearest training image that only the closest 5 % of held-out images fall below.
+arXiv 2402.01054 calls an image a copy when its similarity to a training image exceeds the 95th
+percentile of the similarity between real images and their nearest ones in the other split. In
+distances this is the 5th percentile: the threshold is the distance to the nearest training image
+that only the closest 5 % of held-out images fall below.
 
-Sizes matter, as the nearest of more rows is nearer. What is compared here is therefore matched:
+The nearest of more rows is nearer, so compared sizes match:
 - copying and held-out share: synthetic and held-out images are looked up in the same training rows;
-- memorised share: grows with the number of images looked up, so it is also given for equally many of both sets;
-- closer share: training and held-out images are themselves the rows, so both are reduced to the size of the smaller.
+- memorised share: grows with the number of queries, so it is also given for equally many of both
+  sets;
+- closer share: training and held-out images are the rows, both reduced to the smaller size.
 
-All shares are in [0, 1], all intervals are of 95 %. Only they may leave the hospital: pairs, rows and distances are of
-single patients.
+All shares are in [0, 1], all intervals have 95 %. Only these may leave the hospital: pairs, rows
+and distances concern single patients.
 """
 
 from __future__ import annotations
@@ -35,40 +36,41 @@ from fedgan.evaluation.metrics.intervals import (
 
 @dataclass(frozen=True)
 class CopyFindings:
-    """What `find_copies` found. Distances are in the units of the features."""
+    """Result of `find_copies`. Distances are in the units of the features.
+
+    `pairs`, `distances` and `rows` stay in the hospital. Shares of synthetic images:
+    `copying_share` within the threshold of a training image, `closer_share` nearer to a training
+    than to a held-out image. Shares of training images: `memorised_share` nearest to one copying
+    image or more, at this number of synthetic images; `memorised_matched` expected at
+    `matched_images`, the smaller of both sets; `memorised_held_out` of as many held-out images.
+    `held_out_share`: held-out images within the threshold. `excess`: copying_share -
+    held_out_share.
+    """
 
     threshold: float
-    copying_share: float  # of synthetic images within the threshold of a training image
+    copying_share: float
     copying_ci: Interval  # Wilson, synthetic images are independent draws
-    memorised_share: (
-        float  # of training images that are the nearest to one copying synthetic image or more
-    )
-    memorised_ci: Interval  # Wilson over training images (patients), for a release of this many synthetic images
-    held_out_share: (
-        float  # of held-out images within the threshold: the percentile, but for rounding
-    )
-    held_out_ci: (
-        Interval  # exact: where that share of all such real images may lie, given this threshold
-    )
-    excess: float  # copying_share - held_out_share
-    excess_ci: Interval  # from the two intervals
+    memorised_share: float
+    memorised_ci: Interval  # Wilson over training images (patients)
+    held_out_share: float
+    held_out_ci: Interval  # exact, of all such real images, given this threshold
+    excess: float
+    excess_ci: Interval  # Newcombe
     pairs: tuple[
         tuple[int, int, float], ...
-    ]  # (synthetic row, training row, distance), nearest first; stays in the hospital
+    ]  # (synthetic row, training row, distance), nearest first
     reference_images: int  # training images looked up
     held_out_images: int
     synthetic_images: int
-    memorised_matched: float  # memorised_share expected of `matched_images` synthetic images
+    memorised_matched: float
     memorised_matched_ci: Interval
-    memorised_held_out: float  # the same of as many held-out images
+    memorised_held_out: float
     memorised_held_out_ci: Interval
-    matched_images: int  # the smaller of the synthetic and the held-out set
-    closer_share: float  # of synthetic images nearer to a training than to a held-out image, as many of each; see closer_share()
+    matched_images: int
+    closer_share: float
     closer_ci: Interval
-    distances: np.ndarray = field(
-        repr=False, compare=False
-    )  # (S,) to the nearest training image; stays in the hospital
-    rows: np.ndarray = field(repr=False, compare=False)  # (S,) which that is; stays in the hospital
+    distances: np.ndarray = field(repr=False, compare=False)  # (S,) to the nearest training image
+    rows: np.ndarray = field(repr=False, compare=False)  # (S,) that training image
 
 
 def find_copies(
@@ -84,12 +86,13 @@ def find_copies(
     training_groups: np.ndarray | None = None,
     held_out_groups: np.ndarray | None = None,
 ) -> CopyFindings:
-    """How many of `synthetic` (S, F) copy rows of `training` (N, F), against `held_out` (H, F) of the same distribution.
+    """Find copies of `training` (N, F) in `synthetic` (S, F), with reference `held_out` (H, F).
 
-    `percentile` of the held-out distances is the threshold, in (0, 50]. `seed` and `bootstrap` serve the closer share
-    alone: everything else is exact. `moves`: see `nearest`. `…_groups` (N,), (H,): the patient of each image; intervals
-    are then as wide as if a patient's images all told the same. `pairs` are the nearest ones, copies or not. Raises
-    `ValueError` for sets that do not fit together or are empty.
+    `held_out` has the same distribution as `training`. `percentile` of the held-out distances is
+    the threshold, in (0, 50]. `seed` and `bootstrap` are used by the closer share only: everything
+    else is exact. `moves`: see `nearest`. `…_groups` (N,), (H,): the patient of each image;
+    intervals then assume that a patient's images are all alike. `pairs` are the nearest ones,
+    copies or not. Raises `ValueError` for sets that do not fit or are too small.
     """
     for name, rows in (("synthetic", synthetic), ("training", training), ("held_out", held_out)):
         if len(rows) < 2:
@@ -98,15 +101,15 @@ def find_copies(
     real_distances, real_rows = nearest(held_out, training, moves=moves)
     shares = compare(distances, real_distances, percentile, real_groups=held_out_groups)
     copies, real_copies = distances <= shares.threshold, real_distances <= shares.threshold
-    most = min(len(copies), len(real_copies))
+    matched = min(len(copies), len(real_copies))
     patients = effective_size(len(training), training_groups)
     hits, real_hits = (
         np.bincount(rows[flags], minlength=len(training))
         for rows, flags in ((nearest_rows, copies), (real_rows, real_copies))
     )
     memorised = float((hits > 0).mean())
-    matched, real_matched = (
-        _hit_share(h, len(f), most) for h, f in ((hits, copies), (real_hits, real_copies))
+    memorised_matched, memorised_held_out = (
+        _hit_share(h, len(f), matched) for h, f in ((hits, copies), (real_hits, real_copies))
     )
     closer, closer_ci = closer_share(
         synthetic,
@@ -132,11 +135,11 @@ def find_copies(
         reference_images=len(training),
         held_out_images=len(held_out),
         synthetic_images=len(synthetic),
-        memorised_matched=matched,
-        memorised_matched_ci=wilson_interval(matched, patients),
-        memorised_held_out=real_matched,
-        memorised_held_out_ci=wilson_interval(real_matched, patients),
-        matched_images=most,
+        memorised_matched=memorised_matched,
+        memorised_matched_ci=wilson_interval(memorised_matched, patients),
+        memorised_held_out=memorised_held_out,
+        memorised_held_out_ci=wilson_interval(memorised_held_out, patients),
+        matched_images=matched,
         closer_share=closer,
         closer_ci=closer_ci,
         distances=distances,
@@ -146,7 +149,7 @@ def find_copies(
 
 @dataclass(frozen=True)
 class Shares:
-    """Two shares at one threshold and what the first has above the second."""
+    """Two shares at one threshold and their difference."""
 
     threshold: float
     share: float
@@ -165,11 +168,12 @@ def compare(
     groups: np.ndarray | None = None,
     real_groups: np.ndarray | None = None,
 ) -> Shares:
-    """The shares of `distances` (S,) and `real_distances` (H,) at or below the `percentile` of the real ones.
+    """Shares of `distances` (S,) and `real_distances` (H,) up to the `percentile` of the real ones.
 
-    Wilson's interval for the first; the exact one of an order statistic for the second, which says how uncertain the
-    threshold is; Newcombe's of both for the excess. No bootstrap: with few held-out images its intervals are too narrow (of
-    95 %, simulated with 20 images, they held the truth in 67 to 83 %, these in 92 to 98 %). `…_groups`: see `effective_size`.
+    Wilson's interval for the first; the exact one of an order statistic for the second, which
+    expresses the uncertainty of the threshold; Newcombe's of both for the excess. No bootstrap: its
+    intervals are too narrow with few held-out images (simulated with 20 images, 95 % intervals
+    covered 67 to 83 %, these 92 to 98 %). `…_groups`: see `effective_size`.
     """
     threshold = closest(real_distances, percentile)
     flags, real_flags = distances <= threshold, real_distances <= threshold
@@ -187,20 +191,20 @@ def release_threshold(
     *,
     moves: Moves | None = None,
 ) -> float:
-    """The distance to the nearest row of `training` (N, F) that only the closest `percentile` of `held_out` (H, F) fall below.
+    """Distance to `training` (N, F) of the closest `percentile` of `held_out` (H, F).
 
-    The release filter drops synthetic images at this distance or nearer: about as large a share of images that copy
-    nothing. With fewer than 100 / `percentile` held-out images it is their smallest distance, which drops more: on
-    average the share 1 / (H + 1).
+    The release filter drops synthetic images up to this distance: about the same share of images
+    that copy nothing. With fewer than 100 / `percentile` held-out images it is their smallest
+    distance, which drops more: on average the share 1 / (H + 1).
     """
     return closest(nearest(held_out, training, moves=moves)[0], percentile)
 
 
 def closest(distances: np.ndarray, percentile: float) -> float:
-    """The k-th smallest of `distances` (H,), k = `percentile` of H rounded down, at least 1: an order statistic.
+    """The k-th smallest of `distances` (H,), k = `percentile` of H rounded down, at least 1.
 
-    Not interpolated: the share of the whole population at or below a k-th smallest is then Beta(k, H + 1 - k), whatever
-    the distribution (David and Nagaraja 2003, section 2.5).
+    An order statistic, not interpolated: the share of the population at or below it is Beta(k, H +
+    1 - k) for any distribution (David and Nagaraja 2003, section 2.5).
     """
     if not 0 < percentile <= 50:
         raise ValueError(f"percentile must be above 0 and at most 50, not {percentile}")
@@ -218,12 +222,13 @@ def closer_share(
     moves: Moves | None = None,
     groups: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
 ) -> tuple[float, Interval]:
-    """Share of `queries` (Q, F) that are nearer to a training than to a held-out image; 0.5 where neither is favoured.
+    """Share of `queries` (Q, F) nearer to a training than to a held-out image; 0.5 is neutral.
 
-    Needs no threshold, and blurred or typical queries cannot move it, as they come nearer to both. min(N, H) rows of each
-    are drawn by `seed`. Percentile bootstrap over those rows (over patients with `groups`), because few rows can attract
-    many queries; a resampled row keeps the queries it attracts. Only for features that were not fitted to the training
-    images: a network pushes apart the images it learnt from, and 0.5 is then no neutral point.
+    Needs no threshold, and blurred or typical queries do not change it, as they are near to both.
+    min(N, H) rows of each are drawn by `seed`. Percentile bootstrap over these rows (over patients
+    with `groups`), because few rows can attract many queries; a resampled row keeps its queries.
+    Only for features that are not fitted to the training images: a network separates the images it
+    was trained on, and 0.5 is then not neutral.
     """
     rng = np.random.default_rng(seed)
     size = min(len(training), len(held_out))
@@ -243,17 +248,18 @@ def closer_share(
 
 
 def _population_share(share: float, count: float) -> Interval:
-    """Interval of the share of all such images at or below a k-th smallest distance, k = `share` · `count` (see `closest`)."""
-    k = min(max(share * count, 1.0), count)  # no threshold is lower than the smallest of them
+    """Interval of the population's share up to a k-th smallest distance, k = `share` · `count`."""
+    k = min(max(share * count, 1.0), count)  # the smallest distance is the lowest threshold
     low, high = betaincinv(k, count + 1 - k, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 def _hit_share(hits: np.ndarray, drawn: int, most: int) -> float:
-    """Share of rows hit at least once that is expected when only `most` of the `drawn` images are there.
+    """Expected share of rows hit at least once by `most` of the `drawn` images (rarefaction).
 
-    `hits` (N,): how many copying images have each row as their nearest. A row of h hits is missed by `most` images drawn
-    without replacement with probability C(drawn - h, most) / C(drawn, most) (rarefaction, Hurlbert 1971).
+    `hits` (N,): number of copying images whose nearest row it is. A row of h hits is missed by
+    `most` images drawn without replacement with probability C(drawn - h, most) / C(drawn, most)
+    (Hurlbert 1971).
     """
     counts = hits[hits > 0].astype(np.float64)
     possible = drawn - counts >= most

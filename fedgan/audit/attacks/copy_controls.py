@@ -1,6 +1,6 @@
-"""Controls of the copy detector: it must find copies that were planted, and find nothing where nothing was copied.
+"""Controls of copy detection: it must find planted copies, and nothing where nothing was copied.
 
-Without both green, an audit's "no copies found" says nothing.
+"No copies found" is evidence only if both controls pass.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from fedgan.evaluation.metrics.bootstrap import group_numbers
 from fedgan.evaluation.metrics.intervals import Interval, newcombe_interval, wilson_interval
 from fedgan.evaluation.metrics.ranking import weighted_auc
 
-LEAST_AUC = 0.9
-LEAST_COVERED = 0.8  # share of splits whose interval holds 0; 0.95 is expected
+MIN_AUC = 0.9
+MIN_COVERED = 0.8  # share of splits whose interval contains 0; 0.95 is expected
 
 
 def plant_copies(
@@ -30,23 +30,23 @@ def plant_copies(
     shift: int = 1,
     mirrored: float = 0.25,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A generator that leaks: `share` of `synthetic` (S, C, H, W) uint8 replaced by training images, each slightly changed.
+    """Replace a `share` of `synthetic` (S, C, H, W) uint8 by slightly changed training images.
 
-    A planted image is moved by up to `shift` pixels in both directions (the edge repeated), mirrored left to right with
-    probability `mirrored`, and has uniform noise of ± `grey_levels` on it. Returns the images, which are planted (S,)
-    bool, and the training row of each (S,) int64, -1 where nothing was planted. No training row is planted twice as long
-    as there are enough.
+    A planted image is moved by up to `shift` pixels in both directions (the edge repeated),
+    mirrored with probability `mirrored`, and gets uniform noise of ± `grey_levels`. Returns the
+    images, a flag (S,) bool and the training row (S,) int64 of each, -1 for others. No training row
+    is planted twice if there are enough.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, not {share}")
     count, available = round(share * len(synthetic)), training.shape[0]
-    places = np.sort(rng.choice(len(synthetic), count, replace=False))
+    positions = np.sort(rng.choice(len(synthetic), count, replace=False))
     sources = rng.choice(available, count, replace=count > available)
     planted, rows = np.zeros(len(synthetic), bool), np.full(len(synthetic), -1, np.int64)
-    planted[places], rows[places] = True, sources
+    planted[positions], rows[positions] = True, sources
     images = np.array(synthetic)
-    for place, source in zip(places, sources, strict=True):
-        images[place] = _changed(
+    for position, source in zip(positions, sources, strict=True):
+        images[position] = _changed(
             np.asarray(training[np.array([source])])[0], rng, grey_levels, shift, mirrored
         )
     return images, planted, rows
@@ -54,15 +54,18 @@ def plant_copies(
 
 @dataclass(frozen=True)
 class Recovery:
-    """How well planted copies were found. Shares are of all synthetic images; intervals of 95 %."""
+    """How well planted copies were found. Shares are of all synthetic images; intervals have 95 %.
 
-    auc: float  # of minus the distance, planted images against the others; 1 is perfect, 0.5 is chance
+    `auc`: of minus the distance, planted images against the others. `found_share`: estimated from
+    the flagged share, corrected for what is flagged without a leak. `right_row`: share of the
+    planted images whose nearest training image is their source.
+    """
+
+    auc: float
     planted_share: float
-    found_share: float  # estimated from what was flagged, less what is flagged without a leak
+    found_share: float
     found_ci: Interval
-    right_row: (
-        float | None
-    )  # share of the planted images whose nearest training image is their source
+    right_row: float | None
     passed: bool
 
 
@@ -72,18 +75,19 @@ def recovered(
     clean: CopyFindings | None = None,
     rows: np.ndarray | None = None,
 ) -> Recovery:
-    """Whether `findings`, made of the images of `plant_copies`, show the leak: the positive control.
+    """Positive control: whether `findings` on the images of `plant_copies` show the leak.
 
-    `planted` (S,) bool and `rows` (S,) are those of `plant_copies`. `clean`: findings of the same synthetic images before
-    planting; without it the held-out share stands for what is flagged without a leak. With f the share flagged and c that
-    without a leak, the leak is estimated as (f - c) / (1 - c) (Rogan and Gladen 1978, for a test that misses no copy; what
-    it does miss lowers the estimate and fails the control). Passes when the area is 0.9 or more and the planted share lies
-    in the estimate's interval.
+    `planted` (S,) bool and `rows` (S,): results of `plant_copies`. `clean`: findings of the same
+    images before planting; without it the held-out share is what is flagged without a leak. With f
+    the flagged share and c that without a leak, the leak is estimated as (f - c) / (1 - c) (Rogan
+    and Gladen 1978, for a test that misses no copy; misses lower the estimate and fail the
+    control). Passes when the AUC is at least 0.9 and the planted share is in the estimate's
+    interval.
     """
     planted = np.asarray(planted, bool)
     if planted.shape != findings.distances.shape or planted.all() or not planted.any():
         raise ValueError(
-            "a positive control needs, for each synthetic image, whether it was planted, and images of both kinds"
+            "a positive control needs a planted flag per synthetic image, and images of both kinds"
         )
     base, base_ci = (
         (clean.copying_share, clean.copying_ci)
@@ -105,18 +109,22 @@ def recovered(
         right_row=None
         if rows is None
         else float((findings.rows[planted] == np.asarray(rows)[planted]).mean()),
-        passed=auc >= LEAST_AUC and found_ci[0] <= planted_share <= found_ci[1],
+        passed=auc >= MIN_AUC and found_ci[0] <= planted_share <= found_ci[1],
     )
 
 
 @dataclass(frozen=True)
 class NegativeControl:
-    """What copy detection says of real images that cannot be copies."""
+    """Result of copy detection on real images that cannot be copies.
 
-    excess: float  # of the first split
+    `excess` of the first split, `mean_excess` over all; `covered`: share of splits whose interval
+    contains 0.
+    """
+
+    excess: float
     excess_ci: Interval
-    mean_excess: float  # over all splits
-    covered: float  # share of splits whose interval holds 0
+    mean_excess: float
+    covered: float
     splits: int
     passed: bool
 
@@ -131,18 +139,19 @@ def negative_control(
     moves: Moves | None = None,
     held_out_groups: np.ndarray | None = None,
 ) -> NegativeControl:
-    """Half of `held_out` (H, F), drawn by patient, plays the synthetic images and the other half is held out, `splits` times.
+    """Half of `held_out` (H, F), by patient, replaces the synthetic images, `splits` times.
 
-    One interval of 95 % misses 0 once in twenty even when all is well, which would call one audit in twenty invalid (and
-    with several spaces and hospitals one in three). So the control passes when 0 lies in the intervals of 80 % or more of
-    the splits. `held_out_groups` (H,): the patient of each image.
+    The other half is held out. An interval of 95 % misses 0 in one of twenty cases, which would
+    make one audit in twenty invalid (with several spaces and hospitals one in three). So the
+    control passes when 0 is in the intervals of at least 80 % of the splits. `held_out_groups`
+    (H,): the patient of each image.
     """
     distances = nearest(held_out, training, moves=moves)[0]
     patients = group_numbers(held_out_groups, len(distances))
     number = int(patients.max()) + 1
     if number < 4:
         raise ValueError(
-            f"a negative control needs held-out images of four patients or more, not of {number}"
+            f"a negative control needs held-out images of four or more patients, not of {number}"
         )
     rng = np.random.default_rng(seed)
     results = []
@@ -159,14 +168,14 @@ def negative_control(
         mean_excess=float(np.mean([result.excess for result in results])),
         covered=covered,
         splits=splits,
-        passed=covered >= LEAST_COVERED,
+        passed=covered >= MIN_COVERED,
     )
 
 
 def _changed(
     image: np.ndarray, rng: np.random.Generator, grey_levels: int, shift: int, mirrored: float
 ) -> np.ndarray:
-    """An image (C, H, W) uint8 as `plant_copies` plants it."""
+    """An image (C, H, W) uint8, changed as in `plant_copies`."""
     _, height, width = image.shape
     if rng.random() < mirrored:
         image = image[..., ::-1]

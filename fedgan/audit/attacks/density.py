@@ -1,9 +1,10 @@
-"""Membership by density: does the generator put more mass at an image than the population does?
+"""Membership by density: a generator that memorised has more mass at a member than the population.
 
-All densities are Gaussian kernel estimates in a reduced space: the leading principal axes, scaled to unit variance. In
-hundreds of dimensions all distances are alike and a kernel density is noise. The axes are fitted to synthetic and reference
-images, both of which an outsider has, and never to members: axes that follow the members' own noise would describe
-members better than anybody else, and an attack would "find" what the auditor had put there.
+Densities are Gaussian kernel estimates in a reduced space, the leading principal axes scaled to
+unit variance: in hundreds of dimensions all distances are alike and a kernel density is noise. The
+axes are fitted to synthetic and reference images, which an outsider has, never to members: axes
+that follow the members' noise would describe members better than other images and create a spurious
+attack.
 """
 
 from __future__ import annotations
@@ -15,56 +16,59 @@ import numpy as np
 from fedgan.errors import DataError
 
 DIMS = 16
-FITTED_ROWS = 1000  # of each set, evenly spaced: enough for a few leading axes, whatever the number of features
+FITTED_ROWS = 1000  # of each set, evenly spaced: enough for a few leading axes
 BANDWIDTH_ROWS = 2000
 BANDWIDTHS = np.geomspace(0.05, 2.0, 16)  # in standard deviations of the reduced space
-BLOCK = 1024  # images of one block of distances
-FLAT = 1e-10  # an axis with less than this share of the first one's variance is none
+BLOCK = 1024  # images per block of distances
+MIN_VARIANCE = 1e-10  # of an axis, as a share of the first axis's variance
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """`middle` (F,), `axes` (F, D): centre, then project; the sets that it was fitted to have unit variance on each axis."""
+    """Affine projection by `center` (F,) and `axes` (F, D); unit variance on each axis."""
 
-    middle: np.ndarray
+    center: np.ndarray
     axes: np.ndarray
 
     def apply(self, features: np.ndarray) -> np.ndarray:
         """Features (N, F) → (N, D) float64."""
-        reduced: np.ndarray = (np.asarray(features, np.float64) - self.middle) @ self.axes
+        reduced: np.ndarray = (np.asarray(features, np.float64) - self.center) @ self.axes
         return reduced
 
 
 def fit_reduction(*sets: np.ndarray, dims: int = DIMS) -> Reduction:
-    """The `dims` leading principal axes (fewer where the sets have fewer) of feature sets (N, F), each set with equal weight.
+    """The `dims` leading principal axes of feature sets (N, F), each set with equal weight.
 
-    Raises `DataError` for a set of fewer than two images and for sets in which all images are the same.
+    Fewer axes where the sets have fewer. Raises `DataError` for a set of fewer than two images and
+    for sets in which all images are equal.
     """
     for features in sets:
         if len(features) < 2:
             raise DataError(
-                f"a density needs at least two images in each set, here are {len(features)}: generate or keep more"
+                f"a density needs at least two images in each set, here are {len(features)}: "
+                "generate or keep more"
             )
     parts = [
         np.asarray(features[_evenly(len(features), FITTED_ROWS)], np.float64) for features in sets
     ]
-    middle = np.mean([part.mean(0) for part in parts], 0)
-    rows = np.concatenate([(part - middle) / np.sqrt(len(parts) * len(part)) for part in parts])
-    # Of the two matrices with the same spectrum, the smaller one: features of pixels are far more than images.
+    center = np.mean([part.mean(0) for part in parts], 0)
+    rows = np.concatenate([(part - center) / np.sqrt(len(parts) * len(part)) for part in parts])
+    # The smaller of two matrices with the same spectrum: pixel features outnumber the images.
     wide = rows.shape[1] > len(rows)
     variances, vectors = np.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
-    kept = np.flatnonzero(variances > FLAT * max(float(variances[-1]), 0.0))[::-1][:dims]
+    kept = np.flatnonzero(variances > MIN_VARIANCE * max(float(variances[-1]), 0.0))[::-1][:dims]
     if variances[-1] <= 0 or len(kept) == 0:
         raise DataError(
-            "all images have the same features, so they have no density: the generator may have collapsed"
+            "all images have the same features, so they have no density: "
+            "the generator may have collapsed"
         )
     variances, vectors = variances[kept], vectors[:, kept]
     axes = rows.T @ vectors / np.sqrt(variances) if wide else vectors
-    return Reduction(middle, axes / np.sqrt(variances))
+    return Reduction(center, axes / np.sqrt(variances))
 
 
 def log_density(points: np.ndarray, base: np.ndarray, bandwidth: float) -> np.ndarray:
-    """log of the Gaussian kernel density of `base` (S, D) at `points` (N, D), (N,) float64; finite however far away."""
+    """Log of the Gaussian kernel density of `base` (S, D) at `points` (N, D): (N,), finite."""
     points, base = np.asarray(points, np.float64), np.asarray(base, np.float64)
     constant = np.log(len(base)) + base.shape[1] * np.log(bandwidth * np.sqrt(2 * np.pi))
     return np.concatenate(
@@ -77,10 +81,10 @@ def log_density(points: np.ndarray, base: np.ndarray, bandwidth: float) -> np.nd
 
 
 def choose_bandwidth(base: np.ndarray) -> float:
-    """The bandwidth under which each image of `base` (S, D) is likeliest given all others (leave-one-out likelihood).
+    """Bandwidth by leave-one-out likelihood of `base` (S, D), of unit variance.
 
-    It adapts to size and dimension, where rules of thumb for densities blur a copy away. At most 2,000 evenly spaced
-    images take part. Of unit-variance data; looked for between 0.05 and 2.
+    It adapts to size and dimension; rules of thumb blur a copy. Uses at most 2,000 evenly spaced
+    images; the range is 0.05 to 2.
     """
     part = np.asarray(base[_evenly(len(base), BANDWIDTH_ROWS)], np.float64)
     squared = _squared(part, part)
@@ -101,10 +105,11 @@ def density_scores(
 ) -> np.ndarray:
     """log density of the synthetic images at each image, (N,): higher for a suspected member.
 
-    The Monte-Carlo attack of Hilprecht et al. (arXiv 1906.03006) counts synthetic images in a ball round x; a
-    Gaussian kernel is the same count with a soft edge, which needs no radius beyond which all images score alike.
-    `features` (N, F), `synthetic_features` (S, F); `reference_features` (R, F), if there are any, help to fit the axes only.
-    It ranks typical images before rare ones whoever is a member; `density_ratio_scores` does not.
+    The Monte-Carlo attack of arXiv 1906.03006 counts synthetic images in a ball around x; a
+    Gaussian kernel is the same count with a soft edge and without a radius beyond which all images
+    score alike. `features` (N, F), `synthetic_features` (S, F); `reference_features` (R, F) only
+    help to fit the axes. Typical images score higher than rare ones, members or not;
+    `density_ratio_scores` corrects this.
     """
     sets = (
         [synthetic_features]
@@ -124,11 +129,12 @@ def density_ratio_scores(
     bandwidth: float | None = None,
     dims: int = DIMS,
 ) -> np.ndarray:
-    """log p_synthetic(x) - log p_reference(x), (N,): higher for a suspected member (DOMIAS, arXiv 2302.12580).
+    """log p_synthetic(x) - log p_reference(x), (N,): higher for a suspected member (2302.12580).
 
-    `reference_features` (R, F): real images that are neither members nor tested. What is typical is dense in both, so that
-    only mass in excess of the population's counts. Both densities have one bandwidth (the reference's), or the difference of
-    their blur would be a score. Sizes may differ: densities are normalised.
+    DOMIAS: `reference_features` (R, F) are real images, neither members nor non-members under test.
+    Typical images are dense in both, so only mass in excess of the population counts. Both
+    densities have one bandwidth (the reference's), or their different blur would be a score. Sizes
+    may differ.
     """
     reduction = fit_reduction(synthetic_features, reference_features, dims=dims)
     points, synthetic, reference = (
@@ -144,13 +150,13 @@ def _evenly(count: int, most: int) -> np.ndarray:
 
 
 def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Squared distances (A, B); float64 and few dimensions of unit variance, so nothing is lost by multiplying out."""
+    """Squared distances (A, B); exact enough in float64 with few dimensions of unit variance."""
     squared = np.einsum("nd,nd->n", a, a)[:, None] + np.einsum("nd,nd->n", b, b) - 2 * (a @ b.T)
     return np.maximum(squared, 0, out=squared)
 
 
 def _log_sum_exp(values: np.ndarray) -> np.ndarray:
-    """log Σ exp over the columns of (N, S), without underflow; `values` is used up."""
+    """log Σ exp over the columns of (N, S), without underflow; overwrites `values`."""
     top = values.max(1, keepdims=True)
     values -= top
     np.exp(values, out=values)

@@ -1,8 +1,8 @@
-"""Membership inference: can somebody tell from the model, or from what it releases, who was in the training set?
+"""Membership inference: evaluate attack scores on images with known membership.
 
-An attack gives every image a score, higher for a suspected member; `score_attack` says what the scores are worth on images
-whose membership is known. Members and non-members come from one hospital, split by patient, so that nothing but the
-training tells them apart. The controls of an audit test whether that is so (fedgan/audit/membership_inference.py).
+An attack gives each image a score, higher for a suspected member. Members and non-members are of
+one hospital, split by patient, so they differ only by the training. The controls of an audit test
+this (fedgan/audit/membership_inference.py).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from fedgan.evaluation.metrics.intervals import (
     wilson_interval,
 )
 
-RATES = (0.01, 0.001)  # false-positive rates at which true-positive rates are told
-LEAK_AUC = 0.9  # what an attack must reach on a planted leak
+RATES = (0.01, 0.001)  # false-positive rates of the reported true-positive rates
+LEAK_AUC = 0.9  # required of an attack on a planted leak
 
 
 @dataclass(frozen=True)
 class MembershipFindings:
-    """What one attack found, each figure in [0, 1] with its interval.
+    """Result of one attack, each figure in [0, 1] with its interval.
 
-    `auc` 0.5 is chance. `tpr_at_1`, `tpr_at_01`: share of members found at a false-positive rate of 1 % and of 0.1 %; chance
-    is that rate. They are None, and `note` says why, where there are too few non-members to measure such a rate.
-    `members`, `non_members`: images that were compared.
+    `auc` 0.5 is chance. `tpr_at_1`, `tpr_at_01`: share of members found at a false-positive rate of
+    1 % and 0.1 %; chance is that rate. They are None, and `note` gives the reason, with too few
+    non-members for such a rate. `members`, `non_members`: images compared.
     """
 
     attack: str
@@ -58,14 +58,15 @@ def score_attack(
     member_groups: np.ndarray | None = None,
     non_member_groups: np.ndarray | None = None,
 ) -> MembershipFindings:
-    """What scores (M,) of members and (M',) of non-members are worth; higher means a suspected member.
+    """Evaluate scores (M,) of members and (N,) of non-members; higher means a suspected member.
 
-    With `match` the larger side is cut to the size of the smaller one by a seeded draw without replacement, so that figures of
-    several attacks and of their controls rest on equal numbers. Without, all images count: right where a few leaked
-    members stand against many others, for a rate of 1 in 1,000 needs 1,000 non-members.
-    Intervals: percentile bootstrap of both sides with `bootstrap` resamples, by `…_groups` (M,) (patients) where given;
-    those of rates are widened to Wilson's, because a bootstrap of no hits at all has no width.
-    Raises `DataError` for fewer than two images on a side, `FedganError` for scores that are not numbers.
+    With `match` the larger side is reduced to the smaller one by a seeded draw without replacement,
+    so figures of several attacks and their controls rest on equal numbers. Without, all images
+    count: for few leaked members against many others, because a rate of 1 in 1,000 needs 1,000
+    non-members. Intervals: percentile bootstrap of both sides with `bootstrap` resamples, by
+    `…_groups` (patients) if given; those of rates are widened to Wilson's, because a bootstrap
+    without hits has no width. Raises `DataError` for fewer than two images per side, `FedganError`
+    for scores that are NaN.
     """
     sides = [_side(attack, scores) for scores in (member_scores, non_member_scores)]
     groups = [
@@ -105,11 +106,13 @@ def _side(attack: str, scores: np.ndarray) -> np.ndarray:
     scores = np.asarray(scores, np.float64)
     if scores.ndim != 1 or len(scores) < 2:
         raise DataError(
-            f"{attack}: scores of shape {scores.shape}; an attack is judged on two members and two non-members at least"
+            f"{attack}: scores of shape {scores.shape}; "
+            "an attack needs at least two members and two non-members"
         )
     if np.isnan(scores).any():
         raise FedganError(
-            f"{attack}: {int(np.isnan(scores).sum())} scores are not numbers; look at the model or the features"
+            f"{attack}: {int(np.isnan(scores).sum())} scores are not numbers; "
+            "check the model or the features"
         )
     return scores
 
@@ -117,7 +120,7 @@ def _side(attack: str, scores: np.ndarray) -> np.ndarray:
 def _matched(
     sides: list[np.ndarray], groups: list[np.ndarray], seed: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Both sides at the size of the smaller one, the larger by a draw without replacement; groups numbered again."""
+    """Both sides at the size of the smaller one, by a seeded draw, and renumbered groups."""
     size, rng = min(len(side) for side in sides), np.random.default_rng((seed, 1))
     rows = [
         np.arange(size)
@@ -139,13 +142,14 @@ def _rate(
     others: np.ndarray,
     level: float,
 ) -> tuple[float | None, Interval | None, str]:
-    """The share of members found at a false-positive `rate`, its interval, and '' or why there is none."""
+    """True-positive rate at a false-positive `rate`, its interval; else the reason for none."""
     needed = round(1 / rate)
     if len(others) < needed:
         return (
             None,
             None,
-            f"a false-positive rate of {rate:.1%} needs {needed:,} non-members, here are {len(others):,}",
+            f"a false-positive rate of {rate:.1%} needs {needed:,} non-members, "
+            f"here are {len(others):,}",
         )
     low, high = percentile_interval(resampled, level)
     wilson = wilson_interval(share, len(members), level)

@@ -1,7 +1,8 @@
-"""Nearest neighbours by Euclidean distance: found in float32 by matrix products, decided in float64.
+"""Nearest neighbours by Euclidean distance: candidates in float32, decision in float64.
 
-Privacy figures compare distances of near-equal size, and of copies that are almost zero, where |x|² + |y|² - 2 x·y in
-float32 is all rounding. So float32 only says which rows may be the nearest; those are measured again by differences.
+Privacy figures compare nearly equal distances, and distances of copies that are almost zero, where
+|x|² + |y|² - 2 x·y in float32 is only rounding. So float32 selects candidates by matrix products,
+and float64 measures those again by differences.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PAIRS = 8192  # pairs measured again at once: bounds the memory
-ENTRIES = 32_000_000  # most entries of one block of distances, 128 MB
+PAIRS = 8192  # pairs per float64 batch: bounds the memory
+ENTRIES = 32_000_000  # of one block of distances, 128 MB
 UNIT = 2.0**-24  # unit roundoff of float32
 
 
 @dataclass(frozen=True)
 class Moves:
-    """What a copy in pixel space may have gone through and is still looked for: a query is tried in each of these versions.
+    """Transformations under which copies are searched: each query is tried in all of them.
 
-    `shape` (C, H, W) of the rows, which are flattened images; `flips`: also mirrored left to right; `shifts`: also moved by
-    up to so many pixels in both directions, the edge repeated. 2 · (2 · shifts + 1)² versions, so as many times the work.
+    `shape` (C, H, W) of the rows, which are flattened images; `flips`: also mirrored; `shifts`:
+    also moved by up to this number of pixels in both directions, the edge repeated. 2 · (2 · shifts
+    + 1)² versions, and as many times the cost.
     """
 
     shape: tuple[int, int, int]
@@ -31,7 +33,7 @@ class Moves:
     def versions(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """All versions of the flattened images (N, C·H·W), the unchanged one first."""
         if rows.shape[1] != int(np.prod(self.shape)):
-            raise ValueError(f"rows of {rows.shape[1]} values are no images of shape {self.shape}")
+            raise ValueError(f"rows of {rows.shape[1]} values are not images of shape {self.shape}")
         most, (_, height, width) = self.shifts, self.shape
         padded = np.pad(
             rows.reshape(-1, *self.shape), ((0, 0), (0, 0), (most, most), (most, most)), mode="edge"
@@ -48,16 +50,18 @@ class Moves:
 def nearest(
     queries: np.ndarray, base: np.ndarray, block: int = 1024, *, moves: Moves | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distance (Q,) float64 of each query to its nearest row of `base`, and which row that is (Q,) int64.
+    """Distance (Q,) float64 of each query to its nearest row of `base`, and that row (Q,) int64.
 
-    `queries` (Q, F) and `base` (N, F) float; N ≥ 1. Exact: the row is the one that float64 finds by differences, the
-    first among equals. `block` queries at a time bound the memory and change nothing. With `moves` each query counts in
-    the version that comes nearest. Raises `ValueError` for arrays that do not fit together or are not finite.
+    `queries` (Q, F) and `base` (N, F) float; N ≥ 1. Exact: the row that float64 finds by
+    differences, the first of equals. `block` queries at a time bound the memory and change nothing.
+    With `moves` each query counts in its nearest version. Raises `ValueError` for arrays that do
+    not fit or are not finite.
     """
     queries, base = _matrix("queries", queries), _matrix("base", base)
     if queries.shape[1] != base.shape[1] or len(base) == 0:
         raise ValueError(
-            f"queries {queries.shape} and base {base.shape} must have equally many columns, and base a row"
+            f"queries {queries.shape} and base {base.shape} must have equally many columns, "
+            "and base at least one row"
         )
     distances, rows = np.full(len(queries), np.inf), np.zeros(len(queries), np.int64)
     for version in moves.versions(queries) if moves else (queries,):
@@ -68,10 +72,10 @@ def nearest(
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
-    """Images (N, C, H, W) uint8 as rows (N, C·H·W) float32 whose distances are root mean squares in grey levels.
+    """Images (N, C, H, W) uint8 as rows (N, C·H·W) float32; distances are RMS in grey levels.
 
-    Each image's mean over all its channels and pixels is removed: a copy that is a little brighter is a copy. Its
-    contrast is kept, because dividing by it would blow up what little an almost empty image holds.
+    Each image's mean over channels and pixels is removed: a slightly brighter copy is a copy.
+    Contrast is kept, because normalising it would amplify the noise of almost empty images.
     """
     flat = np.asarray(images).reshape(len(images), -1).astype(np.float32)
     flat -= flat.mean(1, keepdims=True, dtype=np.float64).astype(np.float32)
@@ -89,36 +93,31 @@ def _matrix(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def _nearest(queries: np.ndarray, base: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    middle = base.mean(0, dtype=np.float64).astype(
-        base.dtype
-    )  # short vectors lose least in |x|² + |y|² - 2 x·y
-    y = (base - middle).astype(np.float32)
+    # Short vectors lose least in |x|² + |y|² - 2 x·y.
+    center = base.mean(0, dtype=np.float64).astype(base.dtype)
+    y = (base - center).astype(np.float32)
     y_norms = np.einsum("nf,nf->n", y, y)
-    # A dot product of F terms is wrong by at most F u |x| |y| (Higham 2002, section 3.1); the rest covers sums and centring.
+    # Error of a dot product ≤ F u |x| |y| (Higham 2002, section 3.1), plus sums and means.
     share, longest = (queries.shape[1] + 64) * UNIT, float(y_norms.max())
     distances, found = np.empty(len(queries)), np.empty(len(queries), np.int64)
     step = max(1, min(block, ENTRIES // len(base)))
     for start in range(0, len(queries), step):
         part = slice(start, min(start + step, len(queries)))
-        x = (queries[part] - middle).astype(np.float32)
+        x = (queries[part] - center).astype(np.float32)
         partial = x @ y.T
         partial *= -2.0
         partial += y_norms
         slack = share * (np.einsum("bf,bf->b", x, x) + longest)
-        near, rows = np.nonzero(
-            partial <= (partial.min(1) + 2 * slack)[:, None]
-        )  # in order of queries, then of rows
+        near, rows = np.nonzero(partial <= (partial.min(1) + 2 * slack)[:, None])  # `near` ascends
         exact = _exact(queries[part], base, near, rows)
         order = np.lexsort((rows, exact, near))
-        first = order[
-            np.searchsorted(near, np.arange(len(x)))
-        ]  # `near` is sorted: the order keeps its groups in place
+        first = order[np.searchsorted(near, np.arange(len(x)))]
         distances[part], found[part] = np.sqrt(exact[first]), rows[first]
     return distances, found
 
 
 def _exact(queries: np.ndarray, base: np.ndarray, near: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Squared distances (P,) float64 of the pairs (queries[near], base[rows]), `PAIRS` at a time."""
+    """Squared distances (P,) float64 of the pairs (queries[near], base[rows])."""
     squared = np.empty(len(rows))
     for start in range(0, len(rows), PAIRS):
         part = slice(start, start + PAIRS)

@@ -1,8 +1,4 @@
-"""How well scores tell members from non-members, with intervals: arrays of scores in, numbers out.
-
-An image counts as often as its weight says, so that one sweep over the sorted scores serves the figure itself (all
-weights 1) and every resample of the bootstrap.
-"""
+"""ROC figures of membership scores, weighted for the bootstrap."""
 
 from __future__ import annotations
 
@@ -15,18 +11,17 @@ def roc_figures(
     weights: tuple[np.ndarray, np.ndarray],
     rates: tuple[float, ...],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AUC (B,) and true-positive rates (B, R) at the false-positive rates `rates`, of scores that are higher for members.
+    """AUC (B,) and true-positive rates (B, R) at the false-positive rates `rates`.
 
-    `members` (M,), `non_members` (M',) scores; `weights` (B, M) and (B, M'): how often each image counts. AUC is the
-    probability that a member has the higher score, ties half (Mann-Whitney). The rate at x is the highest one of a
-    threshold whose false-positive rate is x at most: nothing is interpolated, for an attacker cannot use half a threshold
-    (arXiv 2112.03570 reports membership attacks so).
+    `members` (M,), `non_members` (N,): scores, higher for members. `weights` (B, M) and (B, N): how
+    often each image counts (all 1, or bootstrap resamples). AUC is P(member score > non-member
+    score), ties half (Mann-Whitney). The rate at x is the highest one of a threshold with a
+    false-positive rate of at most x, without interpolation, because an attacker cannot use a
+    fraction of a threshold (reported like this for membership attacks in arXiv 2112.03570).
     """
     scores = np.concatenate([members, non_members])
     order = np.argsort(-scores, kind="stable")
-    ends = np.flatnonzero(
-        np.append(np.diff(scores[order]) != 0, True)
-    )  # the last of each run of equal scores
+    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # last of equal scores
     count = len(weights[0])
     hits = np.concatenate([weights[0], np.zeros((count, len(non_members)))], 1)[:, order].cumsum(1)[
         :, ends
@@ -39,7 +34,7 @@ def roc_figures(
     auc = area / (hits[:, -1] * alarms[:, -1])
     found = []
     for rate in rates:
-        # Both curves rise, so the last threshold that is still allowed is the best one.
+        # Both curves increase, so the last allowed threshold is the best one.
         last = (alarms <= rate * alarms[:, -1:] + 1e-9).sum(1) - 1
         found.append(hits[np.arange(count), last] / hits[:, -1])
     return auc, np.stack(found, 1) if found else np.empty((count, 0))

@@ -12,6 +12,7 @@ from typing import Any
 
 from fedgan.audit.rules import (
     FEW_PATIENTS,
+    FORMAT,
     Measured,
     attack_stands_out,
     copies_stand_out,
@@ -84,6 +85,8 @@ class Audit:
     def why_not(self) -> list[str]:
         """Why the audit is not valid, a sentence a reason; empty for a valid one."""
         reasons = []
+        if (found := self.content.get("format", FORMAT)) != FORMAT:
+            return [f"audit.json has the format {found}, not {FORMAT}: run fedgan audit again"]
         for hospital in self.hospitals:
             if not controls(hospital):
                 why = "; ".join(sentences(hospital.get("notes"))).rstrip(".")
