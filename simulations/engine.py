@@ -1,10 +1,10 @@
-"""The process that holds Flower's simulation engine, Ray and the server of one run.
+"""Process that holds Flower's simulation engine, Ray and the server of one run.
 
-`simulations.runner` starts it, reads its events from a pipe and ends it. It lives in a session of its
-own, so that Ctrl-C on a terminal reaches the runner alone, and ends itself, and Ray with it, as soon
-as its standard input closes: a killed runner leaves nothing behind.
+`simulations.runner` starts it, reads its events from a pipe and ends it. It has a session of its
+own, so that Ctrl-C on a terminal reaches the runner alone. It ends itself, and Ray with it, as soon
+as its standard input closes: a killed runner leaves no process behind.
 
-    python -m simulations.engine RUN EVENTS_FD CLIENT_APP judged|unjudged
+    python -m simulations.engine RUN EVENTS_FD CLIENT_APP evaluate|train-only
 """
 
 from __future__ import annotations
@@ -29,14 +29,9 @@ from fedgan.run_folder import RunFolder
 
 def main() -> None:
     """Run the federation of a prepared run folder; the last event is `finished` or `failed`."""
-    run, events, client, judged = (
-        RunFolder(Path(sys.argv[1])),
-        int(sys.argv[2]),
-        sys.argv[3],
-        sys.argv[4] == "judged",
-    )
-    threading.Thread(target=_end_with_the_runner, daemon=True).start()
-    channel = open(events, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - open until the process ends
+    path, descriptor, client, mode = sys.argv[1:5]
+    threading.Thread(target=_end_with_runner, daemon=True).start()
+    channel = open(int(descriptor), "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - until exit
     lock = threading.Lock()
 
     def on_event(event: dict[str, Any]) -> None:
@@ -45,7 +40,7 @@ def main() -> None:
 
     code = 0
     try:
-        _federate(run, client, on_event, judged)
+        _federate(RunFolder(Path(path)), client, on_event, mode == "evaluate")
         on_event({"event": "finished"})
     except BaseException as error:
         traceback.print_exc()
@@ -53,30 +48,30 @@ def main() -> None:
         on_event({"event": "failed", "kind": type(error).__name__, "message": str(error)})
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # threads of the engine that still wait for a hospital must not hold the process
+    os._exit(code)  # engine threads that still wait for a hospital must not hold the process
 
 
 class NoEvaluator:
-    """Looks at nothing: a comparison judges its arms itself, all with one evaluator."""
+    """Evaluates nothing: a comparison evaluates its arms itself, all with one evaluator."""
 
     def check_compatible(
         self, label_names: tuple[str, ...], exclusive: bool, channels: int, resolution: int
     ) -> None:
-        """Compare nothing."""
+        """Accept any images."""
 
     def write_real_samples(self) -> None:
-        """Draw nothing."""
+        """Do nothing."""
 
     def evaluate_round(self, generator: Any, round_number: int, images_seen: int) -> dict[str, Any]:
-        """Say nothing about a round."""
+        """Return no metrics of a round."""
         return {}
 
     def evaluate_final(self, generator: Any, facts: dict[str, Any]) -> dict[str, Any]:
-        """Say nothing about the end."""
+        """Return no metrics of the run."""
         return {}
 
 
-def _federate(run: RunFolder, client: str, on_event: Any, judged: bool) -> None:
+def _federate(run: RunFolder, client: str, on_event: Any, evaluate: bool) -> None:
     from fedgan.runs.evaluator import Evaluator
     from fedgan.runs.preparation import evaluation_hospitals, experiment_of
     from fedgan.runs.round_state import is_over
@@ -84,7 +79,7 @@ def _federate(run: RunFolder, client: str, on_event: Any, judged: bool) -> None:
 
     settings = run.settings()
     evaluator: Any = NoEvaluator()
-    if judged:
+    if evaluate:
         hospitals = evaluation_hospitals(settings, run)
         evaluator = Evaluator(
             settings,
@@ -99,7 +94,7 @@ def _federate(run: RunFolder, client: str, on_event: Any, judged: bool) -> None:
 
 
 def _simulate(settings: Settings, federation: Any, client: str) -> None:
-    """Run the rounds in Flower's simulation engine; raises what the server raised."""
+    """Run the rounds in Flower's simulation engine. Raises what the server raised."""
     warnings.simplefilter("ignore")
     from flwr.app import Context
     from flwr.serverapp import Grid, ServerApp
@@ -109,16 +104,17 @@ def _simulate(settings: Settings, federation: Any, client: str) -> None:
     client_app = getattr(importlib.import_module(module), attribute)
     server_app = ServerApp()
     failure: list[BaseException] = []
-    done: list[bool] = []
+    is_done = False
 
     @server_app.main()
     def train(grid: Grid, context: Context) -> None:
+        nonlocal is_done
         try:
             federation.train(grid)
-            done.append(True)
+            is_done = True
         except BaseException as error:
             failure.append(error)
-            # The runner is told at once: the engine may still wait for a hospital that trains or hangs.
+            # emitted at once: the engine may still wait for a hospital that trains or hangs
             kind = type(error).__name__
             federation.on_event({"event": "failed", "kind": kind, "message": str(error)})
             raise
@@ -135,12 +131,12 @@ def _simulate(settings: Settings, federation: Any, client: str) -> None:
             raise
     if failure:
         raise failure[0]
-    if not done:
+    if not is_done:
         raise RuntimeError("Flower's simulation engine ended before the server did")
 
 
 def backend_config(settings: Settings) -> Any:
-    """Resources for Ray: one process for each hospital that can train at the same time, none more."""
+    """Ray's resources: one process per hospital that can train at the same time."""
     import torch
 
     threads, actors = share_cores(settings.federation.threads, settings.federation.participants)
@@ -152,8 +148,8 @@ def backend_config(settings: Settings) -> Any:
     return {"client_resources": client, "init_args": init}
 
 
-def _end_with_the_runner() -> None:
-    """Block until the runner closes our standard input (it is gone), then end Ray's processes and this one."""
+def _end_with_runner() -> None:
+    """Wait until standard input closes (the runner is gone), then end Ray and this process."""
     sys.stdin.buffer.read()
     shutil.rmtree(os.environ["FEDGAN_RAY_DIR"], ignore_errors=True)
     os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The ablation of what privacy imposes: a ladder of arms, what each may change, what it cost, and the sentence that says so."""
+"""Ablations: variants and what they may change, their ε and cost, the answer and the findings."""
 
 from __future__ import annotations
 
@@ -31,19 +31,22 @@ from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.privacy.ledger import Ledger
 from fedgan.report.comparison import write_comparison_report
 from fedgan.runs.preparation import open_prepared
-from simulations.comparison.arm import check_arm
+from simulations.comparison.arm import Arm, check_arm
 from simulations.comparison.compare import compare, prepare
 from simulations.comparison.notes import not_measured
-from simulations.comparison.plan import Arm, plan, plan_of
+from simulations.comparison.plan import plan, plan_of
 
 FOLDER = ComparisonFolder(Path("/nowhere/study"))
 SIZES = {"alpha": 32, "beta": 20, "gamma": 12}
-OPEN = "plain: model.minibatch_std_group=0; training.r1_gamma=0; training.path_length_weight=0; augment.mode=none"
+PLAIN = (
+    "plain: model.minibatch_std_group=0; training.r1_gamma=0; training.path_length_weight=0; "
+    "augment.mode=none"
+)
 CLIPPED = "clipped < plain: privacy.noise_multiplier=0; privacy.label_noise=5"
 NOISY = "noise 2 < clipped: privacy.noise_multiplier=2"
 WIDE = "wide < noise 2: training.batch_size=24; federation.rounds=1"
 WARM = "warm < wide: training.warm_start=public"
-LADDER = ("federated", OPEN, CLIPPED, NOISY, WIDE, WARM)
+VARIANTS = ("federated", PLAIN, CLIPPED, NOISY, WIDE, WARM)
 
 
 @pytest.fixture(autouse=True)
@@ -69,12 +72,12 @@ def planned(*arms: str, **changes: Any) -> list[Arm]:
     return plan(scenario(*arms, **changes), FOLDER, SIZES, Path("/nowhere/shards"))
 
 
-# --- the plan --------------------------------------------------------------------------------------
+# --- the plan ------------------------------------------------------------------------------------
 
 
-def test_a_rung_has_the_changes_of_all_rungs_below_it_and_the_newest_value_counts() -> None:
+def test_variant_has_the_changes_of_its_ancestors_and_newest_values() -> None:
     arms = {
-        arm.name: arm for arm in planned(*LADDER, "quiet < noise 2: privacy.noise_multiplier=4")
+        arm.name: arm for arm in planned(*VARIANTS, "quiet < noise 2: privacy.noise_multiplier=4")
     }
     assert [(arm.name, arm.parent) for arm in arms.values()] == [
         *(
@@ -97,15 +100,15 @@ def test_a_rung_has_the_changes_of_all_rungs_below_it_and_the_newest_value_count
     assert not arms["federated"].jobs[0].settings.privacy.on
 
 
-def test_a_ladder_can_stand_on_centralised_training() -> None:
-    arms = planned("centralized", OPEN, CLIPPED)
-    assert {(arm.kind, arm.jobs[0].kind) for arm in arms} == {("centralized", "home")}
+def test_baseline_can_be_centralized() -> None:
+    arms = planned("centralized", PLAIN, CLIPPED)
+    assert {(arm.kind, arm.jobs[0].kind) for arm in arms} == {("centralized", "standalone")}
     assert arms[2].jobs[0].settings.privacy.on
 
 
 @hypothesis_settings(max_examples=30)
 @given(batches=st.lists(st.integers(3, 48), min_size=1, max_size=4), kimg=st.floats(0.1, 2.0))
-def test_every_rung_shows_the_budget_in_whole_batches_of_its_own(
+def test_every_variant_sees_the_budget_in_its_own_whole_batches(
     batches: list[int], kimg: float
 ) -> None:
     variants = [
@@ -117,39 +120,42 @@ def test_every_rung_shows_the_budget_in_whole_batches_of_its_own(
         assert 0 <= seen - round(kimg * 1000) < batch
 
 
-def test_rungs_that_begin_from_phantoms_share_their_training_and_wait_for_it() -> None:
+def test_variants_share_one_public_pretraining_and_wait_for_it() -> None:
     arms = {
         arm.name: arm
         for arm in planned(
-            *LADDER, "warm 2 < warm: training.d_steps=2", "small < warm: model.w_dim=32"
+            *VARIANTS, "warm 2 < warm: training.d_steps=2", "small < warm: model.w_dim=32"
         )
     }
-    public = arms["warm"].public
+    public = arms["warm"].pretraining
     assert public is not None
-    assert public == arms["warm 2"].public
-    assert arms["small"].public is not None
-    assert arms["small"].public.folder != public.folder, "other networks"
+    assert public == arms["warm 2"].pretraining
+    assert arms["small"].pretraining is not None
+    assert arms["small"].pretraining.folder != public.folder, "other networks"
     assert not public.settings.privacy.on
     assert (public.settings.data.root, public.settings.model.minibatch_std_group) == ("", 0)
     job = arms["warm"].jobs[0]
-    assert (job.settings.training.warm_start, job.after) == (str(public.folder), public.folder)
+    assert (job.settings.training.warm_start, job.pretraining) == (
+        str(public.folder),
+        public.folder,
+    )
     assert sum(arms["warm"].hospital_images.values()) == sum(
         arms["wide"].hospital_images.values()
-    ), "not in the budget"
+    ), "pretraining is not in the budget"
 
 
 @pytest.mark.parametrize(
-    ("arms", "changes", "words"),
+    ("arms", "changes", "message"),
     [
-        ((OPEN,), {}, "begins with what all rungs come from"),
+        ((PLAIN,), {}, "begin with the baseline of all variants"),
         (
             ("federated", "a < b: training.d_steps=2"),
             {},
-            "'a' comes from 'b', which is no rung before it",
+            "'a' has the parent 'b', which is no arm before it",
         ),
         (("federated", "a:"), {}, "changes nothing"),
-        (("federated", "a: data.resolution=16"), {}, "data and judgement are the same for all"),
-        (("federated", "a: evaluation.seeds=1"), {}, "data and judgement are the same for all"),
+        (("federated", "a: data.resolution=16"), {}, "data and evaluation are the same for all"),
+        (("federated", "a: evaluation.seeds=1"), {}, "data and evaluation are the same for all"),
         (("federated", "a: training.kimg=3"), {}, "the budget that all arms share"),
         (("federated", "a: privacy.max_epsilon=3"), {}, "share their shards' ledgers"),
         (
@@ -167,35 +173,37 @@ def test_rungs_that_begin_from_phantoms_share_their_training_and_wait_for_it() -
             {},
             "arm 'a': privacy is on, but .*model.minibatch_std_group = 4",
         ),
-        (("federated", OPEN, OPEN), {}, "'plain' twice"),
+        (("federated", PLAIN, PLAIN), {}, "'plain' twice"),
         (("federated", "real: training.d_steps=2"), {}, "a name of its own"),
         (
-            LADDER,
+            VARIANTS,
             {"comparison_public": ["data.seed=0"]},
             "arm 'warm': .* the very phantoms that the hospitals hold",
         ),
-        (LADDER, {"comparison_public": ["privacy.epsilon=1"]}, "no key of a training on phantoms"),
+        (
+            VARIANTS,
+            {"comparison_public": ["privacy.epsilon=1"]},
+            "no key of a training on phantoms",
+        ),
     ],
 )
-def test_a_ladder_that_cannot_stand_is_refused_by_name(
-    arms: tuple[str, ...], changes: dict[str, Any], words: str
+def test_invalid_ablation_is_refused_by_name(
+    arms: tuple[str, ...], changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         planned(*arms, **changes)
 
 
-def test_a_comparison_that_is_no_ablation_still_lets_arms_differ_in_their_federation_alone() -> (
-    None
-):
-    with pytest.raises(ConfigError, match=r"an ablation .* asks for more"):
+def test_other_comparisons_may_differ_in_federation_only() -> None:
+    with pytest.raises(ConfigError, match=r"use comparison.kind = 'ablation' to change more"):
         planned("federated", "a: training.d_steps=2", comparison_kind="arms")
 
 
-def test_a_private_step_larger_than_a_hospital_is_refused_before_anything_is_trained(
+def test_private_batch_above_a_hospital_is_refused_before_training(
     tmp_path: Path,
 ) -> None:
     data = write_shards(tmp_path / "data", (32, 16, 8))
-    variants = json.dumps(["federated", OPEN, CLIPPED, "big < clipped: training.batch_size=6"])
+    variants = json.dumps(["federated", PLAIN, CLIPPED, "big < clipped: training.batch_size=6"])
     settings = study(data, "comparison.kind=ablation", arms=variants)
     folder = ComparisonFolder.at(tmp_path / "study")
     settings = prepare(settings, folder, lambda event: None)
@@ -209,7 +217,7 @@ def test_a_private_step_larger_than_a_hospital_is_refused_before_anything_is_tra
         check_arm(arms["big"], hospitals)
 
 
-def test_an_arm_is_not_begun_where_a_shards_ledger_counts_another_unit(tmp_path: Path) -> None:
+def test_arm_is_refused_where_a_ledger_counts_another_unit(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", (32, 16, 8))
     facts = {
         "run": "earlier",
@@ -220,7 +228,7 @@ def test_an_arm_is_not_begun_where_a_shards_ledger_counts_another_unit(tmp_path:
     }
     Ledger(data / "beta" / LEDGER).reserve(Mechanism(1.0, 0.1, 1), 1, **facts)
     settings = study(
-        data, "comparison.kind=ablation", arms=json.dumps(["federated", OPEN, CLIPPED])
+        data, "comparison.kind=ablation", arms=json.dumps(["federated", PLAIN, CLIPPED])
     )
     folder = ComparisonFolder.at(tmp_path / "study")
     with pytest.raises(
@@ -231,24 +239,29 @@ def test_an_arm_is_not_begun_where_a_shards_ledger_counts_another_unit(tmp_path:
     assert not list(folder.arms.glob("*/config.toml"))
 
 
-# --- the guard -------------------------------------------------------------------------------------
+# --- check ---------------------------------------------------------------------------------------
 
 
 def trained(
-    name: str, images: int, *overrides: str, declared: bool = True, stopped: tuple[str, ...] = ()
+    name: str,
+    images: int,
+    *overrides: str,
+    is_declared: bool = True,
+    exhausted: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     settings = from_dict(
         {"training": {"kimg": 1.0, "batch_size": 16}, "federation": {"rounds": 2}}, overrides
     )
     keys = [text.partition("=")[0] for text in overrides]
     return {
-        "name": name, "seed": 0, "images_seen": images, "settings": to_dict(settings), "resolution": 32,
-        "label_names": ["a", "b"], "declared": keys if declared else [], "stopped": list(stopped),
+        "name": name, "seed": 0, "images_seen": images, "settings": to_dict(settings),
+        "resolution": 32, "label_names": ["a", "b"],
+        "may_differ": keys if is_declared else [], "exhausted": list(exhausted),
         "evaluator": {"extractor": "x", "classifier": "c", "suite": "quick", "test_hash": "h"},
     }  # fmt: skip
 
 
-def test_rungs_may_differ_in_what_they_declare_and_in_nothing_else() -> None:
+def test_variants_may_differ_in_their_overrides_only() -> None:
     baseline = trained("federated", 1008)
     check_comparable(
         [
@@ -259,195 +272,186 @@ def test_rungs_may_differ_in_what_they_declare_and_in_nothing_else() -> None:
     )
     for key in ("privacy.noise_multiplier=1", "training.r1_gamma=0", "augment.p=0.5"):
         with pytest.raises(ConfigError, match=key.partition("=")[0]):
-            check_comparable([baseline, trained("a", 1008, key, declared=False)])
+            check_comparable([baseline, trained("a", 1008, key, is_declared=False)])
     two = [
         trained("a", 1008, "model.w_dim=32"),
         trained("b", 1008),
-        trained("c", 1008, "model.w_dim=64", declared=False),
+        trained("c", 1008, "model.w_dim=64", is_declared=False),
     ]
     with pytest.raises(ConfigError, match=r"model\.w_dim"):
         check_comparable(two)
 
 
 @pytest.mark.parametrize("images", [960, 1008, 1088])
-def test_another_size_of_batch_excuses_no_other_number_of_images(images: int) -> None:
+def test_other_batch_size_allows_no_other_number_of_images(images: int) -> None:
     with pytest.raises(ConfigError, match="images_seen differs"):
         check_comparable(
             [trained("federated", 1008), trained("b", images, "training.batch_size=64")]
         )
 
 
-def test_an_arm_whose_privacy_budget_ended_may_have_seen_fewer_images_but_no_more() -> None:
+def test_exhausted_arm_may_have_seen_fewer_images_but_no_more() -> None:
     baseline = trained("federated", 1008)
-    check_comparable([baseline, trained("a", 512, stopped=("alpha",))])
+    check_comparable([baseline, trained("a", 512, exhausted=("alpha",))])
     with pytest.raises(ConfigError, match="images_seen differs"):
         check_comparable([baseline, trained("a", 512)])
 
 
-# --- the sentence ----------------------------------------------------------------------------------
+# --- the answer ----------------------------------------------------------------------------------
 
 
 def entry(
     name: str, parent: str | None, epsilon: float | None = None, private: bool = False
 ) -> dict[str, Any]:
-    spent = (
-        {"hospitals": [{"name": "alpha", "epsilon": epsilon, "unknown": False}]}
-        if private
-        else None
-    )
+    hospitals = [{"name": "alpha", "epsilon": epsilon, "unknown": False}]
     return {
         "name": name,
         "parent": parent,
         "changes": {"k": "v"},
-        "privacy": spent,
+        "privacy": {"hospitals": hospitals} if private else None,
         "images_seen": 10,
         "cost": {},
     }
 
 
 def pair(a: str, b: str, value: float, clear: bool = True) -> dict[str, Any]:
-    p = 0.001 if clear else 0.5
     return {
         "a": a,
         "b": b,
         "difference": value,
         "ci": [value - 0.01, value + 0.01],
-        "p_holm": p,
+        "p_holm": 0.001 if clear else 0.5,
         "seed_differences": None,
     }
 
 
-def told(clipping: float, noise: float, clear: bool = True) -> tuple[dict[str, Any], str]:
+def table_of(
+    arms: list[dict[str, Any]], values: list[float], pairs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    summary = [
+        {"name": arm["name"], "macro_auc": value} for arm, value in zip(arms, values, strict=True)
+    ]
+    found = ablation.table(arms, summary, pairs)
+    assert found is not None
+    return found
+
+
+def noise_table(clipping: float, noise: float, clear: bool = True) -> dict[str, Any]:
     arms = [
-        *(
-            entry("federated", None),
-            entry("clipped", "federated", None, True),
-            entry("noise", "clipped", 3.0, True),
-        ),
+        entry("federated", None),
+        entry("clipped", "federated", None, True),
+        entry("noise", "clipped", 3.0, True),
         entry("wide", "noise", 2.0, True),
     ]
-    values = {
-        "federated": 0.9,
-        "clipped": 0.9 + clipping,
-        "noise": 0.9 + clipping + noise,
-        "wide": 0.95 + clipping + noise,
-    }
+    values = [0.9, 0.9 + clipping, 0.9 + clipping + noise, 0.95 + clipping + noise]
     pairs = [
         pair("clipped", "federated", clipping, clear),
         pair("noise", "clipped", noise, clear),
         pair("wide", "noise", 0.05),
+        pair("noise", "federated", values[2] - 0.9),
+        pair("wide", "federated", values[3] - 0.9),
     ]
-    pairs += [pair(name, "federated", values[name] - 0.9) for name in ("noise", "wide")]
-    found = ablation.ladder(
-        arms, [{"name": name, "macro_auc": value} for name, value in values.items()], pairs
-    )
-    assert found is not None
-    return found, ablation.answer(found)
+    return table_of(arms, values, pairs)
 
 
-def test_the_answer_says_which_rung_costs_most_and_whether_that_is_the_noise() -> None:
-    found, words = told(-0.02, -0.2)
+def test_answer_names_the_costliest_variant_and_findings_the_noise() -> None:
+    found = noise_table(-0.02, -0.2)
     assert [variant["epsilon"] for variant in found["variants"]] == [None, None, 3.0, 2.0]
     assert [variant["private"] for variant in found["variants"]] == [False, True, True, True]
-    assert (
-        "costs most is 'noise': 'noise' is 0.200 below 'clipped' (−0.210 to −0.190: a loss)"
-        in words
+    assert ablation.answer(found) == (
+        "In macro AUC 'noise' costs most: 0.200 below 'clipped' "
+        "(95 % interval −0.210 to −0.190: a loss). The best arm with a guarantee is 'wide' at "
+        "ε ≤ 2: macro AUC 0.730, 0.170 below 'federated' (−0.180 to −0.160)."
     )
-    assert "Noise is what costs most: without noise, 'clipped' is 0.020 below 'federated'" in words
-    assert "best arm with a guarantee is 'wide', ε ≤ 2: 0.730, 0.170 below 'federated'" in words
-    _, words = told(-0.2, -0.02)
-    assert (
-        "Noise is not what costs most: without noise, 'clipped' is 0.200 below 'federated'" in words
-    )
-    assert "costs most is 'clipped'" in words
-    _, words = told(-0.02, -0.2, clear=False)
-    assert "Whether noise costs most is not shown" in words
+    (text,) = ablation.findings(found)
+    assert "Noise costs most: without noise, 'clipped' is 0.020 below 'federated'" in text
+    found = noise_table(-0.2, -0.02)
+    (text,) = ablation.findings(found)
+    assert "Noise does not cost most: without noise, 'clipped' is 0.200 below 'federated'" in text
+    assert "'clipped' costs most" in ablation.answer(found)
+    (text,) = ablation.findings(noise_table(-0.02, -0.2, clear=False))
+    assert "Whether noise costs most is not shown" in text
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "one"),
-    [(9.5, "'tight', ε ≤ 9.5: 0.700, 0.200 below 'federated'"), (11.0, "none that was measured")],
+    ("epsilon", "best"),
+    [
+        (9.5, "'tight' at ε ≤ 9.5: macro AUC 0.700, 0.200 below 'federated'"),
+        (11.0, "not measured"),
+    ],
 )
-def test_beside_a_best_arm_of_a_huge_epsilon_stands_the_best_one_that_bounds_something(
-    epsilon: float, one: str
-) -> None:
+def test_findings_name_the_best_arm_at_moderate_epsilon(epsilon: float, best: str) -> None:
     arms = [
         entry("federated", None),
         entry("loose", "federated", 80.0, True),
         entry("tight", "loose", epsilon, True),
-    ]
-    summary = [
-        {"name": arm["name"], "macro_auc": value}
-        for arm, value in zip(arms, (0.9, 0.8, 0.7), strict=True)
     ]
     pairs = [
         pair("loose", "federated", -0.1),
         pair("tight", "loose", -0.1),
         pair("tight", "federated", -0.2),
     ]
-    found = ablation.ladder(arms, summary, pairs)
-    assert found is not None
-    words = ablation.answer(found)
-    assert "The best arm with a guarantee is 'loose', ε ≤ 80: 0.800" in words
-    assert f"The best one at ε ≤ 10 is {one}" in words
-    assert "The best one at" not in told(-0.02, -0.2)[1]
+    found = table_of(arms, [0.9, 0.8, 0.7], pairs)
+    assert "The best arm with a guarantee is 'loose' at ε ≤ 80: macro AUC 0.800" in (
+        ablation.answer(found)
+    )
+    assert f"The best arm at ε ≤ 10 is {best}" in ablation.findings(found)[1]
+    assert len(ablation.findings(noise_table(-0.02, -0.2))) == 1
 
 
 @pytest.mark.parametrize(
-    ("kind", "privacy", "said"),
+    ("kind", "privacy", "text"),
     [
         ("federated", {}, "none was trained with differential privacy"),
         (
             "federated",
             {"client_level": "server"},
-            "none hides an image or a patient by differential privacy, only whole hospitals",
+            "none was trained with differential privacy for images or patients; the federated ones "
+            "have client-level DP, which protects whole hospitals",
         ),
         ("local", {"client_level": "server"}, "none was trained with differential privacy"),
         (
             "federated",
             {"client_level": "server", "epsilon": 8.0},
-            "what they cost in ε stands beside them",
+            "their ε is in the table",
         ),
     ],
 )
-def test_a_comparison_says_what_kind_of_privacy_its_arms_had(
-    kind: str, privacy: dict[str, Any], said: str
+def test_not_measured_names_the_kind_of_privacy(
+    kind: str, privacy: dict[str, Any], text: str
 ) -> None:
     settings = Settings(privacy=PrivacySettings(**privacy))
     arm: Any = SimpleNamespace(kind=kind, jobs=[SimpleNamespace(settings=settings)])
-    outcome: Any = SimpleNamespace(arm=arm, done=True)
-    assert not_measured(settings, [outcome])[
-        -1
-    ] == f"Privacy: no attack was run on these generators and {said}" + (
-        ", in what was federated." if "whole" in said else "."
-    )
+    outcome: Any = SimpleNamespace(arm=arm, is_done=True)
+    last = not_measured(settings, [outcome])[-1]
+    assert last == f"Privacy: no attack was run on these generators and {text}."
 
 
-def test_an_ablation_without_rungs_has_no_pairs() -> None:
+def test_ablation_without_variants_has_no_pairs() -> None:
     assert ablation.families([entry("federated", None)]) == {}
 
 
-def test_a_ledger_that_cannot_be_read_is_neither_infinite_nor_a_guarantee() -> None:
+def test_unreadable_ledger_is_neither_infinite_nor_a_guarantee() -> None:
     arms = [entry("federated", None), entry("a", "federated", None, True)]
     arms[1]["privacy"]["hospitals"][0]["unknown"] = True
-    summary = [{"name": "federated", "macro_auc": 0.9}, {"name": "a", "macro_auc": 0.8}]
-    found = ablation.ladder(arms, summary, [pair("a", "federated", -0.1)])
-    assert found is not None
+    found = table_of(arms, [0.9, 0.8], [pair("a", "federated", -0.1)])
     assert found["variants"][1]["unknown"]
-    assert "Noise was not tested" in ablation.answer(found)
+    assert "The noise was not tested" in ablation.findings(found)[0]
+    assert "No arm with a guarantee" in ablation.answer(found)
 
 
-def test_what_was_not_measured_is_said() -> None:
-    found = ablation.ladder([entry("federated", None), entry("a", "federated")], [], [])
+def test_answer_says_what_was_not_measured() -> None:
+    found = ablation.table([entry("federated", None), entry("a", "federated")], [], [])
     assert found is not None
-    assert "no rung of the ladder was measured" in ablation.answer(found)
-    assert ablation.ladder([entry("federated", None)], [], []) is None
+    assert "no variant was measured" in ablation.answer(found)
+    assert ablation.findings(found) == []
+    assert ablation.table([entry("federated", None)], [], []) is None
 
 
-# --- one whole ablation ----------------------------------------------------------------------------
+# --- one whole ablation --------------------------------------------------------------------------
 
 
-def test_one_command_trains_judges_and_tells_the_ladder(
+def test_one_command_trains_evaluates_and_reports_the_ablation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here(monkeypatch)
@@ -470,7 +474,7 @@ def test_one_command_trains_judges_and_tells_the_ladder(
             "evaluation.every=0",
             "evaluation.epochs=1",
         ),
-        arms=json.dumps(list(LADDER)),
+        arms=json.dumps(list(VARIANTS)),
     )
     folder = ComparisonFolder.at(tmp_path / "study")
     found = compare(settings, folder)
@@ -503,11 +507,11 @@ def test_one_command_trains_judges_and_tells_the_ladder(
     )
     _check_epsilon(found, folder)
     families = {row["family"] for row in found["comparisons"]}
-    assert {ablation.STEP, ablation.FOOT} <= families
+    assert {ablation.PARENT, ablation.BASELINE} <= families
     assert found["answer"] == ablation.answer(found["ablation"])
-    assert "costs most" in found["answer"] or "no rung of the ladder is worse" in found["answer"]
+    assert "costs most" in found["answer"] or "no variant is worse" in found["answer"]
     assert any("federated 60, plain 60" in note for note in found["notes"])
-    _check_page(found, folder)
+    _check_report(found, folder)
 
     before = (folder.comparison.read_bytes(), folder.arm("warm", 0).metrics.read_bytes())
     again = compare(settings, folder)
@@ -518,7 +522,7 @@ def test_one_command_trains_judges_and_tells_the_ladder(
 
 
 def _check_epsilon(found: dict[str, Any], folder: ComparisonFolder) -> None:
-    """ε of a rung is that of its own steps, not what the shards' ledgers hold after all rungs, which is infinite here."""
+    """ε of a variant is that of its own steps, not that of the ledgers, which is infinite here."""
     for name in ("noise 2", "wide"):
         last = files.read_json_lines(folder.arm(name, 0).metrics)[-1]
         spent = next(row for row in found["arms"] if row["name"] == name)["privacy"]["hospitals"]
@@ -538,7 +542,7 @@ def _check_epsilon(found: dict[str, Any], folder: ComparisonFolder) -> None:
         assert variant["epsilon"] == max(row["epsilon"] for row in spent)
 
 
-def _check_page(found: dict[str, Any], folder: ComparisonFolder) -> None:
+def _check_report(found: dict[str, Any], folder: ComparisonFolder) -> None:
     page = Page(write_comparison_report(folder.path).read_text(encoding="utf-8"))
     rows = tables(page)["ablation.csv"]
     assert [row[0] for row in rows[1:]] == [

@@ -1,4 +1,4 @@
-"""What a comparison trains: arms of one budget that differ in their federation and in nothing else."""
+"""Plan of a comparison: arms of one budget that differ in their federation only."""
 
 from __future__ import annotations
 
@@ -17,10 +17,19 @@ from fedgan.errors import ConfigError
 from fedgan.evaluation.arms.summary import EVALUATOR_KEYS, check_comparable
 from fedgan.runs.budget import apportion_images, images_per_round
 from fedgan.runs.round_state import is_evaluated
-from simulations.comparison.arm import Outcome
-from simulations.comparison.notes import fairness
-from simulations.comparison.plan import EVERYBODY, FEDERATION, STANDALONE, Arm, Job, Start, plan
-from simulations.comparison.train_worker import read_job, write_job
+from simulations.comparison.arm import (
+    FEDERATION,
+    POOLED,
+    STANDALONE,
+    Arm,
+    FederatedStart,
+    Job,
+    Outcome,
+    read_job,
+    write_job,
+)
+from simulations.comparison.notes import differences_of_arms
+from simulations.comparison.plan import plan
 
 FOLDER = ComparisonFolder(Path("/nowhere/study"))
 ROOT = Path("/nowhere/shards")
@@ -61,12 +70,12 @@ def planned(settings: Settings, sizes: dict[str, int] | None = None) -> list[Arm
 
 
 def images_of(arm: Arm) -> dict[str, int]:
-    """Images that the jobs of an arm show, by hospital, worked out from what a job's process will be told."""
+    """Images that the jobs of an arm will show, by hospital, from the settings of each job."""
     shown: dict[str, int] = {}
     for job in arm.jobs:
         settings = job.settings
         if job.kind == STANDALONE:
-            name = job.members[0] if len(job.members) == 1 else EVERYBODY
+            name = job.members[0] if len(job.members) == 1 else POOLED
             shown[name] = sum(job.images)
             continue
         batch, federation = settings.training.batch_size, settings.federation
@@ -86,7 +95,7 @@ def varying(settings: Settings) -> dict[str, Any]:
     return tree
 
 
-# --- one budget ------------------------------------------------------------------------------------
+# --- one budget ----------------------------------------------------------------------------------
 
 
 @hypothesis_settings(max_examples=60)
@@ -101,7 +110,7 @@ def varying(settings: Settings) -> dict[str, Any]:
     share=st.floats(0.01, 0.9),
     arms=st.permutations([*ALL[:-2], "wide: federation.rounds=1", PROXIMAL]),
 )
-def test_every_arm_shows_the_same_number_of_images(
+def test_every_arm_sees_the_same_number_of_images(
     sizes: list[int],
     kimg: float,
     rounds: int,
@@ -125,10 +134,8 @@ def test_every_arm_shows_the_same_number_of_images(
     budget = -(-round(kimg * 1000) // batch) * batch
     assert {sum(arm.hospital_images.values()) for arm in found} == {budget}
     for arm in found:
-        if arm.by_hospital:
-            before = [
-                job.start.images_seen if job.start else 0 for job in arm.jobs
-            ]  # each hospital's own
+        if arm.is_per_hospital:
+            before = [job.start.images_seen if job.start else 0 for job in arm.jobs]
             assert sum(before) + sum(sum(job.images) for job in arm.jobs) == budget
         elif arm.jobs[0].kind == STANDALONE:
             assert sum(arm.jobs[0].images) == budget
@@ -136,7 +143,7 @@ def test_every_arm_shows_the_same_number_of_images(
 
 
 @pytest.mark.parametrize("local_images", ["proportional", "equal"])
-def test_what_the_plan_promises_is_what_its_jobs_will_show(local_images: str) -> None:
+def test_planned_images_equal_those_of_the_jobs(local_images: str) -> None:
     for arm in planned(scenario(federation_local_images=local_images)):
         if arm.name == "finetuned":
             continue
@@ -152,7 +159,7 @@ def test_what_the_plan_promises_is_what_its_jobs_will_show(local_images: str) ->
     equal=st.booleans(),
     share=st.floats(0.01, 0.9),
 )
-def test_a_hospital_alone_sees_what_it_sees_in_the_federation_round_by_round(
+def test_local_hospital_sees_its_federated_images_round_by_round(
     sizes: list[int], batches: int, equal: bool, share: float
 ) -> None:
     rounds = 5
@@ -184,13 +191,12 @@ def test_a_hospital_alone_sees_what_it_sees_in_the_federation_round_by_round(
         assert is_evaluated(federated.jobs[0].settings, begin)
         assert 1 <= begin < rounds
         assert tuned.images == own[begin:]
-        assert tuned.start.images_seen == sum(
-            own[:begin]
-        )  # what this hospital has seen by then, not all of them
+        # images of this hospital until then, not of all hospitals
+        assert tuned.start.images_seen == sum(own[:begin])
         assert tuned.start.images_seen + sum(tuned.images) == finetuned.hospital_images[name]
 
 
-def test_fine_tuning_begins_at_the_kept_round_nearest_to_its_share() -> None:
+def test_finetuning_starts_at_the_kept_round_nearest_to_its_share() -> None:
     def begin(share: float, every: int) -> int:
         settings = scenario(
             ("federated", "finetuned"),
@@ -206,10 +212,10 @@ def test_fine_tuning_begins_at_the_kept_round_nearest_to_its_share() -> None:
     assert [begin(share, 4) for share in (0.1, 0.5, 0.9)] == [8, 4, 4]
 
 
-# --- one trainer -----------------------------------------------------------------------------------
+# --- one training --------------------------------------------------------------------------------
 
 
-def test_jobs_differ_in_their_federation_and_their_seed_alone() -> None:
+def test_jobs_differ_in_federation_and_seed_only() -> None:
     settings = scenario()
     arms = planned(settings)
     expected = varying(settings)
@@ -227,7 +233,7 @@ def test_jobs_differ_in_their_federation_and_their_seed_alone() -> None:
             }
 
 
-def test_seeds_differ_and_the_data_do_not() -> None:
+def test_seeds_change_training_and_not_data() -> None:
     arms = planned(scenario(comparison_seeds=3))
     assert sorted({arm.seed for arm in arms}) == [5, 6, 7]
     for _, same in itertools.groupby(
@@ -253,12 +259,12 @@ def test_seeds_differ_and_the_data_do_not() -> None:
     )
 
 
-def test_a_seed_of_the_data_that_was_given_is_kept() -> None:
+def test_explicit_data_seed_is_kept() -> None:
     settings = from_dict(to_dict(scenario()), ["data.seed=11"])
     assert {job.settings.data_seed for arm in planned(settings) for job in arm.jobs} == {11}
 
 
-def test_the_named_arms_are_what_their_names_say() -> None:
+def test_named_arms_have_their_settings() -> None:
     arms = {arm.name: arm for arm in planned(scenario(comparison_seeds=1))}
     central, local = arms["centralized"], arms["local"]
     assert [(job.kind, job.members, job.folder) for job in central.jobs] == [
@@ -267,8 +273,8 @@ def test_the_named_arms_are_what_their_names_say() -> None:
     assert [(job.kind, job.members) for job in local.jobs] == [
         (STANDALONE, (name,)) for name in SIZES
     ]
-    assert local.by_hospital
-    assert arms["finetuned"].by_hospital
+    assert local.is_per_hospital
+    assert arms["finetuned"].is_per_hospital
     exchange = {
         name: arms[name].jobs[0].settings.federation.exchange
         for name in ("generator-only", "local-discriminators")
@@ -286,41 +292,54 @@ def test_the_named_arms_are_what_their_names_say() -> None:
         ]
 
 
-def test_a_pooled_training_may_be_blind_to_institutions() -> None:
+def test_centralized_variant_may_drop_hospital_conditioning() -> None:
     tree = to_dict(
         scenario(
-            ("centralized", "blind < centralized: model.hospitals=0", "fedavg: model.hospitals=0")
+            (
+                "centralized",
+                "unconditioned < centralized: model.hospitals=0",
+                "fedavg: model.hospitals=0",
+            )
         )
     )
     settings = from_dict(
         tree, ["federation.share_label_counts=true", "model.hospitals=3", "comparison.seeds=1"]
     )
-    central, blind, federated = planned(settings)
-    assert [arm.kind for arm in (central, blind, federated)] == [
+    central, unconditioned, federated = planned(settings)
+    assert [arm.kind for arm in (central, unconditioned, federated)] == [
         "centralized",
         "centralized",
         "federated",
     ]
-    assert [arm.jobs[0].settings.model.hospitals for arm in (central, blind, federated)] == [
+    assert [
+        arm.jobs[0].settings.model.hospitals for arm in (central, unconditioned, federated)
+    ] == [
         3,
         0,
         0,
     ]
-    assert central.jobs[0].images == blind.jobs[0].images
-    assert (blind.jobs[0].kind, blind.overrides) == (STANDALONE, ("model.hospitals=0",))
+    assert central.jobs[0].images == unconditioned.jobs[0].images
+    assert (unconditioned.jobs[0].kind, unconditioned.overrides) == (
+        STANDALONE,
+        ("model.hospitals=0",),
+    )
     with pytest.raises(ConfigError, match="of a pooled training, which has no federation"):
-        planned(from_dict(tree, ["comparison.arms=blind < centralized: federation.weights=equal"]))
-    with pytest.raises(ConfigError, match="comes from 'local': write 'blind: "):
-        planned(from_dict(tree, ["comparison.arms=blind < local: model.hospitals=0"]))
+        planned(
+            from_dict(
+                tree, ["comparison.arms=unconditioned < centralized: federation.weights=equal"]
+            )
+        )
+    with pytest.raises(ConfigError, match="has the parent 'local': write 'unconditioned: "):
+        planned(from_dict(tree, ["comparison.arms=unconditioned < local: model.hospitals=0"]))
 
 
 @pytest.mark.parametrize("hospitals", [2, 3, 4])
-def test_coalitions_are_the_proper_parts_of_the_hospitals(hospitals: int) -> None:
+def test_coalitions_are_the_proper_subsets_of_hospitals(hospitals: int) -> None:
     sizes = {f"hospital-{number}": 10 * (hospitals - number) for number in range(hospitals)}
     arms = planned(scenario(("coalitions",), hospitals, comparison_seeds=1), sizes)
     expected = [
         chosen for count in range(1, hospitals) for chosen in itertools.combinations(sizes, count)
-    ]  # in the order of the federation, neither nobody nor everybody
+    ]
     assert sorted(arm.members for arm in arms) == sorted(expected)
     for arm in arms:
         (job,) = arm.jobs
@@ -334,15 +353,13 @@ def test_coalitions_are_the_proper_parts_of_the_hospitals(hospitals: int) -> Non
 
 
 @pytest.mark.parametrize("hospitals", [2, 3, 6])
-def test_leave_one_out_is_a_coalition_for_each_hospital_that_is_left_out(hospitals: int) -> None:
+def test_leave_one_out_has_one_coalition_per_hospital(hospitals: int) -> None:
     sizes = {f"hospital-{number}": 10 * (hospitals - number) for number in range(hospitals)}
     arms = planned(scenario(("leave-one-out",), hospitals, comparison_seeds=1), sizes)
     assert [arm.members for arm in arms] == [
         tuple(name for name in sizes if name != out) for out in sizes
     ]
-    assert {arm.kind for arm in arms} == {
-        "coalition"
-    }  # six hospitals are not too many: a training each
+    assert {arm.kind for arm in arms} == {"coalition"}
     assert len({arm.folder for arm in arms}) == hospitals
 
 
@@ -350,7 +367,7 @@ def test_leave_one_out_is_a_coalition_for_each_hospital_that_is_left_out(hospita
     "given",
     [("federation.strategy=krum",), ("federation.strategy=fedprox", "training.proximal_mu=0.1")],
 )
-def test_training_at_home_has_no_strategy_and_no_proximal_term(given: tuple[str, ...]) -> None:
+def test_standalone_training_has_no_strategy_and_no_proximal_term(given: tuple[str, ...]) -> None:
     arms = ("centralized", "federated", "local", "finetuned", "coalitions")
     settings = from_dict(to_dict(scenario(arms, comparison_seeds=1)), given)
     for arm in planned(settings):
@@ -360,7 +377,7 @@ def test_training_at_home_has_no_strategy_and_no_proximal_term(given: tuple[str,
             assert own == (federated if job.kind == FEDERATION else ("fedavg", 0.0)), arm.label
 
 
-# --- what cannot be had ----------------------------------------------------------------------------
+# --- impossible arms -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -378,20 +395,20 @@ def test_training_at_home_has_no_strategy_and_no_proximal_term(given: tuple[str,
         (("x: federation.stategy=fedadam",), "did you mean 'federation.strategy'"),
         (("local", "federated", "local"), "comparison.arms has 'local' twice"),
         (("a b: federation.rounds=2", "a-b: federation.rounds=4"), "twice"),
-        (("local", "finetuned"), "goes on from the arm 'federated': name that one too"),
+        (("local", "finetuned"), "continues the arm 'federated': add that one too"),
     ],
 )
-def test_arms_that_cannot_be_had_are_refused(arms: tuple[str, ...], text: str) -> None:
+def test_impossible_arms_are_refused(arms: tuple[str, ...], text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         planned(scenario(arms))
     assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("every", [0, 5, 7])
-def test_fine_tuning_needs_a_round_that_is_kept_before_the_last(every: int) -> None:
+def test_finetuning_needs_a_kept_round_before_the_last(every: int) -> None:
     with pytest.raises(
         ConfigError,
-        match=rf"evaluation\.every = {every} keeps none before the last of 5: lower evaluation\.every",
+        match=rf"evaluation\.every = {every} keeps none before the last of 5: lower",
     ):
         planned(scenario(("federated", "finetuned"), evaluation_every=every))
 
@@ -400,7 +417,7 @@ def test_coalitions_of_too_many_hospitals_are_refused() -> None:
     sizes = {f"hospital-{number}": 10 for number in range(5)}
     with pytest.raises(
         ConfigError,
-        match="would train 30 federations a seed: it is for 4 hospitals at most; 'leave-one-out'",
+        match="would train 30 federations per seed: it is for 4 hospitals at most; 'leave-one-out'",
     ):
         planned(scenario(("coalitions",), 5), sizes)
 
@@ -409,7 +426,7 @@ def test_coalitions_of_too_many_hospitals_are_refused() -> None:
     "name",
     [
         "real",
-        "everybody",
+        "pooled",
         "local",
         "federated",
         "generator-only",
@@ -419,13 +436,13 @@ def test_coalitions_of_too_many_hospitals_are_refused() -> None:
         "",
     ],
 )
-def test_a_name_that_means_something_else_on_the_page_is_refused(name: str) -> None:
+def test_reserved_arm_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"needs a name of its own, not '{name}'"):
         planned(scenario((f"{name}: federation.rounds=2",)))
 
 
 @pytest.mark.parametrize("change", ["members=alpha,beta", "hospitals=2", "threads=2"])
-def test_who_takes_part_and_on_how_many_cores_is_the_same_in_all_arms(change: str) -> None:
+def test_members_hospitals_and_threads_are_the_same_in_all_arms(change: str) -> None:
     key = change.partition("=")[0]
     with pytest.raises(
         ConfigError,
@@ -435,7 +452,7 @@ def test_who_takes_part_and_on_how_many_cores_is_the_same_in_all_arms(change: st
 
 
 @pytest.mark.parametrize("exchange", ["generator", "generator,ema"])
-def test_fine_tuning_needs_the_federation_s_discriminator(exchange: str) -> None:
+def test_finetuning_needs_the_federated_discriminator(exchange: str) -> None:
     settings = from_dict(
         to_dict(scenario(("federated", "finetuned"))), [f"federation.exchange={exchange}"]
     )
@@ -443,28 +460,28 @@ def test_fine_tuning_needs_the_federation_s_discriminator(exchange: str) -> None
         planned(settings)
 
 
-# --- the order of a job ----------------------------------------------------------------------------
+# --- job files ----------------------------------------------------------------------------------
 
 
-def test_a_job_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_job_file_round_trip(tmp_path: Path) -> None:
     jobs: list[Job] = [job for arm in planned(scenario(comparison_seeds=1)) for job in arm.jobs]
     assert {job.start is None for job in jobs} == {True, False}
     for number, job in enumerate(jobs):
         write_job(job, tmp_path / f"{number}.json")
         assert read_job(tmp_path / f"{number}.json") == job
     begun = next(job for job in jobs if job.start)
-    assert isinstance(begun.start, Start)
+    assert isinstance(begun.start, FederatedStart)
 
 
 @pytest.mark.parametrize(
     "path", sorted(SCENARIOS.glob("*compare.toml")), ids=lambda path: path.stem
 )
-def test_the_arms_of_a_shipped_comparison_can_be_compared(path: Path) -> None:
-    """Else everything would be trained and then refused."""
+def test_arms_of_shipped_comparisons_are_comparable(path: Path) -> None:
+    """Otherwise everything would be trained and then refused."""
     alike = {
         "images_seen": 1,
-        "declared": {},
-        "stopped": [],
+        "may_differ": {},
+        "exhausted": [],
         "resolution": 32,
         "label_names": ["a"],
     }
@@ -483,7 +500,7 @@ def test_the_arms_of_a_shipped_comparison_can_be_compared(path: Path) -> None:
     check_comparable(arms)
 
 
-def test_a_comparison_says_whose_average_of_the_generator_is_judged() -> None:
+def test_notes_name_the_arms_whose_average_is_made_by_the_server() -> None:
     arms = planned(
         scenario(
             (
@@ -494,7 +511,7 @@ def test_a_comparison_says_whose_average_of_the_generator_is_judged() -> None:
             )
         )
     )
-    said = " ".join(fairness([Outcome(arm) for arm in arms], {}))
-    assert "of its rounds, by the server, in short; of its steps elsewhere" in said
-    everybody = [Outcome(arm) for arm in planned(scenario(("federated",)))]
-    assert "average" not in " ".join(fairness(everybody, {}))
+    text = " ".join(differences_of_arms([Outcome(arm) for arm in arms], {}))
+    assert "over rounds, by the server, in short; over steps elsewhere" in text
+    only_federated = [Outcome(arm) for arm in planned(scenario(("federated",)))]
+    assert "average" not in " ".join(differences_of_arms(only_federated, {}))

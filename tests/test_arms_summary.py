@@ -1,9 +1,10 @@
-"""Rows, matrix, cost and the sentence of a comparison, and the guard that refuses to compare the incomparable."""
+"""Rows, matrix, cost and answer of a comparison, and the check that its arms are comparable."""
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from fedgan.evaluation.arms.summary import (
     Run,
     answer,
     check_comparable,
-    cross_site,
+    cross_hospital,
     frechet_threshold,
     kimg_to_frechet,
     real_row,
@@ -44,7 +45,7 @@ def _scores(test, seed, skill=1.0, seeds=2):
 # --- rows ----------------------------------------------------------------------------------------
 
 
-def test_a_row_is_the_mean_over_generator_and_classifier_seeds():
+def test_row_is_the_mean_over_generator_and_classifier_seeds():
     test = _test_images()
     runs = [
         Run(
@@ -74,7 +75,7 @@ def test_a_row_is_the_mean_over_generator_and_classifier_seeds():
     json.dumps(row, allow_nan=False)
 
 
-def test_a_row_has_the_figures_inside_each_institution():
+def test_row_has_figures_per_institution():
     test = _test_images()
     scores = _scores(test, 3)
     row = summary_row("local", "local: nih", [Run(0, 50_000, scores)], test, hospital="nih")
@@ -88,7 +89,7 @@ def test_a_row_has_the_figures_inside_each_institution():
     assert (row["frechet"], row["frechet_seeds"]) == (None, [None])
 
 
-def test_an_arm_without_a_finished_run_is_a_row_of_blanks():
+def test_arm_without_a_finished_run_has_none_values():
     row = summary_row("federated", "federated", [], _test_images())
     assert (row["seeds"], row["macro_auc_seeds"], row["frechet_seeds"]) == ([], [], [])
     assert [
@@ -97,7 +98,7 @@ def test_an_arm_without_a_finished_run_is_a_row_of_blanks():
     ] == [None] * 6
 
 
-def test_the_real_row_has_figures_but_no_generator():
+def test_real_row_has_figures_but_no_generator():
     test = _test_images()
     scores = _scores(test, 4, skill=3.0)
     row = real_row(scores, test)
@@ -117,7 +118,7 @@ def test_the_real_row_has_figures_but_no_generator():
     )  # rows are alike
 
 
-def test_the_matrix_has_a_cell_for_each_row_and_hospital_and_blanks_where_nothing_is():
+def test_cross_hospital_matrix_has_a_cell_per_row_and_hospital():
     inside = {
         "guangzhou": {"macro_auc": 0.8, "macro_auc_ci": [0.7, 0.9]},
         "nih": {"macro_auc": None, "macro_auc_ci": None},
@@ -126,11 +127,11 @@ def test_the_matrix_has_a_cell_for_each_row_and_hospital_and_blanks_where_nothin
         {"name": "federated", "hospital": None, "per_institution": inside},
         {"name": "local: nih", "hospital": "nih", "per_institution": {}},
     ]
-    matrix = cross_site(rows, HOSPITALS)
+    matrix = cross_hospital(rows, HOSPITALS)
     assert (matrix["rows"], matrix["columns"]) == (["federated", "local: nih"], list(HOSPITALS))
     assert matrix["macro_auc"] == [[0.8, None, None], [None, None, None]]
     assert matrix["ci"] == [[[0.7, 0.9], None, None], [None, None, None]]
-    assert matrix["own"] == [[False, False, False], [False, False, True]]
+    assert matrix["is_own"] == [[False, False, False], [False, False, True]]
 
 
 # --- cost ----------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def _curve(*points):
     return [{"images_seen": seen, "frechet": value} for seen, value in points]
 
 
-def test_kimg_to_a_distance_is_the_first_measurement_that_reaches_it():
+def test_kimg_to_frechet_is_the_first_measurement_that_reaches_it():
     curve = _curve((30_000, 12.0), (10_000, 50.0), (20_000, 20.0), (40_000, 25.0))
     assert kimg_to_frechet(curve, 20.0) == 20.0
     assert kimg_to_frechet(curve, 15.0) == 30.0
@@ -153,7 +154,7 @@ def test_kimg_to_a_distance_is_the_first_measurement_that_reaches_it():
     )
 
 
-def test_the_threshold_is_one_that_every_arm_reaches():
+def test_frechet_threshold_is_reached_by_every_arm():
     curves = [
         _curve((10_000, 9.0), (20_000, 5.0)),
         _curve((20_000, 7.0), (10_000, 4.0)),
@@ -206,131 +207,167 @@ def _answer(cost, gains=GAINS, **changes):
     return answer(_summary(**changes), [*([cost] if cost else []), *gains], HOSPITALS)
 
 
-def test_the_answer_names_cost_and_gain_in_one_sentence():
-    said = _answer(_row("centralized", -0.0121, [-0.0199, -0.004], 0.01))
-    assert said == (
-        "In macro AUC (95 % intervals), classifiers trained on federated synthetic images score 0.012 below those of "
-        "centralised training (−0.020 to −0.004: a cost within the margin of 0.020), 0.150 above the weakest hospital alone "
-        "(kermany, 0.120 to 0.180: a gain) and 0.020 above the strongest (guangzhou, −0.010 to 0.050: no difference shown), each "
-        "with its own share of the images."
+def _sentences(text):
+    return re.findall(r"[^.]+(?:\.\d[^.]*)*\.", text)
+
+
+def test_answer_has_two_sentences_with_cost_and_gain():
+    text = _answer(_row("centralized", -0.0121, [-0.0199, -0.004], 0.01))
+    assert text == (
+        "In macro AUC, classifiers trained on federated synthetic images score 0.012 below those "
+        "of centralised training (95 % interval −0.020 to −0.004: a cost within the margin of "
+        "0.020). They score 0.150 above the weakest hospital alone (kermany: a gain) and 0.020 "
+        "above the strongest (guangzhou: no difference shown)."
     )
-    assert len(said.split()) <= 65
+    assert len(_sentences(text)) == 2
+    assert max(len(sentence.split()) for sentence in _sentences(text)) <= 32
 
 
 @pytest.mark.parametrize(
     ("value", "ci", "p_holm", "text"),
     [
-        (-0.09, [-0.112, -0.065], 0.01, "they are 0.090 below (−0.112 to −0.065: a loss)"),
-        (0.05, [0.02, 0.08], 0.01, "they are 0.050 above (0.020 to 0.080: a gain)"),
-        (0.0001, [-0.02, 0.02], 1.0, "they are level (−0.020 to 0.020: no difference shown)"),
+        (
+            -0.09,
+            [-0.112, -0.065],
+            0.01,
+            "0.090 below the pooled releases of the hospitals (a loss)",
+        ),
+        (0.05, [0.02, 0.08], 0.01, "0.050 above the pooled releases of the hospitals (a gain)"),
+        (
+            0.0001,
+            [-0.02, 0.02],
+            1.0,
+            "level with the pooled releases of the hospitals (no difference shown)",
+        ),
     ],
 )
-def test_the_answer_does_not_pass_over_the_rival_that_needs_no_federation(value, ci, p_holm, text):
-    said = _answer(
+def test_answer_includes_the_pooled_releases(value, ci, p_holm, text):
+    found = _answer(
         _row("centralized", -0.1, [-0.12, -0.07], 0.01),
         gains=[*GAINS, _row("local", value, ci, p_holm)],
     )
-    assert said.endswith(f"; against the pooled releases of hospitals that train alone {text}.")
-    assert len(said.split()) <= 90
+    assert found.endswith(f" and {text}.")
+    assert len(_sentences(found)) == 2
 
 
-NEITHER = "(−0.040 to 0.020: neither a cost nor non-inferiority is shown at the margin of 0.020)"
+MARGIN = "the margin of 0.020"
 
 
 @pytest.mark.parametrize(
     ("value", "ci", "p_holm", "gap", "verdict"),
     [
-        (-0.06, [-0.08, -0.04], 0.002, "0.060 below", "(−0.080 to −0.040: a cost beyond the margin of 0.020)"),
-        (-0.03, [-0.05, -0.01], 0.01, "0.030 below", "(−0.050 to −0.010: a cost, not shown to be within the margin of 0.020)"),
-        (-0.01, [-0.019, -0.001], 0.04, "0.010 below", "(−0.019 to −0.001: a cost within the margin of 0.020)"),
-        (-0.01, [-0.019, -0.001], 0.08, "0.010 below", "(−0.019 to −0.001: non-inferior at the margin of 0.020)"),
-        (0.001, [-0.01, 0.012], 0.9, "0.001 above", "(−0.010 to 0.012: non-inferior at the margin of 0.020)"),
-        (-0.01, [-0.04, 0.02], 0.5, "0.010 below", NEITHER),
-        (0.03, [0.01, 0.05], 0.01, "0.030 above", "(0.010 to 0.050: a gain)"),
-        (0.03, [0.01, 0.05], 0.06, "0.030 above", "(0.010 to 0.050: non-inferior at the margin of 0.020)"),
-        (-0.0002, [-0.0004, 0.0004], 0.9, "level with", "(0.000 to 0.000: non-inferior at the margin of 0.020)"),
-        (-0.01, None, None, "0.010 below", "(no interval)"),
+        (-0.06, [-0.08, -0.04], 0.002, "0.060 below", f"−0.080 to −0.040: a cost beyond {MARGIN}"),
+        (
+            -0.03,
+            [-0.05, -0.01],
+            0.01,
+            "0.030 below",
+            f"−0.050 to −0.010: a cost, not shown to be within {MARGIN}",
+        ),
+        (
+            -0.01,
+            [-0.019, -0.001],
+            0.04,
+            "0.010 below",
+            f"−0.019 to −0.001: a cost within {MARGIN}",
+        ),
+        (
+            -0.01,
+            [-0.019, -0.001],
+            0.08,
+            "0.010 below",
+            f"−0.019 to −0.001: non-inferior at {MARGIN}",
+        ),
+        (0.001, [-0.01, 0.012], 0.9, "0.001 above", f"−0.010 to 0.012: non-inferior at {MARGIN}"),
+        (
+            -0.01,
+            [-0.04, 0.02],
+            0.5,
+            "0.010 below",
+            f"−0.040 to 0.020: neither a cost nor non-inferiority is shown at {MARGIN}",
+        ),
+        (0.03, [0.01, 0.05], 0.01, "0.030 above", "0.010 to 0.050: a gain"),
+        (0.03, [0.01, 0.05], 0.06, "0.030 above", f"0.010 to 0.050: non-inferior at {MARGIN}"),
+        (
+            -0.0002,
+            [-0.0004, 0.0004],
+            0.9,
+            "level with",
+            f"0.000 to 0.000: non-inferior at {MARGIN}",
+        ),
+        (-0.01, None, None, "0.010 below", ""),
     ],
-)  # fmt: skip
-def test_the_answer_is_honest_for_every_sign(value, ci, p_holm, gap, verdict):
-    said = _answer(_row("centralized", value, ci, p_holm))
-    assert f"score {gap} those of centralised training {verdict}" in said
-    assert len(said.split()) <= 72
+)
+def test_answer_has_the_right_verdict_for_every_sign(value, ci, p_holm, gap, verdict):
+    text = _answer(_row("centralized", value, ci, p_holm))
+    reason = f"(95 % interval {verdict})" if verdict else "(no interval)"
+    assert f"score {gap} those of centralised training {reason}." in text
+    assert max(len(sentence.split()) for sentence in _sentences(text)) <= 36
 
 
 @pytest.mark.parametrize(
     ("value", "ci", "p_holm", "text"),
     [
-        (-0.05, [-0.07, -0.03], 0.01, "0.050 below nih alone (−0.070 to −0.030: a loss)"),
-        (0.05, [0.03, 0.07], 0.01, "0.050 above nih alone (0.030 to 0.070: a gain)"),
-        (0.05, [0.03, 0.07], 0.07, "0.050 above nih alone (0.030 to 0.070: no difference shown)"),
-        (0.0, [-0.01, 0.01], 1.0, "level with nih alone (−0.010 to 0.010: no difference shown)"),
+        (-0.05, [-0.07, -0.03], 0.01, "0.050 below nih alone (a loss)"),
+        (0.05, [0.03, 0.07], 0.01, "0.050 above nih alone (a gain)"),
+        (0.05, [0.03, 0.07], 0.07, "0.050 above nih alone (no difference shown)"),
+        (0.0, [-0.01, 0.01], 1.0, "level with nih alone (no difference shown)"),
         (0.05, None, None, "0.050 above nih alone (no interval)"),
     ],
 )
-def test_a_single_hospital_is_named_with_its_sign_and_the_others_as_missing(
-    value, ci, p_holm, text
-):
-    said = _answer(
+def test_answer_names_a_single_hospital_and_missing_ones(value, ci, p_holm, text):
+    found = _answer(
         _row("centralized", 0.0, [-0.01, 0.01], 1.0), [_row("local: nih", value, ci, p_holm)]
     )
-    assert (
-        f") and {text}, with its own share of the images; 2 hospitals alone were not measured."
-        in said
-    )
+    assert found.endswith(f" They score {text}; 2 hospitals alone were not measured.")
 
 
-def test_a_claim_asks_that_every_seed_has_the_sign_of_the_difference():
-    def seeds(row, *differences):
-        return {
-            **row,
-            "seed_differences": [
-                {"seed": seed, "difference": value} for seed, value in enumerate(differences)
-            ],
-        }
+def test_verdict_needs_the_same_sign_in_every_seed():
+    def with_seeds(row, *differences):
+        seeds = [{"seed": seed, "difference": value} for seed, value in enumerate(differences)]
+        return {**row, "seed_differences": seeds}
 
     cost = _row("centralized", -0.03, [-0.05, -0.01], 0.01)
     gain = _row("local: nih", 0.05, [0.03, 0.07], 0.01)
-    said = _answer(seeds(cost, -0.04, -0.02), [seeds(gain, 0.04, 0.06)])
-    assert "a cost, not shown to be within" in said
-    assert "a gain)" in said
-    said = _answer(seeds(cost, -0.07, 0.01), [seeds(gain, 0.11, -0.01)])
+    text = _answer(with_seeds(cost, -0.04, -0.02), [with_seeds(gain, 0.04, 0.06)])
+    assert "a cost, not shown to be within" in text
+    assert "a gain)" in text
+    text = _answer(with_seeds(cost, -0.07, 0.01), [with_seeds(gain, 0.11, -0.01)])
     assert (
-        "0.030 below those of centralised training (−0.050 to −0.010: not the same in every seed)"
-        in said
+        "0.030 below those of centralised training "
+        "(95 % interval −0.050 to −0.010: not the same in every seed)" in text
     )
-    assert "0.050 above nih alone (0.030 to 0.070: not the same in every seed)" in said
-    assert "a gain" not in said
+    assert "0.050 above nih alone (not the same in every seed)" in text
+    assert "a gain" not in text
     for differences in ([0.05], [], [0.1, None]):
-        said = _answer(cost, [seeds(gain, *differences)])
-        assert ("a gain)" in said) == (None not in differences)
-    near = seeds(_row("centralized", -0.01, [-0.019, -0.001], 0.01), -0.03, 0.01)
-    assert "(−0.019 to −0.001: non-inferior at the margin of 0.020)" in _answer(
-        near
-    )  # holds whichever sign it has
-    vague = seeds(_row("local: nih", 0.05, [-0.03, 0.07], 0.4), 0.11, -0.01)
+        text = _answer(cost, [with_seeds(gain, *differences)])
+        assert ("a gain)" in text) == (None not in differences)
+    near = with_seeds(_row("centralized", -0.01, [-0.019, -0.001], 0.01), -0.03, 0.01)
+    # non-inferiority holds whichever sign the difference has
+    assert "−0.019 to −0.001: non-inferior at the margin of 0.020)" in _answer(near)
+    vague = with_seeds(_row("local: nih", 0.05, [-0.03, 0.07], 0.4), 0.11, -0.01)
     assert "no difference shown)" in _answer(cost, [vague])
 
 
-def test_what_was_not_measured_is_said():
+def test_answer_says_what_was_not_measured():
     blank = _row("centralized", None, None, None)
-    for central, there in ((None, False), (None, True), (blank, True)):
-        said = _answer(central, central=there)
-        assert said.startswith(
-            "In macro AUC (95 % intervals), classifiers trained on federated synthetic images score 0.150 above the weakest"
+    for central, has_arm in ((None, False), (None, True), (blank, True)):
+        text = _answer(central, central=has_arm)
+        assert text.startswith(
+            "Centralised training was not measured. In macro AUC, classifiers trained on federated "
+            "synthetic images score 0.150 above the weakest"
         )
-        assert said.endswith("; centralised training was not measured.")
     cost = _row("centralized", -0.01, [-0.019, -0.001], 0.01)
     assert _answer(cost, []).endswith(
-        "within the margin of 0.020); the hospitals alone were not measured."
+        "within the margin of 0.020). The hospitals alone were not measured."
     )
     assert _answer(cost, GAINS[:2]).endswith("; nih alone was not measured.")
     assert _answer(None, []) == (
-        "What federation costs and gains is unknown: "
-        "centralised training was not measured and the hospitals alone were not measured."
+        "Cost and gain of federation are unknown: "
+        "centralised training and the hospitals alone were not measured."
     )
     assert answer(_summary(federated=()), GAINS, HOSPITALS) == (
-        "What federation costs and gains is unknown: federated training was not measured."
+        "Cost and gain of federation are unknown: federated training was not measured."
     )
     failed = [
         {**row, "macro_auc": None} if row["arm"] == "federated" else row for row in _summary()
@@ -338,7 +375,7 @@ def test_what_was_not_measured_is_said():
     assert "the arm 'federated' was not measured" in answer(failed, GAINS, HOSPITALS)
 
 
-def test_among_several_federated_arms_the_one_meant_is_named():
+def test_answer_names_the_arm_among_several_federated_ones():
     rows = _summary(federated=("federated", "fedadam"))
     comparisons = [
         _row("centralized", -0.01, [-0.02, 0.0], 0.5),
@@ -353,7 +390,7 @@ def test_among_several_federated_arms_the_one_meant_is_named():
     assert "the arm 'krum' was not measured" in answer(rows, comparisons, HOSPITALS, "krum")
 
 
-# --- the guard -----------------------------------------------------------------------------------
+# --- check ---------------------------------------------------------------------------------------
 
 
 def _arm(name, seed=0, **changes):
@@ -386,29 +423,64 @@ def _changed(path, value):
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
-        ("images_seen", 149_984, r"images_seen differs: arm 'centralized' .* has 150,000, arm 'federated' .* has 149,984"),
-        ("images_seen", 150_016, r"images_seen differs: arm 'federated' .* has 150,016, arm 'centralized' .* has 150,000"),
-        ("resolution", 32, r"resolution differs: arm 'federated' \(seed 1\) has 32, arm 'centralized' \(seed 0\) has 64"),
-        ("label_names", ["normal", "abnormal"], "label_names differs: .*abnormal.* has .*pneumonia"),
+        (
+            "images_seen",
+            149_984,
+            r"images_seen differs: arm 'centralized' .* has 150,000, "
+            r"arm 'federated' .* has 149,984",
+        ),
+        (
+            "images_seen",
+            150_016,
+            r"images_seen differs: arm 'federated' .* has 150,016, "
+            r"arm 'centralized' .* has 150,000",
+        ),
+        (
+            "resolution",
+            32,
+            r"resolution differs: arm 'federated' \(seed 1\) has 32, "
+            r"arm 'centralized' \(seed 0\) has 64",
+        ),
+        (
+            "label_names",
+            ["normal", "abnormal"],
+            "label_names differs: .*abnormal.* has .*pneumonia",
+        ),
         ("settings.data.resolution", 64, "data.resolution differs: .* has 64, .* has 32"),
         ("settings.data.label_map", "*=x", r"data.label_map differs: .* has '\*=x', .* has ''"),
-        ("settings.data.partition", "iid", "data.partition differs: .* has 'iid', .* has 'institution'"),
+        (
+            "settings.data.partition",
+            "iid",
+            "data.partition differs: .* has 'iid', .* has 'institution'",
+        ),
         ("settings.data.seed", 3, "data.seed differs: .* has 3, .* has -1"),
-        ("settings.model.channel_base", 4096, "model.channel_base differs: .* has 4,096, .* has 2,048"),
+        (
+            "settings.model.channel_base",
+            4096,
+            "model.channel_base differs: .* has 4,096, .* has 2,048",
+        ),
         ("settings.augment.mode", "none", "augment.mode differs: .* has 'none', .* has 'ada'"),
-        ("settings.training.learning_rate", 0.001, "training.learning_rate differs: .* has 0.001, .* has 0.0025"),
+        (
+            "settings.training.learning_rate",
+            0.001,
+            "training.learning_rate differs: .* has 0.001, .* has 0.0025",
+        ),
         ("settings.training.batch_size", 32, "training.batch_size differs"),
         ("settings.evaluation.epochs", 3, "evaluation.epochs differs"),
-        ("evaluator.extractor", "inception", "evaluator.extractor differs: .* has 'inception', .* has 'reference'"),
+        (
+            "evaluator.extractor",
+            "inception",
+            "evaluator.extractor differs: .* has 'inception', .* has 'reference'",
+        ),
         ("evaluator.classifier", "resnet18", "evaluator.classifier differs"),
         ("evaluator.suite", "quick", "evaluator.suite differs"),
         ("evaluator.test_hash", "abd", "evaluator.test_hash differs: .* has 'abd', .* has 'abc'"),
     ],
-)  # fmt: skip
-def test_arms_that_were_trained_or_judged_differently_are_refused(path, value, said):
-    with pytest.raises(ConfigError, match=said):
+)
+def test_arms_trained_or_evaluated_differently_are_refused(path, value, message):
+    with pytest.raises(ConfigError, match=message):
         check_comparable([_arm("centralized"), _arm("local"), _changed(path, value)])
 
 
@@ -423,11 +495,11 @@ def test_arms_that_were_trained_or_judged_differently_are_refused(path, value, s
         ("label_names", ("normal", "pneumonia")),
     ],
 )
-def test_what_makes_an_arm_may_differ(path, value):
+def test_settings_that_define_an_arm_may_differ(path, value):
     check_comparable([_arm("centralized"), _changed(path, value)])
 
 
-def test_the_arms_of_the_most_and_the_fewest_images_are_named():
+def test_error_names_the_arms_with_most_and_fewest_images():
     arms = [
         _arm("centralized"),
         _arm("local", images_seen=149_970),
@@ -440,14 +512,14 @@ def test_the_arms_of_the_most_and_the_fewest_images_are_named():
 @pytest.mark.parametrize(
     "key", ["resolution", "label_names", "settings", "images_seen", "evaluator"]
 )
-def test_an_arm_that_does_not_say_how_it_was_made_is_refused(key):
+def test_arm_without_facts_is_refused(key):
     arm = {name: value for name, value in _arm("federated").items() if name != key}
     for arms in ([_arm("centralized"), arm], [arm]):
-        with pytest.raises(ConfigError, match=f"'federated'.* does not say its {key}"):
+        with pytest.raises(ConfigError, match=f"'federated'.* has no .*{key}"):
             check_comparable(arms)
 
 
-def test_a_setting_that_one_arm_lacks_is_a_difference():
+def test_setting_missing_in_one_arm_is_a_difference():
     old = _arm("federated")
     del old["settings"]["training"]["r1_gamma"]
     for arms in ([_arm("centralized"), old], [old, _arm("centralized")]):

@@ -1,4 +1,4 @@
-"""What `fedgan compare` shows while it works and when it is done."""
+"""Output of `fedgan compare`: progress, headline, errors."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def followed(*events: dict[str, Any]) -> ComparisonState:
     return state
 
 
-# --- where it stands -------------------------------------------------------------------------------
+# --- state --------------------------------------------------------------------------------------
 
 
-def test_shares_are_weighed_by_the_jobs() -> None:
+def test_share_is_weighted_by_tasks() -> None:
     begun = {"event": "task_start", "task": "centralized-seed0"}
     state = followed(PLAN)
     assert (state.stage, state.running, state.share) == (
         "training",
         [],
-        pytest.approx(0.1),
-    )  # one was done before
+        pytest.approx(0.1),  # one was already done
+    )
     state.follow(begun)
     state.follow(START)
     assert (state.running, state.share) == (["centralized-seed0"], pytest.approx(0.1))
@@ -63,7 +63,7 @@ def test_shares_are_weighed_by_the_jobs() -> None:
     assert (state.running, state.share) == ([], pytest.approx(0.7))
 
 
-def test_a_job_that_goes_on_begins_where_it_was_stopped() -> None:
+def test_continued_task_starts_at_its_images_seen() -> None:
     state = followed(
         PLAN,
         {"event": "task_start", "task": "federated-seed0"},
@@ -72,31 +72,31 @@ def test_a_job_that_goes_on_begins_where_it_was_stopped() -> None:
     assert state.shares["federated-seed0"] == pytest.approx(0.4)
 
 
-def test_a_failed_job_is_over_too_and_the_next_stage_begins_anew() -> None:
+def test_failed_task_counts_as_ended_and_next_stage_resets() -> None:
     state = followed(
         PLAN,
         {"event": "task_start", "task": "federated-seed0"},
         {"event": "task_end", "task": "federated-seed0", "failure": "gone"},
         {
             "event": "plan",
-            "stage": "judging",
+            "stage": "evaluating",
             "tasks": {"real classifier 1": 0.3, "federated, seed 0": 1.0},
             "done": [],
         },
     )
-    assert (state.stage, state.share, state.running) == ("judging", 0.0, [])
+    assert (state.stage, state.share, state.running) == ("evaluating", 0.0, [])
     state.follow({"event": "task_start", "task": "federated, seed 0"})
     state.follow(
         {"event": "step", "task": "federated, seed 0", "share": 0.5, "text": "measuring distances"}
     )
     assert state.share == pytest.approx(0.5 / 1.3)
-    assert state.doing == {"federated, seed 0": "measuring distances"}
+    assert state.steps == {"federated, seed 0": "measuring distances"}
 
 
-def test_a_job_that_could_not_begin_is_over_without_having_run() -> None:
+def test_task_that_never_started_counts_as_ended() -> None:
     state = followed(
         PLAN,
-        {"event": "task_end", "task": "federated-seed0", "failure": "what it builds on failed"},
+        {"event": "task_end", "task": "federated-seed0", "failure": "a dependency failed"},
     )
     assert (state.running, state.share) == ([], pytest.approx(0.4))
 
@@ -117,9 +117,7 @@ def test_unknown_events_change_nothing() -> None:
     weights=st.lists(st.floats(0.1, 1000), min_size=1, max_size=5),
     steps=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5)), max_size=30),
 )
-def test_the_share_stays_between_nothing_and_all(
-    weights: list[float], steps: list[tuple[int, int]]
-) -> None:
+def test_share_stays_between_0_and_1(weights: list[float], steps: list[tuple[int, int]]) -> None:
     names = [str(number) for number in range(len(weights))]
     state = followed(
         {
@@ -142,7 +140,7 @@ def test_the_share_stays_between_nothing_and_all(
     )
 
 
-# --- lines and bars --------------------------------------------------------------------------------
+# --- lines and bars ------------------------------------------------------------------------------
 
 
 EVENTS: list[dict[str, Any]] = [
@@ -155,7 +153,7 @@ EVENTS: list[dict[str, Any]] = [
         "event": "progress",
         "task": "centralized-seed0",
         "round": 1,
-        "hospital": "everybody",
+        "hospital": "pooled",
         "images": 3,
         "of": 10,
     },
@@ -163,12 +161,12 @@ EVENTS: list[dict[str, Any]] = [
     {"event": "task_end", "task": "centralized-seed0", "failure": ""},
     {"event": "task_start", "task": "federated-seed0"},
     {"event": "task_end", "task": "federated-seed0", "failure": "DataError: the shard is torn"},
-    {"event": "plan", "stage": "judging", "tasks": {"centralized, seed 0": 1.0}, "done": []},
+    {"event": "plan", "stage": "evaluating", "tasks": {"centralized, seed 0": 1.0}, "done": []},
     {"event": "plan", "stage": "comparing", "tasks": {}, "done": []},
 ]
 
 
-def test_where_there_is_no_terminal_each_stage_and_each_end_is_a_line(
+def test_without_terminal_stages_and_task_ends_are_lines(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with CompareProgress() as progress:
@@ -177,16 +175,16 @@ def test_where_there_is_no_terminal_each_stage_and_each_end_is_a_line(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "drawing phantoms ...",
-        "training the arms: 3 jobs, 1 done before",
+        "generating phantoms ...",
+        "training the arms: 3 jobs, 1 already done",
         " 70%  centralized-seed0: done",
         "100%  federated-seed0: failed: DataError: the shard is torn",
-        "judging the arms: 1 jobs",
+        "evaluating the arms: 1 job",
         "comparing the arms ...",
     ]
 
 
-def test_a_long_silence_is_broken_by_where_the_running_jobs_stand(
+def test_after_quiet_seconds_a_line_shows_the_running_tasks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare_progress, "QUIET_SECONDS", -1.0)
@@ -196,7 +194,7 @@ def test_a_long_silence_is_broken_by_where_the_running_jobs_stand(
     assert capsys.readouterr().err.splitlines()[-1] == " 40%  centralized-seed0 50%"
 
 
-def test_on_a_terminal_the_stage_and_each_running_job_have_a_bar() -> None:
+def test_on_a_terminal_stage_and_running_tasks_have_bars() -> None:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -212,13 +210,13 @@ def test_on_a_terminal_the_stage_and_each_running_job_have_a_bar() -> None:
     assert seen[1] == [("training the arms", 0.1)]
     assert seen[6] == [("training the arms", 0.4), ("  centralized-seed0", 0.5)]
     assert seen[7] == [("training the arms", 0.7)]
-    assert seen[-2] == [("judging the arms", 0.0)]
+    assert seen[-2] == [("evaluating the arms", 0.0)]
     assert seen[-1] == [("comparing the arms", 0.0)]
     with progress:
         pass
 
 
-# --- the end ---------------------------------------------------------------------------------------
+# --- headline ------------------------------------------------------------------------------------
 
 
 FOUND: dict[str, Any] = {
@@ -253,9 +251,9 @@ FOUND: dict[str, Any] = {
 }
 
 
-def test_the_headline_has_a_line_an_arm_the_answer_and_the_page() -> None:
-    page = Path("/nowhere/study/report.html")
-    assert verb.headline_text(FOUND, page).splitlines() == [
+def test_headline_has_arms_answer_and_report() -> None:
+    report = Path("/nowhere/study/report.html")
+    assert verb.headline_text(FOUND, report).splitlines() == [
         "real       macro AUC 0.900 (0.850 to 0.950)",
         "federated  macro AUC 0.800",
         "local      macro AUC not measured",
@@ -263,7 +261,7 @@ def test_the_headline_has_a_line_an_arm_the_answer_and_the_page() -> None:
         "Federation costs nothing.",
         "report      /nowhere/study/report.html",
     ]
-    numbers = verb.headline(FOUND, page)
+    numbers = verb.headline(FOUND, report)
     assert json.loads(json.dumps(numbers, allow_nan=False)) == numbers
     assert (numbers["folder"], numbers["failed"]) == ("/nowhere/study", ["local, seed 1"])
     assert numbers["summary"][1] == {
@@ -275,21 +273,21 @@ def test_the_headline_has_a_line_an_arm_the_answer_and_the_page() -> None:
     }
 
 
-def test_a_comparison_without_rows_has_a_headline_all_the_same() -> None:
+def test_headline_without_rows_has_answer_and_report() -> None:
     text = verb.headline_text(
         {"answer": "Nothing is known.", "summary": []}, Path("/nowhere/report.html")
     )
     assert text.split() == ["Nothing", "is", "known.", "report", "/nowhere/report.html"]
 
 
-# --- the words -------------------------------------------------------------------------------------
+# --- options -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def called(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> list[tuple[Settings, ComparisonFolder, int | None]]:
-    """A `compare` that only says how it was called, and stops."""
+    """The calls of a `compare` that only records its arguments and raises `KeyboardInterrupt`."""
     seen: list[tuple[Settings, ComparisonFolder, int | None]] = []
 
     def compare(
@@ -304,12 +302,12 @@ def called(
     return seen
 
 
-def test_options_reach_the_comparison_and_a_stop_says_how_to_go_on(
+def test_options_reach_compare_and_ctrl_c_says_how_to_continue(
     called: list[tuple[Settings, ComparisonFolder, int | None]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [
+    arguments = [
         "compare",
         "study.toml",
         "--seeds",
@@ -319,9 +317,9 @@ def test_options_reach_the_comparison_and_a_stop_says_how_to_go_on(
         "--set",
         "comparison.arms=federated,local",
     ]
-    assert main(words) == 130
+    assert main(arguments) == 130
     assert (
-        "stopped; the same command goes on, and keeps what is finished" in capsys.readouterr().err
+        "stopped; the same command continues, and keeps what is finished" in capsys.readouterr().err
     )
     assert main(["compare", "study.toml", "--output", "elsewhere"]) == 130
     (first, folder, jobs), (second, other, _) = called
@@ -331,7 +329,7 @@ def test_options_reach_the_comparison_and_a_stop_says_how_to_go_on(
 
 
 @pytest.mark.parametrize(
-    ("words", "text"),
+    ("options", "text"),
     [
         (["--seeds", "0"], "--seeds"),
         (["--jobs", "0"], "--jobs"),
@@ -339,16 +337,16 @@ def test_options_reach_the_comparison_and_a_stop_says_how_to_go_on(
     ],
 )
 @pytest.mark.usefixtures("called")
-def test_bad_words_are_one_clear_error(
-    words: list[str], text: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_options_are_one_clear_error(
+    options: list[str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["compare", "study.toml", *words]) == 2
+    assert main(["compare", "study.toml", *options]) == 2
     err = capsys.readouterr().err
     assert text in err
     assert "Traceback" not in err
 
 
-def test_an_error_of_the_comparison_ends_with_its_exit_code(
+def test_error_of_the_comparison_gives_its_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""The contribution of hospitals: the axioms that single the Shapley value out, and what happens where a coalition is missing."""
+"""Contribution of hospitals: the axioms of the Shapley value, and missing coalitions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _players(game):
 
 @settings(max_examples=60, deadline=None)
 @given(games())
-def test_shapley_is_the_mean_gain_over_all_orders_of_joining(game):
+def test_shapley_is_the_mean_gain_over_all_orders(game):
     everyone, value = _players(game), {**game, frozenset(): 0.5}
     orders = list(permutations(everyone))
     for one, found in shapley(game).items():
@@ -52,7 +52,7 @@ def test_shapley_is_the_mean_gain_over_all_orders_of_joining(game):
 
 @settings(max_examples=60, deadline=None)
 @given(games(most=6), st.sampled_from([0.0, 0.5]))
-def test_shares_add_up_to_what_all_have_over_nobody(game, empty):
+def test_shapley_values_add_up_to_the_grand_coalition(game, empty):
     assert sum(shapley(game, empty).values()) == pytest.approx(
         game[frozenset(_players(game))] - empty, abs=1e-12
     )
@@ -60,7 +60,7 @@ def test_shares_add_up_to_what_all_have_over_nobody(game, empty):
 
 @settings(max_examples=40, deadline=None)
 @given(games())
-def test_hospitals_that_are_alike_get_alike(game):
+def test_symmetric_hospitals_have_equal_values(game):
     exchange = {"a": "b", "b": "a"}
     mirrored = {
         frozenset(exchange.get(one, one) for one in key): value for key, value in game.items()
@@ -74,7 +74,7 @@ def test_hospitals_that_are_alike_get_alike(game):
 
 @settings(max_examples=40, deadline=None)
 @given(games(most=3), VALUES)
-def test_a_hospital_that_always_adds_the_same_gets_that(game, gift):
+def test_hospital_with_a_constant_gain_has_that_value(game, gift):
     bigger = {
         **game,
         frozenset("z"): 0.5 + gift,
@@ -82,14 +82,12 @@ def test_a_hospital_that_always_adds_the_same_gets_that(game, gift):
     }
     shares = shapley(bigger)
     assert shares.pop("z") == pytest.approx(gift, abs=1e-12)
-    assert shares == pytest.approx(
-        shapley(game), abs=1e-12
-    )  # and for the others nothing has changed
+    assert shares == pytest.approx(shapley(game), abs=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.data(), st.integers(1, 4))
-def test_shares_of_a_sum_of_games_are_sums_of_shares(data, count):
+def test_shapley_is_additive(data, count):
     keys = _coalitions(count)
     first, second = (
         dict(
@@ -108,7 +106,7 @@ def test_shares_of_a_sum_of_games_are_sums_of_shares(data, count):
     )
 
 
-def test_leave_one_out_is_the_loss_without_each():
+def test_leave_one_out_is_the_loss_without_each_hospital():
     game = {
         frozenset("abc"): 0.9,
         frozenset("bc"): 0.7,
@@ -118,10 +116,10 @@ def test_leave_one_out_is_the_loss_without_each():
     assert leave_one_out(game) == pytest.approx({"a": 0.2, "b": 0.05, "c": -0.02})
     assert leave_one_out({frozenset("a"): 0.8}) == pytest.approx(
         {"a": 0.3}
-    )  # alone: against chance
+    )  # a single hospital is compared with chance
 
 
-def test_draws_go_through_as_numbers_do():
+def test_arrays_give_the_same_as_single_values():
     rng = np.random.default_rng(0)
     draws = {key: rng.random(50) for key in _coalitions(3)}
     for function in (leave_one_out, shapley):
@@ -132,7 +130,7 @@ def test_draws_go_through_as_numbers_do():
 
 
 @pytest.mark.parametrize("function", [leave_one_out, shapley])
-def test_a_missing_coalition_is_named(function):
+def test_missing_coalition_is_named(function):
     game = dict.fromkeys(_coalitions(3), 0.7)
     del game[frozenset("ca")]
     with pytest.raises(ConfigError, match=r"'a\+c' was not measured"):
@@ -141,14 +139,14 @@ def test_a_missing_coalition_is_named(function):
         function({})
 
 
-def test_six_hospitals_are_quick_and_too_many_are_refused():
+def test_six_hospitals_work_and_thirteen_are_refused():
     size = {key: len(key) / 6 for key in _coalitions(6)}
     assert shapley(size, empty=0.0) == pytest.approx(dict.fromkeys(NAMES, 1 / 6))
     with pytest.raises(ConfigError, match=r"2\^13"):
         shapley({frozenset([f"hospital {number}"]): 0.6 for number in range(13)})
 
 
-def test_the_table_of_the_report():
+def test_contribution_has_the_rows_of_the_report():
     point = {key: 0.5 + 0.1 * len(key) for key in _coalitions(3)}
     rng = np.random.default_rng(1)
     noise = rng.normal(scale=0.01, size=2000)
@@ -164,12 +162,12 @@ def test_the_table_of_the_report():
     assert first["ci"] == pytest.approx([0.1 - 0.0196, 0.1 + 0.0196], abs=0.002)
     assert table["shapley"][1]["value"] == pytest.approx(0.1)
     assert np.ptp(table["shapley"][1]["ci"]) == pytest.approx(np.ptp(first["ci"]) / 3)
-    assert list(table["values"]) == ["a", "b", "c", "a+b", "a+c", "b+c", "a+b+c"]
-    assert table["empty"] == 0.5
+    assert list(table["coalition_auc"]) == ["a", "b", "c", "a+b", "a+c", "b+c", "a+b+c"]
+    assert table["empty_coalition_auc"] == 0.5
     assert table["notes"] == []
 
 
-def test_the_table_says_what_is_missing_instead_of_guessing():
+def test_contribution_notes_missing_coalitions():
     point = {key: 0.7 for key in _coalitions(3) if len(key) > 1}
     table = contribution(point)
     assert [row["ci"] for row in table["leave_one_out"]] == [None] * 3
@@ -181,6 +179,6 @@ def test_the_table_says_what_is_missing_instead_of_guessing():
     table = contribution(point, hospitals="abc")
     assert table["leave_one_out"] is None
     assert "'a+b'" in table["notes"][0]
-    assert "a+b" not in table["values"]
+    assert "a+b" not in table["coalition_auc"]
     with pytest.raises(ConfigError, match=r"'a\+c' has a hospital that is none of a, b"):
         contribution(point, hospitals="ab")

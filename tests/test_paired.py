@@ -1,4 +1,4 @@
-"""The paired comparison of arms: against DeLong's variance, a closed test, and simulations with a known truth."""
+"""Paired comparison of arms, against DeLong's variance, a closed test and simulations."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def _binary(truth, margin):
-    """Scores (1, N, 2) and labels (N, 2) of a yes-or-no question; `margin` is the log odds of yes."""
+    """Scores (1, N, 2) and labels (N, 2) of a binary problem; `margin` is the log odds of yes."""
     yes = 1 / (1 + np.exp(-margin))
     return np.stack([1 - yes, yes], 1)[None], np.stack([1 - truth, truth], 1).astype(np.uint8)
 
 
 def _arms(rng, count, skill_a=1.0, skill_b=1.0, shared=0.0):
-    """Two arms' scores of the same images; `shared` is how much of the noise they have in common."""
+    """Scores of two arms on the same images; `shared`: the part of the noise that they share."""
     truth = np.r_[np.ones(count // 2), np.zeros(count - count // 2)]
     common = np.sqrt(shared) * rng.normal(size=count)
     noise = [common + np.sqrt(1 - shared) * rng.normal(size=count) for _ in range(2)]
@@ -53,7 +53,7 @@ def _compare(a, b, labels, groups=None, margin=0.02, bootstrap=400, seed=0):
 
 @settings(max_examples=40, deadline=None)
 @given(SEEDS, st.booleans(), st.sampled_from([3, 10**6]))
-def test_macro_auc_is_the_one_of_utility(seed, exclusive, levels):
+def test_macro_auc_equals_that_of_utility(seed, exclusive, levels):
     rng = np.random.default_rng(seed)
     labels = np.eye(3, dtype=np.uint8)[np.r_[0, 1, 2, rng.integers(3, size=22)]]
     if not exclusive:
@@ -61,16 +61,15 @@ def test_macro_auc_is_the_one_of_utility(seed, exclusive, levels):
     scores = rng.integers(levels, size=(2, 25, 3)) / levels  # few levels: many ties
     weights = np.r_[np.ones((1, 25)), rng.integers(0, 4, (5, 25))].astype(float)
     expected = statistics(scores, labels, weights, exclusive)
-    whole = np.isfinite(expected["auc"][:, :3]).all(
-        1
-    )  # utility leaves the other resamples out, here they are NaN
+    # utility leaves the other resamples out, here they are NaN
+    whole = np.isfinite(expected["auc"][:, :3]).all(1)
     found = macro_auc(scores, labels, weights)
     np.testing.assert_allclose(found[whole], expected["macro_auc"][whole], atol=1e-12)
     if np.isfinite(expected["auc"][0, :3]).all():
         assert np.isnan(found[~whole]).all()
 
 
-def test_macro_auc_leaves_a_class_without_positives_out_and_is_undefined_without_any(monkeypatch):
+def test_macro_auc_ignores_classes_without_positives(monkeypatch):
     monkeypatch.setattr(paired, "CHUNK", 5)  # several blocks of positives
     rng = np.random.default_rng(0)
     scores, labels = rng.random((2, 20, 3)), np.zeros((20, 3), np.uint8)
@@ -80,7 +79,7 @@ def test_macro_auc_leaves_a_class_without_positives_out_and_is_undefined_without
     assert np.isnan(macro_auc(scores[:, :, 2:], labels[:, 2:], np.ones((4, 20)))).all()
 
 
-def test_the_interval_of_one_arm_is_that_of_utility():
+def test_interval_of_one_arm_equals_that_of_utility():
     rng = np.random.default_rng(1)
     a, _, labels = _arms(rng, 60)
     groups = np.repeat(np.arange(30), 2)
@@ -93,20 +92,19 @@ def test_the_interval_of_one_arm_is_that_of_utility():
 # --- the difference of two arms ------------------------------------------------------------------
 
 
-def test_identical_scores_differ_by_nothing():
+def test_identical_scores_have_no_difference():
     a, _, labels = _arms(np.random.default_rng(2), 50)
     row = _compare(a, a.copy(), labels, margin=0.01)
     assert (row["difference"], row["ci"], row["p_value"]) == (0.0, [0.0, 0.0], 1.0)
     assert row["non_inferior"]
     assert not row["better"]
-    assert not _compare(a, a, labels, margin=0.0)[
-        "non_inferior"
-    ]  # the interval has to lie above, not on, the margin
+    # the interval has to lie above, not on, the margin
+    assert not _compare(a, a, labels, margin=0.0)["non_inferior"]
 
 
 @settings(max_examples=20, deadline=None)
 @given(SEEDS)
-def test_exchanging_the_arms_turns_the_sign(seed):
+def test_exchanged_arms_give_the_opposite_sign(seed):
     a, b, labels = _arms(np.random.default_rng(seed), 40, 1.5, 0.5)
     there, back = _compare(a, b, labels, bootstrap=80), _compare(b, a, labels, bootstrap=80)
     assert there["difference"] == pytest.approx(-back["difference"])
@@ -114,14 +112,12 @@ def test_exchanging_the_arms_turns_the_sign(seed):
     assert there["p_value"] == back["p_value"]
 
 
-def test_a_planted_difference_is_found():
+def test_planted_difference_is_found():
     rng = np.random.default_rng(3)
     a, b, labels = _arms(rng, 400, 2.0, 0.5)
     row = _compare(a, b, labels)
     assert row["better"]
-    assert row["p_value"] == pytest.approx(
-        2 / 401
-    )  # no resample contradicts it, and yet it is not 0
+    assert row["p_value"] == pytest.approx(2 / 401)  # no resample contradicts it, but it is not 0
     worse = _compare(b, a, labels)
     assert not worse["better"]
     assert not worse["non_inferior"]
@@ -150,7 +146,7 @@ def _null_p_values(repeats, people, images, by_patient):
     return np.array(found)
 
 
-def test_p_values_are_about_uniform_where_the_arms_are_equally_good():
+def test_p_values_are_uniform_under_the_null():
     found = _null_p_values(300, 100, 1, by_patient=True)
     for level in (0.05, 0.25, 0.5, 0.75):
         assert (
@@ -158,12 +154,12 @@ def test_p_values_are_about_uniform_where_the_arms_are_equally_good():
         )
 
 
-def test_resampling_images_of_the_same_patients_one_by_one_claims_too_much():
+def test_resampling_images_instead_of_patients_is_anticonservative():
     assert (_null_p_values(120, 60, 4, by_patient=True) < 0.05).mean() < 0.13
     assert (_null_p_values(120, 60, 4, by_patient=False) < 0.05).mean() > 0.2
 
 
-def test_pairing_narrows_the_interval_of_like_arms():
+def test_pairing_narrows_the_interval_of_similar_arms():
     a, b, labels = _arms(np.random.default_rng(6), 300, shared=0.9)
     groups = np.arange(300)
     first, second, other = (
@@ -187,14 +183,14 @@ def _delong_variance(a, b, positive):
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.8])
-def test_the_spread_of_the_difference_is_delongs(shared):
+def test_spread_of_the_difference_is_delongs(shared):
     a, b, labels = _arms(np.random.default_rng(7), 500, 1.5, 1.0, shared)
     exact = np.sqrt(_delong_variance(a[0, :, 1], b[0, :, 1], labels[:, 1] == 1))
     row = _compare(a, b, labels, bootstrap=4000)
     assert np.ptp(row["ci"]) / (2 * 1.96) == pytest.approx(exact, rel=0.08)
 
 
-def test_undefined_is_none_and_never_a_claim():
+def test_undefined_values_are_none_and_no_claim():
     rng = np.random.default_rng(8)
     labels = np.eye(2, dtype=np.uint8)[[0] * 6]  # one class alone
     row = paired_difference(
@@ -203,9 +199,8 @@ def test_undefined_is_none_and_never_a_claim():
     assert [row[key] for key in ("difference", "ci", "p_value", "non_inferior", "better")] == [
         None
     ] * 5
-    rare = np.eye(4, dtype=np.uint8)[
-        [0, 0, 0, 1, 2, 3]
-    ]  # three quarters of the resamples lack one of three single images
+    # three quarters of the resamples lack one of three single images
+    rare = np.eye(4, dtype=np.uint8)[[0, 0, 0, 1, 2, 3]]
     few = paired_difference(
         rng.random((1, 6, 4)), rng.random((2, 6, 4)), rare, True, np.arange(6), 0.02, 400, 0
     )
@@ -213,7 +208,7 @@ def test_undefined_is_none_and_never_a_claim():
     assert [few[key] for key in ("ci", "p_value", "non_inferior", "better")] == [None] * 4
 
 
-def test_differences_by_generator_seed_average_to_the_difference():
+def test_differences_per_generator_seed_average_to_the_difference():
     rng = np.random.default_rng(9)
     a, b = (np.concatenate([_arms(rng, 60)[0] for _ in range(4)]) for _ in range(2))
     labels = _arms(rng, 60)[2]
@@ -232,7 +227,7 @@ def test_differences_by_generator_seed_average_to_the_difference():
         paired_difference(a, b, labels, True, np.arange(60), 0.02, 20, 0, [0, 0, 1], [0, 0, 1, 1])
 
 
-def test_only_seeds_that_both_arms_have_are_compared():
+def test_only_common_seeds_are_compared():
     rng = np.random.default_rng(13)
     a, b = (np.concatenate([_arms(rng, 60)[0] for _ in range(4)]) for _ in range(2))
     labels, groups = _arms(rng, 60)[2], np.arange(60)
@@ -253,10 +248,8 @@ def test_only_seeds_that_both_arms_have_are_compared():
         None,
         [],
     )
-    assert (real["seeds"], real["seed_differences"]) == (
-        [0, 1],
-        None,
-    )  # real images have no generator
+    # real images have no generator
+    assert (real["seeds"], real["seed_differences"]) == ([0, 1], None)
     assert (
         real["difference"]
         == paired_difference(a, b, labels, True, groups, 0.02, 20, 0)["difference"]
@@ -268,7 +261,7 @@ def test_only_seeds_that_both_arms_have_are_compared():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda a, labels, groups: (a[:, :-1], labels, groups), "scores"),
         (lambda a, labels, groups: (a[0], labels, groups), "scores"),
@@ -277,10 +270,10 @@ def test_only_seeds_that_both_arms_have_are_compared():
         (lambda a, labels, groups: (a, np.ones_like(labels), groups), "exclude each other"),
     ],
 )
-def test_scores_of_other_images_are_refused(change, said):
+def test_scores_of_other_images_are_refused(change, message):
     a, b, labels = _arms(np.random.default_rng(10), 10)
     a, labels, groups = change(a, labels, np.arange(10))
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         paired_difference(a, b, labels, True, groups, 0.02, 20, 0)
 
 
@@ -288,7 +281,7 @@ def test_scores_of_other_images_are_refused(change, said):
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
-def test_holm_is_the_closed_test_of_bonferroni(p_values):
+def test_holm_equals_the_closed_bonferroni_test(p_values):
     count = len(p_values)
     adjusted = holm(p_values)
     for index in range(count):
@@ -307,14 +300,13 @@ def test_holm_is_the_closed_test_of_bonferroni(p_values):
     assert (np.diff(np.array(adjusted)[order]) >= 0).all()
 
 
-def test_holm_of_nothing_and_of_a_known_example():
+def test_holm_of_an_empty_list_and_of_a_known_example():
     assert holm([]) == []
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx(
-        [0.03, 0.06, 0.06, 0.02]
-    )  # statsmodels' multipletests
+    # statsmodels' multipletests
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
-def test_comparisons_are_corrected_inside_each_family_and_a_missing_arm_stays_visible():
+def test_correction_is_per_family_and_missing_arms_stay_visible():
     rng = np.random.default_rng(11)
     a, b, labels = _arms(rng, 300, 1.5, 0.7)
     arms = {"federated": a, "local": b, "unused": b}
@@ -338,7 +330,7 @@ def test_comparisons_are_corrected_inside_each_family_and_a_missing_arm_stays_vi
     assert {key: first[key] for key in expected} == expected
     assert (first["p_holm"], back["p_holm"]) == pytest.approx(
         (2 * first["p_value"], 2 * back["p_value"])
-    )  # two were measured
+    )
     assert again["p_holm"] == again["p_value"]
     assert first["metric"] == "macro_auc"
     assert [
@@ -346,7 +338,7 @@ def test_comparisons_are_corrected_inside_each_family_and_a_missing_arm_stays_vi
     ] == [None] * 6
 
 
-def test_better_holds_after_the_correction():
+def test_better_uses_the_corrected_p_value():
     rng = np.random.default_rng(12)
     for _ in range(50):
         a, b, labels = _arms(rng, 120, 1.4, 1.0)
@@ -360,18 +352,17 @@ def test_better_holds_after_the_correction():
     assert [row["better"] for row in rows] == [False] * 5
 
 
-def test_a_large_family_can_still_show_a_plain_difference():
+def test_large_family_can_show_a_clear_difference():
     a, b, labels = _arms(np.random.default_rng(14), 200, 4.0, 0.0)
     rows = compare_arms(
         {"a": a, "b": b}, {"f": [("a", "b")] * 12}, labels, True, np.arange(200), 0.02, 100, 0
     )
     assert rows[0]["p_value"] == pytest.approx(2 / 1201)
-    assert all(
-        row["better"] and row["p_holm"] < 0.05 for row in rows
-    )  # 100 resamples: 12 × 2 / 101 would be 0.24
+    # with 100 resamples only, 12 × 2 / 101 would be 0.24
+    assert all(row["better"] and row["p_holm"] < 0.05 for row in rows)
 
 
-def test_standard_families_ask_the_two_questions():
+def test_standard_families_have_the_expected_pairs():
     rows = [
         {"arm": kind, "name": name, "hospital": hospital}
         for kind, name, hospital in [
@@ -389,8 +380,8 @@ def test_standard_families_ask_the_two_questions():
     ]
     families = standard_families(rows)
     rivals = ["centralized", "local", "local: a", "coalition a"]  # the last with the whole budget
-    asked = [(one, other) for one in ("federated", "fedadam", "finetuned") for other in rivals]
-    assert families["federation"] == [*asked, ("local", "centralized")]
+    pairs = [(one, other) for one in ("federated", "fedadam", "finetuned") for other in rivals]
+    assert families["federation"] == [*pairs, ("local", "centralized")]
     assert families["against real"] == [
         (one, "real") for one in ("centralized", "federated", "fedadam", "local", "finetuned")
     ]

@@ -1,11 +1,11 @@
-"""`fedgan compare`: centralised, federated and local training of one scenario, side by side, with one evaluator."""
+"""`fedgan compare`: centralised, federated and local training of one scenario, one evaluator."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +13,6 @@ from fedgan.cli import console
 from fedgan.cli.runs import REPOSITORY, Overrides, folder_name
 from fedgan.config import load_scenario
 from fedgan.errors import FederationError, MachineError
-
-if TYPE_CHECKING:
-    from fedgan.comparison_folder import ComparisonFolder
 
 
 def compare(
@@ -45,14 +42,14 @@ def compare(
     ] = None,
     as_json: console.Json = False,
 ) -> None:
-    """Train every arm of a scenario at one budget, judge all with one evaluator, and write the page.
+    """Train every arm of a scenario at one budget, evaluate all alike, and write the report.
 
-    Arms that are finished are kept: the same command goes on with a stopped comparison, and adds seeds or arms to one.
+    Finished arms are kept: the same command continues a stopped comparison, and adds seeds or arms.
     """
     from fedgan.comparison_folder import ComparisonFolder
 
-    words = [*(overrides or []), *([f"comparison.seeds={seeds}"] if seeds else [])]
-    settings = load_scenario(scenario, words)
+    changes = [*(overrides or []), *([f"comparison.seeds={seeds}"] if seeds else [])]
+    settings = load_scenario(scenario, changes)
     folder = ComparisonFolder.at(output or Path("runs") / folder_name(settings.name))
     try:
         import simulations.comparison.compare
@@ -64,25 +61,25 @@ def compare(
     from fedgan.report.cards import write_comparison_cards
     from fedgan.report.comparison.report import write_comparison_report
 
-    with stoppable(folder), console.stdout_for_results(), CompareProgress() as progress:
+    with interruptible(), console.stdout_for_results(), CompareProgress() as progress:
         found = simulations.comparison.compare.compare(settings, folder, progress.on_event, jobs)
-        page = write_comparison_report(folder.path)
+        report = write_comparison_report(folder.path)
         write_comparison_cards(folder.path)
-    console.emit(headline(found, page), as_json, headline_text(found, page))
+    console.emit(headline(found, report), as_json, headline_text(found, report))
     if failed := [row for row in found["arms"] if row["status"] != "done"]:
         names = "; ".join(f"{row['name']}, seed {row['seed']}: {row['failure']}" for row in failed)
         raise FederationError(
-            f"{len(failed)} of {len(found['arms'])} arms failed and are marked so in the page ({names}); "
+            f"{len(failed)} of {len(found['arms'])} arms failed, see the report ({names}); "
             "the same command tries them again"
         )
 
 
-def headline(found: dict[str, Any], page: Path) -> dict[str, Any]:
-    """The numbers that a person asks for first."""
+def headline(found: dict[str, Any], report: Path) -> dict[str, Any]:
+    """The main numbers, for `--json`."""
     keys = ("arm", "name", "images_seen", "macro_auc", "macro_auc_ci")
     return {
-        "folder": str(page.parent),
-        "report": str(page),
+        "folder": str(report.parent),
+        "report": str(report),
         "answer": found["answer"],
         "summary": [{key: row.get(key) for key in keys} for row in found["summary"]],
         "failed": [
@@ -91,8 +88,8 @@ def headline(found: dict[str, Any], page: Path) -> dict[str, Any]:
     }
 
 
-def headline_text(found: dict[str, Any], page: Path) -> str:
-    """`headline` for people: a line an arm, the answer, and where the page lies."""
+def headline_text(found: dict[str, Any], report: Path) -> str:
+    """`headline` as text: one line per arm, the answer, and the path of the report."""
     width = max((len(row["name"]) for row in found["summary"]), default=0)
     lines = []
     for row in found["summary"]:
@@ -100,15 +97,15 @@ def headline_text(found: dict[str, Any], page: Path) -> str:
         figure = "not measured" if value is None else f"{value:.3f}"
         span = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
         lines.append(f"{row['name']:<{width}}  macro AUC {figure}{span}")
-    return "\n".join([*lines, "", found["answer"], f"report      {console.shown(page)}"])
+    return "\n".join([*lines, "", found["answer"], f"report      {console.shown(report)}"])
 
 
 @contextlib.contextmanager
-def stoppable(folder: ComparisonFolder) -> Iterator[None]:
-    """Turn `KeyboardInterrupt` into `Interrupted`, which says how to go on."""
+def interruptible() -> Iterator[None]:
+    """Turn `KeyboardInterrupt` into `Interrupted`, with the way to continue."""
     try:
         yield
     except KeyboardInterrupt:
         raise console.Interrupted(
-            "stopped; the same command goes on, and keeps what is finished"
+            "stopped; the same command continues, and keeps what is finished"
         ) from None

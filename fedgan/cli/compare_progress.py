@@ -1,6 +1,7 @@
-"""Progress of a comparison: a bar for the stage and one for each job that runs on a terminal, plain lines elsewhere.
+"""Progress of a comparison: bars per stage and running task on a terminal, plain lines elsewhere.
 
-`simulations/comparison/compare.py` says which events there are. `ComparisonState` follows them and knows nothing of screens.
+`simulations/comparison/compare.py` lists the events. `ComparisonState` follows them and shows
+nothing.
 """
 
 from __future__ import annotations
@@ -16,26 +17,24 @@ from fedgan.cli import console
 QUIET_SECONDS = 20.0
 STAGES = {
     "training": "training the arms",
-    "judging": "judging the arms",
+    "evaluating": "evaluating the arms",
     "comparing": "comparing the arms",
 }
-PREPARING = {"phantoms": "drawing phantoms", "hospitals": "opening the hospitals' shards"}
+PREPARING = {"phantoms": "generating phantoms", "hospitals": "opening the hospitals' shards"}
 
 
 @dataclass
 class ComparisonState:
-    """Where a comparison stands, by its events."""
+    """State of a comparison, from its events."""
 
     stage: str = "preparing"
     weights: dict[str, float] = field(default_factory=dict)
-    shares: dict[str, float] = field(
-        default_factory=dict
-    )  # of each job that has begun or ended, from 0 to 1
+    shares: dict[str, float] = field(default_factory=dict)  # per started task, 0 to 1
     running: list[str] = field(default_factory=list)
-    doing: dict[str, str] = field(default_factory=dict)
+    steps: dict[str, str] = field(default_factory=dict)
 
     def follow(self, event: dict[str, Any]) -> None:
-        """Take over one event; unknown ones are ignored."""
+        """Apply one event; unknown ones are ignored."""
         kind, task = event["event"], event.get("task", "")
         if kind == "plan":
             self.stage, self.weights = event["stage"], dict(event["tasks"])
@@ -44,7 +43,7 @@ class ComparisonState:
             self.running.append(task)
             self.shares[task] = 0.0
         elif kind == "task_end":
-            if task in self.running:  # one that could not begin ends without a start
+            if task in self.running:  # a task with a failed dependency ends without a start
                 self.running.remove(task)
             self.shares[task] = 1.0
         elif kind == "start" and event["images"]:
@@ -52,24 +51,24 @@ class ComparisonState:
         elif kind == "round_end":
             self.shares[task] = event["round"] / event["rounds"]
         elif kind == "step":
-            self.shares[task], self.doing[task] = event["share"], event["text"]
+            self.shares[task], self.steps[task] = event["share"], event["text"]
 
     @property
     def share(self) -> float:
-        """Share of the stage that is done, by the jobs' weights."""
-        everything = sum(self.weights.values())
+        """Share of the stage that is done, by the weights of its tasks."""
+        total = sum(self.weights.values())
         done = sum(self.weights.get(name, 0.0) * share for name, share in self.shares.items())
-        return done / everything if everything else 0.0
+        return done / total if total else 0.0
 
 
 class CompareProgress:
-    """Shows the events of a comparison on stderr. Use as a context and give `on_event` to `compare`."""
+    """Context manager whose `on_event` shows the events of a comparison on stderr."""
 
     def __init__(self) -> None:
         self.state = ComparisonState()
         self.bars: Any = None
         self._tasks: dict[str, Any] = {}
-        self._said = 0.0
+        self._last_line = 0.0
 
     def __enter__(self) -> CompareProgress:
         if sys.stderr.isatty():
@@ -106,12 +105,12 @@ class CompareProgress:
         """Show one event."""
         self.state.follow(event)
         if self.bars:
-            self._draw(event)
-        elif text := self._plain(event):
-            self._said = time.monotonic()
+            self._update_bars(event)
+        elif text := self._line(event):
+            self._last_line = time.monotonic()
             console.note(text)
 
-    def _draw(self, event: dict[str, Any]) -> None:
+    def _update_bars(self, event: dict[str, Any]) -> None:
         state = self.state
         if event["event"] == "plan":
             for task in self._tasks.values():
@@ -123,7 +122,7 @@ class CompareProgress:
         for name in state.running:
             if name not in self._tasks:
                 self._tasks[name] = self.bars.add_task(f"  {name}", total=1.0)
-            text = state.doing.get(name, "")
+            text = state.steps.get(name, "")
             self.bars.update(
                 self._tasks[name],
                 completed=state.shares[name],
@@ -132,19 +131,20 @@ class CompareProgress:
         for name in [name for name in self._tasks if name and name not in state.running]:
             self.bars.remove_task(self._tasks.pop(name))
 
-    def _plain(self, event: dict[str, Any]) -> str:
-        """The line that an event is worth where there is no terminal; most are worth none."""
+    def _line(self, event: dict[str, Any]) -> str:
+        """The line of an event where there is no terminal; empty for most events."""
         kind, state = event["event"], self.state
         if kind == "preparing" and "task" not in event:
             return f"{PREPARING.get(event['what'], event['what'])} ..."
         if kind == "plan":
-            done = f", {len(event['done'])} done before" if event["done"] else ""
-            jobs = f": {len(event['tasks'])} jobs{done}" if event["tasks"] else " ..."
-            return f"{STAGES.get(state.stage, state.stage)}{jobs}"
+            done = f", {len(event['done'])} already done" if event["done"] else ""
+            count = len(event["tasks"])
+            tasks = f": {count} {'job' if count == 1 else 'jobs'}{done}" if count else " ..."
+            return f"{STAGES.get(state.stage, state.stage)}{tasks}"
         if kind == "task_end":
-            ending = f"failed: {event['failure']}" if event["failure"] else "done"
-            return f"{state.share:>4.0%}  {event['task']}: {ending}"
-        if kind in ("round_end", "step") and time.monotonic() - self._said > QUIET_SECONDS:
+            result = f"failed: {event['failure']}" if event["failure"] else "done"
+            return f"{state.share:>4.0%}  {event['task']}: {result}"
+        if kind in ("round_end", "step") and time.monotonic() - self._last_line > QUIET_SECONDS:
             return f"{state.share:>4.0%}  " + ", ".join(
                 f"{name} {state.shares[name]:.0%}" for name in state.running
             )

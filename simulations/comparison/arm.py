@@ -1,13 +1,15 @@
-"""What one arm is made of: a list of trainings, each in a run folder of its own, that one process does."""
+"""One arm of a comparison: a list of jobs, each a training in its own run folder and process."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from fedgan import files
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.dataset import ImageDataset
@@ -16,35 +18,37 @@ from fedgan.errors import ConfigError
 from fedgan.evaluation.reference import pool_hospitals
 from fedgan.privacy.dry_run import check_can_begin
 from fedgan.run_folder import RunFolder
-from fedgan.runs.budget import images_per_round, make_budget
+from fedgan.runs import budget
 from fedgan.runs.preparation import check_private_hospitals, is_prepared, ledger_of
 
-FEDERATION, STANDALONE = "federation", "home"
-EVERYBODY = "everybody"
+FEDERATION, STANDALONE = "federation", "standalone"
+POOLED = "pooled"  # stands for a hospital's name where one Trainer has the images of several
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a training at home begins: at the model of a federation's round, which is another job."""
+class FederatedStart:
+    """The federated model from which a standalone training continues: a round of another job."""
 
     folder: Path
     round: int
-    images_seen: int  # what this hospital had seen in the federation by then
+    images_seen: int  # by this hospital, in the federation, up to that round
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training. `kind`: a federation of the members, or one Trainer at home over the members' pooled images.
+    """One training. `kind`: a federation of the members, or one Trainer on their pooled images.
 
-    `images`: real images of each round at home (a federation deals for itself). `settings.seed` is the arm's seed.
+    `images`: real images per round of a standalone training (a federation apportions its own).
+    `settings.seed` is the arm's seed. `pretraining`: folder of the training on public phantoms
+    whose model this job starts from.
     """
 
     folder: Path
     kind: str
     settings: Settings
     images: tuple[int, ...] = ()
-    start: Start | None = None
-    after: Path | None = None  # the folder of the training on public phantoms that it begins from
+    start: FederatedStart | None = None
+    pretraining: Path | None = None
 
     @property
     def run(self) -> RunFolder:
@@ -57,10 +61,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm with one seed. The generator of `jobs[0]` is the arm's, or each job's is one hospital's (`by_hospital`).
+    """One arm with one seed. `is_per_hospital`: each job's generator belongs to one hospital;
+    else the arm's generator is that of `jobs[0]`.
 
-    Of a rung of an ablation: `parent`, the arm that it comes from, and `changes`, what it changes of that; `overrides` are all
-    changes since the scenario. `public`: the training on phantoms that it begins from, which is no part of its budget.
+    Variant of an ablation: `parent` is the arm that it modifies, `changes` its own keys,
+    `overrides` all keys that differ from the scenario. `pretraining`: the training on public
+    phantoms that it starts from, which is no part of its budget.
     """
 
     kind: str
@@ -70,11 +76,11 @@ class Arm:
     jobs: tuple[Job, ...]
     hospital_images: Mapping[str, int]
     overrides: tuple[str, ...] = ()
-    by_hospital: bool = False
-    members: tuple[str, ...] = field(default=())
+    is_per_hospital: bool = False
+    members: tuple[str, ...] = ()
     parent: str = ""
     changes: tuple[str, ...] = ()
-    public: Job | None = None
+    pretraining: Job | None = None
 
     @property
     def run(self) -> RunFolder:
@@ -87,33 +93,31 @@ class Arm:
 
 @dataclass(frozen=True)
 class Outcome:
-    """An arm and what became of it; `failure` is a sentence, or empty for an arm that was trained and judged."""
+    """An arm and its result: `failure` is a sentence, empty where it was trained and evaluated."""
 
     arm: Arm
     failure: str = ""
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         return not self.failure
 
 
-# --- the two that other arms are made from ----------------------------------------------------------
+# --- arms ----------------------------------------------------------------------------------------
 
 
-def centralized(
+def centralized_arm(
     name: str, settings: Settings, folder: ComparisonFolder, sizes: Mapping[str, int]
 ) -> Arm:
-    """One Trainer at home over the pooled images of all hospitals."""
-    run = folder.arm(name, settings.seed)
-    shown = tuple(totals(settings))
-    job = Job(run.path, STANDALONE, standalone(settings, tuple(sizes)), shown)
-    everybody = {EVERYBODY: sum(shown)}
-    return Arm(
-        "centralized", name, settings.seed, run.path, (job,), everybody, members=tuple(sizes)
-    )
+    """One Trainer on the pooled images of all hospitals in `sizes`."""
+    run, members = folder.arm(name, settings.seed), tuple(sizes)
+    images = tuple(images_per_round(settings))
+    job = Job(run.path, STANDALONE, standalone_settings(settings, members), images)
+    seen = {POOLED: sum(images)}
+    return Arm("centralized", name, settings.seed, run.path, (job,), seen, members=members)
 
 
-def federated(
+def federated_arm(
     name: str,
     settings: Settings,
     folder: ComparisonFolder,
@@ -122,23 +126,20 @@ def federated(
     kind: str = "federated",
 ) -> Arm:
     """A federation of all hospitals in `sizes`."""
-    run = folder.arm(name, settings.seed)
-    own = with_members(
-        from_dict(to_dict(settings), overrides, source=f"arm '{name}'"), tuple(sizes)
-    )
+    run, members = folder.arm(name, settings.seed), tuple(sizes)
+    own = from_dict(to_dict(settings), overrides, source=f"arm '{name}'")
+    own = dataclasses.replace(own, federation=dataclasses.replace(own.federation, members=members))
     job = Job(run.path, FEDERATION, own)
-    shown = {hospital: sum(images) for hospital, images in dealt(own, sizes).items()}
-    return Arm(
-        kind, name, settings.seed, run.path, (job,), shown, tuple(overrides), members=tuple(sizes)
-    )
+    seen = {hospital: sum(images) for hospital, images in images_per_hospital(own, sizes).items()}
+    return Arm(kind, name, settings.seed, run.path, (job,), seen, tuple(overrides), members=members)
 
 
-# --- checks ----------------------------------------------------------------------------------------
+# --- checks --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def named(arm: str) -> Iterator[None]:
-    """Say in a `ConfigError` which arm it is about."""
+def arm_named_in_errors(arm: str) -> Iterator[None]:
+    """Prefix a `ConfigError` with the name of the arm."""
     try:
         yield
     except ConfigError as error:
@@ -146,47 +147,35 @@ def named(arm: str) -> Iterator[None]:
 
 
 def check_arm(arm: Arm, hospitals: Sequence[Hospital]) -> None:
-    """Raise the `ConfigError` with which a private training of the arm would not begin. Those that have begun are not asked.
+    """Raise the `ConfigError` with which a private training of the arm would not start.
 
-    `hospitals`: all of the comparison, as they were opened.
+    Trainings that were prepared before are skipped. `hospitals`: all of the comparison.
     """
     for job in arm.jobs:
         if not job.settings.privacy.on or is_prepared(job.run):
             continue
         members = [hospital for hospital in hospitals if hospital.name in job.members]
-        with named(arm.name):
+        with arm_named_in_errors(arm.name):
             if job.kind == STANDALONE:
                 ledgers = [ledger_of(hospital, job.run) for hospital in members]
-                check_can_begin(
-                    job.settings,
-                    pooled(members),
-                    job.settings.training.batch_size,
-                    sum(job.images),
-                    ledgers,
-                )
+                batch, images = job.settings.training.batch_size, sum(job.images)
+                check_can_begin(job.settings, pool_training_images(members), batch, images, ledgers)
             else:
                 check_private_hospitals(job.settings, members, job.run)
 
 
-def pooled(hospitals: Sequence[Hospital]) -> ImageDataset:
-    """The training images of all hospitals as one dataset; those of a single hospital as they are."""
+def pool_training_images(hospitals: Sequence[Hospital]) -> ImageDataset:
+    """The training images of all hospitals as one dataset; those of a single hospital unchanged."""
     if len(hospitals) == 1:
         return hospitals[0].train
-    return pool_hospitals([(hospital.name, hospital.train) for hospital in hospitals], EVERYBODY)
+    return pool_hospitals([(hospital.name, hospital.train) for hospital in hospitals], POOLED)
 
 
-# --- settings of a job -----------------------------------------------------------------------------
+# --- settings and images of a job ----------------------------------------------------------------
 
 
-def with_members(settings: Settings, members: tuple[str, ...]) -> Settings:
-    """The settings for some of the hospitals; training.kimg stays the budget of the whole arm."""
-    return dataclasses.replace(
-        settings, federation=dataclasses.replace(settings.federation, members=members)
-    )
-
-
-def standalone(settings: Settings, members: tuple[str, ...]) -> Settings:
-    """The settings for a training without a server: no strategy, so no proximal term, no correction and no condition of one."""
+def standalone_settings(settings: Settings, members: tuple[str, ...]) -> Settings:
+    """Settings of a training without a server: no strategy, no proximal term, no correction."""
     training = dataclasses.replace(settings.training, proximal_mu=0.0)
     federation = dataclasses.replace(
         settings.federation, strategy="fedavg", members=members, control_variates=False
@@ -194,23 +183,55 @@ def standalone(settings: Settings, members: tuple[str, ...]) -> Settings:
     return dataclasses.replace(settings, training=training, federation=federation)
 
 
-def totals(settings: Settings) -> list[int]:
+def local_settings(settings: Settings, hospital: str, sizes: Mapping[str, int]) -> Settings:
+    """Settings of one hospital alone, with the batch that it has in the federation."""
+    batches = budget.make_budget(settings, list(sizes.values())).batches
+    batch = dict(zip(sizes, batches, strict=True))[hospital]
+    training = dataclasses.replace(settings.training, batch_size=batch)
+    return standalone_settings(dataclasses.replace(settings, training=training), (hospital,))
+
+
+def images_per_round(settings: Settings) -> list[int]:
     """Images of each round, summed over hospitals."""
-    return images_per_round(
+    return budget.images_per_round(
         settings.training.kimg, settings.federation.rounds, settings.training.batch_size
     )
 
 
-def dealt(settings: Settings, sizes: Mapping[str, int]) -> dict[str, list[int]]:
-    """Images of each round for each hospital, as the federation deals them."""
-    rows = make_budget(settings, list(sizes.values())).images
+def images_per_hospital(settings: Settings, sizes: Mapping[str, int]) -> dict[str, list[int]]:
+    """Images of each round for each hospital, as the federation apportions them."""
+    rows = budget.make_budget(settings, list(sizes.values())).images
     return {name: [row[number] for row in rows] for number, name in enumerate(sizes)}
 
 
-def alone(settings: Settings, hospital: str, sizes: Mapping[str, int]) -> Settings:
-    """The settings of one hospital at home, with the step that it has in the federation."""
-    batch = dict(zip(sizes, make_budget(settings, list(sizes.values())).batches, strict=True))[
-        hospital
-    ]
-    training = dataclasses.replace(settings.training, batch_size=batch)
-    return standalone(dataclasses.replace(settings, training=training), (hospital,))
+# --- job files -----------------------------------------------------------------------------------
+
+
+def write_job(job: Job, path: Path) -> None:
+    """Write the file from which a worker process reads its job."""
+    start = job.start and dataclasses.asdict(job.start) | {"folder": str(job.start.folder)}
+    files.write_json(
+        path,
+        {
+            "folder": str(job.folder),
+            "kind": job.kind,
+            "settings": to_dict(job.settings),
+            "images": list(job.images),
+            "start": start,
+            "pretraining": None if job.pretraining is None else str(job.pretraining),
+        },
+    )
+
+
+def read_job(path: Path) -> Job:
+    """Read what `write_job` wrote."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    start = found["start"]
+    return Job(
+        Path(found["folder"]),
+        found["kind"],
+        from_dict(found["settings"], source=str(path)),
+        tuple(found["images"]),
+        start and FederatedStart(Path(start["folder"]), start["round"], start["images_seen"]),
+        Path(found["pretraining"]) if found["pretraining"] else None,
+    )

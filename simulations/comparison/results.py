@@ -1,4 +1,4 @@
-"""From the arms' folders to comparison.json: every number of the page, and what could not be measured, in words."""
+"""Assemble comparison.json from the folders of the arms: every number of the report."""
 
 from __future__ import annotations
 
@@ -10,46 +10,55 @@ from typing import Any
 import numpy as np
 
 from fedgan import files
-from fedgan.config import Settings, to_dict
-from fedgan.errors import ConfigError
+from fedgan.comparison_folder import FORMAT
+from fedgan.config import to_dict
+from fedgan.data.federation import Hospital
+from fedgan.errors import ConfigError, DataError, FederationError
 from fedgan.evaluation.arms import ablation
 from fedgan.evaluation.arms import summary as rows
 from fedgan.evaluation.arms.contribution import contribution
 from fedgan.evaluation.arms.paired import bootstrap_auc, compare_arms, standard_families
+from fedgan.privacy.accounting import epsilon_of
+from fedgan.privacy.ledger import NAME as LEDGER
+from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
-from simulations.comparison.ablation import keys_of
+from fedgan.runs.preparation import experiment_of
+from simulations.comparison.ablation import overrides_as_dict
 from simulations.comparison.arm import Arm, Job, Outcome
 from simulations.comparison.evaluate import EvaluationContext, read_scores
-from simulations.comparison.notes import fairness, not_measured, notes, provenance
-from simulations.comparison.privacy_cost import spent
+from simulations.comparison.notes import (
+    differences_of_arms,
+    evaluation_notes,
+    not_measured,
+    provenance,
+)
 
-__all__ = ["Outcome", "assemble"]
-
-FORMAT = 1
-KEPT_ELSEWHERE = ("arm", "name", "round")
+KEPT_ELSEWHERE = ("arm", "name", "round")  # keys of evaluation.json that an entry has already
 LOSSES = ("loss_g", "loss_d", "r_t", "p")
 PLAIN_FEDERATED = "federated"
+Entry = dict[str, Any]
+Lines = Sequence[Sequence[Mapping[str, Any]]]  # of metrics.jsonl, per job
 
 
 def assemble(context: EvaluationContext, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Everything that comparison.json says. Raises `ConfigError` when finished arms were not trained and judged alike."""
+    """The content of comparison.json.
+
+    Raises `ConfigError` when finished arms were not trained and evaluated alike.
+    """
     settings, folder, reference = context.settings, context.folder, context.reference
-    done = [outcome for outcome in outcomes if outcome.done]
+    done = [outcome.arm for outcome in outcomes if outcome.is_done]
     entries = {outcome.arm.folder: _entry(context, outcome) for outcome in outcomes}
-    rows.check_comparable(
-        [_alike(settings, outcome.arm, entries[outcome.arm.folder]) for outcome in done]
-    )
-    _check_evaluated_here(context, entries)
-    curves = [
-        entries[outcome.arm.folder]["curve"] for outcome in done if outcome.arm.kind != "coalition"
-    ]
+    rows.check_comparable([_comparable_facts(context, arm, entries[arm.folder]) for arm in done])
+    _check_same_test_images(context, entries)
+    curves = [entries[arm.folder]["curve"] for arm in done if arm.kind != "coalition"]
     threshold = settings.comparison.frechet or rows.frechet_threshold(curves)
     for entry in entries.values():
         entry["cost"]["kimg_to_frechet"] = (
             rows.kimg_to_frechet(entry["curve"], threshold) if entry["status"] == "done" else None
         )
-
+    budgets = [sum(outcome.arm.hospital_images.values()) for outcome in outcomes]
     found = _statistics(context, outcomes, entries)
+    findings = ablation.findings(found["ablation"]) if found["ablation"] else []
     return {
         "format": FORMAT,
         "name": settings.name,
@@ -62,9 +71,7 @@ def assemble(context: EvaluationContext, outcomes: Sequence[Outcome]) -> dict[st
         "channels": reference.train.channels,
         "hospitals": folder.read_json(folder.hospitals),
         "margin": settings.comparison.margin,
-        "images_seen_budget": max(
-            (sum(outcome.arm.hospital_images.values()) for outcome in outcomes), default=0
-        ),
+        "images_seen_budget": max(budgets, default=0),
         **found,
         "arms": list(entries.values()),
         "extractor": reference.extractor.name if reference.can_extract else None,
@@ -73,199 +80,224 @@ def assemble(context: EvaluationContext, outcomes: Sequence[Outcome]) -> dict[st
         "suite": settings.evaluation.suite,
         "frechet_threshold": threshold,
         "not_measured": not_measured(settings, outcomes),
-        "notes": [*fairness(outcomes, entries), *notes(entries)],
+        "notes": [
+            *findings,
+            *differences_of_arms(outcomes, entries),
+            *evaluation_notes(entries),
+        ],
         "provenance": provenance(settings, folder),
     }
 
 
-# --- one arm ---------------------------------------------------------------------------------------
+# --- one arm -------------------------------------------------------------------------------------
 
 
-def _entry(context: EvaluationContext, outcome: Outcome) -> dict[str, Any]:
-    """An arm with one seed, whatever became of it: a failed one keeps its row, with its reason."""
-    arm = outcome.arm
+def _entry(context: EvaluationContext, outcome: Outcome) -> Entry:
+    """The entry of an arm with one seed; a failed one has its reason and no figures."""
+    arm, run, is_done = outcome.arm, outcome.arm.run, outcome.is_done
     lines = [files.read_json_lines(job.run.metrics) for job in arm.jobs]
-    entry: dict[str, Any] = {
+    evaluation = run.read_json(run.evaluation) if is_done else None
+    return {
         "arm": arm.kind,
         "name": arm.name,
         "seed": arm.seed,
         "folder": str(arm.folder.relative_to(context.folder.path)),
-        "status": "done" if outcome.done else "failed",
+        "status": "done" if is_done else "failed",
         "failure": outcome.failure or None,
         "images_seen": sum(job[-1]["images_seen"] for job in lines) if all(lines) else None,
         "hospital_images": dict(arm.hospital_images),
-        "members_names": list(arm.members),
-        "overrides": keys_of(arm.overrides),
+        "hospitals": list(arm.members),
+        "overrides": overrides_as_dict(arm.overrides),
         "parent": arm.parent or None,
-        "changes": keys_of(arm.changes),
-        "public": _public(arm),
-        "privacy": spent(arm, context.hospitals) if outcome.done else None,
-        "stopped": _stopped(lines),
+        "changes": overrides_as_dict(arm.changes),
+        "public_pretraining": _public_pretraining(arm),
+        "privacy": privacy_cost(arm, context.hospitals) if is_done else None,
+        "exhausted": _exhausted(lines),
         "cost": _cost(arm, lines),
-        "curve": [],
+        "curve": (run.read_json(run.path / "curve.json") or []) if is_done else [],
         "losses": _losses(lines),
-        "evaluation": None,
-        "members": [],
+        "evaluation": evaluation
+        and {key: value for key, value in evaluation.items() if key not in KEPT_ELSEWHERE},
+        "hospital_models": [_hospital_model(context, job) for job in arm.jobs]
+        if is_done and arm.is_per_hospital
+        else [],
     }
-    if outcome.done:
-        entry["curve"] = arm.run.read_json(arm.run.path / "curve.json") or []
-        entry["evaluation"] = {
-            key: value
-            for key, value in (arm.run.read_json(arm.run.evaluation) or {}).items()
-            if key not in KEPT_ELSEWHERE
-        }
-        if arm.by_hospital:
-            entry["members"] = [_member(context, job) for job in arm.jobs]
-    return entry
 
 
-def _public(arm: Arm) -> dict[str, Any] | None:
-    """What the training on public phantoms showed and took that an arm begins from; none of it is in the arm's own figures."""
-    if arm.public is None:
-        return None
-    lines = files.read_json_lines(arm.public.run.metrics)
+def _public_pretraining(arm: Arm) -> Entry | None:
+    """Images and seconds of the training on public phantoms; no figure of the arm has them."""
+    lines = files.read_json_lines(arm.pretraining.run.metrics) if arm.pretraining else []
     if not lines:
         return None
-    return {
-        key: lines[-1].get(kept)
-        for key, kept in (("images", "images_seen"), ("wall_seconds", "wall_seconds"))
-    }
+    last = lines[-1]
+    return {"images": last.get("images_seen"), "wall_seconds": last.get("wall_seconds")}
 
 
-def _stopped(lines: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+def _exhausted(lines: Lines) -> list[str]:
     """Hospitals whose privacy budget ended before their images."""
-    rows = [row for job in lines for line in job for row in line["hospitals"]]
-    return list(dict.fromkeys(row["name"] for row in rows if row.get("exhausted")))
+    hospitals = [row for job in lines for line in job for row in line["hospitals"]]
+    return list(dict.fromkeys(row["name"] for row in hospitals if row.get("exhausted")))
 
 
-def _member(context: EvaluationContext, job: Job) -> dict[str, Any]:
-    """One hospital's own generator."""
+def _hospital_model(context: EvaluationContext, job: Job) -> Entry:
+    """The figures of one hospital's own generator."""
     name = job.members[0]
-    hospital = next(hospital for hospital in context.hospitals if hospital.name == name)
+    train = next(hospital for hospital in context.hospitals if hospital.name == name).train
     found = job.run.read_json(job.run.evaluation) or {}
-    counts = hospital.train.labels.sum(0)
     lines = files.read_json_lines(job.run.metrics)
+    counts = zip(train.label_names, train.labels.sum(0), strict=True)
     return {
         "hospital": name,
         "images_seen": lines[-1]["images_seen"] if lines else 0,
-        "classes_held": [
-            label for label, count in zip(hospital.train.label_names, counts, strict=True) if count
-        ],
+        "classes": [label for label, count in counts if count],
         "utility": found.get("utility"),
         "fidelity": found.get("fidelity"),
     }
 
 
-def _cost(arm: Arm, lines: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """What the trainings of an arm took. One that goes on from a federation's round has that federation's cost until then."""
+def _cost(arm: Arm, lines: Lines) -> Entry:
+    """Time, memory and traffic of an arm, including the federated rounds that it continues."""
     runs = [list(job) for job in lines]
     for folder, number in {(job.start.folder, job.start.round) for job in arm.jobs if job.start}:
-        runs.append(
-            [
-                line
-                for line in files.read_json_lines(RunFolder(folder).metrics)
-                if line["round"] <= number
-            ]
-        )
+        before = files.read_json_lines(RunFolder(folder).metrics)
+        runs.append([line for line in before if line["round"] <= number])
     hospitals = [row for run in runs for line in run for row in line["hospitals"]]
-    ends = [run[-1] for run in runs if run]
+    last = [run[-1] for run in runs if run]
+    seconds = sum(row.get("core_seconds", 0.0) for row in hospitals) if hospitals else None
+    memory = max((row.get("peak_memory_bytes", 0.0) for row in hospitals), default=None)
     return {
-        "wall_seconds": sum(line["wall_seconds"] for line in ends) if ends else None,
-        "core_seconds": sum(row.get("core_seconds", 0.0) for row in hospitals)
-        if hospitals
-        else None,
-        "bytes_exchanged": sum(line["bytes_exchanged"] for line in ends) if ends else None,
-        "peak_memory_bytes": max(
-            (row.get("peak_memory_bytes", 0.0) for row in hospitals), default=None
-        ),
-        "rounds": max((line["round"] for line in ends), default=None),
+        "wall_seconds": sum(line["wall_seconds"] for line in last) if last else None,
+        "core_seconds": seconds,
+        "bytes_exchanged": sum(line["bytes_exchanged"] for line in last) if last else None,
+        "peak_memory_bytes": memory,
+        "rounds": max((line["round"] for line in last), default=None),
         "threads": arm.jobs[0].settings.federation.threads,
     }
 
 
-def _losses(lines: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Losses by images seen, at most about a hundred points; of an arm without a server their weighted mean."""
+def _losses(lines: Lines) -> list[Entry]:
+    """Losses by images seen, about a hundred points; the mean over jobs, weighted by images."""
     if not all(lines):
         return []
     points = []
     for number in range(min(len(job) for job in lines)):
         at = [job[number] for job in lines]
         seen = [sum(row["images"] for row in line["hospitals"]) for line in at]
-        point: dict[str, Any] = {"images_seen": sum(line["images_seen"] for line in at)}
+        point: Entry = {"images_seen": sum(line["images_seen"] for line in at)}
         for key in LOSSES:
             known = [
                 (line["mean"][key], weight)
                 for line, weight in zip(at, seen, strict=True)
                 if key in line["mean"] and weight
             ]
-            point[key] = (
-                sum(value * weight for value, weight in known) / sum(w for _, w in known)
-                if known
-                else None
-            )
+            total = sum(weight for _, weight in known)
+            point[key] = sum(value * weight for value, weight in known) / total if known else None
         points.append(point)
     step = max(1, len(points) // 100)
     return points[::-1][::step][::-1]
 
 
-def _alike(settings: Settings, arm: Arm, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What `check_comparable` compares: read from the folders, not from the plan."""
-    job = arm.jobs[0]
-    trained = to_dict(job.run.settings())
-    if (
-        arm.by_hospital and job.settings.federation.batch == "shared"
-    ):  # each trained with its part of one step
-        trained["training"]["batch_size"] = sum(
-            job.settings.training.batch_size for job in arm.jobs
-        )
+def privacy_cost(arm: Arm, hospitals: Sequence[Hospital]) -> Entry | None:
+    """Spent ε of each hospital, from its ledger; None without privacy.
+
+    {"hospitals": [{name, epsilon, delta, noise_multiplier, sample_rate, steps, ledger_epsilon,
+    unknown}]}. All arms train on the same shards, so their ledgers add up. `epsilon` is of this run
+    alone, `ledger_epsilon` of all runs on the shard until now, which is the guarantee of its
+    patients; None is infinite. `unknown`: the ledger has no entry of this run, or cannot be read.
+    """
+    if not any(job.settings.privacy.on for job in arm.jobs):
+        return None
+    return {
+        "hospitals": [
+            _privacy_of(job, hospital)
+            for job in arm.jobs
+            for hospital in hospitals
+            if hospital.name in (job.members or arm.members)
+        ]
+    }
+
+
+def _privacy_of(job: Job, hospital: Hospital) -> Entry:
+    keys = ("epsilon", "delta", "noise_multiplier", "sample_rate", "steps", "ledger_epsilon")
+    unknown: Entry = {"name": hospital.name, "unknown": True, **dict.fromkeys(keys)}
+    try:
+        ledger = Ledger((hospital.shard_path or job.run.hospital_state(hospital.name)) / LEDGER)
+        entries = ledger.entries()
+        experiment = experiment_of(job.run)
+    except (DataError, FederationError):
+        return unknown
+    own = [entry for entry in entries if entry.run == experiment]
+    if not own:
+        return unknown
+    last = own[-1]
+    return {
+        "name": hospital.name,
+        "unknown": False,
+        "epsilon": _finite(epsilon_of([entry.mechanism for entry in own], last.delta)),
+        "delta": last.delta,
+        "noise_multiplier": last.noise_multiplier,
+        "sample_rate": last.sample_rate,
+        "steps": sum(entry.steps for entry in own if entry.kind == last.kind),
+        "ledger_epsilon": _finite(ledger.epsilon(last.delta)),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if value != float("inf") else None
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def _comparable_facts(context: EvaluationContext, arm: Arm, entry: Entry) -> Entry:
+    """Facts for `check_comparable`, from the folders, not from the plan."""
+    settings = to_dict(arm.jobs[0].run.settings())
+    if arm.is_per_hospital and arm.jobs[0].settings.federation.batch == "shared":
+        # each hospital trained with its part of one step
+        batches = [job.settings.training.batch_size for job in arm.jobs]
+        settings["training"]["batch_size"] = sum(batches)
+    evaluator = entry["evaluation"]["evaluator"]
     return {
         "name": arm.name,
         "seed": arm.seed,
         "images_seen": entry["images_seen"],
-        "declared": entry["overrides"] if arm.parent else {},
-        "stopped": entry["stopped"],
-        "settings": trained | {"evaluation": to_dict(settings)["evaluation"]},
-        "resolution": trained["data"]["resolution"],
+        "may_differ": entry["overrides"] if arm.parent else {},
+        "exhausted": entry["exhausted"],
+        "settings": settings | {"evaluation": to_dict(context.settings)["evaluation"]},
+        "resolution": settings["data"]["resolution"],
         "label_names": entry["evaluation"]["label_names"],
-        "evaluator": entry["evaluation"]["evaluator"]
-        | {"extractor": entry["evaluation"]["evaluator"]["extractor"] or "none"},
+        "evaluator": evaluator | {"extractor": evaluator["extractor"] or "none"},
     }
 
 
-def _check_evaluated_here(
-    context: EvaluationContext, entries: Mapping[Path, Mapping[str, Any]]
-) -> None:
-    """Raise `ConfigError` when an arm was judged on other test images than those that its scores are compared on."""
+def _check_same_test_images(context: EvaluationContext, entries: Mapping[Path, Entry]) -> None:
+    """Raise `ConfigError` when an arm was evaluated on other test images than those opened now."""
     for entry in entries.values():
-        if (
-            entry["evaluation"]
-            and entry["evaluation"]["evaluator"]["test_hash"] != context.reference.test_hash
-        ):
+        evaluation = entry["evaluation"]
+        if evaluation and evaluation["evaluator"]["test_hash"] != context.reference.test_hash:
             raise ConfigError(
-                f"arm '{entry['name']}' (seed {entry['seed']}) was judged on other test images than the data hold now: "
-                "the data have changed, give another --output"
+                f"arm '{entry['name']}' (seed {entry['seed']}) was evaluated on other test images "
+                "than the data hold now: the data have changed, give another --output"
             )
 
 
-# --- over all arms ---------------------------------------------------------------------------------
+# --- all arms ------------------------------------------------------------------------------------
 
 
 def _statistics(
-    context: EvaluationContext,
-    outcomes: Sequence[Outcome],
-    entries: Mapping[Path, Mapping[str, Any]],
+    context: EvaluationContext, outcomes: Sequence[Outcome], entries: Mapping[Path, Entry]
 ) -> dict[str, Any]:
-    """summary, comparisons, cross_site, contribution and answer; empty where there are no classes to tell apart."""
+    """Answer, tables and statistics over arms; empty where the images have no classes."""
     reference, settings = context.reference, context.settings
     if not reference.has_classes or len(reference.test) < 2:
-        sentence = "What federation costs and gains is unknown: the images have no classes that a classifier could tell apart."
         return {
-            "answer": sentence,
+            "answer": "Cost and gain of federation are unknown: the images have no classes that a "
+            "classifier could tell apart.",
+            "ablation": None,
             "summary": [],
             "comparisons": [],
-            "cross_site": None,
+            "cross_hospital": None,
             "contribution": None,
-            "ablation": None,
         }
     test = rows.RealTest(
         reference.test.labels,
@@ -276,10 +308,9 @@ def _statistics(
         settings.evaluation.bootstrap,
         settings.seed,
     )
-    groups = _rows_of(outcomes, entries)
     summary = [rows.real_row(reference.scores, test)]
     scores, seeds = {"real": reference.scores}, dict[str, list[int]]()
-    for (kind, name, hospital), runs in groups.items():
+    for (kind, name, hospital), runs in _runs_by_row(outcomes, entries).items():
         summary.append(rows.summary_row(kind, name, runs, test, hospital))
         if runs:
             scores[name] = np.concatenate([run.scores for run in runs])
@@ -296,57 +327,57 @@ def _statistics(
         seeds,
     )
     names = [hospital.name for hospital in context.hospitals]
-    shown = [row for row in summary if row["arm"] != "coalition"]
-    ladder = ablation.ladder(list(entries.values()), summary, comparisons)
-    said = (
-        ablation.answer(ladder)
-        if ladder
-        else rows.answer(summary, comparisons, names, _first_federated(summary))
+    order = {name: number for number, name in enumerate(names)}
+    institutions = sorted(
+        {str(name) for name in test.institutions},
+        key=lambda name: (order.get(name, len(names)), name),
     )
+    variants = ablation.table(list(entries.values()), summary, comparisons)
     return {
-        "answer": said,
-        "ablation": ladder,
+        "answer": ablation.answer(variants)
+        if variants
+        else rows.answer(summary, comparisons, names, _first_federated(summary)),
+        "ablation": variants,
         "summary": summary,
         "comparisons": comparisons,
-        "cross_site": rows.cross_site(
-            shown, sorted({str(place) for place in test.institutions}, key=_order(names))
+        "cross_hospital": rows.cross_hospital(
+            [row for row in summary if row["arm"] != "coalition"], institutions
         ),
         "contribution": _contribution(outcomes, scores, test, names),
     }
 
 
-def _rows_of(
-    outcomes: Sequence[Outcome], entries: Mapping[Path, Mapping[str, Any]]
+def _runs_by_row(
+    outcomes: Sequence[Outcome], entries: Mapping[Path, Entry]
 ) -> dict[tuple[str, str, str | None], list[rows.Run]]:
-    """The trainings behind each row of the summary: an arm over its seeds, and each hospital alone over its seeds."""
+    """Trainings per row of the summary (kind, name, hospital): arms, then hospitals alone."""
     found: dict[tuple[str, str, str | None], list[rows.Run]] = {}
+
+    def add(key: tuple[str, str, str | None], run: RunFolder, seed: int, entry: Entry) -> None:
+        scores = read_scores(run)
+        if scores is not None:
+            fidelity = (entry.get("evaluation") or entry).get("fidelity") or {}
+            found[key].append(rows.Run(seed, entry["images_seen"], scores, fidelity))
+
     for outcome in outcomes:
-        arm, entry = outcome.arm, entries[outcome.arm.folder]
-        whole = found.setdefault((arm.kind, arm.name, None), [])
-        if outcome.done:
-            _add(whole, arm.run, arm.seed, entry["images_seen"], entry["evaluation"])
+        arm = outcome.arm
+        key = (arm.kind, arm.name, None)
+        found.setdefault(key, [])
+        if outcome.is_done:
+            add(key, arm.run, arm.seed, entries[arm.folder])
     for outcome in outcomes:
-        arm, entry = outcome.arm, entries[outcome.arm.folder]
-        if not arm.by_hospital:
-            continue
-        for number, job in enumerate(arm.jobs):
-            own = found.setdefault((arm.kind, f"{arm.name}: {job.members[0]}", job.members[0]), [])
-            if outcome.done:
-                member = entry["members"][number]
-                _add(own, job.run, arm.seed, member["images_seen"], member)
+        arm = outcome.arm
+        for number, job in enumerate(arm.jobs if arm.is_per_hospital else ()):
+            hospital = job.members[0]
+            own = (arm.kind, f"{arm.name}: {hospital}", hospital)
+            found.setdefault(own, [])
+            if outcome.is_done:
+                add(own, job.run, arm.seed, entries[arm.folder]["hospital_models"][number])
     return found
 
 
-def _add(
-    runs: list[rows.Run], run: RunFolder, seed: int, images_seen: int, evaluation: Mapping[str, Any]
-) -> None:
-    scores = read_scores(run)
-    if scores is not None:
-        runs.append(rows.Run(seed, images_seen, scores, evaluation.get("fidelity") or {}))
-
-
 def _first_federated(summary: Sequence[Mapping[str, Any]]) -> str | None:
-    """The arm that the answer is about: the one called 'federated', else the first federated one that was measured."""
+    """The arm of the answer: the one called 'federated', else the first measured federated one."""
     measured = [
         row["name"]
         for row in summary
@@ -361,15 +392,11 @@ def _contribution(
     test: rows.RealTest,
     names: Sequence[str],
 ) -> dict[str, Any] | None:
-    """What each hospital adds; None where the arm 'coalitions' was not asked for."""
-    coalitions = {
-        outcome.arm.name: outcome.arm.members
-        for outcome in outcomes
-        if outcome.arm.kind == "coalition"
-    }
-    if not coalitions:
+    """The contribution of each hospital; None without coalitions in comparison.arms."""
+    arms = [outcome.arm for outcome in outcomes if outcome.arm.kind == "coalition"]
+    if not arms:
         return None
-    coalitions[PLAIN_FEDERATED] = tuple(names)
+    coalitions = {arm.name: arm.members for arm in arms} | {PLAIN_FEDERATED: tuple(names)}
     aucs = {
         frozenset(members): bootstrap_auc(
             scores[name], test.labels, test.groups, test.bootstrap, test.seed
@@ -382,7 +409,3 @@ def _contribution(
         {key: auc.draws for key, auc in aucs.items()},
         names,
     )
-
-
-def _order(names: Sequence[str]) -> Any:
-    return lambda place: (names.index(place) if place in names else len(names), place)

@@ -1,7 +1,7 @@
-"""Runs jobs of a comparison side by side, each in a process on cores of its own, longest first.
+"""Scheduler of a comparison: tasks in parallel, each in a process on its own cores, longest first.
 
-A job that fails does not stop the others: its reason is kept. A stop (Ctrl-C) ends all processes and leaves whole
-rounds on the disk.
+A task that fails does not stop the others: its reason is kept. Ctrl-C ends all processes and
+leaves whole rounds on the disk.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fedgan.machine import usable_cores
 from simulations.runner import child_environment
 
 OnEvent = Callable[[dict[str, Any]], None]
-ENDING_SECONDS = 20.0
+STOP_SECONDS = 20.0
 
 
 @dataclass
 class Task:
-    """A process to run: module and arguments (the cores are added as the last), its name in events, and what it waits for."""
+    """A process `python -m module *arguments CORES`. `after`: names of tasks to wait for."""
 
     name: str
     module: str
@@ -38,78 +38,76 @@ class Task:
     done: bool = False
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     cores: tuple[int, ...] = ()
-    rest: bytes = b""
+    buffer: bytes = b""
 
 
 def core_groups(threads: int, slots: int | None = None) -> list[tuple[int, ...]]:
-    """Groups of `threads` of the usable cores (0: one group of all), as many as the cores hold and `slots` allows."""
+    """Disjoint groups of `threads` usable cores (0: all cores), at most `slots` of them."""
     affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
     cores = sorted(affinity(0))[: usable_cores()] if affinity else list(range(usable_cores()))
-    each = min(threads or len(cores), len(cores))
-    groups = [tuple(cores[start : start + each]) for start in range(0, len(cores) - each + 1, each)]
+    size = min(threads or len(cores), len(cores))
+    groups = [tuple(cores[start : start + size]) for start in range(0, len(cores) - size + 1, size)]
     return groups[: slots or len(groups)]
 
 
 def run_tasks(tasks: Sequence[Task], groups: Sequence[tuple[int, ...]], on_event: OnEvent) -> None:
-    """Run all tasks that are not done; each ends `done` or with a `failure`. Events carry the task's name as `task`."""
+    """Run all tasks that are not done; each ends `done` or with a `failure`.
+
+    Every event carries the name of its task as `task`.
+    """
     free, running = list(groups), list[Task]()
-    watch = selectors.DefaultSelector()
+    selector = selectors.DefaultSelector()
     try:
         while True:
-            for task in _blocked(tasks):
+            for task in fail_blocked(tasks):
                 on_event({"event": "task_end", "task": task.name, "failure": task.failure})
-            waiting = _startable(tasks, running)
-            while free and waiting:
-                task = waiting.pop(0)
-                _start(task, free.pop(0), watch)
+            ready = startable(tasks, running)
+            while free and ready:
+                task = ready.pop(0)
+                _start(task, free.pop(0), selector)
                 running.append(task)
                 on_event({"event": "task_start", "task": task.name})
             if not running:
                 return
-            for key, _ in watch.select(1.0):
+            for key, _ in selector.select(1.0):
                 task = key.data
                 if not _read(task, on_event):
-                    watch.unregister(key.fileobj)
+                    selector.unregister(key.fileobj)
                     _finish(task)
                     running.remove(task)
                     free.append(task.cores)
                     on_event({"event": "task_end", "task": task.name, "failure": task.failure})
     finally:
         for task in running:
-            _close(task)  # their standard inputs: the sign to stop, to all at once
+            _close(task)  # the signal to stop, to all of them before any is waited for
         for task in running:
             _stop(task)
-        watch.close()
+        selector.close()
 
 
-def _blocked(tasks: Sequence[Task]) -> list[Task]:
-    """Tasks that can no longer begin, because one that they wait for has failed; they fail with it."""
+def fail_blocked(tasks: Sequence[Task]) -> list[Task]:
+    """Mark tasks whose dependency has failed as failed, and return them."""
     by_name = {task.name: task for task in tasks}
     blocked = []
     for task in tasks:
         failed = [name for name in task.after if by_name[name].failure]
         if failed and not task.failure and not task.done:
-            task.failure = f"'{failed[0]}', which it builds on, failed"
+            task.failure = f"'{failed[0]}', on which it depends, failed"
             blocked.append(task)
     return blocked
 
 
-def _startable(tasks: Sequence[Task], running: Sequence[Task]) -> list[Task]:
-    """Tasks that wait for nothing any more, the heaviest first."""
+def startable(tasks: Sequence[Task], running: Sequence[Task]) -> list[Task]:
+    """Tasks whose dependencies are done, the heaviest first."""
     by_name = {task.name: task for task in tasks}
-    open_ = [task for task in tasks if not (task.done or task.failure or task in running)]
-    return sorted(
-        (task for task in open_ if all(by_name[name].done for name in task.after)),
-        key=lambda task: -task.weight,
-    )
+    waiting = [task for task in tasks if not (task.done or task.failure or task in running)]
+    ready = [task for task in waiting if all(by_name[name].done for name in task.after)]
+    return sorted(ready, key=lambda task: -task.weight)
 
 
-def _start(task: Task, cores: tuple[int, ...], watch: selectors.BaseSelector) -> None:
-    task.cores, task.rest = cores, b""
-    environment = child_environment() | {
-        "OMP_NUM_THREADS": str(len(cores)),
-        "MKL_NUM_THREADS": str(len(cores)),
-    }
+def _start(task: Task, cores: tuple[int, ...], selector: selectors.BaseSelector) -> None:
+    task.cores, task.buffer = cores, b""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(len(cores)))
     task.log.parent.mkdir(parents=True, exist_ok=True)
     with open(task.log, "ab") as log:
         task.process = subprocess.Popen(
@@ -117,19 +115,19 @@ def _start(task: Task, cores: tuple[int, ...], watch: selectors.BaseSelector) ->
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=environment,
-            start_new_session=True,  # Ctrl-C on a terminal reaches the schedule alone
+            env=child_environment() | threads,
+            start_new_session=True,  # Ctrl-C on a terminal reaches the scheduler alone
         )
     assert task.process.stdout is not None
-    watch.register(task.process.stdout, selectors.EVENT_READ, task)
+    selector.register(task.process.stdout, selectors.EVENT_READ, task)
 
 
 def _read(task: Task, on_event: OnEvent) -> bool:
-    """Pass on what a task says; False at its end."""
+    """Forward the events of a task; False when its output has ended."""
     assert task.process is not None
     assert task.process.stdout is not None
     chunk = os.read(task.process.stdout.fileno(), 65536)
-    *lines, task.rest = (task.rest + chunk).split(b"\n")
+    *lines, task.buffer = (task.buffer + chunk).split(b"\n")
     for line in lines:
         event = json.loads(line)
         if event["event"] == "done":
@@ -146,22 +144,26 @@ def _finish(task: Task) -> None:
     assert task.process is not None
     code = task.process.wait()
     if not task.done and not task.failure:
-        task.failure = f"its process ended without a word (exit status {code}; out of memory?); see {task.log.name}"
+        task.failure = (
+            f"its process ended without an error message (exit status {code}; out of memory?); "
+            f"see {task.log.name}"
+        )
     _close(task)
 
 
 def _stop(task: Task) -> None:
-    """Ask a task to stop as Ctrl-C would, and end it when it does not."""
+    """Stop a task as Ctrl-C would; kill it after `STOP_SECONDS`."""
     assert task.process is not None
-    _close(task)  # its standard input: the sign to stop
+    _close(task)
     try:
-        task.process.wait(ENDING_SECONDS)
+        task.process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         task.process.kill()
         task.process.wait()
 
 
 def _close(task: Task) -> None:
+    """Close the pipes of a task; the end of its standard input is the signal to stop."""
     assert task.process is not None
     for stream in (task.process.stdin, task.process.stdout):
         if stream is not None:

@@ -1,8 +1,8 @@
-"""Training at home: one Trainer over the pooled images of its members, in the rounds of the federation it is compared with.
+"""Standalone training: one Trainer on the pooled images of its members, without Flower.
 
-No Flower here, because nothing travels; all else is the federation's own: the Trainer, the run folder, the checkpoints
-and the lines of metrics.jsonl. A stopped training goes on from its last whole round, bit for bit. One whose privacy budget
-is spent ends with the round in which that happened.
+It has the rounds of the federation that it is compared with, and the federation's own Trainer, run
+folder, checkpoints and lines of metrics.jsonl. A stopped training continues from its last whole
+round, bit for bit. It ends with the round in which its privacy budget is spent.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ from fedgan.training.start import begin_training
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
 from server.metrics import mean_of, plain_numbers
-from simulations.comparison.arm import pooled
-from simulations.comparison.plan import EVERYBODY, Job, Start
+from simulations.comparison.arm import POOLED, FederatedStart, Job, pool_training_images
 
 OnEvent = Callable[[dict[str, Any]], None]
 PARTS = ("generator", "ema")
@@ -54,7 +53,7 @@ PROGRESS_SECONDS = 0.5
 
 
 def train_standalone(job: Job, on_event: OnEvent) -> None:
-    """Do all rounds of a job that are left. Raises what the Trainer raises; whatever is whole on the disk stays."""
+    """Do the remaining rounds of a job. Raises what the Trainer raises; whole rounds stay."""
     run = job.run
     with locked(run):
         sweep(run)
@@ -63,10 +62,9 @@ def train_standalone(job: Job, on_event: OnEvent) -> None:
         settings = run.settings()
         torch.set_num_threads(settings.federation.threads or usable_cores())
         hospitals = open_prepared(settings, run)
-        data = pooled(hospitals)
         trainer = begin_training(
             settings,
-            data,
+            pool_training_images(hospitals),
             planned_images=sum(job.images),
             ledgers=[ledger_of(hospital, run).path for hospital in hospitals],
             run=experiment_of(run),
@@ -74,68 +72,78 @@ def train_standalone(job: Job, on_event: OnEvent) -> None:
                 np.arange(len(hospitals)), [len(hospital.train) for hospital in hospitals]
             ),
         )
-        state = _restore(job, run, trainer, hospitals, on_event)
-        _tell_start(job, state, on_event)
+        state = _restore(job, trainer, hospitals, on_event)
+        on_event(
+            {
+                "event": "start",
+                "hospitals": list(job.members),
+                "rounds": len(job.images),
+                "first_round": state.round + 1,
+                "images": sum(job.images) + (job.start.images_seen if job.start else 0),
+                "images_seen": state.images_seen,
+            }
+        )
         while state.round < len(job.images) and not state.exhausted:
-            state = _round(job, run, trainer, state, state.round + 1, on_event)
+            state = _train_round(job, trainer, state, on_event)
 
 
 def is_trained_standalone(job: Job) -> bool:
-    """Whether the job's last round is done, or its privacy budget spent, and the line of that round is written."""
+    """Whether the last round is done, or the privacy budget spent, and its metrics are written."""
     newest = job.run.last_round()
-    over = newest is not None and (newest == len(job.images) or bool(exhausted_in(job.run)))
-    return over and newest is not None and has_line(job.run, newest)
+    is_over = newest == len(job.images) or bool(exhausted_in(job.run))
+    return newest is not None and is_over and has_line(job.run, newest)
 
 
-# --- rounds ----------------------------------------------------------------------------------------
+# --- rounds --------------------------------------------------------------------------------------
 
 
-def _restore(
-    job: Job, run: RunFolder, trainer: Trainer, hospitals: Sequence[Hospital], on_event: OnEvent
-) -> State:
-    """The Trainer and the totals as they were after the last whole round, or at the job's beginning."""
-    experiment = experiment_of(run)
+def _restore(job: Job, trainer: Trainer, hospitals: Sequence[Hospital], on_event: OnEvent) -> State:
+    """State after the last whole round, or of the job's start; the Trainer is set to it."""
+    run, experiment = job.run, experiment_of(job.run)
     state = load_state(run, experiment, on_event)
     if state is not None and state.round:
         trainer.load(_trainer_state(run, state.round))
-        if (
-            job.start is not None and state.participants
-        ):  # none in a checkpoint of before they were kept
+        if job.start is not None and state.participants:
             trainer.set_hospital(state.participants[0].number)
         if state.line is not None and not has_line(run, state.round):
             write_line(run, state.line)
         return state
     warm_start(trainer)
-    data, drawn = trainer.dataset, all(hospital.phantoms for hospital in hospitals)
-    shares = [
-        _share(number, hospital, trainer.settings) for number, hospital in enumerate(hospitals)
+    data, has_only_phantoms = trainer.dataset, all(hospital.phantoms for hospital in hospitals)
+    participants = [
+        _participant(number, hospital, trainer.settings)
+        for number, hospital in enumerate(hospitals)
     ]
     if job.start is not None:
-        drawn, shares = _take_over(job.start, job.members[0], trainer, drawn, shares)
+        has_only_phantoms, participants = continue_federation(
+            job.start, job.members[0], trainer, has_only_phantoms, participants
+        )
     state = State(
-        0,
-        trainer.get_parameters(PARTS),
-        {},
-        trainer.images_seen,
-        0,
-        0.0,
-        None,
-        phantoms=drawn,
-        participants=shares,
+        round=0,
+        arrays=trainer.get_parameters(PARTS),
+        images_seen=trainer.images_seen,
+        label_names=tuple(data.label_names),
+        exclusive=data.exclusive,
+        channels=data.channels,
+        resolution=data.resolution,
+        phantoms=has_only_phantoms,
+        participants=participants,
     )
-    state.label_names, state.exclusive = tuple(data.label_names), data.exclusive
-    state.channels, state.resolution = data.channels, data.resolution
     save_state(run, trainer.settings, state, experiment)
     return state
 
 
-def _take_over(
-    start: Start, hospital: str, trainer: Trainer, drawn: bool, shares: list[Participant]
+def continue_federation(
+    start: FederatedStart,
+    hospital: str,
+    trainer: Trainer,
+    has_only_phantoms: bool,
+    participants: list[Participant],
 ) -> tuple[bool, list[Participant]]:
-    """Begin with a federation's model of a round, its image count and the strength of augmentation at this hospital.
+    """Load the federated model of a round, with this hospital's image count and ADA strength.
 
-    → whether that model and this training have seen nothing but drawn phantoms, and the hospital's share under the number
-    that it has in the federation, by which the model knows it.
+    → whether that model and this training have seen phantoms only, and the hospital under
+    its number in the federation, on which the model is conditioned.
     """
     run = RunFolder(start.folder)
     tensors, meta = load_tensors(run.checkpoint(start.round))
@@ -148,56 +156,44 @@ def _take_over(
     )
     lines = [line for line in files.read_json_lines(run.metrics) if line["round"] <= start.round]
     rows = [row for line in lines for row in line["hospitals"] if row["name"] == hospital]
-    row = rows[
-        -1
-    ]  # of that round; of an earlier one where this hospital's privacy budget was spent before
+    row = rows[-1]  # of an earlier round where this hospital's privacy budget ended before
     trainer.restore_progress(row["images_seen"], row.get("p"))
-    number = next(share["number"] for share in meta["participants"] if share["name"] == hospital)
+    number = next(
+        participant["number"]
+        for participant in meta["participants"]
+        if participant["name"] == hospital
+    )
     trainer.set_hospital(number)
-    return meta.get("phantoms") is True and drawn, [
-        dataclasses.replace(share, number=number) for share in shares
+    return meta.get("phantoms") is True and has_only_phantoms, [
+        dataclasses.replace(participant, number=number) for participant in participants
     ]
 
 
-def _share(number: int, hospital: Hospital, settings: Settings) -> Participant:
-    """What a checkpoint keeps of a hospital that trains here; how often it has each label, only where that is drawn by."""
+def _participant(number: int, hospital: Hospital, settings: Settings) -> Participant:
+    """A hospital's entry in the checkpoint; with label counts where the networks know hospitals."""
     counts = (
         hospital.train.labels.sum(axis=0, dtype=int).tolist() if settings.model.hospitals else ()
     )
     return Participant(number, hospital.name, len(hospital.train), label_counts=tuple(counts))
 
 
-def _round(
-    job: Job, run: RunFolder, trainer: Trainer, before: State, number: int, on_event: OnEvent
-) -> State:
-    """Train one round and write it down; the Trainer's state first, so that a whole round always has one."""
+def _train_round(job: Job, trainer: Trainer, before: State, on_event: OnEvent) -> State:
+    """Train one round and save it; the Trainer's state first, so that a whole round has one."""
+    run, number, rounds = job.run, before.round + 1, len(job.images)
     begun, seen, images = time.perf_counter(), trainer.images_seen, job.images[number - 1]
-    name = job.members[0] if len(job.members) == 1 else EVERYBODY
-    on_event(
-        {
-            "event": "round_start",
-            "round": number,
-            "rounds": len(job.images),
-            "images": {name: images},
-        }
-    )
-    told = 0.0
+    name = job.members[0] if len(job.members) == 1 else POOLED
+    event = {"round": number, "rounds": rounds}
+    on_event({"event": "round_start", **event, "images": {name: images}})
+    last_event = 0.0
 
-    def progress(now: Trainer) -> None:
-        nonlocal told
-        if time.monotonic() - told > PROGRESS_SECONDS:
-            told = time.monotonic()
-            on_event(
-                {
-                    "event": "progress",
-                    "round": number,
-                    "hospital": name,
-                    "images": now.images_seen - seen,
-                    "of": images,
-                }
-            )
+    def on_step(now: Trainer) -> None:
+        nonlocal last_event
+        if time.monotonic() - last_event > PROGRESS_SECONDS:
+            last_event = time.monotonic()
+            shown = {"images": now.images_seen - seen, "of": images}
+            on_event({"event": "progress", "round": number, "hospital": name, **shown})
 
-    means = trainer.train(images, on_step=progress)
+    means = trainer.train(images, on_step=on_step)
     trainer.save(_trainer_state(run, number))
     row = {
         "name": name,
@@ -221,10 +217,6 @@ def _round(
         phantoms=before.phantoms,
         participants=before.participants,
     )
-    if trainer.exhausted:
-        after.exhausted = [
-            {"name": name, "number": 0, "images": len(trainer.dataset), "round": number}
-        ]
     after.line = {
         "round": number,
         "images_seen": after.images_seen,
@@ -232,37 +224,20 @@ def _round(
         "bytes_exchanged": 0,
         "mean": mean_of([row]),
         "hospitals": [row],
-        **(
-            {"exhausted": [name], "ended": "the privacy budget is spent"}
-            if trainer.exhausted
-            else {}
-        ),
     }
+    if trainer.exhausted:
+        after.exhausted = [
+            {"name": name, "number": 0, "images": len(trainer.dataset), "round": number}
+        ]
+        after.line |= {"exhausted": [name], "ended": "the privacy budget is spent"}
     save_state(run, trainer.settings, after, experiment_of(run))
     write_line(run, after.line)
-    for path in _states(run):
+    for path in (run.path / "trainer").glob("state-*"):
         if int(path.stem.removeprefix("state-")) <= number - KEEP_STATES:
             path.unlink(missing_ok=True)
-    on_event({"event": "round_end", "round": number, "rounds": len(job.images), "line": after.line})
+    on_event({"event": "round_end", **event, "line": after.line})
     return after
-
-
-def _tell_start(job: Job, state: State, on_event: OnEvent) -> None:
-    on_event(
-        {
-            "event": "start",
-            "hospitals": list(job.members),
-            "rounds": len(job.images),
-            "first_round": state.round + 1,
-            "images": sum(job.images) + (job.start.images_seen if job.start else 0),
-            "images_seen": state.images_seen,
-        }
-    )
 
 
 def _trainer_state(run: RunFolder, number: int) -> Path:
     return run.path / "trainer" / f"state-{number:05d}.safetensors"
-
-
-def _states(run: RunFolder) -> list[Path]:
-    return sorted((run.path / "trainer").glob("state-*"))

@@ -1,6 +1,7 @@
-"""From the evaluations of single trainings to what comparison.json says of arms: rows, matrix, cost and one sentence.
+"""Rows, cross-hospital matrix, cost and answer of comparison.json, from evaluations of trainings.
 
-Pure functions. `check_comparable` comes first: a comparison of arms that were trained or judged differently is refused.
+Pure functions. `check_comparable` comes first: it refuses arms that were trained or evaluated
+differently.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from fedgan.evaluation.metrics.bootstrap import interval
 from fedgan.evaluation.metrics.utility import finite_or_none, utility
 
 COMPARED_SECTIONS = ("data", "model", "augment", "training", "privacy", "evaluation")
-# Where the shards lie, what hospitals are to the networks, fedprox's own term, how often a curve is measured.
-# federation.* is not looked at.
+# Location of the shards, conditioning on the hospital, the term of FedProx, interval of the curve.
+# federation.* is not compared.
 MAY_DIFFER = frozenset({"data.root", "model.hospitals", "training.proximal_mu", "evaluation.every"})
 EVALUATOR_KEYS = ("extractor", "classifier", "suite", "test_hash")
 UNSTEADY = "not the same in every seed"
@@ -34,12 +35,12 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class RealTest:
-    """The real test images that every arm is judged on, in the order of the predictions."""
+    """The real test images on which every arm is evaluated, in the order of the predictions."""
 
     labels: np.ndarray  # (N, K) 0 or 1
     label_names: tuple[str, ...]
     exclusive: bool
-    groups: np.ndarray  # (N,) cluster (patient) of each image, as `bootstrap.clusters` gives it
+    groups: np.ndarray  # (N,) cluster (patient) of each image, of `bootstrap.clusters`
     institutions: np.ndarray  # (N,) name of each image's hospital; empty: unknown
     bootstrap: int
     seed: int
@@ -47,7 +48,7 @@ class RealTest:
 
 @dataclass(frozen=True)
 class Run:
-    """One training of an arm: its seed, its budget, its classifiers' probabilities (S, N, K), its `fidelity` figures."""
+    """One training of an arm; `scores`: probabilities (S, N, K) of its classifiers."""
 
     seed: int
     images_seen: int
@@ -61,11 +62,12 @@ class Run:
 def summary_row(
     arm: str, name: str, runs: Sequence[Run], test: RealTest, hospital: str | None = None
 ) -> dict[str, Any]:
-    """A row of `summary`: the figures of one arm (or of one hospital alone) over its generator seeds.
+    """A row of `summary`: figures of an arm (or of one hospital alone) over its generator seeds.
 
-    The scores of all runs are stacked, (G · S, N, K), so that a figure is the mean over generator and classifier seeds and
-    its interval speaks of the test images; `macro_auc_seeds` has the mean of each generator seed. Distances are means over
-    the runs that have them. Without a run every figure is None. The real arm has no generator: see `real_row`.
+    The scores of all runs are stacked, (G · S, N, K): a figure is the mean over generator and
+    classifier seeds, and its interval is over test images; `macro_auc_seeds` has the mean of each
+    generator seed. Distances are means over the runs that have them. Without a run every figure is
+    None. Training on real images has no generator: see `real_row`.
     """
     row: dict[str, Any] = {
         "arm": arm,
@@ -76,9 +78,7 @@ def summary_row(
         **_figures(np.concatenate([run.scores for run in runs]) if runs else None, test),
     }
     ones = np.ones((1, len(test.labels)))
-    row["macro_auc_seeds"] = [
-        finite_or_none(macro_auc(run.scores, test.labels, ones)[0]) for run in runs
-    ]
+    row["macro_auc_seeds"] = [finite_or_none(macro_auc(run.scores, test.labels, ones)[0]) for run in runs]
     for key in ("frechet", "precision", "recall", "coverage"):
         values = [run.fidelity.get(key) for run in runs]
         known = [value for value in values if value is not None]
@@ -89,7 +89,7 @@ def summary_row(
 
 
 def real_row(scores: np.ndarray, test: RealTest) -> dict[str, Any]:
-    """The first row of `summary`: classifiers trained on real images, scores (S, N, K). It has no generator's figures."""
+    """The first row of `summary`: classifiers trained on real images, scores (S, N, K)."""
     return {**summary_row("real", "real", [], test), **_figures(scores, test)}
 
 
@@ -112,40 +112,42 @@ def _figures(scores: np.ndarray | None, test: RealTest) -> dict[str, Any]:
     return {
         **{key: found.get(key) for key in FIGURES},
         "per_class": per_class,
-        "per_institution": _inside(scores, test),
+        "per_institution": _figures_per_institution(scores, test),
     }
 
 
-def _inside(scores: np.ndarray, test: RealTest) -> dict[str, Any]:
-    """Macro AUC and its interval inside each institution, where institutions are known."""
+def _figures_per_institution(scores: np.ndarray, test: RealTest) -> dict[str, Any]:
+    """Macro AUC and its interval on the test images of each institution, where these are known."""
     result = {}
-    for place in np.unique(test.institutions):
-        rows = np.flatnonzero(test.institutions == place)
+    for institution in np.unique(test.institutions):
+        rows = np.flatnonzero(test.institutions == institution)
         groups = np.unique(test.groups[rows], return_inverse=True)[1].reshape(-1)
         auc = bootstrap_auc(scores[:, rows], test.labels[rows], groups, test.bootstrap, test.seed)
         value = finite_or_none(auc.value)
-        result[str(place)] = {
+        result[str(institution)] = {
             "macro_auc": value,
             "macro_auc_ci": None if value is None else interval(auc.draws),
         }
     return result
 
 
-def cross_site(rows: Sequence[Mapping[str, Any]], hospitals: Sequence[str]) -> dict[str, Any]:
-    """The matrix of `summary` rows × the hospitals whose real test images they are tested on.
+def cross_hospital(rows: Sequence[Mapping[str, Any]], hospitals: Sequence[str]) -> dict[str, Any]:
+    """The matrix of `summary` rows × the hospitals on whose real test images they are tested.
 
-    `rows` (R) names, `columns` (H) hospitals, `macro_auc` (R × H), `ci` (R × H of [low, high]), `own` (R × H): whether the
-    row is this very hospital's own generator. None where it was not measured or a hospital's test images do not define it.
+    `rows` (R) names, `columns` (H) hospitals, `macro_auc` (R × H), `ci` (R × H of [low, high]),
+    `is_own` (R × H): whether the row is this hospital's own generator. None: not measured, or not
+    defined by a hospital's test images.
     """
     cells = [
-        [(row.get("per_institution") or {}).get(place) or {} for place in hospitals] for row in rows
+        [(row.get("per_institution") or {}).get(hospital) or {} for hospital in hospitals]
+        for row in rows
     ]
     return {
         "rows": [row["name"] for row in rows],
         "columns": list(hospitals),
         "macro_auc": [[cell.get("macro_auc") for cell in line] for line in cells],
         "ci": [[cell.get("macro_auc_ci") for cell in line] for line in cells],
-        "own": [[row.get("hospital") == place for place in hospitals] for row in rows],
+        "is_own": [[row.get("hospital") == hospital for hospital in hospitals] for row in rows],
     }
 
 
@@ -153,10 +155,10 @@ def cross_site(rows: Sequence[Mapping[str, Any]], hospitals: Sequence[str]) -> d
 
 
 def kimg_to_frechet(curve: Iterable[Mapping[str, Any]], threshold: float | None) -> float | None:
-    """Thousand images seen at the first measured point of a curve that is at or below the threshold; None if there is none.
+    """Thousand images seen at the first point of a curve at or below the threshold; None without.
 
-    `curve` has points {images_seen, frechet}. Nothing is interpolated: between two measurements the distance is not known,
-    and it need not fall steadily, so the answer is at most one interval of measurement too late.
+    `curve` has points {images_seen, frechet}. Nothing is interpolated, because the distance need
+    not fall monotonically: the result is at most one measurement interval too late.
     """
     if threshold is None:
         return None
@@ -165,7 +167,7 @@ def kimg_to_frechet(curve: Iterable[Mapping[str, Any]], threshold: float | None)
 
 
 def frechet_threshold(curves: Iterable[Iterable[Mapping[str, Any]]]) -> float | None:
-    """The largest last distance among the curves, which every one of them reaches; None when no curve has a point."""
+    """The largest final distance of the curves, which all of them reach; None without a point."""
     measured = [points for curve in curves if (points := _measured(curve))]
     return max((float(points[-1]["frechet"]) for points in measured), default=None)
 
@@ -188,126 +190,128 @@ def answer(
     hospitals: Sequence[str],
     federated: str | None = None,
 ) -> str:
-    """One sentence: what federation costs against centralised training, and what it gains over each hospital alone.
+    """Two sentences: cost against centralised training, gain over hospitals that train alone.
 
-    Read off `comparisons` (rows whose `a` is the federated arm) by the names in `summary`; `federated` names that arm, by
-    default the first federated one. `hospitals` names all of them. A difference is called a cost, a gain or a loss when its
-    p-value after Holm is below 0.05 and every one of two or more generator seeds has its sign; what was not measured is
-    said to be so, and that a hospital alone saw no more than its own share of the images.
+    `comparisons`: rows whose `a` is the federated arm, `federated` by name, by default the first of
+    `summary`. `hospitals`: all of them. A difference is a cost, a gain or a loss when its p-value
+    after Holm is below 0.05 and every one of two or more generator seeds has its sign. The answer
+    names what was not measured.
     """
     whole = [row for row in summary if row.get("hospital") is None]
     candidates = [row["name"] for row in whole if row["arm"] == "federated"]
     chosen = federated if federated is not None else next(iter(candidates), None)
     if not any(row["name"] == chosen and row.get("macro_auc") is not None for row in whole):
         who = "federated training" if chosen is None else f"the arm '{chosen}'"
-        return f"What federation costs and gains is unknown: {who} was not measured."
+        return f"Cost and gain of federation are unknown: {who} was not measured."
     versus = {
         row["b"]: row
         for row in comparisons
         if row["a"] == chosen and row.get("difference") is not None
     }
-    central = next(
-        (
-            versus[row["name"]]
-            for row in whole
-            if row["arm"] == "centralized" and row["name"] in versus
-        ),
-        None,
-    )
+
+    def first(kind: str) -> Mapping[str, Any] | None:
+        names = [row["name"] for row in whole if row["arm"] == kind and row["name"] in versus]
+        return versus[names[0]] if names else None
+
+    central, pool = first("centralized"), first("local")
     own = {
         row["hospital"]: row["name"]
         for row in summary
         if row["arm"] == "local" and row.get("hospital") is not None
     }
-    alone = {place: versus[own[place]] for place in hospitals if own.get(place) in versus}
-
-    clauses = [*([_against_central(central)] if central else []), *_against_hospitals(alone)]
-    unknown = [] if central else ["centralised training was not measured"]
-    missing = [place for place in hospitals if place not in alone]
-    if missing or not alone:
-        places = (
-            "the hospitals"
-            if not alone
-            else f"{len(missing)} hospitals"
-            if len(missing) > 1
-            else missing[0]
-        )
-        unknown.append(f"{places} alone {'was' if places in hospitals else 'were'} not measured")
+    alone = {name: versus[own[name]] for name in hospitals if own.get(name) in versus}
+    missing = _missing_hospitals(hospitals, alone)
     which = f" ('{chosen}')" if len(candidates) > 1 else ""
-    if not clauses:
-        return f"What federation{which} costs and gains is unknown: {' and '.join(unknown)}."
-    said = " and ".join([", ".join(clauses[:-1]), clauses[-1]] if len(clauses) > 1 else clauses)
-    if alone:
-        said += f", {'each ' if len(alone) > 1 else ''}with its own share of the images"
-    first = f"In macro AUC (95 % intervals), classifiers trained on federated{which} synthetic images score {said}"
-    pooled = [
-        versus[row["name"]] for row in whole if row["arm"] == "local" and row["name"] in versus
-    ]
-    return "; ".join([first, *(_against_pool(row) for row in pooled), *unknown]) + "."
+    if not (central or alone or pool):
+        return (
+            f"Cost and gain of federation{which} are unknown: centralised training and the "
+            "hospitals alone were not measured."
+        )
+    subject = f"In macro AUC, classifiers trained on federated{which} synthetic images score"
+    sentences = ["Centralised training was not measured."]
+    if central:
+        sentences, subject = [f"{subject} {_against_central(central)}."], "They score"
+    clauses = [*_against_hospitals(alone), *([_against_pool(pool)] if pool else [])]
+    if clauses:
+        text = " and ".join([", ".join(clauses[:-1]), clauses[-1]] if len(clauses) > 1 else clauses)
+        sentences.append(f"{subject} {text}{f'; {missing}' if missing else ''}.")
+    else:
+        sentences.append(f"{missing[0].upper()}{missing[1:]}.")
+    return " ".join(sentences)
+
+
+def _missing_hospitals(hospitals: Sequence[str], alone: Mapping[str, Any]) -> str:
+    missing = [name for name in hospitals if name not in alone]
+    if not alone:
+        return "the hospitals alone were not measured"
+    if len(missing) > 1:
+        return f"{len(missing)} hospitals alone were not measured"
+    return f"{missing[0]} alone was not measured" if missing else ""
 
 
 def _against_central(row: Mapping[str, Any]) -> str:
-    """Clause and verdict. Non-inferior: the whole interval lies above −margin; a cost or a gain: shown after Holm."""
+    """Gap and verdict. Non-inferior: the interval lies above −margin; cost, gain: shown by Holm."""
     value, margin = row["difference"], f"the margin of {decimal(row['margin'])}"
-    clear = shown(row) and steady(row)
+    text = f"{gap(value)} those of centralised training"
     if row.get("ci") is None:
-        verdict = ""
-    elif clear and value > 0:
-        verdict = ": a gain"
-    elif clear and row["ci"][1] < -row["margin"]:
-        verdict = f": a cost beyond {margin}"
-    elif clear:
-        verdict = (
-            f": a cost{' within' if row['non_inferior'] else ', not shown to be within'} {margin}"
-        )
+        return f"{text} (no interval)"
+    if is_shown(row) and is_steady(row):
+        limit = "within" if row["non_inferior"] else "not shown to be within"
+        if value > 0:
+            claim = "a gain"
+        elif row["ci"][1] < -row["margin"]:
+            claim = f"a cost beyond {margin}"
+        else:
+            claim = f"a cost{'' if row['non_inferior'] else ','} {limit} {margin}"
+    elif row["non_inferior"]:
+        claim = f"non-inferior at {margin}"
+    elif is_shown(row):
+        claim = UNSTEADY
     else:
-        found = (
-            "non-inferior" if row["non_inferior"] else "neither a cost nor non-inferiority is shown"
-        )
-        verdict = (
-            f": {UNSTEADY}" if shown(row) and not row["non_inferior"] else f": {found} at {margin}"
-        )
-    return f"{gap(value)} those of centralised training ({span_of(row)}{verdict})"
+        claim = f"neither a cost nor non-inferiority is shown at {margin}"
+    return f"{text} (95 % interval {interval_text(row)}: {claim})"
 
 
 def _against_hospitals(alone: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Clauses for the weakest and the strongest hospital alone: those that the federated arm is most and least above."""
-    order = sorted(alone, key=lambda place: -float(alone[place]["difference"]))
-    ends = (
-        [("the weakest hospital alone", order[0]), ("the strongest", order[-1])]
-        if len(order) > 1
-        else []
-    )
-    clauses = []
-    for title, place in ends or [(f"{place} alone", place) for place in order]:
-        row = alone[place]
-        clauses.append(
-            f"{gap(row['difference'])} {title} ({f'{place}, ' if ends else ''}{span_of(row)}{verdict(row)})"
+    """Clauses for the weakest and the strongest hospital alone, by the difference to them."""
+    order = sorted(alone, key=lambda name: -float(alone[name]["difference"]))
+    if len(order) < 2:
+        return [
+            f"{gap(alone[name]['difference'])} {name} alone ({verdict(alone[name])})"
+            for name in order
+        ]
+    return [
+        f"{gap(alone[name]['difference'])} {title} ({name}: {verdict(alone[name])})"
+        for title, name in (
+            ("the weakest hospital alone", order[0]),
+            ("the strongest", order[-1]),
         )
-    return clauses
+    ]
 
 
 def _against_pool(row: Mapping[str, Any]) -> str:
-    """Clause for the rival that needs no federation: each hospital trains alone and all release what they made."""
-    pool = "the pooled releases of hospitals that train alone"
-    return f"against {pool} they are {gap(row['difference']).replace('level with', 'level')} ({span_of(row)}{verdict(row)})"
+    """Clause for the rival without a federation: hospitals train alone and pool their releases."""
+    return f"{gap(row['difference'])} the pooled releases of the hospitals ({verdict(row)})"
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """The verdict behind an interval; nothing where there is no interval."""
+    """What a paired difference shows."""
     if row.get("ci") is None:
-        return ""
-    claim = ("a gain" if row["difference"] > 0 else "a loss") if steady(row) else UNSTEADY
-    return f": {claim if shown(row) else 'no difference shown'}"
+        return "no interval"
+    if not is_shown(row):
+        return "no difference shown"
+    if not is_steady(row):
+        return UNSTEADY
+    return "a gain" if row["difference"] > 0 else "a loss"
 
 
-def shown(row: Mapping[str, Any]) -> bool:
-    """Whether other test images would be expected to show a difference too."""
+def is_shown(row: Mapping[str, Any]) -> bool:
+    """Whether a difference is expected on other test images too."""
     return row.get("p_holm") is not None and row["p_holm"] < LEVEL
 
 
-def steady(row: Mapping[str, Any]) -> bool:
-    """Whether the difference has one sign in every generator seed; one seed alone, or none known, cannot speak against it."""
+def is_steady(row: Mapping[str, Any]) -> bool:
+    """Whether the difference has one sign in all generator seeds; true for fewer than two."""
     each = [one["difference"] for one in row.get("seed_differences") or []]
     return len(each) < 2 or all(
         value is not None and value * row["difference"] > 0 for value in each
@@ -315,11 +319,12 @@ def steady(row: Mapping[str, Any]) -> bool:
 
 
 def gap(value: float) -> str:
+    """A difference as text: "0.012 below"."""
     size = decimal(abs(value))
     return "level with" if float(size) == 0 else f"{size} {'above' if value > 0 else 'below'}"
 
 
-def span_of(row: Mapping[str, Any]) -> str:
+def interval_text(row: Mapping[str, Any]) -> str:
     ci = row.get("ci")
     return "no interval" if ci is None else f"{decimal(ci[0])} to {decimal(ci[1])}"
 
@@ -328,33 +333,35 @@ def decimal(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
 
 
-# --- the guard -----------------------------------------------------------------------------------
+# --- check ---------------------------------------------------------------------------------------
 
 
 def check_comparable(arms: Sequence[Mapping[str, Any]]) -> None:
-    """Raise `ConfigError` unless all arms were trained and judged alike; the message names arm, key and both values.
+    """Raise `ConfigError` unless all arms were trained and evaluated alike.
 
-    An arm is {name, seed, images_seen, settings (the resolved nested dict), resolution, label_names, evaluator: {extractor,
-    classifier, suite, test_hash, …}}. Compared: images seen, label names, resolution, every key of `evaluator`, and the
-    sections data, model, augment, training, privacy and evaluation of the settings but for `MAY_DIFFER`. Seeds, names and the
-    federation may differ, and the keys that an arm of an ablation has in `declared`: those say what is compared.
+    An arm is {name, seed, images_seen, settings (resolved, nested), resolution, label_names,
+    evaluator: {extractor, classifier, suite, test_hash, …}}. Compared: images seen, label names,
+    resolution, every key of `evaluator`, and the settings of `COMPARED_SECTIONS` but for
+    `MAY_DIFFER` and, in an ablation, the arm's own `may_differ`. The message names arm, key and
+    both values.
 
-    Images seen are whole batches. Arms with batches of another size have shown the budget rounded up to their own, and no
-    other number. An arm with hospitals in `stopped` (their privacy budgets were used up) may have shown fewer.
+    Images seen are whole batches: an arm with another batch size has seen the budget rounded up to
+    its own batches. An arm with hospitals in `exhausted` (spent privacy budgets) may have seen
+    fewer.
     """
     if not arms:
         return
     facts = [_facts(arm) for arm in arms]
     for key in dict.fromkeys(key for found in facts for key in found):
-        bound = [
+        fixed = [
             (arm, found.get(key))
             for arm, found in zip(arms, facts, strict=True)
-            if key not in arm.get("declared", ())
+            if key not in arm.get("may_differ", ())
         ]
-        for arm, value in bound[1:]:
-            if value != bound[0][1]:
-                _refuse(key, (arm, value), bound[0])
-    if any("training.batch_size" in arm.get("declared", ()) for arm in arms):
+        for arm, value in fixed[1:]:
+            if value != fixed[0][1]:
+                raise _difference_error(key, (arm, value), fixed[0])
+    if any("training.batch_size" in arm.get("may_differ", ()) for arm in arms):
         budgets = [whole_batches(arm["settings"]["training"]) for arm in arms]
     else:
         budgets = [max(arm["images_seen"] for arm in arms)] * len(arms)
@@ -367,8 +374,9 @@ def check_comparable(arms: Sequence[Mapping[str, Any]]) -> None:
     for arm, budget in sorted(
         zip(arms, budgets, strict=True), key=lambda pair: pair[0]["images_seen"]
     ):
-        if arm["images_seen"] > budget or (arm["images_seen"] < budget and not arm.get("stopped")):
-            _refuse("images_seen", (most, most["images_seen"]), (arm, arm["images_seen"]))
+        seen = arm["images_seen"]
+        if seen > budget or (seen < budget and not arm.get("exhausted")):
+            raise _difference_error("images_seen", (most, most["images_seen"]), (arm, seen))
 
 
 def whole_batches(training: Mapping[str, Any]) -> int:
@@ -377,28 +385,25 @@ def whole_batches(training: Mapping[str, Any]) -> int:
     return -(-round(training["kimg"] * 1000) // batch) * batch
 
 
-def _refuse(
+def _difference_error(
     key: str, one: tuple[Mapping[str, Any], Any], other: tuple[Mapping[str, Any], Any]
-) -> None:
-    said = [f"{_who(arm)} has {_shorten(value)}" for arm, value in (one, other)]
-    raise ConfigError(
-        f"arms cannot be compared, {key} differs: {said[0]}, {said[1]}. "
-        f"Train and evaluate both with the same {key}, or take one out of comparison.arms"
+) -> ConfigError:
+    values = ", ".join(f"{_label(arm)} has {_shorten(value)}" for arm, value in (one, other))
+    return ConfigError(
+        f"arms cannot be compared, {key} differs: {values}. Train and evaluate both with the same "
+        f"{key}, or take one out of comparison.arms"
     )
 
 
 def _facts(arm: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that must be equal, by dotted key. Raises `ConfigError` for an arm that does not say it."""
+    """Facts that must be equal, by dotted key. Raises `ConfigError` where one is missing."""
     evaluator = arm.get("evaluator") or {}
-    lacking = [
-        key
-        for key in ("resolution", "label_names", "settings", "images_seen")
-        if arm.get(key) is None
-    ]
-    lacking += [f"evaluator.{key}" for key in EVALUATOR_KEYS if evaluator.get(key) is None]
-    if lacking:
+    required = ("resolution", "label_names", "settings", "images_seen")
+    missing = [key for key in required if arm.get(key) is None]
+    missing += [f"evaluator.{key}" for key in EVALUATOR_KEYS if evaluator.get(key) is None]
+    if missing:
         raise ConfigError(
-            f"{_who(arm)} does not say its {', '.join(lacking)}: evaluate it again before it is compared"
+            f"{_label(arm)} has no {', '.join(missing)}: evaluate it again before it is compared"
         )
     settings = {
         f"{section}.{key}": list(value) if isinstance(value, tuple) else value
@@ -414,7 +419,7 @@ def _facts(arm: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _who(arm: Mapping[str, Any]) -> str:
+def _label(arm: Mapping[str, Any]) -> str:
     seed = "" if arm.get("seed") is None else f" (seed {arm['seed']})"
     return f"arm '{arm.get('name', '?')}'{seed}"
 

@@ -1,4 +1,4 @@
-"""Training at home is the federation's own training without the wire, and survives being stopped."""
+"""Standalone training equals a federation of one hospital, and can be stopped and continued."""
 
 from __future__ import annotations
 
@@ -24,10 +24,21 @@ from fedgan.runs.round_state import STRATEGY_STATE
 from fedgan.training.checkpoint import load_tensors, with_prefix
 from fedgan.training.ema import ema_decay
 from fedgan.training.trainer import Trainer
-from simulations.comparison import standalone as home
-from simulations.comparison.compare import job_is_done, prepare
-from simulations.comparison.plan import EVERYBODY, FEDERATION, Arm, Job, Start, plan_of
-from simulations.comparison.standalone import is_trained_standalone, pooled, train_standalone
+from simulations.comparison.arm import (
+    FEDERATION,
+    POOLED,
+    Arm,
+    FederatedStart,
+    Job,
+    pool_training_images,
+)
+from simulations.comparison.compare import is_job_done, prepare
+from simulations.comparison.plan import plan_of
+from simulations.comparison.standalone import (
+    continue_federation,
+    is_trained_standalone,
+    train_standalone,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +49,11 @@ def _same_threads() -> Iterator[None]:
 
 
 def quiet(event: dict[str, Any]) -> None:
-    """Nobody listens."""
+    """Ignore an event."""
 
 
 def comparison(path: Path, settings: Settings) -> list[Arm]:
-    """The arms of a comparison that is prepared in `path`."""
+    """Prepare a comparison in `path` and return its arms."""
     folder = ComparisonFolder.at(path)
     prepare(settings, folder, quiet)
     return plan_of(settings, folder)
@@ -56,7 +67,7 @@ def small(
 
 
 def at_end(event_round: int, error: type[BaseException]) -> Callable[[dict[str, Any]], None]:
-    """A listener that stops the training when a round has ended."""
+    """An `on_event` that raises `error` at the end of a round."""
 
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "round_end" and event["round"] == event_round:
@@ -73,7 +84,7 @@ def arrays(run: RunFolder, number: int, part: str) -> dict[str, np.ndarray]:
 
 
 def timeless(run: RunFolder) -> list[dict[str, Any]]:
-    """The lines of a run without what a clock and the process's memory said."""
+    """The metrics lines of a run without times and memory."""
     clock = ("seconds", "core_seconds", "peak_memory_bytes")
     return [
         {
@@ -91,7 +102,7 @@ def timeless(run: RunFolder) -> list[dict[str, Any]]:
     ]
 
 
-def test_training_at_home_is_a_federation_of_one_hospital_that_holds_all_the_data(
+def test_standalone_training_equals_a_federation_of_one_hospital(
     tmp_path: Path,
 ) -> None:
     data = write_shards(tmp_path / "data", (40,))
@@ -111,12 +122,10 @@ def test_training_at_home_is_a_federation_of_one_hospital_that_holds_all_the_dat
     assert load_tensors(job.run.checkpoint(2))[1]["images_seen"] == sum(job.images) == 24
 
 
-def test_lines_have_the_keys_of_a_federation_s_lines(tmp_path: Path) -> None:
+def test_metrics_lines_have_the_keys_of_a_federation(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", (40, 24))
-    always = (
-        "training.r1_interval=1",
-        "training.path_length_interval=1",
-    )  # so that each round measures everything
+    # each round measures everything
+    always = ("training.r1_interval=1", "training.path_length_interval=1")
     settings = small(data, *always, arms="centralized,local", rounds=2)
     federation = RunFolder.at(tmp_path / "federation")
     federate(settings, federation, app)
@@ -138,25 +147,25 @@ def test_lines_have_the_keys_of_a_federation_s_lines(tmp_path: Path) -> None:
         for arm in arms
         for job in arm.jobs
     ]
-    assert names == [EVERYBODY, "alpha", "beta"]
+    assert names == [POOLED, "alpha", "beta"]
 
 
-def test_pooled_images_are_those_of_all_hospitals_in_their_order(tmp_path: Path) -> None:
+def test_pooled_images_keep_the_order_of_hospitals(tmp_path: Path) -> None:
     settings = small(write_shards(tmp_path / "data", (40, 24)))
     arm = comparison(tmp_path / "study", settings)[0]
     hospitals = open_prepared(settings, ComparisonFolder.at(tmp_path / "study"))
-    data = pooled(hospitals)
+    data = pool_training_images(hospitals)
     expected = np.concatenate(
         [hospital.train.images[np.arange(len(hospital.train))] for hospital in hospitals]
     )
     np.testing.assert_array_equal(data.images[np.arange(len(data))], expected)
     assert list(dict.fromkeys(data.institutions.tolist())) == ["alpha", "beta"]
-    assert pooled(hospitals[1:]) is hospitals[1].train
+    assert pool_training_images(hospitals[1:]) is hospitals[1].train
     assert arm.members == ("alpha", "beta")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_training_that_was_stopped_twice_ends_as_one_that_never_was(
+def test_training_stopped_twice_equals_an_uninterrupted_one(
     error: type[BaseException], tmp_path: Path
 ) -> None:
     settings = small(write_shards(tmp_path / "data", (40, 24)))
@@ -168,11 +177,11 @@ def test_a_training_that_was_stopped_twice_ends_as_one_that_never_was(
             train_standalone(broken, at_end(number, error))
         assert broken.run.last_round() == number
         assert not is_trained_standalone(broken)
-    told: list[dict[str, Any]] = []
-    train_standalone(broken, told.append)
-    assert [event["round"] for event in told if event["event"] == "round_start"] == [3]
-    assert told[0]["event"] == "start"
-    assert (told[0]["first_round"], told[0]["images_seen"], told[0]["images"]) == (3, 24, 36)
+    events: list[dict[str, Any]] = []
+    train_standalone(broken, events.append)
+    assert [event["round"] for event in events if event["event"] == "round_start"] == [3]
+    assert events[0]["event"] == "start"
+    assert (events[0]["first_round"], events[0]["images_seen"], events[0]["images"]) == (3, 24, 36)
     for number in (1, 2, 3):
         assert (
             whole.run.checkpoint(number).read_bytes() == broken.run.checkpoint(number).read_bytes()
@@ -180,14 +189,14 @@ def test_a_training_that_was_stopped_twice_ends_as_one_that_never_was(
     assert _state(whole, 3).read_bytes() == _state(broken, 3).read_bytes()
     assert timeless(whole.run) == timeless(broken.run)
     assert is_trained_standalone(broken)
-    assert job_is_done(broken)
+    assert is_job_done(broken)
 
 
 def _state(job: Job, number: int) -> Path:
     return job.folder / "trainer" / f"state-{number:05d}.safetensors"
 
 
-def test_a_training_that_lost_its_last_round_or_its_line_gets_it_again(tmp_path: Path) -> None:
+def test_lost_round_or_metrics_line_is_restored(tmp_path: Path) -> None:
     settings = small(write_shards(tmp_path / "data", (40,)), hospitals=1)
     (job,) = comparison(tmp_path / "study", settings)[0].jobs
     train_standalone(job, quiet)
@@ -207,7 +216,7 @@ def test_a_training_that_lost_its_last_round_or_its_line_gets_it_again(tmp_path:
     assert job.run.checkpoint(3).read_bytes() == last
 
 
-def test_a_damaged_checkpoint_is_put_aside_and_the_round_before_serves(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_put_aside_and_the_round_before_is_used(tmp_path: Path) -> None:
     settings = small(write_shards(tmp_path / "data", (40,)), hospitals=1)
     (job,) = comparison(tmp_path / "study", settings)[0].jobs
     (whole,) = comparison(tmp_path / "whole", settings)[0].jobs
@@ -216,16 +225,16 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_round_before_serves(tmp_path:
         train_standalone(job, at_end(2, KeyboardInterrupt))
     path = job.run.checkpoint(2)
     path.write_bytes(path.read_bytes()[:-1])
-    said: list[str] = []
-    train_standalone(job, lambda event: said.append(str(event.get("text", ""))))
+    texts: list[str] = []
+    train_standalone(job, lambda event: texts.append(str(event.get("text", ""))))
     assert (
-        "round-00002.safetensors is damaged and now round-00002.safetensors.damaged: going on from round 1"
-        in said
+        "round-00002.safetensors is damaged and now round-00002.safetensors.damaged: going on "
+        "from round 1" in texts
     )
     assert job.run.checkpoint(3).read_bytes() == whole.run.checkpoint(3).read_bytes()
 
 
-def test_two_at_once_in_one_folder_are_refused(
+def test_second_process_in_one_folder_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.2)
@@ -238,7 +247,7 @@ def test_two_at_once_in_one_folder_are_refused(
 
 @pytest.fixture(scope="module")
 def tuning(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Arm]:
-    """A federation of three rounds whose ADA moved, and the arm that goes on from its second round."""
+    """A federation of three rounds with changed ADA, and the arm that continues its round 2."""
     place = tmp_path_factory.mktemp("tuning")
     data = write_shards(place / "data", (40, 24))
     words = (
@@ -256,7 +265,7 @@ def tuning(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Arm]:
     return source, finetuned
 
 
-def test_fine_tuning_goes_on_with_the_federation_s_weights_and_with_what_this_hospital_had_seen(
+def test_finetuning_starts_from_federated_weights_and_hospital_progress(
     tuning: tuple[Job, Arm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, finetuned = tuning
@@ -282,9 +291,9 @@ def test_fine_tuning_goes_on_with_the_federation_s_weights_and_with_what_this_ho
         shown = [
             row["images"] for line in lines for row in line["hospitals"] if row["name"] == name
         ]
-        assert job.start == Start(source.folder, 2, sum(shown[:2]))
-        told: list[dict[str, Any]] = []
-        train_standalone(job, told.append)
+        assert job.start == FederatedStart(source.folder, 2, sum(shown[:2]))
+        events: list[dict[str, Any]] = []
+        train_standalone(job, events.append)
         at = begun.pop(0)
         assert (at["seen"], at["steps"], at["p"]) == (
             sum(shown[:2]),
@@ -303,18 +312,16 @@ def test_fine_tuning_goes_on_with_the_federation_s_weights_and_with_what_this_ho
         assert line["images_seen"] == line["hospitals"][0]["images_seen"] == sum(shown)
         assert line["hospitals"][0]["images"] == shown[2] == sum(job.images)
         assert load_tensors(job.run.checkpoint(1))[1]["images_seen"] == sum(shown)
-        start = next(event for event in told if event["event"] == "start")
+        start = next(event for event in events if event["event"] == "start")
         assert (start["images_seen"], start["images"]) == (sum(shown[:2]), sum(shown))
         assert is_trained_standalone(job)
-    assert {rows[job.members[0]]["p"] for job in finetuned.jobs} != {
-        0.2
-    }  # where every augmentation begins
+    assert {rows[job.members[0]]["p"] for job in finetuned.jobs} != {0.2}  # the initial ADA p
     one, other = (load_tensors(job.run.checkpoint(1))[0] for job in finetuned.jobs)
     assert any(not torch.equal(tensor, other[key]) for key, tensor in one.items())
     assert any(not torch.equal(tensor, wanted[key]) for key, tensor in one.items())
 
 
-def test_after_a_step_of_fine_tuning_the_average_is_still_near_the_received_one(
+def test_finetuning_continues_the_moving_average(
     tuning: tuple[Job, Arm],
 ) -> None:
     source, finetuned = tuning
@@ -323,11 +330,11 @@ def test_after_a_step_of_fine_tuning_the_average_is_still_near_the_received_one(
     seen, received = job.start.images_seen, load_tensors(source.run.checkpoint(2))[0]
     settings = job.settings
     found = {}
-    for kind in ("goes on", "begins anew"):
-        trainer = Trainer(settings, pooled(open_prepared(settings, job.run)), "cpu")
-        if kind == "goes on":
-            home._take_over(job.start, job.members[0], trainer, True, [])
-        else:  # the same weights without the count: what a first step of any training does
+    for kind in ("continued", "restarted"):
+        trainer = Trainer(settings, pool_training_images(open_prepared(settings, job.run)), "cpu")
+        if kind == "continued":
+            continue_federation(job.start, job.members[0], trainer, True, [])
+        else:  # the same weights without the image count, as in the first step of a training
             arrays = {
                 key: tensor.numpy()
                 for key, tensor in received.items()
@@ -339,20 +346,22 @@ def test_after_a_step_of_fine_tuning_the_average_is_still_near_the_received_one(
             part: with_prefix(trainer.get_parameters(trainer.parts), f"{part}/")
             for part in ("ema", "generator")
         }
-    fresh, going = found["begins anew"], found["goes on"]
+    restarted, continued = found["restarted"], found["continued"]
     assert all(
-        np.array_equal(array, fresh["generator"][key]) for key, array in fresh["ema"].items()
-    )  # nothing is left of it
+        np.array_equal(array, restarted["generator"][key])
+        for key, array in restarted["ema"].items()
+    )  # a restart drops the average
     decay = ema_decay(4, 1.25, 1.0, seen)
     assert 0.5 < decay < 1
-    for key, average in going["ema"].items():
-        before, now = received[f"ema/{key}"].numpy().reshape(average.shape), going["generator"][key]
-        if key.endswith(
-            "w_avg"
-        ):  # a plain mean of batches, and this is one more of them: the same in both
+    for key, average in continued["ema"].items():
+        before, now = (
+            received[f"ema/{key}"].numpy().reshape(average.shape),
+            continued["generator"][key],
+        )
+        if key.endswith("w_avg"):  # a plain mean over batches, with one more batch in both
             np.testing.assert_allclose(
                 average,
-                before + (fresh["ema"][key] - before) / (seen // 4 + 1),
+                before + (restarted["ema"][key] - before) / (seen // 4 + 1),
                 rtol=1e-5,
                 atol=1e-6,
             )

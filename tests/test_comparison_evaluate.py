@@ -1,4 +1,4 @@
-"""All arms meet one evaluator, nothing is judged or drawn twice, and no choice looks at the test split."""
+"""Evaluation of the arms: one evaluator, nothing evaluated twice, no choice by the test split."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from fedgan.evaluation.evaluate import evaluate_synthetic
 from fedgan.evaluation.reference import RealReference
 from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import evaluation_hospitals
-from simulations.comparison import evaluate as judging
+from simulations.comparison import evaluate
+from simulations.comparison.arm import Arm
 from simulations.comparison.compare import prepare
 from simulations.comparison.evaluate import (
+    apportion_by_size,
     evaluate_arm,
     evaluation_key,
     is_arm_evaluated,
     open_evaluation_context,
     read_scores,
-    shares,
     write_real_grid,
 )
-from simulations.comparison.plan import Arm, plan_of
+from simulations.comparison.plan import plan_of
 from simulations.comparison.standalone import train_standalone
 
 LABELS = ("dark", "bright")
@@ -54,7 +55,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def write_data(root: Path, other_test: bool = False) -> Path:
-    """Two hospitals, of which beta has dark images alone. `other_test`: alpha's test images and labels are other ones."""
+    """Two hospitals; beta has dark images only. `other_test`: alpha has other test images."""
     for number, (name, size) in enumerate((("alpha", 96), ("beta", 48))):
         rng = np.random.default_rng(number)
         kinds = np.arange(size) % 2 if name == "alpha" else np.zeros(size, int)
@@ -64,10 +65,8 @@ def write_data(root: Path, other_test: bool = False) -> Path:
         images = rng.integers(0, 128, (size, 1, SIDE, SIDE)) + 100 * kinds[:, None, None, None]
         if other_test and name == "alpha":
             test = splits == "test"
-            images[test], kinds = (
-                images[test] + 1,
-                np.where(test, 1 - kinds, kinds),
-            )  # a choice by these would go astray
+            # a choice by these would differ
+            images[test], kinds = images[test] + 1, np.where(test, 1 - kinds, kinds)
         write_shard(
             root / name,
             images.astype(np.uint8),
@@ -108,7 +107,7 @@ def scenario(data: Path, *overrides: str) -> Settings:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> ComparisonFolder:
-    """A comparison whose arms are trained and not judged."""
+    """A comparison whose arms are trained and not evaluated."""
     place = tmp_path_factory.mktemp("trained")
     folder = ComparisonFolder.at(place / "study")
     settings = scenario(write_data(place / "data"))
@@ -120,18 +119,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> ComparisonFolder:
 
 
 @pytest.fixture(scope="module")
-def judged(trained: ComparisonFolder, tmp_path_factory: pytest.TempPathFactory) -> ComparisonFolder:
-    """The same comparison with both arms judged."""
-    folder = copy(trained, tmp_path_factory.mktemp("judged"))
+def evaluated(
+    trained: ComparisonFolder, tmp_path_factory: pytest.TempPathFactory
+) -> ComparisonFolder:
+    """The same comparison with both arms evaluated."""
+    folder = copy(trained, tmp_path_factory.mktemp("evaluated"))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    judge_all(folder)
+    evaluate_all(folder)
     torch.set_num_threads(before)
     return folder
 
 
 def copy(folder: ComparisonFolder, place: Path, *overrides: str) -> ComparisonFolder:
-    """The comparison in another place, with its settings changed."""
+    """A copy of the comparison with changed settings."""
     found = ComparisonFolder.at(place / "study")
     shutil.copytree(folder.path, found.path)
     found.write_settings(from_dict(to_dict(found.settings()), overrides))
@@ -142,15 +143,15 @@ def arms_of(folder: ComparisonFolder) -> dict[str, Arm]:
     return {arm.name: arm for arm in plan_of(folder.settings(), folder)}
 
 
-def judge_all(folder: ComparisonFolder) -> list[str]:
-    """Judge every arm; what was said on the way."""
-    said: list[str] = []
-    context = open_evaluation_context(folder, said.append)
+def evaluate_all(folder: ComparisonFolder) -> list[str]:
+    """Evaluate every arm and return the texts of its steps."""
+    steps: list[str] = []
+    context = open_evaluation_context(folder, steps.append)
     for arm in arms_of(folder).values():
         evaluate_arm(
-            context, arm, lambda share, text, name=arm.name: said.append(f"{name}: {text}")
+            context, arm, lambda share, text, name=arm.name: steps.append(f"{name}: {text}")
         )  # type: ignore[misc]
-    return said
+    return steps
 
 
 def synthetic(run: RunFolder) -> tuple[np.ndarray, np.ndarray]:
@@ -166,38 +167,41 @@ def written(folder: ComparisonFolder) -> dict[str, int]:
     }
 
 
-# --- nothing twice ---------------------------------------------------------------------------------
+# --- repeated calls ------------------------------------------------------------------------------
 
 
-def test_an_arm_that_is_judged_is_not_judged_again(judged: ComparisonFolder) -> None:
-    assert all(is_arm_evaluated(judged.settings(), arm, judged) for arm in arms_of(judged).values())
-    before = written(judged)
-    assert judge_all(judged) == []
-    assert written(judged) == before
+def test_evaluated_arm_is_not_evaluated_again(evaluated: ComparisonFolder) -> None:
+    assert all(
+        is_arm_evaluated(evaluated.settings(), arm, evaluated)
+        for arm in arms_of(evaluated).values()
+    )
+    before = written(evaluated)
+    assert evaluate_all(evaluated) == []
+    assert written(evaluated) == before
 
 
 @pytest.mark.parametrize(
     "change", ["evaluation.epochs=3", "evaluation.seeds=3", "evaluation.bootstrap=20"]
 )
-def test_other_evaluation_settings_are_a_judgement_anew_of_the_same_images(
-    change: str, judged: ComparisonFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_changed_evaluation_settings_reuse_the_synthetic_images(
+    change: str, evaluated: ComparisonFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = copy(judged, tmp_path, change, "comparison.arms=centralized")
+    folder = copy(evaluated, tmp_path, change, "comparison.arms=centralized")
     arm = arms_of(folder)["centralized"]
     assert not is_arm_evaluated(folder.settings(), arm, folder)
-    drawn: list[int] = []
-    generate = judging.generate_images
+    generated: list[int] = []
+    generate = evaluate.generate_images
     monkeypatch.setattr(
-        judging,
+        evaluate,
         "generate_images",
         lambda generator, labels, *rest, **how: (
-            drawn.append(1) or generate(generator, labels, *rest, **how)
+            generated.append(1) or generate(generator, labels, *rest, **how)
         ),
     )
     images = (arm.folder / "synthetic.npz").stat().st_mtime_ns
-    said = judge_all(folder)
-    assert "centralized: generating" in said
-    assert len(drawn) == ROUNDS  # a point of the curve for each kept round, and no synthetic set
+    steps = evaluate_all(folder)
+    assert "centralized: generating" in steps
+    assert len(generated) == ROUNDS  # a point of the curve per kept round, no synthetic set
     assert (arm.folder / "synthetic.npz").stat().st_mtime_ns == images
     assert is_arm_evaluated(folder.settings(), arm, folder)
     key, _, value = change.removeprefix("evaluation.").partition("=")
@@ -207,33 +211,29 @@ def test_other_evaluation_settings_are_a_judgement_anew_of_the_same_images(
     )
 
 
-def test_what_a_judgement_depends_on_makes_its_key(
-    judged: ComparisonFolder, tmp_path: Path
-) -> None:
-    settings, arms = judged.settings(), arms_of(judged)
+def test_evaluation_key_covers_all_inputs(evaluated: ComparisonFolder, tmp_path: Path) -> None:
+    settings, arms = evaluated.settings(), arms_of(evaluated)
     weights, guests = tmp_path / "weights.npz", write_data(tmp_path / "guests")
     weights.write_bytes(b"one")
 
-    def key(*changes: str, name: str = "centralized", folder: ComparisonFolder = judged) -> str:
+    def key(*changes: str, name: str = "centralized", folder: ComparisonFolder = evaluated) -> str:
         return evaluation_key(from_dict(to_dict(settings), changes), arms[name], folder)
 
     keys = {key(name=name) for name in arms}
     for change in ("evaluation.psi=0.5", "evaluation.suite=full", "data.root=elsewhere", "seed=1"):
         keys.add(key(change))
-    for content in (
-        b"one",
-        b"other",
-    ):  # of one file: the key is about what it holds, not about what it is called
+    # the key depends on the content of the file, not on its name
+    for content in (b"one", b"other"):
         weights.write_bytes(content)
         keys.add(key(f"evaluation.features={weights}"))
     keys.add(key(f"evaluation.root={guests}"))
     shutil.rmtree(guests)
-    write_data(guests, other_test=True)  # other images in the same place
+    write_data(guests, other_test=True)  # other images at the same path
     keys.add(key(f"evaluation.root={guests}"))
     other = ComparisonFolder(tmp_path / "other")
     files.write_json(
         other.hospitals,
-        [row | {"content_hash": "0" * 64} for row in judged.read_json(judged.hospitals)],
+        [row | {"content_hash": "0" * 64} for row in evaluated.read_json(evaluated.hospitals)],
     )
     keys.add(key(folder=other))
     assert len(keys) == 11
@@ -241,10 +241,10 @@ def test_what_a_judgement_depends_on_makes_its_key(
         assert key(change, name="local") == key(name="local")
 
 
-def test_what_another_hand_wrote_over_or_removed_is_judged_again(
-    judged: ComparisonFolder, tmp_path: Path
+def test_modified_or_removed_evaluation_files_are_evaluated_again(
+    evaluated: ComparisonFolder, tmp_path: Path
 ) -> None:
-    folder = copy(judged, tmp_path)
+    folder = copy(evaluated, tmp_path)
     settings, arm = folder.settings(), arms_of(folder)["local"]
     for name in (
         "members/beta/evaluation.json",
@@ -267,8 +267,8 @@ def test_what_another_hand_wrote_over_or_removed_is_judged_again(
     assert is_arm_evaluated(settings, arm, folder)
 
 
-def test_another_checkpoint_is_judged_again(judged: ComparisonFolder, tmp_path: Path) -> None:
-    folder = copy(judged, tmp_path)
+def test_another_checkpoint_is_evaluated_again(evaluated: ComparisonFolder, tmp_path: Path) -> None:
+    folder = copy(evaluated, tmp_path)
     arms = arms_of(folder)
     member = arms["local"].jobs[1].run
     for path in (member.checkpoint(ROUNDS), member.checkpoint(ROUNDS).with_suffix(".json")):
@@ -282,10 +282,10 @@ def test_another_checkpoint_is_judged_again(judged: ComparisonFolder, tmp_path: 
 
 
 @pytest.mark.parametrize("damage", ["torn", "empty", "gone"])
-def test_a_synthetic_set_that_is_torn_is_drawn_again(
-    damage: str, judged: ComparisonFolder, tmp_path: Path
+def test_damaged_synthetic_images_are_generated_again(
+    damage: str, evaluated: ComparisonFolder, tmp_path: Path
 ) -> None:
-    folder = copy(judged, tmp_path, "evaluation.bootstrap=11", "comparison.arms=centralized")
+    folder = copy(evaluated, tmp_path, "evaluation.bootstrap=11", "comparison.arms=centralized")
     run = arms_of(folder)["centralized"].run
     before, _ = synthetic(run)
     path = run.path / "synthetic.npz"
@@ -293,23 +293,23 @@ def test_a_synthetic_set_that_is_torn_is_drawn_again(
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-200] if damage == "torn" else b"")
-    judge_all(folder)
+    evaluate_all(folder)
     np.testing.assert_array_equal(synthetic(run)[0], before)
 
 
-def test_a_damaged_checkpoint_fails_its_own_judgement_and_is_named(
-    judged: ComparisonFolder, tmp_path: Path
+def test_damaged_checkpoint_fails_its_evaluation_by_name(
+    evaluated: ComparisonFolder, tmp_path: Path
 ) -> None:
-    folder = copy(judged, tmp_path)
+    folder = copy(evaluated, tmp_path)
     arm = arms_of(folder)["centralized"]
     path = arm.run.checkpoint(ROUNDS)
     path.with_suffix(".json").write_text('{"sha256": ')
     assert not is_arm_evaluated(folder.settings(), arm, folder)
     with pytest.raises(CheckpointError, match=r"round-00002\.json is damaged"):
         evaluate_arm(open_evaluation_context(folder), arm, lambda share, text: None)
-    shutil.copy(trained_json(judged), path.with_suffix(".json"))
+    shutil.copy(trained_json(evaluated), path.with_suffix(".json"))
     path.write_bytes(path.read_bytes()[:-1])
-    (arm.folder / "judged.json").unlink()
+    (arm.folder / "evaluation_key.json").unlink()
     with pytest.raises(CheckpointError, match=r"round-00002\.safetensors is damaged"):
         evaluate_arm(open_evaluation_context(folder), arm, lambda share, text: None)
 
@@ -318,8 +318,10 @@ def trained_json(folder: ComparisonFolder) -> Path:
     return arms_of(folder)["centralized"].run.checkpoint(ROUNDS).with_suffix(".json")
 
 
-def test_an_arm_without_a_round_cannot_be_judged(judged: ComparisonFolder, tmp_path: Path) -> None:
-    folder = copy(judged, tmp_path)
+def test_arm_without_a_round_cannot_be_evaluated(
+    evaluated: ComparisonFolder, tmp_path: Path
+) -> None:
+    folder = copy(evaluated, tmp_path)
     shutil.rmtree(arms_of(folder)["local"].jobs[0].run.checkpoints)
     with pytest.raises(CheckpointError, match="local, seed 0 has no finished round"):
         evaluate_arm(
@@ -327,11 +329,11 @@ def test_an_arm_without_a_round_cannot_be_judged(judged: ComparisonFolder, tmp_p
         )
 
 
-# --- one evaluator ---------------------------------------------------------------------------------
+# --- one evaluator -------------------------------------------------------------------------------
 
 
-def test_all_arms_meet_the_same_evaluator_and_the_same_real_side(judged: ComparisonFolder) -> None:
-    found = [arm.run.read_json(arm.run.evaluation) for arm in arms_of(judged).values()]
+def test_all_arms_share_one_evaluator_and_one_reference(evaluated: ComparisonFolder) -> None:
+    found = [arm.run.read_json(arm.run.evaluation) for arm in arms_of(evaluated).values()]
     assert found[0]["evaluator"] == found[1]["evaluator"]
     assert found[0]["utility"]["real"] == found[1]["utility"]["real"]
     assert all(
@@ -339,19 +341,19 @@ def test_all_arms_meet_the_same_evaluator_and_the_same_real_side(judged: Compari
         for one in found
     )
     assert all(one["utility"]["synthetic_images"] == IMAGES for one in found)
-    assert len(list(judged.reference.glob("classifier-*.safetensors"))) == 2
-    for arm in arms_of(judged).values():
+    assert len(list(evaluated.reference.glob("classifier-*.safetensors"))) == 2
+    for arm in arms_of(evaluated).values():
         scores = read_scores(arm.run)
         assert scores is not None
         assert scores.shape == (2, found[0]["utility"]["test_images"], 2)
         np.testing.assert_allclose(scores.sum(2), 1, atol=1e-12)
-        assert scores.dtype == np.float64  # ties of rounding would be ties of ranks
+        assert scores.dtype == np.float64  # rounded scores would have ties
         with Image.open(arm.run.samples / "final.png") as picture:
             assert picture.format == "PNG"
 
 
-def test_each_hospital_s_own_generator_is_judged_beside_the_union(judged: ComparisonFolder) -> None:
-    local = arms_of(judged)["local"]
+def test_each_hospital_generator_is_evaluated_beside_the_union(evaluated: ComparisonFolder) -> None:
+    local = arms_of(evaluated)["local"]
     for job in local.jobs:
         found = job.run.read_json(job.run.evaluation)
         assert found["suite"] == "quick"
@@ -363,13 +365,13 @@ def test_each_hospital_s_own_generator_is_judged_beside_the_union(judged: Compar
     assert (alpha != beta).any()
 
 
-def test_the_full_suite_of_the_scenario_is_quick_for_single_hospitals(
-    judged: ComparisonFolder, tmp_path: Path
+def test_full_suite_is_quick_for_single_hospitals(
+    evaluated: ComparisonFolder, tmp_path: Path
 ) -> None:
     folder = copy(
-        judged, tmp_path, "evaluation.suite=full", "evaluation.seeds=1", "comparison.arms=local"
+        evaluated, tmp_path, "evaluation.suite=full", "evaluation.seeds=1", "comparison.arms=local"
     )
-    judge_all(folder)
+    evaluate_all(folder)
     local = arms_of(folder)["local"]
     whole = local.run.read_json(local.run.evaluation)
     assert whole["suite"] == "full"
@@ -382,21 +384,20 @@ def test_the_full_suite_of_the_scenario_is_quick_for_single_hospitals(
     assert any("several generators" in note for note in whole["notes"])
 
 
-def test_curves_have_a_point_for_each_kept_round(judged: ComparisonFolder) -> None:
-    for arm in arms_of(judged).values():
+def test_curves_have_a_point_per_kept_round(evaluated: ComparisonFolder) -> None:
+    for arm in arms_of(evaluated).values():
         points = json.loads((arm.folder / "curve.json").read_text())
         assert [(point["round"], point["images_seen"]) for point in points] == [(1, 16), (2, 32)]
         assert all(np.isfinite(point["frechet"]) for point in points)
-        assert {point["split"] for point in points} == {
-            "train"
-        }  # the validation split is too small here, and it says so
+        # the validation split is too small here
+        assert {point["split"] for point in points} == {"train"}
         assert points[0]["frechet"] != points[1]["frechet"]
 
 
-def test_real_pictures_are_drawn_once_and_only_where_they_are_allowed(
-    judged: ComparisonFolder, tmp_path: Path
+def test_real_sample_grid_is_written_once_and_only_where_allowed(
+    evaluated: ComparisonFolder, tmp_path: Path
 ) -> None:
-    folder = copy(judged, tmp_path)
+    folder = copy(evaluated, tmp_path)
     path = folder.samples / "real.png"
 
     def write(show: str) -> None:
@@ -405,7 +406,7 @@ def test_real_pictures_are_drawn_once_and_only_where_they_are_allowed(
         )
         write_real_grid(open_evaluation_context(folder))
 
-    write("phantoms")  # these come from data.root: whose they are is not known
+    write("phantoms")  # images of data.root may be of patients
     assert not path.exists()
     write("all")
     before = path.stat().st_mtime_ns
@@ -415,12 +416,12 @@ def test_real_pictures_are_drawn_once_and_only_where_they_are_allowed(
     assert not path.exists()
 
 
-# --- the union -------------------------------------------------------------------------------------
+# --- the union -----------------------------------------------------------------------------------
 
 
 @given(sizes=st.lists(st.integers(1, 10_000), min_size=1, max_size=6), total=st.integers(6, 3000))
-def test_shares_are_in_proportion_and_add_up(sizes: list[int], total: int) -> None:
-    counts = shares(sizes, total)
+def test_shares_are_proportional_and_add_up(sizes: list[int], total: int) -> None:
+    counts = apportion_by_size(sizes, total)
     exact = [size / sum(sizes) * total for size in sizes]
     assert sum(counts) == total
     assert all(count >= 1 for count in counts)
@@ -428,12 +429,12 @@ def test_shares_are_in_proportion_and_add_up(sizes: list[int], total: int) -> No
         assert all(abs(count - share) < 1 for count, share in zip(counts, exact, strict=True))
 
 
-def test_the_union_has_each_hospital_s_share_and_its_own_classes_alone(
-    judged: ComparisonFolder,
+def test_union_has_each_hospital_share_and_its_own_classes(
+    evaluated: ComparisonFolder,
 ) -> None:
-    context, local = open_evaluation_context(judged), arms_of(judged)["local"]
-    parts = [judging._Part.of(context, job, local) for job in local.jobs]
-    union = judging.union(context.settings, parts)
+    context, local = open_evaluation_context(evaluated), arms_of(evaluated)["local"]
+    parts = [evaluate._Part.of(context, job, local) for job in local.jobs]
+    union = evaluate.union(context.settings, parts)
     assert len(union) == IMAGES
     first, second = (len(hospital.train) for hospital in context.hospitals)
     count = IMAGES * first // (first + second)  # 48 and 24 training images: 16 and 8 of 24
@@ -443,34 +444,30 @@ def test_the_union_has_each_hospital_s_share_and_its_own_classes_alone(
         np.concatenate([own[0][0][:count], own[1][0][: IMAGES - count]]),
     )
     assert union.labels[:count].sum(0).min() > 0
-    assert union.labels[count:].tolist() == [[1, 0]] * (
-        IMAGES - count
-    )  # beta has dark images alone
+    assert union.labels[count:].tolist() == [[1, 0]] * (IMAGES - count)  # beta has dark images only
     assert len(own[1][1]) == IMAGES
     assert own[1][1][:, 1].sum() == 0
 
 
-def test_a_picture_of_several_generators_draws_each_class_where_it_is_held(
-    judged: ComparisonFolder,
+def test_grid_of_several_generators_uses_the_owner_of_each_class(
+    evaluated: ComparisonFolder,
 ) -> None:
-    context, local = open_evaluation_context(judged), arms_of(judged)["local"]
-    parts = [judging._Part.of(context, job, local) for job in local.jobs]
-    both = judging._ByClass(parts)
+    context, local = open_evaluation_context(evaluated), arms_of(evaluated)["local"]
+    parts = [evaluate._Part.of(context, job, local) for job in local.jobs]
+    both = evaluate._GeneratorByClass(parts)
     z, c = torch.randn(4, both.z_dim), torch.eye(2)[[0, 1, 0, 1]]
     with torch.inference_mode():
         images = both(z, c, noise="const")
         alpha = parts[0].generator(z, c, noise="const")
-    assert both.held.tolist() == [[24, 24], [24, 0]]
+    assert both.counts.tolist() == [[24, 24], [24, 0]]
     assert torch.equal(images, alpha)  # of equals the first
 
 
-# --- whose an image is ----------------------------------------------------------------------------
+# --- institutions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("partition", ["iid", "dirichlet"])
-def test_an_image_s_institution_is_the_hospital_that_it_was_dealt_to(
-    partition: str, tmp_path: Path
-) -> None:
+def test_institution_of_a_partitioned_image_is_its_hospital(partition: str, tmp_path: Path) -> None:
     folder = ComparisonFolder.at(tmp_path / "study")
     settings = scenario(
         write_data(tmp_path / "data"), f"data.partition={partition}", "federation.hospitals=3"
@@ -487,18 +484,18 @@ def test_an_image_s_institution_is_the_hospital_that_it_was_dealt_to(
     assert len(whole) == len(context.reference.test)
 
 
-# --- no choice looks at the test split -------------------------------------------------------------
+# --- no choice by the test split -----------------------------------------------------------------
 
 
-def test_an_arm_s_figures_choose_nothing_by_the_test_split(
-    trained: ComparisonFolder, judged: ComparisonFolder, tmp_path: Path
+def test_no_choice_depends_on_the_test_split(
+    trained: ComparisonFolder, evaluated: ComparisonFolder, tmp_path: Path
 ) -> None:
     data = write_data(tmp_path / "data", other_test=True)
     folder = copy(trained, tmp_path, f"data.root={data}")
-    assert judge_all(folder)
+    assert evaluate_all(folder)
     changed, kept = (
         open_evaluation_context(folder).reference,
-        open_evaluation_context(judged).reference,
+        open_evaluation_context(evaluated).reference,
     )
     assert changed.test_hash != kept.test_hash
     same = (
@@ -508,14 +505,14 @@ def test_an_arm_s_figures_choose_nothing_by_the_test_split(
     assert 0 < same.sum() < len(same)
     for number in range(2):
         name = f"classifier-{number}.safetensors"
-        assert (folder.reference / name).read_bytes() == (judged.reference / name).read_bytes()
-    for ours, theirs in zip(arms_of(folder).values(), arms_of(judged).values(), strict=True):
+        assert (folder.reference / name).read_bytes() == (evaluated.reference / name).read_bytes()
+    for ours, theirs in zip(arms_of(folder).values(), arms_of(evaluated).values(), strict=True):
         for one, other in zip([ours, *ours.jobs], [theirs, *theirs.jobs], strict=True):
-            mine, yours = read_scores(one.run), read_scores(other.run)
-            assert mine is not None
-            assert yours is not None
-            np.testing.assert_array_equal(mine[:, same], yours[:, same])
-            assert (mine[:, ~same] != yours[:, ~same]).any()
+            changed_scores, kept_scores = read_scores(one.run), read_scores(other.run)
+            assert changed_scores is not None
+            assert kept_scores is not None
+            np.testing.assert_array_equal(changed_scores[:, same], kept_scores[:, same])
+            assert (changed_scores[:, ~same] != kept_scores[:, ~same]).any()
         for one, other in zip(ours.jobs, theirs.jobs, strict=True):
             for a, b in zip(synthetic(one.run), synthetic(other.run), strict=True):
                 np.testing.assert_array_equal(a, b)
@@ -529,10 +526,10 @@ def test_an_arm_s_figures_choose_nothing_by_the_test_split(
         assert "test" not in figures[0]["validation"]
 
 
-def test_every_classifier_of_the_full_suite_is_the_same_whatever_the_test_images(
+def test_full_suite_classifiers_do_not_depend_on_the_test_split(
     trained: ComparisonFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Mixed training sets and the readers of labels included: each is caught as it is trained."""
+    """Includes the classifiers of mixed training sets; each is copied when it is trained."""
     fitted: list[dict[str, torch.Tensor]] = []
     fit = RealReference.fit
 
@@ -564,10 +561,10 @@ def _pooled(sets: list[ImageDataset]) -> ImageDataset:
     return reference.pool_hospitals([(one.name, one) for one in sets], "all")
 
 
-# --- patients --------------------------------------------------------------------------------------
+# --- patients ------------------------------------------------------------------------------------
 
 
-def test_a_patient_in_training_and_in_the_evaluators_test_images_is_an_error(
+def test_patient_in_training_and_test_images_is_an_error(
     trained: ComparisonFolder, tmp_path: Path
 ) -> None:
     data = Path(trained.settings().data.root)
@@ -575,7 +572,7 @@ def test_a_patient_in_training_and_in_the_evaluators_test_images_is_an_error(
     guests = tmp_path / "guests"
     shutil.copytree(shards["alpha"], guests / "alpha")
     rows = np.load(shards["beta"] / "images.npy").shape[0]
-    write_shard(  # beta's own patients again, the training ones among the test images
+    write_shard(  # beta's patients again, training patients among the test images
         guests / "beta",
         np.zeros((rows, 1, SIDE, SIDE), np.uint8),
         np.eye(2, dtype=np.uint8)[np.zeros(rows, int)],
@@ -593,7 +590,7 @@ def test_a_patient_in_training_and_in_the_evaluators_test_images_is_an_error(
     assert "evaluation.root" in str(caught.value)
 
 
-# --- real classifiers on the disk ------------------------------------------------------------------
+# --- real classifiers on the disk ----------------------------------------------------------------
 
 
 def real_side(folder: Path, **changes: Any) -> RealReference:
@@ -609,7 +606,7 @@ def real_side(folder: Path, **changes: Any) -> RealReference:
     return RealReference(data(40, 0), data(16, 1), data(16, 2), settings, seed=3, folder=folder)
 
 
-def test_a_kept_real_classifier_serves_the_same_recipe_alone(
+def test_saved_real_classifier_is_used_for_the_same_recipe_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[int] = []
@@ -639,7 +636,7 @@ def test_a_kept_real_classifier_serves_the_same_recipe_alone(
     assert trained == [*[0, 1] * 3, 1, 1]
 
 
-def test_validation_images_are_part_of_a_real_classifier_s_recipe(tmp_path: Path) -> None:
+def test_validation_images_are_part_of_the_classifier_recipe(tmp_path: Path) -> None:
     one, other = real_side(tmp_path), real_side(tmp_path)
     _ = one.scores
     other.val = other.val.take(np.arange(8))

@@ -1,4 +1,4 @@
-"""Jobs of a comparison run side by side; one that fails, dies or is stopped does not take the others with it."""
+"""Scheduler of a comparison: parallel tasks, failures, stops and killed processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from watchdog import watchdog
 
-from simulations.comparison import scheduler as schedule
+from simulations.comparison import scheduler
 from simulations.comparison.scheduler import Task, core_groups, run_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,13 +26,14 @@ WORKER = '''
 import os, sys, time
 from pathlib import Path
 from fedgan.errors import DataError
-from simulations.comparison.worker import serve
+from simulations.comparison.worker import run_worker
 
 what, place, cores = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 
-def work(tell):
-    tell({"event": "begun", "pid": os.getpid(), "cores": cores, "threads": os.environ["OMP_NUM_THREADS"],
-          "affinity": sorted(os.sched_getaffinity(0))})
+def work(on_event):
+    on_event({"event": "begun", "pid": os.getpid(), "cores": cores,
+              "threads": os.environ["OMP_NUM_THREADS"],
+              "affinity": sorted(os.sched_getaffinity(0))})
     print("chatter of a library")
     if what == "fail":
         raise DataError("the shard is torn: import it again\\nsecond line")
@@ -40,12 +41,12 @@ def work(tell):
         raise ZeroDivisionError
     if what == "die":
         os._exit(9)
-    if what == "meet":  # ends only when another one is there at the same time
+    if what == "meet":  # ends when another process runs at the same time
         (place / str(os.getpid())).touch()
         end = time.monotonic() + 60
         while len(list(place.iterdir())) < 2:
             if time.monotonic() > end:
-                raise TimeoutError("nobody came")
+                raise TimeoutError("no other process")
             time.sleep(0.02)
     if what == "wait":
         try:
@@ -53,13 +54,13 @@ def work(tell):
         finally:
             (place / f"ended-{os.getpid()}").touch()
 
-serve(work, cores)
+run_worker(work, cores)
 '''
 
 
 @pytest.fixture
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module `worker` that tasks can name, and an empty folder for what its processes leave."""
+    """A module `worker` for tasks, and an empty folder for the files of its processes."""
     (tmp_path / "worker.py").write_text(WORKER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     place = tmp_path / "place"
@@ -77,7 +78,7 @@ def one_group() -> list[tuple[int, ...]]:
     return core_groups(1, 1)
 
 
-# --- cores -----------------------------------------------------------------------------------------
+# --- cores ---------------------------------------------------------------------------------------
 
 
 @given(
@@ -85,54 +86,54 @@ def one_group() -> list[tuple[int, ...]]:
     threads=st.integers(0, 70),
     slots=st.one_of(st.none(), st.integers(1, 70)),
 )
-def test_groups_of_cores_share_none_and_are_of_one_size(
+def test_core_groups_are_disjoint_and_equal_in_size(
     cores: int, threads: int, slots: int | None
 ) -> None:
-    mine = set(range(3, 3 + cores))
+    own = set(range(3, 3 + cores))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "usable_cores", lambda: cores)
-        patch.setattr(os, "sched_getaffinity", lambda pid: mine, raising=False)
+        patch.setattr(scheduler, "usable_cores", lambda: cores)
+        patch.setattr(os, "sched_getaffinity", lambda pid: own, raising=False)
         groups = core_groups(threads, slots)
     size = min(threads or cores, cores)
     assert {len(group) for group in groups} == {size}
     flat = [core for group in groups for core in group]
     assert len(set(flat)) == len(flat)
-    assert set(flat) <= mine
+    assert set(flat) <= own
     assert len(groups) == min(cores // size, slots or cores)
 
 
-def test_a_quota_below_the_affinity_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule, "usable_cores", lambda: 2)
+def test_core_quota_below_affinity_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "usable_cores", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     assert core_groups(1) == [(0,), (1,)]
     assert core_groups(0) == [(0, 1)]
 
 
-# --- order -----------------------------------------------------------------------------------------
+# --- order ---------------------------------------------------------------------------------------
 
 
-def test_tasks_run_heaviest_first_and_after_what_they_build_on(worker: Path) -> None:
+def test_tasks_run_heaviest_first_and_after_dependencies(worker: Path) -> None:
     tasks = [
         task("light", worker, weight=1),
         task("after", worker, weight=9, after=("light",)),
         task("heavy", worker, weight=3),
         task("before", worker, weight=5, done=True),
     ]
-    told: list[dict[str, Any]] = []
-    run_tasks(tasks, one_group(), told.append)
-    assert [event["task"] for event in told if event["event"] == "task_start"] == [
+    events: list[dict[str, Any]] = []
+    run_tasks(tasks, one_group(), events.append)
+    assert [event["task"] for event in events if event["event"] == "task_start"] == [
         "heavy",
         "light",
         "after",
     ]
     assert all(one.done and not one.failure for one in tasks)
-    assert [(event["event"], event["task"]) for event in told[:3]] == [
+    assert [(event["event"], event["task"]) for event in events[:3]] == [
         ("task_start", "heavy"),
         ("begun", "heavy"),
         ("task_end", "heavy"),
     ]
     assert "chatter of a library" in tasks[2].log.read_text()
-    begun = [event for event in told if event["event"] == "begun"]
+    begun = [event for event in events if event["event"] == "begun"]
     group = one_group()[0]
     assert all(
         (event["cores"], event["threads"], event["affinity"]) == (str(group[0]), "1", list(group))
@@ -140,19 +141,19 @@ def test_tasks_run_heaviest_first_and_after_what_they_build_on(worker: Path) -> 
     )
 
 
-def test_tasks_run_side_by_side(worker: Path) -> None:
+def test_tasks_run_in_parallel(worker: Path) -> None:
     tasks = [task("one", worker, "meet"), task("two", worker, "meet")]
-    groups = one_group() * 2  # one core may do: the processes wait for one another
-    told: list[dict[str, Any]] = []
-    run_tasks(tasks, groups, told.append)
+    groups = one_group() * 2  # one core suffices: the processes wait for each other
+    events: list[dict[str, Any]] = []
+    run_tasks(tasks, groups, events.append)
     assert all(one.done for one in tasks), [one.failure for one in tasks]
-    assert [event["event"] for event in told][:2] == ["task_start", "task_start"]
+    assert [event["event"] for event in events][:2] == ["task_start", "task_start"]
 
 
-# --- failures --------------------------------------------------------------------------------------
+# --- failures ------------------------------------------------------------------------------------
 
 
-def test_a_task_that_fails_keeps_its_reason_and_the_others_go_on(worker: Path) -> None:
+def test_failed_task_keeps_its_reason_and_others_continue(worker: Path) -> None:
     tasks = [
         task("bad", worker, "fail", weight=9),
         task("worse", worker, "break", weight=8),
@@ -161,40 +162,41 @@ def test_a_task_that_fails_keeps_its_reason_and_the_others_go_on(worker: Path) -
         task("grandchild", worker, weight=6, after=("child",)),
         task("good", worker, weight=5),
     ]
-    told: list[dict[str, Any]] = []
-    run_tasks(tasks, one_group(), told.append)
+    events: list[dict[str, Any]] = []
+    run_tasks(tasks, one_group(), events.append)
     failures = {one.name: one.failure for one in tasks}
     assert failures["bad"] == "DataError: the shard is torn: import it again"
     assert failures["worse"] == "ZeroDivisionError: ZeroDivisionError"
     assert (
         failures["mute"]
-        == "its process ended without a word (exit status 9; out of memory?); see mute.log"
+        == "its process ended without an error message (exit status 9; out of memory?); "
+        "see mute.log"
     )
-    assert failures["child"] == "'bad', which it builds on, failed"
-    assert failures["grandchild"] == "'child', which it builds on, failed"
+    assert failures["child"] == "'bad', on which it depends, failed"
+    assert failures["grandchild"] == "'child', on which it depends, failed"
     assert failures["good"] == ""
     assert [one.name for one in tasks if one.done] == ["good"]
-    ends = {event["task"]: event["failure"] for event in told if event["event"] == "task_end"}
-    assert ends == failures  # also of those that never began
-    begun = {event["task"] for event in told if event["event"] == "task_start"}
+    ends = {event["task"]: event["failure"] for event in events if event["event"] == "task_end"}
+    assert ends == failures  # also of those that never started
+    begun = {event["task"] for event in events if event["event"] == "task_start"}
     assert begun == {"bad", "worse", "mute", "good"}
     assert "Traceback" in tasks[0].log.read_text()
     assert "second line" in tasks[0].log.read_text()
 
 
-def test_a_task_with_a_failure_of_before_is_not_begun_and_fails_its_dependents(
+def test_earlier_failure_blocks_dependents(
     worker: Path,
 ) -> None:
     tasks = [task("bad", worker, failure="no disk"), task("child", worker, after=("bad",))]
-    told: list[dict[str, Any]] = []
-    run_tasks(tasks, one_group(), told.append)
-    assert told == [
-        {"event": "task_end", "task": "child", "failure": "'bad', which it builds on, failed"}
+    events: list[dict[str, Any]] = []
+    run_tasks(tasks, one_group(), events.append)
+    assert events == [
+        {"event": "task_end", "task": "child", "failure": "'bad', on which it depends, failed"}
     ]
-    assert tasks[1].failure == told[0]["failure"]
+    assert tasks[1].failure == events[0]["failure"]
 
 
-# --- stopping --------------------------------------------------------------------------------------
+# --- stopping ------------------------------------------------------------------------------------
 
 
 def is_alive(pid: int) -> bool:
@@ -204,7 +206,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_ctrl_c_ends_every_process_and_lets_each_finish_what_it_must(
+def test_ctrl_c_ends_every_process_after_its_cleanup(
     worker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks = [task("one", worker, "wait"), task("two", worker, "wait")]
@@ -218,30 +220,30 @@ def test_ctrl_c_ends_every_process_and_lets_each_finish_what_it_must(
             raise KeyboardInterrupt
 
     begun = time.monotonic()
-    heard: list[str] = []
-    close, stop = schedule._close, schedule._stop
+    calls: list[str] = []
+    close, stop = scheduler._close, scheduler._stop
     monkeypatch.setattr(
-        schedule, "_close", lambda task: heard.append(f"told {task.name}") or close(task)
+        scheduler, "_close", lambda task: calls.append(f"closed {task.name}") or close(task)
     )
-    monkeypatch.setattr(schedule, "_stop", lambda task: heard.append("waited") or stop(task))
+    monkeypatch.setattr(scheduler, "_stop", lambda task: calls.append("waited") or stop(task))
     with pytest.raises(KeyboardInterrupt):
         run_tasks(tasks, one_group() * 2, on_event)
-    assert heard[:3] == [
-        "told one",
-        "told two",
+    assert calls[:3] == [
+        "closed one",
+        "closed two",
         "waited",
-    ]  # one that is slow to end keeps no other from hearing of it
+    ]  # all are stopped before any is waited for
     assert len(pids) == 2
     assert not any(is_alive(pid) for pid in pids)
     assert sorted(path.name for path in worker.iterdir()) == sorted(f"ended-{pid}" for pid in pids)
-    assert time.monotonic() - begun < schedule.ENDING_SECONDS + 10
+    assert time.monotonic() - begun < scheduler.STOP_SECONDS + 10
     assert not any(one.done for one in tasks)
 
 
-def test_a_process_that_does_not_heed_is_killed(
+def test_process_that_ignores_the_stop_is_killed(
     worker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schedule, "ENDING_SECONDS", 0.5)
+    monkeypatch.setattr(scheduler, "STOP_SECONDS", 0.5)
     (worker.parent / "worker.py").write_text(
         WORKER.replace(
             "time.sleep(120)", "signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(120)"
@@ -256,7 +258,7 @@ def test_a_process_that_does_not_heed_is_killed(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_tasks([task("deaf", worker, "wait")], one_group(), on_event)
+        run_tasks([task("stubborn", worker, "wait")], one_group(), on_event)
     assert not is_alive(pids[0])
 
 
@@ -271,8 +273,8 @@ run_tasks(tasks, core_groups(1, 1), lambda event: print(json.dumps(event), flush
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_killed_schedule_leaves_no_process_behind(background: bool, worker: Path) -> None:
-    """`background`: begun by a shell that has told its children to ignore Ctrl-C, as `command &` in a script does."""
+def test_killed_scheduler_leaves_no_process_behind(background: bool, worker: Path) -> None:
+    """`background`: started by a shell that makes its children ignore Ctrl-C (`command &`)."""
     environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(worker.parent), str(ROOT)])}
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), str(worker)],
