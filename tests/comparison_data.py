@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fedgan.comparison_folder import FORMAT
 from fedgan.config import from_dict
 from fedgan.evaluation.grids import draw_grid
 from fedgan.run_folder import RunFolder
@@ -238,7 +239,7 @@ def training(
                 {
                     "hospital": name,
                     "images_seen": shown[name],
-                    "classes_held": list(labels[: len(labels) - i]),
+                    "classes": list(labels[: len(labels) - i]),
                     "utility": {"synthetic": own},
                     "fidelity": distances(level - 0.05, rng),
                 }
@@ -251,8 +252,8 @@ def training(
         "status": "done",
         "failure": None,
         "images_seen": BUDGET,
-        "hospital_images": {"everybody": BUDGET} if arm == "centralized" else shown,
-        "members_names": list(hospitals),
+        "hospital_images": {"pooled": BUDGET} if arm == "centralized" else shown,
+        "hospitals": list(hospitals),
         "overrides": {"federation.strategy": "fedavg"} if arm == "federated" else {},
         "cost": {
             "wall_seconds": 131.4 + seed,
@@ -265,7 +266,7 @@ def training(
         },
         "curve": curve,
         "losses": losses,
-        "members": members,
+        "hospital_models": members,
         "evaluation": evaluation(level + 0.004 * seed, labels, hospitals, rng, one=arm != "local"),
     }
 
@@ -390,7 +391,7 @@ def make_comparison(
                 "failure": "The generator's images are not finite after round 4.",
                 "evaluation": None,
             }
-            run |= {"cost": {}, "curve": [], "losses": [], "members": [], "images_seen": None}
+            run |= {"cost": {}, "curve": [], "losses": [], "hospital_models": [], "images_seen": None}
     contribution = None
     if coalitions:
         names = [
@@ -415,8 +416,8 @@ def make_comparison(
                 }
                 for i, place in enumerate(hospitals)
             ],
-            "values": {title: round(0.72 + 0.04 * title.count("+"), 4) for title in names},
-            "empty": 0.5,
+            "coalition_auc": {title: round(0.72 + 0.04 * title.count("+"), 4) for title in names},
+            "empty_coalition_auc": 0.5,
             "notes": [],
         }
         for title in names[:-1]:
@@ -425,11 +426,11 @@ def make_comparison(
                 | {
                     "name": f"coalition {title}",
                     "folder": f"arms/coalition-{title}-seed0",
-                    "members_names": title.split("+"),
+                    "hospitals": title.split("+"),
                 }
             )
     content = {
-        "format": 1,
+        "format": FORMAT,
         "name": name,
         "description": "Skin phantoms, three different hospitals.",
         "created": "2025-11-21T10:00:00",
@@ -446,7 +447,7 @@ def make_comparison(
         "arms": arms,
         "summary": rows,
         "comparisons": comparisons,
-        "cross_site": matrix(rows, hospitals),
+        "cross_hospital": matrix(rows, hospitals),
         "contribution": contribution,
         "extractor": EXTRACTOR,
         "classifier": "small-cnn",
@@ -511,7 +512,7 @@ def matrix(rows: list[Tree], hospitals: Sequence[str]) -> Tree:
         "columns": list(hospitals),
         "macro_auc": [[cell.get("macro_auc") for cell in line] for line in cells],
         "ci": [[cell.get("macro_auc_ci") for cell in line] for line in cells],
-        "own": [[row["hospital"] == place for place in hospitals] for row in rows],
+        "is_own": [[row["hospital"] == place for place in hospitals] for row in rows],
     }
 
 

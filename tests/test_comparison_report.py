@@ -656,7 +656,7 @@ def test_missing_interval_is_explained_with_image_counts(
 ) -> None:
     assert NO_INTERVAL not in section(html, "cross-site")
     changed = json.loads(json.dumps(content))
-    for line in changed["cross_site"]["ci"]:
+    for line in changed["cross_hospital"]["ci"]:
         line[2] = None
     for row in changed["summary"]:
         row["per_institution"]["st-elm"]["macro_auc_ci"] = None

@@ -205,7 +205,7 @@ def test_a_run_is_complete_with_the_evaluation_of_its_last_round(tmp_path: Path)
 def test_resuming_is_advised_where_it_can_help(kind: str, advised: bool, tmp_path: Path) -> None:
     failed = {"event": "failed", "kind": kind, "message": "why"}
     with pytest.raises(FedganError, match="why") as caught:
-        runner._check_ending(RunFolder.at(tmp_path), failed, 1, 0.0)
+        runner._check_last_event(RunFolder.at(tmp_path), failed, 1, 0.0)
     assert type(caught.value).__name__ == kind
     assert "flower.log" in str(caught.value)
     assert ("fedgan resume" in str(caught.value)) == advised

@@ -78,7 +78,9 @@ def summary_row(
         **_figures(np.concatenate([run.scores for run in runs]) if runs else None, test),
     }
     ones = np.ones((1, len(test.labels)))
-    row["macro_auc_seeds"] = [finite_or_none(macro_auc(run.scores, test.labels, ones)[0]) for run in runs]
+    row["macro_auc_seeds"] = [
+        finite_or_none(macro_auc(run.scores, test.labels, ones)[0]) for run in runs
+    ]
     for key in ("frechet", "precision", "recall", "coverage"):
         values = [run.fidelity.get(key) for run in runs]
         known = [value for value in values if value is not None]

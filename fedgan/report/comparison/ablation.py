@@ -124,7 +124,7 @@ def _row(variant: Tree) -> Row:
 
 
 def _cells(variant: Tree) -> list[str]:
-    step, baseline = tree(variant.get("step")), tree(variant.get("from_baseline"))
+    step, baseline = tree(variant.get("from_parent")), tree(variant.get("from_baseline"))
     changes = [f"{key} = {value}" for key, value in leaves(tree(variant.get("changes")))]
     public = variant.get("public_images")
     return [

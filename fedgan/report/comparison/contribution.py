@@ -91,7 +91,7 @@ def _shapley(found: Tree) -> Markup:
     ]
     if not rows:
         return absent("Shapley values were not computed.")
-    empty = number(found.get("empty"))
+    empty = number(found.get("empty_coalition_auc"))
     more = (
         "Mean gain of macro AUC over all orders in which the hospitals may join. The values add up "
         "to the macro AUC of the whole federation minus that of the empty coalition, "
@@ -104,7 +104,7 @@ def _shapley(found: Tree) -> Markup:
 def _coalitions(found: Tree) -> Markup:
     rows = [
         [key.replace("+", " + "), text.decimal(value)]
-        for key, value in tree(found.get("values")).items()
+        for key, value in tree(found.get("coalition_auc")).items()
     ]
     if not rows:
         return absent("The figures of the coalitions are not given.")

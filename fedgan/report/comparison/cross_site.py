@@ -34,7 +34,7 @@ class Cell:
 
 
 def _render(comparison: Comparison) -> Markup:
-    matrix = tree(comparison.content.get("cross_site"))
+    matrix = tree(comparison.content.get("cross_hospital"))
     names, columns = _names(matrix.get("rows")), _names(matrix.get("columns"))
     if not names or not columns:
         return absent(
@@ -81,7 +81,7 @@ def _cell(matrix: Tree, i: int, j: int) -> Cell:
         text.decimal(value),
         text.interval(ends) if ends else "",
         None if value is None else sum(value >= step for step in STEPS),
-        _at(matrix.get("own"), i, j) is True,
+        _at(matrix.get("is_own"), i, j) is True,
     )
 
 

@@ -321,6 +321,7 @@ def load(folder: Path) -> Comparison:
             f"{paths.path} holds no comparison.json: give the folder of a comparison, "
             "or let `fedgan compare` finish first"
         )
+    paths.check_format()
     try:
         content: Any = clean(json.loads(paths.comparison.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):

@@ -52,7 +52,7 @@ def _render(comparison: Comparison) -> Markup:
         notes=notes,
         first=FIRST.get(grids[0][0], ""),
         has_real=grids[0][0] == REAL,
-        by_hospital=any(trees(run.content.get("members")) for run in comparison.arm_runs),
+        by_hospital=any(trees(run.content.get("hospital_models")) for run in comparison.arm_runs),
         side=int(side),
         psi=None if psi is None else f"{psi:g}",
     )
