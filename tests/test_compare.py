@@ -36,6 +36,7 @@ from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.shard import write_shard
 from fedgan.errors import ConfigError, FedganError, SplitError
+from fedgan.report.comparison import write_comparison_report
 from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, is_prepared, prepare_run
 from server.federation import Federation
@@ -778,6 +779,22 @@ def test_arms_that_differ_on_disk_are_not_compared(
     assert text in str(caught.value)
 
 
+@pytest.mark.usefixtures("in_process")
+def test_comparison_of_another_format_is_refused(finished: Finished, tmp_path: Path) -> None:
+    folder = finished.copy(tmp_path)
+    files.write_json(folder.comparison, finished.found | {"format": 1})
+    before = contents(folder)
+    for act in (
+        lambda: compare(finished.settings, folder),
+        lambda: write_comparison_report(folder.path),
+    ):
+        with pytest.raises(
+            ConfigError, match="has format 1, and this version of fedgan reads format 2"
+        ):
+            act()
+    assert contents(folder) == before
+
+
 def test_run_and_comparison_folders_are_not_interchangeable(
     finished: Finished,
     tmp_path: Path,
@@ -981,7 +998,7 @@ def test_images_without_classes_are_compared_as_far_as_possible(
     assert found["answer"].startswith(
         "Cost and gain of federation are unknown: the images have no classes"
     )
-    assert any("no classes to tell apart" in note for note in found["notes"])
+    assert any("no classes to distinguish" in note for note in found["notes"])
     assert found["answer"] in (tmp_path / "study" / "report.html").read_text(encoding="utf-8")
 
 

@@ -640,5 +640,5 @@ def test_validation_images_are_part_of_the_classifier_recipe(tmp_path: Path) -> 
     one, other = real_side(tmp_path), real_side(tmp_path)
     _ = one.scores
     other.val = other.val.take(np.arange(8))
-    assert other._load_classifier(0) is None
-    assert one._load_classifier(0) is not None
+    assert other._cached_classifier(0) is None
+    assert one._cached_classifier(0) is not None
