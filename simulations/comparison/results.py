@@ -19,10 +19,8 @@ from fedgan.evaluation.arms import summary as rows
 from fedgan.evaluation.arms.contribution import contribution
 from fedgan.evaluation.arms.paired import bootstrap_auc, compare_arms, standard_families
 from fedgan.privacy.accounting import epsilon_of
-from fedgan.privacy.ledger import NAME as LEDGER
-from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
-from fedgan.runs.preparation import experiment_of
+from fedgan.runs.preparation import experiment_of, ledger_of
 from simulations.comparison.ablation import overrides_as_dict
 from simulations.comparison.arm import Arm, Job, Outcome
 from simulations.comparison.evaluate import EvaluationContext, read_scores
@@ -221,7 +219,7 @@ def _privacy_of(job: Job, hospital: Hospital) -> Entry:
     keys = ("epsilon", "delta", "noise_multiplier", "sample_rate", "steps", "ledger_epsilon")
     unknown: Entry = {"name": hospital.name, "unknown": True, **dict.fromkeys(keys)}
     try:
-        ledger = Ledger((hospital.shard_path or job.run.hospital_state(hospital.name)) / LEDGER)
+        ledger = ledger_of(hospital, job.run)
         entries = ledger.entries()
         experiment = experiment_of(job.run)
     except (DataError, FederationError):
