@@ -40,6 +40,18 @@ def tables(draw: st.DrawFn, least_patients: int = 1) -> tuple[np.ndarray, np.nda
     )
 
 
+def dirichlet(
+    patients: np.ndarray,
+    classes: np.ndarray,
+    hospitals: int,
+    alpha: float,
+    seed: int,
+    minimum: int = 1,
+) -> list[np.ndarray]:
+    shares = partitions.dirichlet_shares(patients, classes, hospitals, alpha, seed, minimum)
+    return partitions.partition_by_shares(patients, classes, shares, seed)
+
+
 def assert_whole_patients(
     patients: np.ndarray, parts: list[np.ndarray], cover: bool = True
 ) -> None:
@@ -151,7 +163,7 @@ def test_iid_is_a_disjoint_cover_of_equal_parts(table, hospitals, seed):
 @FAST
 def test_dirichlet_is_a_disjoint_cover_without_an_empty_hospital(table, hospitals, alpha, seed):
     patients, _, classes = table
-    parts = partitions.dirichlet(patients, classes, hospitals, alpha, seed, minimum=3)
+    parts = dirichlet(patients, classes, hospitals, alpha, seed, minimum=3)
     assert_whole_patients(patients, parts)
     assert min(map(len, parts)) >= 3
 
@@ -199,7 +211,7 @@ def test_alpha_controls_the_label_skew():
     patients, classes = np.arange(3000).astype(str), np.arange(3000) % 5
 
     def spread(alpha: float) -> float:
-        parts = partitions.dirichlet(patients, classes, 3, alpha, seed=0)
+        parts = dirichlet(patients, classes, 3, alpha, seed=0)
         counts = np.array([np.bincount(classes[part], minlength=5) for part in parts])
         return float((counts / counts.sum(axis=0)).std())
 

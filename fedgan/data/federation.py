@@ -232,6 +232,7 @@ def describe_hospitals(hospitals: Sequence[Hospital], key: str = "") -> list[dic
             for split, data in splits.items()
         }
         content = hospital.train.content_hash
+        check = hmac.new(key.encode(), (content + repr(counts)).encode(), "sha256")
         is_hidden = bool(key) and not hospital.phantoms
         rows.append(
             {
@@ -244,14 +245,10 @@ def describe_hospitals(hospitals: Sequence[Hospital], key: str = "") -> list[dic
                     split: len(np.unique(data.patients)) for split, data in splits.items()
                 },
                 "content_hash": None if is_hidden else content,
-                **({"content_check": _keyed(key, content + repr(counts))} if is_hidden else {}),
+                **({"content_check": check.hexdigest()} if is_hidden else {}),
             }
         )
     return rows
-
-
-def _keyed(key: str, text: str) -> str:
-    return hmac.new(key.encode(), text.encode(), "sha256").hexdigest()
 
 
 def partition_record(hospitals: Sequence[Hospital]) -> list[dict[str, Any]]:

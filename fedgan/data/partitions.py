@@ -29,27 +29,6 @@ def iid(patients: np.ndarray, hospitals: int, seed: int) -> list[np.ndarray]:
     )
 
 
-def dirichlet(
-    patients: np.ndarray,
-    classes: np.ndarray,
-    hospitals: int,
-    alpha: float,
-    seed: int,
-    minimum: int = 1,
-) -> list[np.ndarray]:
-    """Label skew: the shares of each class are drawn from Dirichlet(alpha, …) (arXiv 1909.06335).
-
-    `classes` (N,) int from `row_classes`. Draws that leave a hospital fewer than `minimum` images
-    are repeated.
-    """
-    return partition_by_shares(
-        patients,
-        classes,
-        dirichlet_shares(patients, classes, hospitals, alpha, seed, minimum),
-        seed,
-    )
-
-
 def dirichlet_shares(
     patients: np.ndarray,
     classes: np.ndarray,
@@ -58,7 +37,11 @@ def dirichlet_shares(
     seed: int,
     minimum: int = 1,
 ) -> np.ndarray:
-    """First draw of shares (G, hospitals) that gives every hospital at least `minimum` images."""
+    """Label skew: the shares (G, hospitals) of each class from Dirichlet(alpha, …).
+
+    See arXiv 1909.06335. `classes` (N,) int from `row_classes`. Draws are repeated until every
+    hospital has at least `minimum` images.
+    """
     _enough_patients(patients, hospitals)
     rng = np.random.default_rng([seed, 1])
     groups = int(classes.max(initial=0)) + 1

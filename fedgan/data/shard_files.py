@@ -36,12 +36,6 @@ class Samples:
     def __len__(self) -> int:
         return len(self.patients)
 
-    def take(self, rows: np.ndarray) -> Samples:
-        """The columns of some rows."""
-        return Samples(
-            self.patients[rows], self.institutions[rows], self.splits[rows], self.sources[rows]
-        )
-
 
 @dataclass(frozen=True)
 class Card:

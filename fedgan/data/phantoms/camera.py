@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -22,14 +23,22 @@ _KERATIN = np.array([202, 156, 96], np.float32) / 255
 _WHITE = np.array([240, 222, 212], np.float32) / 255
 
 
-class SkinLayers(Protocol):
-    """Layers of the skin, each (work, work)."""
+@dataclass
+class Layers:
+    """Layers of the skin, each (work, work) float32, 0 where absent."""
 
     melanin: np.ndarray
     blood: np.ndarray
     blue: np.ndarray
     keratin: np.ndarray
     white: np.ndarray
+    signs: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def none(canvas: Canvas) -> Layers:
+        """Bare skin."""
+        melanin, blood, blue, keratin, white = np.zeros((5, canvas.work, canvas.work), np.float32)
+        return Layers(melanin, blood, blue, keratin, white)
 
 
 def photograph(
@@ -38,7 +47,7 @@ def photograph(
     look: LesionLook,
     tone: float,
     hairiness: float,
-    layers: SkinLayers,
+    layers: Layers,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Photograph (resolution, resolution, 3) uint8 of skin with `layers`, and its artefacts."""
     light = _light(tone, layers)
@@ -50,7 +59,7 @@ def photograph(
     return _develop(canvas, rng, look, image), artefacts
 
 
-def _light(tone: float, layers: SkinLayers) -> np.ndarray:
+def _light(tone: float, layers: Layers) -> np.ndarray:
     """Reflected light (3, work, work): Beer-Lambert for absorbing layers, mixing for scattering."""
     skin = np.array(
         [np.interp(tone, np.arange(1, 7), _TONES[:, channel]) for channel in range(3)], np.float32

@@ -9,12 +9,12 @@ they are visible at 32 x 32 pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fedgan.data.phantoms.camera import photograph
+from fedgan.data.phantoms.camera import Layers, photograph
 from fedgan.data.phantoms.canvas import Canvas, make_canvas, step
 from fedgan.data.phantoms.scanners import LESION_LABELS, LesionLook
 from fedgan.errors import DataError
@@ -30,24 +30,6 @@ class Shape:
     centre: np.ndarray  # (2,) x, y
     radius: float  # mean, normalised units (the image is 2 wide)
     angle: float
-
-
-@dataclass
-class Layers:
-    """Layers of the skin, each (work, work) float32, 0 where absent."""
-
-    melanin: np.ndarray
-    blood: np.ndarray
-    blue: np.ndarray
-    keratin: np.ndarray
-    white: np.ndarray
-    signs: dict[str, Any] = field(default_factory=dict)
-
-    @staticmethod
-    def none(canvas: Canvas) -> Layers:
-        """Bare skin."""
-        melanin, blood, blue, keratin, white = np.zeros((5, canvas.work, canvas.work), np.float32)
-        return Layers(melanin, blood, blue, keratin, white)
 
 
 def render_lesion(

@@ -209,39 +209,28 @@ def _bones(canvas: Canvas, rng: np.random.Generator, thorax: Thorax) -> np.ndarr
     bones += 0.045 * _bars(front, 1.08 * person.spacing, start + 0.4, 0.46) * step(out, 0.36, 0.60)
     bones *= over * (1.0 - 0.75 * step(-thorax.dome, 0.0, 0.06))
     tilt = rng.normal(0, 0.02, 2)
-    plain, blades = [], []
+    clavicle_curves, blade_curves = [], []
+    y, w = person.apex + 0.13, person.width
     for sign, lean in zip((-1, 1), tilt, strict=True):
-        y, w = person.apex + 0.13, person.width
-        plain.append(
-            [[sign * 0.07, y + 0.07], [sign * 0.22, y + 0.04], [sign * 0.42, y - 0.03 + lean]]
-        )
-        plain.append(
-            [
-                [sign * 0.42, y - 0.03 + lean],
-                [sign * 0.60, y - 0.10 + lean],
-                [sign * 0.88, y - 0.09 + lean],
-            ]
-        )
-        blades.append(
-            [[sign * 0.98, y + 0.00], [sign * (w + 0.06), y + 0.16], [sign * (w - 0.02), y + 0.55]]
-        )
-        blades.append(
-            [
-                [sign * (w - 0.02), y + 0.55],
-                [sign * (w + 0.14), y + 0.42],
-                [sign * (w + 0.30), y + 0.12],
-            ]
-        )
-    clavicles = canvas.strokes(np.asarray(plain), np.array([[0.040, 0.026], [0.026, 0.036]] * 2))
-    shoulder = canvas.strokes(np.asarray(blades), 0.014, 0.5)
+        bend, tip = [0.42, y - 0.03 + lean], [w - 0.02, y + 0.55]
+        clavicle_curves += [
+            [[0.07, y + 0.07], [0.22, y + 0.04], bend] * np.array([sign, 1]),
+            [bend, [0.60, y - 0.10 + lean], [0.88, y - 0.09 + lean]] * np.array([sign, 1]),
+        ]
+        blade_curves += [
+            [[0.98, y], [w + 0.06, y + 0.16], tip] * np.array([sign, 1]),
+            [tip, [w + 0.14, y + 0.42], [w + 0.30, y + 0.12]] * np.array([sign, 1]),
+        ]
+    clavicles = canvas.strokes(
+        np.asarray(clavicle_curves), np.array([[0.040, 0.026], [0.026, 0.036]] * 2)
+    )
+    shoulder = canvas.strokes(np.asarray(blade_curves), 0.014, 0.5)
     spine = step(np.float32(0.085) - thorax.side, 0.0, 0.03)
     discs = 0.55 + 0.45 * step(
         np.cos(thorax.y * np.float32(2 * np.pi / 0.135) + np.float32(6.28 * start)), -0.9, -0.3
     )
-    shoulder, clavicles = (
-        shoulder * step(thorax.body, 0.0, 0.1),
-        clavicles * step(thorax.body, 0.0, 0.1),
-    )
+    inside = step(thorax.body, 0.0, 0.1)
+    shoulder, clavicles = shoulder * inside, clavicles * inside
     return bones + 0.10 * clavicles + 0.07 * shoulder + 0.06 * spine * discs
 
 

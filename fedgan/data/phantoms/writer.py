@@ -26,17 +26,8 @@ SMALLEST_HOSPITAL = 5  # images
 _CHUNK = 64
 _SHARES = (0.5, 0.3, 0.2)
 _SPLIT_CYCLE = (
-    "train",
-    "test",
-    "val",
-    "train",
-    "train",
-    "train",
-    "test",
-    "train",
-    "train",
-    "train",
-)
+    "train", "test", "val", "train", "train", "train", "test", "train", "train", "train"
+)  # fmt: skip
 _SECOND, _THIRD = 0.30, 0.08  # probability that a film with a finding has a second one, and a third
 
 
@@ -62,7 +53,8 @@ def write_phantoms(
     and for too few images, `DataError` for an unknown kind or an existing shard (unless
     `overwrite`), `StorageError` when the disk is full.
     """
-    check_kind(kind)
+    if kind not in KINDS:
+        raise DataError(f"there are no phantoms of kind '{kind}': choose from {', '.join(KINDS)}")
     check_resolution(resolution)
     sizes = hospital_sizes(images, hospitals)
     assigned = assign_patients(kind, sizes, seed)
@@ -103,12 +95,6 @@ def write_phantoms(
         )
         shards.append(shard.path)
     return shards
-
-
-def check_kind(kind: str) -> None:
-    """Raise `DataError` unless there are phantoms of this kind."""
-    if kind not in KINDS:
-        raise DataError(f"there are no phantoms of kind '{kind}': choose from {', '.join(KINDS)}")
 
 
 def hospital_sizes(images: int, hospitals: int) -> list[int]:
