@@ -48,7 +48,7 @@ def auc_figure(
 def auc_dots(
     name: str, result: Tree, style: str, key: str = "macro_auc", seeds: bool = False
 ) -> list[Dot]:
-    """The mark of an AUC with its interval and, if asked, its seeds; empty if not measured."""
+    """The mark of an AUC with its interval and optional seeds; empty if not measured."""
     value = number(result.get(key))
     if value is None:
         return []

@@ -78,7 +78,7 @@ def _table(
     download: str,
     ratio: bool = False,
 ) -> Markup:
-    """One row per training: figure, interval, reference and, if asked, Fréchet ratio to it."""
+    """One row per training: figure, interval, reference value and, optionally, their ratio."""
     columns = [Column("Arm", numeric=False), *measure_columns(measures, reference=True)]
     columns += [Column("Fréchet over reference")] if ratio else []
     rows = [

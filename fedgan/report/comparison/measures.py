@@ -84,7 +84,7 @@ def interval_columns(head: str, title: str = "") -> list[Column]:
 
 
 def measure_columns(measures: Sequence[Measure], reference: bool = False) -> list[Column]:
-    """Columns per measure: figure, interval and, if asked, real-to-real reference value."""
+    """Columns per measure: figure, interval and optional real-to-real reference value."""
     columns = []
     for m in measures:
         columns += interval_columns(m.head, m.title)

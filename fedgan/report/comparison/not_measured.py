@@ -11,7 +11,7 @@ from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import sentences, tree
 
-MOST = 40  # paths of null figures
+MAX_NULLS = 40  # paths of null figures
 PRIVACY = (
     "This comparison has no privacy attack and no search for copies: "
     "it gives no evidence that the images are safe to release."
@@ -34,8 +34,8 @@ def _render(comparison: Comparison) -> Markup:
         failures=_failures(comparison),
         missing=list(dict.fromkeys([*comparison.problems, *missing])),
         notes=_notes(comparison),
-        nulls=empty[:MOST],
-        more=len(empty) - MOST,
+        nulls=empty[:MAX_NULLS],
+        more=len(empty) - MAX_NULLS,
     )
 
 

@@ -17,8 +17,8 @@ from fedgan.report.html.section import Section
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import trees
 
-MOST_ARMS = 7  # generators whose images are shown
-MOST_CHARACTERS = 2_600_000  # of all pictures of the report together, as data URIs
+MAX_ARMS = 7  # generators whose images are shown
+MAX_CHARACTERS = 2_600_000  # of all pictures of the report together, as data URIs
 CELLS = 5  # images of one generator and one class
 REAL, PHANTOMS = "Real", "Phantoms"
 FIRST = {REAL: "real images", PHANTOMS: "phantoms of the training data"}
@@ -85,10 +85,10 @@ def _grids(
         else:
             reason = f", because it {entry.failure_reason}" if entry.failure_reason else ""
             notes.append(f"{entry.name}: there is no sample grid{reason}.")
-    if len(grids) > MOST_ARMS + 1:
-        titles = ", ".join(title for title, _ in grids[MOST_ARMS + 1 :])
+    if len(grids) > MAX_ARMS + 1:
+        titles = ", ".join(title for title, _ in grids[MAX_ARMS + 1 :])
         notes.append(f"Not shown, because space is limited: {titles}.")
-    return grids[: MOST_ARMS + 1], notes
+    return grids[: MAX_ARMS + 1], notes
 
 
 def _real(
@@ -149,7 +149,7 @@ def _rows(grids: list[tuple[str, Grid]]) -> tuple[list[tuple[str, list[Picture]]
     for i, name in enumerate(names[:MOST_ROWS]):
         pictures = [Picture(title, _block(grid, name, i, columns)) for title, grid in grids]
         characters += sum(len(picture.block.uri) for picture in pictures if picture.block)
-        if characters > MOST_CHARACTERS:
+        if characters > MAX_CHARACTERS:
             break
         rows.append((name, pictures))
     return rows, len(names) - len(rows)
