@@ -3,10 +3,11 @@
 All take images (B, C, H, W) float in [-1, 1] and offer `features(images)` → (B, D), the penultimate
 layer after global average pooling, and `forward(images)` → logits (B, K).
 
-torchvision's networks are made for 224 pixels and shrink an image 32 times. Below 64 pixels one halving of their stem is
-left out (ResNet-18 and DenseNet-121: the max-pool; EfficientNet-B2: the stride of the first convolution), so that a
-32-pixel image goes through the same map sizes as one of 64 pixels. From 64 pixels on they are torchvision's own. None is
-pretrained, and none draws random numbers in its forward pass: a training is determined by its seed.
+torchvision's networks are made for 224 pixels and shrink an image 32 times. Below 64 pixels one
+halving of their stem is left out (ResNet-18 and DenseNet-121: the max-pool; EfficientNet-B2: the
+stride of the first convolution), so that a 32-pixel image goes through the same map sizes as one of
+64 pixels. From 64 pixels on they are torchvision's own. None is pretrained, and none draws random
+numbers in its forward pass: a training is determined by its seed.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ class _GreyToColour(nn.Module):
 def small_cnn(channels: int, resolution: int, label_dim: int) -> Classifier:
     """Four convolutions with batch norm, 128 features; about 165,000 weights and 8 million multiply-adds an image.
 
-    Above 32×32 the first convolution strides, so that the rest of the network works at 32×32 whatever the resolution.
-    Maps are pooled before they are normalised: batch norm and ReLU then work on a quarter of the pixels.
+    Above 32×32 the first convolution strides, so that the rest of the network works at 32×32
+    whatever the resolution. Maps are pooled before they are normalised: batch norm and ReLU then
+    work on a quarter of the pixels.
     """
     stride = max(1, resolution // 32)
     layers: list[nn.Module] = [
@@ -76,7 +78,8 @@ def small_cnn(channels: int, resolution: int, label_dim: int) -> Classifier:
 def resnet18(channels: int, resolution: int, label_dim: int) -> Classifier:
     """torchvision's ResNet-18 (arXiv 1512.03385) without pretrained weights, 512 features; grey images are repeated to RGB.
 
-    Below 64 pixels without the stem's max-pool. Raises `ConfigError` for other than one or three channels.
+    Below 64 pixels without the stem's max-pool. Raises `ConfigError` for other than one or three
+    channels.
     """
     from torchvision.models import resnet18 as torchvision_resnet18
 
@@ -91,7 +94,8 @@ def resnet18(channels: int, resolution: int, label_dim: int) -> Classifier:
 def densenet121(channels: int, resolution: int, label_dim: int) -> Classifier:
     """torchvision's DenseNet-121 (arXiv 1608.06993) without pretrained weights, 1024 features; grey is repeated to RGB.
 
-    Below 64 pixels without the stem's max-pool. Raises `ConfigError` for other than one or three channels.
+    Below 64 pixels without the stem's max-pool. Raises `ConfigError` for other than one or three
+    channels.
     """
     from torchvision.models import densenet121 as torchvision_densenet121
 
@@ -106,8 +110,9 @@ def densenet121(channels: int, resolution: int, label_dim: int) -> Classifier:
 def efficientnet_b2(channels: int, resolution: int, label_dim: int) -> Classifier:
     """torchvision's EfficientNet-B2 (arXiv 1905.11946) without pretrained weights, 1408 features; grey is repeated to RGB.
 
-    Without dropout and stochastic depth, which would draw from torch's global generator in every step. Below 64 pixels the
-    first convolution has stride 1. Raises `ConfigError` for other than one or three channels.
+    Without dropout and stochastic depth, which would draw from torch's global generator in every
+    step. Below 64 pixels the first convolution has stride 1. Raises `ConfigError` for other than
+    one or three channels.
     """
     from torchvision.models import efficientnet_b2 as torchvision_efficientnet_b2
 

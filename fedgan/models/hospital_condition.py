@@ -1,17 +1,19 @@
 """Conditioning on the hospital beside the label (`model.hospitals`).
 
-Networks that see the label alone must blend the scanners and patients of all hospitals that hold it, and
-averaging hospitals that pull one label apart (healthy children here, healthy adults there) undoes what
-each has learnt. With `model.hospitals` = H the condition is the label vector followed by one of H columns:
-each hospital trains a column of its own (embedding and projection of arXiv 2006.06676, with the hospital
-as one more attribute).
+Networks that see the label alone must blend the scanners and patients of all hospitals that hold
+it, and averaging hospitals that pull one label apart (healthy children here, healthy adults there)
+undoes what each has learnt. With `model.hospitals` = H the condition is the label vector followed
+by one of H columns: each hospital trains a column of its own (embedding and projection of arXiv
+2006.06676, with the hospital as one more attribute).
 
-A condition without a hospital gets one by the hospitals' shares of the label, as in the pooled images:
+A condition without a hospital gets one by the hospitals' shares of the label, as in the pooled
+images:
 
     P(i | c) ∝ n_i Π_k p_ik^c_k (1 - p_ik)^(1 - c_k),     p_ik = n_ik / n_i
 
-(for labels that exclude each other without the second factor: P is n_ik / Σ n_jk exactly). The hospital
-of an image follows from its latent, so that a latent and a label give one image in any batch.
+(for labels that exclude each other without the second factor: P is n_ik / Σ n_jk exactly). The
+hospital of an image follows from its latent, so that a latent and a label give one image in any
+batch.
 """
 
 from __future__ import annotations

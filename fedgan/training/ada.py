@@ -13,10 +13,10 @@ from fedgan.errors import CheckpointError
 class AdaController:
     """Augmentation strength p, moved so that r_t = E[sign(D(real))] reaches the target.
 
-    The signs of D on real images are summed over a window of `interval` steps. At its end p rises (r_t
-    above the target: D overfits) or falls by window images / (1000 * speed_kimg), within [0, 1]: from 0
-    to 1 in `speed_kimg` thousand real images for any batch size. Mode `fixed` keeps p at its start, mode
-    `none` at 0; both still measure r_t.
+    The signs of D on real images are summed over a window of `interval` steps. At its end p rises
+    (r_t above the target: D overfits) or falls by window images / (1000 * speed_kimg), within [0,
+    1]: from 0 to 1 in `speed_kimg` thousand real images for any batch size. Mode `fixed` keeps p at
+    its start, mode `none` at 0; both still measure r_t.
     """
 
     def __init__(self, settings: AugmentSettings) -> None:

@@ -25,8 +25,8 @@ class Streams:
 class Batches:
     """Real batches and generator labels of `dataset`, as tensors on `device`.
 
-    `hospital_of_row` (N,): each image's hospital by number. `label_weights`: label frequencies for the
-    generator, where they do not come from the images themselves; empty: uniform.
+    `hospital_of_row` (N,): each image's hospital by number. `label_weights`: label frequencies for
+    the generator, where they do not come from the images themselves; empty: uniform.
     """
 
     def __init__(
@@ -92,8 +92,9 @@ def sample_labels(
 ) -> Tensor:
     """Label vectors (count, label_dim) float32, drawn by frequency.
 
-    `weights` (label_dim,): probabilities of the classes (`exclusive`), or of each label on its own. Empty:
-    uniform over the classes; where labels can occur together, over the single labels and no label.
+    `weights` (label_dim,): probabilities of the classes (`exclusive`), or of each label on its own.
+    Empty: uniform over the classes; where labels can occur together, over the single labels and no
+    label.
     """
     if not label_dim or not count:
         return torch.zeros(count, label_dim)

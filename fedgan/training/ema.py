@@ -16,8 +16,8 @@ AVERAGE, SOURCE = "ema/", "generator/"
 def ema_decay(batch_size: int, half_life_kimg: float, rampup: float, images_seen: int) -> float:
     """Share of the average that stays after one batch: 0.5 to the power of batch / half-life.
 
-    The half-life in images is 1000 · `half_life_kimg`, at most `rampup` · `images_seen` (`rampup` 0: no
-    limit), so that the average follows quickly at first.
+    The half-life in images is 1000 · `half_life_kimg`, at most `rampup` · `images_seen` (`rampup`
+    0: no limit), so that the average follows quickly at first.
     """
     half_life = half_life_kimg * 1000
     if rampup > 0:
@@ -48,9 +48,9 @@ def average_of_rounds(
 ) -> dict[str, np.ndarray]:
     """The server's average after a round: `average` (`ema/…`) moved towards `model` (`generator/…`).
 
-    For a federation in which the average does not travel. `shown`: images of the round; `images_seen`:
-    images before it. A round counts as one step of that many images: over short rounds the result is a
-    Trainer's average, over long ones the last generator.
+    For a federation in which the average does not travel. `shown`: images of the round;
+    `images_seen`: images before it. A round counts as one step of that many images: over short
+    rounds the result is a Trainer's average, over long ones the last generator.
     """
     decay = ema_decay(
         shown, half_life_kimg(training, training.batch_size), training.ema_rampup, images_seen

@@ -32,8 +32,8 @@ SYNTHESIS_CHUNK = 256  # images synthesised at once in a private step, whose bat
 class StyleGAN2Step:
     """Networks, optimisers, ADA and counters of StyleGAN2-ADA.
 
-    `steps` counts steps of D, `g_steps` of G, `since_g` those of D since G's last one. With `private`,
-    D's step is DP-SGD and draws from a secret; G's never sees a real image.
+    `steps` counts steps of D, `g_steps` of G, `since_g` those of D since G's last one. With
+    `private`, D's step is DP-SGD and draws from a secret; G's never sees a real image.
     """
 
     state_keys = ("steps", "g_steps", "since_g", "ada")
@@ -86,7 +86,7 @@ class StyleGAN2Step:
         self.path_length_mean = torch.zeros((), device=batches.device)
         self.steps, self.g_steps, self.since_g = 0, 0, training.d_steps
 
-    # --- the phases --------------------------------------------------------------------------------
+    # --- the phases -------------------------------------------------------------------------------
 
     def run(self, measured: Measured) -> bool:
         """Take one step of D, preceded by one of G where it is due; return whether G was updated."""
@@ -170,7 +170,8 @@ class StyleGAN2Step:
     def _d_main_private(self, private: PrivateStep) -> None:
         """Dmain by DP-SGD: one clipped gradient per unit, of its real and fake image together, one noise.
 
-        All draws come from the secret: even the number of random numbers used reveals the sample size.
+        All draws come from the secret: even the number of random numbers used reveals the sample
+        size.
         """
         draw = private.draw(self.steps)
         streams = Streams(draw.host, draw.device)
@@ -199,7 +200,7 @@ class StyleGAN2Step:
         if count:
             self.ada.observe_sum(signs, count)
 
-    # --- the parts of a phase ----------------------------------------------------------------------
+    # --- the parts of a phase ---------------------------------------------------------------------
 
     def _map(self, c: Tensor, streams: Streams, track: bool = False) -> Tensor:
         """ws (B, L, w_dim) of new latents z; with style mixing, a second z from a random layer on."""
@@ -240,7 +241,7 @@ class StyleGAN2Step:
         self.proximal.add_gradient("discriminator", self.discriminator)
         self.d_adam.step()
 
-    # --- state -------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
         """`p`, and `r_t` unless a private run keeps it secret."""

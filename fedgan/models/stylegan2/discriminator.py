@@ -67,10 +67,11 @@ class Head(nn.Module):
 class Discriminator(nn.Module):
     """images (B, channels, resolution, resolution) in [-1, 1], c (B, label_dim) multi-hot → logits (B,).
 
-    Where the networks tell hospitals apart, c may end with the hospital, one-hot; else each counts by its share of the label.
+    Where the networks tell hospitals apart, c may end with the hospital, one-hot; else each counts
+    by its share of the label.
 
-    `halves` = 2: the batch is fake images, then as many real ones, judged in one pass; minibatch-std groups
-    keep to their half, so the logits are those of two passes.
+    `halves` = 2: the batch is fake images, then as many real ones, judged in one pass;
+    minibatch-std groups keep to their half, so the logits are those of two passes.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """The StyleGAN2 generator: mapping network and skip synthesis network (arXiv 1912.04958).
 
 Class conditioning follows arXiv 2006.06676: the class vector is embedded linearly, normalised and
-concatenated to the normalised z. `c` is multi-hot, so one class, several findings and none are one code path.
+concatenated to the normalised z. `c` is multi-hot, so one class, several findings and none are one
+code path.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ W_AVG_DECAY = 0.998
 class Mapping(nn.Module):
     """z (B, z_dim) and c (B, label_dim) → w (B, w_dim). With z_dim = 0: a mapping of the class alone.
 
-    With `model.hospitals` = H the embedding knows the image's hospital too, as H more columns: c is then
-    (B, label_dim + H), or (B, label_dim), and `hospitals` says from which hospital each image is.
+    With `model.hospitals` = H the embedding knows the image's hospital too, as H more columns: c is
+    then (B, label_dim + H), or (B, label_dim), and `hospitals` says from which hospital each image
+    is.
     """
 
     def __init__(
@@ -80,7 +82,8 @@ class Mapping(nn.Module):
     def track(self, w: Tensor, batches: int) -> None:
         """Move w_avg towards the mean of a batch of w, the one after `batches` others.
 
-        A plain mean in the beginning, or the w_avg of a short run would be pulled to the zero that it starts from.
+        A plain mean in the beginning, or the w_avg of a short run would be pulled to the zero that
+        it starts from.
         """
         self.w_avg.lerp_(w.detach().mean(dim=0), max(1 - W_AVG_DECAY, 1 / (batches + 1)))
 
@@ -88,8 +91,8 @@ class Mapping(nn.Module):
 class ModulatedConv(nn.Module):
     """Convolution whose input channels are scaled by a style (arXiv 1912.04958, section 2.2 and appendix B).
 
-    Scaling activations before and after one shared convolution equals a convolution with weights scaled for
-    each image, and is several times faster on a CPU.
+    Scaling activations before and after one shared convolution equals a convolution with weights
+    scaled for each image, and is several times faster on a CPU.
     """
 
     def __init__(
@@ -269,11 +272,13 @@ class Synthesis(nn.Module):
 class Generator(nn.Module):
     """z (B, z_dim), c (B, label_dim) multi-hot → image (B, channels, resolution, resolution) in about [-1, 1].
 
-    Where the networks tell hospitals apart (`model.hospitals`), c may end with the hospital, one-hot; else it is drawn by the
-    hospitals' shares of the label (fedgan/models/stylegan2/hospital_condition.py).
+    Where the networks tell hospitals apart (`model.hospitals`), c may end with the hospital,
+    one-hot; else it is drawn by the hospitals' shares of the label
+    (fedgan/models/stylegan2/hospital_condition.py).
 
-    `psi` < 1 pulls w towards its average (truncation, arXiv 1812.04948 appendix B). `noise`: 'random' (drawn
-    from `rng`, a generator on the images' device), 'const' (fixed images) or 'none'.
+    `psi` < 1 pulls w towards its average (truncation, arXiv 1812.04948 appendix B). `noise`:
+    'random' (drawn from `rng`, a generator on the images' device), 'const' (fixed images) or
+    'none'.
     """
 
     def __init__(

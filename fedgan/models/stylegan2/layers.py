@@ -1,9 +1,9 @@
 """Building blocks of StyleGAN2 (arXiv 1912.04958): equalised layers and [1, 3, 3, 1] resampling.
 
-Parameters are stored as drawn (unit normal over the layer's learning-rate multiplier) and scaled at run
-time, so that every layer learns at the same speed (arXiv 1710.10196, section 4.1). Activations are leaky
-ReLU 0.2 times √2; the √2 is folded into the next linear operation, so that no pass over the activations
-is spent on it: a layer that follows an activation is told so by `input_gain`.
+Parameters are stored as drawn (unit normal over the layer's learning-rate multiplier) and scaled at
+run time, so that every layer learns at the same speed (arXiv 1710.10196, section 4.1). Activations
+are leaky ReLU 0.2 times √2; the √2 is folded into the next linear operation, so that no pass over
+the activations is spent on it: a layer that follows an activation is told so by `input_gain`.
 """
 
 from __future__ import annotations
@@ -120,9 +120,10 @@ def upsample(x: Tensor) -> Tensor:
 def minibatch_std(x: Tensor, group: int, halves: int = 1) -> Tensor:
     """Append one channel: the mean standard deviation over groups of images (arXiv 1710.10196, section 3).
 
-    x (N, C, H, W) → (N, C + 1, H, W). With n = N / halves images a half and groups of `group`, image i is
-    grouped with i + n/group, i + 2n/group, …; images of different halves (fake, real) never meet. `group` is
-    lowered to n when the half is smaller, and to the largest divisor of n otherwise.
+    x (N, C, H, W) → (N, C + 1, H, W). With n = N / halves images a half and groups of `group`,
+    image i is grouped with i + n/group, i + 2n/group, …; images of different halves (fake, real)
+    never meet. `group` is lowered to n when the half is smaller, and to the largest divisor of n
+    otherwise.
     """
     n = x.shape[0] // halves
     group = min(group, n)

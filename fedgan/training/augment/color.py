@@ -14,8 +14,9 @@ Quantities = dict[str, torch.Tensor]
 def color_map(values: Quantities, batch: int) -> torch.Tensor:
     """(B, 3, 4) float64: the affine map of RGB of all colour transforms in the paper's order.
 
-    `values` holds those of `brightness contrast lumaflip hue saturation` that take part, each (B,). The grey axis is
-    v = (1, 1, 1) / sqrt(3): the luma flip mirrors it, hue turns about it, saturation scales what is orthogonal to it.
+    `values` holds those of `brightness contrast lumaflip hue saturation` that take part, each (B,).
+    The grey axis is v = (1, 1, 1) / sqrt(3): the luma flip mirrors it, hue turns about it,
+    saturation scales what is orthogonal to it.
     """
     eye = torch.eye(3, dtype=torch.float64)
     grey = torch.full((3, 3), 1 / 3, dtype=torch.float64)  # v v^T
@@ -50,8 +51,9 @@ def check_channels(channels: int) -> None:
 def recolor(images: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
     """`images` (B, 1 or 3, H, W) under `colors` (B, 3, 4), on any device.
 
-    A grey image is treated as RGB with three equal channels, of which the mean is kept; so hue and saturation leave it
-    as it is, and the luma flip negates it. Raises `ConfigError` for other numbers of channels.
+    A grey image is treated as RGB with three equal channels, of which the mean is kept; so hue and
+    saturation leave it as it is, and the luma flip negates it. Raises `ConfigError` for other
+    numbers of channels.
     """
     batch, channels, height, width = images.shape
     check_channels(channels)

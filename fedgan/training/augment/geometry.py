@@ -1,7 +1,7 @@
 """Pixel blitting and geometry: one affine map an image, executed at twice the resolution (appendix B.1 and B.2).
 
-Coordinates are pixels relative to the image's centre, x to the right and y down. The composite map of all transforms is
-kept as its inverse, from an output place to the place where it is read.
+Coordinates are pixels relative to the image's centre, x to the right and y down. The composite map
+of all transforms is kept as its inverse, from an output place to the place where it is read.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Quantities = dict[str, torch.Tensor]
 def inverse_map(values: Quantities, batch: int, height: int, width: int) -> torch.Tensor:
     """(B, 2, 3) float64: the affine map from output to input places of all transforms in the paper's order.
 
-    `values` holds for each transform that takes part its quantity for each image: `xflip rotate90 scale rotate aniso
-    rotate_after` (B,), `xint xfrac` (B, 2).
+    `values` holds for each transform that takes part its quantity for each image: `xflip rotate90
+    scale rotate aniso rotate_after` (B,), `xint xfrac` (B, 2).
     """
     size = torch.tensor([width, height], dtype=torch.float64)
     linear = torch.eye(2, dtype=torch.float64).repeat(batch, 1, 1)
@@ -46,8 +46,9 @@ def inverse_map(values: Quantities, batch: int, height: int, width: int) -> torc
 def warp(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """`images` (B, C, H, W) read through `inverse` (B, 2, 3, on the CPU): up by sym6, bilinear sampling, down by sym6.
 
-    Images whose map is the identity stay bit for bit. Maps that keep rows and columns (no rotation but quarter turns:
-    most of them at small p) are separable and take a much cheaper way to the same result.
+    Images whose map is the identity stay bit for bit. Maps that keep rows and columns (no rotation
+    but quarter turns: most of them at small p) are separable and take a much cheaper way to the
+    same result.
     """
     a, b, c, d = inverse[:, 0, 0], inverse[:, 0, 1], inverse[:, 1, 0], inverse[:, 1, 1]
     still = (inverse == torch.eye(2, 3, dtype=torch.float64)).flatten(1).all(dim=1)
@@ -67,9 +68,9 @@ def warp(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
 def warp_any(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """`warp` for any affine maps.
 
-    Beyond the border the image is mirrored without end. The mirrored image, and so its upsampling, repeats itself: one
-    period is computed and places are folded into it, so no margin has to be guessed and one image's map never changes
-    another image's result.
+    Beyond the border the image is mirrored without end. The mirrored image, and so its upsampling,
+    repeats itself: one period is computed and places are folded into it, so no margin has to be
+    guessed and one image's map never changes another image's result.
     """
     _, _, height, width = images.shape
     fine = resample(resample(images, "up", width, 3), "up", height, 2)

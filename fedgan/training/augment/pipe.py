@@ -70,20 +70,24 @@ class AugmentPipe(nn.Module):
     ) -> torch.Tensor:
         """Augmented images, differentiable with respect to `images`; same shape, dtype and device.
 
-        `images` (B, C, H, W), values in about [-1, 1]; computed in float32 (float64 where the images are), also under
-        autocast. `p` in [0, 1] is the probability of each transform. `generator` is a CPU generator (None: torch's own).
+        `images` (B, C, H, W), values in about [-1, 1]; computed in float32 (float64 where the
+        images are), also under autocast. `p` in [0, 1] is the probability of each transform.
+        `generator` is a CPU generator (None: torch's own).
 
-        At p = 0 the very same tensor comes back and nothing is drawn. At any p > 0 the number of draws depends on the
-        pipe and the shape alone, never on p.
+        At p = 0 the very same tensor comes back and nothing is drawn. At any p > 0 the number of
+        draws depends on the pipe and the shape alone, never on p.
 
-        `values` fixes quantities in place of drawing (only a noise image is still drawn, p plays no part, all that is not
-        named stays neutral). A quantity is one number for all images or a tensor (B,); those of several numbers (B, n), or
-        (n,) for all images: `xflip lumaflip` 0 or 1, `rotate90` quarter turns counter-clockwise, `xint xfrac` shift as
-        share of the size (x, y; positive: to the right, down), `scale aniso contrast saturation` factors, `rotate
-        rotate_after` radians counter-clockwise, `hue` radians, `brightness` added, `filter` amplification of the 4 bands,
-        `noise` standard deviation, `cutout` (active, x, y) with the centre in [0, 1].
+        `values` fixes quantities in place of drawing (only a noise image is still drawn, p plays no
+        part, all that is not named stays neutral). A quantity is one number for all images or a
+        tensor (B,); those of several numbers (B, n), or (n,) for all images: `xflip lumaflip` 0 or
+        1, `rotate90` quarter turns counter-clockwise, `xint xfrac` shift as share of the size (x,
+        y; positive: to the right, down), `scale aniso contrast saturation` factors, `rotate
+        rotate_after` radians counter-clockwise, `hue` radians, `brightness` added, `filter`
+        amplification of the 4 bands, `noise` standard deviation, `cutout` (active, x, y) with the
+        centre in [0, 1].
 
-        Raises `ConfigError` for p outside [0, 1], an unknown quantity, or channels that the colour transforms lack.
+        Raises `ConfigError` for p outside [0, 1], an unknown quantity, or channels that the colour
+        transforms lack.
         """
         if images.ndim != 4 or min(images.shape[2:]) < 2:
             raise ConfigError(
@@ -107,8 +111,8 @@ class AugmentPipe(nn.Module):
     def draw(self, batch: int, p: float, generator: torch.Generator | None = None) -> Quantities:
         """Quantities of `batch` images: each transform of the pipe takes part with probability `p`, else is neutral.
 
-        Rotations before and after the anisotropic scaling take part with 1 - sqrt(1 - p) each, so that some rotation
-        does with probability p. Values float64 on the CPU, (B,) or (B, width).
+        Rotations before and after the anisotropic scaling take part with 1 - sqrt(1 - p) each, so
+        that some rotation does with probability p. Values float64 on the CPU, (B,) or (B, width).
         """
         widths = [WIDTH.get(name, 1) for name in self.transforms]
         total = sum(widths)

@@ -1,10 +1,12 @@
 """Orthogonal wavelet filters, as dense matrices over one image axis with reflecting borders folded in.
 
-Image axes here are short (16 to 1024, mostly 32 or 64 pixels), so a matrix product with the border rule inside it is
-faster than padding and a strided convolution, and it has no edge cases. Long axes leave out the zeros far from the band.
+Image axes here are short (16 to 1024, mostly 32 or 64 pixels), so a matrix product with the border
+rule inside it is faster than padding and a strided convolution, and it has no edge cases. Long axes
+leave out the zeros far from the band.
 
-Conventions: pixel k of an axis of n pixels stands at k; beyond the border the axis is mirrored about its first and last
-pixel, again and again, so it repeats after 2 (n - 1) pixels. Filter taps h are orthonormal: sum h = sqrt(2), sum h^2 = 1.
+Conventions: pixel k of an axis of n pixels stands at k; beyond the border the axis is mirrored
+about its first and last pixel, again and again, so it repeats after 2 (n - 1) pixels. Filter taps h
+are orthonormal: sum h = sqrt(2), sum h^2 = 1.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ def downsampling_matrix(n: int) -> np.ndarray:
 def band_filters() -> list[np.ndarray]:
     """Zero-phase filters (odd lengths, centred) of the bands [0, pi/8], [pi/8, pi/4], [pi/4, pi/2], [pi/2, pi]; they add up to 1.
 
-    P0(z) = H(z) H(1/z) / 2 and P1(z) = P0(-z) share the axis between a lower and an upper half, P0 + P1 = 1; the lower
-    half is shared again at P0(z^2), and so on (appendix B.3 of the paper).
+    P0(z) = H(z) H(1/z) / 2 and P1(z) = P0(-z) share the axis between a lower and an upper half, P0
+    + P1 = 1; the lower half is shared again at P0(z^2), and so on (appendix B.3 of the paper).
     """
     taps = np.array(SYM2)
     low = np.convolve(taps, taps[::-1]) / 2
