@@ -117,8 +117,8 @@ class RunFolder:
         """Raise `ConfigError` where this folder is a repeated evaluation, which has no model."""
         if self.evaluated_run.is_file():
             raise ConfigError(
-                f"{self.path} is a repeated evaluation of {self.read_json(self.evaluated_run)['run']}: "
-                "give that run"
+                f"{self.path} is a repeated evaluation of "
+                f"{self.read_json(self.evaluated_run)['run']}: give that run"
             )
 
     def checkpoint(self, round_number: int) -> Path:

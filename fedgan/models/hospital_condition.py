@@ -45,7 +45,7 @@ class HospitalCondition(nn.Module):
     def set_label_counts(
         self, counts: Mapping[int, tuple[int, Sequence[int]]], exclusive: bool
     ) -> None:
-        """Set by hospital number the training images, and those of each label (K,); others have none."""
+        """Set, by hospital number, the training images and those per label (K,)."""
         if not self.hospitals:
             return
         table = torch.zeros(self.hospitals, self.labels + 1, dtype=torch.float64)
@@ -60,7 +60,7 @@ class HospitalCondition(nn.Module):
 
     @contextmanager
     def restricted_to(self, hospital: int) -> Iterator[None]:
-        """Complete conditions with one hospital alone inside the context, as an attack on it does."""
+        """Complete every c with one hospital inside the context, as an attack on it does."""
         before = self.counts
         if before is not None:
             self.counts = torch.zeros_like(before)

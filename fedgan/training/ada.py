@@ -28,13 +28,13 @@ class AdaController:
         self._signs: torch.Tensor | float = 0.0
 
     def observe(self, logits_real: torch.Tensor) -> None:
-        """Add D's logits on real images, of any shape, to the window, without waiting for the device."""
+        """Add D's logits on real images, of any shape, without waiting for the device."""
         logits = logits_real.detach()
         self._signs = self._signs + torch.sign(logits).sum(dtype=torch.float32)
         self._images += logits.numel()
 
     def observe_sum(self, signs: float, images: int) -> None:
-        """Add a noisy sum of the signs of about `images` logits, as a private training releases it."""
+        """Add a noisy sum of the signs of about `images` logits, as a private training releases."""
         self._signs = self._signs + signs
         self._images += images
 

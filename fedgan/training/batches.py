@@ -16,7 +16,7 @@ from fedgan.training.sampler import PoissonSampler, Sampler
 
 @dataclass(frozen=True)
 class Streams:
-    """Random numbers: `host` for choices on the CPU, `noise` for latents and noise on the device."""
+    """Random generators: `host` for choices on the CPU, `noise` for noise on the device."""
 
     host: torch.Generator
     noise: torch.Generator
@@ -80,7 +80,7 @@ class Batches:
         }
 
     def _condition(self, labels: Tensor, rows: np.ndarray) -> Tensor:
-        """Labels (B, K), followed by the hospital, one-hot (B, H), where `model.hospitals` = H > 0."""
+        """Labels (B, K), then the hospital, one-hot (B, H), where `model.hospitals` = H > 0."""
         if not self.hospitals:
             return labels
         hospital = torch.from_numpy(self.hospital_of_row[rows]).long()

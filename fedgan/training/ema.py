@@ -1,4 +1,4 @@
-"""Exponential moving average of the generator (arXiv 1710.10196, section 4; ramp-up of 2006.06676)."""
+"""Exponential moving average (EMA) of the generator (arXiv 1710.10196, 2006.06676)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ema_decay(batch_size: int, half_life_kimg: float, rampup: float, images_seen
 
 @torch.no_grad()
 def ema_update(average: nn.Module, source: nn.Module, decay: float) -> None:
-    """average ← decay · average + (1 - decay) · source; buffers (w_avg, an average already) are copied."""
+    """average ← decay · average + (1 - decay) · source; buffers (w_avg) are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), 1 - decay)
     for old, new in zip(average.buffers(), source.buffers(), strict=True):
         old.copy_(new)
@@ -46,7 +46,7 @@ def average_of_rounds(
     shown: int,
     images_seen: int,
 ) -> dict[str, np.ndarray]:
-    """The server's average after a round: `average` (`ema/…`) moved towards `model` (`generator/…`).
+    """The server's average after a round: `average` (`ema/…`) moved towards `model`.
 
     For a federation in which the average does not travel. `shown`: images of the round;
     `images_seen`: images before it. A round counts as one step of that many images: over short

@@ -29,7 +29,7 @@ def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
 
 
 def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
-    """Length of Jᵀy per image (B,): y = `noise` / √(H·W), J = d images / d ws (arXiv 1912.04958, eq. 4).
+    """|Jᵀy| per image (B,): y = `noise` / √(H·W), J = d images / d ws (arXiv 1912.04958, eq. 4).
 
     `images` (B, C, H, W) made from `ws` (B, L, w_dim); the square is averaged over the L layers.
     """

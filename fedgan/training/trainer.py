@@ -152,7 +152,10 @@ class Trainer:
         }
 
     def _reserve(self, private: PrivateStep) -> None:
-        """Enter the steps up to the goal in the ledger before they run; shorten the goal to what it allows."""
+        """Enter the steps up to the goal in the ledger before they run.
+
+        Where the ledger allows fewer, shorten the goal.
+        """
         label_dim = self.dataset.label_dim
         if releases_labels(self.settings, label_dim) and not self.batches.label_weights:
             if not private.reserve(1, LABELS):
@@ -178,7 +181,7 @@ class Trainer:
         self.exchange.load_parameters(arrays)
 
     def restore_progress(self, images_seen: int, p: float | None = None) -> None:
-        """Continue the training that a received model comes from: `images_seen` images, augmentation `p`.
+        """Continue the training of a received model: `images_seen` images, augmentation `p`.
 
         The averages (of weights and of w) and ADA continue. Adam's moments and the mean of the path
         lengths start anew: they do not travel. `p` None: keep the present strength.
@@ -187,7 +190,7 @@ class Trainer:
         self.step.restore_progress(images_seen, p)
 
     def set_hospital(self, number: int) -> None:
-        """Treat all images as those of hospital `number` of the federation that the model comes from."""
+        """Treat all images as those of hospital `number` of the federation."""
         self.batches.hospital_of_row = np.full(len(self.dataset), number)
         self._set_label_shares()
 
@@ -279,7 +282,7 @@ class Trainer:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; 'auto': CUDA where available. Raises `MachineError` without CUDA."""
+    """A device; 'auto': CUDA where available. Raises `MachineError` for 'cuda' without CUDA."""
     if name == "cuda" and not torch.cuda.is_available():
         raise MachineError(
             "training.device = 'cuda', but this machine has no CUDA device: use auto or cpu"
