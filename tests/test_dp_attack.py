@@ -91,7 +91,7 @@ def guesses(tmp_path: Path, network: Discriminator, canary: bool) -> np.ndarray:
     """(TRIALS,): how far each release points to where the canary alone would move it."""
     data, both = world(canary), world(True)
     step = mechanism(tmp_path, data)
-    step._paid = (
+    step._reserved = (
         TRIALS  # each trial is a world's only step; what it costs is asked of the accountant below
     )
     blank = torch.zeros(1, 1, 16, 16)

@@ -453,7 +453,7 @@ def test_an_infinite_epsilon_is_told_in_words_and_as_null(
 ) -> None:
     Ledger(tmp_path / NAME).reserve(Mechanism(0.0, 0.1), 1, **FACTS)  # type: ignore[arg-type]
     assert main(["ledger", str(tmp_path)]) == 0
-    assert "in all: epsilon infinite" in capsys.readouterr().out
+    assert "spent: epsilon infinite" in capsys.readouterr().out
     assert main(["ledger", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ledgers"][0]["epsilon"] is None
 
