@@ -12,8 +12,7 @@ introduction holds this hospital's own values and nothing else. An error is one 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,83 +48,41 @@ Layout = tuple[str, tuple[int, ...]]  # dtype and shape of an array
 # --- introduction -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class IntroductionValue:
-    """One value of the introduction; `read` returns it, `is_requested` follows the settings."""
-
-    kind: str
-    meaning: str
-    read: Callable[[LocalHospital, Settings], object]
-    is_requested: Callable[[Settings], bool] = lambda settings: True
-    when: str = "always"
-
-
-def _privacy_units(local: LocalHospital, settings: Settings) -> int:
-    data = local.hospital.train
-    return len(set(data.patients.tolist())) if settings.privacy.unit == "patient" else len(data)
-
-
-INTRODUCTION = {
-    "number": IntroductionValue(
-        "whole number", "its partition-id", lambda local, settings: local.number
-    ),
-    "name": IntroductionValue("text", "its name", lambda local, settings: local.hospital.name),
-    "images": IntroductionValue(
-        "whole number",
-        "number of training images",
-        lambda local, settings: len(local.hospital.train),
-    ),
-    "label_names": IntroductionValue(
-        "texts",
-        "names of the labels",
-        lambda local, settings: list(local.hospital.train.label_names),
-    ),
-    "exclusive": IntroductionValue(
-        "yes or no",
-        "whether labels exclude each other",
-        lambda local, settings: local.hospital.train.exclusive,
-    ),
-    "channels": IntroductionValue(
-        "whole number",
-        "channels of an image",
-        lambda local, settings: local.hospital.train.channels,
-    ),
-    "resolution": IntroductionValue(
-        "whole number",
-        "side of an image in pixels",
-        lambda local, settings: local.hospital.train.resolution,
-    ),
-    "phantoms": IntroductionValue(
-        "yes or no",
-        "whether all images are phantoms",
-        lambda local, settings: local.hospital.phantoms,
-    ),
-    "units": IntroductionValue(
-        "whole number",
-        "number of training images or of their patients, by `privacy.unit`",
-        _privacy_units,
-        lambda settings: settings.privacy.on and settings.privacy.noise_split == "equal",
-        "with `privacy` and `privacy.noise_split = equal`",
-    ),
-    "label_counts": IntroductionValue(
-        "whole numbers",
-        "training images of each label",
-        lambda local, settings: [
-            int(count) for count in local.hospital.train.labels.sum(axis=0, dtype=int)
-        ],
-        lambda settings: settings.federation.share_label_counts and not settings.privacy.on,
-        "with `federation.share_label_counts`, never with `privacy`",
-    ),
+WITH_UNITS = "with `privacy` and `privacy.noise_split = equal`"
+WITH_LABEL_COUNTS = "with `federation.share_label_counts`, never with `privacy`"
+INTRODUCTION = {  # name → type, when, meaning
+    "number": ("whole number", "always", "its partition-id"),
+    "name": ("text", "always", "its name"),
+    "images": ("whole number", "always", "number of training images"),
+    "label_names": ("texts", "always", "names of the labels"),
+    "exclusive": ("yes or no", "always", "whether labels exclude each other"),
+    "channels": ("whole number", "always", "channels of an image"),
+    "resolution": ("whole number", "always", "side of an image in pixels"),
+    "phantoms": ("yes or no", "always", "whether all images are phantoms"),
+    "units": ("whole number", WITH_UNITS, "training images or their patients, by `privacy.unit`"),
+    "label_counts": ("whole numbers", WITH_LABEL_COUNTS, "training images of each label"),
 }
 
 
 def introduction(request: TrainRequest, local: LocalHospital) -> dict[str, Any]:
     """This hospital's values of the introduction."""
-    return {
-        name: value.read(local, request.settings)
-        for name, value in INTRODUCTION.items()
-        if value.is_requested(request.settings)
+    data, privacy = local.hospital.train, request.settings.privacy
+    values: dict[str, Any] = {
+        "number": local.number,
+        "name": local.hospital.name,
+        "images": len(data),
+        "label_names": list(data.label_names),
+        "exclusive": data.exclusive,
+        "channels": data.channels,
+        "resolution": data.resolution,
+        "phantoms": local.hospital.phantoms,
     }
+    if privacy.on and privacy.noise_split == "equal":
+        by_patient = privacy.unit == "patient"
+        values["units"] = len(set(data.patients.tolist())) if by_patient else len(data)
+    if request.settings.federation.share_label_counts and not privacy.on:
+        values["label_counts"] = [int(count) for count in data.labels.sum(axis=0, dtype=int)]
+    return values
 
 
 # --- arrays of a round --------------------------------------------------------------------------
@@ -282,34 +239,18 @@ def _checked_numbers(
 def table_rows() -> list[tuple[str, str, str, str, str]]:
     """Rows of the documentation's table: message, record/name, type, when, meaning."""
     secure, masked = "with `federation.secure`", "array, uint32"
+    plain = "array, float32 or 16 bits by `federation.wire`"
+    when = "parts in `federation.exchange`; not with `federation.secure`"
+    weights = "weights that the server sent; with `federation.delta` their change in the round"
+    weight = "its weight over the largest (images, or 1: `federation.weights`), masked"
     rows = [
-        (HELLO, f"hospital/{name}", value.kind, value.when, value.meaning)
-        for name, value in INTRODUCTION.items()
+        (HELLO, f"hospital/{name}", kind, when, meaning)
+        for name, (kind, when, meaning) in INTRODUCTION.items()
     ]
     rows += [
-        (
-            TRAIN,
-            "arrays/NAME",
-            "array, float32 or 16 bits by `federation.wire`",
-            "parts in `federation.exchange`; not with `federation.secure`",
-            "weights that the server sent and this model has; "
-            "with `federation.delta` their change in the round",
-        ),
-        (
-            TRAIN,
-            f"{MASKED}/NAME",
-            masked,
-            f"{secure}, instead of `arrays`",
-            "change of the weights in the round, masked",
-        ),
-        (
-            TRAIN,
-            f"{MASKED}/{FACTOR}",
-            masked,
-            secure,
-            "weight of the hospital over the largest weight (images, or 1: `federation.weights`), "
-            "masked",
-        ),
+        (TRAIN, "arrays/NAME", plain, when, weights),
+        (TRAIN, f"{MASKED}/NAME", masked, f"{secure}, instead of `arrays`", "change, masked"),
+        (TRAIN, f"{MASKED}/{FACTOR}", masked, secure, weight),
         (TRAIN, f"{MASKED}/{CLIPPED}", masked, secure, "share of clipped numbers, masked"),
     ]
     rows += [

@@ -4,8 +4,8 @@ round's change.
 A round is four messages: public keys (`setup`), shares of the secrets for the others
 (`share_keys`), the training and its masked result (`collect_masked_vectors`), shares that remove
 the masks from the sum (`unmask`). Between messages the secrets stay in Flower's `context.state`,
-which is the SuperNode's memory; the last message deletes them. docs/federation.md says what secure
-aggregation hides.
+which is the SuperNode's memory; the last message deletes them. docs/explanation/secure.md says what
+secure aggregation hides.
 """
 
 from __future__ import annotations

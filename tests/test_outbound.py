@@ -915,7 +915,7 @@ def test_model_arrays_match_the_output_of_the_trainer(
 
 def test_every_value_of_the_allow_list_has_a_meaning() -> None:
     assert all(metric.meaning for metric in ROUND_METRICS)
-    assert all(value.meaning and value.when for value in INTRODUCTION.values())
+    assert all(all(row) for row in INTRODUCTION.values())
     assert all(all(row) for row in table_rows())
 
 

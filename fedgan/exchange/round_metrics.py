@@ -27,7 +27,7 @@ class Disclosure(Enum):
     NOISY_R_T = "not with `privacy.client_level`; with `privacy` only by `privacy.r_t_noise`"
     # Measured on real images or on this machine. Times and memory depend on the size of each
     # Poisson sample, which the accountant assumes to be secret.
-    NEVER_PRIVATE = "not with `privacy`, nor `privacy.client_level`"
+    OPEN = "not with `privacy`, nor `privacy.client_level`"
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class RoundMetric:
 
     name: str
     meaning: str
-    unit: str = ""
-    disclosure: Disclosure = Disclosure.ALWAYS
+    unit: str
+    disclosure: Disclosure
     kind: type = float
     is_count: bool = False
     mean_rank: int = 0
@@ -57,42 +57,27 @@ class RoundMetric:
         return self.disclosure is Disclosure.NOISY_R_T and bool(privacy.r_t_noise)
 
 
+_ALWAYS, _LEDGER, _NOISY, _NOISY_R_T, _OPEN = Disclosure
 ROUND_METRICS = (  # in the order of the reply
-    RoundMetric("round", "number of the round", kind=int, is_count=True),
-    RoundMetric("images_seen", "images seen since round 1", "images", kind=int, is_count=True),
-    RoundMetric("images", "images seen in this round", "images", is_count=True),
-    RoundMetric("threads", "CPU threads", "threads", kind=int, is_count=True),
-    RoundMetric("exhausted", "1 when the privacy budget is spent"),
-    RoundMetric("loss_g", "loss of the generator", "", Disclosure.NOISY, mean_rank=1),
-    RoundMetric(
-        "d_accuracy",
-        "share of generated images that the discriminator classifies as fake",
-        "",
-        Disclosure.NOISY,
-        mean_rank=3,
-    ),
-    RoundMetric(
-        "path_length", "mean path length of the generator", "", Disclosure.NOISY, mean_rank=7
-    ),
-    RoundMetric("p", "augmentation probability", "", Disclosure.NOISY, mean_rank=5),
-    RoundMetric(
-        "r_t",
-        "mean sign of the discriminator's output on real images",
-        "",
-        Disclosure.NOISY_R_T,
-        mean_rank=4,
-    ),
-    RoundMetric("epsilon", "spent ε of the privacy ledger", "", Disclosure.LEDGER),
-    RoundMetric("delta", "δ of epsilon", "", Disclosure.LEDGER),
-    RoundMetric("noise_multiplier", "noise multiplier of DP-SGD", "", Disclosure.LEDGER),
-    RoundMetric("sample_rate", "Poisson sampling rate of DP-SGD", "", Disclosure.LEDGER),
-    RoundMetric("loss_d", "loss of the discriminator", "", Disclosure.NEVER_PRIVATE, mean_rank=2),
-    RoundMetric("r1", "gradient penalty at real images", "", Disclosure.NEVER_PRIVATE, mean_rank=6),
-    RoundMetric("seconds", "wall time of the training", "s", Disclosure.NEVER_PRIVATE),
-    RoundMetric("core_seconds", "CPU time of the training", "s", Disclosure.NEVER_PRIVATE),
-    RoundMetric(
-        "peak_memory_bytes", "peak memory of the process", "bytes", Disclosure.NEVER_PRIVATE
-    ),
+    RoundMetric("round", "number of the round", "", _ALWAYS, int, is_count=True),
+    RoundMetric("images_seen", "images seen since round 1", "images", _ALWAYS, int, is_count=True),
+    RoundMetric("images", "images seen in this round", "images", _ALWAYS, is_count=True),
+    RoundMetric("threads", "CPU threads", "threads", _ALWAYS, int, is_count=True),
+    RoundMetric("exhausted", "1 when the privacy budget is spent", "", _ALWAYS),
+    RoundMetric("loss_g", "loss of the generator", "", _NOISY, mean_rank=1),
+    RoundMetric("d_accuracy", "share of fakes that D classifies as fake", "", _NOISY, mean_rank=3),
+    RoundMetric("path_length", "mean path length of the generator", "", _NOISY, mean_rank=7),
+    RoundMetric("p", "augmentation probability", "", _NOISY, mean_rank=5),
+    RoundMetric("r_t", "mean sign of D's output on real images", "", _NOISY_R_T, mean_rank=4),
+    RoundMetric("epsilon", "spent ε of the privacy ledger", "", _LEDGER),
+    RoundMetric("delta", "δ of epsilon", "", _LEDGER),
+    RoundMetric("noise_multiplier", "noise multiplier of DP-SGD", "", _LEDGER),
+    RoundMetric("sample_rate", "Poisson sampling rate of DP-SGD", "", _LEDGER),
+    RoundMetric("loss_d", "loss of the discriminator", "", _OPEN, mean_rank=2),
+    RoundMetric("r1", "gradient penalty at real images", "", _OPEN, mean_rank=6),
+    RoundMetric("seconds", "wall time of the training", "s", _OPEN),
+    RoundMetric("core_seconds", "CPU time of the training", "s", _OPEN),
+    RoundMetric("peak_memory_bytes", "peak memory of the process", "bytes", _OPEN),
 )
 
 COUNTS = tuple(metric.name for metric in ROUND_METRICS if metric.is_count)
