@@ -875,7 +875,8 @@ def test_label_counts_are_refused_with_privacy_by_both_sides(tmp_path: Path) -> 
         settings, federation=dataclasses.replace(settings.federation, share_label_counts=True)
     )
     with pytest.raises(
-        ConfigError, match=r"share_label_counts = true: the server would learn the real counts"
+        ConfigError,
+        match=r"share_label_counts = true: the server would receive the real label counts",
     ):
         check_private(asking)
     config = ConfigRecord(
