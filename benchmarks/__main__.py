@@ -1,6 +1,6 @@
 """`make bench`: every measurement in a process of its own, one after the other, and one table.
 
-python -m benchmarks [--only step|private|federation|metrics|judgement|filter|demo] [--json]
+python -m benchmarks [--only step|private|federation|metrics|judgement|proxy|demo] [--json]
 """
 
 from __future__ import annotations
@@ -120,16 +120,16 @@ def judgement_rows(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def filter_rows(results: dict[str, Any]) -> list[str]:
-    found = results["filter"] = call("filter")
+def proxy_rows(results: dict[str, Any]) -> list[str]:
+    found = results["proxy"] = call("proxy")
     fractions = {
         way: f"{found[f'{way}_fraction']:.2f} [{found[f'{way}_fraction_low']:.2f}, {found[f'{way}_fraction_high']:.2f}]"
         for way in ("push", "pull")
     }
     return [
-        f"path filter: {fractions['push']} of a bare relay's speed on the way up, {fractions['pull']} on the way down;  "
-        f"{found['push_mb_a_core_second']:.0f} and {found['pull_mb_a_core_second']:.0f} MB a core second over "
-        f"{found['relay_mb_a_core_second']:.0f};  {found['memory_mb']:.0f} MB of memory at most in "
+        f"proxy: {fractions['push']} of a bare relay's speed up, {fractions['pull']} down;  "
+        f"{found['push_mb_per_core_second']:.0f} and {found['pull_mb_per_core_second']:.0f} MB per core second over "
+        f"{found['relay_mb_per_core_second']:.0f};  {found['memory_mb']:.0f} MB of memory at most in "
         f"{found['moved_megabytes']:,} MB of traffic, {found['memory_idle_mb']:.0f} MB before"
     ]
 
@@ -162,7 +162,7 @@ PARTS = {
     "federation": federation_rows,
     "metrics": metrics_rows,
     "judgement": judgement_rows,
-    "filter": filter_rows,
+    "proxy": proxy_rows,
     "demo": demo_rows,
 }
 

@@ -1,5 +1,5 @@
-# with-shard.sh DIR COMMAND…: waits up to five minutes for a shard in DIR or in its sub-folders, then becomes COMMAND.
-# Whoever runs the container sees here, and not in a failed round, that there are no images.
+# with-shard.sh DIR COMMAND…: waits up to five minutes for a shard in DIR or its sub-folders, then
+# runs COMMAND. So missing images show in the container's log at once, not in a failed round.
 dir=$1
 shift
 for second in $(seq 300); do
@@ -9,5 +9,5 @@ for second in $(seq 300); do
     [ "$second" -eq 1 ] && echo "waiting for a shard (card.json) in $dir"
     sleep 1
 done
-echo "no shard in $dir: mount the folder that fedgan data import wrote, readable by user $(id -u)" >&2
+echo "no shard in $dir: mount a folder of fedgan data import, readable by user $(id -u)" >&2
 exit 3

@@ -1,4 +1,5 @@
-# submit.sh SCENARIO OVERRIDES OUTPUT: `fedgan deploy run` with overrides in one word ("training.kimg=10 seed=1"), each as a --set.
+# submit.sh SCENARIO OVERRIDES OUTPUT: `fedgan deploy run` with a --set for each override;
+# OVERRIDES is one argument ("training.kimg=10 seed=1").
 scenario=$1 overrides=$2 output=$3
 set -f
 set --

@@ -1,4 +1,4 @@
-"""Messages of a hospital, reassembled from the recorded requests (tests/recording_filter.py)."""
+"""Messages of a hospital, reassembled from the recorded requests (tests/recording_proxy.py)."""
 
 from __future__ import annotations
 

@@ -1,26 +1,26 @@
-"""A whole deployment as processes on loopback: TLS, authenticated SuperNodes, process isolation, the filter in between.
+"""A deployment as real processes on loopback: TLS, authenticated SuperNodes, HAProxy in front.
 
-    with deployment(tmp_path, app=REPOSITORY) as d:     # starts all, waits until every hospital is online
+    with deployment(tmp_path, app=REPOSITORY) as d:  # starts all and waits until all are online
         run = d.submit({"scenario": "…"})
-        d.kill("node-2")                                # kill -9 of whatever runs under that name
+        d.kill("node-2")                             # SIGKILL for the process of that name
         d.start("node-2")
-        assert d.finished(run, seconds=120) == "finished:completed"
+        assert d.wait_finished(run, seconds=120) == "finished:completed"
 
-Names of processes: `superlink`, `filter`, `serverapp` (its SuperExec), and of each hospital `node-1` (SuperNode) and
-`clientapp-1` (its SuperExec). Each has a folder of its own (FLWR_HOME, working directory) and a log beside it.
+Process names: `superlink`, `proxy`, `serverapp` (its SuperExec), and per hospital `node-1`
+(SuperNode) and `clientapp-1` (its SuperExec); `recorder` if a deployment records requests. Each has
+its own folder (FLWR_HOME, working directory) and a log beside it.
 
-Every process carries MARK in its environment, which its children inherit, Flower's own sessions included: by it all are found
-and ended. A reaper does the same when this very process is killed.
+Every process has MARK in its environment, which its children inherit; this finds and ends all of
+them. A reaper process does so when the test process itself is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import io
-import ipaddress
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -34,21 +34,29 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
 MARK, NAME = "FEDGAN_LOOPBACK", "FEDGAN_LOOPBACK_NAME"
 REPOSITORY = Path(__file__).resolve().parent.parent
+PROXY_CONFIGURATION = REPOSITORY / "deploy" / "haproxy.cfg"
 BIN = Path(sys.executable).parent
 HOST = "127.0.0.1"
 SUPERLINK = "hospitals"  # the connection's name in the operator's config.toml
-TAIL = 25  # lines of each log in a failure
+TAIL = 25  # log lines per process in an assertion message
+REQUIRE_HAPROXY = "FEDGAN_REQUIRE_HAPROXY"  # "1": a missing HAProxy fails the tests, not skips them
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
+needs_haproxy = pytest.mark.skipif(
+    shutil.which("haproxy") is None and os.environ.get(REQUIRE_HAPROXY) != "1",
+    reason="no haproxy here (Debian: apt-get install haproxy)",
+)
 
 
 class Deployment:
-    """Processes by name. Use `deployment`, which ends them."""
+    """Processes by name; made and ended by `deployment`."""
 
     def __init__(
         self,
@@ -57,20 +65,17 @@ class Deployment:
         hospitals: Sequence[str],
         node_config: Callable[[int], Mapping[str, Any]],
         environment: Mapping[str, str],
-        filter_command: Sequence[str],
+        recording: Path | None,
         outsiders: Sequence[str],
     ) -> None:
         self.folder, self.app, self.hospitals = folder, app, list(hospitals)
-        self.node_config, self.environment, self.filter_command = (
-            node_config,
-            dict(environment),
-            list(filter_command),
-        )
+        self.node_config, self.environment = node_config, dict(environment)
+        self.recording = recording
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.node_ids: dict[str, int] = {}  # of the registered hospitals
-        self.seconds: dict[str, float] = {}  # how long the stages of the start took
+        self.seconds: dict[str, float] = {}  # duration of the stages of the start
         self.keys = make_keys(folder / "keys", [*hospitals, *outsiders])
-        names = ["superlink", "filter", *(f"node-{i}" for i in self.numbers)]
+        names = ["superlink", "proxy", "recorder", *(f"node-{i}" for i in self.numbers)]
         self.ports = dict(zip(names, free_ports(len(names)), strict=True))
         self._write_operator()
 
@@ -81,46 +86,32 @@ class Deployment:
 
     @property
     def names(self) -> list[str]:
-        """All processes, in the order of their start."""
-        return [
-            "superlink",
-            "filter",
-            "serverapp",
-            *(f"{kind}-{i}" for i in self.numbers for kind in ("node", "clientapp")),
-        ]
+        """All process names, in the order of their start."""
+        server = ["superlink", "proxy", *(["recorder"] if self.recording else []), "serverapp"]
+        return [*server, *(f"{kind}-{i}" for i in self.numbers for kind in ("node", "clientapp"))]
 
-    # --- processes -----------------------------------------------------------------------------------
+    # --- processes ---
 
     def start_all(self, absent: Sequence[str] = (), seconds: float = 90) -> None:
-        """Start everything but the hospitals that are `absent`, register all, and wait until those who are there are online."""
-        begun = time.monotonic()
-        self.start("superlink")
-        self.start("filter")
-        self.start("serverapp")
-        self.wait(
-            "the SuperLink to answer", lambda: self.health("superlink") == 200, seconds, "superlink"
-        )
-        self.wait(
-            "the filter to answer",
-            lambda: self.health("filter") == 200,
-            seconds,
-            "filter",
-            "superlink",
-        )
-        self.seconds["superlink and filter healthy"] = time.monotonic() - begun
+        """Start all but the `absent` hospitals, register every hospital, and wait until online."""
+        begin = time.monotonic()
+        for name in self.names:
+            if not name.startswith(("node", "clientapp")):
+                self.start(name)
+        self.wait_healthy("superlink", seconds)
+        self.wait_healthy("proxy", seconds)
+        self.seconds["superlink and proxy healthy"] = time.monotonic() - begin
         self.register(*self.hospitals)
-        self.seconds["hospitals registered"] = time.monotonic() - begun
-        there = [hospital for hospital in self.hospitals if hospital not in absent]
-        for hospital in there:
+        self.seconds["hospitals registered"] = time.monotonic() - begin
+        present = [hospital for hospital in self.hospitals if hospital not in absent]
+        for hospital in present:
             self.start_hospital(hospital)
-        self.wait_online(*there, seconds=seconds)
-        self.seconds["hospitals online"] = time.monotonic() - begun
+        self.wait_online(*present, seconds=seconds)
+        self.seconds["hospitals online"] = time.monotonic() - begin
 
     def start(self, name: str) -> None:
-        """Start one process (again), its log appended to `NAME.log`."""
-        assert name not in self.processes or self.processes[name].poll() is not None, (
-            f"{name} is running"
-        )
+        """Start (or restart) one process; its log is appended to `NAME.log`."""
+        assert not self.is_alive(name), f"{name} is running"
         home = self.folder / name
         home.mkdir(exist_ok=True)
         with open(self.log(name), "ab") as log:
@@ -140,49 +131,49 @@ class Deployment:
         self.start(f"node-{number}")
         self.start(f"clientapp-{number}")
 
-    def keep(self, node: str, seconds: float = 90) -> None:
-        """Start a SuperNode again whenever it ends, as a container's restart policy does, until the SuperLink has taken it in."""
+    def restart_until_activated(self, node: str, seconds: float = 90) -> None:
+        """Restart a SuperNode whenever it ends, until the SuperLink activates it."""
         before = self.log(node).stat().st_size
 
-        def taken_in() -> bool:
-            if not self.alive(node):
+        def is_activated() -> bool:
+            if not self.is_alive(node):
                 self.start(node)
             return b"SuperNode ID" in self.log(node).read_bytes()[before:]
 
-        self.wait(f"{node} to be taken in", taken_in, seconds, node)
+        self.wait(f"the activation of {node}", is_activated, seconds, node)
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """Send a signal (kill -9 unless said otherwise) to a process and all that it started; waits for its end."""
+        """Send a signal to a process and all its children, and wait for its end."""
         _signal(marked(str(self.folder), name), number)
         self.processes[name].wait(30)
 
     def kill_task(self, name: str) -> None:
-        """Kill -9 what a SuperExec has started, and leave it itself alive."""
+        """Send SIGKILL to what a SuperExec has started, but not to the SuperExec."""
         _signal(self.tasks(name), signal.SIGKILL)
 
     def stop(self, name: str) -> None:
-        """End a process as an orderly shutdown does: SIGTERM to it, and to nothing else."""
+        """Send SIGTERM to a process alone, and wait for its end."""
         self.processes[name].terminate()
         self.processes[name].wait(30)
 
     def tasks(self, name: str) -> list[int]:
-        """Process ids of what a SuperExec has started: the ServerApp of `serverapp`, the ClientApp of `clientapp-1`."""
+        """Process ids of what a SuperExec has started (a ServerApp or a ClientApp)."""
         return [pid for pid in marked(str(self.folder), name) if pid != self.processes[name].pid]
 
-    def alive(self, name: str) -> bool:
+    def is_alive(self, name: str) -> bool:
         """Whether the process of that name runs."""
         return name in self.processes and self.processes[name].poll() is None
 
     def end(self) -> None:
-        """End everything at once."""
+        """Kill all processes."""
         sweep(str(self.folder))
         for process in self.processes.values():
             process.wait(30)
 
-    # --- waiting and looking ---------------------------------------------------------------------------
+    # --- waiting and looking ---
 
     def log(self, name: str) -> Path:
-        """Where a process writes what it says."""
+        """The log file of a process."""
         return self.folder / f"{name}.log"
 
     def wait(
@@ -193,14 +184,14 @@ class Deployment:
         *names: str,
         every: float = 0.2,
     ) -> None:
-        """Wait for a condition; fails with the ends of the logs of `names` (of all, where none is named)."""
+        """Wait for a condition; a failure shows the ends of the logs of `names` (default: all)."""
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"waited {seconds:g} s for {what}\n{self.tails(*names)}"
             time.sleep(every)
 
     def wait_log(self, name: str, text: str, seconds: float = 30) -> None:
-        """Wait until a log holds a text."""
+        """Wait until a log contains a text."""
         self.wait(
             f"{text!r} in the log of {name}",
             lambda: text in self.log(name).read_text(errors="replace"),
@@ -209,26 +200,23 @@ class Deployment:
         )
 
     def tails(self, *names: str) -> str:
-        """The ends of logs, each with whether its process still runs."""
+        """The ends of logs, and whether their processes run."""
         parts = []
         for name in names or self.names:
-            lines = (
-                self.log(name).read_text(errors="replace").splitlines()[-TAIL:]
-                if self.log(name).exists()
-                else ["no log"]
-            )
+            log = self.log(name)
+            text = log.read_text(errors="replace") if log.exists() else "no log"
             state = (
                 "running"
-                if self.alive(name)
+                if self.is_alive(name)
                 else f"ended with {self.processes[name].returncode}"
                 if name in self.processes
                 else "-"
             )
-            parts.append(f"--- {name} ({state})\n" + "\n".join(lines))
+            parts.append("\n".join([f"--- {name} ({state})", *text.splitlines()[-TAIL:]]))
         return "\n".join(parts)
 
     def health(self, name: str) -> int | None:
-        """The status of /health of `superlink` or `filter`; None where nothing answers."""
+        """HTTP status of /health of `superlink` or `proxy`; None if nothing answers."""
         context = ssl.create_default_context(cafile=self.keys / "ca.crt")
         try:
             with urllib.request.urlopen(
@@ -240,75 +228,64 @@ class Deployment:
         except OSError:
             return None
 
+    def wait_healthy(self, name: str, seconds: float = 90) -> None:
+        """Wait until `superlink` or `proxy` answers /health with 200."""
+        self.wait(f"the health of {name}", lambda: self.health(name) == 200, seconds, name)
+
     def wait_online(self, *hospitals: str, seconds: float = 60) -> None:
-        """Wait until the SuperLink counts these hospitals (all of them, where none is named) as online."""
+        """Wait until these hospitals (default: all) are online at the SuperLink."""
         wanted = set(hospitals or self.hospitals)
-        numbers = [self.hospitals.index(hospital) + 1 for hospital in sorted(wanted)]
-        logs = [f"node-{i}" for i in numbers]
+        logs = [f"node-{self.hospitals.index(hospital) + 1}" for hospital in sorted(wanted)]
         self.wait(
             f"{sorted(wanted)} online",
             lambda: wanted <= self.online(),
             seconds,
             "superlink",
-            "filter",
+            "proxy",
             *logs,
         )
 
     def online(self) -> set[str]:
-        """The names of the hospitals that the SuperLink counts as online."""
+        """The names of the hospitals that are online at the SuperLink."""
         online = {int(node["node-id"]) for node in self.nodes() if node["status"] == "online"}
         return {hospital for hospital, node_id in self.node_ids.items() if node_id in online}
 
-    # --- the operator -----------------------------------------------------------------------------------
+    # --- the operator ---
 
     def flwr(self, *words: str, superlink: str = SUPERLINK, fails: bool | None = False) -> str:
-        """What `flwr WORDS SUPERLINK` prints, as the operator types it; the name of the connection comes last.
+        """Output of `flwr WORDS SUPERLINK`; `fails`: whether it must fail (None: it may).
 
-        `fails`: whether it must fail; None where it may.
-
-        The command line runs in this process, one command at a time: its imports would take most of a second each time.
+        The command runs in this process, because its imports take most of a second.
         """
         from flwr.cli.app import app
 
         out, code = io.StringIO(), 0
         own = QUIET | {"FLWR_HOME": str(self.folder / "operator"), "COLUMNS": "200"}
-        streams = {
-            "stdout": out,
-            "stderr": out,
-            "__stdout__": out,
-            "__stderr__": out,
-        }  # its JSON goes to sys.__stdout__
+        # Flower writes JSON to sys.__stdout__.
+        streams = dict.fromkeys(("stdout", "stderr", "__stdout__", "__stderr__"), out)
         with mock.patch.dict(os.environ, own), mock.patch.multiple(sys, **streams):
             try:
                 app([*words, superlink])
             except SystemExit as ending:
                 code = int(ending.code or 0)
-        assert fails in (None, code != 0), (
-            f"flwr {' '.join(words)} ended with {code}\n{out.getvalue()}"
-        )
+        command = f"flwr {' '.join(words)}"
+        assert fails in (None, code != 0), f"{command} ended with {code}\n{out.getvalue()}"
         return out.getvalue()
 
     def register(self, *hospitals: str) -> None:
-        """Let hospitals in by their public keys (keys/hospitals/NAME/node.pub)."""
-
+        """Register the public keys of hospitals."""
         for hospital in hospitals:
-            words = [
-                "--name",
-                hospital,
-                "--format",
-                "json",
-                str(self.keys / "hospitals" / hospital / "node.pub"),
-            ]
-            self.node_ids[hospital] = int(
-                json.loads(self.flwr("supernode", "register", *words))["node-id"]
-            )
+            key = str(self.keys / "hospitals" / hospital / "node.pub")
+            words = ["register", "--name", hospital, "--format", "json", key]
+            node = json.loads(self.flwr("supernode", *words))
+            self.node_ids[hospital] = int(node["node-id"])
 
     def unregister(self, hospital: str) -> None:
-        """Shut a hospital out."""
+        """Unregister a hospital."""
         self.flwr("supernode", "unregister", str(self.node_ids.pop(hospital)))
 
     def nodes(self) -> list[dict[str, Any]]:
-        """What `flwr supernode ls` says of each registered hospital."""
+        """Output of `flwr supernode ls`."""
         return list(json.loads(self.flwr("supernode", "ls", "--format", "json"))["nodes"])
 
     def submit(self, run_config: Mapping[str, Any]) -> int:
@@ -318,135 +295,96 @@ class Deployment:
         return int(json.loads(self.flwr(*words))["run-id"])
 
     def status(self, run: int) -> str:
-        """`running`, `finished:completed`, `finished:failed` …; nothing where the SuperLink does not answer."""
+        """`running`, `finished:completed`, `finished:failed` …; "" if the SuperLink is down."""
+        words = ["ls", "--run-id", str(run), "--format", "json"]
         try:
-            runs = json.loads(
-                self.flwr("ls", "--run-id", str(run), "--format", "json", fails=None)
-            ).get("runs")
+            runs = json.loads(self.flwr(*words, fails=None)).get("runs")
         except json.JSONDecodeError:
             return ""
         return str(runs[0]["status"]) if runs else ""
 
-    def finished(self, run: int, seconds: float) -> str:
+    def wait_finished(self, run: int, seconds: float) -> str:
         """Wait for the end of a run; returns its last status."""
-        self.wait(
-            f"the end of run {run}",
-            lambda: self.status(run).startswith("finished"),
-            seconds,
-            every=1.0,
-        )
-        return self.status(run)
+        what, status = f"the end of run {run}", self.status
+        self.wait(what, lambda: status(run).startswith("finished"), seconds, every=1.0)
+        return status(run)
 
-    # --- what is started ----------------------------------------------------------------------------------
+    # --- commands ---
 
     def node_command(
         self, hospital: str, superlink: str, runtime_port: int, config: Mapping[str, Any]
     ) -> list[str]:
-        """A SuperNode with the key and CA of that hospital."""
+        """A SuperNode with the key and CA of a hospital."""
         own = self.keys / "hospitals" / hospital
-        given = " ".join(f"{key}={toml(value)}" for key, value in config.items())
-        command = [
-            BIN / "flower-supernode",
-            "--superlink",
-            superlink,
-            "--root-certificates",
-            own / "ca.crt",
-        ]
-        command += ["--auth-supernode-private-key", own / "node.key", "--node-config", given]
-        return [
-            *map(str, command),
-            "--isolation",
-            "process",
-            "--host",
-            HOST,
-            "--port",
-            str(runtime_port),
-        ]
+        options = {
+            "--superlink": superlink,
+            "--root-certificates": own / "ca.crt",
+            "--auth-supernode-private-key": own / "node.key",
+            "--node-config": " ".join(f"{key}={toml(value)}" for key, value in config.items()),
+            "--isolation": "process",
+            "--host": HOST,
+            "--port": runtime_port,
+        }
+        return _words(BIN / "flower-supernode", options)
 
-    def _command(self, name: str) -> list[Any]:
+    def _command(self, name: str) -> list[str]:
         server, kind, _, number = self.keys / "server", *name.partition("-")
         superlink = f"{HOST}:{self.ports['superlink']}"
         if kind == "superlink":
-            tls = [
-                "--ssl-certfile",
-                server / "server.crt",
-                "--ssl-keyfile",
-                server / "server.key",
-                "--ssl-ca-certfile",
-                server / "ca.crt",
-            ]
-            own = ["--enable-supernode-auth", "--database", "state.db", "--isolation", "process"]
+            options = {
+                "--ssl-certfile": server / "server.crt",
+                "--ssl-keyfile": server / "server.key",
+                "--ssl-ca-certfile": server / "ca.crt",
+                "--database": "state.db",
+                "--isolation": "process",
+                "--host": HOST,
+                "--port": self.ports["superlink"],
+            }
+            return [*_words(BIN / "flower-superlink", options), "--enable-supernode-auth"]
+        if kind == "proxy":
+            return ["haproxy", "-db", "-f", str(PROXY_CONFIGURATION)]
+        if kind == "recorder":
             return [
-                BIN / "flower-superlink",
-                *tls,
-                *own,
-                "--host",
-                HOST,
-                "--port",
-                self.ports["superlink"],
-            ]
-        if kind == "filter":
-            tls = [
-                "--certificate",
-                server / "server.crt",
-                "--key",
-                server / "server.key",
-                "--ca",
-                server / "ca.crt",
-            ]
-            return [
-                *self.filter_command,
-                "--listen",
-                f"{HOST}:{self.ports['filter']}",
-                "--upstream",
-                f"https://{superlink}",
-                *tls,
+                *(sys.executable, "-m", "recording_proxy", str(server), str(self.recording)),
+                *(str(self.ports["recorder"]), str(self.ports["proxy"])),
             ]
         if kind == "serverapp":
-            return [
-                BIN / "flower-superexec",
-                "--runtime-api-address",
-                superlink,
-                "--root-certificates",
-                server / "ca.crt",
-            ]
+            options = {"--runtime-api-address": superlink, "--root-certificates": server / "ca.crt"}
+            return _words(BIN / "flower-superexec", options)
         if kind == "clientapp":
+            address = f"{HOST}:{self.ports[f'node-{number}']}"
             return [
-                BIN / "flower-superexec",
+                *_words(BIN / "flower-superexec", {"--runtime-api-address": address}),
                 "--insecure",
-                "--runtime-api-address",
-                f"{HOST}:{self.ports[f'node-{number}']}",
             ]
         hospital, config = self.hospitals[int(number) - 1], self.node_config(int(number) - 1)
-        return self.node_command(
-            hospital, f"{HOST}:{self.ports['filter']}", self.ports[name], config
-        )
+        entrance = self.ports["recorder" if self.recording else "proxy"]
+        return self.node_command(hospital, f"{HOST}:{entrance}", self.ports[name], config)
 
     def environment_of(self, name: str) -> dict[str, str]:
-        """The environment of a process that belongs to the deployment under a name, and is ended with it."""
+        """Environment of a process that belongs to the deployment and is ended with it."""
         paths = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
         own = {
             MARK: str(self.folder),
             NAME: name,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",
         }
-        path = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        return dict(os.environ) | QUIET | path | self.environment | own
+        addresses = (self.ports["proxy"], self.ports["superlink"])
+        proxy = proxy_environment(self.keys, *addresses) if name == "proxy" else {}
+        return dict(os.environ) | QUIET | self.environment | own | proxy
 
     def _write_operator(self) -> None:
         operator = self.folder / "operator"
         operator.mkdir()
-        lines = []
-        for name, port in (
-            (SUPERLINK, self.ports["superlink"]),
-            ("through-filter", self.ports["filter"]),
-        ):
-            lines += [
-                f"[superlink.{name}]",
-                f'address = "{HOST}:{port}"',
-                f"root-certificates = {toml(str(self.keys / 'ca.crt'))}",
-            ]
-        (operator / "config.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        ports = {SUPERLINK: self.ports["superlink"], "through-proxy": self.ports["proxy"]}
+        ca = toml(str(self.keys / "ca.crt"))
+        lines = [
+            f'[superlink.{name}]\naddress = "{HOST}:{port}"\nroot-certificates = {ca}\n'
+            for name, port in ports.items()
+        ]
+        (operator / "config.toml").write_text("".join(lines), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -456,19 +394,18 @@ def deployment(
     hospitals: Sequence[str] = ("hospital-1", "hospital-2", "hospital-3"),
     node_config: Callable[[int], Mapping[str, Any]] = lambda index: {"partition-id": index},
     environment: Mapping[str, str] | None = None,
-    filter_command: Sequence[str] = (sys.executable, "-m", "server.filter"),
+    recording: Path | None = None,
     outsiders: Sequence[str] = (),
     start: bool = True,
 ) -> Iterator[Deployment]:
-    """A deployment in an empty folder, all of it started and online, or (`start=False`) nothing of it; ended with the block.
+    """A deployment in an empty folder, started and online unless `start` is False.
 
-    `node_config(index)` is what the hospital of that place (from 0) is configured with; `environment` goes to every process.
-    `outsiders` have keys but neither registration nor processes.
+    `node_config(index)` is the node-config of the hospital with that index (from 0); `environment`
+    is added to every process. SuperNodes' requests are written to `recording`, if given (see
+    recording_proxy.py). `outsiders` have keys but neither registration nor processes.
     """
     folder = folder.resolve()
-    made = Deployment(
-        folder, app, hospitals, node_config, environment or {}, filter_command, outsiders
-    )
+    made = Deployment(folder, app, hospitals, node_config, environment or {}, recording, outsiders)
     reaper = subprocess.Popen(
         [sys.executable, __file__, str(folder)], stdin=subprocess.PIPE, start_new_session=True
     )
@@ -483,16 +420,21 @@ def deployment(
         reaper.wait(30)
 
 
-# --- the ground below -------------------------------------------------------------------------------------
+# --- helpers ---
 
 
 def toml(value: Any) -> str:
-    """A value as Flower's `key=value` lists want it."""
+    """A value in the syntax of Flower's `key=value` lists."""
     return json.dumps(value) if isinstance(value, str | bool) else str(value)
 
 
+def _words(program: Path, options: Mapping[str, Any]) -> list[str]:
+    """A command line of a program with options."""
+    return [str(program), *(str(word) for option in options.items() for word in option)]
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on."""
+    """Loopback ports on which nothing listens."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
@@ -501,7 +443,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def marked(folder: str, name: str | None = None) -> list[int]:
-    """Processes of a deployment by the mark in their environment; only those of one name, where it is given."""
+    """Processes of a deployment, found by their environment; only those of one name, if given."""
     wanted = {f"{MARK}={folder}".encode()} | ({f"{NAME}={name}".encode()} if name else set())
     found = []
     for entry in Path("/proc").iterdir():
@@ -518,85 +460,33 @@ def _signal(pids: Sequence[int], number: int) -> None:
 
 
 def sweep(folder: str, seconds: float = 10) -> None:
-    """Kill every process of a deployment, and what they start meanwhile."""
+    """Kill every process of a deployment, including those started meanwhile."""
     end = time.monotonic() + seconds
     while (left := marked(folder)) and time.monotonic() < end:
         _signal(left, signal.SIGKILL)
         time.sleep(0.05)
-        for pid in left:  # those that are children of ours
+        for pid in left:  # reap children of this process
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
 
 
-def make_keys(keys: Path, hospitals: Sequence[str]) -> Path:
-    """Certificates and keys where `fedgan keys` puts them; returns the folder."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
+def make_keys(keys: Path, hospitals: Sequence[str] = ("nobody",)) -> Path:
+    """Certificates and keys as `fedgan keys` makes them; returns their folder."""
+    from fedgan.deployment.certificates import now
+    from fedgan.deployment.key_folder import KeyFolder
 
-    def certificate(
-        subject: str,
-        key: ec.EllipticCurvePrivateKey,
-        issuer: x509.Name | None,
-        extension: x509.ExtensionType,
-    ) -> Any:
-        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, subject)])
-        now = datetime.datetime.now(datetime.UTC)
-        built = x509.CertificateBuilder(
-            issuer or name, name, key.public_key(), x509.random_serial_number()
-        )
-        built = built.not_valid_before(now - datetime.timedelta(minutes=5)).not_valid_after(
-            now + datetime.timedelta(days=1)
-        )
-        return built.add_extension(extension, critical=issuer is None).sign(
-            authority, hashes.SHA256()
-        )
-
-    def write(path: Path, content: bytes, mode: int = 0o644) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        path.chmod(mode)
-
-    pem, no_password = serialization.Encoding.PEM, serialization.NoEncryption()
-    authority, server = (
-        ec.generate_private_key(ec.SECP384R1()),
-        ec.generate_private_key(ec.SECP384R1()),
-    )
-    names = [
-        x509.DNSName("superlink"),
-        x509.DNSName("filter"),
-        x509.DNSName("localhost"),
-        x509.IPAddress(ipaddress.ip_address(HOST)),
-    ]
-    ca = certificate(
-        f"loopback CA {os.urandom(4).hex()}",
-        authority,
-        None,
-        x509.BasicConstraints(ca=True, path_length=0),
-    )
-    leaf = certificate("superlink", server, ca.subject, x509.SubjectAlternativeName(names))
-    for place in ("", "server", *(f"hospitals/{hospital}" for hospital in hospitals)):
-        write(keys / place / "ca.crt", ca.public_bytes(pem))
-    write(keys / "server/server.crt", leaf.public_bytes(pem))
-    write(
-        keys / "server/server.key",
-        server.private_bytes(pem, serialization.PrivateFormat.PKCS8, no_password),
-        0o600,
-    )
-    for hospital in hospitals:
-        node = ec.generate_private_key(ec.SECP384R1())
-        write(
-            keys / f"hospitals/{hospital}/node.key",
-            node.private_bytes(pem, serialization.PrivateFormat.OpenSSH, no_password),
-            0o600,
-        )
-        public = node.public_key().public_bytes(
-            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-        )
-        write(keys / f"hospitals/{hospital}/node.pub", public + b"\n")
-    return keys
+    return KeyFolder.create(keys, hospitals, (), 1, now()).path
 
 
-if __name__ == "__main__":  # the reaper: ends the deployment when the process that made it is gone
+def proxy_environment(keys: Path, port: int, superlink_port: int) -> dict[str, str]:
+    """Settings of deploy/haproxy.cfg."""
+    return {
+        "FEDGAN_PROXY_LISTEN": f"{HOST}:{port}",
+        "FEDGAN_PROXY_SUPERLINK": f"{HOST}:{superlink_port}",
+        "FEDGAN_PROXY_KEYS": str(keys / "server"),
+    }
+
+
+if __name__ == "__main__":  # the reaper: ends the deployment when its maker's pipe closes
     sys.stdin.buffer.read()
     sweep(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Artificial runs with differential privacy and audits, for tests of reports and cards."""
+"""Made-up runs with differential privacy and with audits, for the tests of the page and of the card."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ PRIVATE = ("pairs", "distances", "rows")
 
 
 def copy_figures(share: float, fitted: bool, near_held_out: float = 0.05) -> dict[str, Any]:
-    """An entry of `copies`, with the fields of the attack itself.
-
-    A large `near_held_out` is that of a blurred generator.
-    """
+    """An entry of `copies`, by the fields that the attack itself has; a blurred generator is near to held-out images, too."""
     held, closer = 0.05, 0.5 + share - 0.05
     figures: dict[str, Any] = {
         field.name: 0 for field in dataclasses.fields(CopyFindings) if field.name not in PRIVATE
@@ -55,7 +52,7 @@ def copy_figures(share: float, fitted: bool, near_held_out: float = 0.05) -> dic
         "closer_share": None if fitted else closer,
         "closer_ci": None if fitted else [closer - 0.0291, closer + 0.0288],
     }
-    assert known.keys() == figures.keys(), "this file and the attack differ"
+    assert known.keys() == figures.keys(), "the attack tells other figures than this file makes up"
     if not fitted:
         known |= {
             "near_training_share": share * 0.97,
@@ -92,7 +89,7 @@ def membership(attack: str, auc: float) -> dict[str, Any]:
 
 
 def control(passed: bool, positive: bool) -> dict[str, Any]:
-    """A control as in audit.json; a failed one has a reason."""
+    """A control as the audit writes it; a failed one says why."""
     if positive:
         part = {
             "auc": 0.9987 if passed else 0.7123,
@@ -135,7 +132,7 @@ def hospital_audit(
     positive: bool = True,
     negative: bool = True,
 ) -> dict[str, Any]:
-    """The entry of one hospital in audit.json."""
+    """One hospital's entry of audit.json."""
     spaces = (("pixels", False), ("features", True), ("embedding", True))
     return {
         "name": name,
@@ -172,7 +169,7 @@ def hospital_audit(
 
 
 def audit(*hospitals: dict[str, Any], round_number: int = 10) -> dict[str, Any]:
-    """audit.json, by default of three hospitals without a leak."""
+    """audit.json; of three clean hospitals where none is given."""
     found = list(hospitals) or [hospital_audit(name) for name in HOSPITALS]
     return {
         "format": "fedgan-audit-2",
@@ -191,7 +188,7 @@ def write_run(
     content: dict[str, Any] | None = None,
     **sections: Any,
 ) -> RunFolder:
-    """A finished run of three hospitals, with `privacy` settings and audit.json `content`."""
+    """A finished run of three hospitals without pictures: private where `privacy` has settings, audited by `content`."""
     run = make_run(path, labels=["nevus", "melanoma"], pictures=False)
     if privacy:
         settings = to_dict(run.settings()) | sections
@@ -200,21 +197,21 @@ def write_run(
         lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
         for line in lines:
             for i, row in enumerate(line["hospitals"]):
-                row |= privacy_cost(i, line["round"], privacy.get("noise_multiplier", -1.0) == 0)
+                row |= spent(i, line["round"], privacy.get("noise_multiplier", -1.0) == 0)
         write_lines(run, lines)
     if content is not None:
         files.write_json(run.audit, content)
     return run
 
 
-def privacy_cost(hospital: int, turn: int, noiseless: bool = False) -> dict[str, Any]:
-    """The privacy metrics that a hospital reports in one of ten rounds."""
-    cost = {
+def spent(hospital: int, turn: int, noiseless: bool = False) -> dict[str, Any]:
+    """What a private hospital tells of one of ten rounds."""
+    told = {
         "delta": 1 / SIZES[hospital],
         "noise_multiplier": 0.0 if noiseless else 0.913,
         "sample_rate": 16 / SIZES[hospital],
     }
-    return cost | {"epsilon": None if noiseless else EPSILONS[hospital] * (0.4 + 0.06 * turn)}
+    return told | {"epsilon": None if noiseless else EPSILONS[hospital] * (0.4 + 0.06 * turn)}
 
 
 def read_lines(run: RunFolder) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""The compose files and Dockerfiles as text: who is on which network, who sees data and keys, and that nobody is root.
+"""Compose files and Dockerfiles as text: networks, data and keys per service, no root.
 
-No container engine is needed. What the words of the files come to is asserted, not how they are written.
+No container engine is needed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-WHOLE, ALONE = ROOT / "docker-compose.yml", ROOT / "client" / "compose.yml"
-DOCKERFILES = (ROOT / "server" / "Dockerfile", ROOT / "client" / "Dockerfile")
-LASTING = {"superlink", "filter", "serverapp"} | {
+FEDERATION, HOSPITAL = ROOT / "docker-compose.yml", ROOT / "client" / "compose.yml"
+SHARED = (ROOT / "server" / "Dockerfile", ROOT / "client" / "Dockerfile")
+DOCKERFILES = (*SHARED, ROOT / "deploy" / "Dockerfile")
+PERMANENT = {"superlink", "proxy", "serverapp"} | {
     f"{kind}-{n}" for kind in ("supernode", "clientapp") for n in (1, 2, 3)
 }
 ONCE = {"register", "shards", "run"}
@@ -30,13 +31,13 @@ def load(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole() -> dict[str, Any]:
-    return load(WHOLE)
+def federation() -> dict[str, Any]:
+    return load(FEDERATION)
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    return load(ALONE)
+def hospital() -> dict[str, Any]:
+    return load(HOSPITAL)
 
 
 def mounts(service: dict[str, Any]) -> dict[str, tuple[str, bool]]:
@@ -52,53 +53,55 @@ def networks(service: dict[str, Any]) -> set[str]:
     return set(service.get("networks", ()))
 
 
-def words(service: dict[str, Any]) -> str:
+def command_of(service: dict[str, Any]) -> str:
     return " ".join(map(str, service["command"]))
 
 
-def test_a_federation_has_a_server_helpers_and_two_services_a_hospital(
-    whole: dict[str, Any],
+def test_federation_has_a_server_and_two_services_per_hospital(
+    federation: dict[str, Any],
 ) -> None:
-    assert set(whole["services"]) == LASTING | ONCE
+    assert set(federation["services"]) == PERMANENT | ONCE
 
 
-def test_hospitals_and_control_api_share_no_network(whole: dict[str, Any]) -> None:
-    services = whole["services"]
+def test_hospitals_and_control_api_share_no_network(federation: dict[str, Any]) -> None:
+    services = federation["services"]
     wanted = {name: {"central"} for name in ("superlink", "serverapp", "register", "run")}
-    wanted |= {"filter": {"central", "fleet"}, "shards": set()}
+    wanted |= {"proxy": {"central", "fleet"}, "shards": set()}
     for n in (1, 2, 3):
         wanted |= {f"supernode-{n}": {"fleet", f"hospital{n}"}, f"clientapp-{n}": {f"hospital{n}"}}
     assert {name: networks(service) for name, service in services.items()} == wanted
     assert services["shards"]["network_mode"] == "none"
 
 
-def test_only_the_fleet_network_leads_out_of_the_machine(
-    whole: dict[str, Any], alone: dict[str, Any]
+def test_only_the_fleet_network_reaches_other_machines(
+    federation: dict[str, Any], hospital: dict[str, Any]
 ) -> None:
-    assert {name for name, network in whole["networks"].items() if not network.get("internal")} == {
-        "fleet"
-    }
-    assert {name for name, network in alone["networks"].items() if not network.get("internal")} == {
-        "outside"
-    }
-    assert networks(alone["services"]["supernode"]) == {"outside", "hospital"}
-    assert networks(alone["services"]["clientapp"]) == {"hospital"}
+    assert {
+        name for name, network in federation["networks"].items() if not network.get("internal")
+    } == {"fleet"}
+    assert {
+        name for name, network in hospital["networks"].items() if not network.get("internal")
+    } == {"outside"}
+    assert networks(hospital["services"]["supernode"]) == {"outside", "hospital"}
+    assert networks(hospital["services"]["clientapp"]) == {"hospital"}
 
 
-def test_no_port_but_the_filters_is_published_and_that_one_on_this_machine_alone(
-    whole: dict[str, Any], alone: dict[str, Any]
+def test_only_the_proxy_port_is_published_and_on_localhost(
+    federation: dict[str, Any], hospital: dict[str, Any]
 ) -> None:
     published = {
-        name: service["ports"] for name, service in whole["services"].items() if "ports" in service
+        name: service["ports"]
+        for name, service in federation["services"].items()
+        if "ports" in service
     }
-    assert published == {"filter": ["${FEDGAN_LISTEN:-127.0.0.1:8443}:8443"]}
-    assert not any("ports" in service for service in alone["services"].values())
+    assert published == {"proxy": ["${FEDGAN_LISTEN:-127.0.0.1:8443}:8443"]}
+    assert not any("ports" in service for service in hospital["services"].values())
 
 
-def test_only_its_own_executor_sees_a_hospitals_data_and_cannot_write_it(
-    whole: dict[str, Any],
+def test_only_the_own_executor_has_a_hospitals_data_read_only(
+    federation: dict[str, Any],
 ) -> None:
-    services = whole["services"]
+    services = federation["services"]
     for n in (1, 2, 3):
         data = f"${{HOSPITAL{n}_DATA:-hospital{n}-data}}"
         seen = mounts(services[f"clientapp-{n}"])
@@ -112,11 +115,11 @@ def test_only_its_own_executor_sees_a_hospitals_data_and_cannot_write_it(
                 assert f"hospital{n}-data" not in sources, name
 
 
-def test_private_keys_are_mounted_where_they_are_used(whole: dict[str, Any]) -> None:
+def test_private_keys_are_mounted_only_where_they_are_used(federation: dict[str, Any]) -> None:
     keys = "${FEDGAN_KEYS:-./keys}"
-    found = {name: mounts(service).get("/keys") for name, service in whole["services"].items()}
-    wanted: dict[str, tuple[str, bool] | None] = dict.fromkeys(whole["services"])
-    wanted |= dict.fromkeys(("superlink", "filter"), (f"{keys}/server", True))
+    found = {name: mounts(service).get("/keys") for name, service in federation["services"].items()}
+    wanted: dict[str, tuple[str, bool] | None] = dict.fromkeys(federation["services"])
+    wanted |= dict.fromkeys(("superlink", "proxy"), (f"{keys}/server", True))
     wanted |= {"register": (keys, True)}
     wanted |= {
         f"supernode-{n}": (f"{keys}/hospitals/${{HOSPITAL{n}:-hospital{n}}}", True)
@@ -124,11 +127,11 @@ def test_private_keys_are_mounted_where_they_are_used(whole: dict[str, Any]) -> 
     }
     assert found == wanted
     for name in ("serverapp", "run"):
-        assert mounts(whole["services"][name])["/keys/ca.crt"] == (f"{keys}/ca.crt", True)
+        assert mounts(federation["services"][name])["/keys/ca.crt"] == (f"{keys}/ca.crt", True)
 
 
-def test_the_superlink_knows_hospitals_only_by_their_keys_over_tls(whole: dict[str, Any]) -> None:
-    command = words(whole["services"]["superlink"])
+def test_superlink_authenticates_hospitals_by_key_over_tls(federation: dict[str, Any]) -> None:
+    command = command_of(federation["services"]["superlink"])
     for option in (
         "--enable-supernode-auth",
         "--isolation=process",
@@ -140,15 +143,15 @@ def test_the_superlink_knows_hospitals_only_by_their_keys_over_tls(whole: dict[s
     assert "--insecure" not in command
 
 
-@pytest.mark.parametrize("path", [WHOLE, ALONE], ids=["whole", "alone"])
-def test_a_supernode_speaks_tls_outside_and_listens_on_its_hospitals_network_alone(
+@pytest.mark.parametrize("path", [FEDERATION, HOSPITAL], ids=["federation", "hospital"])
+def test_supernode_uses_tls_and_listens_on_its_hospitals_network_only(
     path: Path,
 ) -> None:
     services = load(path)["services"]
     for name, service in services.items():
         if not name.startswith("supernode"):
             continue
-        command = words(service)
+        command = command_of(service)
         assert "--insecure" not in command
         assert "--root-certificates=/keys/ca.crt" in command
         own = {
@@ -163,8 +166,8 @@ def test_a_supernode_speaks_tls_outside_and_listens_on_its_hospitals_network_alo
         assert "--runtime-api-address=runtime:9094" in executor["command"]
 
 
-@pytest.mark.parametrize("path", [WHOLE, ALONE], ids=["whole", "alone"])
-def test_node_configs_name_the_keys_that_a_hospital_reads(path: Path) -> None:
+@pytest.mark.parametrize("path", [FEDERATION, HOSPITAL], ids=["federation", "hospital"])
+def test_node_configs_have_the_keys_that_a_hospital_reads(path: Path) -> None:
     source = (ROOT / "client" / "hospital.py").read_text(encoding="utf-8")
     read = {
         node.value
@@ -180,11 +183,11 @@ def test_node_configs_name_the_keys_that_a_hospital_reads(path: Path) -> None:
             assert set(pairs) <= read
             assert (pairs["data-root"], pairs["state-dir"]) == ('"/data"', '"/state"')
             numbers.append(pairs["partition-id"])
-    assert numbers == (["0", "1", "2"] if path == WHOLE else ["${HOSPITAL_NUMBER:-0}"])
+    assert numbers == (["0", "1", "2"] if path == FEDERATION else ["${HOSPITAL_NUMBER:-0}"])
 
 
-@pytest.mark.parametrize("path", [WHOLE, ALONE], ids=["whole", "alone"])
-def test_containers_hold_no_rights_that_they_do_not_need(path: Path) -> None:
+@pytest.mark.parametrize("path", [FEDERATION, HOSPITAL], ids=["federation", "hospital"])
+def test_containers_have_no_unneeded_privileges(path: Path) -> None:
     for name, service in load(path)["services"].items():
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
@@ -193,8 +196,8 @@ def test_containers_hold_no_rights_that_they_do_not_need(path: Path) -> None:
         assert service.get("network_mode", "none") == "none", name
 
 
-@pytest.mark.parametrize("path", [WHOLE, ALONE], ids=["whole", "alone"])
-def test_what_lasts_is_started_again_and_nothing_waits_for_a_condition(path: Path) -> None:
+@pytest.mark.parametrize("path", [FEDERATION, HOSPITAL], ids=["federation", "hospital"])
+def test_permanent_services_restart_and_none_depends_on_another(path: Path) -> None:
     for name, service in load(path)["services"].items():
         assert service["restart"] == ("no" if name in ONCE else "unless-stopped"), name
         assert "depends_on" not in service, (
@@ -202,17 +205,17 @@ def test_what_lasts_is_started_again_and_nothing_waits_for_a_condition(path: Pat
         )
 
 
-def test_a_hospital_alone_must_be_told_three_things(alone: dict[str, Any]) -> None:
-    text = ALONE.read_text(encoding="utf-8")
+def test_hospital_on_its_own_machine_has_three_required_settings(hospital: dict[str, Any]) -> None:
+    text = HOSPITAL.read_text(encoding="utf-8")
     assert set(re.findall(r"\$\{(\w+):\?", text)) == {"FEDGAN_SERVER", "FEDGAN_CA", "FEDGAN_KEY"}
-    assert mounts(alone["services"]["clientapp"])["/data"] == ("${HOSPITAL_DATA:-./data}", True)
-    assert not {"/data", "/state"} & set(mounts(alone["services"]["supernode"]))
+    assert mounts(hospital["services"]["clientapp"])["/data"] == ("${HOSPITAL_DATA:-./data}", True)
+    assert not {"/data", "/state"} & set(mounts(hospital["services"]["supernode"]))
 
 
 @pytest.mark.parametrize(
-    ("over", "under"), [("compose.gpu.yml", WHOLE), ("client/compose.gpu.yml", ALONE)]
+    ("over", "under"), [("compose.gpu.yml", FEDERATION), ("client/compose.gpu.yml", HOSPITAL)]
 )
-def test_gpus_are_laid_over_the_services_that_compute(over: str, under: Path) -> None:
+def test_gpu_files_extend_the_services_that_compute(over: str, under: Path) -> None:
     services, below = load(ROOT / over)["services"], load(under)["services"]
     assert set(services) == {name for name in below if name.startswith(("clientapp", "serverapp"))}
     for service in services.values():
@@ -220,7 +223,7 @@ def test_gpus_are_laid_over_the_services_that_compute(over: str, under: Path) ->
         assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == [
             "gpu"
         ]
-        assert service["image"].endswith("-cuda")  # the images for CPUs stay as they are
+        assert service["image"].endswith("-cuda")  # CPU images are kept
 
 
 def base_stage(path: Path) -> str:
@@ -228,31 +231,40 @@ def base_stage(path: Path) -> str:
     return text[text.index("ARG BASE") : text.rindex("\nFROM ")]
 
 
-def test_both_images_are_built_on_one_base() -> None:
-    server, client = map(base_stage, DOCKERFILES)
+def test_server_and_client_images_share_their_base() -> None:
+    server, client = map(base_stage, SHARED)
     assert server == client
 
 
-@pytest.mark.parametrize("path", DOCKERFILES, ids=["server", "client"])
-def test_images_are_for_cpus_and_end_as_an_ordinary_user(path: Path) -> None:
+@pytest.mark.parametrize("path", DOCKERFILES, ids=["server", "client", "deploy"])
+def test_images_run_as_an_ordinary_user(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     last = text[text.rindex("\nFROM ") :]
     assert re.findall(r"^USER (.+)$", text, re.M) == ["${UID}:${GID}"]
     assert "ARG UID=1000" in last
     assert 'test "$UID" -gt 0' in last
     assert last.index("USER") > last.rindex("RUN")
+
+
+@pytest.mark.parametrize("path", SHARED, ids=["server", "client"])
+def test_torch_is_for_cpus_by_default(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
     assert "ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu" in text
 
 
-def test_volumes_that_are_written_belong_to_the_user_of_the_image(whole: dict[str, Any]) -> None:
-    prepared = {
-        "server": DOCKERFILES[0].read_text(encoding="utf-8"),
-        "client": DOCKERFILES[1].read_text(encoding="utf-8"),
-    }
-    for name, service in whole["services"].items():
-        text = prepared[service["build"]["dockerfile"].split("/")[0]]
+def test_proxy_image_runs_the_tested_configuration(federation: dict[str, Any]) -> None:
+    text = DOCKERFILES[2].read_text(encoding="utf-8")
+    assert "COPY deploy/haproxy.cfg /etc/haproxy/haproxy.cfg" in text
+    assert 'CMD ["haproxy", "-db", "-f", "/etc/haproxy/haproxy.cfg"]' in text
+    known = set(re.findall(r"presetenv (\w+)", (ROOT / "deploy" / "haproxy.cfg").read_text()))
+    assert set(federation["services"]["proxy"]["environment"]) < known
+
+
+def test_written_volumes_belong_to_the_images_user(federation: dict[str, Any]) -> None:
+    for name, service in federation["services"].items():
+        text = (ROOT / service["build"]["dockerfile"]).read_text(encoding="utf-8")
         for target, (source, read_only) in mounts(service).items():
-            if source in whole["volumes"] and not read_only:
+            if source in federation["volumes"] and not read_only:
                 place = (
                     "$(seq -f /hospitals/%g 9)"
                     if target.startswith("/hospitals/")
@@ -261,7 +273,7 @@ def test_volumes_that_are_written_belong_to_the_user_of_the_image(whole: dict[st
                 assert place in text, f"{name}: {target} is not made in its image"
 
 
-def test_images_take_source_and_nothing_else() -> None:
+def test_images_contain_source_only() -> None:
     lines = [
         line
         for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
@@ -270,7 +282,7 @@ def test_images_take_source_and_nothing_else() -> None:
     assert lines[0] == "*"
     assert {line[1:] for line in lines if line.startswith("!")} == {
         *("pyproject.toml", "README.md", "LICENSE"),
-        *("fedgan", "client", "server", "simulations"),
+        *("fedgan", "client", "server", "simulations", "deploy"),
     }
 
 
@@ -286,7 +298,7 @@ def with_shard(folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_an_executor_starts_when_its_shard_is_there(tmp_path: Path) -> None:
+def test_executor_starts_when_its_shard_exists(tmp_path: Path) -> None:
     (tmp_path / "north").mkdir()
     (tmp_path / "north" / "card.json").write_text("{}")
     for folder in (tmp_path, tmp_path / "north"):
@@ -294,7 +306,7 @@ def test_an_executor_starts_when_its_shard_is_there(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (0, "started\n")
 
 
-def test_an_executor_without_a_shard_says_what_is_missing(tmp_path: Path) -> None:
+def test_executor_without_a_shard_names_the_missing_folder(tmp_path: Path) -> None:
     done = with_shard(tmp_path)
     assert done.returncode == 3
     assert "started" not in done.stdout

@@ -1,10 +1,9 @@
-"""`fedgan deploy` against a federation of real processes on loopback: TLS, authenticated hospitals, the filter in between."""
+"""`fedgan deploy` with a deployment of real processes on loopback, behind the proxy."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from capture import PUSH_MESSAGES, PUSH_OBJECT, Capture
 from cryptography.hazmat.primitives import serialization
-from loopback import HOST, REPOSITORY, Deployment, deployment, make_keys
+from loopback import HOST, REPOSITORY, Deployment, deployment, make_keys, needs_haproxy
 from small_federation import NAMES, federate, tiny, write_shards
 
 from client.app import app as client_app
@@ -22,6 +21,8 @@ from fedgan.config import Settings
 from fedgan.exchange.outbound_log import NAME, OutboundLog
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_tensors
+
+pytestmark = [pytest.mark.slow, needs_haproxy]
 
 SIZES = (48, 32, 24)
 HOSPITALS = NAMES[:3]
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def federation(folder: Path) -> Iterator[Deployment]:
-    """Three hospitals behind a filter that keeps all that they send."""
+    """Three hospitals whose requests are recorded."""
     for name in ("deployment", "recording"):
         (folder / name).mkdir()
 
@@ -49,13 +50,10 @@ def federation(folder: Path) -> Iterator[Deployment]:
             key: str(folder / place / HOSPITALS[index]) for key, place in folders.items()
         }
 
-    environment = {
-        "FEDGAN_REFERENCE": str(folder / "reference"),
-        "FEDGAN_RECORDING": str(folder / "recording"),
-    }
-    recorder = (sys.executable, "-m", "recording_filter")
+    environment = {"FEDGAN_REFERENCE": str(folder / "reference")}
+    recording = folder / "recording"
     with deployment(
-        folder / "deployment", REPOSITORY, HOSPITALS, node_config, environment, recorder
+        folder / "deployment", REPOSITORY, HOSPITALS, node_config, environment, recording
     ) as running:
         yield running
 
@@ -64,7 +62,7 @@ def federation(folder: Path) -> Iterator[Deployment]:
 def deploy(
     federation: Deployment, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Deploy:
-    """`fedgan deploy VERB …` against it: exit code, output, and what was said beside it."""
+    """Run `fedgan deploy VERB …`; returns exit code, stdout and stderr."""
     monkeypatch.setenv("FEDGAN_SUPERLINK", f"{HOST}:{federation.ports['superlink']}")
     monkeypatch.setenv("FEDGAN_CA", str(federation.keys / "ca.crt"))
     capsys.readouterr()
@@ -77,14 +75,13 @@ def deploy(
 
 
 def scenario_file(settings: Settings, path: Path) -> Path:
-    """A scenario as its author writes it, who knows neither the hospitals' disks nor the server's."""
+    """A scenario file without paths of the hospitals."""
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, root=""))
     RunFolder.at(path).write_settings(settings)
     return path / "config.toml"
 
 
-@pytest.mark.slow
-def test_a_deployed_scenario_trains_the_simulation_s_model_to_its_page(
+def test_deployed_scenario_trains_the_simulations_model(
     folder: Path, federation: Deployment, deploy: Deploy
 ) -> None:
     settings = tiny(folder / "data", "evaluation.suite=quick", rounds=2, kimg=0.072)
@@ -92,28 +89,28 @@ def test_a_deployed_scenario_trains_the_simulation_s_model_to_its_page(
     simulated, run = RunFolder.at(folder / "simulated"), RunFolder.at(folder / "runs" / "tiny")
     federate(settings, simulated, client_app)
 
-    # --- from the scenario to the page
-    code, out, said = deploy("run", str(scenario), "--output", str(run.path), "--json")
-    assert code == 0, f"{said}\n{federation.tails()}"
+    # --- from the scenario to the report
+    code, out, err = deploy("run", str(scenario), "--output", str(run.path), "--json")
+    assert code == 0, f"{err}\n{federation.tails()}"
     assert run.checkpoint(2).read_bytes() == simulated.checkpoint(2).read_bytes()
     assert json.loads(run.evaluation.read_text())["round"] == 2
     assert "gamma" in run.report.read_text()
-    told = json.loads(out)
-    assert (told["status"], told["sub_status"], told["output"]) == (
+    result = json.loads(out)
+    assert (result["status"], result["sub_status"], result["output"]) == (
         "finished",
         "completed",
         str(run.path),
     )
-    assert told["report"] == str(run.report)
-    assert "hospitals online: alpha, beta, gamma" in said
-    assert "round 2/2" in said
+    assert result["report"] == str(run.report)
+    assert "hospitals online: alpha, beta, gamma" in err
+    assert "round 2/2" in err
     assert str(folder / "data") not in federation.log("serverapp").read_text()
 
-    # --- what is said of it afterwards
+    # --- status and logs
     found = json.loads(deploy("status", "--json")[1])
     assert found["hospitals"] == [{"name": name, "status": "online"} for name in HOSPITALS]
     assert [(row["number"], row["sub_status"], row["output"]) for row in found["runs"]] == [
-        (told["number"], "completed", str(run.path))
+        (result["number"], "completed", str(run.path))
     ]
     events = [json.loads(line) for line in deploy("logs", "--json")[1].splitlines()]
     assert [event["round"] for event in events if event["event"] == "round_end"] == [1, 2]
@@ -121,23 +118,22 @@ def test_a_deployed_scenario_trains_the_simulation_s_model_to_its_page(
     assert events[-1]["event"] == "finished"
     assert deploy("stop")[0] == 2
 
-    # --- the ServerApp's error is the command's own
-    code, _, said = deploy("run", str(scenario), "--set", "seed=9", "--output", str(run.path))
+    # --- an error of the ServerApp
+    code, _, err = deploy("run", str(scenario), "--set", "seed=9", "--output", str(run.path))
     assert code == 2
-    assert "holds a run with other settings" in said
+    assert "holds a run with other settings" in err
 
     # --- a SuperLink of other keys
-    strangers = make_keys(folder / "strangers", ())
-    code, _, said = deploy("status", "--ca", str(strangers / "ca.crt"))
+    strangers = make_keys(folder / "strangers")
+    code, _, err = deploy("status", "--ca", str(strangers / "ca.crt"))
     assert code == 5
-    assert "has not signed its certificate" in said
+    assert "has not signed its certificate" in err
 
 
-@pytest.mark.slow
-def test_a_deployment_keeps_a_secure_round_s_secrets_between_its_four_messages(
+def test_deployed_secure_round_gives_the_plain_model(
     folder: Path, federation: Deployment, deploy: Deploy
 ) -> None:
-    few = "federation.exchange=['generator']"  # an array is a request
+    few = "federation.exchange=['generator']"
     plain, run = RunFolder.at(folder / "plain"), RunFolder.at(folder / "runs" / "secure")
     federate(tiny(folder / "data", few, rounds=1, kimg=0.036), plain, client_app)
     settings = tiny(
@@ -148,10 +144,10 @@ def test_a_deployment_keeps_a_secure_round_s_secrets_between_its_four_messages(
         rounds=1,
         kimg=0.036,
     )
-    code, _, said = deploy(
+    code, _, err = deploy(
         "run", str(scenario_file(settings, folder / "secure")), "--output", str(run.path)
     )
-    assert code == 0, f"{said}\n{federation.tails()}"
+    assert code == 0, f"{err}\n{federation.tails()}"
     expected, got = (load_tensors(each.checkpoint(1))[0] for each in (plain, run))
     assert expected.keys() == got.keys()
     for key, tensor in expected.items():
@@ -160,12 +156,11 @@ def test_a_deployment_keeps_a_secure_round_s_secrets_between_its_four_messages(
     assert [entry.message for entry in entries][-5:] == ["query.hello", *["train"] * 4]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("hospital", HOSPITALS)
-def test_all_that_crossed_the_wire_is_what_the_outbound_log_lists(
+def test_outbound_log_lists_all_that_left_a_hospital(
     hospital: str, folder: Path, federation: Deployment
 ) -> None:
-    """The runs above, as the filter saw them: a plain one of two rounds and one with secure aggregation."""
+    """The requests of the runs above: a plain one of two rounds and one with secure aggregation."""
     public = serialization.load_ssh_public_key(
         (federation.keys / "hospitals" / hospital / "node.pub").read_bytes()
     )
@@ -180,21 +175,19 @@ def test_all_that_crossed_the_wire_is_what_the_outbound_log_lists(
         *["train"] * 4,
     ]
 
-    # --- each answer that travelled is a line of the log, record by record, hash by hash
+    # --- each reply is a line of the log, with the same records and hashes
     for (key, message), entry in zip(seen.messages.items(), entries, strict=True):
         for travelled, listed in zip(records_of(message), entry.records, strict=True):
             if listed["kind"] == "arrays":
                 assert listed.pop("bundle") == seen.bundles[key]
-                travelled["bytes"] = listed[
-                    "bytes"
-                ]  # those of the parcel, which its hash stands for
-                listed["arrays"].sort()  # a parcel has an order of its own
+                travelled["bytes"] = listed["bytes"]  # of the bundle, compared by its hash
+                listed["arrays"].sort()  # a bundle has its own order
                 travelled["arrays"].sort()
             assert travelled == listed
 
-    # --- and nothing travelled beside the answers
+    # --- nothing else left the hospital
     assert seen.strays == set()
-    asked = {
+    methods = {
         "activate-node",
         "send-node-heartbeat",
         "pull-messages",
@@ -202,8 +195,8 @@ def test_all_that_crossed_the_wire_is_what_the_outbound_log_lists(
         "push-object",
         "pull-object",
     }
-    asked |= {"get-run", "get-fab", "confirm-message-received"}
-    assert {path.rpartition("/")[2] for path in seen.largest} <= asked
+    methods |= {"get-run", "get-fab", "confirm-message-received"}
+    assert {path.rpartition("/")[2] for path in seen.largest} <= methods
     known = {
         "accept",
         "accept-encoding",

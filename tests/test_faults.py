@@ -114,7 +114,7 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
         # --- the SuperNode of alpha dies in round 2, and comes back when the SuperLink has noticed
         begun(1, 3)
         federation.kill("node-1")
-        federation.keep("node-1")
+        federation.restart_until_activated("node-1")
         federation.wait("round 2", lambda: ended(2), WAIT)
 
         # --- gamma is too slow in round 3
@@ -138,20 +138,20 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
 
         # --- and in the same round, begun anew, the filter and the SuperLink
         begun(2, 8)  # after one more introduction
-        federation.kill("filter")
-        assert federation.health("filter") is None
-        federation.start("filter")
-        federation.wait("the filter", lambda: federation.health("filter") == 200, WAIT, "filter")
+        federation.kill("proxy")
+        assert federation.health("proxy") is None
+        federation.start("proxy")
+        federation.wait("the filter", lambda: federation.health("proxy") == 200, WAIT, "proxy")
         federation.kill("superlink")
         federation.wait(
             "the filter to miss the SuperLink",
-            lambda: federation.health("filter") == 503,
+            lambda: federation.health("proxy") == 503,
             WAIT,
-            "filter",
+            "proxy",
         )
         federation.start("superlink")
-        assert federation.finished(resumed, WAIT) == "finished:completed", federation.tails()
-        assert "status=502" in federation.log("filter").read_text()
+        assert federation.wait_finished(resumed, WAIT) == "finished:completed", federation.tails()
+        assert "status=502" in federation.log("proxy").read_text()
 
     # --- who is missing is named with the reason, and nobody else is missing
     lines = rounds_of(run)

@@ -1,4 +1,4 @@
-"""`fedgan keys`: what it writes is what TLS and Flower accept, is secret, and is all there or not at all."""
+"""`fedgan keys`: files that TLS, HAProxy and Flower accept; secrecy; all-or-nothing writes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def make(path: Path, days: int = 365, ago: int = 0, hosts: tuple[str, ...] = ()) -> KeyFolder:
-    """A folder of keys of two hospitals, made some days ago."""
+    """A key folder with two hospitals, made `ago` days ago."""
     return KeyFolder.create(path, NAMES, hosts, days, NOW - timedelta(days=ago))
 
 
@@ -42,7 +42,7 @@ def keys(tmp_path: Path) -> KeyFolder:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too."""
+    """Every file in a folder, including hidden ones."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -56,7 +56,7 @@ def mode(path: Path) -> int:
 
 @contextlib.contextmanager
 def failing_rename(monkeypatch: pytest.MonkeyPatch, last: str) -> Iterator[None]:
-    """A disk that refuses to rename anything onto a path which ends with `last`."""
+    """A disk on which renames to a path that ends with `last` fail."""
     original = os.replace
 
     def refuse(source: Path, target: Path) -> None:
@@ -69,14 +69,14 @@ def failing_rename(monkeypatch: pytest.MonkeyPatch, last: str) -> Iterator[None]
         yield
 
 
-# --- what is written -----------------------------------------------------------------------------
+# --- files ---
 
 
-def test_a_folder_holds_all_that_server_and_hospitals_need(keys: KeyFolder) -> None:
+def test_folder_has_all_files_for_server_and_hospitals(keys: KeyFolder) -> None:
     hospitals = {
         f"hospitals/{name}/{file}" for name in NAMES for file in ("node.key", "node.pub", "ca.crt")
     }
-    server = {f"server/{file}" for file in ("server.key", "server.crt", "ca.crt")}
+    server = {f"server/{file}" for file in ("server.key", "server.crt", "proxy.pem", "ca.crt")}
     assert (
         set(contents(keys.path)) == {"ca/ca.key", "ca.crt", "hospitals.json"} | server | hospitals
     )
@@ -89,7 +89,7 @@ def test_a_folder_holds_all_that_server_and_hospitals_need(keys: KeyFolder) -> N
     ]
 
 
-def test_private_keys_and_folders_are_private_from_the_first_byte(
+def test_private_keys_are_private_from_the_first_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, written, published = os.replace, {}, []
@@ -108,14 +108,15 @@ def test_private_keys_and_folders_are_private_from_the_first_byte(
         keys.rotate_server((), 365, NOW)
     finally:
         os.umask(before)
-    private = {name: found for name, found in written.items() if name.endswith(".key")}
-    assert private == {"ca.key": 0o600, "server.key": 0o600, "node.key": 0o600}
-    assert not any(".key" in name for name in published)
+    private = {name: found for name, found in written.items() if name.endswith((".key", ".pem"))}
+    expected = ("ca.key", "server.key", "proxy.pem", "node.key")
+    assert private == dict.fromkeys(expected, 0o600)
+    assert not any(".key" in name or ".pem" in name for name in published)
     assert {mode(path) for path in [keys.path, *keys.path.rglob("*")] if path.is_dir()} == {0o700}
-    assert {mode(path) for path in keys.path.rglob("*.key")} == {0o600}
+    assert {mode(path) for path in keys.path.rglob("*.key")} | {mode(keys.proxy_pem)} == {0o600}
 
 
-def test_flower_reads_the_keys_and_openssh_tells_the_same_fingerprint(keys: KeyFolder) -> None:
+def test_flower_reads_the_keys_and_openssh_agrees_on_fingerprints(keys: KeyFolder) -> None:
     from flwr.cli.supernode.register import try_load_public_key
 
     folder = keys.hospital("hospital1")
@@ -125,25 +126,25 @@ def test_flower_reads_the_keys_and_openssh_tells_the_same_fingerprint(keys: KeyF
     assert load_ssh_public_key((folder / "node.pub").read_bytes()) == private.public_key()
     assert try_load_public_key(folder / "node.pub").startswith(b"-----BEGIN PUBLIC KEY-----")
     if shutil.which("ssh-keygen"):
-        told = subprocess.run(
+        shown = subprocess.run(
             ["ssh-keygen", "-lf", folder / "node.pub"], capture_output=True, text=True, check=True
         ).stdout
-        assert told.split()[:3] == ["384", keys.registrations()[0].fingerprint, "hospital1"]
+        assert shown.split()[:3] == ["384", keys.registrations()[0].fingerprint, "hospital1"]
 
 
-def test_every_key_is_another_one(keys: KeyFolder, tmp_path: Path) -> None:
+def test_all_keys_differ(keys: KeyFolder, tmp_path: Path) -> None:
     other = make(tmp_path / "other")
     private = [path.read_bytes() for folder in (keys, other) for path in folder.path.rglob("*.key")]
     assert len(set(private)) == len(private) == 8
 
 
-# --- TLS -----------------------------------------------------------------------------------------
+# --- TLS ---
 
 
 def handshake(keys: KeyFolder, host: str, authority: Path) -> None:
-    """Python's TLS with the strictest checks between the server of `keys` and a hospital; raises as the hospital would."""
+    """A TLS handshake of a hospital with the server of `keys`, with the strictest checks."""
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    server.load_cert_chain(keys.server_certificate, keys.server_key)
+    server.load_cert_chain(keys.proxy_pem)
     client = ssl.create_default_context(cafile=str(authority))
     client.verify_flags |= ssl.VERIFY_X509_STRICT
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -159,9 +160,9 @@ def handshake(keys: KeyFolder, host: str, authority: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["superlink", "filter", "localhost", "127.0.0.1", "fl.example.org", "10.0.0.5"]
+    "host", ["superlink", "proxy", "localhost", "127.0.0.1", "fl.example.org", "10.0.0.5"]
 )
-def test_a_hospital_connects_by_each_name_of_the_server(keys: KeyFolder, host: str) -> None:
+def test_hospital_connects_by_each_name_of_the_server(keys: KeyFolder, host: str) -> None:
     handshake(keys, host, keys.hospital("hospital1") / "ca.crt")
 
 
@@ -173,27 +174,25 @@ def test_a_hospital_connects_by_each_name_of_the_server(keys: KeyFolder, host: s
         ("example.org", "mismatch"),
     ],
 )
-def test_another_host_name_is_refused(keys: KeyFolder, host: str, text: str) -> None:
+def test_other_host_names_are_refused(keys: KeyFolder, host: str, text: str) -> None:
     with pytest.raises(ssl.SSLCertVerificationError, match=text):
         handshake(keys, host, keys.authority)
 
 
-def test_an_expired_certificate_is_refused_as_expired(tmp_path: Path) -> None:
+def test_expired_certificate_is_refused_as_expired(tmp_path: Path) -> None:
     keys = make(tmp_path / "keys", days=30, ago=31)
     with pytest.raises(ssl.SSLCertVerificationError, match="certificate has expired"):
         handshake(keys, "superlink", keys.authority)
 
 
-def test_a_server_of_another_authority_is_refused_as_unknown(
-    keys: KeyFolder, tmp_path: Path
-) -> None:
+def test_server_of_another_authority_is_refused_as_unknown(keys: KeyFolder, tmp_path: Path) -> None:
     with pytest.raises(
         ssl.SSLCertVerificationError, match="unable to get local issuer certificate"
     ):
         handshake(make(tmp_path / "other"), "superlink", keys.authority)
 
 
-def test_the_server_s_certificate_cannot_sign_and_the_authority_s_signs_no_authority(
+def test_certificates_can_sign_no_more_than_needed(
     keys: KeyFolder,
 ) -> None:
     server, authority = map(
@@ -213,7 +212,7 @@ def test_the_server_s_certificate_cannot_sign_and_the_authority_s_signs_no_autho
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl here")
-def test_openssl_finds_nothing_to_complain_of(keys: KeyFolder) -> None:
+def test_openssl_verifies_the_server_certificate_strictly(keys: KeyFolder) -> None:
     command = [
         "openssl",
         "verify",
@@ -221,7 +220,7 @@ def test_openssl_finds_nothing_to_complain_of(keys: KeyFolder) -> None:
         "-purpose",
         "sslserver",
         "-verify_hostname",
-        "filter",
+        "proxy",
     ]
     found = subprocess.run(
         [*command, "-CAfile", keys.authority, keys.server_certificate],
@@ -231,7 +230,7 @@ def test_openssl_finds_nothing_to_complain_of(keys: KeyFolder) -> None:
     assert found.stdout.strip().endswith("server.crt: OK"), found.stderr
 
 
-def test_a_server_certificate_ends_with_its_authority(keys: KeyFolder) -> None:
+def test_server_certificate_expires_with_its_authority(keys: KeyFolder) -> None:
     keys.rotate_server((), 3650, NOW + timedelta(days=10))
     server, authority = map(
         certificates.read_certificate, (keys.server_certificate, keys.authority)
@@ -239,13 +238,13 @@ def test_a_server_certificate_ends_with_its_authority(keys: KeyFolder) -> None:
     assert server.not_valid_after_utc == authority.not_valid_after_utc
 
 
-# --- all or nothing ------------------------------------------------------------------------------
+# --- all or nothing ---
 
 
 @pytest.mark.parametrize(
     "last", ["ca/ca.key", "server/server.crt", "hospital2/node.key", "hospitals.json"]
 )
-def test_a_full_disk_leaves_nothing_of_a_new_folder(
+def test_full_disk_leaves_nothing_of_a_new_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
     with (
@@ -257,7 +256,7 @@ def test_a_full_disk_leaves_nothing_of_a_new_folder(
 
 
 @pytest.mark.parametrize("last", ["hospital4/node.pub", "hospitals.json"])
-def test_a_full_disk_leaves_an_old_folder_as_it_was(
+def test_full_disk_leaves_an_existing_folder_unchanged(
     keys: KeyFolder, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
     before, folders = contents(keys.path), sorted(keys.path.rglob("*"))
@@ -267,24 +266,24 @@ def test_a_full_disk_leaves_an_old_folder_as_it_was(
     assert sorted(keys.path.rglob("*")) == folders
 
 
-def test_what_exists_is_not_overwritten(keys: KeyFolder, tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(keys: KeyFolder, tmp_path: Path) -> None:
     before = contents(keys.path)
-    with pytest.raises(ConfigError, match="choose another place with --output"):
+    with pytest.raises(ConfigError, match="choose another with --output"):
         make(keys.path)
-    with pytest.raises(ConfigError, match="choose another place with --output"):
+    with pytest.raises(ConfigError, match="choose another with --output"):
         make(keys.authority)
     for name in ("hospital2", "HOSPITAL2"):
         with pytest.raises(
             ConfigError,
-            match=f"'{name}' has a key already: a new one is made by fedgan keys rotate",
+            match=f"'{name}' already has a key; for a new one: fedgan keys rotate",
         ):
             keys.add(["hospital3", name], NOW)
     assert contents(keys.path) == before
 
 
-def test_a_hospital_that_joins_later_changes_nothing_of_the_others(keys: KeyFolder) -> None:
+def test_added_hospital_changes_no_other_files(keys: KeyFolder) -> None:
     before = contents(keys.path)
-    keys.authority_key.unlink()  # it may be kept elsewhere: only certificates need it
+    keys.authority_key.unlink()  # needed for certificates only
     keys.add(["hospital3"], NOW)
     after = contents(keys.path)
     assert {name for name in before if after.get(name) != before[name]} == {
@@ -292,10 +291,10 @@ def test_a_hospital_that_joins_later_changes_nothing_of_the_others(keys: KeyFold
         "ca/ca.key",
     }
     assert [row.name for row in keys.registrations()] == [*NAMES, "hospital3"]
-    handshake(keys, "filter", keys.hospital("hospital3") / "ca.crt")
+    handshake(keys, "proxy", keys.hospital("hospital3") / "ca.crt")
 
 
-def test_two_changes_at_once_are_refused(keys: KeyFolder) -> None:
+def test_simultaneous_changes_are_refused(keys: KeyFolder) -> None:
     handle = os.open(keys.path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -324,9 +323,7 @@ def test_two_changes_at_once_are_refused(keys: KeyFolder) -> None:
         ["a", "A"],
     ],
 )
-def test_a_name_that_could_lead_elsewhere_or_stands_twice_is_refused(
-    tmp_path: Path, names: list[str]
-) -> None:
+def test_invalid_and_duplicate_names_are_refused(tmp_path: Path, names: list[str]) -> None:
     with pytest.raises(ConfigError):
         KeyFolder.create(tmp_path / "keys", names, (), 365, NOW)
     assert list(tmp_path.iterdir()) == []
@@ -344,7 +341,7 @@ def test_a_name_that_could_lead_elsewhere_or_stands_twice_is_refused(
         "fe80::1%eth0",
     ],
 )
-def test_a_host_that_is_none_is_refused(tmp_path: Path, host: str) -> None:
+def test_invalid_hosts_are_refused(tmp_path: Path, host: str) -> None:
     with pytest.raises(ConfigError, match="without https:// and port"):
         make(tmp_path / "keys", hosts=(host,))
     assert list(tmp_path.iterdir()) == []
@@ -353,7 +350,7 @@ def test_a_host_that_is_none_is_refused(tmp_path: Path, host: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{}x", "[1]", '[{"name": "a"}]', '[{"name": "..", "public_key": "a"}]']
 )
-def test_a_damaged_list_is_named(keys: KeyFolder, text: str) -> None:
+def test_damaged_registration_list_is_named(keys: KeyFolder, text: str) -> None:
     keys.registration_list.write_text(text)
     with pytest.raises(ConfigError, match=r"hospitals\.json is damaged"):
         keys.registrations()
@@ -363,7 +360,7 @@ def test_a_damaged_list_is_named(keys: KeyFolder, text: str) -> None:
     ("field", "value"),
     [("public_key", "../../x"), ("public_key", "/etc/x"), ("name", "../x"), ("revoked", 3)],
 )
-def test_a_list_that_leads_out_of_the_folder_is_refused(
+def test_registration_list_with_paths_elsewhere_is_refused(
     keys: KeyFolder, field: str, value: object
 ) -> None:
     rows = json.loads(keys.registration_list.read_text())
@@ -373,10 +370,10 @@ def test_a_list_that_leads_out_of_the_folder_is_refused(
         keys.registrations()
 
 
-# --- rotate and revoke ---------------------------------------------------------------------------
+# --- rotate and revoke ---
 
 
-def test_a_rotated_key_is_new_and_the_old_public_one_is_kept_as_revoked(keys: KeyFolder) -> None:
+def test_rotated_key_is_new_and_the_old_public_key_is_kept(keys: KeyFolder) -> None:
     before, old_row = contents(keys.path), keys.registrations()[0]
     old, new = keys.rotate_hospital("hospital1", NOW)
     after = contents(keys.path)
@@ -397,7 +394,7 @@ def test_a_rotated_key_is_new_and_the_old_public_one_is_kept_as_revoked(keys: Ke
     assert before["hospitals/hospital1/node.key"] not in after.values()
 
 
-def test_a_rotation_that_was_cut_short_is_told_and_mended_by_the_next(
+def test_interrupted_rotation_is_reported_and_fixed_by_the_next(
     keys: KeyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = keys.registrations()[0]
@@ -405,8 +402,8 @@ def test_a_rotation_that_was_cut_short_is_told_and_mended_by_the_next(
     with failing_rename(monkeypatch, "hospitals.json"), pytest.raises(StorageError):
         keys.rotate_hospital("hospital1", NOW)
     assert keys.registrations()[0] == old
-    told = key_inspection.inspect(keys.path, NOW).problems
-    assert [(problem.found, problem.mend) for problem in told] == [
+    problems = key_inspection.inspect(keys.path, NOW).problems
+    assert [(problem.found, problem.fix) for problem in problems] == [
         (
             "the key in hospitals/hospital1 is not the one in hospitals.json",
             "fedgan keys rotate hospital1",
@@ -418,22 +415,20 @@ def test_a_rotation_that_was_cut_short_is_told_and_mended_by_the_next(
     assert key_inspection.inspect(keys.path, NOW).problems == ()
 
 
-def test_a_key_whose_public_half_is_lost_cannot_be_rotated_away(keys: KeyFolder) -> None:
+def test_rotation_needs_the_old_public_key(keys: KeyFolder) -> None:
     shutil.rmtree(keys.hospital("hospital1"))
-    with pytest.raises(
-        ConfigError, match=r"put the hospital's node\.pub back as hospitals/hospital1/node\.pub"
-    ):
+    with pytest.raises(ConfigError, match=r"restore hospitals/hospital1/node\.pub"):
         keys.rotate_hospital("hospital1", NOW)
 
 
-def test_a_revoked_hospital_is_marked_and_comes_back_with_a_new_key(keys: KeyFolder) -> None:
+def test_revoked_hospital_is_readmitted_with_a_new_key(keys: KeyFolder) -> None:
     row = keys.revoke("hospital1", NOW)
     assert [each.revoked for each in keys.registrations()] == [NOW.isoformat(), None]
-    with pytest.raises(ConfigError, match="was revoked on"):
+    with pytest.raises(ConfigError, match="was already revoked on"):
         keys.revoke("hospital1", NOW)
     with pytest.raises(
         ConfigError,
-        match="no hospital 'hospital9' among these keys; there are: hospital1, hospital2",
+        match="no hospital 'hospital9' in these keys; known: hospital1, hospital2",
     ):
         keys.revoke("hospital9", NOW)
     old, new = keys.rotate_hospital("hospital1", NOW + timedelta(days=1))
@@ -441,20 +436,22 @@ def test_a_revoked_hospital_is_marked_and_comes_back_with_a_new_key(keys: KeyFol
     assert new.revoked is None
 
 
-def test_a_rotated_server_is_believed_by_the_hospitals_as_they_are(keys: KeyFolder) -> None:
+def test_hospitals_trust_a_rotated_server_certificate(keys: KeyFolder) -> None:
     before = contents(keys.path)
     keys.rotate_server(["new.example.org"], 90, NOW)
     after = contents(keys.path)
     assert {name for name in before if before[name] != after[name]} == {
         "server/server.key",
         "server/server.crt",
+        "server/proxy.pem",
     }
+    assert after["server/proxy.pem"] == after["server/server.crt"] + after["server/server.key"]
     for host in ("superlink", "fl.example.org", "10.0.0.5", "new.example.org"):
         handshake(keys, host, keys.hospital("hospital1") / "ca.crt")
     assert certificates.days_left(certificates.read_certificate(keys.server_certificate), NOW) == 90
 
 
-def test_a_server_is_not_rotated_without_its_authority(keys: KeyFolder, tmp_path: Path) -> None:
+def test_server_rotation_needs_its_authority(keys: KeyFolder, tmp_path: Path) -> None:
     before = contents(keys.path / "server")
     with pytest.raises(ConfigError, match=r"ca\.crt has expired"):
         keys.rotate_server((), 365, NOW + timedelta(days=certificates.AUTHORITY_DAYS + 1))
@@ -462,32 +459,32 @@ def test_a_server_is_not_rotated_without_its_authority(keys: KeyFolder, tmp_path
     with pytest.raises(ConfigError, match=r"is not the key of .*ca\.crt"):
         keys.rotate_server((), 365, NOW)
     keys.authority_key.unlink()
-    with pytest.raises(ConfigError, match=r"ca\.key is not here"):
+    with pytest.raises(ConfigError, match=r"ca\.key is missing"):
         keys.rotate_server((), 365, NOW)
     assert contents(keys.path / "server") == before
 
 
-# --- the verbs -----------------------------------------------------------------------------------
+# --- commands ---
 
 
-def test_keys_of_hospitals_are_made_without_a_verb_and_listed(fedgan: Run) -> None:
+def test_keys_are_made_without_a_subcommand_and_listed(fedgan: Run) -> None:
     code, out, _ = fedgan("keys", "--host", "fl.example.org", "north", "south")
     assert code == 0
     assert "wrote keys/hospitals/north: SHA256:" in out
     assert fedgan("keys", "create", "west")[0] == 0
-    told = json.loads(fedgan("keys", "list", "--json")[1])
-    assert [row["name"] for row in told["hospitals"]] == ["north", "south", "west"]
-    assert told["server"]["hosts"] == [*certificates.LEAST_HOSTS, "fl.example.org"]
-    assert (told["server"]["days_left"], told["authority"]["days_left"]) in (
+    listed = json.loads(fedgan("keys", "list", "--json")[1])
+    assert [row["name"] for row in listed["hospitals"]] == ["north", "south", "west"]
+    assert listed["server"]["hosts"] == [*certificates.DEFAULT_HOSTS, "fl.example.org"]
+    assert (listed["server"]["days_left"], listed["authority"]["days_left"]) in (
         (364, 3649),
         (365, 3650),
-    )  # in the same second
+    )  # made in this second or before
     out = fedgan("keys", "list")[1]
-    assert all(row["fingerprint"] in out for row in told["hospitals"])
+    assert all(row["fingerprint"] in out for row in listed["hospitals"])
 
 
-def test_what_is_printed_is_no_secret(fedgan: Run) -> None:
-    said, secrets = "", set()
+def test_output_contains_no_secrets(fedgan: Run) -> None:
+    printed, secrets = "", set()
     for words in (
         ["north"],
         ["rotate", "north", "--json"],
@@ -496,21 +493,22 @@ def test_what_is_printed_is_no_secret(fedgan: Run) -> None:
         ["list", "--json"],
     ):
         _, out, err = fedgan("keys", *words)
-        said += out + err
-        texts = [path.read_text() for path in Path("keys").rglob("*.key")]
+        printed += out + err
+        paths = [*Path("keys").rglob("*.key"), Path("keys/server/proxy.pem")]
+        texts = [path.read_text().rpartition("BEGIN PRIVATE KEY")[2] for path in paths]
         secrets |= {line for text in texts for line in text.splitlines() if "-----" not in line}
     assert len(secrets) > 20
-    assert not [line for line in secrets if line in said]
+    assert not [line for line in secrets if line in printed]
 
 
-def test_a_slip_of_the_finger_founds_no_hospital(fedgan: Run) -> None:
+def test_mistyped_subcommand_makes_no_hospital(fedgan: Run) -> None:
     code, _, err = fedgan("keys", "rotat", "north")
     assert code == 2
     assert "Did you mean 'rotate'?" in err
     assert not Path("keys").exists()
 
 
-def test_the_verbs_say_what_a_running_federation_has_to_be_told(fedgan: Run) -> None:
+def test_output_explains_how_to_apply_changes(fedgan: Run) -> None:
     fedgan("keys", "north", "south")
     code, out, _ = fedgan("keys", "rotate", "north")
     assert code == 0
@@ -523,24 +521,24 @@ def test_the_verbs_say_what_a_running_federation_has_to_be_told(fedgan: Run) -> 
     code, out, _ = fedgan("keys", "rotate", "server", "--host", "fl.example.org", "--days", "10")
     assert code == 0
     assert "fl.example.org" in out
-    assert "restart SuperLink and filter" in out
+    assert "restart SuperLink and proxy" in out
 
 
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["north"], "hospital 'north' has a key already"),
-        (["east", "--host", "x.org"], "--host and --days go to fedgan keys rotate server"),
-        (["rotate", "north", "--days", "3"], "a hospital's key has neither"),
-        (["rotate", "east"], "no hospital 'east' among these keys; there are: north"),
+        (["north"], "hospital 'north' already has a key"),
+        (["east", "--host", "x.org"], "use --host and --days with fedgan keys rotate server"),
+        (["rotate", "north", "--days", "3"], "not to a hospital's key"),
+        (["rotate", "east"], "no hospital 'east' in these keys; known: north"),
         (
             ["revoke", "north", "--output", "none"],
-            "no folder of keys at none: make one with fedgan keys",
+            "no key folder at none: make one with fedgan keys",
         ),
-        (["list", "--output", "none"], "no folder of keys at none"),
+        (["list", "--output", "none"], "no key folder at none"),
     ],
 )
-def test_wrong_use_has_one_clear_error(fedgan: Run, words: list[str], text: str) -> None:
+def test_wrong_usage_has_one_clear_error(fedgan: Run, words: list[str], text: str) -> None:
     fedgan("keys", "north")
     before = contents(Path("keys"))
     code, _, err = fedgan("keys", *words)
@@ -549,14 +547,14 @@ def test_wrong_use_has_one_clear_error(fedgan: Run, words: list[str], text: str)
     assert contents(Path("keys")) == before
 
 
-# --- doctor --------------------------------------------------------------------------------------
+# --- doctor ---
 
 
 def checks(folder: Path) -> list[tuple[str, str]]:
     return [(check.status, check.found) for check in doctor.key_checks(folder)]
 
 
-def test_doctor_tells_the_days_of_certificates_and_looks_at_keys_by_itself(
+def test_doctor_reports_days_left_and_finds_keys_by_default(
     keys: KeyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [(status, found)] = checks(keys.path)
@@ -570,29 +568,31 @@ def test_doctor_tells_the_days_of_certificates_and_looks_at_keys_by_itself(
     assert checks(keys.path / "server")[0][0] == "failed"
 
 
-def test_doctor_warns_before_a_certificate_ends_and_fails_after(tmp_path: Path) -> None:
+def test_doctor_warns_before_a_certificate_expires_and_fails_after(tmp_path: Path) -> None:
     assert [status for status, _ in checks(make(tmp_path / "fresh", days=31).path)] == ["ok"]
-    told = checks(make(tmp_path / "soon", days=30, ago=10).path)
-    assert told[1] in (
+    found = checks(make(tmp_path / "soon", days=30, ago=10).path)
+    assert found[1] in (
         ("warning", "server.crt expires in 19 days"),
         ("warning", "server.crt expires in 20 days"),
     )
     [(status, found)] = checks(make(tmp_path / "late", days=30, ago=40).path)
     assert (status, found[:18]) == ("failed", "server.crt expired")
     [(status, found), *_] = checks(make(tmp_path / "early", ago=-2).path)
-    assert (status, "is valid from" in found) == ("failed", True)
+    assert (status, "is not valid before" in found) == ("failed", True)
 
 
-def test_doctor_finds_keys_that_others_can_use(keys: KeyFolder) -> None:
+def test_doctor_finds_keys_that_others_can_read(keys: KeyFolder) -> None:
     (keys.hospital("hospital1") / "node.key").chmod(0o640)
+    keys.proxy_pem.chmod(0o644)
     (keys.path / "server").chmod(0o770)
     assert checks(keys.path) == [
         ("failed", "hospitals/hospital1/node.key has mode 0640: others can use this key"),
-        ("failed", "server has mode 0770: others can replace what it holds"),
+        ("failed", "server has mode 0770: others can replace its files"),
+        ("failed", "server/proxy.pem has mode 0644: others can use this key"),
     ]
 
 
-def test_doctor_finds_what_does_not_belong_together(keys: KeyFolder, tmp_path: Path) -> None:
+def test_doctor_finds_files_that_do_not_match(keys: KeyFolder, tmp_path: Path) -> None:
     other = make(tmp_path / "other")
     shutil.copy(other.server_key, keys.server_key)
     shutil.copy(other.authority_key, keys.authority_key)
@@ -601,10 +601,11 @@ def test_doctor_finds_what_does_not_belong_together(keys: KeyFolder, tmp_path: P
     shutil.copytree(keys.hospital("hospital2"), keys.hospital("hospital3"))
     found = dict.fromkeys(found for _, found in checks(keys.path))
     assert list(found) == [
-        "ca.key is not the key of ca.crt: it can sign no certificate that hospitals believe",
+        "ca.key is not the key of ca.crt: hospitals would trust no certificate that it signs",
         "server.key is not the key of server.crt: the server cannot start",
+        "server/proxy.pem is missing or not server.crt and server.key: the proxy cannot start",
         "the key in hospitals/hospital1 is not the one in hospitals.json",
-        "hospitals/hospital2/ca.crt is missing or no copy of ca.crt",
+        "hospitals/hospital2/ca.crt is missing or not a copy of ca.crt",
         "hospitals/hospital3 is not in hospitals.json",
     ]
     shutil.copy(other.server_certificate, keys.server_certificate)
@@ -613,7 +614,7 @@ def test_doctor_finds_what_does_not_belong_together(keys: KeyFolder, tmp_path: P
     )
 
 
-def test_doctor_looks_at_a_hospital_s_part_alone(keys: KeyFolder) -> None:
+def test_doctor_checks_a_hospitals_part_on_its_own(keys: KeyFolder) -> None:
     part = keys.hospital("hospital1")
     [(status, found)] = checks(part)
     assert status == "ok"
@@ -622,13 +623,11 @@ def test_doctor_looks_at_a_hospital_s_part_alone(keys: KeyFolder) -> None:
     (part / "ca.crt").write_text("no certificate")
     assert [status for status, _ in checks(part)] == ["failed", "failed"]
     (part / "node.key").write_text("no key")
-    assert "node.key is no private key of OpenSSH" in checks(part)[0][1]
+    assert "node.key is not an OpenSSH private key" in checks(part)[0][1]
 
 
-def test_doctor_names_a_hospital_whose_files_are_gone_unless_it_is_revoked(keys: KeyFolder) -> None:
-    (
-        keys.hospital("hospital1") / "node.key"
-    ).unlink()  # the hospital has it: the operator need not keep it
+def test_doctor_reports_missing_files_of_active_hospitals_only(keys: KeyFolder) -> None:
+    (keys.hospital("hospital1") / "node.key").unlink()  # the operator may delete its copy
     assert [status for status, _ in checks(keys.path)] == ["ok"]
     shutil.rmtree(keys.hospital("hospital1"))
     assert {status for status, _ in checks(keys.path)} == {"failed"}

@@ -50,7 +50,7 @@ class Check:
     name: str
     status: Literal["ok", "warning", "failed"]
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def doctor(
@@ -119,12 +119,12 @@ def package_checks() -> list[Check]:
     """Every package with its version, each imported once, because a package can be there and not work."""
     checks = []
     for distribution, module in PACKAGES.items():
-        mend = "pip install -e . in the repository"
+        fix = "pip install -e . in the repository"
         try:
             version = importlib.metadata.version(distribution)
             importlib.import_module(module)
         except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError):
-            checks.append(Check(distribution, "failed", "missing", mend))
+            checks.append(Check(distribution, "failed", "missing", fix))
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
             again = f"pip install --force-reinstall {'torch torchvision' if module.startswith('torch') else distribution}"
@@ -233,14 +233,14 @@ def key_checks(folder: Path | None) -> list[Check]:
     """Certificates' days and what is wrong with a folder of keys; nothing where none is named and ./keys is none."""
     from fedgan.deployment import certificates, key_inspection
 
-    if folder is None and not key_inspection.is_there(Path("keys")):
+    if folder is None and not key_inspection.has_keys(Path("keys")):
         return []
     try:
         inspection = key_inspection.inspect(folder or Path("keys"), certificates.now())
     except FedganError as error:
         return [Check("keys", "failed", str(error))]
     problems = [
-        Check("keys", "failed" if problem.grave else "warning", problem.found, problem.mend)
+        Check("keys", "failed" if problem.grave else "warning", problem.found, problem.fix)
         for problem in inspection.problems
     ]
     return [
@@ -342,7 +342,7 @@ def _free_memory() -> int | None:
 def _line(check: Check) -> str:
     mark = {"ok": "ok     ", "warning": "warning", "failed": "FAILED "}[check.status]
     return f"{mark}  {check.name:<13} {check.found}" + (
-        f"\n                        → {check.mend}" if check.mend else ""
+        f"\n                        → {check.fix}" if check.fix else ""
     )
 
 

@@ -1,4 +1,4 @@
-"""`fedgan keys`: who may take part in a federation, and whom its hospitals believe to be the server."""
+"""`fedgan keys`: keys and certificates of a federation's hospitals and server."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ DAYS = 365
 SERVER = "server"
 
 
-class _CreateUnlessSaidOtherwise(TyperGroup):
+class _CreateByDefault(TyperGroup):
     """`fedgan keys north south` is `fedgan keys create north south`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, *ctx.help_option_names}:
-            meant = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.7)
-            if meant:  # a slip of the finger must not found a hospital
+            similar = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.7)
+            if similar:  # a typing error must not make a hospital
                 rest = " ".join(args)
                 ctx.fail(
-                    f"No such command '{args[0]}'. Did you mean '{meant[0]}'? For a hospital: fedgan keys create {rest}"
+                    f"No such command '{args[0]}'. Did you mean '{similar[0]}'? "
+                    f"For a hospital: fedgan keys create {rest}"
                 )
             args = ["create", *args]
         return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
-    cls=_CreateUnlessSaidOtherwise,
+    cls=_CreateByDefault,
     help="Make, renew and revoke the keys and certificates of a federation.\n\n"
     "`fedgan keys NAME...` is short for `fedgan keys create NAME...`.",
     epilog="Example: fedgan keys hospital1 hospital2 hospital3 --host fl.example.org",
@@ -50,13 +51,13 @@ app = typer.Typer(
 Names = Annotated[
     list[str], typer.Argument(metavar="NAME...", help="Hospitals: letters, digits, - and _.")
 ]
-Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder of keys.")]
+Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The key folder.")]
 Hosts = Annotated[
     list[str] | None,
     typer.Option(
         "--host",
         metavar="NAME|IP",
-        help="Hospitals reach the server by this name or address; may be repeated.",
+        help="A name or address by which hospitals reach the server; may be repeated.",
     ),
 ]
 Days = Annotated[
@@ -66,7 +67,7 @@ Days = Annotated[
         metavar="DAYS",
         min=1,
         max=3650,
-        help=f"How long the server's certificate holds. [default: {DAYS}]",
+        help=f"Validity of the server's certificate. [default: {DAYS}]",
     ),
 ]
 
@@ -82,7 +83,10 @@ def create(
     days: Days = None,
     as_json: console.Json = False,
 ) -> None:
-    """Make an authority, the server's certificate and a key for each hospital; in a folder that has them, add hospitals."""
+    """Make an authority, the server's certificate and a key per hospital, or add hospitals.
+
+    In an existing key folder, only the new hospitals' keys are made.
+    """
     from fedgan.deployment.certificates import now
     from fedgan.deployment.key_folder import KeyFolder
 
@@ -90,7 +94,8 @@ def create(
     if (output / "hospitals.json").is_file():
         if hosts or days:
             raise ConfigError(
-                f"{console.shown(output)} has a server certificate: --host and --days go to fedgan keys rotate server"
+                f"{console.shown(output)} has a server certificate: "
+                "use --host and --days with fedgan keys rotate server"
             )
         folder = KeyFolder.open(output)
         rows: Sequence[Registration] = folder.add(names, moment)
@@ -100,14 +105,15 @@ def create(
     lines = [f"wrote {console.shown(folder.hospital(row.name))}: {row.fingerprint}" for row in rows]
     lines += [
         f"server: {_server_line(folder)}",
-        "hand each hospital its own folder over a safe channel, and nothing else of these",
+        "give each hospital its own folder over a trusted channel, and no other file",
     ]
-    lines += _to_apply(folder, rows, ()) if folder.registrations() != tuple(rows) else []
-    console.emit(_told(folder), as_json, "\n".join(lines))
+    lines += _registration_steps(folder, rows, ()) if folder.registrations() != tuple(rows) else []
+    console.emit(_summary(folder), as_json, "\n".join(lines))
 
 
 @app.command(
-    epilog="Example: fedgan keys rotate hospital1\n\nExample: fedgan keys rotate server --host fl.example.org --days 180",
+    epilog="Example: fedgan keys rotate hospital1\n\n"
+    "Example: fedgan keys rotate server --host fl.example.org --days 180",
 )
 def rotate(
     name: Annotated[
@@ -121,7 +127,7 @@ def rotate(
     days: Days = None,
     as_json: console.Json = False,
 ) -> None:
-    """Give a hospital a new key and revoke its old one, or the server a new key and certificate of the same authority.
+    """Make a new key for a hospital and revoke its old one, or a new server certificate.
 
     The server's new certificate keeps the names of the old one; --host adds more.
     """
@@ -134,13 +140,12 @@ def rotate(
         lines = [
             f"new key and certificate in {console.shown(output / SERVER)}: {_server_line(folder)}"
         ]
-        lines.append(
-            "restart SuperLink and filter; hospitals need nothing new, their ca.crt is the same"
-        )
+        lines.append("restart SuperLink and proxy; the hospitals' ca.crt stays valid")
     else:
         if hosts or days:
             raise ConfigError(
-                "--host and --days belong to certificates, i.e. to fedgan keys rotate server: a hospital's key has neither"
+                "--host and --days apply to the server's certificate, not to a hospital's key: "
+                "use them with fedgan keys rotate server"
             )
         old, new = folder.rotate_hospital(name, now())
         lines = [
@@ -148,10 +153,11 @@ def rotate(
             f"revoked: {old.fingerprint}",
         ]
         lines.append(
-            f"bring {console.shown(folder.hospital(name))} to the hospital, which then restarts its SuperNode"
+            f"give {console.shown(folder.hospital(name))} to the hospital, "
+            "which then restarts its SuperNode"
         )
-        lines += _to_apply(folder, [new], [old])
-    console.emit(_told(folder), as_json, "\n".join(lines))
+        lines += _registration_steps(folder, [new], [old])
+    console.emit(_summary(folder), as_json, "\n".join(lines))
 
 
 @app.command(epilog="Example: fedgan keys revoke hospital2")
@@ -160,15 +166,15 @@ def revoke(
     output: Folder = Path("keys"),
     as_json: console.Json = False,
 ) -> None:
-    """Mark a hospital's key as revoked, so that the server is told to refuse it."""
+    """Revoke a hospital's key; the server refuses it after the next registration."""
     from fedgan.deployment.certificates import now
     from fedgan.deployment.key_folder import KeyFolder
 
     folder = KeyFolder.open(output)
     row = folder.revoke(name, now())
-    lines = [f"revoked {name}: {row.fingerprint}", *_to_apply(folder, [], [row])]
-    lines.append(f"to admit the hospital again, with a new key: fedgan keys rotate {name}")
-    console.emit(_told(folder), as_json, "\n".join(lines))
+    lines = [f"revoked {name}: {row.fingerprint}", *_registration_steps(folder, [], [row])]
+    lines.append(f"to re-admit the hospital with a new key: fedgan keys rotate {name}")
+    console.emit(_summary(folder), as_json, "\n".join(lines))
 
 
 @app.command(
@@ -178,16 +184,16 @@ def list_keys(
     keys: Folder = Path("keys"),
     as_json: console.Json = False,
 ) -> None:
-    """Show every certificate and key: fingerprint, when it was made and revoked, when it ends."""
+    """List certificates and keys: fingerprint, creation, expiry and revocation."""
     from fedgan.deployment.key_folder import KeyFolder
 
-    told = _told(KeyFolder.open(keys))
-    table = [("", "fingerprint", "created", "ends", "revoked")]
+    summary = _summary(KeyFolder.open(keys))
+    table = [("", "fingerprint", "created", "expires", "revoked")]
     for label in ("authority", SERVER):
-        row = told[label]
-        print_, ends = row["fingerprint"], f"{row['expires'][:10]} ({row['days_left']} days)"
-        table.append((label, f"{print_[:30]}...", row["created"][:10], ends, ""))
-    for row in told["hospitals"]:
+        row = summary[label]
+        shown, expires = row["fingerprint"], f"{row['expires'][:10]} ({row['days_left']} days)"
+        table.append((label, f"{shown[:30]}...", row["created"][:10], expires, ""))
+    for row in summary["hospitals"]:
         table.append(
             (row["name"], row["fingerprint"], row["created"][:10], "", (row["revoked"] or "")[:10])
         )
@@ -197,49 +203,53 @@ def list_keys(
         for row in table
     ]
     console.emit(
-        told, as_json, "\n".join([*lines, f"the server is {', '.join(told[SERVER]['hosts'])}"])
+        summary,
+        as_json,
+        "\n".join([*lines, f"the server's names: {', '.join(summary[SERVER]['hosts'])}"]),
     )
 
 
-# --- what the verbs share ------------------------------------------------------------------------
+# --- shared by the commands ---
 
 
-def _told(folder: KeyFolder) -> dict[str, Any]:
-    """All that stands in a folder and is no secret, as JSON."""
+def _summary(folder: KeyFolder) -> dict[str, Any]:
+    """The public content of a key folder, for --json."""
     from fedgan.deployment import certificates
 
     moment = certificates.now()
-    told: dict[str, Any] = {"path": str(folder.path)}
+    summary: dict[str, Any] = {"path": str(folder.path)}
     for label, path in (("authority", folder.authority), (SERVER, folder.server_certificate)):
         certificate = certificates.read_certificate(path)
-        told[label] = {
+        summary[label] = {
             "fingerprint": certificates.fingerprint(certificate),
             "created": certificate.not_valid_before_utc.isoformat(),
             "expires": certificate.not_valid_after_utc.isoformat(),
             "days_left": certificates.days_left(certificate, moment),
         }
-    told[SERVER]["hosts"] = certificates.hosts_of(certificate)
-    return told | {"hospitals": [dataclasses.asdict(row) for row in folder.registrations()]}
+    summary[SERVER]["hosts"] = certificates.hosts_of(certificate)
+    return summary | {"hospitals": [dataclasses.asdict(row) for row in folder.registrations()]}
 
 
 def _server_line(folder: KeyFolder) -> str:
     from fedgan.deployment import certificates
 
     certificate = certificates.read_certificate(folder.server_certificate)
-    return f"{', '.join(certificates.hosts_of(certificate))}, until {certificate.not_valid_after_utc:%Y-%m-%d}"
+    hosts = ", ".join(certificates.hosts_of(certificate))
+    return f"{hosts}, until {certificate.not_valid_after_utc:%Y-%m-%d}"
 
 
-def _to_apply(
+def _registration_steps(
     folder: KeyFolder, admitted: Sequence[Registration], refused: Sequence[Registration]
 ) -> list[str]:
-    """What a federation that runs has to be told, by fedgan or by hand."""
-    lines = ["a running federation learns of it by `fedgan deploy register`, or by hand:"]
+    """How to apply changes to a running federation."""
+    lines = ["to apply this to a running federation: `fedgan deploy register`, or by hand:"]
     lines += [
-        "  flwr supernode unregister NODE_ID SUPERLINK   (the number that its registration printed)"
+        "  flwr supernode unregister NODE_ID SUPERLINK   (NODE_ID: printed at registration)"
         for _ in refused
     ]
     for row in admitted:
         lines.append(
-            f"  flwr supernode register {console.shown(folder.path / row.public_key)} SUPERLINK --name {row.name}"
+            f"  flwr supernode register {console.shown(folder.path / row.public_key)} SUPERLINK "
+            f"--name {row.name}"
         )
     return lines

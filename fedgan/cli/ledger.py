@@ -1,4 +1,4 @@
-"""`fedgan ledger`: releases of a hospital's images until now, and the spent ε."""
+"""`fedgan ledger`: what was released of a hospital's images until now, and what that costs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ledger(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="Shard, state-dir of a hospital, folder of shards, run, or ledger file.",
+            help="A shard, a hospital's state-dir, a folder of shards, a run, or a ledger file.",
         ),
     ],
     delta: Annotated[
@@ -31,7 +31,7 @@ def ledger(
         typer.Option(
             "--delta",
             metavar="DELTA",
-            help="Show epsilon at this delta. Default: delta of the last entry.",
+            help="Tell epsilon at this delta; else at that of the last entry.",
         ),
     ] = None,
     max_epsilon: Annotated[
@@ -39,16 +39,15 @@ def ledger(
         typer.Option(
             "--max-epsilon",
             metavar="EPSILON",
-            help="Show how many more steps like the last ones fit into this epsilon.",
+            help="Tell how many more steps like the last ones fit in.",
         ),
     ] = None,
     as_json: console.Json = False,
 ) -> None:
-    """Show releases and spent ε of a hospital's images, and verify the ledger."""
+    """Show what each run released of a hospital's images and what all of it costs; check that no entry changed or is missing."""
     if delta is not None and not 0 < delta < 1:
         raise ConfigError(
-            f"--delta {delta:g}: epsilon is defined for 0 < delta < 1 only, "
-            "e.g. one over the number of images"
+            f"--delta {delta:g}: epsilon has a meaning for 0 < delta < 1 only, e.g. one over the number of images"
         )
     if max_epsilon is not None and not max_epsilon > 0:
         raise ConfigError(f"--max-epsilon {max_epsilon:g}: give a budget above 0")
@@ -62,42 +61,41 @@ def find_ledgers(path: Path) -> list[Ledger]:
 
     if path.is_file():
         return [Ledger(path)]
-    ledgers = [Ledger(folder / NAME) for folder in ledger_folders(path)]
-    # The run's own, whose units are hospitals (server/aggregation/client_level_dp.py), comes first.
+    ledgers = [Ledger(place / NAME) for place in places_of(path)]
+    # a run's own, of its hospitals as units (server/aggregation/client_level_dp.py)
     ledgers = [Ledger(file) for file in sorted(path.glob("hospital-ledger.jsonl"))] + [
         each for each in ledgers if each.exists()
     ]
     if not ledgers:
         raise DataError(
-            f"no privacy ledger at {console.shown(path)}: give a shard that was trained on with "
-            "privacy, the state-dir of a deployed hospital, or a run folder"
+            f"no privacy ledger at {console.shown(path)}: give a shard that was trained on with privacy, the state-dir of a "
+            "deployed hospital, or a run folder"
         )
     return ledgers
 
 
-def ledger_folders(path: Path) -> list[Path]:
-    """Folders at `path` that may hold a ledger, sorted."""
-    folders = [path, *_subfolders(path)]
+def places_of(path: Path) -> list[Path]:
+    """Folders at `path` where a hospital may keep what it knows of its shard, sorted."""
+    places = [path, *_below(path)]
     if (path / "config.toml").is_file():
-        shards = _shards_of_run(path)
-        folders += [*_subfolders(path / "hospitals"), *_subfolders(path / "shards"), *shards]
-    return list(dict.fromkeys(folder.resolve() for folder in folders))
+        places += [*_below(path / "hospitals"), *_below(path / "shards"), *_of_the_scenario(path)]
+    return list(dict.fromkeys(place.resolve() for place in places))
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+def _below(folder: Path) -> list[Path]:
+    return sorted(place for place in folder.iterdir() if place.is_dir()) if folder.is_dir() else []
 
 
-def _shards_of_run(path: Path) -> list[Path]:
-    """The shards of the run in `path`."""
+def _of_the_scenario(path: Path) -> list[Path]:
+    """The shards that the run in `path` read."""
     from fedgan.run_folder import RunFolder
 
     root = RunFolder.at(path).settings().data.root
-    return [Path(root), *_subfolders(Path(root))] if root else []
+    return [Path(root), *_below(Path(root))] if root else []
 
 
 def _account(ledger: Ledger, delta: float | None, max_epsilon: float | None) -> dict[str, Any]:
-    """One ledger as JSON; an infinite ε is null."""
+    """What one ledger says, as JSON: an infinite ε is null."""
     entries = ledger.entries()
     at = delta if delta is not None else entries[-1].delta if entries else None
     total = ledger.epsilon(at) if at is not None else 0.0
@@ -114,7 +112,7 @@ def _account(ledger: Ledger, delta: float | None, max_epsilon: float | None) -> 
         last = entries[-1].mechanism
         account |= {
             "max_epsilon": max_epsilon,
-            "steps_left": 0 if total > max_epsilon else _steps_left(entries, at, max_epsilon),
+            "steps_left": 0 if total > max_epsilon else _left(entries, at, max_epsilon),
         }
         account |= {
             "steps_like": {
@@ -125,7 +123,7 @@ def _account(ledger: Ledger, delta: float | None, max_epsilon: float | None) -> 
     return account
 
 
-def _steps_left(entries: list[Entry], delta: float, max_epsilon: float) -> int:
+def _left(entries: list[Entry], delta: float, max_epsilon: float) -> int:
     from fedgan.privacy.accounting import steps_within
 
     return steps_within(
@@ -134,12 +132,9 @@ def _steps_left(entries: list[Entry], delta: float, max_epsilon: float) -> int:
 
 
 def _releases(entries: list[Entry]) -> list[dict[str, Any]]:
-    """One row per group of successive entries that differ in their steps only.
+    """One row for entries in succession that differ in nothing but their steps; `epsilon` is that after the last of them."""
 
-    `epsilon`: after the last of them.
-    """
-
-    def key(entry: Entry) -> tuple[Any, ...]:
+    def alike(entry: Entry) -> tuple[Any, ...]:
         return (
             entry.run,
             entry.kind,
@@ -151,7 +146,7 @@ def _releases(entries: list[Entry]) -> list[dict[str, Any]]:
         )
 
     rows = []
-    for _, group in itertools.groupby(entries, key):
+    for _, group in itertools.groupby(entries, alike):
         members = list(group)
         last = members[-1]
         rows.append(
@@ -174,7 +169,7 @@ def _releases(entries: list[Entry]) -> list[dict[str, Any]]:
 def _text(account: dict[str, Any]) -> str:
     lines = [account["path"]]
     if not account["entries"]:
-        return f"{lines[0]}\n  no release yet"
+        return f"{lines[0]}\n  nothing was released yet"
     table = [HEADS]
     for row in account["releases"]:
         numbers = (
@@ -199,21 +194,19 @@ def _text(account: dict[str, Any]) -> str:
         for row in table
     ]
     runs, entries = account["runs"], account["entries"]
-    count = f"{entries} {'entry' if entries == 1 else 'entries'}"
-    count += f" of {runs} {'run' if runs == 1 else 'runs'}"
+    over = f"{entries} {'entry' if entries == 1 else 'entries'} of {runs} {'run' if runs == 1 else 'runs'}"
     total = f"epsilon {_number(account['epsilon'])} at delta {account['delta']:.3g}"
-    lines.append(f"  spent: {total}, over {count}; no entry is missing or changed")
-    lines.append("  runs without privacy are not entered: nothing bounds what they reveal")
+    lines.append(f"  in all: {total}, over {over}; no entry is missing or changed")
+    lines.append("  runs without privacy are not entered: nothing bounds what they gave away")
     if account["contents"] > 1:
         lines.append(
-            f"  the shard's content changed: {account['contents']} versions share this ledger"
+            f"  the shard's content changed: {account['contents']} versions of it share this account"
         )
     if "steps_left" in account:
         like = account["steps_like"]
         step = f"noise {like['noise_multiplier']:.4g} and rate {like['sample_rate']:.4g}"
         lines.append(
-            f"  {account['steps_left']:,} more steps with {step} fit into "
-            f"epsilon {account['max_epsilon']:g}"
+            f"  {account['steps_left']:,} more steps with {step} fit into epsilon {account['max_epsilon']:g}"
         )
     return "\n".join(lines)
 

@@ -1,1 +1,1 @@
-"""What a federation of separate machines needs beside the training: keys and certificates."""
+"""Keys and certificates of a federation whose members are separate machines."""

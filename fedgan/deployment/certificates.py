@@ -1,7 +1,7 @@
-"""The federation's certificates: an authority of its own, and the one certificate that SuperLink and filter show.
+"""The federation's certificate authority, and the server certificate of SuperLink and proxy.
 
-The authority signs server certificates and nothing else: hospitals prove who they are with keys (`node_keys.py`), because
-Flower's SuperLink asks for no client certificate. All keys are of the curve P-384.
+The authority signs server certificates only. Hospitals authenticate with keys (`node_keys.py`),
+because Flower's SuperLink does not support client certificates. All keys are on the curve P-384.
 """
 
 from __future__ import annotations
@@ -21,28 +21,23 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedgan.errors import ConfigError
 
 AUTHORITY_DAYS = 3650
-LEAST_HOSTS = (
-    "superlink",
-    "filter",
-    "localhost",
-    "127.0.0.1",
-)  # as docker-compose.yml and the tests call the server
-BACKDATED = timedelta(
-    hours=1
-)  # so that a hospital whose clock is a little behind can connect at once
+# The names that docker-compose.yml and the tests use for the server.
+DEFAULT_HOSTS = ("superlink", "proxy", "localhost", "127.0.0.1")
+BACKDATED = timedelta(hours=1)  # a hospital whose clock is slow can connect at once
 _LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 
 def now() -> datetime:
-    """This moment in UTC, in whole seconds, as certificates hold it."""
+    """The current time in UTC, in whole seconds, as certificates store it."""
     return datetime.now(UTC).replace(microsecond=0)
 
 
 def new_authority(moment: datetime) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """A key and its self-signed certificate, which may sign server certificates but no further authority."""
+    """A key and its self-signed certificate, which signs server certificates but no authority."""
     key = ec.generate_private_key(ec.SECP384R1())
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    # each authority has a name of its own: a certificate of another one is then told as "unknown issuer", not as "bad signature"
+    # A unique name per authority: OpenSSL then reports "unknown issuer" for a certificate of
+    # another authority, not "bad signature".
     name = _name(f"fedgan authority {identifier.digest.hex()[:16]}")
     builder = _builder(
         name, name, key.public_key(), moment, moment + timedelta(days=AUTHORITY_DAYS)
@@ -62,7 +57,7 @@ def issue_server(
     days: int,
     moment: datetime,
 ) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """A new key and its certificate for `hosts`; it ends after `days`, or with the authority where that comes first."""
+    """A new key and its certificate for `hosts`, valid for `days` or as long as the authority."""
     names = list(dict.fromkeys(map(_general_name, hosts)))
     key = ec.generate_private_key(ec.SECP384R1())
     end = min(moment + timedelta(days=days), authority.not_valid_after_utc)
@@ -83,13 +78,13 @@ def issue_server(
 
 
 def check_hosts(hosts: Sequence[str]) -> None:
-    """Raise `ConfigError` where one of `hosts` is neither a DNS name nor an IP address."""
+    """Raise `ConfigError` if one of `hosts` is neither a DNS name nor an IP address."""
     for host in hosts:
         _general_name(host)
 
 
 def hosts_of(certificate: x509.Certificate) -> list[str]:
-    """The names and addresses that a server certificate stands for."""
+    """The DNS names and IP addresses in a server certificate."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -107,50 +102,50 @@ def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
 
 
 def fingerprint(certificate: x509.Certificate) -> str:
-    """SHA-256 of a certificate as `openssl x509 -noout -fingerprint -sha256` prints it."""
+    """SHA-256 of a certificate, as `openssl x509 -noout -fingerprint -sha256` prints it."""
     return "SHA256:" + certificate.fingerprint(hashes.SHA256()).hex(":").upper()
 
 
 def days_left(certificate: x509.Certificate, moment: datetime) -> int:
-    """Whole days until a certificate ends; negative once it has."""
+    """Whole days until a certificate expires; negative once it has expired."""
     return (certificate.not_valid_after_utc - moment).days
 
 
 def certificate_bytes(certificate: x509.Certificate) -> bytes:
-    """A certificate as PEM."""
+    """Encode a certificate as PEM."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def key_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """The private key of an authority or a server as PEM (PKCS #8, no password: servers start by themselves)."""
+    """Encode a private key as PEM (PKCS #8, no password, because services start unattended)."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 
 def read_certificate(path: Path) -> x509.Certificate:
-    """Read a PEM certificate. Raises `ConfigError` where it is missing or none."""
+    """Read a PEM certificate. Raises `ConfigError` if it is missing or invalid."""
     try:
         return x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is no certificate in PEM: put it back from a copy") from error
+        raise ConfigError(f"{path} is not a PEM certificate: restore it from a backup") from error
 
 
 def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read the private key of an authority or a server. Raises `ConfigError` where it is missing or none."""
+    """Read the private key of an authority or a server. Raises `ConfigError` if it is invalid."""
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:  # TypeError: it has a password
         raise ConfigError(
-            f"{path} is no private key in PEM without a password: put it back from a copy"
+            f"{path} is not a PEM private key without a password: restore it from a backup"
         ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(
-            f"{path} is no key of an elliptic curve: put back the one that fedgan keys made"
+            f"{path} is not an elliptic-curve key: restore the one that fedgan keys made"
         )
     return key
 
@@ -176,7 +171,7 @@ def _name(common_name: str) -> x509.Name:
 
 
 def _usage(signs_certificates: bool) -> x509.KeyUsage:
-    """An authority signs certificates and lists of revoked ones, a server its handshakes: neither may do more."""
+    """Certificates and revocation lists for an authority, TLS handshakes for a server."""
     return x509.KeyUsage(
         digital_signature=not signs_certificates,
         key_cert_sign=signs_certificates,
@@ -198,8 +193,8 @@ def _general_name(host: str) -> x509.GeneralName:
         if len(host) <= 253 and all(map(_LABEL.fullmatch, labels)) and not labels[-1].isdigit():
             return x509.DNSName(host.lower())
     else:
-        if "%" not in host:  # fe80::1%eth0: the zone has no place in a certificate
+        if "%" not in host:  # a certificate cannot hold a zone (fe80::1%eth0)
             return x509.IPAddress(address)
     raise ConfigError(
-        f"'{host}' is no host: give a DNS name or an IP address alone, without https:// and port"
+        f"'{host}' is not a host: give a DNS name or an IP address, without https:// and port"
     )

@@ -1,13 +1,14 @@
-"""The folder of keys of one federation, as `fedgan keys` makes and changes it.
+"""The key folder of one federation, as `fedgan keys` makes and changes it.
 
-    ca/ca.key  ca.crt                          the authority; ca.key signs server certificates and may be kept elsewhere
-    server/server.key  server.crt  ca.crt      for SuperLink and filter
-    hospitals/NAME/node.key  node.pub  ca.crt  all that a hospital is handed
-    hospitals.json                             every key that was ever made for a hospital, and when it was revoked
-    revoked/NAME-….pub                         public keys that a newer one has replaced
+    ca/ca.key  ca.crt                          the authority; ca.key may be kept elsewhere
+    server/server.key  server.crt  ca.crt      for the SuperLink
+    server/proxy.pem                           for the proxy: server.crt and server.key in one file
+    hospitals/NAME/node.key  node.pub  ca.crt  what a hospital receives
+    hospitals.json                             the registration list (`registrations.py`)
+    revoked/NAME-….pub                         public keys that were replaced
 
-Private keys have mode 0600 and folders 0700 from the first byte on. What is made anew is made beside its place and
-moved there when whole; what is replaced is written in full before the first file changes.
+Private keys have mode 0600 and folders 0700 from the first byte on. A new folder is made beside its
+final path and renamed when complete. Before existing files change, all new contents are on disk.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from fedgan import files
 from fedgan.deployment import certificates, node_keys, registrations
 from fedgan.deployment.registrations import Registration
@@ -31,16 +35,16 @@ from fedgan.errors import ConfigError, StorageError
 
 @dataclass(frozen=True)
 class KeyFolder:
-    """A folder of keys that is there."""
+    """An existing key folder."""
 
     path: Path
 
     @classmethod
     def open(cls, path: Path) -> KeyFolder:
-        """The folder at `path`. Raises `ConfigError` where there is none."""
+        """Open the key folder at `path`. Raises `ConfigError` if there is none."""
         if not (path / "hospitals.json").is_file():
             raise ConfigError(
-                f"no folder of keys at {path}: make one with fedgan keys NAME … --output {path}"
+                f"no key folder at {path}: make one with fedgan keys NAME … --output {path}"
             )
         return cls(path)
 
@@ -48,19 +52,19 @@ class KeyFolder:
     def create(
         cls, path: Path, names: Sequence[str], hosts: Sequence[str], days: int, moment: datetime
     ) -> KeyFolder:
-        """Make an authority, a server certificate for `hosts` beside the usual ones, and a key for each name.
+        """Make an authority, a server certificate for `hosts` and `DEFAULT_HOSTS`, a key per name.
 
-        Raises `ConfigError` where `path` holds anything, or a name or host cannot be used. Nothing is left behind then.
+        Raises `ConfigError` if `path` is not empty, or a name or host is invalid.
         """
         registrations.check_names(names, ())
         certificates.check_hosts(hosts)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(
-                f"{path} exists and is no folder of keys: choose another place with --output"
+                f"{path} exists and is not a key folder: choose another with --output"
             )
         with _stage(path.resolve().parent, f".{path.name}.", path) as stage:
             folder = cls(stage)
-            folder._write_authority_and_server([*certificates.LEAST_HOSTS, *hosts], days, moment)
+            folder._write_authority_and_server([*certificates.DEFAULT_HOSTS, *hosts], days, moment)
             folder._folder("hospitals")
             rows = [
                 _write_hospital(stage / "hospitals" / name, name, folder.authority, moment)
@@ -77,7 +81,7 @@ class KeyFolder:
 
     @property
     def authority(self) -> Path:
-        """The authority's certificate, which everybody may see."""
+        """The authority's certificate, which is public."""
         return self.path / "ca.crt"
 
     @property
@@ -87,29 +91,34 @@ class KeyFolder:
 
     @property
     def server_key(self) -> Path:
-        """The private key of SuperLink and filter."""
+        """The private key of SuperLink and proxy."""
         return self.path / "server" / "server.key"
 
     @property
     def server_certificate(self) -> Path:
-        """The certificate of SuperLink and filter."""
+        """The certificate of SuperLink and proxy."""
         return self.path / "server" / "server.crt"
 
+    @property
+    def proxy_pem(self) -> Path:
+        """Certificate and private key in one file, as HAProxy reads them."""
+        return self.path / "server" / "proxy.pem"
+
     def hospital(self, name: str) -> Path:
-        """The folder that a hospital is handed."""
+        """The folder that a hospital receives."""
         return self.path / "hospitals" / name
 
     def registrations(self) -> tuple[Registration, ...]:
-        """Every key that was ever made for a hospital, oldest first. Raises `ConfigError` where the list is damaged."""
+        """Every key ever made for a hospital, oldest first. Raises `ConfigError` if damaged."""
         return registrations.read(self.registration_list)
 
     def add(self, names: Sequence[str], moment: datetime) -> tuple[Registration, ...]:
-        """Make a key for each of `names`, which are new to this folder. Nothing is left behind on an error."""
+        """Make a key for each of the new `names`. An error leaves the folder unchanged."""
         with self._locked():
             rows = self.registrations()
             self._folder("hospitals")
-            there = [place.name for place in (self.path / "hospitals").iterdir()]
-            registrations.check_names(names, [*(row.name for row in rows), *there])
+            existing = [path.name for path in (self.path / "hospitals").iterdir()]
+            registrations.check_names(names, [*(row.name for row in rows), *existing])
             moved: list[Path] = []
             with _stage(self.path, ".new.", self.path / "hospitals") as stage:
                 new = tuple(
@@ -121,13 +130,16 @@ class KeyFolder:
                         moved.append(self.hospital(name))
                     files.write_text(self.registration_list, registrations.as_text([*rows, *new]))
                 except BaseException:
-                    for place in moved:
-                        shutil.rmtree(place, ignore_errors=True)
+                    for folder in moved:
+                        shutil.rmtree(folder, ignore_errors=True)
                     raise
         return new
 
     def rotate_hospital(self, name: str, moment: datetime) -> tuple[Registration, Registration]:
-        """Give a hospital a new key and revoke the one it has: (old row, new row). A revoked hospital is so admitted again."""
+        """Make a new key for a hospital and revoke its old one; returns (old row, new row).
+
+        This also re-admits a revoked hospital.
+        """
         with self._locked():
             rows = list(self.registrations())
             index = registrations.newest(rows, name)
@@ -136,25 +148,25 @@ class KeyFolder:
             self._folder("revoked")
             files.write_bytes(self.path / kept, self._public_key_of(old, self.path / kept))
             private, public = node_keys.new_node_key(name)
-            place = f"hospitals/{name}/node.pub"
-            new = Registration(name, place, node_keys.fingerprint(public), moment.isoformat())
+            path = f"hospitals/{name}/node.pub"
+            new = Registration(name, path, node_keys.fingerprint(public), moment.isoformat())
             rows[index] = old = replace(
                 old, public_key=kept, revoked=old.revoked or moment.isoformat()
             )
             _replace_together(
                 (self.hospital(name) / "node.key", private, True),
-                (self.path / place, public, False),
+                (self.path / path, public, False),
                 (self.registration_list, registrations.as_text([*rows, new]).encode(), False),
             )
         return old, new
 
     def rotate_server(self, hosts: Sequence[str], days: int, moment: datetime) -> None:
-        """A new key and certificate for SuperLink and filter, for the hosts of the old one and `hosts`, by the same authority."""
+        """Make a new server key and certificate, for the old certificate's hosts and `hosts`."""
         certificates.check_hosts(hosts)
         with self._locked():
             if not self.authority_key.is_file():
                 raise ConfigError(
-                    f"{self.authority_key} is not here: put it back for as long as this takes, it signs certificates"
+                    f"{self.authority_key} is missing: it signs certificates, restore it"
                 )
             signing, authority = (
                 certificates.read_key(self.authority_key),
@@ -162,29 +174,27 @@ class KeyFolder:
             )
             if authority.public_key() != signing.public_key():
                 raise ConfigError(
-                    f"{self.authority_key} is not the key of {self.authority}: put back the one that is"
+                    f"{self.authority_key} is not the key of {self.authority}: restore its key"
                 )
             if certificates.days_left(authority, moment) < 0:
                 raise ConfigError(
-                    f"{self.authority} has expired: make a new folder with fedgan keys NAME … --output DIR"
+                    f"{self.authority} has expired: "
+                    "make a new folder with fedgan keys NAME … --output DIR"
                 )
             before = certificates.hosts_of(certificates.read_certificate(self.server_certificate))
             key, certificate = certificates.issue_server(
-                signing, authority, [*certificates.LEAST_HOSTS, *before, *hosts], days, moment
+                signing, authority, [*certificates.DEFAULT_HOSTS, *before, *hosts], days, moment
             )
-            _replace_together(
-                (self.server_key, certificates.key_bytes(key), True),
-                (self.server_certificate, certificates.certificate_bytes(certificate), False),
-            )
+            _replace_together(*self._server_files(key, certificate))
 
     def revoke(self, name: str, moment: datetime) -> Registration:
-        """Mark a hospital's key as revoked. Raises `ConfigError` where it has none or it is revoked already."""
+        """Mark a hospital's key as revoked. Raises `ConfigError` if it has no active key."""
         with self._locked():
             rows = list(self.registrations())
             index = registrations.newest(rows, name)
             if rows[index].revoked:
                 raise ConfigError(
-                    f"the key of hospital '{name}' was revoked on {rows[index].revoked} already"
+                    f"the key of hospital '{name}' was already revoked on {rows[index].revoked}"
                 )
             rows[index] = replace(rows[index], revoked=moment.isoformat())
             files.write_text(self.registration_list, registrations.as_text(rows))
@@ -200,24 +210,35 @@ class KeyFolder:
         public = certificates.certificate_bytes(authority)
         files.write_bytes(self.authority_key, certificates.key_bytes(signing), private=True)
         files.write_bytes(self.authority, public)
-        files.write_bytes(self.server_key, certificates.key_bytes(key), private=True)
-        files.write_bytes(self.server_certificate, certificates.certificate_bytes(certificate))
+        for path, data, private in self._server_files(key, certificate):
+            files.write_bytes(path, data, private)
         files.write_bytes(self.path / "server" / "ca.crt", public)
 
+    def _server_files(
+        self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate
+    ) -> list[tuple[Path, bytes, bool]]:
+        """(path, content, is private) of the server's files that hold its key or certificate."""
+        secret, public = certificates.key_bytes(key), certificates.certificate_bytes(certificate)
+        return [
+            (self.server_key, secret, True),
+            (self.server_certificate, public, False),
+            (self.proxy_pem, public + secret, True),
+        ]
+
     def _public_key_of(self, row: Registration, kept: Path) -> bytes:
-        """The public key of a row, wherever it still lies: a rotation that was cut short has replaced node.pub already."""
-        for read, place in (
+        """Find the public key of a row; an interrupted rotation may have replaced node.pub."""
+        for read, path in (
             (node_keys.read_public, self.path / row.public_key),
             (node_keys.read_public, kept),
             (node_keys.read_private, self.hospital(row.name) / "node.key"),
         ):
             with contextlib.suppress(ConfigError):
-                line = read(place)
+                line = read(path)
                 if node_keys.fingerprint(line) == row.fingerprint:
                     return line
         raise ConfigError(
-            f"the public key {row.fingerprint} of hospital '{row.name}' is nowhere below {self.path}, and without it the server "
-            f"cannot be told to refuse it: put the hospital's node.pub back as {row.public_key}"
+            f"the public key {row.fingerprint} of hospital '{row.name}' is not in {self.path}, "
+            f"and the server needs it to refuse it: restore {row.public_key}"
         )
 
     def _folder(self, name: str) -> None:
@@ -228,13 +249,13 @@ class KeyFolder:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """One change of a folder at a time. The lock is the system's: it ends with the process."""
+        """Allow one change of a folder at a time. The lock ends with the process."""
         handle = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"another fedgan keys is changing {self.path}: try again when it has ended"
+                f"another fedgan keys is changing {self.path}: try again when it has finished"
             ) from None
         else:
             yield
@@ -243,7 +264,7 @@ class KeyFolder:
 
 
 def _write_hospital(folder: Path, name: str, authority: Path, moment: datetime) -> Registration:
-    """Make the folder that a hospital is handed."""
+    """Make the folder that a hospital receives."""
     folder.mkdir(mode=0o700)
     private, public = node_keys.new_node_key(name)
     files.write_bytes(folder / "node.key", private, private=True)
@@ -258,7 +279,7 @@ def _write_hospital(folder: Path, name: str, authority: Path, moment: datetime) 
 
 @contextlib.contextmanager
 def _stage(parent: Path, prefix: str, shown: Path) -> Iterator[Path]:
-    """A private folder in `parent` that is gone afterwards, unless it was moved."""
+    """A private temporary folder in `parent`. Errors name `shown` in its place."""
     stage = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -266,7 +287,7 @@ def _stage(parent: Path, prefix: str, shown: Path) -> Iterator[Path]:
         yield stage
     except OSError as error:
         raise files.storage_error(shown, error) from error
-    except StorageError as error:  # the user knows the place, not the folder beside it
+    except StorageError as error:
         raise StorageError(str(error).replace(str(stage), str(shown))) from error
     finally:
         if stage:
@@ -274,12 +295,12 @@ def _stage(parent: Path, prefix: str, shown: Path) -> Iterator[Path]:
 
 
 def _replace_together(*contents: tuple[Path, bytes, bool]) -> None:
-    """Write (path, bytes, private) all in full, then rename them in this order: a full disk changes none of them."""
+    """Write all (path, content, is private), then rename all: a full disk changes none of them."""
     with contextlib.ExitStack() as stack:
-        for path, data, private in reversed(contents):  # the stack leaves the last first
+        for path, data, private in reversed(contents):  # an ExitStack closes in reverse order
             stack.enter_context(files.atomic_path(path, private)).write_bytes(data)
 
 
 def _short(fingerprint: str) -> str:
-    """A fingerprint as a part of a file's name."""
+    """A fingerprint as a part of a file name."""
     return re.sub(r"[^A-Za-z0-9]", "", fingerprint.removeprefix("SHA256:"))[:12]

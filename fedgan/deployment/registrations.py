@@ -1,4 +1,4 @@
-"""The registration list of a federation: every key that was ever made for a hospital, and when it was revoked."""
+"""The registration list: every key ever made for a hospital, and when it was revoked."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from fedgan.errors import ConfigError
 
-LONGEST_NAME = 63  # a label of DNS, so that a hospital's name may be a container's
+LONGEST_NAME = 63  # a DNS label, because container names are DNS labels
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_TAKEN = ("ca", "server")  # what `rotate` means by them is no hospital
+_RESERVED = ("ca", "server")  # `rotate server` is the server's certificate
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class Registration:
     """One key of one hospital: a row of hospitals.json. Times are ISO 8601 in UTC."""
 
     name: str
-    public_key: str  # below the folder of keys
+    public_key: str  # relative to the key folder
     fingerprint: str
     created: str
     revoked: str | None = None
 
 
 def read(path: Path) -> tuple[Registration, ...]:
-    """The rows of a list, oldest first. Raises `ConfigError` where it is missing or damaged."""
+    """Read a list, oldest row first. Raises `ConfigError` if it is missing or damaged."""
     try:
         rows = tuple(Registration(**row) for row in json.loads(path.read_text(encoding="utf-8")))
         for row in rows:
@@ -35,58 +35,58 @@ def read(path: Path) -> tuple[Registration, ...]:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged: put it back from a copy") from error
+        raise ConfigError(f"{path} is damaged: restore it from a backup") from error
     return rows
 
 
 def as_text(rows: Sequence[Registration]) -> str:
-    """A list as it stands in its file."""
+    """A list as JSON text."""
     return json.dumps([asdict(row) for row in rows], indent=1) + "\n"
 
 
 def newest(rows: Sequence[Registration], name: str) -> int:
-    """Where the newest row of a hospital stands. Raises `ConfigError` where it has none."""
+    """Index of a hospital's newest row. Raises `ConfigError` if it has none."""
     found = [index for index, row in enumerate(rows) if row.name == name]
     if not found:
         known = ", ".join(dict.fromkeys(row.name for row in rows)) or "none"
-        raise ConfigError(f"no hospital '{name}' among these keys; there are: {known}")
+        raise ConfigError(f"no hospital '{name}' in these keys; known: {known}")
     return found[-1]
 
 
-def check_names(names: Sequence[str], there: Sequence[str]) -> None:
-    """Raise `ConfigError` for a name that is none, that stands twice, or that is `there` already.
+def check_names(names: Sequence[str], existing: Sequence[str]) -> None:
+    """Raise `ConfigError` for a name that is invalid, given twice, or in `existing`.
 
-    Case makes no difference: names become folders, on whatever disk.
+    Names become folders and some file systems ignore case, so the comparison ignores it too.
     """
     if not names:
         raise ConfigError(
             "name at least one hospital, e.g. fedgan keys hospital1 hospital2 hospital3"
         )
     seen: set[str] = set()
-    taken = {name.casefold() for name in there}
+    taken = {name.casefold() for name in existing}
     for name in names:
-        if not _NAME.fullmatch(name) or len(name) > LONGEST_NAME or name.casefold() in _TAKEN:
+        if not _NAME.fullmatch(name) or len(name) > LONGEST_NAME or name.casefold() in _RESERVED:
             raise ConfigError(
-                f"'{name}' cannot name a hospital: take up to {LONGEST_NAME} letters, digits, - and _, a letter or digit first, "
-                f"and neither of {', '.join(_TAKEN)}"
+                f"'{name}' cannot name a hospital: use up to {LONGEST_NAME} letters, digits, "
+                f"- and _, starting with a letter or digit, and not {' or '.join(_RESERVED)}"
             )
         if name.casefold() in seen:
-            raise ConfigError(f"hospital '{name}' is named twice")
+            raise ConfigError(f"hospital '{name}' is given twice")
         if name.casefold() in taken:
             raise ConfigError(
-                f"hospital '{name}' has a key already: a new one is made by fedgan keys rotate {name}"
+                f"hospital '{name}' already has a key; for a new one: fedgan keys rotate {name}"
             )
         seen.add(name.casefold())
 
 
 def _check_row(row: Registration) -> None:
-    """Raise `ValueError` where a row is none that `fedgan keys` writes, e.g. would lead out of the folder."""
+    """Raise `ValueError` for a row that `fedgan keys` never writes, e.g. a path elsewhere."""
     texts = (row.name, row.public_key, row.fingerprint, row.created)
     if not all(isinstance(text, str) for text in texts) or not isinstance(row.revoked, str | None):
-        raise ValueError("a value that is no text")
+        raise ValueError("a value that is not text")
     if (
         not _NAME.fullmatch(row.name)
         or Path(row.public_key).is_absolute()
         or ".." in Path(row.public_key).parts
     ):
-        raise ValueError("a name or place that no fedgan keys writes")
+        raise ValueError("a name or path that fedgan keys never writes")

@@ -1,1 +1,1 @@
-"""Differential privacy: DP-SGD, accounting, the ledger of each hospital, client-level noise."""
+"""Differential privacy for the discriminator, the ledger of each hospital, and attacks that would notice a leak."""

@@ -40,7 +40,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CONNECTION = "federation"  # its name in Flower's own configuration, which is made for one command
 # What OpenSSL says of a certificate, and what the operator can do about it.
 DISTRUST = {
-    "certificate has expired": "its certificate has expired: fedgan keys rotate server, then restart SuperLink and filter",
+    "certificate has expired": "its certificate has expired: fedgan keys rotate server, then restart SuperLink and proxy",
     "not yet valid": "its certificate is not yet valid: set this machine's clock",
     "mismatch": "its certificate is for other names: fedgan keys rotate server --host NAME, or call it by a name that it has",
 }

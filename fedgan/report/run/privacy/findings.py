@@ -1,8 +1,7 @@
-"""Findings of an audit (audit.json): each figure beside the same figure for held-out real images.
+"""What an audit found, read from audit.json: each figure beside the same figure for held-out real images, after the controls.
 
-An audit is valid only if its controls passed: planted copies were detected and held-out images
-were not taken for copies. A missing figure becomes a dash. An audit that does not state that it is
-valid is not valid.
+An audit counts only when its controls passed: a planted leak was caught and fresh images were not taken for copies.
+Nothing in the file is trusted to be there: what is missing is a dash, and an audit that does not say that it is valid is not.
 """
 
 from __future__ import annotations
@@ -21,26 +20,26 @@ from fedgan.audit.rules import (
 )
 from fedgan.report.html.format import bounds, decimal, interval, number, plural
 from fedgan.report.run.data import Tree, dig, sentences, tree, trees
-from fedgan.report.run.privacy.statements import LIMIT
+from fedgan.report.run.privacy.words import LIMIT
 
 SPACES = {
     "pixels": "pixels",
     "features": "extractor features",
     "embedding": "contrastive embedding",
 }
-CONTROLS = ("positive", "negative")  # both must pass for a valid audit
+CONTROLS = ("positive", "negative")  # without both green an audit says nothing
 Interval = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of one hospital (higher: worse leak) and the same figure for held-out real images.
+    """One figure of one hospital, higher for a worse leak, and the same figure for held-out real images.
 
-    `stands_out`: whether it exceeds the held-out figure by the rules of the audit; None: not known.
-    `is_insensitive`: it did not detect planted copies, so it cannot show that there is no leak.
+    `stands_out`: whether it lies above the held-out figure by more than its intervals allow; None where that is not known.
+    `blind`: whether a planted leak was not seen by it: it can tell of a leak, but not that there is none.
     """
 
-    criterion: str
+    head: str
     hospital: str
     measure: str
     value: float | None
@@ -48,29 +47,24 @@ class Figure:
     real: float | None
     real_ci: Interval
     stands_out: bool | None
-    is_insensitive: bool = False
+    blind: bool = False
 
-    def describe(self) -> str:
-        """Measure, hospital, figure and held-out figure."""
-        text = f"{self.measure} at {self.hospital}: {_with_interval(self.value, self.ci)}"
-        if self.real is not None:
-            text += f", held-out real images {_with_interval(self.real, self.real_ci)}"
-        return text
-
-
-def _with_interval(value: float | None, ci: Interval) -> str:
-    return decimal(value) + (f" ({interval(ci)})" if ci else "")
+    @property
+    def words(self) -> str:
+        """Hospital, measure, figure and its counterpart: for a sentence."""
+        here = f"{decimal(self.value)}{f' ({interval(self.ci)})' if self.ci else ''}"
+        beside = f", held-out real images {decimal(self.real)}{f' ({interval(self.real_ci)})' if self.real_ci else ''}"
+        return f"{self.measure} at {self.hospital}: {here}{beside if self.real is not None else ''}"
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The audit of a run, the content of audit.json."""
+    """The audit of a run; `there` is False where no audit.json lies in the run folder."""
 
     content: Tree
 
     @property
-    def exists(self) -> bool:
-        """Whether the run folder has an audit.json."""
+    def there(self) -> bool:
         return bool(self.content)
 
     @property
@@ -83,40 +77,46 @@ class Audit:
         return None if found is None else round(found)
 
     @property
-    def is_valid(self) -> bool:
-        """Whether the audit states that it is valid and nothing in it contradicts that."""
-        return self.exists and not self.failure_reasons
+    def valid(self) -> bool:
+        """Whether the figures count: the audit says so, and nothing in it says otherwise."""
+        return self.there and not self.why_not
 
     @property
-    def failure_reasons(self) -> list[str]:
-        """Why the audit is not valid; empty for a valid audit."""
+    def why_not(self) -> list[str]:
+        """Why the audit is not valid, a sentence a reason; empty for a valid one."""
         reasons = []
         if (found := self.content.get("format", FORMAT)) != FORMAT:
             return [f"audit.json has the format {found}, not {FORMAT}: run fedgan audit again"]
         for hospital in self.hospitals:
-            name = name_of(hospital)
             if not controls(hospital):
                 why = "; ".join(sentences(hospital.get("notes"))).rstrip(".")
-                reasons.append(f"no control was run at {name}{f' ({why})' if why else ''}")
+                reasons.append(
+                    f"no control was run at {name_of(hospital)}{f' ({why})' if why else ''}"
+                )
                 continue
-            failed = {
-                kind: control for kind, control in controls(hospital) if not passed(kind, control)
-            }
+            failed = [name for name, control in controls(hospital) if not passed(name, control)]
             missing = [
-                kind for kind in CONTROLS if not isinstance(dig(hospital, "controls", kind), dict)
+                name for name in CONTROLS if not isinstance(dig(hospital, "controls", name), dict)
             ]
-            details = [text for control in failed.values() for text in _reasons(control)]
-            why = f" ({'; '.join(details)})" if details else ""
+            told = [
+                text
+                for name, control in controls(hospital)
+                if name in failed
+                for text in _reasons(control)
+            ]
+            why = f" ({'; '.join(told)})" if told else ""
             if failed:
-                reasons.append(f"at {name} the {_join_controls(list(failed))} did not pass{why}")
+                reasons.append(
+                    f"at {name_of(hospital)} the {_control_words(failed)} did not pass{why}"
+                )
             if missing:
-                reasons.append(f"at {name} the {_join_controls(missing)} was not run")
+                reasons.append(f"at {name_of(hospital)} the {_control_words(missing)} was not run")
             if hospital.get("valid") is not True and not failed and not missing:
-                reasons.append(f"the audit of {name} does not state that it is valid")
+                reasons.append(f"the audit of {name_of(hospital)} does not say that it is valid")
         if not self.hospitals:
             reasons.append("no hospital was audited")
         elif self.content.get("valid") is not True and not reasons:
-            reasons.append("audit.json does not state that it is valid")
+            reasons.append("audit.json does not say that it is valid")
         return reasons
 
     @property
@@ -125,84 +125,88 @@ class Audit:
 
     @property
     def notes(self) -> list[str]:
-        """All notes of the audit, each once, with the names of hospitals and attacks."""
+        """All notes of the audit, each once: those of hospitals with their names, those of attacks with theirs."""
         found = sentences(self.content.get("notes"))
         own = [
             (name_of(hospital), text) for hospital in self.hospitals for text in _notes(hospital)
         ]
-        return list(dict.fromkeys([*found, *_grouped(own)]))
-
-    def verdict(self) -> str:
-        """The result of the audit in one to three sentences."""
-        if not self.is_valid:
-            return (
-                f"This audit is not valid: {'; '.join(self.failure_reasons)}. Its figures prove "
-                "nothing, neither a leak nor its absence."
-            )
-        measured = [figure for figure in self.figures if figure.stands_out is not None]
-        found = [figure for figure in measured if figure.stands_out]
-        if not measured:
-            return "The controls passed, but no figure was measured: this audit is no evidence."
-        scope = f"{plural(len(measured), 'figure')} of {plural(len(self.hospitals), 'hospital')}"
-        if not found:
-            return (
-                f"The controls passed, and none of {scope} stands out from the same figure for "
-                f"held-out real images.{_insensitive_note(measured)}{self._few_patients_note()} "
-                f"{LIMIT}"
-            )
-        listed = "; ".join(figure.describe() for figure in found[:3]) + (
-            f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        return list(
+            dict.fromkeys([*found, *(f"{names}: {text}" for names, text in _gathered(own))])
         )
-        verb = "stands" if len(found) == 1 else "stand"
+
+    def headline(self) -> str:
+        """The verdict in a sentence or three."""
+        if not self.valid:
+            return f"This audit is not valid: {'; '.join(self.why_not)}. Its figures prove nothing, in neither direction."
+        judged = [figure for figure in self.figures if figure.stands_out is not None]
+        out = [figure for figure in judged if figure.stands_out]
+        if not judged:
+            return (
+                "The controls passed, but no figure could be measured: this audit is no evidence."
+            )
+        scope = f"{plural(len(judged), 'figure')} of {plural(len(self.hospitals), 'hospital')}"
+        if not out:
+            return (
+                f"The controls passed, and none of {scope} stands out from the same figure for held-out real images."
+                f"{_blind_words(judged)}{self._few_words()} {LIMIT}"
+            )
+        listed = "; ".join(figure.words for figure in out[:3]) + (
+            f"; and {len(out) - 3} more" if len(out) > 3 else ""
+        )
+        verb = "stands" if len(out) == 1 else "stand"
         return (
-            f"Evidence of a leak: {len(found)} of {scope} {verb} out from the same figure for "
-            f"held-out real images. {listed}. By chance alone about "
-            f"{max(len(measured) * 0.025, 0.1):.1g} would."
+            f"Evidence of a leak: {len(out)} of {scope} {verb} out from the same figure for held-out real images. {listed}. "
+            f"By chance alone about {max(len(judged) * 0.025, 0.1):.1g} would."
         )
 
-    def _few_patients_note(self) -> str:
-        """The hospitals whose few held-out patients reveal only a large leak; may be empty."""
-        few = [
-            f"{name_of(hospital)} ({count:,.0f})"
+    def _few_words(self) -> str:
+        """Which hospitals have too few patients for more than a gross leak to show; empty where none has."""
+        counts = {
+            name_of(hospital): number(hospital.get("held_out_patients"))
             for hospital in self.hospitals
-            if (count := number(hospital.get("held_out_patients"))) is not None
-            and count < FEW_PATIENTS
+        }
+        few = [
+            f"{name} ({count:,.0f})"
+            for name, count in counts.items()
+            if count is not None and count < FEW_PATIENTS
         ]
         return (
-            f" Held-out patients are few at {', '.join(few)}: only a large leak would show there."
+            f" Held-out patients are few at {', '.join(few)}: only a gross leak would show there."
             if few
             else ""
         )
 
 
-def _insensitive_note(measured: list[Figure]) -> str:
-    count = sum(figure.is_insensitive for figure in measured)
-    if not count:
-        return ""
-    verb = "comes" if count == 1 else "come"
+def _blind_words(judged: list[Figure]) -> str:
+    blind = sum(figure.blind for figure in judged)
+    verb = "comes" if blind == 1 else "come"
     return (
-        f" {count} of these figures {verb} from a search or an attack that did not detect the "
-        "planted leak either (insensitive)."
+        f" {blind} of these figures {verb} from a search or an attack that did not see the planted leak either."
+        if blind
+        else ""
     )
 
 
 def _notes(hospital: Tree) -> list[str]:
-    """Notes of a hospital; equal notes of several attacks are one note with all their names."""
-    attack_notes = [
+    """A hospital's notes; of attacks that say the same, one with all their names."""
+    told = [
         (str(row.get("attack", "unnamed attack")), part)
         for row in trees(hospital.get("membership"))
         for text in sentences(row.get("note"))
         for part in text.split("; ")
     ]
-    return [*sentences(hospital.get("notes")), *_grouped(attack_notes)]
+    return [
+        *sentences(hospital.get("notes")),
+        *(f"{names}: {text}" for names, text in _gathered(told)),
+    ]
 
 
-def _grouped(notes: list[tuple[str, str]]) -> list[str]:
-    """From (name, text): each text once, after the names that share it."""
+def _gathered(told: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(names, text) for each text, from (name, text)."""
     names: dict[str, list[str]] = {}
-    for name, text in notes:
+    for name, text in told:
         names.setdefault(text, []).append(name)
-    return [f"{', '.join(dict.fromkeys(shared))}: {text}" for text, shared in names.items()]
+    return [(", ".join(dict.fromkeys(said)), text) for text, said in names.items()]
 
 
 def name_of(hospital: Tree) -> str:
@@ -219,18 +223,18 @@ def controls(hospital: Tree) -> list[tuple[str, Tree]]:
 
 
 def passed(name: str, control: Tree) -> bool:
-    """Whether a control passed: required controls must state it, others must not deny it."""
+    """Whether a control is green: the two that every audit needs have to say so, others must not say the opposite."""
     return control.get("passed") is True if name in CONTROLS else control.get("passed") is not False
 
 
-def is_linkability(attack: Any) -> bool:
-    """Whether an attack uses only distances from a real image to the synthetic ones."""
-    name = str(attack).lower()
-    return "distance" in name and "calibrated" not in name and "shadow" not in name
+def is_linking(attack: Any) -> bool:
+    """Whether an attack needs only a real image and the synthetic ones, by distance: it stands under linkability."""
+    words = str(attack).lower()
+    return "distance" in words and "calibrated" not in words and "shadow" not in words
 
 
 def copies(hospital: Tree) -> list[tuple[str, Tree]]:
-    """(name of the space, findings) for each space that was searched for copies."""
+    """(space in words, findings) for each space in which copies were looked for."""
     found = tree(hospital.get("copies")).items()
     return [
         (SPACES.get(str(space), str(space)), part)
@@ -239,17 +243,15 @@ def copies(hospital: Tree) -> list[tuple[str, Tree]]:
     ]
 
 
-def attacks(hospital: Tree, criterion: str) -> list[Tree]:
-    """The membership attacks of a hospital under "linkability" or "inference"."""
+def attacks(hospital: Tree, linking: bool) -> list[Tree]:
+    """The membership attacks of a hospital that stand under linkability, or those that stand under inference."""
     return [
-        row
-        for row in trees(hospital.get("membership"))
-        if is_linkability(row.get("attack")) is (criterion == "linkability")
+        row for row in trees(hospital.get("membership")) if is_linking(row.get("attack")) is linking
     ]
 
 
-def insensitive_spaces(hospital: Tree) -> list[str]:
-    """Names of the spaces in which planted copies were not detected."""
+def blind_spaces(hospital: Tree) -> list[str]:
+    """The spaces, in words, in which the planted copies were not found: what was found there proves little."""
     parts = tree(dig(hospital, "controls", "positive", "copies"))
     return [
         SPACES.get(str(space), str(space))
@@ -259,7 +261,7 @@ def insensitive_spaces(hospital: Tree) -> list[str]:
 
 
 def _figures(hospital: Tree) -> Iterator[Figure]:
-    """Figures of a hospital, compared by the rules of the audit (fedgan/audit/rules.py)."""
+    """Each figure, judged by the rules of the audit itself (fedgan/audit/rules.py)."""
     name = name_of(hospital)
     for space, found in copies(hospital):
         excess = bounds(found.get("excess_ci"))
@@ -276,56 +278,55 @@ def _figures(hospital: Tree) -> Iterator[Figure]:
             number(found.get("held_out_share")),
             bounds(found.get("held_out_ci")),
             None if excess is None else copies_stand_out(excess, *near),
-            space in insensitive_spaces(hospital),
+            space in blind_spaces(hospital),
         )
     projection = tree(hospital.get("projection"))
     if number(projection.get("auc")) is not None:
         gap, area = bounds(projection.get("gap_ci")), bounds(projection.get("auc_ci"))
         out = None if gap is None or area is None else projection_stands_out(gap, area)
-        yield _auc_figure("singling-out", name, "AUC of the projection gap", projection, out)
-    for criterion in ("linkability", "inference"):
-        for row in attacks(hospital, criterion):
+        yield _area("singling-out", name, "AUC of the projection gap", projection, out)
+    for linking, head in ((True, "linkability"), (False, "inference")):
+        for row in attacks(hospital, linking):
             auc = _measured(row, "auc", "auc_ci")
             out = (
                 None
                 if auc is None
                 else attack_stands_out(auc, _measured(row, "null_auc", "null_auc_ci"))
             )
-            measure = f"AUC of {row.get('attack', 'an unnamed attack')}"
-            yield _auc_figure(criterion, name, measure, row, out)
+            yield _area(head, name, f"AUC of {row.get('attack', 'an unnamed attack')}", row, out)
 
 
-def _auc_figure(
-    criterion: str, hospital: str, measure: str, found: Tree, stands_out: bool | None
-) -> Figure:
-    """An AUC beside that of held-out images."""
+def _area(head: str, name: str, measure: str, found: Tree, out: bool | None) -> Figure:
+    """An area under the curve beside that of held-out images."""
+    value, ci = number(found.get("auc")), bounds(found.get("auc_ci"))
+    blind = found.get("detects_leak") is False
     return Figure(
-        criterion,
-        hospital,
+        head,
+        name,
         measure,
-        number(found.get("auc")),
-        bounds(found.get("auc_ci")),
+        value,
+        ci,
         number(found.get("null_auc")),
         bounds(found.get("null_auc_ci")),
-        stands_out,
-        found.get("detects_leak") is False,
+        out,
+        blind,
     )
 
 
 def _measured(found: Tree, key: str, ci: str) -> Measured | None:
-    """A figure with its interval; None if either is missing."""
+    """A figure with its interval, None where either is missing."""
     value, ends = number(found.get(key)), bounds(found.get(ci))
     return None if value is None or ends is None else (value, ends)
 
 
-def _join_controls(names: list[str]) -> str:
+def _control_words(names: list[str]) -> str:
     return " and the ".join(f"{name} control" for name in names)
 
 
 def _reasons(control: Tree) -> list[str]:
-    """Reasons of failure given by a control or its parts."""
+    """What a control says of its failure, itself or a part of it."""
     found = sentences(control.get("reason"))
-    for part in control.values():
+    for part in [*control.values()]:
         parts = [part] if isinstance(part, dict) else trees(part)
         found += [
             text
