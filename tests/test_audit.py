@@ -1,4 +1,4 @@
-"""The audit: a leak that is planted is caught, a clean generator passes, and what cannot vouch for itself is not valid."""
+"""Audit: planted leaks, clean generators, controls, errors, and the command."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fedgan import files
-from fedgan.audit.audit import HospitalAudit, audit_hospital, headline, audit_report, signs
+from fedgan.audit.audit import HospitalAudit, audit_hospital, audit_report, headline, signs
 from fedgan.audit.copy_search import plant
 from fedgan.audit.membership_inference import _negative, attack_functions, role_rows
-from fedgan.audit.subject import AuditedModel, AuditSettings, pixel_space, assign_roles
+from fedgan.audit.subject import AuditedModel, AuditSettings, assign_roles, pixel_space
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.data.federation import Hospital, open_hospitals
@@ -34,7 +34,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 class Recall(nn.Module):
-    """A stand-in for a generator: each latent recalls one of the images that it was given."""
+    """A stand-in for a generator: each latent returns one of the given images."""
 
     z_dim = 4
 
@@ -67,7 +67,7 @@ def hospital(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Ho
 
 @pytest.fixture(scope="module")
 def fresh(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    """Phantoms of the same scanner and the same mix that no hospital holds."""
+    """Phantoms of the same scanner and mix that no hospital has."""
     root = tmp_path_factory.mktemp("fresh")
     write_phantoms(root, "lesions", 150, 32, hospitals=1, seed=1)
     return pixels_of(open_hospitals(settings, root)[0].train)
@@ -80,16 +80,16 @@ def clean(settings: Settings, hospital: Hospital, fresh: np.ndarray) -> Hospital
 
 @pytest.fixture(scope="module")
 def leaky(settings: Settings, hospital: Hospital, fresh: np.ndarray) -> HospitalAudit:
-    """Of a generator half of whose images are training images, changed a little."""
+    """Audit of a generator half of whose images are slightly changed training images."""
     leaked = plant(np.concatenate([fresh, fresh]), hospital.train, 5)
     images = np.concatenate([leaked.images[leaked.flags], fresh[: int(leaked.flags.sum())]])
     return audit_hospital(AuditedModel(settings, Recall(images, 7)), hospital, QUICK)
 
 
-# --- what an audit says ------------------------------------------------------------------------------
+# --- what an audit says -------------------------------------------------------------------------
 
 
-def test_a_planted_leak_is_caught(leaky: HospitalAudit) -> None:
+def test_audit_finds_a_planted_leak(leaky: HospitalAudit) -> None:
     found = leaky.numbers
     assert found["valid"], found["controls"]
     pixels = found["copies"]["pixels"]
@@ -103,7 +103,7 @@ def test_a_planted_leak_is_caught(leaky: HospitalAudit) -> None:
     assert "evidence of a leak" in headline({"hospitals": [found]})
 
 
-def test_a_clean_generator_passes(clean: HospitalAudit) -> None:
+def test_audit_of_a_clean_generator_finds_nothing(clean: HospitalAudit) -> None:
     found = clean.numbers
     assert found["valid"], found["controls"]
     assert found["copies"]["pixels"]["excess_ci"][0] <= 0
@@ -111,7 +111,7 @@ def test_a_clean_generator_passes(clean: HospitalAudit) -> None:
     assert headline({"hospitals": [found]}).startswith("valid, and no figure stands out")
 
 
-def test_each_figure_stands_beside_the_one_for_held_out_images(clean: HospitalAudit) -> None:
+def test_audit_figures_have_held_out_counterparts(clean: HospitalAudit) -> None:
     found = clean.numbers
     for copies in found["copies"].values():
         assert copies["held_out_ci"][0] <= copies["held_out_share"] <= copies["held_out_ci"][1]
@@ -128,7 +128,9 @@ def test_each_figure_stands_beside_the_one_for_held_out_images(clean: HospitalAu
         assert "needs 100 non-members" in row["note"]
 
 
-def test_only_numbers_leave(leaky: HospitalAudit, hospital: Hospital, settings: Settings) -> None:
+def test_audit_report_holds_numbers_only(
+    leaky: HospitalAudit, hospital: Hospital, settings: Settings
+) -> None:
     report = audit_report([leaky], AuditedModel(settings, None), QUICK, 3, "ab12")
     text = json.dumps(report)
     assert not any(str(patient) in text for patient in hospital.train.patients)
@@ -138,32 +140,32 @@ def test_only_numbers_leave(leaky: HospitalAudit, hospital: Hospital, settings: 
     assert report["settings"]["images"] == 150
 
 
-def test_the_page_reads_what_the_audit_writes(
+def test_run_report_reads_the_audit(
     clean: HospitalAudit, leaky: HospitalAudit, settings: Settings
 ) -> None:
     for found in (clean, leaky):
         content = json.loads(
             json.dumps(audit_report([found], AuditedModel(settings, None), QUICK, 3, "ab12"))
         )
-        page = Audit(content)
-        assert page.valid, page.why_not
-        assert len([figure for figure in page.figures if figure.stands_out]) == len(
+        audited = Audit(content)
+        assert audited.valid, audited.why_not
+        assert len([figure for figure in audited.figures if figure.stands_out]) == len(
             found.numbers["signs"]
         )
         assert not [
             figure
-            for figure in page.figures
+            for figure in audited.figures
             if None in (figure.value, figure.ci, figure.real, figure.real_ci)
         ]
 
 
-def test_the_pictures_show_each_space(leaky: HospitalAudit) -> None:
+def test_audit_pictures_show_each_space(leaky: HospitalAudit) -> None:
     assert set(leaky.pictures) == {"pixels", "features", "embedding"}
-    # 24 pairs of 32 pixels, enlarged four times: six rows of eight
+    # 24 pairs of 32 pixels, enlarged four times: 6 rows of 8
     assert leaky.pictures["pixels"].height == 6 * (128 + 2) - 2
 
 
-def test_an_audit_under_privacy_says_that_epsilon_does_not_cover_it(clean: HospitalAudit) -> None:
+def test_audit_of_a_private_run_notes_that_epsilon_excludes_it(clean: HospitalAudit) -> None:
     private = from_dict({"privacy": {"epsilon": 8.0}})
     assert any(
         "the epsilon of the training does not cover" in note
@@ -171,10 +173,10 @@ def test_an_audit_under_privacy_says_that_epsilon_does_not_cover_it(clean: Hospi
     )
 
 
-# --- controls ----------------------------------------------------------------------------------------
+# --- controls -----------------------------------------------------------------------------------
 
 
-def test_the_positive_control_asks_of_the_leak_that_was_planted(clean: HospitalAudit) -> None:
+def test_positive_control_measures_the_planted_leak(clean: HospitalAudit) -> None:
     positive = clean.numbers["controls"]["positive"]
     assert "pixels" in positive["sensitive"]
     pixels = positive["copies"]["pixels"]
@@ -183,7 +185,7 @@ def test_the_positive_control_asks_of_the_leak_that_was_planted(clean: HospitalA
     assert positive["membership"]["attacks"]["distance"]["auc"] >= 0.9
 
 
-def test_a_leak_does_not_spoil_the_control_that_vouches_for_its_finding(
+def test_positive_control_does_not_depend_on_the_generator(
     clean: HospitalAudit, leaky: HospitalAudit
 ) -> None:
     one, other = (
@@ -192,8 +194,8 @@ def test_a_leak_does_not_spoil_the_control_that_vouches_for_its_finding(
     assert one == other
 
 
-def test_members_and_non_members_that_are_not_alike_make_it_not_valid(hospital: Hospital) -> None:
-    """Held-out images of another scanner, darker: any attack would call them strangers, whatever the generator."""
+def test_negative_control_fails_for_different_distributions(hospital: Hospital) -> None:
+    """Held-out images of a darker scanner: any attack finds non-members without a generator."""
     dark = dataclasses.replace(hospital.test, images=pixels_of(hospital.test) // 3)
     roles = assign_roles(dataclasses.replace(hospital, test=dark, val=dark.take(np.arange(0))), 0)
     space = pixel_space(hospital.train.images.shape[1:])
@@ -204,29 +206,29 @@ def test_members_and_non_members_that_are_not_alike_make_it_not_valid(hospital: 
     assert "differ without any generator" in found["reason"]
 
 
-def test_a_detector_that_sees_nothing_makes_it_not_valid(
+def test_audit_with_insensitive_spaces_is_not_valid(
     settings: Settings, hospital: Hospital, fresh: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedgan.audit import audit
 
-    class Blind:
-        """Rows that have nothing to do with the images."""
+    class Insensitive:
+        """Rows that do not depend on the images."""
 
         def __init__(self, *_: Any) -> None:
             rng = np.random.default_rng(0)
             space = pixel_space(hospital.train.images.shape[1:])
             size = 3 * 32 * 32
-            blind = dataclasses.replace(
+            insensitive = dataclasses.replace(
                 space,
                 rows=lambda images: rng.normal(size=(images.shape[0], size)).astype(np.float32),
             )
             self.pixels, self.features, self.embedding = (
-                blind,
+                insensitive,
                 None,
-                dataclasses.replace(blind, name="embedding"),
+                dataclasses.replace(insensitive, name="embedding"),
             )
 
-    monkeypatch.setattr(audit, "Spaces", Blind)
+    monkeypatch.setattr(audit, "Spaces", Insensitive)
     found = audit_hospital(AuditedModel(settings, Recall(fresh, 7)), hospital, QUICK).numbers
     assert not found["valid"]
     assert "no space finds the planted copies" in found["controls"]["positive"]["reason"]
@@ -235,10 +237,10 @@ def test_a_detector_that_sees_nothing_makes_it_not_valid(
     assert sum("Insensitive:" in note for note in found["notes"]) == 2
 
 
-# --- what cannot be measured -------------------------------------------------------------------------
+# --- what cannot be measured --------------------------------------------------------------------
 
 
-def test_too_few_held_out_images_give_null_and_the_reason(
+def test_audit_with_few_held_out_images_is_null_with_the_reason(
     settings: Settings, hospital: Hospital, fresh: np.ndarray
 ) -> None:
     few = dataclasses.replace(
@@ -253,10 +255,12 @@ def test_too_few_held_out_images_give_null_and_the_reason(
         None,
         False,
     )
-    assert "12 held-out images are too few" in headline(audit_report([found], audited, QUICK, 1, "x"))
+    assert "12 held-out images are too few" in headline(
+        audit_report([found], audited, QUICK, 1, "x")
+    )
 
 
-def test_held_out_images_of_few_patients_are_not_divided(
+def test_audit_with_few_held_out_patients_gives_the_reason(
     settings: Settings, hospital: Hospital, fresh: np.ndarray
 ) -> None:
     same = dataclasses.replace(
@@ -267,7 +271,7 @@ def test_held_out_images_of_few_patients_are_not_divided(
     assert "5 patients are too few" in found.numbers["notes"][0]
 
 
-def test_a_patient_in_training_and_held_out_is_refused(hospital: Hospital) -> None:
+def test_assign_roles_refuses_a_patient_in_two_splits(hospital: Hospital) -> None:
     patients = np.array(hospital.test.patients)
     patients[0] = hospital.train.patients[0]
     with pytest.raises(SplitError, match="also in"):
@@ -279,18 +283,18 @@ def test_a_patient_in_training_and_held_out_is_refused(hospital: Hospital) -> No
         )
 
 
-def test_a_generator_of_another_size_is_refused(settings: Settings, hospital: Hospital) -> None:
+def test_audit_refuses_a_generator_of_another_size(settings: Settings, hospital: Hospital) -> None:
     with pytest.raises(FedganError, match="audit with the shards"):
         audit_hospital(
             AuditedModel(settings, Recall(np.zeros((4, 3, 16, 16), np.uint8), 7)), hospital, QUICK
         )
 
 
-# --- parts -------------------------------------------------------------------------------------------
+# --- parts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_no_patient_has_two_roles(hospital: Hospital, seed: int) -> None:
+def test_assign_roles_gives_each_patient_one_role(hospital: Hospital, seed: int) -> None:
     roles = assign_roles(hospital, seed)
     for parts in (
         (roles.non_members, roles.pseudo_members, roles.reference),
@@ -308,7 +312,7 @@ def entry(**copies: Any) -> dict[str, Any]:
     return {"copies": {"pixels": found}, "membership": [], "projection": None}
 
 
-def test_a_blurred_generator_is_near_to_everything_and_no_sign_of_copying() -> None:
+def test_blurred_generator_is_no_sign_of_copying() -> None:
     near = {
         "near_training_share": 0.3,
         "near_training_ci": (0.25, 0.35),
@@ -320,7 +324,7 @@ def test_a_blurred_generator_is_near_to_everything_and_no_sign_of_copying() -> N
     assert len(signs(entry())) == 1
 
 
-def test_a_membership_figure_counts_only_above_its_held_out_figure() -> None:
+def test_membership_sign_needs_to_exceed_the_held_out_figure() -> None:
     row = {
         "attack": "distance",
         "auc": 0.6,
@@ -333,11 +337,11 @@ def test_a_membership_figure_counts_only_above_its_held_out_figure() -> None:
     assert signs({"copies": {}, "membership": [row], "projection": None}) == []
 
 
-# --- the command -------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------
 
 
 def small_run(path: Path, **sections: Any) -> RunFolder:
-    """A run after one round: untrained networks of 16 pixels, and the phantoms that it was dealt."""
+    """A run after one round: untrained networks of 16 pixels, and its phantoms."""
     tree: dict[str, Any] = {
         "name": "small",
         "data": {"resolution": 16, "phantoms": "lesions"},
@@ -398,14 +402,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 WORDS = ("--images", "60", "--projected", "4", "--embedding-steps", "2")
 
 
-def test_the_command_writes_numbers_to_the_run_and_pictures_to_the_hospital(
-    fedgan: Run, finished: RunFolder
-) -> None:
+def test_audit_command_writes_numbers_and_pictures(fedgan: Run, finished: RunFolder) -> None:
     code, out, err = fedgan("audit", finished.path, *WORDS, "--json")
     assert code == 0, err
-    said, written = json.loads(out), json.loads(finished.audit.read_text())
-    assert said["audit"] == str(finished.audit)
-    assert said["valid"] == written["valid"]
+    printed, written = json.loads(out), json.loads(finished.audit.read_text())
+    assert printed["audit"] == str(finished.audit)
+    assert printed["valid"] == written["valid"]
     (found,) = written["hospitals"]
     assert found["membership"][0]["attack"] == "discriminator"
     assert found["projection"]["images"][0] == 4
@@ -419,7 +421,7 @@ def test_the_command_writes_numbers_to_the_run_and_pictures_to_the_hospital(
         for space in ("pixels", "features", "embedding")
     }
     assert str(finished.path) not in finished.audit.read_text()
-    # once more, in another place: the same numbers, and the run as it was
+    # again, into another folder: the same numbers, and the run is unchanged
     code, out, _ = fedgan("audit", finished.path, *WORDS, "--output", "again")
     assert code == 0
     assert Path("again/audit.json").read_bytes() == finished.audit.read_bytes()
@@ -427,7 +429,7 @@ def test_the_command_writes_numbers_to_the_run_and_pictures_to_the_hospital(
     assert all(f"{word} " in out for word in ("copies", "membership", "verdict"))
 
 
-def test_shadows_are_trained_and_stated(fedgan: Run, finished: RunFolder) -> None:
+def test_audit_command_trains_shadows(fedgan: Run, finished: RunFolder) -> None:
     words = [
         "--images",
         "50",
@@ -461,7 +463,7 @@ def test_shadows_are_trained_and_stated(fedgan: Run, finished: RunFolder) -> Non
         (["--shards", "empty"], 3, "no data at empty"),
     ],
 )
-def test_what_cannot_be_audited_is_one_line(
+def test_audit_command_errors_are_one_line(
     words: list[str], code: int, text: str, fedgan: Run, finished: RunFolder
 ) -> None:
     found, out, err = fedgan("audit", finished.path, *words)
@@ -470,7 +472,7 @@ def test_what_cannot_be_audited_is_one_line(
     assert len(err.splitlines()) == 1
 
 
-def test_shards_that_have_gone_are_asked_for(
+def test_audit_command_names_missing_shards(
     fedgan: Run, finished: RunFolder, tmp_path: Path
 ) -> None:
     moved = RunFolder.at(tmp_path / "moved")

@@ -1,4 +1,4 @@
-"""The classifiers' recipe: what the validation split decides, what it may not see, weights of classes, mixes."""
+"""Classifier training: selection by validation, class weights, mixes with synthetic images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _one_thread():
 
 
 def _data(count, seed, signal=20.0, rare=0.5, name="synthetic", names=NAMES):
-    """Noise, a little brighter in the class called rare."""
+    """Noise, slightly brighter in the class 'rare'."""
     rng = np.random.default_rng(seed)
     truth = np.arange(count) < rare * count
     grey = 110 + 40 * rng.normal(size=(count, 1, SIDE, SIDE)) + signal * truth[:, None, None, None]
@@ -56,7 +56,7 @@ def _data(count, seed, signal=20.0, rare=0.5, name="synthetic", names=NAMES):
 
 
 class _Forbidden:
-    """A test split that nothing may look at."""
+    """A test split that raises on any access."""
 
     def __getattr__(self, name):
         raise AssertionError(f"training looked at .{name} of the test split")
@@ -65,22 +65,22 @@ class _Forbidden:
         raise AssertionError("training counted the test split")
 
 
-# --- selection by the validation split -----------------------------------------------------------
+# --- selection by the validation split ----------------------------------------------------------
 
 
 def _scripted(monkeypatch, losses):
-    """Let the checks see these losses; collects the networks as they were at each check."""
-    seen, left = [], iter(losses)
+    """Replace the validation losses; collects the networks at each check."""
+    snapshots, left = [], iter(losses)
 
     def look(classifier, validation, weights, device="cpu"):
-        seen.append({key: value.clone() for key, value in classifier.state_dict().items()})
+        snapshots.append({key: value.clone() for key, value in classifier.state_dict().items()})
         return next(left)
 
     monkeypatch.setattr(classification, "validation_loss", look)
-    return seen
+    return snapshots
 
 
-def test_bf16_training_learns_too_and_gives_float32_weights():
+def test_bf16_training_learns_and_keeps_float32_weights():
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     labels = np.eye(2, dtype=np.uint8)[np.arange(128) % 2]
@@ -101,18 +101,18 @@ def test_bf16_training_learns_too_and_gives_float32_weights():
     assert (probabilities(short, data).argmax(1) == labels.argmax(1)).mean() > 0.9
 
 
-def test_the_network_of_the_best_check_is_kept(monkeypatch):
+def test_training_keeps_the_network_of_the_best_check(monkeypatch):
     data = _data(128, 0)
-    seen = _scripted(monkeypatch, [5.0, 4.0, 1.0, 3.0, 2.0, float("nan"), 1.5])
+    snapshots = _scripted(monkeypatch, [5.0, 4.0, 1.0, 3.0, 2.0, float("nan"), 1.5])
     kept = train_classifier(data, 14, 0, validation=_data(20, 1), checks=7).state_dict()
-    assert len(seen) == 7
-    same = [all(torch.equal(kept[key], one[key]) for key in kept) for one in seen]
+    assert len(snapshots) == 7
+    same = [all(torch.equal(kept[key], one[key]) for key in kept) for one in snapshots]
     assert same == [False, False, True, False, False, False, False]
 
 
-def test_training_stops_when_the_checks_bring_nothing(monkeypatch):
+def test_training_stops_early_without_improvement(monkeypatch):
     steps = []
-    seen = _scripted(monkeypatch, [1.0, 0.5, *[2.0] * 20])
+    snapshots = _scripted(monkeypatch, [1.0, 0.5, *[2.0] * 20])
     train_classifier(
         _data(128, 0),
         32,
@@ -121,11 +121,11 @@ def test_training_stops_when_the_checks_bring_nothing(monkeypatch):
         validation=_data(20, 1),
         checks=16,
     )
-    assert len(seen) == 2 + PATIENCE
+    assert len(snapshots) == 2 + PATIENCE
     assert steps[-1] == sorted(check_steps(32, 16))[1 + PATIENCE]
 
 
-def test_without_a_finite_loss_the_last_network_stays(monkeypatch):
+def test_training_keeps_the_last_network_without_a_finite_loss(monkeypatch):
     data = _data(128, 0)
     _scripted(monkeypatch, [float("nan")] * 3)
     kept, last = (
@@ -137,9 +137,9 @@ def test_without_a_finite_loss_the_last_network_stays(monkeypatch):
     )
 
 
-def test_looking_at_the_validation_images_does_not_change_the_steps(monkeypatch):
+def test_validation_does_not_change_the_training_steps(monkeypatch):
     data, validation = _data(128, 0), _data(50, 1)
-    seen = _scripted(monkeypatch, [1.0])
+    snapshots = _scripted(monkeypatch, [1.0])
     train_classifier(data, 6, 0, validation=validation, checks=1)
     monkeypatch.undo()
     with_checks, real = [], classification.validation_loss
@@ -152,11 +152,11 @@ def test_looking_at_the_validation_images_does_not_change_the_steps(monkeypatch)
     train_classifier(data, 6, 0, validation=validation, checks=3)
     plain = train_classifier(data, 6, 0)
     assert torch.equal(with_checks[-1], plain.state_dict()["head.weight"])
-    assert torch.equal(seen[-1]["head.weight"], plain.state_dict()["head.weight"])
+    assert torch.equal(snapshots[-1]["head.weight"], plain.state_dict()["head.weight"])
     assert not plain.training
 
 
-def test_the_best_check_has_the_lowest_loss_of_all(monkeypatch):
+def test_training_returns_the_lowest_validation_loss(monkeypatch):
     data, validation = _data(64, 0, signal=2.0), _data(60, 1, signal=2.0)
     losses, real = [], classification.validation_loss
     monkeypatch.setattr(
@@ -169,7 +169,7 @@ def test_the_best_check_has_the_lowest_loss_of_all(monkeypatch):
     )
 
 
-def test_the_validation_loss_is_that_of_the_network_at_rest_with_the_training_weights():
+def test_validation_loss_uses_eval_mode_and_training_class_weights():
     data = _data(100, 0)
     classifier = train_classifier(data, 3, 0).train()
     weights = torch.tensor([1.0, 7.0])
@@ -183,7 +183,7 @@ def test_the_validation_loss_is_that_of_the_network_at_rest_with_the_training_we
     assert found == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_checks_fill_the_second_half_of_the_steps():
+def test_checks_are_in_the_second_half_of_the_steps():
     assert sorted(check_steps(80, 8)) == [45, 50, 55, 60, 65, 70, 75, 80]
     assert check_steps(1, 8) <= {0, 1}
     assert 1 in check_steps(1, 8)
@@ -191,17 +191,17 @@ def test_checks_fill_the_second_half_of_the_steps():
     assert str(PATIENCE) in SELECTION_BY_VALIDATION
 
 
-def test_training_and_validation_never_look_at_the_test_split():
+def test_training_and_validation_never_read_the_test_split():
     real = EvaluationSettings(epochs=1, seeds=1)
     reference = RealReference(_data(80, 0), _data(20, 1), _Forbidden(), real)  # type: ignore[arg-type]
     assert not reference.classifier(0).training
     train, validation = split_for_validation(_data(80, 2), 0.2, 0)
     train_classifier(train, 2, 0, validation=validation)
-    with pytest.raises(AssertionError, match="test split"):  # the guard itself guards
+    with pytest.raises(AssertionError, match="test split"):  # the guard works
         train_classifier(train, 2, 0, validation=_Forbidden())  # type: ignore[arg-type]
 
 
-def test_a_validation_split_that_does_not_fit_is_refused():
+def test_training_refuses_a_validation_split_that_does_not_fit():
     data = _data(40, 0)
     with pytest.raises(DataError, match="cannot validate"):
         train_classifier(data, 1, 0, validation=data.take(np.empty(0, int)))
@@ -209,12 +209,12 @@ def test_a_validation_split_that_does_not_fit_is_refused():
         train_classifier(data, 1, 0, validation=_data(40, 0, names=("other", "names")))
 
 
-# --- a split of synthetic images -----------------------------------------------------------------
+# --- a split of synthetic images ----------------------------------------------------------------
 
 
 @settings(max_examples=40)
 @given(SEEDS, st.integers(4, 200), st.sampled_from([0.1, 0.25, 0.5]))
-def test_a_synthetic_set_is_divided_in_proportion_and_without_overlap(seed, count, share):
+def test_split_for_validation_is_stratified_and_disjoint(seed, count, share):
     rng = np.random.default_rng(seed)
     labels = (rng.random((count, 3)) < 0.4).astype(np.uint8)
     images = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 2, 2), np.uint8)
@@ -230,14 +230,14 @@ def test_a_synthetic_set_is_divided_in_proportion_and_without_overlap(seed, coun
     for vector, have in zip(vectors, counts, strict=True):
         kept = (validation.labels == vector).all(1).sum()
         eligible = counts[counts > 1].sum() or count
-        asked = max(1, int(share * eligible)) / eligible * have
-        assert abs(kept - asked) < 1 or have == 1
+        expected = max(1, int(share * eligible)) / eligible * have
+        assert abs(kept - expected) < 1 or have == 1
         assert kept < have or (counts == 1).all()  # never all images of a vector
     again = split_for_validation(data, share, seed)[1]
     np.testing.assert_array_equal(again.labels, validation.labels)
 
 
-def test_images_of_patients_are_not_split_by_image():
+def test_split_for_validation_refuses_images_with_patients():
     data = dataclasses.replace(_data(20, 0), patients=np.repeat(np.arange(10), 2).astype(str))
     with pytest.raises(DataError, match="by image"):
         split_for_validation(data, 0.1, 0)
@@ -248,10 +248,10 @@ def test_images_of_patients_are_not_split_by_image():
             split_for_validation(blank, share, 0)
 
 
-# --- weights of classes --------------------------------------------------------------------------
+# --- weights of classes -------------------------------------------------------------------------
 
 
-def test_class_weights_are_applied_minority_recall_falls_without_them(monkeypatch):
+def test_class_weights_raise_minority_recall(monkeypatch):
     train, test = _data(400, 0, signal=5.0, rare=0.05), _data(300, 1, signal=5.0)
 
     def recall():
@@ -267,23 +267,23 @@ def test_class_weights_are_applied_minority_recall_falls_without_them(monkeypatc
     assert weighted > ignored + 0.25
 
 
-# --- mixes ---------------------------------------------------------------------------------------
+# --- mixes --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60)
 @given(SEEDS, st.integers(1, 150), st.floats(0.0, 1.0))
-def test_stratified_rows_keep_the_proportions(seed, count, share):
+def test_stratified_rows_keep_proportions(seed, count, share):
     labels = (np.random.default_rng(seed).random((count, 2)) < 0.3).astype(np.uint8)
-    asked = round(share * count)
-    rows = stratified_rows(labels, asked, seed)
-    assert len(set(rows.tolist())) == asked
+    expected = round(share * count)
+    rows = stratified_rows(labels, expected, seed)
+    assert len(set(rows.tolist())) == expected
     assert (np.diff(rows) > 0).all()
     for vector in np.unique(labels, axis=0):
         have = (labels == vector).all(1)
-        assert abs(have[rows].sum() - have.sum() * asked / count) < 1 + 1e-9
+        assert abs(have[rows].sum() - have.sum() * expected / count) < 1 + 1e-9
 
 
-def test_every_row_is_as_likely_as_any_other():
+def test_stratified_rows_select_rows_with_equal_probability():
     labels = np.eye(3, dtype=np.uint8)[np.repeat([0, 1, 2], [28, 11, 1])]
     hits = np.zeros(40)
     for seed in range(2000):
@@ -292,7 +292,7 @@ def test_every_row_is_as_likely_as_any_other():
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.5, 20), (1, 40), ("all", 100)])
-def test_a_mix_is_all_real_images_and_a_share_of_synthetic_ones(share, count):
+def test_mixed_set_has_all_real_and_a_share_of_synthetic_images(share, count):
     real = dataclasses.replace(
         _data(40, 0, name="real"), patients=np.repeat(np.arange(20), 2).astype(str)
     )
@@ -310,11 +310,11 @@ def test_a_mix_is_all_real_images_and_a_share_of_synthetic_ones(share, count):
     assert not train_classifier(mixed, 1, 0).training
 
 
-def test_a_mix_that_cannot_be_made_is_refused():
+def test_mixed_set_refuses_unusable_shares():
     real, synthetic = _data(40, 0, name="real"), _data(30, 1)
     assert mixed_count(40, 30, "all") == 30
     with pytest.raises(
-        DataError, match=r"needs 40 synthetic images and there are 30.*evaluation\.images"
+        DataError, match=r"needs 40 synthetic images, there are 30.*evaluation\.images"
     ):
         mixed_set(real, synthetic, 1, 0)
     with pytest.raises(DataError, match="above 0"):

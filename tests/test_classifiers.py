@@ -1,4 +1,4 @@
-"""The classifiers of the evaluator: shapes, gradients, sizes, seeds, and what is said of a wrong name."""
+"""Classifiers of the evaluator: shapes, gradients, sizes, seeds, errors."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def _images(count, channels, side, seed=0):
     )
 
 
-def test_every_name_of_the_settings_has_a_network():
+def test_every_classifier_choice_has_a_network():
     assert set(BUILDERS) == set(CLASSIFIERS) == set(FEATURES)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 @pytest.mark.parametrize(("channels", "side"), [(1, 32), (3, 64), (1, 224)])
-def test_features_and_logits_have_the_promised_shapes(name, channels, side):
+def test_features_and_logits_have_the_documented_shapes(name, channels, side):
     classifier = _build(name, channels, side).eval()
     images = _images(1, channels, side)
     with torch.inference_mode():
@@ -46,7 +46,7 @@ def test_features_and_logits_have_the_promised_shapes(name, channels, side):
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_gradient_reaches_every_weight(name, channels):
+def test_gradient_reaches_every_weight(name, channels):
     classifier = _build(name, channels, 32).train()
     classifier(_images(4, channels, 32)).square().sum().backward()
     still = [
@@ -58,25 +58,25 @@ def test_the_gradient_reaches_every_weight(name, channels):
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_a_seed_gives_the_same_network_again_and_another_seed_another(name):
+def test_initialization_is_deterministic_by_seed(name):
     first, again, other = (_build(name, seed=seed).state_dict() for seed in (5, 5, 6))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_a_training_step_draws_no_random_numbers(name):
+def test_training_step_draws_no_random_numbers(name):
     classifier = _build(name).train()
     before = torch.random.get_rng_state()
     first = classifier(_images(4, 3, 32))
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.testing.assert_close(
         classifier(_images(4, 3, 32)), first
-    )  # batch statistics: the running ones do not enter
+    )  # batch statistics, not the running ones
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_grey_is_the_same_as_its_repetition_in_colour(name):
+def test_grey_images_equal_their_repetition_in_color(name):
     classifier = _build(name).eval()
     grey = _images(2, 1, 32)
     with torch.inference_mode():
@@ -84,7 +84,7 @@ def test_grey_is_the_same_as_its_repetition_in_colour(name):
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_small_images_go_through_the_map_sizes_of_64_pixels(name):
+def test_small_images_have_the_map_sizes_of_64_pixels(name):
     def last_map(side):
         sizes = []
         network = _build(name, 1, side).eval()
@@ -105,12 +105,12 @@ def test_small_images_go_through_the_map_sizes_of_64_pixels(name):
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_another_number_of_channels_is_a_config_error(name):
+def test_other_channel_numbers_raise_a_config_error(name):
     with pytest.raises(ConfigError, match=f"'{name}' takes 1 or 3 channels, not 2"):
         build_classifier(name, 2, 32, 2)
 
 
-def test_an_unknown_name_is_a_config_error_that_lists_the_known_ones():
+def test_unknown_classifier_error_lists_the_choices():
     with pytest.raises(
         ConfigError, match=r"no classifier called 'vit'.*densenet121, efficientnet-b2"
     ):

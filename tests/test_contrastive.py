@@ -1,4 +1,4 @@
-"""The contrastive embedding: NT-Xent by the paper, and copies that it finds on drawn pictures."""
+"""Contrastive embedding: NT-Xent against the paper, and copies found among phantoms."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from fedgan.data.phantoms import LESION_LABELS, render_lesion
 
 @pytest.fixture(scope="module")
 def lesions() -> np.ndarray:
-    """Drawn lesions (360, 3, 32, 32) uint8."""
+    """Procedural lesions (360, 3, 32, 32) uint8."""
     pictures = [
-        render_lesion(LESION_LABELS[i % 7], np.random.default_rng([4, i]), 32)[0] for i in range(360)
+        render_lesion(LESION_LABELS[i % 7], np.random.default_rng([4, i]), 32)[0]
+        for i in range(360)
     ]
     return np.stack(pictures).transpose(0, 3, 1, 2)
 
@@ -35,7 +36,7 @@ def embedding(lesions):
     return train_embedding(lesions[:160], seed=0, steps=30)
 
 
-def test_nt_xent_is_the_papers_formula():
+def test_nt_xent_agrees_with_the_paper():
     rng = np.random.default_rng(0)
     z = rng.normal(size=(10, 6))  # the views of image k are 2k and 2k + 1, as in algorithm 1
     z /= np.linalg.norm(z, axis=1, keepdims=True)
@@ -50,7 +51,7 @@ def test_nt_xent_is_the_papers_formula():
     assert float(nt_xent(views[0::2], views[1::2], tau)) == pytest.approx(expected, rel=1e-10)
 
 
-def test_a_change_moves_every_image_its_own_way_and_keeps_what_it_shows(lesions):
+def test_change_is_individual_and_keeps_the_content(lesions):
     images = torch.from_numpy(lesions[:2].repeat(8, 0)).float() / 127.5 - 1
     changed = change(images, torch.Generator().manual_seed(0))
     assert changed.shape == images.shape
@@ -68,7 +69,7 @@ def test_a_change_moves_every_image_its_own_way_and_keeps_what_it_shows(lesions)
     assert both_ways < mean_gap(images[:8], images[8:])
 
 
-def test_features_are_unit_rows_and_blind_to_mirroring(embedding, lesions):
+def test_embedding_rows_are_unit_and_invariant_to_mirroring(embedding, lesions):
     features = embedding.features(lesions[:20])
     assert features.shape == (20, DIMENSION)
     assert features.dtype == np.float32
@@ -79,7 +80,7 @@ def test_features_are_unit_rows_and_blind_to_mirroring(embedding, lesions):
     assert embedding.features(lesions[:0]).shape == (0, DIMENSION)
 
 
-def test_a_changed_copy_lies_nearer_to_its_source_than_other_images_do(embedding, lesions):
+def test_changed_copies_are_nearest_to_their_source(embedding, lesions):
     training, held_out, synthetic = lesions[:160], lesions[160:260], lesions[260:]
     images, planted, rows = plant_copies(
         synthetic, training, 0.3, np.random.default_rng(0), mirrored=0.5
@@ -90,7 +91,7 @@ def test_a_changed_copy_lies_nearer_to_its_source_than_other_images_do(embedding
     assert result.passed
     assert result.right_row is not None
     assert result.right_row > 0.9
-    # Not the work of the architecture alone: without training the same network finds fewer.
+    # Training matters: the untrained network finds fewer.
     untrained = train_embedding(training, seed=0, steps=0)
     before = find_copies(
         untrained.features(images),
@@ -101,7 +102,7 @@ def test_a_changed_copy_lies_nearer_to_its_source_than_other_images_do(embedding
     assert recovered(before, planted).auc < result.auc
 
 
-def test_turned_copies_are_found(embedding, lesions):
+def test_embedding_finds_rotated_copies(embedding, lesions):
     picture = torch.from_numpy(lesions[:60]).float() / 127.5 - 1
     turned = change(picture, torch.Generator().manual_seed(1))
     copies = ((turned + 1) * 127.5).clamp(0, 255).round().byte().numpy()
@@ -110,7 +111,7 @@ def test_turned_copies_are_found(embedding, lesions):
     ).mean() > 0.8
 
 
-def test_the_same_seed_gives_the_same_embedding_and_leaves_the_global_generator(lesions):
+def test_embedding_is_deterministic_and_keeps_the_global_rng(lesions):
     state = torch.get_rng_state()
     first, again, other = (
         train_embedding(lesions[:40], seed=seed, steps=4).features(lesions[:9])
@@ -123,14 +124,14 @@ def test_the_same_seed_gives_the_same_embedding_and_leaves_the_global_generator(
 
 @pytest.mark.parametrize("side", [8, 16, 24, 32, 64])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_size_of_image_has_a_network(side, channels):
+def test_embedding_supports_every_image_size(side, channels):
     assert build_network(channels, side)(torch.zeros(2, channels, side, side)).shape == (
         2,
         DIMENSION,
     )
 
 
-def test_large_images_are_averaged_down():
+def test_embedding_averages_large_images_down():
     images = np.random.default_rng(0).integers(0, 256, (4, 1, 128, 128), dtype=np.uint8)
     trained = train_embedding(images, seed=0, steps=1)
     assert trained.side == 64
@@ -138,6 +139,6 @@ def test_large_images_are_averaged_down():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 32, 32), (4, 1, 32, 16), (4, 1, 4, 4)])
-def test_images_that_cannot_be_embedded_are_refused(shape):
+def test_embedding_refuses_unusable_images(shape):
     with pytest.raises(ValueError, match="square"):
         train_embedding(np.zeros(shape, np.uint8), seed=0, steps=1)

@@ -1,4 +1,4 @@
-"""Nearest neighbours, copy shares and their intervals, and the controls that make them mean something."""
+"""Nearest neighbours, copy shares with intervals, and the controls of copy detection."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cloud(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def holds(interval: tuple[float, float], value: float) -> bool:
+def contains(interval: tuple[float, float], value: float) -> bool:
     return interval[0] <= value <= interval[1]
 
 
@@ -44,9 +44,10 @@ def by_brute_force(queries: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, n
 
 @pytest.fixture(scope="module")
 def lesions() -> np.ndarray:
-    """Drawn lesions (420, 3, 32, 32) uint8."""
+    """Procedural lesions (420, 3, 32, 32) uint8."""
     pictures = [
-        render_lesion(LESION_LABELS[i % 7], np.random.default_rng([9, i]), 32)[0] for i in range(420)
+        render_lesion(LESION_LABELS[i % 7], np.random.default_rng([9, i]), 32)[0]
+        for i in range(420)
     ]
     return np.stack(pictures).transpose(0, 3, 1, 2)
 
@@ -63,7 +64,7 @@ def lesions() -> np.ndarray:
     st.integers(1, 50),
     st.booleans(),
 )
-def test_nearest_is_what_brute_force_finds_whatever_the_block(seed, q, n, features, block, ties):
+def test_nearest_agrees_with_brute_force_for_any_block(seed, q, n, features, block, ties):
     rng = np.random.default_rng(seed)
     queries, base = (rng.normal(size=(rows, features)).astype(np.float32) for rows in (q, n))
     if ties:  # equal rows, and queries that are rows
@@ -77,16 +78,16 @@ def test_nearest_is_what_brute_force_finds_whatever_the_block(seed, q, n, featur
 
 
 @pytest.mark.parametrize("middle", [1e2, 1e4, 1e6])
-def test_near_copies_are_told_apart_where_float32_products_are_blind(middle):
+def test_nearest_is_exact_where_float32_products_are_not(middle):
     base = (np.random.default_rng(0).integers(-50, 50, (200, 24)) + middle).astype(np.float32)
-    base[::2] += np.float32(8 * middle)  # two clusters: no centring makes them small
+    base[::2] += np.float32(8 * middle)  # two clusters: centering cannot make them small
     queries = base[:100].copy()
     queries[:, 0] += 1
     assert np.array_equal(nearest.nearest(queries, base)[1], by_brute_force(queries, base)[1])
     assert nearest.nearest(base[:100], base)[0].max() == 0
 
 
-def test_rows_measured_again_are_few_in_ordinary_features(monkeypatch):
+def test_nearest_recomputes_few_rows(monkeypatch):
     measured = []
     exact = nearest._exact
     monkeypatch.setattr(nearest, "_exact", lambda *a: measured.append(len(a[3])) or exact(*a))
@@ -94,9 +95,9 @@ def test_rows_measured_again_are_few_in_ordinary_features(monkeypatch):
     assert 500 <= sum(measured) < 600
 
 
-def test_mirrored_and_shifted_copies_are_found_when_asked_for(lesions):
+def test_nearest_with_moves_finds_mirrored_and_shifted_copies(lesions):
     base = pixels(lesions[:100])
-    copied = pixels(np.roll(lesions[:20, :, :, ::-1], 1, axis=2))  # one row rolls over the edge
+    copied = pixels(np.roll(lesions[:20, :, :, ::-1], 1, axis=2))  # one row wraps around
     plain = nearest.nearest(copied, base)[0]
     flips = nearest.nearest(copied, base, moves=Moves((3, 32, 32)))[0]
     both, rows = nearest.nearest(copied, base, moves=Moves((3, 32, 32), shifts=1))
@@ -111,7 +112,7 @@ def test_mirrored_and_shifted_copies_are_found_when_asked_for(lesions):
     assert nearest.nearest(exact_mirror, base, moves=Moves((3, 32, 32), flips=False))[0].min() > 1
 
 
-def test_pixel_distances_are_grey_levels_and_blind_to_brightness(lesions):
+def test_pixel_distances_are_grey_levels_without_brightness(lesions):
     image = lesions[:1].clip(40, 200)
     changed = image.astype(np.int64) + np.where(np.indices(image.shape).sum(0) % 2, 3, -3)
     rows = pixels(np.concatenate([image, image + 20, changed.astype(np.uint8)]))
@@ -129,7 +130,7 @@ def test_pixel_distances_are_grey_levels_and_blind_to_brightness(lesions):
         (np.zeros((3, 4)), np.zeros((3, 4)), Moves((1, 2, 3))),
     ],
 )
-def test_sets_that_do_not_fit_are_refused(queries, base, moves):
+def test_nearest_refuses_sets_that_do_not_fit(queries, base, moves):
     with pytest.raises(ValueError, match=r"queries|base|shape"):
         nearest.nearest(queries, base, moves=moves)
 
@@ -138,14 +139,14 @@ def test_sets_that_do_not_fit_are_refused(queries, base, moves):
 
 
 @given(st.integers(1, 400), st.floats(0, 1))
-def test_wilson_is_scipys(n, share):
+def test_wilson_interval_agrees_with_scipy(n, share):
     k = round(share * n)
     ci = binomtest(k, n).proportion_ci(0.95, "wilson")
     assert wilson_interval(k / n, n) == pytest.approx((ci.low, ci.high), abs=1e-9)
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300), st.floats(0.1, 50))
-def test_the_threshold_holds_about_the_percentile_and_one_image_at_least(distances, percentile):
+def test_closest_is_the_percentile_and_includes_one_image(distances, percentile):
     values = np.array(distances)
     threshold = closest(values, percentile)
     assert threshold in values
@@ -155,37 +156,37 @@ def test_the_threshold_holds_about_the_percentile_and_one_image_at_least(distanc
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, 1.5])
 @pytest.mark.parametrize("held_out", [20, 60, 300])
-def test_intervals_hold_the_truth_about_as_often_as_they_say(held_out, shift):
-    """Distances whose distribution is known: the share of all images below the threshold is then known as well."""
+def test_copy_share_intervals_have_their_coverage(held_out, shift):
+    """Distances of a known distribution, so the share below the threshold is known."""
     rng = np.random.default_rng([held_out, int(10 * shift)])
     excess = real = 0
     for _ in range(400):
         found = compare(rng.normal(size=500) - shift, rng.normal(size=held_out), 5.0)
         below = norm.cdf(found.threshold)
-        real += holds(found.real_ci, below)
-        excess += holds(found.excess_ci, norm.cdf(found.threshold + shift) - below)
+        real += contains(found.real_ci, below)
+        excess += contains(found.excess_ci, norm.cdf(found.threshold + shift) - below)
     assert 0.92 <= real / 400 <= 0.98
     assert excess / 400 >= 0.9
 
 
-def test_images_of_one_patient_count_as_one_where_they_are_alike():
+def test_copy_share_intervals_account_for_patients():
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(40), 5)
-    held = {True: 0, False: 0}
+    covered = {True: 0, False: 0}
     for _ in range(300):
         distances = rng.normal(size=40)[groups]  # all images of a patient at one distance
-        for told in held:
+        for grouped in covered:
             found = compare(
-                rng.normal(size=1000), distances, 10.0, real_groups=groups if told else None
+                rng.normal(size=1000), distances, 10.0, real_groups=groups if grouped else None
             )
-            held[told] += holds(found.real_ci, norm.cdf(found.threshold))
-    assert held[True] / 300 > 0.92
-    assert held[False] / 300 < 0.75
+            covered[grouped] += contains(found.real_ci, norm.cdf(found.threshold))
+    assert covered[True] / 300 > 0.92
+    assert covered[False] / 300 < 0.75
 
 
 @settings(max_examples=40)
 @given(SEEDS, st.integers(1, 6), st.integers(1, 6))
-def test_the_matched_memorised_share_is_the_mean_over_all_smaller_releases(seed, drawn, most):
+def test_matched_memorised_share_averages_smaller_releases(seed, drawn, most):
     most = min(most, drawn)
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, 4, drawn)
@@ -199,7 +200,7 @@ def test_the_matched_memorised_share_is_the_mean_over_all_smaller_releases(seed,
 # --- findings -----------------------------------------------------------------------------------
 
 
-def test_a_clean_cloud_has_no_excess_and_favours_neither_side():
+def test_independent_images_have_no_excess():
     findings = [
         find_copies(
             cloud(3 * s, 400, 6), cloud(3 * s + 1, 500, 6), cloud(3 * s + 2, 300, 6), seed=s
@@ -208,15 +209,15 @@ def test_a_clean_cloud_has_no_excess_and_favours_neither_side():
     ]
     assert {found.held_out_share for found in findings} == {0.05}
     assert abs(np.mean([found.excess for found in findings])) < 0.01
-    assert sum(holds(found.excess_ci, 0) for found in findings) >= 36
-    assert sum(holds(found.held_out_ci, 0.05) for found in findings) == 40
+    assert sum(contains(found.excess_ci, 0) for found in findings) >= 36
+    assert sum(contains(found.held_out_ci, 0.05) for found in findings) == 40
     assert np.mean([found.closer_share for found in findings]) == pytest.approx(0.5, abs=0.015)
-    assert sum(holds(found.closer_ci, 0.5) for found in findings) >= 34
+    assert sum(contains(found.closer_ci, 0.5) for found in findings) >= 34
     gaps = [found.memorised_matched - found.memorised_held_out for found in findings]
     assert abs(np.mean(gaps)) < 0.005
 
 
-def test_planted_copies_are_counted_and_named():
+def test_planted_copies_are_counted_and_listed():
     training, held_out, synthetic = cloud(1, 500, 16), cloud(2, 400, 16), cloud(3, 600, 16)
     sources = np.random.default_rng(4).choice(500, 60, replace=False)
     synthetic[100:160] = training[sources] + 0.05 * cloud(5, 60, 16)
@@ -240,7 +241,7 @@ def test_planted_copies_are_counted_and_named():
     ) == (600, 500, 400, 400)
 
 
-def test_a_copy_made_often_memorises_one_image():
+def test_repeated_copy_counts_as_one_memorised_image():
     training, held_out = cloud(1, 300, 16), cloud(2, 300, 16)
     found = find_copies(np.repeat(training[7:8], 200, 0), training, held_out, seed=0)
     assert found.copying_share == 1
@@ -248,15 +249,15 @@ def test_a_copy_made_often_memorises_one_image():
     assert found.memorised_matched == pytest.approx(1 / 300)
 
 
-def test_a_blurred_generator_is_no_copier_to_the_closer_share():
-    """Typical images lie near to everything: within the threshold, and yet nearer to training images than to others as often."""
+def test_closer_share_is_neutral_for_typical_images():
+    """Typical images are within the threshold, but equally near to training and to other images."""
     synthetic = 0.5 * cloud(1, 800, 8)
     found = find_copies(synthetic, cloud(2, 400, 8), cloud(3, 400, 8), seed=0)
     assert found.excess_ci[0] > 0
-    assert holds(found.closer_ci, 0.5)
+    assert contains(found.closer_ci, 0.5)
 
 
-def test_more_rows_are_nearer_and_matching_removes_it():
+def test_closer_share_matches_the_numbers_of_rows():
     training, held_out, synthetic = cloud(1, 4000, 6), cloud(2, 200, 6), cloud(3, 1000, 6)
     unmatched = nearest.nearest(synthetic, training)[0] < nearest.nearest(synthetic, held_out)[0]
     assert unmatched.mean() > 0.85
@@ -265,13 +266,13 @@ def test_more_rows_are_nearer_and_matching_removes_it():
         for s in range(10)
     ]
     assert np.mean(matched) == pytest.approx(0.5, abs=0.04)
-    # The more images are looked up, the more training images are hit; equally many are hit equally often.
+    # More queries hit more training images; equally many queries hit equally many.
     found = find_copies(synthetic, training, held_out, seed=0)
     assert found.memorised_share > 3 * found.memorised_held_out
-    assert holds(found.memorised_held_out_ci, found.memorised_matched)
+    assert contains(found.memorised_held_out_ci, found.memorised_matched)
 
 
-def test_findings_are_the_same_for_the_same_seed():
+def test_copy_findings_are_deterministic_by_seed():
     sets = cloud(1, 100, 4), cloud(2, 400, 4), cloud(3, 90, 4)
     first, again, other = (dataclasses.asdict(find_copies(*sets, seed=seed)) for seed in (1, 1, 2))
     assert first.keys() == other.keys()
@@ -282,7 +283,7 @@ def test_findings_are_the_same_for_the_same_seed():
     }
 
 
-def test_findings_refuse_what_they_cannot_answer():
+def test_find_copies_refuses_unusable_sets():
     good = cloud(0, 20, 3)
     for position in range(3):
         sets = [good] * 3
@@ -295,7 +296,7 @@ def test_findings_refuse_what_they_cannot_answer():
         find_copies(good, good, good, seed=0, held_out_groups=np.zeros(3))
 
 
-def test_the_release_filter_drops_one_percent_of_fresh_images_and_all_copies():
+def test_release_threshold_drops_one_percent_and_all_copies():
     dropped = []
     for s in range(30):
         training = cloud(4 * s, 400, 8)
@@ -314,7 +315,7 @@ def test_the_release_filter_drops_one_percent_of_fresh_images_and_all_copies():
 # --- controls -----------------------------------------------------------------------------------
 
 
-def test_planting_replaces_the_share_by_images_close_to_their_source(lesions):
+def test_plant_copies_replaces_a_share_by_changed_images(lesions):
     synthetic, training = lesions[:100], lesions[100:300]
     before = synthetic.copy()
     images, planted, rows = plant_copies(
@@ -330,7 +331,7 @@ def test_planting_replaces_the_share_by_images_close_to_their_source(lesions):
     assert plant_copies(synthetic, training[:5], 0.3, np.random.default_rng(0))[1].sum() == 30
 
 
-def test_the_positive_control_finds_planted_pictures_moved_and_mirrored(lesions):
+def test_positive_control_finds_moved_and_mirrored_copies(lesions):
     training, held_out, synthetic = lesions[:160], lesions[160:300], lesions[300:]
     images, planted, rows = plant_copies(synthetic, training, 0.2, np.random.default_rng(0))
     moves = Moves((3, 32, 32), shifts=1)
@@ -345,20 +346,20 @@ def test_the_positive_control_finds_planted_pictures_moved_and_mirrored(lesions)
     assert result.right_row == 1
     assert result.planted_share == 0.2
     assert leaking.excess_ci[0] > 0
-    assert holds(clean.excess_ci, 0)
-    # Pixels alone, without looking for moved copies, do not see them all: the control says so.
-    blind = [
+    assert contains(clean.excess_ci, 0)
+    # Pixels without moves miss some of them, and the control fails.
+    unmoved = [
         find_copies(pixels(s), pixels(training), pixels(held_out), seed=0)
         for s in (synthetic, images)
     ]
-    assert recovered(blind[1], planted, blind[0]).auc < 0.9
-    assert not recovered(blind[1], planted, blind[0]).passed
+    assert recovered(unmoved[1], planted, unmoved[0]).auc < 0.9
+    assert not recovered(unmoved[1], planted, unmoved[0]).passed
 
 
-def test_a_detector_that_sees_nothing_fails_the_positive_control():
+def test_insensitive_detector_fails_the_positive_control():
     rng = np.random.default_rng(0)
     found = find_copies(cloud(1, 400, 4), cloud(2, 300, 4), cloud(3, 300, 4), seed=0)
-    planted = rng.random(400) < 0.2  # marked, but never planted
+    planted = rng.random(400) < 0.2  # flagged, but not planted
     assert not recovered(found, planted).passed
     assert recovered(found, planted).auc == pytest.approx(0.5, abs=0.1)
     with pytest.raises(ValueError, match="both kinds"):
@@ -366,7 +367,7 @@ def test_a_detector_that_sees_nothing_fails_the_positive_control():
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3])
-def test_the_found_share_is_the_planted_one_over_many_leaks(share):
+def test_found_share_estimates_the_planted_share(share):
     rng = np.random.default_rng(1)
     inside, estimates = 0, []
     for s in range(30):
@@ -388,7 +389,7 @@ def test_the_found_share_is_the_planted_one_over_many_leaks(share):
     assert inside >= 28
 
 
-def test_the_negative_control_passes_on_held_out_images_with_and_without_patients():
+def test_negative_control_passes_on_held_out_images():
     training = cloud(1, 400, 6)
     groups = np.repeat(np.arange(100), 3)
     held_out = cloud(2, 100, 6)[groups] + 0.1 * cloud(3, 300, 6)
@@ -401,7 +402,7 @@ def test_the_negative_control_passes_on_held_out_images_with_and_without_patient
         negative_control(training, held_out, seed=0, held_out_groups=np.arange(300) % 3)
 
 
-def test_the_negative_control_fails_when_intervals_are_wrong(monkeypatch):
+def test_negative_control_fails_with_wrong_intervals(monkeypatch):
     monkeypatch.setattr(copies, "wilson_interval", lambda share, count: (share, share))
     monkeypatch.setattr(copies, "_population_share", lambda share, count: (share, share))
     assert not negative_control(cloud(1, 200, 6), cloud(2, 200, 6), seed=0).passed

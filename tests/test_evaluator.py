@@ -621,7 +621,7 @@ def test_images_without_a_finding_are_a_class_unless_a_label_says_so(real, names
     made, features = findings(_released(real.train)), np.random.default_rng(1).normal(size=(240, 4))
     vars(other)["held_out_features"] = np.random.default_rng(2).normal(size=(240, 4))
     assert list(evaluate._by_class(other, made, features, [])) == [*names, *further]
-    assert list(evaluate._structure(other, made, [])) == [*names, *further]
+    assert list(evaluate._ms_ssim(other, made, [])) == [*names, *further]
 
 
 def test_a_diverged_generator_leaves_the_evaluation_as_it_was(tmp_path):

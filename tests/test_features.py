@@ -1,4 +1,4 @@
-"""Extractors from weights files, how they are told apart and refused, and the cache of real features."""
+"""Extractors from weights files: identification, errors, and the cache of real features."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fedgan.models.classifiers import build_classifier
 
 
 def _random_state(build, seed=0):
-    """A state dict of plausible random weights: He-normal kernels, batch norms that do nothing."""
+    """A state dict of plausible random weights: He-normal kernels, neutral batch norms."""
     with torch.device("meta"):
         shapes = build().state_dict()
     generator = torch.Generator().manual_seed(seed)
@@ -56,7 +56,7 @@ def _images(count, channels, side, seed=0):
     )
 
 
-# --- Inception-v3 --------------------------------------------------------------------------------
+# --- Inception-v3 -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def extractor(inception_file):
     return extractor_from(str(inception_file))
 
 
-def test_inception_is_known_by_its_content_and_is_the_only_fid(extractor):
+def test_inception_is_identified_by_content_and_is_fid(extractor):
     assert isinstance(extractor, InceptionExtractor)
     assert extractor.name == "Inception-v3 (torchvision, ImageNet, pool3, 2048)"
     assert extractor.is_fid
@@ -85,7 +85,7 @@ def test_inception_is_known_by_its_content_and_is_the_only_fid(extractor):
     assert not ReferenceExtractor(build_classifier("small-cnn", 1, 32, 2)).is_fid
 
 
-def test_inception_agrees_with_torchvisions_own_preprocessing(extractor, inception_state):
+def test_inception_agrees_with_torchvision_preprocessing(extractor, inception_state):
     network = inception_v3(weights=None, init_weights=False, transform_input=True).eval()
     network.load_state_dict(inception_state)
     network.fc = torch.nn.Identity()
@@ -100,9 +100,7 @@ def test_inception_agrees_with_torchvisions_own_preprocessing(extractor, incepti
     np.testing.assert_allclose(extractor(images), expected, rtol=1e-3, atol=1e-4 * expected.std())
 
 
-def test_inception_gives_the_same_features_again_in_any_batch_and_for_grey(
-    extractor, inception_state
-):
+def test_inception_features_do_not_depend_on_batch_or_grey_repetition(extractor, inception_state):
     images = _images(3, 1, 24)
     features = extractor(images)
     assert features.shape == (3, 2048)
@@ -117,13 +115,13 @@ def extractor_from_state(state, batch):
     return InceptionExtractor(state, "weights of the test", batch=batch)
 
 
-def test_opening_a_weights_file_leaves_the_random_state_alone(inception_file):
+def test_opening_weights_keeps_the_random_state(inception_file):
     before = torch.random.get_rng_state()
     check_features(inception_file)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_the_key_is_the_weights_not_the_file(extractor, inception_state, tmp_path):
+def test_extractor_key_depends_on_weights_not_file(extractor, inception_state, tmp_path):
     kept = {
         name: value
         for name, value in inception_state.items()
@@ -140,15 +138,15 @@ def test_the_key_is_the_weights_not_the_file(extractor, inception_state, tmp_pat
     assert other.key != extractor.key
 
 
-def test_a_checkpoint_with_a_state_dict_inside_is_opened(inception_state, extractor, tmp_path):
+def test_checkpoint_with_a_state_dict_is_opened(inception_state, extractor, tmp_path):
     torch.save({"epoch": 3, "state_dict": inception_state}, tmp_path / "checkpoint.pt")
     assert extractor_from(tmp_path / "checkpoint.pt").key == extractor.key
 
 
-@pytest.mark.parametrize("damage", ["lacking", "shape", "nan"])
-def test_an_inception_file_with_a_bad_weight_is_a_data_error(inception_state, tmp_path, damage):
+@pytest.mark.parametrize("damage", ["missing", "shape", "nan"])
+def test_inception_file_with_a_bad_weight_raises_a_data_error(inception_state, tmp_path, damage):
     state, name = dict(inception_state), "Conv2d_1a_3x3.conv.weight"
-    if damage == "lacking":
+    if damage == "missing":
         del state[name]
     else:
         state[name] = (
@@ -160,7 +158,7 @@ def test_an_inception_file_with_a_bad_weight_is_a_data_error(inception_state, tm
         InceptionExtractor(state, tmp_path / "weights.pth")
 
 
-def test_the_tensorflow_weights_of_fid_are_refused_with_the_reason(tmp_path):
+def test_tensorflow_inception_is_refused_with_the_reason(tmp_path):
     torch.save(
         {inception.MARK: torch.zeros(1), "fc.weight": torch.zeros(1008, 1)}, tmp_path / "fid.pth"
     )
@@ -173,7 +171,7 @@ def test_the_tensorflow_weights_of_fid_are_refused_with_the_reason(tmp_path):
         check_features(tmp_path / "headless.pth")
 
 
-# --- files that are none -------------------------------------------------------------------------
+# --- files that are none ------------------------------------------------------------------------
 
 
 class Payload:
@@ -183,8 +181,11 @@ class Payload:
         return (exec, ("import sys; sys.payload_ran = True",))
 
 
-def test_a_missing_file_names_the_file_to_get_and_that_nothing_is_downloaded(tmp_path):
-    message = r"no weights file at .*nothing\.pth, none is downloaded.*download\.pytorch\.org/models/inception_v3_google"
+def test_missing_weights_error_names_file_and_source(tmp_path):
+    message = (
+        r"no weights file at .*nothing\.pth, none is downloaded"
+        r".*download\.pytorch\.org/models/inception_v3_google"
+    )
     with pytest.raises(ConfigError, match=message):
         check_features(str(tmp_path / "nothing.pth"))
     with pytest.raises(ConfigError, match="no weights file at"):
@@ -195,7 +196,7 @@ def test_a_missing_file_names_the_file_to_get_and_that_nothing_is_downloaded(tmp
         check_features("xrv")
 
 
-def test_the_reference_needs_no_file():
+def test_reference_extractor_needs_no_file():
     check_features("reference")
 
 
@@ -203,7 +204,7 @@ def test_the_reference_needs_no_file():
     "kind",
     ["empty", "text", "truncated", "npy", "safetensors", "unsafe", "module", "list", "no tensors"],
 )
-def test_an_unreadable_file_is_a_data_error_of_one_line_and_no_code_runs(tmp_path, kind):
+def test_unreadable_weights_raise_one_line_and_run_no_code(tmp_path, kind):
     path = tmp_path / "weights.pth"
     torch.save({"weight": torch.zeros(1000)}, path)
     whole = path.read_bytes()
@@ -232,7 +233,7 @@ def test_an_unreadable_file_is_a_data_error_of_one_line_and_no_code_runs(tmp_pat
         assert "pickled objects" in str(caught.value)
 
 
-def test_another_network_is_a_data_error_that_names_the_known_ones(tmp_path):
+def test_other_network_error_lists_the_supported_ones(tmp_path):
     torch.save(build_classifier("resnet18", 3, 32, 2).state_dict(), tmp_path / "resnet.pth")
     with pytest.raises(
         DataError, match=r"none of the networks.*Inception-v3.*SqueezeNet.*torchxrayvision"
@@ -240,7 +241,7 @@ def test_another_network_is_a_data_error_that_names_the_known_ones(tmp_path):
         check_features(tmp_path / "resnet.pth")
 
 
-def test_squeezenet_is_known_by_its_content(tmp_path):
+def test_squeezenet_is_identified_by_content(tmp_path):
     rng = np.random.default_rng(0)
     with open(tmp_path / "weights.bin", "wb") as stream:
         np.savez(
@@ -255,15 +256,15 @@ def test_squeezenet_is_known_by_its_content(tmp_path):
         check_features(tmp_path / "cut.npz")
 
 
-def test_two_channels_are_a_data_error(extractor):
+def test_two_channels_raise_a_data_error(extractor):
     with pytest.raises(DataError, match="1 or 3 channels, not 2"):
         extractor(np.zeros((1, 2, 8, 8), np.uint8))
 
 
-# --- torchxrayvision -----------------------------------------------------------------------------
+# --- torchxrayvision ----------------------------------------------------------------------------
 
 
-def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
+def test_missing_xray_package_error_names_the_extra(tmp_path, monkeypatch):
     torch.save(
         {
             xray.MARK: torch.zeros(1),
@@ -277,20 +278,20 @@ def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
         check_features(tmp_path / "xray.pth")
 
 
-def test_torchvisions_densenet_is_not_taken_for_a_network_of_radiographs(tmp_path):
+def test_torchvision_densenet_is_refused_as_xray_network(tmp_path):
     state = _random_state(lambda: densenet121(weights=None))
     with pytest.raises(DataError, match="not torchxrayvision"):
         XrayExtractor(state, tmp_path / "densenet121.pth")
 
 
-def test_xray_features_are_those_of_the_package(tmp_path):
+def test_xray_features_agree_with_torchxrayvision(tmp_path):
     package = pytest.importorskip("torchxrayvision", reason="the extra 'xray' is not installed")
     state = _random_state(lambda: package.models.DenseNet(weights=None))
     network = package.models.DenseNet(weights=None).eval()
     network.load_state_dict(state)
     torch.save(
         {**state, "op_threshs": torch.zeros(18)}, tmp_path / "xray.pth"
-    )  # its published networks carry thresholds
+    )  # its published networks have thresholds
     extractor = extractor_from(tmp_path / "xray.pth")
     images = _images(3, 1, 224)
     prepared = package.datasets.normalize(images.astype(np.float32), 255)
@@ -307,7 +308,7 @@ def test_xray_features_are_those_of_the_package(tmp_path):
         XrayExtractor({**state, "features.norm5.bias": torch.zeros(3)}, tmp_path / "xray.pth")
 
 
-def test_importing_the_package_leaves_the_warnings_of_the_process_alone(tmp_path, monkeypatch):
+def test_xray_import_keeps_the_warning_filters(tmp_path, monkeypatch):
     pytest.importorskip("torchxrayvision", reason="the extra 'xray' is not installed")
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchxrayvision"]:
         monkeypatch.delitem(sys.modules, name)
@@ -316,10 +317,10 @@ def test_importing_the_package_leaves_the_warnings_of_the_process_alone(tmp_path
     assert list(warnings.filters) == before
 
 
-# --- the reference classifier's key --------------------------------------------------------------
+# --- the reference classifier's key -------------------------------------------------------------
 
 
-def test_the_key_of_the_reference_follows_its_weights():
+def test_reference_key_depends_on_its_weights():
     def key(seed):
         torch.manual_seed(seed)
         return ReferenceExtractor(build_classifier("small-cnn", 1, 32, 2)).key
@@ -328,7 +329,7 @@ def test_the_key_of_the_reference_follows_its_weights():
         assert key(0) == key(0) != key(1)
 
 
-# --- the cache -----------------------------------------------------------------------------------
+# --- the cache ----------------------------------------------------------------------------------
 
 
 @given(
@@ -338,7 +339,7 @@ def test_the_key_of_the_reference_follows_its_weights():
     by=st.integers(1, 255),
 )
 @settings(max_examples=40)
-def test_the_hash_follows_every_byte_and_no_block_size(count, block, place, by):
+def test_images_hash_depends_on_every_byte_and_not_on_blocks(count, block, place, by):
     images = _images(count, 2, 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_cache, "BLOCK_BYTES", block)
@@ -351,7 +352,7 @@ def test_the_hash_follows_every_byte_and_no_block_size(count, block, place, by):
         assert images_hash(changed) != found
 
 
-def test_a_memory_map_and_a_view_of_rows_hash_as_their_images(tmp_path):
+def test_images_hash_is_equal_for_memory_maps_and_views(tmp_path):
     images = _images(7, 1, 5)
     np.save(tmp_path / "images.npy", images)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
@@ -361,7 +362,7 @@ def test_a_memory_map_and_a_view_of_rows_hash_as_their_images(tmp_path):
 
 
 class Counter:
-    """An extractor that counts how often it is asked."""
+    """An extractor that counts its calls."""
 
     name, is_fid = "counter", False
 
@@ -373,7 +374,7 @@ class Counter:
         return images.reshape(len(images), -1)[:, :3] * self.scale
 
 
-def test_features_are_computed_once_for_the_same_images_and_extractor(tmp_path):
+def test_cached_features_are_computed_once(tmp_path):
     cache, extractor, images = FeatureCache(tmp_path / "cache"), Counter(), _images(5, 1, 4)
     first = cache.features(images, extractor)
     again = FeatureCache(tmp_path / "cache").features(images.copy(), extractor)
@@ -386,7 +387,7 @@ def test_features_are_computed_once_for_the_same_images_and_extractor(tmp_path):
     assert np.array_equal(cache.features(images, other), 2 * first)
 
 
-def test_an_entry_says_nothing_but_hashes_and_the_extractor(tmp_path):
+def test_cache_entry_holds_only_hashes_and_extractor(tmp_path):
     cache, images = FeatureCache(tmp_path), _images(5, 1, 4)
     cache.features(images, Counter())
     path = cache.path(images_hash(images), Counter().key)
@@ -404,7 +405,7 @@ def test_an_entry_says_nothing_but_hashes_and_the_extractor(tmp_path):
     "damage",
     ["cut", "flipped", "empty", "gone", "no json", "torn json", "list", "foreign", "pickle"],
 )
-def test_a_damaged_entry_is_computed_again_and_mended(tmp_path, damage):
+def test_damaged_cache_entry_is_replaced(tmp_path, damage):
     cache, extractor, images = FeatureCache(tmp_path), Counter(), _images(5, 1, 4)
     features = cache.features(images, extractor)
     path = cache.path(images_hash(images), extractor.key)
@@ -434,13 +435,13 @@ def test_a_damaged_entry_is_computed_again_and_mended(tmp_path, damage):
     assert not hasattr(sys, "payload_ran")
 
 
-def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
+def test_unwritable_cache_folder_raises_a_storage_error(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(StorageError, match="cannot write"):
         FeatureCache(tmp_path / "cache").features(_images(2, 1, 4), Counter())
 
 
-def test_an_error_of_the_extractor_leaves_no_entry(tmp_path):
+def test_extractor_error_leaves_no_cache_entry(tmp_path):
     def fail():
         raise FedganError("no features")
 

@@ -1,4 +1,4 @@
-"""Fréchet and kernel distances against their definitions and other libraries, all measures beside floors, the extractors."""
+"""Fréchet and kernel distances, fidelity, label mixes, SqueezeNet."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def _covariance(rng, dimension):
     return root @ root.T / dimension
 
 
-# --- Fréchet distance ----------------------------------------------------------------------------
+# --- Fréchet distance ---------------------------------------------------------------------------
 
 
-def test_frechet_of_diagonal_gaussians_is_the_closed_form():
+def test_frechet_of_diagonal_gaussians_has_the_closed_form():
     a, b, shift = np.array([1.0, 4.0, 0.25]), np.array([9.0, 1.0, 0.0]), np.array([1.0, -2.0, 0.5])
     expected = (shift**2).sum() + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
     assert frechet_gaussians(shift, np.diag(a), np.zeros(3), np.diag(b)) == pytest.approx(
@@ -57,7 +57,7 @@ def test_frechet_agrees_with_the_matrix_square_root(seed, dimension):
 
 @settings(max_examples=25)
 @given(SEEDS, st.integers(2, 12), st.integers(1, 10))
-def test_frechet_of_a_set_with_itself_is_zero_and_a_shift_costs_its_square(seed, count, dimension):
+def test_frechet_of_a_shifted_set_is_the_squared_shift(seed, count, dimension):
     rng = np.random.default_rng(seed)
     x, shift = rng.normal(size=(count, dimension)), rng.normal(size=dimension)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
@@ -66,7 +66,7 @@ def test_frechet_of_a_set_with_itself_is_zero_and_a_shift_costs_its_square(seed,
 
 @settings(max_examples=25)
 @given(SEEDS)
-def test_frechet_is_symmetric_and_moves_with_both_sets(seed):
+def test_frechet_is_symmetric_and_translation_invariant(seed):
     rng = np.random.default_rng(seed)
     x, y, shift = (
         rng.normal(size=(20, 5)),
@@ -78,7 +78,7 @@ def test_frechet_is_symmetric_and_moves_with_both_sets(seed):
     assert frechet_distance(x + shift, y + shift) == pytest.approx(distance, rel=1e-7)
 
 
-def test_frechet_stands_fewer_images_than_features():
+def test_frechet_works_with_fewer_images_than_features():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(10, 64)), rng.normal(size=(12, 64)) + 1
     cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
@@ -107,7 +107,7 @@ def test_frechet_agrees_with_torchmetrics(count, dimension):
 
 @settings(max_examples=15)
 @given(SEEDS, st.integers(2, 30), st.integers(2, 30), st.integers(1, 16))
-def test_frechet_of_features_is_that_of_their_moments(seed, n, m, dimension):
+def test_frechet_of_features_equals_that_of_their_moments(seed, n, m, dimension):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(n, dimension)) + 3, 2 * rng.normal(size=(m, dimension))
     moments = [
@@ -119,14 +119,14 @@ def test_frechet_of_features_is_that_of_their_moments(seed, n, m, dimension):
 
 
 @pytest.mark.parametrize("bad", [np.zeros((1, 3)), np.zeros(3), np.full((4, 3), np.nan)])
-def test_distances_refuse_features_that_are_no_sample(bad):
+def test_distances_refuse_unusable_features(bad):
     with pytest.raises(ValueError, match="features must be"):
         frechet_distance(bad, np.zeros((4, 3)))
     with pytest.raises(ValueError, match="features must be"):
         kernel_distance(np.zeros((4, 3)), bad)
 
 
-# --- kernel distance -----------------------------------------------------------------------------
+# --- kernel distance ----------------------------------------------------------------------------
 
 
 def _naive_kernel_distance(x, y):
@@ -141,7 +141,7 @@ def _naive_kernel_distance(x, y):
 
 @settings(max_examples=20)
 @given(SEEDS, st.integers(2, 9), st.integers(2, 9), st.integers(1, 12))
-def test_kernel_distance_is_the_double_sum_whatever_the_block(seed, n, m, block):
+def test_kernel_distance_is_the_double_sum_for_any_block(seed, n, m, block):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(n, 4)), rng.normal(size=(m, 4)) + 0.5
     assert kernel_distance(x, y, block) == pytest.approx(
@@ -172,7 +172,7 @@ def test_kernel_distance_agrees_with_other_libraries():
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0, 10.0])
-def test_large_sets_have_the_kernel_distance_of_float64(offset):
+def test_kernel_distance_of_large_sets_agrees_with_float64(offset):
     rng = np.random.default_rng(1)
     x, y = _rectified(rng, 2500, 64) + offset, _rectified(rng, 2100, 64, 0.03) + offset
     n, m = len(x), len(y)
@@ -187,27 +187,27 @@ def test_large_sets_have_the_kernel_distance_of_float64(offset):
     assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-4)
 
 
-def test_kernel_is_cubic_and_normalised_by_the_dimension():
+def test_polynomial_kernel_is_cubic_and_normalised_by_dimension():
     x = np.array([[1.0, 2.0], [0.0, -1.0]])
     np.testing.assert_allclose(polynomial_kernel(x, x), [[3.5**3, 0.0], [0.0, 1.5**3]])
 
 
-def test_kernel_distance_is_unbiased_and_sees_a_difference():
+def test_kernel_distance_is_unbiased_and_detects_a_difference():
     rng = np.random.default_rng(1)
     same = np.array(
         [kernel_distance(rng.normal(size=(30, 6)), rng.normal(size=(40, 6))) for _ in range(300)]
     )
     assert abs(same.mean()) < 3 * same.std() / np.sqrt(len(same))
-    assert (same < 0).mean() > 0.2  # an estimate without bias is often negative
+    assert (same < 0).mean() > 0.2  # an unbiased estimate is often negative
     assert (
         kernel_distance(rng.normal(size=(200, 6)), 1.5 * rng.normal(size=(200, 6))) > 5 * same.std()
     )
 
 
-# --- both, with floors ---------------------------------------------------------------------------
+# --- fidelity with reference values -------------------------------------------------------------
 
 
-def test_a_perfect_generator_stands_at_the_floor_and_a_bad_one_above_it():
+def test_perfect_generator_reaches_the_reference_and_a_bad_one_does_not():
     rng = np.random.default_rng(2)
     real = rng.normal(size=(400, 8))
     good, bad = (
@@ -218,24 +218,22 @@ def test_a_perfect_generator_stands_at_the_floor_and_a_bad_one_above_it():
     assert abs(good["kernel"] - good["kernel_reference"]) < 0.1
     assert bad["frechet"] > 5 * bad["frechet_reference"]
     assert bad["kernel"] > 5 * abs(bad["kernel_reference"])
-    assert (
-        bad["frechet_reference"] == good["frechet_reference"]
-    )  # the floor speaks of the real images alone
+    assert bad["frechet_reference"] == good["frechet_reference"]  # depends on the real images only
 
 
 @pytest.mark.parametrize(("real", "synthetic", "images"), [(101, 500, 50), (400, 30, 30)])
-def test_distance_and_floor_have_the_same_size(real, synthetic, images):
+def test_distance_and_reference_have_the_same_size(real, synthetic, images):
     rng = np.random.default_rng(3)
     numbers = fidelity(rng.normal(size=(real, 3)), rng.normal(size=(synthetic, 3)), seed=0)
     assert numbers["images"] == numbers["reference_images"] == images
 
 
-def test_a_copy_of_the_real_images_is_not_compared_with_itself_in_the_floor():
+def test_reference_compares_disjoint_real_images():
     real = np.random.default_rng(4).normal(size=(60, 3))
     assert fidelity(real, real, seed=0)["frechet_reference"] > 0
 
 
-def test_every_measure_has_an_interval_and_a_floor():
+def test_every_measure_has_an_interval_and_a_reference():
     rng = np.random.default_rng(5)
     found = fidelity(
         rng.normal(size=(200, 6)), rng.normal(size=(600, 6)) + 0.2, seed=1, splits=2, k=3
@@ -254,7 +252,7 @@ def test_every_measure_has_an_interval_and_a_floor():
     assert found["precision_ci"][1] <= 1
 
 
-def test_the_same_seed_gives_the_same_numbers():
+def test_fidelity_is_deterministic_by_seed():
     rng = np.random.default_rng(6)
     real, synthetic = rng.normal(size=(60, 4)), rng.normal(size=(80, 4))
     assert fidelity(real, synthetic, seed=3, splits=2) == fidelity(
@@ -266,7 +264,7 @@ def test_the_same_seed_gives_the_same_numbers():
 
 
 @pytest.mark.parametrize("made", [300, 60])
-def test_intervals_hold_the_value_for_fresh_images_about_as_often_as_they_say(made):
+def test_fidelity_intervals_cover_the_value_of_fresh_images(made):
     def real(count):
         return rng.normal(size=(count, 5))
 
@@ -286,33 +284,33 @@ def test_intervals_hold_the_value_for_fresh_images_about_as_often_as_they_say(ma
         widths += np.diff(bounds)[:, 0]
         values.append([found[name] for name in MEASURES])
     assert (hits >= 0.8 * draws).all(), dict(zip(MEASURES, hits / draws, strict=True))
-    assert (widths / draws < 3 * 3.92 * np.std(values, axis=0)).all()  # not by being endless
+    assert (widths / draws < 3 * 3.92 * np.std(values, axis=0)).all()  # not because they are huge
 
 
-def test_a_share_of_one_in_every_split_is_not_said_to_be_certain():
+def test_fidelity_interval_of_a_constant_share_has_a_width():
     rng = np.random.default_rng(8)
     found = fidelity(rng.normal(size=(80, 3)), 0.01 * rng.normal(size=(200, 3)), seed=0, splits=2)
     assert found["precision"] == 1
     assert found["precision_ci"] == [pytest.approx(1 - 3 / 80), 1]
 
 
-def test_images_of_one_patient_are_not_on_both_sides_of_the_floor():
+def test_reference_keeps_the_images_of_a_patient_on_one_side():
     rng = np.random.default_rng(9)
     patients = np.repeat(np.arange(40), 5)
     real = (3 * rng.normal(size=(40, 4)))[patients] + 0.05 * rng.normal(size=(200, 4))
     synthetic = 3 * rng.normal(size=(300, 4))
-    blind, aware = (
+    without, aware = (
         fidelity(real, synthetic, 0),
         fidelity(real, synthetic, 0, patients=np.array([f"p{i}" for i in patients])),
     )
-    assert blind["precision_reference"] > 0.8  # the neighbours of an image are of its own patient
-    assert aware["precision_reference"] < blind["precision_reference"] - 0.2
-    assert aware["frechet_reference"] > 1.5 * blind["frechet_reference"]
+    assert without["precision_reference"] > 0.8  # neighbours are of the same patient
+    assert aware["precision_reference"] < without["precision_reference"] - 0.2
+    assert aware["frechet_reference"] > 1.5 * without["frechet_reference"]
     with pytest.raises(ValueError, match="patients do not fit"):
         fidelity(real, synthetic, 0, patients=patients[:-1])
 
 
-def test_too_few_images_for_neighbours_are_said_to_be_undefined():
+def test_prdc_is_none_with_too_few_images():
     rng = np.random.default_rng(10)
     found = fidelity(rng.normal(size=(8, 2)), rng.normal(size=(30, 2)), seed=0)
     assert [found[f"coverage{end}"] for end in ("", "_ci", "_reference")] == [None] * 3
@@ -321,10 +319,10 @@ def test_too_few_images_for_neighbours_are_said_to_be_undefined():
         fidelity(rng.normal(size=(3, 2)), rng.normal(size=(30, 2)), seed=0)
 
 
-def test_groups_are_measured_each_on_its_own_rows():
+def test_grouped_fidelity_uses_the_rows_of_each_group():
     rng = np.random.default_rng(11)
     real, synthetic = rng.normal(size=(120, 3)), rng.normal(size=(200, 3))
-    synthetic[100:] += 3  # the second class came out wrong
+    synthetic[100:] += 3  # the second class is wrong
     groups = {
         "right": (np.arange(60), np.arange(100)),
         "wrong": (np.arange(60, 120), np.arange(100, 200)),
@@ -340,14 +338,12 @@ def test_groups_are_measured_each_on_its_own_rows():
     assert found["right"]["images"] == 30
 
 
-# --- the label mix of a hospital -----------------------------------------------------------------
+# --- the label mix of a hospital ----------------------------------------------------------------
 
 
 @settings(max_examples=60)
 @given(SEEDS, st.integers(1, 300), st.integers(1, 300), st.integers(1, 3))
-def test_a_label_mix_takes_no_row_twice_and_follows_the_target_or_says_how_far_it_does_not(
-    seed, made, target, width
-):
+def test_label_mix_rows_are_unique_and_report_their_deviation(seed, made, target, width):
     rng = np.random.default_rng(seed)
     chance = rng.random(width)
     have, want = (
@@ -363,23 +359,23 @@ def test_a_label_mix_takes_no_row_twice_and_follows_the_target_or_says_how_far_i
     if not occurring:
         assert (len(rows), deviation) == (0, 0)
         return
-    asked, supply = (
+    wanted, supply = (
         np.array([(labels == v).all(1).sum() for v in occurring]) for labels in (want, have)
     )
     found = np.array([(have[rows] == v).all(1).sum() for v in occurring])
-    assert deviation == pytest.approx(np.abs(found / len(rows) - asked / known).sum() / 2)
-    total = max(int((supply * known / asked).min() + 1e-9), min(100, target))
-    short = found < asked / known * total - 1
-    assert (found[short] == supply[short]).all()  # only what is too rare is missing
-    assert (found < asked / known * total + 1).all()
+    assert deviation == pytest.approx(np.abs(found / len(rows) - wanted / known).sum() / 2)
+    total = max(int((supply * known / wanted).min() + 1e-9), min(100, target))
+    short = found < wanted / known * total - 1
+    assert (found[short] == supply[short]).all()  # only vectors that are too rare are missing
+    assert (found < wanted / known * total + 1).all()
 
 
-def test_a_label_mix_has_as_many_rows_as_the_rarest_vector_allows():
+def test_label_mix_has_as_many_rows_as_the_rarest_vector_allows():
     have = np.repeat(np.eye(2, dtype=np.uint8), [300, 100], axis=0)
     rows, deviation = label_mix_rows(
         have, np.repeat(np.eye(2, dtype=np.uint8), [30, 10], axis=0), seed=0
     )
-    assert sorted(rows) == list(range(400))  # the mix is right as it is
+    assert sorted(rows) == list(range(400))  # the mix is already right
     assert deviation == 0
     half, deviation = label_mix_rows(have, np.repeat(np.eye(2), [10, 10], axis=0), seed=0)
     assert len(half) == len(set(half)) == 200
@@ -388,20 +384,20 @@ def test_a_label_mix_has_as_many_rows_as_the_rarest_vector_allows():
     assert (len(rare), deviation) == (
         111,
         pytest.approx(0, abs=0.01),
-    )  # 11 and 100, though 1,000 real images would fit
+    )  # 11 and 100, for 1,000 real images
 
 
-def test_where_the_exact_mix_would_be_tiny_the_rare_vector_gives_all_and_the_deviation_is_told():
+def test_label_mix_deviates_where_the_exact_mix_is_tiny():
     have = np.repeat(np.eye(2, dtype=np.uint8), [3, 97], axis=0)
     rows, deviation = label_mix_rows(have, np.repeat(np.eye(2), [300, 300], axis=0), seed=0)
-    assert len(rows) == len(set(rows)) == 53  # 3 of the 50 asked for, and the other 50
+    assert len(rows) == len(set(rows)) == 53  # 3 of 50, and the other 50
     assert set(range(3)) <= set(rows)
     assert deviation == pytest.approx(0.5 - 3 / 53)
     rows, _ = label_mix_rows(have, np.repeat(np.eye(2), [3, 3], axis=0), seed=0)
     assert len(rows) == 6  # six real images need no more
 
 
-def test_a_perfect_generator_stands_at_the_floor_in_a_mix_that_it_rarely_made():
+def test_perfect_generator_reaches_the_reference_in_a_rare_label_mix():
     rng = np.random.default_rng(12)
     centres = np.array([[0.0] * 6, [3.0] * 6])
     held, made = np.repeat([0, 1], [300, 300]), np.repeat([0, 1], [60, 2000])
@@ -413,7 +409,7 @@ def test_a_perfect_generator_stands_at_the_floor_in_a_mix_that_it_rarely_made():
         assert found[name] == pytest.approx(found[f"{name}_reference"], abs=0.08)
 
 
-def test_a_label_mix_of_vectors_that_nobody_made_is_empty():
+def test_label_mix_without_common_vectors_is_empty():
     assert label_mix_rows(np.array([[1, 0]]), np.array([[0, 1]]), 0).rows.size == 0
     assert missing_share(np.array([[1, 0]]), np.array([[0, 1], [1, 0]])) == 0.5
     assert sorted(label_mix_rows(np.zeros((4, 0)), np.zeros((9, 0)), 0).rows) == [
@@ -424,7 +420,7 @@ def test_a_label_mix_of_vectors_that_nobody_made_is_empty():
     ]  # no labels: all rows
 
 
-# --- SqueezeNet ----------------------------------------------------------------------------------
+# --- SqueezeNet ---------------------------------------------------------------------------------
 
 
 def _random_weights(seed=0):
@@ -439,17 +435,17 @@ def _random_weights(seed=0):
     }
 
 
-def test_squeezenet_agrees_with_torchvisions_layers(tmp_path):
+def test_squeezenet_agrees_with_torchvision(tmp_path):
     weights = {name: array.astype(np.float32) for name, array in _random_weights().items()}
     np.savez(tmp_path / "weights.npz", **weights)
     network = squeezenet1_0(weights=None).features.eval()
     state = {f"0.{part}": weights[f"conv1.{part}"] for part in ("weight", "bias")}
-    places = {2: 3, 3: 4, 4: 5, 5: 7, 6: 8, 7: 9, 8: 10, 9: 12}
+    layers = {2: 3, 3: 4, 4: 5, 5: 7, 6: 8, 7: 9, 8: 10, 9: 12}
     names = {"squeeze": "squeeze", "expand1": "expand1x1", "expand3": "expand3x3"}
     for fire in FIRES:
         for ours, theirs in names.items():
             for part in ("weight", "bias"):
-                state[f"{places[fire]}.{theirs}.{part}"] = weights[f"fire{fire}.{ours}.{part}"]
+                state[f"{layers[fire]}.{theirs}.{part}"] = weights[f"fire{fire}.{ours}.{part}"]
     network.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
     images = np.random.default_rng(1).integers(0, 256, (3, 3, 227, 227), dtype=np.uint8)
     bgr = torch.from_numpy(images[:, ::-1].copy()).float() - torch.tensor(
@@ -463,25 +459,25 @@ def test_squeezenet_agrees_with_torchvisions_layers(tmp_path):
     assert "FID" not in extractor.name
 
 
-def test_squeezenet_takes_small_grey_images(tmp_path):
+def test_squeezenet_accepts_small_grey_images(tmp_path):
     np.savez(tmp_path / "weights.npz", **_random_weights())
     features = SqueezeNetExtractor(tmp_path / "weights.npz")(np.full((2, 1, 16, 16), 90, np.uint8))
     assert features.shape == (2, 512)
     np.testing.assert_allclose(features[0], features[1], rtol=1e-5)
 
 
-def test_a_missing_weights_file_is_a_config_error(tmp_path):
+def test_missing_weights_file_raises_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match=r"evaluation\.features.*nothing\.npz"):
         SqueezeNetExtractor(tmp_path / "nothing.npz")
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncated", "text", "lacking", "shape", "nan", "pickle", "npy"]
+    "damage", ["truncated", "text", "missing", "shape", "nan", "pickle", "npy"]
 )
-def test_a_damaged_weights_file_is_a_data_error(tmp_path, damage):
+def test_damaged_weights_file_raises_a_data_error(tmp_path, damage):
     path = tmp_path / "weights.npz"
     weights = _random_weights()
-    if damage == "lacking":
+    if damage == "missing":
         del weights["fire5.squeeze.bias"]
     elif damage == "shape":
         weights["conv1.weight"] = np.zeros((96, 3, 3, 3))

@@ -1,4 +1,4 @@
-"""Membership attacks against answers known beforehand: by hand, by scikit-learn, at chance, and with a planted leak."""
+"""Membership attacks: known cases, scikit-learn, scipy, chance, planted leaks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fedgan.audit.attacks.membership import LEAK_AUC, score_attack
 from fedgan.audit.attacks.nearest import nearest
 from fedgan.audit.attacks.roc import roc_figures
 from fedgan.audit.attacks.shadow import (
-    calibrated_scores,
     assign_shadows,
+    calibrated_scores,
     likelihood_ratio_scores,
 )
 from fedgan.config import ModelSettings
@@ -36,20 +36,20 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def figures(members, others, rates=()):
-    """AUC and rates where every image counts once."""
+    """AUC and rates with weight 1 for each image."""
     weights = np.ones((1, len(members))), np.ones((1, len(others)))
     auc, shares = roc_figures(np.asarray(members, float), np.asarray(others, float), weights, rates)
     return auc[0], shares[0]
 
 
-def holds(interval, value):
+def contains(interval, value):
     return interval[0] <= value <= interval[1]
 
 
-# The figures
+# --- ROC figures --------------------------------------------------------------------------------
 
 
-def test_area_and_rates_by_hand():
+def test_roc_figures_by_hand():
     # Of 2 × 4 pairs a member wins (5 > 1, 2, 3, 4) and (3 > 1, 2; ties with 3): 4 + 2.5.
     auc, shares = figures([5, 3], [1, 2, 3, 4], (0.0, 0.24, 0.25, 0.5, 1.0))
     assert auc == 6.5 / 8
@@ -64,7 +64,7 @@ def test_area_and_rates_by_hand():
     st.integers(0, 3),
     st.sampled_from([0.0, 0.01, 0.1, 0.3, 1.0]),
 )
-def test_area_and_rates_are_those_of_scikit_learn_with_ties_and_without(seed, m, n, digits, rate):
+def test_roc_figures_agree_with_scikit_learn(seed, m, n, digits, rate):
     rng = np.random.default_rng(seed)
     members, others = np.round(rng.normal(0.5, 1, m), digits), np.round(rng.normal(size=n), digits)
     truth, scores = np.repeat([1, 0], [m, n]), np.concatenate([members, others])
@@ -76,7 +76,7 @@ def test_area_and_rates_are_those_of_scikit_learn_with_ties_and_without(seed, m,
 
 @settings(max_examples=40)
 @given(SEEDS, st.integers(2, 30), st.integers(2, 30))
-def test_a_weight_is_a_number_of_equal_images(seed, m, n):
+def test_roc_weights_equal_repeated_images(seed, m, n):
     rng = np.random.default_rng(seed)
     members, others = rng.integers(0, 6, m).astype(float), rng.integers(0, 6, n).astype(float)
     often, other_often = rng.integers(1, 4, m), rng.integers(1, 4, n)
@@ -88,7 +88,7 @@ def test_a_weight_is_a_number_of_equal_images(seed, m, n):
     assert shares[0, 0] == pytest.approx(share, abs=1e-12)
 
 
-def test_scores_turned_round_turn_the_area_round():
+def test_roc_of_inverted_scores_is_one_minus_auc():
     rng = np.random.default_rng(0)
     members, others = rng.normal(1, 1, 50), rng.normal(size=70)
     assert figures(members, others)[0] == pytest.approx(
@@ -96,37 +96,37 @@ def test_scores_turned_round_turn_the_area_round():
     )
 
 
-def test_wilsons_interval_is_the_published_one():
+def test_wilson_interval_agrees_with_published_values():
     """Newcombe 1998, table I: 81 of 263 and 0 of 20, at 95 %."""
     assert wilson_interval(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert wilson_interval(0.0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
 
 
-# What an attack is worth
+# --- evaluation of attacks ----------------------------------------------------------------------
 
 
-def test_intervals_hold_chance_for_exchangeable_scores_and_not_too_often():
+def test_attack_intervals_cover_chance_for_exchangeable_scores():
     rng = np.random.default_rng(0)
     found = [
         score_attack("noise", rng.normal(size=150), rng.normal(size=150), seed=seed, bootstrap=200)
         for seed in range(100)
     ]
-    assert 88 <= sum(holds(part.auc_ci, 0.5) for part in found) <= 99
-    assert sum(holds(part.tpr_at_1_ci, 0.01) for part in found) >= 88
+    assert 88 <= sum(contains(part.auc_ci, 0.5) for part in found) <= 99
+    assert sum(contains(part.tpr_at_1_ci, 0.01) for part in found) >= 88
     assert abs(np.mean([part.auc for part in found]) - 0.5) < 0.01
 
 
-def test_intervals_cover_the_true_area_of_two_normals():
+def test_attack_intervals_cover_the_true_auc():
     rng = np.random.default_rng(1)
     truth = 0.7602  # Φ(1 / √2)
     found = [
         score_attack("shift", rng.normal(1, 1, 150), rng.normal(size=150), seed=seed, bootstrap=200)
         for seed in range(100)
     ]
-    assert 88 <= sum(holds(part.auc_ci, truth) for part in found) <= 99
+    assert 88 <= sum(contains(part.auc_ci, truth) for part in found) <= 99
 
 
-def test_a_rate_is_told_only_where_there_are_enough_non_members():
+def test_rates_need_enough_non_members():
     rng = np.random.default_rng(0)
     few = score_attack("few", rng.normal(size=99), rng.normal(size=99), seed=0, bootstrap=20)
     some = score_attack("some", rng.normal(size=999), rng.normal(size=999), seed=0, bootstrap=20)
@@ -138,16 +138,16 @@ def test_a_rate_is_told_only_where_there_are_enough_non_members():
     assert "0.1% needs 1,000" in some.note
     assert many.note == ""
     assert many.tpr_at_01 <= many.tpr_at_1 < many.auc
-    assert holds(many.tpr_at_01_ci, many.tpr_at_01)
+    assert contains(many.tpr_at_01_ci, many.tpr_at_01)
 
 
-def test_no_hits_at_all_still_have_an_interval():
+def test_rate_without_hits_has_an_interval():
     found = score_attack("blind", np.zeros(200), np.ones(200), seed=0, bootstrap=50)
     assert found.tpr_at_1 == 0
     assert 0.01 < found.tpr_at_1_ci[1] < 0.03
 
 
-def test_sides_are_matched_in_size_unless_all_shall_count():
+def test_score_attack_matches_sizes_on_request():
     rng = np.random.default_rng(0)
     members, others = rng.normal(size=500), rng.normal(size=120)
     matched = score_attack("a", members, others, seed=3, bootstrap=20)
@@ -158,7 +158,7 @@ def test_sides_are_matched_in_size_unless_all_shall_count():
     assert matched.auc != score_attack("a", members, others, seed=4, bootstrap=20).auc
 
 
-def test_images_of_one_patient_widen_the_interval():
+def test_attack_intervals_account_for_patients():
     rng = np.random.default_rng(0)
     patients = np.repeat([f"p{number}" for number in range(40)], 10)
     members, others = (
@@ -178,7 +178,7 @@ def test_images_of_one_patient_widen_the_interval():
     assert np.diff(together.auc_ci) > 2 * np.diff(alone.auc_ci)
 
 
-def test_wrong_scores_are_refused_with_the_attack_named():
+def test_score_attack_refuses_wrong_scores():
     with pytest.raises(DataError, match=r"distance: scores of shape \(1,\)"):
         score_attack("distance", np.zeros(1), np.zeros(5), seed=0)
     with pytest.raises(FedganError, match="density: 1 scores are not numbers"):
@@ -187,7 +187,7 @@ def test_wrong_scores_are_refused_with_the_attack_named():
         score_attack("a", np.zeros(4), np.zeros(4), seed=0, member_groups=np.arange(3))
 
 
-# Attacks on what was released
+# --- attacks on released images -----------------------------------------------------------------
 
 
 def cloud(seed, count, features=24):
@@ -199,7 +199,7 @@ def cloud(seed, count, features=24):
 
 
 def leaking(members, share=0.3, seed=7):
-    """Synthetic features (800, F): `share` of them near-copies of members, the rest new; and the members that leak."""
+    """Synthetic features (800, F), a `share` of them near-copies of members; copied members."""
     rng = np.random.default_rng(seed)
     leaked = rng.choice(len(members), 60, replace=False)
     copies = members[rng.choice(leaked, int(share * 800))]
@@ -215,7 +215,7 @@ ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_planted_leak_is_found_and_fresh_data_are_not(attack):
+def test_attacks_find_a_planted_leak_and_nothing_in_fresh_data(attack):
     members, others, fresh, reference = (
         cloud(seed, count) for seed, count in ((0, 400), (1, 400), (2, 400), (3, 800))
     )
@@ -227,11 +227,11 @@ def test_a_planted_leak_is_found_and_fresh_data_are_not(attack):
     caught = score_attack(attack, planted, outside, seed=0, bootstrap=300, match=False)
     assert caught.auc >= LEAK_AUC
     assert (caught.members, caught.non_members) == (60, 400)
-    assert holds(
+    assert contains(
         score_attack(attack, new, outside, seed=0, bootstrap=300, level=0.983, match=False).auc_ci,
         0.5,
     )
-    # Nothing is found where nothing leaks: the same attack on synthetic images that copy nobody.
+    # Nothing is found without a leak: the same attack on independent synthetic images.
     clean = cloud(11, 800)
     found = score_attack(
         attack,
@@ -241,11 +241,11 @@ def test_a_planted_leak_is_found_and_fresh_data_are_not(attack):
         bootstrap=300,
         level=0.99,
     )
-    assert holds(found.auc_ci, 0.5)
+    assert contains(found.auc_ci, 0.5)
 
 
-def test_the_ratio_finds_rare_members_whom_a_plain_density_passes_over():
-    """The case of arXiv 2302.12580: members in the tail are copied, and a plain density ranks what is typical first."""
+def test_density_ratio_finds_rare_members():
+    """As in arXiv 2302.12580: members in the tail are copied; densities favour typical images."""
     rng = np.random.default_rng(0)
     members, others, reference = (rng.normal(size=(600, 2)) for _ in range(3))
     rare = np.linalg.norm(members, axis=1) > 2.0
@@ -262,8 +262,8 @@ def test_the_ratio_finds_rare_members_whom_a_plain_density_passes_over():
     assert ratio > 0.85
 
 
-def test_the_ratio_does_not_rank_typical_images_first():
-    """Where nobody leaks, a plain density is the distance from the middle; the ratio has little of it."""
+def test_density_ratio_does_not_favour_typical_images():
+    """Without a leak a plain density is the distance from the mean; the ratio is not."""
     x, synthetic, reference = (cloud(seed, 600, 4) for seed in (0, 1, 2))
     middle = -np.abs(fit_reduction(synthetic).apply(x)).sum(1)
     plain = np.corrcoef(density_scores(x, synthetic), middle)[0, 1]
@@ -272,20 +272,20 @@ def test_the_ratio_does_not_rank_typical_images_first():
     assert abs(ratio) < 0.4
 
 
-# Densities
+# --- densities ----------------------------------------------------------------------------------
 
 
-def test_the_density_is_that_of_scipy():
+def test_log_density_agrees_with_scipy():
     rng = np.random.default_rng(0)
     base, points = rng.normal(size=(300, 3)), 2 * rng.normal(size=(50, 3))
-    white = np.linalg.cholesky(np.linalg.inv(np.cov(base.T)))  # so that scipy's bandwidth is ours
+    white = np.linalg.cholesky(np.linalg.inv(np.cov(base.T)))  # so that scipy uses our bandwidth
     base, points = base @ white, points @ white
     assert log_density(points, base, 0.4) == pytest.approx(
         gaussian_kde(base.T, 0.4).logpdf(points.T), abs=1e-9
     )
 
 
-def test_the_density_is_finite_far_away_and_whatever_the_block(monkeypatch):
+def test_log_density_is_finite_for_any_block(monkeypatch):
     base = np.random.default_rng(0).normal(size=(100, 3))
     points = np.concatenate([base[:30], np.full((1, 3), 1e4)])
     whole = log_density(points, base, 0.05)
@@ -294,7 +294,7 @@ def test_the_density_is_finite_far_away_and_whatever_the_block(monkeypatch):
     assert log_density(points, base, 0.05) == pytest.approx(whole, abs=1e-9)
 
 
-def test_the_bandwidth_shrinks_with_more_images_and_is_near_the_best_for_a_normal():
+def test_bandwidth_shrinks_with_more_images():
     rng = np.random.default_rng(0)
     few, many = (
         choose_bandwidth(rng.normal(size=(50, 1))),
@@ -305,7 +305,7 @@ def test_the_bandwidth_shrinks_with_more_images_and_is_near_the_best_for_a_norma
 
 
 @pytest.mark.parametrize("features", [8, 400])
-def test_the_reduction_whitens_and_keeps_the_widest_directions(features):
+def test_reduction_whitens_the_principal_axes(features):
     sets = [cloud(seed, 150, features) for seed in (0, 1)]
     reduction = fit_reduction(*sets, dims=5)
     reduced = np.concatenate([reduction.apply(part) for part in sets])
@@ -316,21 +316,21 @@ def test_the_reduction_whitens_and_keeps_the_widest_directions(features):
     assert np.abs(np.diag(directions @ unit)) == pytest.approx(np.ones(5), abs=1e-6)
 
 
-def test_sets_count_equally_in_the_reduction_and_flat_axes_are_left_out():
+def test_reduction_weights_sets_equally_and_drops_flat_axes():
     small, large = cloud(0, 40, 6), cloud(1, 900, 6) + 3
     assert fit_reduction(small, large).center == pytest.approx((small.mean(0) + large.mean(0)) / 2)
     flat = np.concatenate([small, np.zeros((40, 2))], 1)
     assert fit_reduction(flat).axes.shape == (8, 6)
 
 
-def test_a_collapsed_generator_is_told_of():
+def test_density_refuses_a_collapsed_generator():
     with pytest.raises(DataError, match="collapsed"):
         density_scores(np.ones((5, 3)), np.ones((10, 3)))
     with pytest.raises(DataError, match="at least two images"):
         density_scores(np.ones((5, 3)), np.ones((1, 3)))
 
 
-# The discriminator
+# --- discriminator ------------------------------------------------------------------------------
 
 
 def pictures(seed, count, side=8):
@@ -339,7 +339,7 @@ def pictures(seed, count, side=8):
 
 @pytest.fixture(scope="module")
 def overfitted():
-    """A discriminator with minibatch-std that has seen the same 16 noise images over and over, against new noise."""
+    """A discriminator with minibatch-std, overfitted to 16 noise images against new noise."""
     model = ModelSettings(z_dim=8, w_dim=8, channel_base=128, channel_max=16)
     discriminator = Discriminator(model, 8, 1, 2)
     members, labels = pictures(0, 16), np.eye(2)[np.arange(16) % 2]
@@ -361,7 +361,7 @@ def overfitted():
     [None, (pictures(5, 40), np.eye(2)[np.arange(40) % 2])],
     ids=["alone", "companions"],
 )
-def test_an_overfitted_discriminator_knows_its_members(overfitted, companions):
+def test_discriminator_attack_finds_members_of_an_overfitted_network(overfitted, companions):
     discriminator, members, labels = overfitted
     c = np.eye(2)[np.arange(100) % 2]
     inside = discriminator_scores(discriminator, members, labels, companions=companions)
@@ -370,7 +370,7 @@ def test_an_overfitted_discriminator_knows_its_members(overfitted, companions):
         for seed in (6, 7)
     )
     assert figures(inside, outside)[0] >= LEAK_AUC
-    assert holds(
+    assert contains(
         score_attack("discriminator", fresh, outside, seed=0, bootstrap=200, match=False).auc_ci,
         0.5,
     )
@@ -379,7 +379,7 @@ def test_an_overfitted_discriminator_knows_its_members(overfitted, companions):
 @pytest.mark.parametrize(
     "companions", [None, (pictures(5, 9), np.eye(2)[np.arange(9) % 2])], ids=["alone", "companions"]
 )
-def test_a_score_does_not_depend_on_the_images_beside_it(overfitted, companions):
+def test_discriminator_scores_do_not_depend_on_the_batch(overfitted, companions):
     discriminator, images, labels = overfitted
     whole = discriminator_scores(discriminator, images, labels, companions=companions)
     single = discriminator_scores(discriminator, images, labels, batch=1, companions=companions)
@@ -402,7 +402,7 @@ def test_a_score_does_not_depend_on_the_images_beside_it(overfitted, companions)
         assert whole[:4] == pytest.approx(alone, abs=1e-4)
 
 
-def test_the_discriminator_is_left_as_it_was(overfitted):
+def test_discriminator_scores_restore_the_network(overfitted):
     discriminator, images, labels = overfitted
     batch = torch.from_numpy(images) / 127.5 - 1, torch.from_numpy(labels).float()
     with torch.no_grad():
@@ -412,7 +412,7 @@ def test_the_discriminator_is_left_as_it_was(overfitted):
     assert discriminator.training
 
 
-def test_a_discriminator_without_labels_and_minibatch_std_is_scored_as_it_judges():
+def test_discriminator_scores_without_minibatch_std_are_logits():
     model = ModelSettings(z_dim=8, w_dim=8, channel_base=64, channel_max=8, minibatch_std_group=0)
     discriminator, images = Discriminator(model, 8, 1, 0), pictures(0, 6)
     with torch.no_grad():
@@ -423,7 +423,7 @@ def test_a_discriminator_without_labels_and_minibatch_std_is_scored_as_it_judges
     assert scores == pytest.approx(logits, abs=1e-5)
 
 
-def test_discriminator_scores_refuse_what_does_not_fit(overfitted):
+def test_discriminator_scores_refuse_unusable_arguments(overfitted):
     discriminator, images, labels = overfitted
     with pytest.raises(ValueError, match="do not fit 16 images and a discriminator of 2 labels"):
         discriminator_scores(discriminator, images, labels[:, :1])
@@ -436,12 +436,12 @@ def test_discriminator_scores_refuse_what_does_not_fit(overfitted):
         discriminator_scores(broken, images, labels)
 
 
-# Shadows
+# --- shadow models ------------------------------------------------------------------------------
 
 
 @settings(max_examples=40)
 @given(SEEDS, st.integers(2, 60), st.integers(1, 5), st.booleans())
-def test_every_row_is_in_half_of_the_shadows_and_patients_stay_whole(seed, rows, pairs, grouped):
+def test_assign_shadows_halves_rows_by_patient(seed, rows, pairs, grouped):
     groups = np.random.default_rng(seed).integers(0, max(2, rows // 3), rows) if grouped else None
     if grouped and len(set(groups)) < 2:
         groups[0] = groups[-1] + 1
@@ -458,7 +458,7 @@ def test_every_row_is_in_half_of_the_shadows_and_patients_stay_whole(seed, rows,
         )
 
 
-def test_shadows_that_cannot_be_dealt_are_refused():
+def test_assign_shadows_refuses_unusable_numbers():
     for rows, shadows, groups in (
         (10, 3, None),
         (10, 0, None),
@@ -470,7 +470,7 @@ def test_shadows_that_cannot_be_dealt_are_refused():
 
 
 def shadowed(seed, shadows, rows=400, gain=1.0):
-    """Scores of a target model and shadows: how easy an image is, a gain for whom it was trained on, and noise."""
+    """Scores of a target model and shadows: difficulty, gain for members, and noise."""
     rng = np.random.default_rng(seed)
     easy, member = 3 * rng.normal(size=rows), rng.random(rows) < 0.5
     inside = assign_shadows(rows, shadows, seed)
@@ -478,7 +478,7 @@ def shadowed(seed, shadows, rows=400, gain=1.0):
     return easy + gain * member + 0.5 * rng.normal(size=rows), scores, inside, member
 
 
-def test_calibration_takes_away_how_easy_an_image_is():
+def test_calibration_removes_the_difficulty_of_images():
     target, scores, inside, member = shadowed(0, 8)
     raw = figures(target[member], target[~member])[0]
     calibrated = calibrated_scores(target, scores, inside)
@@ -488,23 +488,23 @@ def test_calibration_takes_away_how_easy_an_image_is():
     assert figures(ratio[member], ratio[~member])[0] > 0.85
 
 
-def test_calibration_uses_only_shadows_that_never_saw_the_image():
+def test_calibration_uses_shadows_without_the_image():
     target, scores = np.array([1.0, 2.0]), np.array([[0.5, 9.0], [9.0, 1.0], [0.7, 3.0]])
     inside = np.array([[False, True], [True, False], [False, False]])
     assert calibrated_scores(target, scores, inside) == pytest.approx([1 - 0.6, 2 - 2.0])
     assert calibrated_scores(target, scores[:1]) == pytest.approx([0.5, -7.0])
 
 
-@pytest.mark.parametrize("shadows", [4, 64], ids=["one spread for all", "a spread an image"])
-def test_the_likelihood_ratio_is_at_chance_where_training_leaves_no_trace(shadows):
+@pytest.mark.parametrize("shadows", [4, 64], ids=["pooled variance", "variance per image"])
+def test_likelihood_ratio_is_at_chance_without_memorisation(shadows):
     target, scores, inside, member = shadowed(1, shadows, gain=0.0)
     ratio = likelihood_ratio_scores(target, scores, inside)
-    assert holds(
+    assert contains(
         score_attack("lira", ratio[member], ratio[~member], seed=0, bootstrap=200).auc_ci, 0.5
     )
 
 
-def test_the_likelihood_ratio_is_the_log_of_two_normal_densities():
+def test_likelihood_ratio_agrees_with_normal_densities():
     from scipy.stats import norm
 
     target, scores, inside, _ = shadowed(2, 64, rows=5)
@@ -515,7 +515,7 @@ def test_the_likelihood_ratio_is_the_log_of_two_normal_densities():
         assert ratio[row] == pytest.approx(logs[0] - logs[1], abs=1e-9)
 
 
-def test_shadows_that_do_not_fit_are_refused():
+def test_shadow_scores_refuse_unusable_shapes():
     target, scores, inside, _ = shadowed(0, 2)
     with pytest.raises(ValueError, match="in every shadow"):
         calibrated_scores(target, scores, np.ones_like(inside))

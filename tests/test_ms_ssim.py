@@ -1,4 +1,4 @@
-"""MS-SSIM against another library, and its mean inside classes."""
+"""MS-SSIM against torchmetrics, and its mean inside classes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_ms_ssim_agrees_with_torchmetrics(height, width, channels, count):
     rng = np.random.default_rng(0)
     a = _images(rng, 4, channels, height, width)
     b = np.clip(a + rng.normal(0, 20, a.shape), 0, 255)
-    b[3] = _images(rng, 1, channels, height, width)[0]  # another image altogether
+    b[3] = _images(rng, 1, channels, height, width)[0]  # an unrelated image
     assert scales(height, width) == count
     weights = tuple(float(w) for w in np.array(WEIGHTS[:count]) / sum(WEIGHTS[:count]))
     theirs = multiscale_structural_similarity_index_measure(
@@ -41,13 +41,13 @@ def test_ms_ssim_agrees_with_torchmetrics(height, width, channels, count):
 @pytest.mark.parametrize(
     ("side", "count"), [(11, 1), (22, 2), (43, 2), (44, 3), (88, 4), (175, 4), (176, 5), (512, 5)]
 )
-def test_as_many_scales_as_hold_the_window(side, count):
+def test_ms_ssim_uses_scales_that_fit_the_window(side, count):
     assert scales(side, 600) == scales(600, side) == count
 
 
 @settings(max_examples=15)
 @given(st.integers(0, 2**32 - 1), st.integers(11, 50), st.integers(11, 50))
-def test_an_image_is_one_with_itself_and_similarity_has_no_direction(seed, height, width):
+def test_ms_ssim_of_equal_images_is_one_and_it_is_symmetric(seed, height, width):
     rng = np.random.default_rng(seed)
     a, b = rng.integers(0, 256, (2, 2, 1, height, width), dtype=np.uint8)
     np.testing.assert_allclose(ms_ssim(a, a), 1, atol=1e-6)
@@ -55,7 +55,7 @@ def test_an_image_is_one_with_itself_and_similarity_has_no_direction(seed, heigh
     assert (ms_ssim(a, b) < 1).all()
 
 
-def test_the_more_noise_the_less_similar_and_an_inverse_is_not_similar_at_all():
+def test_ms_ssim_falls_with_noise_and_is_zero_for_an_inverse():
     rng = np.random.default_rng(1)
     image = _images(rng, 1, 1, 64)
     values = [
@@ -63,10 +63,10 @@ def test_the_more_noise_the_less_similar_and_an_inverse_is_not_similar_at_all():
         for sd in (0, 5, 20, 80)
     ]
     assert values == sorted(values, reverse=True)
-    assert ms_ssim(image, 255 - image)[0] == 0  # a negative mean has no real power
+    assert ms_ssim(image, 255 - image)[0] == 0  # a negative mean counts as 0
 
 
-def test_flat_images_of_unlike_brightness_differ_in_luminance_alone():
+def test_ms_ssim_of_flat_images_is_their_luminance_term():
     a, b = np.full((1, 1, 32, 32), 100.0), np.full((1, 1, 32, 32), 200.0)
     c1 = (0.01 * 255) ** 2
     luminance = (2 * 100 * 200 + c1) / (100**2 + 200**2 + c1)
@@ -75,7 +75,7 @@ def test_flat_images_of_unlike_brightness_differ_in_luminance_alone():
     )
 
 
-def test_uint8_and_float_images_are_the_same_to_it():
+def test_ms_ssim_is_equal_for_uint8_and_float_images():
     a, b = np.random.default_rng(2).integers(0, 256, (2, 3, 3, 32, 32), dtype=np.uint8)
     np.testing.assert_array_equal(ms_ssim(a, b), ms_ssim(a.astype(np.float64), torch.from_numpy(b)))
 
@@ -84,16 +84,16 @@ def test_uint8_and_float_images_are_the_same_to_it():
     "shapes",
     [((1, 1, 32, 32), (1, 1, 32, 31)), ((1, 32, 32), (1, 32, 32)), ((1, 1, 8, 8), (1, 1, 8, 8))],
 )
-def test_images_that_do_not_fit_are_refused(shapes):
+def test_ms_ssim_refuses_unequal_or_small_images(shapes):
     with pytest.raises(ValueError, match="MS-SSIM needs"):
         ms_ssim(*(np.zeros(shape) for shape in shapes))
 
 
-# --- inside classes ------------------------------------------------------------------------------
+# --- inside classes -----------------------------------------------------------------------------
 
 
 def _classes():
-    """20 images all alike, 20 unlike each other, one alone."""
+    """20 equal images, 20 different ones, one alone."""
     rng = np.random.default_rng(3)
     unlike = _images(rng, 20, 1, 32)
     alike = np.repeat(_images(rng, 1, 1, 32), 20, axis=0) + rng.normal(0, 2, (20, 1, 32, 32))
@@ -101,7 +101,7 @@ def _classes():
     return images, np.repeat(np.eye(3, dtype=np.uint8), [20, 20, 1], axis=0)
 
 
-def test_a_collapsed_class_stands_out():
+def test_intra_class_ms_ssim_detects_a_collapsed_class():
     images, labels = _classes()
     found = intra_class_ms_ssim(images, labels, ("alike", "unlike", "alone"), True, pairs=60)
     assert found["alike"] > 0.9
@@ -109,7 +109,7 @@ def test_a_collapsed_class_stands_out():
     assert found["alone"] is None
 
 
-def test_pairs_are_of_different_images_of_one_class_and_the_mean_is_of_all_pairs():
+def test_intra_class_ms_ssim_averages_pairs_of_different_images():
     images, labels = _classes()
     rows = np.arange(20, 26)
     found = intra_class_ms_ssim(
@@ -119,7 +119,7 @@ def test_pairs_are_of_different_images_of_one_class_and_the_mean_is_of_all_pairs
     assert found == pytest.approx(np.mean(every), abs=4 * np.std(every) / 1500**0.5)
 
 
-def test_the_seed_alone_decides_the_pairs():
+def test_intra_class_ms_ssim_is_deterministic_by_seed():
     images, labels = _classes()
     first, again, other = (
         intra_class_ms_ssim(images, labels, "abc", True, 20, seed) for seed in (0, 0, 1)
@@ -127,7 +127,7 @@ def test_the_seed_alone_decides_the_pairs():
     assert first == again != other
 
 
-def test_findings_that_occur_together_count_in_each_class_and_normal_images_in_their_own():
+def test_intra_class_ms_ssim_counts_multi_label_images_in_each_class():
     images, _ = _classes()
     labels = np.zeros((41, 2), np.uint8)
     labels[:20] = 1
@@ -138,5 +138,5 @@ def test_findings_that_occur_together_count_in_each_class_and_normal_images_in_t
     assert set(intra_class_ms_ssim(images, labels, ("a", "Normal"), False, pairs=5)) == {
         "a",
         "Normal",
-    }  # a label says it
+    }  # a label means normal
     assert set(intra_class_ms_ssim(images, labels, ("a", "b"), True, pairs=5)) == {"a", "b"}

@@ -1,4 +1,4 @@
-"""Perceptual path length against its closed form, another library, and generators known to be smooth or not."""
+"""Perceptual path length against its closed form, torchmetrics, and known generators."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def flat(images):
 
 
 @pytest.mark.parametrize("epsilon", [1e-2, 1e-4])
-def test_a_linear_generator_has_the_closed_form(epsilon):
+def test_path_length_of_a_linear_generator_has_the_closed_form(epsilon):
     weight, generator = _linear()
     ends, _, _ = _draw(200, 6, 2, seed=3)
     step = (ends[1] - ends[0]) @ weight[:6] * 127.5
@@ -62,7 +62,7 @@ def test_a_linear_generator_has_the_closed_form(epsilon):
     )
 
 
-def test_it_agrees_with_torchmetrics():
+def test_path_length_agrees_with_torchmetrics():
     weight, generator = _linear()
     ends, _, _ = _draw(64, 6, 2, seed=5)
     samples = iter(ends)
@@ -75,7 +75,7 @@ def test_it_agrees_with_torchmetrics():
             return (z @ weight[:6] * 127.5 + 127.5).view(-1, 1, 4, 4)
 
     class Distance(torch.nn.Module):
-        def forward(self, a, b):  # of images that come in [-1, 1]
+        def forward(self, a, b):  # of images in [-1, 1]
             return ((a - b) * 127.5).flatten(1).square().sum(1)
 
     expected, _, _ = theirs(
@@ -93,7 +93,7 @@ def test_it_agrees_with_torchmetrics():
 
 
 @pytest.mark.parametrize("space", ["w", "z"])
-def test_a_smooth_generator_has_shorter_paths_than_a_jumpy_one(space):
+def test_path_length_is_smaller_for_a_smooth_generator(space):
     weight, smooth = _linear()
     jumpy = Toy(lambda w: 0.3 * torch.sin(20 * (w @ weight)))
     assert perceptual_path_length(
@@ -101,8 +101,8 @@ def test_a_smooth_generator_has_shorter_paths_than_a_jumpy_one(space):
     ) * 3 < perceptual_path_length(jumpy, LABELS, flat, 100, 0, space=space)
 
 
-def test_a_great_circle_has_its_own_length():
-    """Images that are the latent itself: the speed of a great circle of unit length is its angle."""
+def test_path_length_in_z_is_that_of_the_great_circle():
+    """Images are the latent: the speed on a great circle of unit length is its angle."""
     generator = Toy(lambda w: torch.nn.functional.pad(w[:, :6] / 127.5, (0, 10)))
     ends, _, _ = _draw(50, 6, 2, seed=1)
     a, b = (x / x.norm(dim=1, keepdim=True) for x in ends)
@@ -112,7 +112,7 @@ def test_a_great_circle_has_its_own_length():
     )
 
 
-def test_slerp_starts_and_ends_where_it_should():
+def test_slerp_starts_and_ends_at_its_arguments():
     a, b = torch.eye(3, dtype=torch.float64)[:2].split(1)
     half = torch.full((1, 1), 0.5, dtype=torch.float64)
     torch.testing.assert_close(slerp(a, 5 * b, half), (a + b) / 2**0.5)
@@ -120,7 +120,7 @@ def test_slerp_starts_and_ends_where_it_should():
     torch.testing.assert_close(slerp(a, a, half), a)
 
 
-def test_a_constant_generator_has_no_length_and_neither_has_a_saturated_one():
+def test_path_length_of_constant_or_saturated_images_is_zero():
     assert perceptual_path_length(Toy(lambda w: torch.zeros(len(w), 16)), LABELS, flat, 10, 0) == 0
     assert (
         perceptual_path_length(Toy(lambda w: 5 + 0.01 * torch.cat([w, w], 1)), LABELS, flat, 10, 0)
@@ -128,7 +128,7 @@ def test_a_constant_generator_has_no_length_and_neither_has_a_saturated_one():
     )  # all clamped
 
 
-def test_a_path_holds_its_label_and_labels_follow_the_rows_given():
+def test_path_length_keeps_one_given_label_per_path():
     seen = []
     generator = Toy(lambda w: seen.append(w[:, 6:]) or torch.zeros(len(w), 16))
     perceptual_path_length(generator, np.repeat(LABELS, [3, 1], axis=0), flat, 400, 0)
@@ -138,7 +138,7 @@ def test_a_path_holds_its_label_and_labels_follow_the_rows_given():
     assert torch.cat(seen)[:, 0].mean() == pytest.approx(0.75, abs=0.08)
 
 
-def test_a_stylegan_gives_a_length_that_stands_still_as_the_step_shrinks():
+def test_path_length_of_stylegan_converges_with_the_step():
     model = ModelSettings(z_dim=16, w_dim=16, mapping_layers=2, channel_base=64, channel_max=8)
     generator = Generator(model, 16, 1, 2).train()
     lengths = [
@@ -149,10 +149,10 @@ def test_a_stylegan_gives_a_length_that_stands_still_as_the_step_shrinks():
     assert lengths[0] == pytest.approx(lengths[1], rel=0.05)
     assert lengths[2] == pytest.approx(lengths[3], rel=0.05)
     assert lengths[0] > 0
-    assert generator.training  # left as it was
+    assert generator.training  # mode restored
 
 
-def test_what_does_not_fit_is_refused():
+def test_path_length_refuses_unusable_arguments():
     _, generator = _linear()
     for labels in (np.zeros((3, 1)), np.zeros((0, 2)), np.zeros(2)):
         with pytest.raises(ValueError, match="do not fit"):
@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_refused():
         )
 
 
-def test_the_batch_does_not_change_the_value():
+def test_path_length_does_not_depend_on_the_batch():
     _, generator = _linear()
     whole = perceptual_path_length(generator, LABELS, flat, 40, 0)
     generator.resolution = 128  # four pairs at once

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage against another library, the papers' formulas, and answers known beforehand."""
+"""PRDC against torch-fidelity, the papers' formulas, and known cases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 def _by_the_papers(real, synthetic, k):
-    """The formulas word by word: all pairs, differences, float64."""
+    """The formulas literally: all pairs, differences, float64."""
 
     def squared(a, b):
         return ((a[:, None] - b[None]) ** 2).sum(-1)
@@ -46,10 +46,10 @@ def _by_the_papers(real, synthetic, k):
     st.integers(1, 70),
     st.booleans(),
 )
-def test_scores_are_those_of_the_papers_whatever_the_block(seed, n, m, dimension, k, block, copies):
+def test_prdc_agrees_with_the_papers_for_any_block(seed, n, m, dimension, k, block, copies):
     rng = np.random.default_rng(seed)
     real, synthetic = rng.normal(size=(n, dimension)), 1.2 * rng.normal(size=(m, dimension))
-    if copies:  # equal images, inside a set and between the sets: distances that tie with radii
+    if copies:  # equal images within and between sets: distances equal to radii
         count = min(n, m) // 2
         synthetic[:count] = real[:count]
         synthetic[-3:] = synthetic[0]
@@ -59,8 +59,8 @@ def test_scores_are_those_of_the_papers_whatever_the_block(seed, n, m, dimension
 
 
 @pytest.mark.parametrize("distance", [1e2, 1e4, 1e6])
-def test_decisions_are_those_of_float64_where_float32_is_blind(distance):
-    """Two tight clusters far apart: |x|² + |y|² - 2 x·y of a pair is all rounding in float32."""
+def test_prdc_decides_in_float64_where_float32_is_inexact(distance):
+    """Two tight clusters far apart: |x|² + |y|² - 2 x·y of a pair is only rounding in float32."""
     rng = np.random.default_rng(0)
     real, synthetic = (
         rng.normal(size=(120, 24)) + distance * rng.integers(0, 2, (120, 1)) for _ in range(2)
@@ -89,9 +89,9 @@ def test_precision_and_recall_agree_with_torch_fidelity(k):
     )
 
 
-def test_identical_sets_are_perfect():
+def test_prdc_of_identical_sets_is_perfect():
     features = np.random.default_rng(2).normal(size=(100, 8))
-    # Each image lies in its own ball and in those of k others: the density of a copy is above 1.
+    # Each image is in its own ball and in those of k others: the density of a copy exceeds 1.
     assert prdc(features, features, 4) == {
         "precision": 1,
         "recall": 1,
@@ -100,7 +100,7 @@ def test_identical_sets_are_perfect():
     }
 
 
-def test_fresh_images_of_the_same_distribution_have_density_one_and_the_coverage_of_the_formula():
+def test_prdc_of_one_distribution_has_the_expected_values():
     rng = np.random.default_rng(3)
     n, k, runs = 150, 5, 60
     scores = [prdc(rng.normal(size=(n, 3)), rng.normal(size=(n, 3)), k) for _ in range(runs)]
@@ -111,13 +111,13 @@ def test_fresh_images_of_the_same_distribution_have_density_one_and_the_coverage
     assert np.mean([s["density"] for s in scores]) == pytest.approx(1.0, abs=0.03)
 
 
-def test_a_far_shift_leaves_nothing():
+def test_prdc_of_distant_sets_is_zero():
     rng = np.random.default_rng(4)
     real = rng.normal(size=(100, 6))
     assert set(prdc(real, rng.normal(size=(100, 6)) + 50).values()) == {0.0}
 
 
-def test_scores_fall_as_a_gaussian_moves_away():
+def test_prdc_falls_with_distance():
     rng = np.random.default_rng(5)
     real, synthetic = rng.normal(size=(300, 4)), rng.normal(size=(300, 4))
     scores = [prdc(real, synthetic + shift) for shift in (0.0, 1.0, 2.0, 4.0)]
@@ -127,12 +127,12 @@ def test_scores_fall_as_a_gaussian_moves_away():
         assert values[-1] < 0.2 < 0.75 < values[0]
 
 
-def test_a_dropped_mode_lowers_recall_and_coverage_but_not_precision():
+def test_dropped_mode_lowers_recall_and_coverage_not_precision():
     rng = np.random.default_rng(6)
-    middles = 20 * np.eye(4)[:, :3]
-    real = middles[rng.integers(0, 4, 400)] + rng.normal(size=(400, 3))
+    centers = 20 * np.eye(4)[:, :3]
+    real = centers[rng.integers(0, 4, 400)] + rng.normal(size=(400, 3))
     whole, part = (
-        middles[rng.integers(0, modes, 400)] + rng.normal(size=(400, 3)) for modes in (4, 3)
+        centers[rng.integers(0, modes, 400)] + rng.normal(size=(400, 3)) for modes in (4, 3)
     )
     before, after = prdc(real, whole), prdc(real, part)
     assert after["recall"] < before["recall"] - 0.15
@@ -163,17 +163,17 @@ def test_damaged_images_lower_precision(damage):
     assert after["density"] < before["density"] / 2
 
 
-def test_a_collapsed_generator_has_precision_without_recall():
+def test_collapsed_generator_has_precision_without_recall():
     rng = np.random.default_rng(8)
     scores = prdc(
         rng.normal(size=(60, 3)), np.zeros((60, 3))
-    )  # 60 equal images, at the middle of the real ones
+    )  # 60 equal images at the mean of the real ones
     assert scores["precision"] == 1
     assert scores["recall"] == 0
     assert scores["coverage"] < 0.5
 
 
-def test_pairs_in_doubt_are_few_in_ordinary_features(monkeypatch):
+def test_prdc_recomputes_few_pairs(monkeypatch):
     decided = []
     exact = module._exact
     monkeypatch.setattr(module, "_exact", lambda *a: decided.append(len(a[2])) or exact(*a))
@@ -184,7 +184,7 @@ def test_pairs_in_doubt_are_few_in_ordinary_features(monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [np.zeros((5, 3)), np.zeros(30), np.full((30, 3), np.nan)])
-def test_what_is_no_sample_is_refused(bad):
+def test_prdc_refuses_unusable_features(bad):
     good = np.random.default_rng(0).normal(size=(30, 3))
     for sets in ((good, bad), (bad, good)):
         with pytest.raises(ValueError, match="above k = 5"):

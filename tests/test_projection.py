@@ -1,4 +1,4 @@
-"""Latent projection finds what a generator can make, image by image; the gap shows what one has learnt by heart."""
+"""Latent projection recovers the generator's images; the gap detects memorisation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL = ModelSettings(z_dim=8, w_dim=8, channel_base=64, channel_max=8)
 
 
 def make_generator(seed, label_dim=2):
-    """An untrained generator whose noise and styles do something."""
+    """An untrained generator with effective noise and styles."""
     rng = torch.Generator().manual_seed(seed)
     generator = Generator(MODEL, SIDE, 1, label_dim, rng)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def make_generator(seed, label_dim=2):
 
 
 def own_images(generator, count, seed):
-    """What the generator makes, (N, 1, SIDE, SIDE) uint8, and the labels."""
+    """Images of the generator, (N, 1, SIDE, SIDE) uint8, and their labels."""
     z = torch.randn(count, generator.z_dim, generator=torch.Generator().manual_seed(seed))
     labels = np.eye(max(generator.label_dim, 1))[np.arange(count) % max(generator.label_dim, 1)][
         :, : generator.label_dim
@@ -49,16 +49,14 @@ def generator():
     return make_generator(3)
 
 
-# Projection
+# --- projection ---------------------------------------------------------------------------------
 
 
-def test_it_finds_the_latents_of_the_generators_own_images(generator):
+def test_project_recovers_the_generators_own_images(generator):
     images, labels = own_images(generator, 12, 50)
     start, _ = project(generator, images, labels, steps=0)
     distances, ws = project(generator, images, labels, steps=150)
-    assert (
-        images == 255
-    ).any()  # white that the generator overshoots: the distance must not ask it to come back
+    assert (images == 255).any()  # white that the generator overshoots must not add to the distance
     assert (distances < 0.2 * start).all()
     assert (distances < 1).all()  # grey levels; rounding alone is 0.3
     with torch.no_grad():
@@ -69,7 +67,7 @@ def test_it_finds_the_latents_of_the_generators_own_images(generator):
     assert (ws == ws[:, :1]).all()
 
 
-def test_images_of_a_batch_are_projected_as_if_alone(generator):
+def test_project_treats_images_of_a_batch_independently(generator):
     images, labels = own_images(make_generator(4), 7, 51)
     together, ws = project(generator, images, labels, steps=25, batch=7)
     for batch in (1, 3):
@@ -80,7 +78,7 @@ def test_images_of_a_batch_are_projected_as_if_alone(generator):
     assert some == pytest.approx(together[[2, 5]], rel=1e-3, abs=1e-3)
 
 
-def test_it_is_the_same_for_the_same_seed_and_heeds_nobody_elses_random_state(generator):
+def test_project_is_deterministic_and_keeps_the_global_rng(generator):
     images, labels = own_images(make_generator(4), 3, 51)
     torch.manual_seed(0)
     first = project(generator, images, labels, steps=5, seed=9)
@@ -93,15 +91,15 @@ def test_it_is_the_same_for_the_same_seed_and_heeds_nobody_elses_random_state(ge
     assert not np.array_equal(first[0], project(generator, images, labels, steps=5, seed=10)[0])
 
 
-def test_the_best_point_on_the_way_is_kept(generator, monkeypatch):
-    """A learning rate that leaps about must not end up worse than the start."""
+def test_project_keeps_the_best_step(generator, monkeypatch):
+    """A learning rate that overshoots must not end worse than the start."""
     images, labels = own_images(make_generator(4), 5, 51)
     start, _ = project(generator, images, labels, steps=0)
     monkeypatch.setattr(projection, "LEARNING_RATE", 50.0)
     assert (project(generator, images, labels, steps=10)[0] <= start + 1e-6).all()
 
 
-def test_the_generator_is_left_as_it_was(generator):
+def test_project_restores_the_generator(generator):
     images, labels = own_images(generator, 2, 52)
     before = {name: value.clone() for name, value in generator.state_dict().items()}
     generator.train()
@@ -115,8 +113,8 @@ def test_the_generator_is_left_as_it_was(generator):
     generator.requires_grad_(True)
 
 
-def test_it_starts_from_the_images_own_labels(generator):
-    """The starts of two label vectors differ, and more label vectors than are remembered change nothing."""
+def test_project_starts_from_the_labels_of_the_image(generator):
+    """Starts depend on the label vector; more label vectors than the cache holds change nothing."""
     images, labels = own_images(generator, 8, 53)
     start, _ = project(generator, images, labels, steps=0)
     other, _ = project(generator, images, labels[:, ::-1], steps=0)
@@ -129,7 +127,7 @@ def test_it_starts_from_the_images_own_labels(generator):
         projection.CACHED_VECTORS = old
 
 
-def test_an_unconditional_generator_is_projected_on_too():
+def test_project_supports_unconditional_generators():
     generator = make_generator(5, label_dim=0)
     images, labels = own_images(generator, 3, 1)
     start, _ = project(generator, images, labels, steps=0)
@@ -137,7 +135,7 @@ def test_an_unconditional_generator_is_projected_on_too():
     assert (distances < start).all()
 
 
-def test_what_cannot_be_projected_is_refused(generator):
+def test_project_refuses_unusable_arguments(generator):
     images, labels = own_images(generator, 2, 52)
     with pytest.raises(ValueError, match="label vector"):
         project(generator, images, labels[:, :1])
@@ -150,21 +148,21 @@ def test_what_cannot_be_projected_is_refused(generator):
         project(broken, images, labels, steps=2)
 
 
-def test_large_images_are_compared_with_candidates_at_a_smaller_size(generator, monkeypatch):
+def test_project_compares_candidates_at_a_smaller_size(generator, monkeypatch):
     images, labels = own_images(generator, 4, 52)
     full, _ = project(generator, images, labels, steps=0)
     monkeypatch.setattr(projection, "CANDIDATE_SIDE", 4)
     small, _ = project(generator, images, labels, steps=0)
     assert (
         small >= full - 1e-4
-    ).all()  # the choice at full size is the best one; the small one is near it
+    ).all()  # the choice at full size is the best one, the small one is close
     assert small.mean() < 1.5 * full.mean()
 
 
-# The gap
+# --- gap ----------------------------------------------------------------------------------------
 
 
-def test_gap_and_area_by_hand():
+def test_projection_gap_by_hand():
     found = projection_gap(
         np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0, 8.0]), seed=0, bootstrap=50
     )
@@ -179,7 +177,7 @@ def test_gap_and_area_by_hand():
 
 @settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30))
-def test_a_weighted_median_is_the_median_of_repeated_values(seed, count):
+def test_weighted_median_is_the_median_of_repeated_values(seed, count):
     rng = np.random.default_rng(seed)
     values, weights = rng.integers(0, 9, count) / 4, rng.integers(0, 4, (5, count))
     weights[:, 0] += 1
@@ -187,7 +185,7 @@ def test_a_weighted_median_is_the_median_of_repeated_values(seed, count):
     assert projection._medians(values, weights.astype(float)) == pytest.approx(repeated, abs=1e-12)
 
 
-def test_the_gap_of_images_of_one_distribution_is_zero():
+def test_projection_gap_of_one_distribution_covers_zero():
     rng = np.random.default_rng(0)
     found = [
         projection_gap(rng.gamma(4, 2, 120), rng.gamma(4, 2, 90), seed, bootstrap=200)
@@ -200,7 +198,7 @@ def test_the_gap_of_images_of_one_distribution_is_zero():
     assert halves[0].images == (100, 101)
 
 
-def test_images_of_one_patient_widen_the_gaps_interval_and_stay_in_one_half():
+def test_projection_gap_accounts_for_patients():
     rng = np.random.default_rng(0)
     patients = np.repeat(np.arange(30), 8)
     train, held_out = (np.repeat(rng.gamma(4, 2, 30), 8) for _ in range(2))
@@ -216,10 +214,13 @@ def test_images_of_one_patient_widen_the_gaps_interval_and_stay_in_one_half():
     assert abs(null.gap) == 1.0
 
 
-def test_a_generator_that_knows_its_training_images_by_heart_has_a_gap_and_another_has_none(
+def test_projection_gap_detects_a_memorising_generator(
     generator,
 ):
-    """Training images are its own, with grain; held-out ones are a like generator's. Of two sets of those, none is nearer."""
+    """Training images are the generator's own with grain, held-out ones of a similar generator.
+
+    Between two sets of held-out images there is no gap.
+    """
     rng = np.random.default_rng(0)
     (own, labels), (foreign, _), (more, _) = (
         own_images(maker, 24, seed)
@@ -238,7 +239,7 @@ def test_a_generator_that_knows_its_training_images_by_heart_has_a_gap_and_anoth
     assert holds(fair.auc_ci, 0.5)
 
 
-def test_a_gap_of_nothing_is_refused():
+def test_projection_gap_refuses_too_few_distances():
     with pytest.raises(DataError, match="two finite distances"):
         projection_gap(np.array([1.0]), np.array([1.0, 2.0]), 0)
     with pytest.raises(DataError, match="two finite distances"):

@@ -1,4 +1,4 @@
-"""A released set: the mix that was asked for, marks in each image, a card, hashes, and nothing of the place it was made in."""
+"""Released sets: label mix, marks, card, checksums, no private information, errors."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def card_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "dataset_card.json").read_text())
 
 
-# --- the set -------------------------------------------------------------------------------------
+# --- the set ------------------------------------------------------------------------------------
 
 
-def test_a_release_has_the_mix_that_was_asked_for(fedgan: Run, tmp_path: Path) -> None:
+def test_release_has_the_requested_label_mix(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     mix = ["--mix", "normal=0.5,covid=0.3,pneumonia=0.2"]
     code, out, err = fedgan(
@@ -59,12 +59,12 @@ def test_a_release_has_the_mix_that_was_asked_for(fedgan: Run, tmp_path: Path) -
     assert counts == card["counts"] == {"normal": 6, "pneumonia": 2, "covid": 4}
     assert card["images"] == len(rows) == len(list((tmp_path / "out").rglob("*.png"))) == 12
     assert card["label_mix_asked"] == mix[1]
-    page = (tmp_path / "out" / "dataset_card.md").read_text()
+    markdown = (tmp_path / "out" / "dataset_card.md").read_text()
     for name, count in counts.items():
-        assert f"| {name} | {count} |" in page
+        assert f"| {name} | {count} |" in markdown
 
 
-def test_sha256sum_finds_every_file_as_it_was_written(fedgan: Run, tmp_path: Path) -> None:
+def test_release_checksums_pass_sha256sum(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     assert fedgan("generate", "--release", run.path, "--images", "4", "--output", "out")[0] == 0
     held = contents(tmp_path / "out")
@@ -89,7 +89,7 @@ def test_sha256sum_finds_every_file_as_it_was_written(fedgan: Run, tmp_path: Pat
 
 
 @pytest.mark.parametrize("words", [["--release"], []])
-def test_each_png_is_marked_as_synthetic(words: list[str], fedgan: Run, tmp_path: Path) -> None:
+def test_pngs_are_marked_as_synthetic(words: list[str], fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     assert fedgan("generate", *words, run.path, "--images", "3", "--output", "out")[0] == 0
     pictures = list((tmp_path / "out").rglob("*.png"))
@@ -108,7 +108,7 @@ def test_each_png_is_marked_as_synthetic(words: list[str], fedgan: Run, tmp_path
         assert kind.text == "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 
-def test_images_lie_in_folders_of_a_bounded_size(
+def test_release_folders_have_a_bounded_size(
     fedgan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(release, "FILES_PER_FOLDER", 2)
@@ -121,7 +121,7 @@ def test_images_lie_in_folders_of_a_bounded_size(
     assert all((tmp_path / "out" / row["file"]).is_file() for row in table(tmp_path / "out"))
 
 
-def test_the_same_seed_gives_the_same_bytes_in_another_place(fedgan: Run, tmp_path: Path) -> None:
+def test_release_is_byte_identical_in_another_folder(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         place = tmp_path / f"deep {name}" / name
@@ -144,9 +144,7 @@ def test_the_same_seed_gives_the_same_bytes_in_another_place(fedgan: Run, tmp_pa
     assert a["images/000/00000.png"] != c["images/000/00000.png"]
 
 
-def test_a_release_tells_no_path_no_patient_and_no_file_of_a_hospital(
-    fedgan: Run, tmp_path: Path
-) -> None:
+def test_release_contains_no_path_patient_or_file_name(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", description=f"Made of {SECRET}/patient-7.dcm")
     assert fedgan("generate", "--release", run.path, "--images", "2", "--output", "out")[0] == 0
     for name, data in contents(tmp_path / "out").items():
@@ -154,9 +152,7 @@ def test_a_release_tells_no_path_no_patient_and_no_file_of_a_hospital(
             assert word not in data, f"{word!r} in {name}"
 
 
-def test_a_release_tells_no_count_that_is_small_and_no_hash_of_a_hospital(
-    fedgan: Run, tmp_path: Path
-) -> None:
+def test_release_contains_no_small_count_or_data_hash(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     held = run.read_json(run.evaluation)
     held["label_fidelity"] = {
@@ -169,7 +165,7 @@ def test_a_release_tells_no_count_that_is_small_and_no_hash_of_a_hospital(
     }
     files.write_json(run.evaluation, held)
     assert fedgan("generate", "--release", run.path, "--images", "2", "--output", "out")[0] == 0
-    card, page = card_of(tmp_path / "out"), (tmp_path / "out" / "dataset_card.md").read_text()
+    card, markdown = card_of(tmp_path / "out"), (tmp_path / "out" / "dataset_card.md").read_text()
     assert [
         row["value"] for row in card["metrics"]["other"] if row["name"].startswith("label_fidelity")
     ] == [0.7, 0.8, 61]
@@ -179,11 +175,11 @@ def test_a_release_tells_no_count_that_is_small_and_no_hash_of_a_hospital(
     assert [row["count"] for row in card["metrics"]["per_class"]] == [61, 44, None]
     assert "train_classes" not in json.dumps(card)
     for word in ("south (5)", "only 7 positive", "aa11", "bb22"):
-        assert word not in page + json.dumps(card)
-    assert "Counts of fewer than 10 real images are not told." in page
+        assert word not in markdown + json.dumps(card)
+    assert "Counts of fewer than 10 real images are not told." in markdown
 
 
-def test_the_card_says_what_it_was_drawn_with_and_leaves_the_licence_open(
+def test_release_card_states_the_draw_and_leaves_the_licence_open(
     fedgan: Run, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run")
@@ -192,7 +188,7 @@ def test_the_card_says_what_it_was_drawn_with_and_leaves_the_licence_open(
         fedgan("generate", "--release", run.path, "--images", "20", "--output", "out", *words)[0]
         == 0
     )
-    card, page = card_of(tmp_path / "out"), (tmp_path / "out" / "dataset_card.md").read_text()
+    card, markdown = card_of(tmp_path / "out"), (tmp_path / "out" / "dataset_card.md").read_text()
     digest = hashlib.sha256(run.checkpoint(1).read_bytes()).hexdigest()
     assert (
         card["generator"]["checkpoint_sha256"],
@@ -214,11 +210,11 @@ def test_the_card_says_what_it_was_drawn_with_and_leaves_the_licence_open(
         "psi was 0.9 there and is 0.7 here",
         "642 other images",
     ):
-        assert text in page
+        assert text in markdown
     assert any("'covid'" in line and "0.553" in line for line in card["limits"])
 
 
-def test_a_class_that_the_mix_leaves_out_is_named(fedgan: Run, tmp_path: Path) -> None:
+def test_release_card_names_absent_classes(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     assert (
         fedgan(
@@ -239,7 +235,7 @@ def test_a_class_that_the_mix_leaves_out_is_named(fedgan: Run, tmp_path: Path) -
     assert "No image of normal, pneumonia is in this set" in card["limits"][0]
 
 
-def test_labels_that_occur_together_are_counted_each(fedgan: Run, tmp_path: Path) -> None:
+def test_release_card_counts_each_label_of_an_image(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", exclusive=False)
     words = ["--vector", "1,0,1", "--vector", "0,0,0"]
     assert (
@@ -250,7 +246,7 @@ def test_labels_that_occur_together_are_counted_each(fedgan: Run, tmp_path: Path
     assert (card["counts"], card["unlabelled"]) == ({"normal": 3, "pneumonia": 0, "covid": 3}, 2)
 
 
-def test_a_model_without_labels_can_be_released(fedgan: Run, tmp_path: Path) -> None:
+def test_release_of_a_model_without_labels(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", label_names=())
     assert fedgan("generate", "--release", run.path, "--images", "2", "--output", "out")[0] == 0
     assert "The images have no labels." in (tmp_path / "out" / "dataset_card.md").read_text()
@@ -258,7 +254,7 @@ def test_a_model_without_labels_can_be_released(fedgan: Run, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "environment.json", "hospitals.json"])
-def test_a_run_with_damaged_files_is_released_with_blanks(
+def test_release_of_a_run_with_damaged_files_has_blanks(
     name: str, fedgan: Run, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run")
@@ -267,7 +263,7 @@ def test_a_run_with_damaged_files_is_released_with_blanks(
     assert f"{name} is damaged" in "".join(card_of(tmp_path / "out")["problems"])
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -278,13 +274,13 @@ def test_a_run_with_damaged_files_is_released_with_blanks(
         (["--created", "2031-05-06"], "give --release as well"),
         (
             ["--mix", "normal=0.5,flu=0.5"],
-            "no class 'flu'; the model knows normal, pneumonia, covid",
+            "no class 'flu'; the model has the classes normal, pneumonia, covid",
         ),
         (
             ["--mix", "normal=-1,covid=2"],
-            "a share is a number of at least 0; the model knows normal",
+            "a share is a number of at least 0; the model has the classes normal",
         ),
-        (["--mix", "normal=0,covid=0"], "no share above zero; the model knows normal"),
+        (["--mix", "normal=0,covid=0"], "no share above zero; the model has the classes normal"),
         (["--mix", "normal=nan"], "a share is a number"),
         (["--mix", "normal=1e999"], "a share is a number"),
         (["--mix", "normal=half"], "a share is a number"),
@@ -294,7 +290,7 @@ def test_a_run_with_damaged_files_is_released_with_blanks(
         (["--mix", "normal=1", "--label", "covid"], "exclude each other"),
     ],
 )
-def test_what_a_release_cannot_be_is_one_line_and_leaves_nothing(
+def test_release_errors_are_one_line_and_leave_nothing(
     words: list[str], text: str, fedgan: Run, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run")
@@ -305,7 +301,7 @@ def test_what_a_release_cannot_be_is_one_line_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_bare_checkpoint_is_not_released(fedgan: Run, tmp_path: Path) -> None:
+def test_release_refuses_a_checkpoint_without_a_run(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     run.config.unlink()
     code, _, err = fedgan(
@@ -315,7 +311,7 @@ def test_a_bare_checkpoint_is_not_released(fedgan: Run, tmp_path: Path) -> None:
     assert "is not in a run folder" in err
 
 
-def test_a_release_that_fails_at_the_end_leaves_nothing(
+def test_failed_release_leaves_nothing(
     fedgan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path / "run")
@@ -330,7 +326,7 @@ def test_a_release_that_fails_at_the_end_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-# --- the mix -------------------------------------------------------------------------------------
+# --- the mix ------------------------------------------------------------------------------------
 
 
 @given(
@@ -338,22 +334,22 @@ def test_a_release_that_fails_at_the_end_leaves_nothing(
         lambda mix: any(mix.values())
     )
 )
-def test_a_mix_is_read_as_it_was_written(mix: dict[str, float]) -> None:
+def test_parsed_mix_reads_written_shares(mix: dict[str, float]) -> None:
     text = " , ".join(f"{name} = {share!r}" for name, share in mix.items())
     read = label_sampling.parsed_mix([text], LABELS)
     assert {name: float(share) for name, share in read.items()} == dict.fromkeys(LABELS, 0.0) | mix
 
 
-def test_a_class_whose_name_has_a_comma_can_be_mixed() -> None:
+def test_parsed_mix_accepts_commas_in_class_names() -> None:
     assert label_sampling.parsed_mix(["a, b=1,c=3"], ("a, b", "c")) == {"a, b": 1, "c": 3}
 
 
-def test_a_mix_for_a_model_without_labels_is_refused() -> None:
-    with pytest.raises(ConfigError, match="knows no labels"):
+def test_parsed_mix_refuses_a_model_without_labels() -> None:
+    with pytest.raises(ConfigError, match="has no labels"):
         label_sampling.parsed_mix(["normal=1"], ())
 
 
-def test_a_mix_makes_one_hot_vectors(tmp_path: Path) -> None:
+def test_label_mix_gives_one_hot_vectors(tmp_path: Path) -> None:
     meta = {"label_names": list(LABELS), "exclusive": True}
     vectors = label_sampling.requested_labels(
         meta, tmp_path, 10, label_sampling.LabelChoice(mix=["covid=1,normal=2"]), seed=0
@@ -363,7 +359,7 @@ def test_a_mix_makes_one_hot_vectors(tmp_path: Path) -> None:
     assert vectors.sum(axis=0).tolist() == [7, 0, 3]
 
 
-def test_hashes_come_by_path_and_without_their_own_file(tmp_path: Path) -> None:
+def test_checksums_are_sorted_and_omit_their_own_file(tmp_path: Path) -> None:
     for name in ("b.txt", "a/c.txt", "SHA256SUMS"):
         files.write_text(tmp_path / name, name)
     assert [line.split("  ")[1] for line in release.checksums(tmp_path).splitlines()] == [

@@ -1,4 +1,4 @@
-"""The release filter: what is too near to a training image is drawn again, is counted, and nothing else is touched."""
+"""Release filter: images too near to a training image are redrawn and counted, others unchanged."""
 
 from __future__ import annotations
 
@@ -47,30 +47,30 @@ def thresholds(hospitals: list[Hospital]) -> list[DistanceThreshold]:
 def fresh(
     thresholds: list[DistanceThreshold], tmp_path_factory: pytest.TempPathFactory
 ) -> np.ndarray:
-    """Phantoms that lie outside both fences."""
+    """Phantoms outside both distance thresholds."""
     root = tmp_path_factory.mktemp("fresh")
     write_phantoms(root, "lesions", 90, 32, hospitals=1, seed=1)
     images = pixels_of(open_hospitals(from_dict({"federation": {"hospitals": 1}}), root)[0].train)
-    near = [fence.within(fence.space.rows(images)) for fence in thresholds]
+    near = [threshold.within(threshold.space.rows(images)) for threshold in thresholds]
     return images[~(near[0] | near[1])]
 
 
-def test_exactly_the_planted_copies_are_dropped_and_drawn_again(
+def test_release_filter_redraws_exactly_the_planted_copies(
     hospitals: list[Hospital], thresholds: list[DistanceThreshold], fresh: np.ndarray
 ) -> None:
     clean, spare = fresh[:30], fresh[30:]
     images, planted, _ = plant_copies(
         clean, hospitals[1].train.images, 0.3, np.random.default_rng(0)
     )
-    asked: list[tuple[int, list[int]]] = []
+    calls: list[tuple[int, list[int]]] = []
 
-    def draw(labels: np.ndarray, seed: int, places: np.ndarray) -> np.ndarray:
-        asked.append((seed, places.tolist()))
-        return images[places] if seed == 7 else spare[places % len(spare)]
+    def draw(labels: np.ndarray, seed: int, positions: np.ndarray) -> np.ndarray:
+        calls.append((seed, positions.tolist()))
+        return images[positions] if seed == 7 else spare[positions % len(spare)]
 
     kept = ReleaseFilter(thresholds, draw, 7)
     found, seeds, first = kept.images(np.zeros((30, 7), np.uint8), np.arange(30))
-    assert asked == [(7, list(range(30))), (redraw_seed(7, 1), np.flatnonzero(planted).tolist())]
+    assert calls == [(7, list(range(30))), (redraw_seed(7, 1), np.flatnonzero(planted).tolist())]
     assert np.array_equal(found[~planted], clean[~planted])
     assert np.array_equal(found[planted], spare[np.flatnonzero(planted) % len(spare)])
     assert np.array_equal(first, images)
@@ -80,15 +80,15 @@ def test_exactly_the_planted_copies_are_dropped_and_drawn_again(
     assert kept.dropped[hospitals[0].name] == 0
 
 
-def test_a_generator_that_only_copies_is_given_up(
+def test_release_filter_refuses_a_generator_that_only_copies(
     hospitals: list[Hospital], thresholds: list[DistanceThreshold]
 ) -> None:
     copies = pixels_of(hospitals[0].train)[:4]
     draws: list[int] = []
 
-    def draw(labels: np.ndarray, seed: int, places: np.ndarray) -> np.ndarray:
+    def draw(labels: np.ndarray, seed: int, positions: np.ndarray) -> np.ndarray:
         draws.append(seed)
-        return copies[places]
+        return copies[positions]
 
     with pytest.raises(
         FedganError,
@@ -98,25 +98,26 @@ def test_a_generator_that_only_copies_is_given_up(
     assert len(set(draws)) == len(draws) == release_filter.MAX_DRAWS
 
 
-def test_a_fence_keeps_the_closest_of_a_hundred_held_out_images_back(
+def test_distance_threshold_includes_the_closest_held_out_image(
     hospitals: list[Hospital], thresholds: list[DistanceThreshold]
 ) -> None:
-    for hospital, fence in zip(hospitals, thresholds, strict=True):
-        held = [
-            fence.within(fence.space.rows(part.images)) for part in (hospital.val, hospital.test)
+    for hospital, threshold in zip(hospitals, thresholds, strict=True):
+        held_out = [
+            threshold.within(threshold.space.rows(part.images))
+            for part in (hospital.val, hospital.test)
         ]
-        assert np.concatenate(held).sum() == 1  # of fewer than 200: the closest one
-        assert fence.within(fence.space.rows(hospital.train.images)).all()
+        assert np.concatenate(held_out).sum() == 1  # of fewer than 200: the closest one
+        assert threshold.within(threshold.space.rows(hospital.train.images)).all()
 
 
-def test_a_hospital_without_held_out_images_has_no_fence(hospitals: list[Hospital]) -> None:
+def test_distance_threshold_needs_held_out_images(hospitals: list[Hospital]) -> None:
     first = hospitals[0]
     none = first.val.take(np.arange(0))
     with pytest.raises(DataError, match="has no held-out image"):
         distance_thresholds([Hospital(first.name, first.train, none, none)])
 
 
-def test_a_filter_by_private_images_is_refused_under_privacy() -> None:
+def test_release_filter_is_refused_for_private_settings() -> None:
     check_release_filter(from_dict({}))
     check_release_filter(from_dict({"privacy": {"noise_multiplier": 0.0}}))
     for privacy in ({"epsilon": 10.0}, {"noise_multiplier": 1.0}):
@@ -124,7 +125,7 @@ def test_a_filter_by_private_images_is_refused_under_privacy() -> None:
             check_release_filter(from_dict({"privacy": privacy}))
 
 
-# --- the command -------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -154,14 +155,14 @@ def test_filtered_release_reports_dropped_images_and_utility(
     distances = release_filter.nearest(rows, space.rows(hospital.train.images), moves=space.moves)[
         0
     ]
-    fence = float(np.quantile(distances, 0.2))
-    monkeypatch.setattr(release_filter, "release_threshold", lambda *_, **__: fence)
+    threshold = float(np.quantile(distances, 0.2))
+    monkeypatch.setattr(release_filter, "release_threshold", lambda *_, **__: threshold)
     monkeypatch.setattr(
         release_filter, "MAX_DRAWS", 500
-    )  # images of one class of an untrained generator are much alike
+    )  # images of one class of an untrained generator are similar
     code, out, err = fedgan(*words, "--release-filter", "--output", "kept")
     assert code == 0, err
-    dropped = distances <= fence
+    dropped = distances <= threshold
     assert dropped.sum() == 6
     card = json.loads(Path("kept/dataset_card.json").read_text())["release_filter"]
     assert card["replaced"] == dropped.sum()
@@ -172,7 +173,7 @@ def test_filtered_release_reports_dropped_images_and_utility(
     assert f"{card['replaced']} of 28 images were replaced" in text
     assert "without the filter" in text
     assert f"filter      {card['replaced']} images redrawn" in out
-    # what was not dropped is as it was; what was can be drawn again by the seed of its row
+    # images that were kept are unchanged; others can be drawn again with the seed of their row
     before, after, seeds = (
         pictures(Path("plain")),
         pictures(Path("kept")),
@@ -180,22 +181,22 @@ def test_filtered_release_reports_dropped_images_and_utility(
     )
     assert np.array_equal(seeds != 3, dropped)
     assert np.abs(before[~dropped] - after[~dropped]).max() <= 1
-    place = int(np.flatnonzero(dropped)[0])
+    position = int(np.flatnonzero(dropped)[0])
     again = [
         "generate",
         finished.path,
         "--images",
         "28",
         "--seed",
-        str(seeds[place]),
+        str(seeds[position]),
         "--output",
         "again",
     ]
     assert fedgan(*again)[0] == 0
-    assert np.abs(pictures(Path("again"))[place] - after[place]).max() <= 1
+    assert np.abs(pictures(Path("again"))[position] - after[position]).max() <= 1
 
 
-def test_a_release_without_quarantine_says_nothing_of_one(fedgan: Run, finished: RunFolder) -> None:
+def test_release_without_filter_does_not_mention_it(fedgan: Run, finished: RunFolder) -> None:
     assert (
         fedgan("generate", "--release", finished.path, "--images", "7", "--output", "plain")[0] == 0
     )
@@ -212,7 +213,7 @@ def test_a_release_without_quarantine_says_nothing_of_one(fedgan: Run, finished:
         (["--release", "--release-filter", "--shards", "nowhere"], 3, "no data at nowhere"),
     ],
 )
-def test_what_cannot_be_filtered_is_one_line(
+def test_release_filter_errors_are_one_line(
     words: list[str], code: int, text: str, fedgan: Run, finished: RunFolder
 ) -> None:
     found, out, err = fedgan("generate", finished.path, "--images", "7", "--output", "out", *words)
@@ -221,7 +222,7 @@ def test_what_cannot_be_filtered_is_one_line(
     assert not Path("out").exists()
 
 
-def test_a_private_run_is_not_filtered(fedgan: Run, tmp_path: Path) -> None:
+def test_release_filter_refuses_a_private_run(fedgan: Run, tmp_path: Path) -> None:
     changed: dict[str, Any] = {"privacy": {"epsilon": 10.0}}
     run = small_run(tmp_path / "private", **changed)
     code, _, err = fedgan(

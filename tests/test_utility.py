@@ -54,7 +54,7 @@ def _scored(seed, count, levels):
     )
 
 
-# --- figures of one class ------------------------------------------------------------------------
+# --- figures of one class -----------------------------------------------------------------------
 
 
 @settings(max_examples=60)
@@ -67,7 +67,7 @@ def test_weighted_auc_agrees_with_scikit_learn(seed, count, levels):
 
 @settings(max_examples=60)
 @given(SEEDS, st.integers(3, 60), st.sampled_from([2, 5, 10**6]))
-def test_average_precision_agrees_with_scikit_learn_ties_included(seed, count, levels):
+def test_average_precision_agrees_with_scikit_learn_with_ties(seed, count, levels):
     scores, positive, weights = _scored(seed, count, levels)
     expected = [average_precision_score(positive, scores, sample_weight=row) for row in weights]
     np.testing.assert_allclose(average_precision(scores, positive, weights), expected, atol=1e-12)
@@ -75,9 +75,7 @@ def test_average_precision_agrees_with_scikit_learn_ties_included(seed, count, l
 
 @settings(max_examples=60)
 @given(SEEDS, st.integers(3, 60), st.sampled_from([2, 5, 10**6]))
-def test_sensitivity_at_90_is_the_best_point_of_the_curve_with_that_specificity(
-    seed, count, levels
-):
+def test_sensitivity_at_90_is_the_best_point_with_that_specificity(seed, count, levels):
     scores, positive, weights = _scored(seed, count, levels)
     expected = []
     for row in weights:
@@ -89,10 +87,10 @@ def test_sensitivity_at_90_is_the_best_point_of_the_curve_with_that_specificity(
 
 
 @pytest.mark.parametrize("negatives", [10, 30, 70, 190])
-def test_exactly_a_tenth_of_false_alarms_is_allowed(negatives):
+def test_sensitivity_at_90_allows_exactly_ten_percent_false_positives(negatives):
     scores = np.r_[
         np.arange(negatives), negatives - negatives // 10 - 0.5
-    ]  # a tenth of the negatives above the positive
+    ]  # 10 % of the negatives above the positive
     positive = np.arange(negatives + 1) == negatives
     assert sensitivity_at_specificity(scores, positive, np.ones((1, negatives + 1)))[0] == 1.0
     scores[-1] -= 1
@@ -101,7 +99,7 @@ def test_exactly_a_tenth_of_false_alarms_is_allowed(negatives):
 
 @settings(max_examples=40)
 @given(SEEDS, st.booleans())
-def test_a_weight_is_a_number_of_copies_in_every_figure(seed, exclusive):
+def test_weights_equal_repeated_images_in_every_figure(seed, exclusive):
     rng = np.random.default_rng(seed)
     labels, scores = _classes(rng, 30, 3)
     if not exclusive:
@@ -116,7 +114,7 @@ def test_a_weight_is_a_number_of_copies_in_every_figure(seed, exclusive):
         np.testing.assert_allclose(weighted[key], copied[key], atol=1e-12, err_msg=key)
 
 
-def test_an_inverted_classifier_has_one_minus_the_auc_and_is_not_flipped_back():
+def test_auc_of_an_inverted_classifier_is_one_minus_auc():
     rng = np.random.default_rng(1)
     truth = rng.random(200) < 0.3
     p = 1 / (1 + np.exp(-rng.normal(size=200) - truth))
@@ -131,7 +129,7 @@ def test_an_inverted_classifier_has_one_minus_the_auc_and_is_not_flipped_back():
     assert bad["macro_auc_seeds"][0] < 0.5
 
 
-def test_blocks_of_resamples_do_not_change_the_figures(monkeypatch):
+def test_ranking_metrics_do_not_depend_on_the_block(monkeypatch):
     scores, positive, weights = _scored(3, 50, 5)
     before = [measure(scores, positive, weights) for measure in (weighted_auc, average_precision)]
     monkeypatch.setattr(ranking, "ENTRIES", 1)
@@ -139,7 +137,7 @@ def test_blocks_of_resamples_do_not_change_the_figures(monkeypatch):
         np.testing.assert_array_equal(one, measure(scores, positive, weights))
 
 
-def test_auc_is_undefined_without_positives_or_negatives_and_never_flipped():
+def test_auc_is_nan_without_positives_or_negatives():
     scores, positive = np.array([0.1, 0.2, 0.3, 0.4]), np.array([True, True, False, False])
     assert weighted_auc(scores, positive, np.ones((1, 4)))[0] == 0.0
     for measure in (weighted_auc, average_precision, sensitivity_at_specificity):
@@ -156,7 +154,7 @@ def test_balanced_accuracy_of_exclusive_classes_agrees_with_scikit_learn(seed, c
     assert balanced_accuracy(scores, labels, weights[None], True)[0] == pytest.approx(expected)
 
 
-def test_balanced_accuracy_of_findings_is_the_mean_of_sensitivity_and_specificity():
+def test_balanced_accuracy_of_labels_averages_both_rates():
     labels = np.array(
         [[1, 0], [1, 0], [0, 0], [0, 0]], np.uint8
     )  # the second finding never occurs: left out
@@ -179,7 +177,7 @@ def test_f1_agrees_with_scikit_learn(seed, exclusive):
     np.testing.assert_allclose(f1_scores(calls, labels, weights[None])[0], expected, atol=1e-12)
 
 
-def test_f1_of_a_label_that_never_occurs_is_undefined_and_of_one_never_found_is_zero():
+def test_f1_is_nan_without_positives_and_zero_without_hits():
     f1 = f1_scores(
         np.array([[1.0, 0, 0], [0, 0, 0]]),
         np.array([[0, 1, 0], [0, 0, 0]], np.uint8),
@@ -188,7 +186,7 @@ def test_f1_of_a_label_that_never_occurs_is_undefined_and_of_one_never_found_is_
     np.testing.assert_array_equal(f1, [np.nan, 0.0, np.nan])
 
 
-def test_calibration_error_of_known_answers():
+def test_calibration_error_of_known_cases():
     labels = np.eye(2, dtype=np.uint8)[np.r_[np.zeros(8, int), np.ones(2, int)]]
     once = np.ones((1, 10))
     assert calibration_error(np.tile([0.8, 0.2], (10, 1)), labels, once, True)[0] == pytest.approx(
@@ -202,7 +200,7 @@ def test_calibration_error_of_known_answers():
     )
 
 
-# --- against torchmetrics ------------------------------------------------------------------------
+# --- against torchmetrics -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
@@ -266,10 +264,10 @@ def test_every_figure_agrees_with_torchmetrics(exclusive):
     )
 
 
-# --- bootstrap -----------------------------------------------------------------------------------
+# --- bootstrap ----------------------------------------------------------------------------------
 
 
-def test_a_resample_takes_or_leaves_a_patient_whole(monkeypatch):
+def test_resamples_keep_the_images_of_a_patient_together(monkeypatch):
     monkeypatch.setattr(bootstrap, "CHUNK", 50)  # several blocks
     patients = np.array(["a", "a", "b", "", "", "a"])
     places = np.array(["x", "x", "x", "x", "x", "y"])
@@ -277,7 +275,7 @@ def test_a_resample_takes_or_leaves_a_patient_whole(monkeypatch):
     assert groups[0] == groups[1]
     assert (
         len(set(groups)) == 5
-    )  # two unknown patients are two; 'a' of another institution is another person
+    )  # unknown patients are distinct; 'a' of another institution is another person
     weights = np.concatenate(list(resamples(groups, 200, rng=0)))
     assert weights.shape == (200, 6)
     np.testing.assert_array_equal(weights[:, 0], weights[:, 1])
@@ -285,11 +283,11 @@ def test_a_resample_takes_or_leaves_a_patient_whole(monkeypatch):
     assert weights[:, 2].mean() == pytest.approx(1.0, abs=0.25)
 
 
-def test_images_without_patients_are_resampled_one_by_one():
+def test_images_without_patients_are_clusters_of_their_own():
     np.testing.assert_array_equal(clusters(np.empty(0, str), np.empty(0, str), 4), np.arange(4))
 
 
-def test_interval_is_the_percentile_one_and_needs_half_of_the_resamples():
+def test_interval_is_percentile_and_needs_half_of_the_resamples():
     values = np.arange(1001) / 1000
     assert interval(values) == pytest.approx([0.025, 0.975])
     assert interval(np.r_[values, np.full(1002, np.nan)]) is None
@@ -297,7 +295,7 @@ def test_interval_is_the_percentile_one_and_needs_half_of_the_resamples():
 
 
 def _binormal(rng, people, images):
-    """AUC 0.5 + 0.26: two normals one standard deviation apart; the images of a person are nearly the same."""
+    """AUC 0.76: two normals one standard deviation apart; images of a person nearly equal."""
     truth = np.r_[np.ones(people // 2), np.zeros(people - people // 2)]
     scores = rng.normal(size=people) + truth
     jitter = 0.05 * rng.normal(size=(people, images))
@@ -329,12 +327,12 @@ def test_intervals_cover_the_true_auc():
     assert 0.88 <= _coverage(by_patient=True, images=1) <= 0.995
 
 
-def test_intervals_by_patient_cover_where_intervals_by_image_are_too_narrow():
+def test_intervals_by_patient_cover_where_those_by_image_do_not():
     assert _coverage(by_patient=True, images=5) >= 0.88
     assert _coverage(by_patient=False, images=5) < 0.75
 
 
-# --- all figures together ------------------------------------------------------------------------
+# --- all figures together -----------------------------------------------------------------------
 
 
 def test_figures_are_means_over_seeds_and_classes():
@@ -355,7 +353,7 @@ def test_figures_are_means_over_seeds_and_classes():
     assert figures["images"] == 90
 
 
-def test_an_interval_is_what_explicit_resampling_gives():
+def test_interval_agrees_with_explicit_resampling():
     rng = np.random.default_rng(8)
     labels, scores = _classes(rng, 50, 3)
     figures = utility(scores[None], labels, ("a", "b", "c"), True, np.arange(50), 60, seed=3)
@@ -366,7 +364,7 @@ def test_an_interval_is_what_explicit_resampling_gives():
     assert figures["macro_auc_ci"] == pytest.approx(list(np.percentile(drawn, [2.5, 97.5])))
 
 
-def test_a_class_without_test_images_is_null_and_outside_the_macro_mean():
+def test_class_without_test_images_is_none_and_not_in_macro():
     rng = np.random.default_rng(9)
     labels, scores = _classes(rng, 60, 3)
     keep = labels[:, 2] == 0
@@ -386,7 +384,7 @@ def test_a_class_without_test_images_is_null_and_outside_the_macro_mean():
     )
 
 
-def test_one_class_alone_has_no_auc_at_all():
+def test_single_class_has_no_auc():
     labels, scores = np.eye(2, dtype=np.uint8)[np.zeros(5, int)], np.full((1, 5, 2), 0.5)
     figures = utility(scores, labels, ("a", "b"), True, np.arange(5), 20, 0)
     assert figures["macro_auc"] is None
@@ -396,7 +394,7 @@ def test_one_class_alone_has_no_auc_at_all():
     assert figures["balanced_accuracy"] == 1.0
 
 
-def test_findings_have_an_auc_of_no_finding_outside_the_macro_mean():
+def test_multi_label_data_have_no_finding_outside_the_macro_mean():
     rng = np.random.default_rng(10)
     labels = (rng.random((80, 2)) < 0.4).astype(np.uint8)
     scores = 1 / (1 + np.exp(-(rng.normal(size=(80, 2)) + labels)))
@@ -408,7 +406,7 @@ def test_findings_have_an_auc_of_no_finding_outside_the_macro_mean():
     assert row["positives"] == none.sum()
 
 
-def test_every_figure_has_an_interval_around_it_and_all_is_json():
+def test_every_figure_has_an_interval_and_is_json():
     rng = np.random.default_rng(14)
     labels, scores = _classes(rng, 120, 3)
     figures = utility(scores[None], labels, ("a", "b", "c"), True, np.arange(120) // 2, 100, 0)
@@ -429,7 +427,7 @@ def test_every_figure_has_an_interval_around_it_and_all_is_json():
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_the_majority_row_is_at_chance(exclusive):
+def test_majority_classifier_is_at_chance(exclusive):
     rng = np.random.default_rng(15)
     train, test = (
         np.eye(3, dtype=np.uint8)[rng.choice(3, 100, p=[0.6, 0.3, 0.1])] for _ in range(2)
@@ -448,7 +446,7 @@ def test_the_majority_row_is_at_chance(exclusive):
     assert majority_scores(np.zeros((0, 2)), 4, True).tolist() == np.zeros((1, 4, 2)).tolist()
 
 
-def test_a_label_that_says_normal_is_not_doubled():
+def test_normal_label_replaces_no_finding():
     rng = np.random.default_rng(11)
     labels = (rng.random((40, 2)) < 0.4).astype(np.uint8)
     figures = utility(
@@ -457,8 +455,11 @@ def test_a_label_that_says_normal_is_not_doubled():
     assert list(figures["per_class"]) == ["No_Finding", "mass"]
 
 
-def test_resamples_without_a_class_do_not_enter_the_macro_interval():
-    """A class of two patients that is always right, beside one at chance: without the rule the interval would reach 0.5."""
+def test_resamples_without_a_class_are_not_in_the_macro_interval():
+    """One class has two patients and AUC 1, the other is at chance.
+
+    With resamples that lack a class the interval would reach 0.5.
+    """
     rng = np.random.default_rng(0)
     labels = np.zeros((102, 3), np.uint8)
     labels[:100, 0] = np.arange(100) % 2

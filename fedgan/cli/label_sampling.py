@@ -118,7 +118,8 @@ def parsed_mix(texts: Sequence[str], label_names: Sequence[str]) -> dict[str, Fr
     Shares need not add up to 1. Raises `ConfigError` with the known classes for an unknown class, a
     repeated class, a share that is not a number or negative, or no share above zero.
     """
-    known = f"the model knows {', '.join(label_names) or 'no labels'}"
+    classes = f"the classes {', '.join(label_names)}" if label_names else "no labels"
+    known = f"the model has {classes}"
     shares = dict.fromkeys(label_names, Fraction(0))
     seen: set[str] = set()
     for text in texts:

@@ -100,7 +100,8 @@ def split_for_validation(
     vector stays in training. Raises `DataError` for images with known patients (which are split by
     patient at import), for another share and for fewer than two images.
     """
-    if any(patient and not str(patient).startswith(UNKNOWN_PATIENT) for patient in dataset.patients):
+    patients = (str(patient) for patient in dataset.patients)
+    if any(patient and not patient.startswith(UNKNOWN_PATIENT) for patient in patients):
         raise DataError(
             f"'{dataset.name}' has patients: a split by image would separate their images; "
             "use its validation split"

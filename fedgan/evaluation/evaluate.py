@@ -82,7 +82,7 @@ def evaluate_synthetic(
     return EvaluationResult(numbers, scores)
 
 
-# --- utility ---------------------------------------------------------------------------------------
+# --- utility ------------------------------------------------------------------------------------
 
 
 def _utility(
@@ -226,8 +226,8 @@ def _class_notes(metrics: dict[str, Any]) -> list[str]:
         undefined = [label for label, row in inside["per_class"].items() if row["auc"] is None]
         if inside["macro_auc"] is None:
             notes.append(
-                f"Inside {institution} no class has both positive and negative test images: its AUC "
-                "is null."
+                f"Inside {institution} no class has both positive and negative test images: "
+                "its AUC is null."
             )
         elif undefined:
             notes.append(
@@ -237,7 +237,7 @@ def _class_notes(metrics: dict[str, Any]) -> list[str]:
     return notes
 
 
-# --- fidelity and diversity ------------------------------------------------------------------------
+# --- fidelity and diversity ---------------------------------------------------------------------
 
 
 def _fidelity(
@@ -331,8 +331,8 @@ def _mix_notes(hospital: str, count: int, deviation: float, enough: int) -> list
         )
     if deviation > NOTED_DEVIATION:
         notes.append(
-            f"The synthetic images that {hospital} is compared with deviate from its mix of labels: "
-            f"{deviation:.0%} of them would need other labels."
+            f"The synthetic images that {hospital} is compared with deviate from its mix of "
+            f"labels: {deviation:.0%} of them would need other labels."
         )
     return notes
 
@@ -355,8 +355,8 @@ def _grouped(
     )
     if missing := [name for name, numbers in found.items() if numbers is None]:
         notes.append(
-            f"Fidelity by {what} was not measured for {', '.join(missing)}: fewer than {2 * k} images "
-            "per side."
+            f"Fidelity by {what} was not measured for {', '.join(missing)}: "
+            f"fewer than {2 * k} images per side."
         )
     return found
 

@@ -70,7 +70,7 @@ class RealReference:
         self._features: dict[str, np.ndarray] = {}
         self._cache = FeatureCache(folder / "features") if folder else None
 
-    # --- capabilities ------------------------------------------------------------------------------
+    # --- capabilities ----------------------------------------------------------------------------
 
     @property
     def has_classes(self) -> bool:
@@ -87,7 +87,7 @@ class RealReference:
         """The real images on which real-trained classifiers are selected, if any."""
         return self.val if len(self.val) else None
 
-    # --- classifiers -------------------------------------------------------------------------------
+    # --- classifiers -----------------------------------------------------------------------------
 
     def classifier(self, number: int) -> Classifier:
         """Real classifier `number`, trained with seed `seed + number`."""
@@ -125,7 +125,7 @@ class RealReference:
             [probabilities(classifier, dataset, self.device) for classifier in classifiers]
         )
 
-    # --- figures on the test images ----------------------------------------------------------------
+    # --- figures on the test images --------------------------------------------------------------
 
     @cached_property
     def test_groups(self) -> np.ndarray:
@@ -166,7 +166,7 @@ class RealReference:
             self.seed,
         )
 
-    # --- features ----------------------------------------------------------------------------------
+    # --- features --------------------------------------------------------------------------------
 
     @cached_property
     def extractor(self) -> Extractor:
@@ -226,7 +226,7 @@ class RealReference:
             "split": split,
         }
 
-    # --- cache on disk -----------------------------------------------------------------------------
+    # --- cache on disk ---------------------------------------------------------------------------
 
     @cached_property
     def test_hash(self) -> str:

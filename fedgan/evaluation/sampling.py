@@ -71,8 +71,8 @@ def generate_images(
     labels = np.asarray(labels)
     if labels.ndim != 2 or labels.shape[1] != generator.label_dim:
         raise FedganError(
-            f"labels of shape {labels.shape} do not fit a generator of {generator.label_dim} labels: "
-            "give one vector per image"
+            f"labels of shape {labels.shape} do not fit a generator of {generator.label_dim} "
+            "labels: give one vector per image"
         )
     if len(labels) == 0:
         raise FedganError("no images were requested: give at least one label vector")
@@ -117,6 +117,6 @@ def synthetic_dataset(
     if images.shape[1:] != tuple(train.images.shape[1:]):
         raise FedganError(
             f"the generator gives images of {images.shape[1:]} (channels, height, width), the real "
-            f"ones are {tuple(train.images.shape[1:])}: evaluate with the settings of its training run"
+            f"ones are {tuple(train.images.shape[1:])}: evaluate with the run's settings"
         )
     return ImageDataset("synthetic", images, labels, train.label_names, train.exclusive)

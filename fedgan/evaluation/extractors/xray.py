@@ -58,7 +58,7 @@ class XrayExtractor:
         return in_batches(self.features, images, self.feature_dim, self.device, self.batch)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Features (B, 1024) of images (B, C, H, W) uint8, C = 1 or 3, on the extractor's device."""
+        """Features (B, 1024) of images (B, C, H, W) uint8, C = 1 or 3, on `device`."""
         x = (resized(images, SIDE, 1) / 127.5 - 1.0) * 1024.0
         features: torch.Tensor = self.network.features2(
             x.contiguous(memory_format=torch.channels_last)
@@ -70,8 +70,8 @@ def _network(weights: Mapping[str, torch.Tensor], path: Path) -> nn.Module:
     stem, head = weights.get("features.conv0.weight"), weights.get("classifier.weight")
     if stem is None or stem.shape[1] != 1 or head is None:
         raise DataError(
-            f"{path} holds a DenseNet-121, but not torchxrayvision's, which takes one grey channel: "
-            "give one of its networks, or 'reference' (evaluation.features)"
+            f"{path} holds a DenseNet-121, but not torchxrayvision's, which takes one grey "
+            "channel: give one of its networks, or 'reference' (evaluation.features)"
         )
     package = _torchxrayvision(path)
     with torch.device("meta"):

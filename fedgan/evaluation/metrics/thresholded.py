@@ -55,7 +55,7 @@ def f1_scores(predicted: np.ndarray, labels: np.ndarray, weights: np.ndarray) ->
 def calibration_error(
     probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray, exclusive: bool
 ) -> np.ndarray:
-    """Expected calibration error (B,), arguments as in `balanced_accuracy` (arXiv 1706.04599, eq. 3).
+    """Expected calibration error (B,) (arXiv 1706.04599, eq. 3); see `balanced_accuracy`.
 
     Σ_b |B_b| / N · |accuracy(B_b) - confidence(B_b)| over 15 bins of equal width. Exclusive
     classes: of the confidence of the most probable class. Otherwise: mean over labels of the same
