@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedgan.data.shard import Shard
 
 app = typer.Typer(
-    help="Turn images into shards, generate phantoms, show the content of shards.",
+    help="Import images, generate phantoms, show shards.",
     epilog="Example: fedgan data show data/chest",
     rich_markup_mode=None,
     no_args_is_help=True,

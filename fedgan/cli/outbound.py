@@ -29,9 +29,10 @@ def outbound(
     ],
     as_json: console.Json = False,
 ) -> None:
-    """List the messages that left a hospital: time, round, content and bytes.
+    """List the messages that left a hospital.
 
-    Checks the hashes of the log and reports changed lines.
+    Shows time, round, content and bytes of each. Checks the hashes of the log and reports changed
+    lines.
     """
     experiment = _experiment(path)
     summaries = [_summary(log, experiment) for log in find_logs(path)]

@@ -107,7 +107,7 @@ def report(
     ] = None,
     as_json: console.Json = False,
 ) -> None:
-    """Rewrite the report of a run or comparison from its files.
+    """Rewrite the report of a run or comparison.
 
     Trains and evaluates nothing. --tensorboard needs the extra fedgan[tracking].
     """
@@ -134,9 +134,10 @@ def cards(
     run_path: RunOrComparison,
     as_json: console.Json = False,
 ) -> None:
-    """Write the model card and the dataset card of a run or comparison, as Markdown and JSON.
+    """Write the model card and the dataset card.
 
-    Trains and evaluates nothing. Missing facts are blanks that name who fills them in.
+    For a run or comparison, as Markdown and JSON. Trains and evaluates nothing. Missing facts are
+    blanks that name who fills them in.
     """
     from fedgan.comparison_folder import ComparisonFolder
     from fedgan.report.cards import write_cards, write_comparison_cards

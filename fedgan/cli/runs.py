@@ -35,9 +35,9 @@ Output = Annotated[
 
 
 def demo(output: Output = None, overrides: Overrides = None, as_json: console.Json = False) -> None:
-    """Train three simulated hospitals on procedural skin lesions and write the report.
+    """Train three simulated hospitals; write the report.
 
-    Takes minutes on two cores and downloads nothing.
+    The images are procedural skin lesions. Takes minutes on two cores and downloads nothing.
     """
     from fedgan.run_folder import RunFolder
 
@@ -65,7 +65,7 @@ def simulate(
     output: Output = None,
     as_json: console.Json = False,
 ) -> None:
-    """Simulate a scenario: train its hospitals together on this machine.
+    """Train a scenario's hospitals on this machine.
 
     Ends with the central evaluation and the report.
     """

@@ -30,9 +30,10 @@ def settings(
     ] = None,
     as_json: console.Json = False,
 ) -> None:
-    """Show the keys of a scenario: type, default, accepted values and meaning.
+    """Show the keys of a scenario with their meaning.
 
-    Set a key in the scenario's TOML file or with --set section.key=value.
+    Each has its type, default and accepted values. Set a key in the scenario's TOML file or with
+    --set section.key=value.
     """
     chosen = find(name)
     text = as_text(chosen, shutil.get_terminal_size().columns)
