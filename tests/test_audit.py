@@ -159,6 +159,13 @@ def test_run_report_reads_the_audit(
         ]
 
 
+def test_run_report_refuses_an_audit_of_another_format() -> None:
+    audited = Audit({"format": "fedgan-audit-1", "valid": True, "hospitals": [{"valid": True}]})
+    (reason,) = audited.why_not
+    assert "has the format fedgan-audit-1, not fedgan-audit-2: run fedgan audit again" in reason
+    assert not audited.valid
+
+
 def test_audit_pictures_show_each_space(leaky: HospitalAudit) -> None:
     assert set(leaky.pictures) == {"pixels", "features", "embedding"}
     # 24 pairs of 32 pixels, enlarged four times: 6 rows of 8

@@ -160,8 +160,8 @@ def _halves(
     order = rng.permutation(count)
     if patients is not None:
         number = np.unique(patients, return_inverse=True)[1].reshape(-1)
-        place = rng.permutation(int(number.max()) + 1)
-        order = order[np.argsort(place[number[order]], kind="stable")]
+        position = rng.permutation(int(number.max()) + 1)
+        order = order[np.argsort(position[number[order]], kind="stable")]
     return order[:n], order[n : 2 * n]
 
 
