@@ -233,7 +233,7 @@ def test_arm_is_refused_where_a_ledger_counts_another_unit(tmp_path: Path) -> No
     folder = ComparisonFolder.at(tmp_path / "study")
     with pytest.raises(
         ConfigError,
-        match=r"arm 'clipped': .*for each patient, and this run would count it for each image",
+        match=r"arm 'clipped': .*accounts per patient, this run per image",
     ):
         compare(settings, folder)
     assert not list(folder.arms.glob("*/config.toml"))
@@ -462,10 +462,10 @@ def test_one_command_trains_evaluates_and_reports_the_ablation(
         "training.kimg=0.024",
         "federation.rounds=1",
     ]
-    words = ["kind=ablation", f"public={json.dumps(public)}"]
+    changes = ["kind=ablation", f"public={json.dumps(public)}"]
     settings = study(
         data,
-        *(f"comparison.{word}" for word in words),
+        *(f"comparison.{text}" for text in changes),
         *(
             "federation.batch=shared",
             "training.batch_size=12",

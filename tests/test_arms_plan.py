@@ -101,7 +101,7 @@ def varying(settings: Settings) -> dict[str, Any]:
 @hypothesis_settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 5000), min_size=2, max_size=4).map(
-        lambda drawn: sorted(drawn, reverse=True)
+        lambda sizes: sorted(sizes, reverse=True)
     ),
     kimg=st.floats(0.05, 20.0),
     rounds=st.integers(2, 20),
@@ -153,7 +153,7 @@ def test_planned_images_equal_those_of_the_jobs(local_images: str) -> None:
 @hypothesis_settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(1, 500), min_size=2, max_size=5).map(
-        lambda drawn: sorted(drawn, reverse=True)
+        lambda sizes: sorted(sizes, reverse=True)
     ),
     batches=st.integers(5, 200),
     equal=st.booleans(),

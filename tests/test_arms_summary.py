@@ -30,9 +30,9 @@ HOSPITALS = ("guangzhou", "kermany", "nih")
 def _test_images(count=90):
     rng = np.random.default_rng(0)
     labels = np.eye(3, dtype=np.uint8)[rng.integers(3, size=count)]
-    places = np.array(HOSPITALS)[rng.integers(3, size=count)]
+    institutions = np.array(HOSPITALS)[rng.integers(3, size=count)]
     return RealTest(
-        labels, ("a", "b", "c"), True, np.repeat(np.arange(count // 2), 2), places, 60, 0
+        labels, ("a", "b", "c"), True, np.repeat(np.arange(count // 2), 2), institutions, 60, 0
     )
 
 
@@ -177,8 +177,8 @@ def _summary(federated=("federated",), hospitals=HOSPITALS, central=True):
         *({**row, "arm": "federated", "name": name} for name in federated),
         {**row, "arm": "local", "name": "local"},
         *(
-            {**row, "arm": "local", "name": f"local: {place}", "hospital": place}
-            for place in hospitals
+            {**row, "arm": "local", "name": f"local: {hospital}", "hospital": hospital}
+            for hospital in hospitals
         ),
     ]
 

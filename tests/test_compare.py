@@ -52,92 +52,36 @@ BUDGET = 60
 SHORT = ("federation.rounds=1", "evaluation.seeds=1")
 Fault = Callable[[int, Any], Any]
 
-TOP = {
-    *(
-        "format",
-        "name",
-        "description",
-        "created",
-        "seeds",
-        "label_names",
-        "exclusive",
-        "resolution",
-        "channels",
-        "hospitals",
-    ),
-    *(
-        "margin",
-        "images_seen_budget",
-        "answer",
-        "arms",
-        "summary",
-        "comparisons",
-        "cross_hospital",
-        "contribution",
-        "extractor",
-    ),
-    *("classifier", "suite", "frechet_threshold", "not_measured", "notes", "provenance"),
-}
-ARM = {
-    *(
-        "arm",
-        "name",
-        "seed",
-        "folder",
-        "status",
-        "failure",
-        "images_seen",
-        "hospital_images",
-        "overrides",
-        "cost",
-        "curve",
-    ),
-    *("losses", "evaluation", "hospital_models"),
-}
-COST = {
-    "wall_seconds",
-    "core_seconds",
-    "bytes_exchanged",
-    "peak_memory_bytes",
-    "rounds",
-    "kimg_to_frechet",
-}
-ROW = {
-    *(
-        "arm",
-        "name",
-        "seeds",
-        "images_seen",
-        "hospital",
-        "macro_auc",
-        "macro_auc_ci",
-        "macro_auc_seeds",
-        "balanced_accuracy",
-    ),
-    *(
-        "macro_auprc",
-        "frechet",
-        "frechet_seeds",
-        "recall",
-        "coverage",
-        "per_class",
-        "per_institution",
-    ),
-}
-PAIR = {
-    "family",
-    "a",
-    "b",
-    "metric",
-    "difference",
-    "ci",
-    "p_value",
-    "p_holm",
-    "margin",
-    "non_inferior",
-    "better",
-    "images",
-}
+
+def keys(text: str) -> set[str]:
+    return set(text.split())
+
+
+TOP = keys(
+    """
+    format name description created seeds label_names exclusive resolution channels hospitals
+    margin images_seen_budget answer arms summary comparisons cross_hospital contribution
+    extractor classifier suite frechet_threshold not_measured notes provenance
+    """
+)
+ARM = keys(
+    """
+    arm name seed folder status failure images_seen hospital_images overrides cost curve losses
+    evaluation hospital_models
+    """
+)
+COST = keys("wall_seconds core_seconds bytes_exchanged peak_memory_bytes rounds kimg_to_frechet")
+ROW = keys(
+    """
+    arm name seeds images_seen hospital macro_auc macro_auc_ci macro_auc_seeds balanced_accuracy
+    macro_auprc frechet frechet_seeds recall coverage per_class per_institution
+    """
+)
+PAIR = keys(
+    """
+    family a b metric difference ci p_value p_holm margin non_inferior better images
+    """
+)
 
 
 @pytest.fixture(autouse=True)
@@ -224,9 +168,9 @@ class Finished:
     found: dict[str, Any]
     events: list[dict[str, Any]]
 
-    def copy(self, place: Path) -> ComparisonFolder:
-        shutil.copytree(self.folder.path, place / "study")
-        return ComparisonFolder.at(place / "study")
+    def copy(self, parent: Path) -> ComparisonFolder:
+        shutil.copytree(self.folder.path, parent / "study")
+        return ComparisonFolder.at(parent / "study")
 
     def changed(self, *overrides: str) -> Settings:
         return from_dict(to_dict(self.settings), overrides)
@@ -234,9 +178,9 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    place = tmp_path_factory.mktemp("compare")
-    settings = study(write_shards(place / "data", SIZES))
-    folder, events = ComparisonFolder.at(place / "study"), list[dict[str, Any]]()
+    root = tmp_path_factory.mktemp("compare")
+    settings = study(write_shards(root / "data", SIZES))
+    folder, events = ComparisonFolder.at(root / "study"), list[dict[str, Any]]()
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         here(patch)
@@ -499,9 +443,9 @@ def test_unusable_settings_are_refused_before_anything_is_written(
 ) -> None:
     folder, fresh = finished.copy(tmp_path), ComparisonFolder.at(tmp_path / "fresh")
     before = contents(folder)
-    for place in (folder, fresh):
+    for each in (folder, fresh):
         with pytest.raises(FedganError) as caught:
-            compare(finished.changed(change), place)
+            compare(finished.changed(change), each)
         assert text in str(caught.value)
     assert contents(folder) == before
     assert not [path for path in contents(fresh) if not path.name.startswith(".")]
@@ -541,11 +485,11 @@ def test_modified_evaluation_file_is_evaluated_again(finished: Finished, tmp_pat
 @pytest.mark.usefixtures("in_process")
 def test_real_sample_grid_follows_show_real(finished: Finished, tmp_path: Path) -> None:
     folder, events = finished.copy(tmp_path), list[dict[str, Any]]()
-    place = folder.samples / "real.png"
+    path = folder.samples / "real.png"
     shown = []
     for show in ("phantoms", "all", "none"):
         compare(finished.changed(f"evaluation.show_real={show}"), folder, events.append)
-        shown.append(place.exists())
+        shown.append(path.exists())
     assert shown == [False, True, False]
     assert started(events) == []  # the setting changes no figure
 

@@ -108,9 +108,9 @@ def scenario(data: Path, *overrides: str) -> Settings:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> ComparisonFolder:
     """A comparison whose arms are trained and not evaluated."""
-    place = tmp_path_factory.mktemp("trained")
-    folder = ComparisonFolder.at(place / "study")
-    settings = scenario(write_data(place / "data"))
+    root = tmp_path_factory.mktemp("trained")
+    folder = ComparisonFolder.at(root / "study")
+    settings = scenario(write_data(root / "data"))
     prepare(settings, folder, lambda event: None)
     for arm in plan_of(settings, folder):
         for job in arm.jobs:
@@ -131,9 +131,9 @@ def evaluated(
     return folder
 
 
-def copy(folder: ComparisonFolder, place: Path, *overrides: str) -> ComparisonFolder:
+def copy(folder: ComparisonFolder, root: Path, *overrides: str) -> ComparisonFolder:
     """A copy of the comparison with changed settings."""
-    found = ComparisonFolder.at(place / "study")
+    found = ComparisonFolder.at(root / "study")
     shutil.copytree(folder.path, found.path)
     found.write_settings(from_dict(to_dict(found.settings()), overrides))
     return found

@@ -28,7 +28,7 @@ from pathlib import Path
 from fedgan.errors import DataError
 from simulations.comparison.worker import run_worker
 
-what, place, cores = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+what, folder, cores = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 
 def work(on_event):
     on_event({"event": "begun", "pid": os.getpid(), "cores": cores,
@@ -42,9 +42,9 @@ def work(on_event):
     if what == "die":
         os._exit(9)
     if what == "meet":  # ends when another process runs at the same time
-        (place / str(os.getpid())).touch()
+        (folder / str(os.getpid())).touch()
         end = time.monotonic() + 60
-        while len(list(place.iterdir())) < 2:
+        while len(list(folder.iterdir())) < 2:
             if time.monotonic() > end:
                 raise TimeoutError("no other process")
             time.sleep(0.02)
@@ -52,7 +52,7 @@ def work(on_event):
         try:
             time.sleep(120)
         finally:
-            (place / f"ended-{os.getpid()}").touch()
+            (folder / f"ended-{os.getpid()}").touch()
 
 run_worker(work, cores)
 '''
@@ -63,14 +63,14 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A module `worker` for tasks, and an empty folder for the files of its processes."""
     (tmp_path / "worker.py").write_text(WORKER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    place = tmp_path / "place"
-    place.mkdir()
-    return place
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    return folder
 
 
-def task(name: str, place: Path, what: str = "do", **changes: Any) -> Task:
+def task(name: str, folder: Path, what: str = "do", **changes: Any) -> Task:
     return Task(
-        name, "worker", (what, str(place)), place.parent / "logs" / f"{name}.log", **changes
+        name, "worker", (what, str(folder)), folder.parent / "logs" / f"{name}.log", **changes
     )
 
 
@@ -266,8 +266,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from simulations.comparison.scheduler import Task, core_groups, run_tasks
-place = Path(sys.argv[1])
-tasks = [Task("one", "worker", ("wait", str(place)), place.parent / "one.log")]
+folder = Path(sys.argv[1])
+tasks = [Task("one", "worker", ("wait", str(folder)), folder.parent / "one.log")]
 run_tasks(tasks, core_groups(1, 1), lambda event: print(json.dumps(event), flush=True))
 """
 

@@ -62,8 +62,8 @@ def comparison(path: Path, settings: Settings) -> list[Arm]:
 def small(
     data: Path, *overrides: str, arms: str = "centralized", hospitals: int = 2, rounds: int = 3
 ) -> Settings:
-    words = [f"comparison.arms={arms}", "comparison.seeds=1", *overrides]
-    return tiny(data, *words, hospitals=hospitals, rounds=rounds, kimg=0.012 * rounds)
+    changes = [f"comparison.arms={arms}", "comparison.seeds=1", *overrides]
+    return tiny(data, *changes, hospitals=hospitals, rounds=rounds, kimg=0.012 * rounds)
 
 
 def at_end(event_round: int, error: type[BaseException]) -> Callable[[dict[str, Any]], None]:
@@ -248,14 +248,14 @@ def test_second_process_in_one_folder_is_refused(
 @pytest.fixture(scope="module")
 def tuning(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Arm]:
     """A federation of three rounds with changed ADA, and the arm that continues its round 2."""
-    place = tmp_path_factory.mktemp("tuning")
-    data = write_shards(place / "data", (40, 24))
-    words = (
+    root = tmp_path_factory.mktemp("tuning")
+    data = write_shards(root / "data", (40, 24))
+    changes = (
         *("evaluation.every=1", "comparison.finetune_share=0.3"),
         *("augment.interval=1", "augment.speed_kimg=0.1", "training.ema_rampup=1"),
     )
     federated, finetuned = comparison(
-        place / "study", small(data, *words, arms="federated,finetuned")
+        root / "study", small(data, *changes, arms="federated,finetuned")
     )
     (source,) = federated.jobs
     assert source.kind == FEDERATION

@@ -42,7 +42,7 @@ class Task:
 
 
 def core_groups(threads: int, slots: int | None = None) -> list[tuple[int, ...]]:
-    """Disjoint groups of `threads` usable cores (0: all cores), at most `slots` of them."""
+    """Disjoint groups of `threads` usable cores (0: all cores), at most `slots`."""
     affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
     cores = sorted(affinity(0))[: usable_cores()] if affinity else list(range(usable_cores()))
     size = min(threads or len(cores), len(cores))
