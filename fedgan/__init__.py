@@ -1,3 +1,3 @@
-"""fedgan: hospitals train one StyleGAN2-ADA together. This package knows nothing of Flower."""
+"""fedgan: federated training of one generative model over hospitals (independent of Flower)."""
 
 __version__ = "0.1.0"

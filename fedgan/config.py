@@ -1,8 +1,11 @@
-"""Settings: frozen, typed, one line of meaning for each field.
+"""Settings: frozen, typed, one line of meaning per field.
 
-A scenario is one TOML file; every key can be set from the command line as `section.key=value`.
-An unknown key or a value of the wrong kind is a `ConfigError` that names the nearest right one.
-The meaning of a field (`meaning(...)`) is the documentation and the command line's help at once.
+A scenario is one TOML file; `section.key=value` on the command line overrides a key.
+
+    settings = load_scenario("simulations/three_hospitals.toml", ["training.kimg=100"])
+
+An unknown key or an invalid value raises `ConfigError` with the nearest valid one. The metadata of
+a field (meaning, choices, range) is its documentation and the help of the command line.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any, TypeVar
 
 from fedgan.errors import ConfigError
 
+FORMAT = 2  # of the settings that a run keeps (config.toml); a scenario needs no format
 STRATEGIES = (
     "fedavg",
     "fedprox",
@@ -33,6 +37,10 @@ STRATEGIES = (
 PARTS = ("generator", "discriminator", "ema")
 FAMILIES = ("stylegan2",)
 CLASSIFIERS = ("small-cnn", "resnet18", "densenet121", "efficientnet-b2")
+PIPES = (
+    *("blit", "geom", "color", "filter", "noise", "cutout"),
+    *("b", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"),
+)
 T = TypeVar("T")
 
 
@@ -43,7 +51,7 @@ def meaning(
     low: float | None = None,
     high: float | None = None,
 ) -> T:
-    """A field with its default, its one line of meaning and the values that it may take."""
+    """A field with its default, its one line of meaning, and its choices or range."""
     return field(
         default=default, metadata={"meaning": text, "choices": choices, "low": low, "high": high}
     )
@@ -51,41 +59,35 @@ def meaning(
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which images, and how they are dealt to the hospitals."""
+    """The images, and their partition over the hospitals."""
 
     root: str = meaning(
         "",
-        "Folder of shards (one sub-folder a hospital) or one shard; empty: phantoms are drawn for the run.",
+        "Folder of shards (one sub-folder per hospital), or one shard; empty: phantoms.",
     )
     resolution: int = meaning(
-        32,
-        "Side of the square images in pixels, a power of two from 16 to 1024.",
-        low=16,
-        high=1024,
+        32, "Side of the square images in pixels; a power of two.", low=16, high=1024
     )
     phantoms: str = meaning(
-        "lesions", "What is drawn when root is empty.", choices=("lesions", "chest")
+        "lesions", "Kind of procedural images when root is empty.", choices=("lesions", "chest")
     )
-    phantom_images: int = meaning(3000, "Number of phantom images over all hospitals.", low=30)
+    phantom_images: int = meaning(3000, "Number of phantoms over all hospitals.", low=30)
     label_map: str = meaning(
-        "",
-        "Merges labels when shards are opened, e.g. 'normal=normal,*=abnormal'; empty: as they are.",
+        "", "Merges labels of the shards, e.g. 'normal=normal,*=abnormal'; empty: no change."
     )
     partition: str = meaning(
         "institution",
-        "How images are dealt to hospitals: a shard each, or one pool re-dealt.",
+        "institution: one shard per hospital; others: all images are pooled and partitioned anew.",
         choices=("institution", "iid", "dirichlet", "quantities"),
     )
     alpha: float = meaning(
-        0.5, "Concentration of the Dirichlet label skew; small is more unequal.", low=1e-3
+        0.5, "Concentration of the Dirichlet label skew; smaller is more unequal.", low=1e-3
     )
     quantities: tuple[int, ...] = meaning(
-        (), "Images for each hospital when partition is 'quantities', e.g. [2000, 10000, 20000]."
+        (), "Images per hospital when partition is 'quantities', e.g. [2000, 10000, 20000]."
     )
     seed: int = meaning(
-        -1,
-        "Seed of phantoms and of the dealing; -1: seed. Runs that differ in seed alone can share it.",
-        low=-1,
+        -1, "Seed of phantoms and partition; -1: seed. Runs with other seeds can share it.", low=-1
     )
 
 
@@ -100,24 +102,22 @@ class ModelSettings:
         2, "Fully connected layers of the generator's mapping network.", low=1
     )
     channel_base: int = meaning(
-        2048, "Channels at resolution r are min(channel_base / r, channel_max).", low=16
+        2048, "Channels at resolution r: min(channel_base / r, channel_max).", low=16
     )
-    channel_max: int = meaning(64, "Most channels of any layer.", low=4)
+    channel_max: int = meaning(64, "Maximum of channels per layer.", low=4)
     minibatch_std_group: int = meaning(
         4, "Group size of the discriminator's minibatch-std layer; 0: no such layer.", low=0
     )
     d_channel_base: int = meaning(0, "channel_base of the discriminator; 0: channel_base.", low=0)
     d_channel_max: int = meaning(0, "channel_max of the discriminator; 0: channel_max.", low=0)
     hospitals: int = meaning(
-        0,
-        "Hospitals that the networks tell apart beside the labels: federation.hospitals, or 0 for none.",
-        low=0,
+        0, "Condition networks on the hospital: federation.hospitals, or 0: on labels only.", low=0
     )
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """Adaptive discriminator augmentation (arXiv 2006.06676)."""
+    """Adaptive discriminator augmentation (ADA, arXiv 2006.06676)."""
 
     mode: str = meaning(
         "ada",
@@ -127,53 +127,38 @@ class AugmentSettings:
     pipe: str = meaning(
         "bgc",
         "Transforms: b blit, g geometry, c colour, f filter, n noise, c cut-out.",
-        choices=(
-            "blit",
-            "geom",
-            "color",
-            "filter",
-            "noise",
-            "cutout",
-            "b",
-            "bg",
-            "bgc",
-            "bgcf",
-            "bgcfn",
-            "bgcfnc",
-        ),
+        choices=PIPES,
     )
-    p: float = meaning(0.0, "Strength at the start (ada) or throughout (fixed).", low=0.0, high=1.0)
-    target: float = meaning(0.6, "The r_t that ADA aims at.", low=-1.0, high=1.0)
-    interval: int = meaning(4, "Steps between two adjustments of p.", low=1)
+    p: float = meaning(
+        0.0, "Augmentation probability at the start (ada) or throughout (fixed).", low=0.0, high=1.0
+    )
+    target: float = meaning(0.6, "Target of r_t for ADA.", low=-1.0, high=1.0)
+    interval: int = meaning(4, "Steps per adjustment of p.", low=1)
     speed_kimg: float = meaning(
-        100.0, "Images (thousands) in which p can rise from 0 to 1.", low=0.1
+        100.0, "Thousands of images in which p can rise from 0 to 1.", low=0.1
     )
-    mirror: bool = meaning(
-        False, "Show each real image flipped left to right with probability 1/2."
-    )
+    mirror: bool = meaning(False, "Flip real images left to right with probability 1/2.")
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The one training loop, the same in every arm."""
+    """The training loop, the same in every arm."""
 
     kimg: float = meaning(
-        20.0,
-        "Real images shown to discriminators, in thousands, summed over the hospitals.",
-        low=0.001,
+        20.0, "Budget: thousands of real images seen, summed over the hospitals.", low=0.001
     )
-    batch_size: int = meaning(16, "Real images a discriminator step.", low=1)
-    generator_batch: int = meaning(0, "Images a generator step; 0: batch_size.", low=0)
-    d_steps: int = meaning(1, "Discriminator steps a generator step.", low=1)
+    batch_size: int = meaning(16, "Real images per discriminator step.", low=1)
+    generator_batch: int = meaning(0, "Images per generator step; 0: batch_size.", low=0)
+    d_steps: int = meaning(1, "Discriminator steps per generator step.", low=1)
     d_accuracy: float = meaning(
         0.0,
-        "The generator waits until D calls this share of its images fake, for 16 * d_steps at most; 0: no waiting.",
+        "G waits, up to 16 * d_steps, until D calls this share of its images fake; 0: never.",
         low=0.0,
         high=1.0,
     )
     d_average: float = meaning(
         0.0,
-        "The generator learns from an average of D with this decay a step; 0: from D.",
+        "Decay per step of an average of D that trains the generator; 0: D itself trains it.",
         low=0.0,
         high=0.9999,
     )
@@ -182,34 +167,33 @@ class TrainingSettings:
     )
     sampling: str = meaning(
         "auto",
-        "Real images of a step: shuffled passes, or a Poisson sample; auto: poisson with privacy, else shuffle.",
+        "Real batches: shuffled passes or Poisson samples; auto: poisson with privacy only.",
         choices=("auto", "shuffle", "poisson"),
     )
     labels: str = meaning(
         "data",
-        "The generator's labels: as frequent as the hospital's own (noised by privacy.label_noise), or uniform.",
+        "Labels of generated images: by frequency in the hospital's own data, or uniform.",
         choices=("data", "uniform"),
     )
     warm_start: str = meaning(
-        "",
-        "Run folder or checkpoint to begin from, made without private images; empty: from scratch.",
+        "", "Run folder or checkpoint, made without private images, to start from; empty: none."
     )
     r1_gamma: float = meaning(
         -1.0, "Weight of R1; -1: 0.0002 * pixels / batch_size (arXiv 2006.06676).", low=-1.0
     )
-    r1_interval: int = meaning(16, "Steps between two R1 regularisations.", low=1)
+    r1_interval: int = meaning(16, "Discriminator steps per R1 step.", low=1)
     path_length_weight: float = meaning(
         2.0, "Weight of path-length regularisation; 0: none.", low=0.0
     )
-    path_length_interval: int = meaning(4, "Steps between two path-length regularisations.", low=1)
+    path_length_interval: int = meaning(4, "Generator steps per path-length step.", low=1)
     style_mixing: float = meaning(
-        0.9, "Probability that two latents share an image.", low=0.0, high=1.0
+        0.9, "Probability that an image mixes the styles of two latents.", low=0.0, high=1.0
     )
     ema_half_life_kimg: float = meaning(
-        -1.0, "Half-life of the generator's average; -1: batch_size * 10 / 32.", low=-1.0
+        -1.0, "Half-life of the generator's average in kimg; -1: batch_size * 10 / 32.", low=-1.0
     )
     ema_rampup: float = meaning(
-        0.05, "Half-life never exceeds this share of the images seen; 0: no ramp-up.", low=0.0
+        0.05, "Limit of the half-life as a share of the images seen; 0: no limit.", low=0.0
     )
     proximal_mu: float = meaning(
         0.0, "Weight of the proximal term of federation.strategy = fedprox; 0: none.", low=0.0
@@ -217,186 +201,158 @@ class TrainingSettings:
     precision: str = meaning(
         "fp32", "fp32, or bf16 activations in the convolutions.", choices=("fp32", "bf16")
     )
-    device: str = meaning("auto", "auto, cpu or cuda.", choices=("auto", "cpu", "cuda"))
+    device: str = meaning("auto", "auto: cuda where available.", choices=("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True)
 class FederationSettings:
-    """Who takes part, how often, and what travels."""
+    """Participants, rounds, aggregation and what travels."""
 
-    hospitals: int = meaning(3, "Number of hospitals that the data is dealt to.", low=1)
+    hospitals: int = meaning(3, "Number of hospitals that the data is partitioned over.", low=1)
     members: tuple[str, ...] = meaning((), "Names of the hospitals that take part; empty: all.")
     rounds: int = meaning(
-        10,
-        "Rounds; each shows training.kimg / rounds thousand images, summed over hospitals.",
-        low=1,
+        10, "Rounds; each shows training.kimg / rounds thousand images over all hospitals.", low=1
     )
     strategy: str = meaning(
         "fedavg", "Aggregation, by the name of Flower's strategy.", choices=STRATEGIES
     )
     weights: str = meaning(
         "size",
-        "Changes are averaged by images (size), their root, or equal; or added up: whole (sum), less if many (damped).",
+        "Update weights: images (size), their root, equal; or a sum of changes, full or damped.",
         choices=("size", "root", "equal", "sum", "damped"),
     )
     label_rows: bool = meaning(
-        False, "A label's embedding is averaged over those hospitals alone that hold the label."
+        False, "Average each label's embedding over the hospitals that hold the label."
     )
     control_variates: bool = meaning(
-        False,
-        "A hospital's steps are corrected by how its last changes differ from everybody's mean (SCAFFOLD).",
+        False, "Correct each hospital's steps by its drift from the mean update (SCAFFOLD)."
     )
     exchange: tuple[str, ...] = meaning(
         PARTS,
-        "What travels; the rest stays in the hospital. Without ema the server averages the generators of its rounds.",
+        "Parts that travel; others stay local. Without ema the server averages the generators.",
         choices=PARTS,
     )
     wire: str = meaning(
         "fp32",
-        "Numbers that travel: fp32, or in half the bytes fp16 or bf16 (wider, coarser), which lose small steps without delta.",
+        "Number format on the wire; fp16 and bf16 halve the bytes but need delta for small steps.",
         choices=("fp32", "fp16", "bf16"),
     )
-    delta: bool = meaning(
-        False, "A hospital answers with what its round changed instead of its model."
-    )
+    delta: bool = meaning(False, "Hospitals send the change of a round instead of the weights.")
     secure: bool = meaning(
-        False,
-        "The server sees the sum of what hospitals changed (SecAgg+), if it keeps to the protocol: no check of single updates.",
+        False, "Secure aggregation (SecAgg+): the server sees sums; it cannot check single updates."
     )
     secure_range: float = meaning(
         4.0,
-        "Under secure, most that a number may change in a round, over the largest of its array; more is cut off.",
+        "With secure, largest change per round over the maximum of its array; more is clipped.",
         low=1e-3,
     )
     share_label_counts: bool = meaning(
-        False,
-        "Hospitals tell the server how many training images of each label they have; refused with privacy.",
+        False, "Hospitals send training images per label to the server; refused with privacy."
     )
     local_images: str = meaning(
         "proportional",
-        "Images of a round: by the hospital's size, or the same for each.",
+        "Images per round: proportional to the hospital's size, or equal for all.",
         choices=("proportional", "equal"),
     )
     batch: str = meaning(
         "each",
-        "each: a step of every hospital is batch_size; shared: batch_size is dealt over them by size.",
+        "each: every hospital's step is batch_size; shared: batch_size is apportioned by size.",
         choices=("each", "shared"),
     )
     threads: int = meaning(
-        1,
-        "CPU threads of one hospital; as many hospitals train at once as the cores hold. 0: all cores.",
-        low=0,
+        1, "CPU threads per hospital; free cores train hospitals in parallel. 0: all cores.", low=0
     )
     min_hospitals: int = meaning(
-        0,
-        "A round goes on with the answers of so many hospitals; 0: it needs those of all that may train.",
-        low=0,
+        0, "Updates that a round needs; 0: those of all hospitals that may train.", low=0
     )
-    join_timeout: float = meaning(60.0, "Seconds to wait for hospitals to come online.", low=1.0)
+    join_timeout: float = meaning(60.0, "Seconds to wait for hospitals to connect.", low=1.0)
     round_timeout: float = meaning(
-        86400.0,
-        "Seconds after which a round goes on without late hospitals, or fails where too few have answered.",
-        low=1.0,
+        86400.0, "Seconds per round; then it goes on without late hospitals, or fails.", low=1.0
     )
     max_update_ratio: float = meaning(
-        10.0,
-        "An update is rejected that is so many times as long as the round's median, for its images; 0: none is.",
-        low=0.0,
+        10.0, "Reject updates this many times longer than the median per image; 0: none.", low=0.0
     )
     max_num_examples: int = meaning(
-        1_000_000, "A hospital that claims more training images is refused.", low=1
+        1_000_000, "Refuse hospitals that report more training images.", low=1
     )
     server_learning_rate: float = meaning(
-        0.01, "Step of the server's optimiser (fedadam, fedyogi).", low=0.0
+        0.01, "Learning rate of the server's optimiser (fedadam, fedyogi).", low=0.0
     )
-    server_momentum: float = meaning(
-        0.5, "Share of the last change that goes on (fedavgm).", low=0.0, high=0.99
-    )
+    server_momentum: float = meaning(0.5, "Server momentum (fedavgm).", low=0.0, high=0.99)
     trim: float = meaning(
         0.2,
-        "Share cut from both ends (fedtrimmedavg); 1 / hospitals or more, else nobody is cut.",
+        "Share trimmed at both ends (fedtrimmedavg); below 1 / hospitals nothing is trimmed.",
         low=0.0,
         high=0.5,
     )
-    malicious: int = meaning(0, "Number of hospitals that krum and multikrum guard against.", low=0)
+    malicious: int = meaning(0, "Malicious hospitals that krum and multikrum must tolerate.", low=0)
 
     @property
     def participants(self) -> int:
-        """How many hospitals train: the members that are named, or all."""
+        """Number of hospitals that train: the named members, or all."""
         return len(self.members) or self.hospitals
 
     @property
     def equal_steps(self) -> bool:
-        """Whether hospitals take as many steps each, whatever their size."""
+        """Whether hospitals of any size take the same number of steps."""
         return self.local_images == "equal" or self.batch == "shared"
 
 
 @dataclass(frozen=True)
 class PrivacySettings:
-    """Differential privacy of the discriminator's training (DP-SGD); off unless epsilon or noise_multiplier is given."""
+    """Differential privacy of D's training (DP-SGD): on with epsilon or noise_multiplier."""
 
     epsilon: float = meaning(
         0.0,
-        "Noise is chosen so that a hospital's whole run costs this epsilon; 0: see noise_multiplier.",
+        "Privacy budget ε of a hospital's whole run; sets the noise. 0: noise_multiplier.",
         low=0.0,
     )
     noise_multiplier: float = meaning(
         -1.0,
-        "Noise over max_grad_norm; 0: clipping without noise, which guarantees nothing; -1: as epsilon asks.",
+        "Noise over max_grad_norm; 0: clipping without noise (no guarantee); -1: by epsilon.",
         low=-1.0,
     )
     delta: float = meaning(
-        0.0,
-        "Probability that the guarantee may fail; 0: 1 / (images or patients of the hospital).",
-        low=0.0,
-        high=0.5,
+        0.0, "δ of the guarantee; 0: 1 / (images or patients of the hospital).", low=0.0, high=0.5
     )
-    max_grad_norm: float = meaning(
-        1.0, "Most that one unit's gradient may measure; larger ones are scaled down.", low=1e-6
-    )
+    max_grad_norm: float = meaning(1.0, "Clipping norm of one unit's gradient.", low=1e-6)
     unit: str = meaning(
-        "image",
-        "Whose presence is hidden: one image's or one patient's.",
-        choices=("image", "patient"),
+        "image", "Unit of privacy: one image or one patient.", choices=("image", "patient")
     )
     images_per_patient: int = meaning(
-        0, "Images of a patient that one step looks at, drawn anew each time; 0: all.", low=0
+        0, "Images per patient and step, drawn anew for each step; 0: all.", low=0
     )
     max_epsilon: float = meaning(
-        0.0, "A hospital stops before its ledger exceeds this, over all runs; 0: no limit.", low=0.0
+        0.0, "Limit of a hospital's spent ε over all its runs; 0: no limit.", low=0.0
     )
     noise_split: str = meaning(
         "by_size",
-        "by_size: each hospital's own noise, for its number of images; equal: the noise that the smallest needs.",
+        "by_size: noise by each hospital's size; equal: all use the noise of the smallest.",
         choices=("by_size", "equal"),
     )
     label_noise: float = meaning(
-        0.0, "Noise on the counts of labels, released once a run; 0: none are released.", low=0.0
+        0.0, "Noise on the label counts, released once per run; 0: not released.", low=0.0
     )
     r_t_noise: float = meaning(
-        0.0,
-        "Noise on the sum of D's signs that moves ADA, accounted with the gradient; 0: not released.",
-        low=0.0,
+        0.0, "Noise on the sum of D's signs that moves ADA; 0: not released.", low=0.0
     )
     public_start: bool = meaning(
-        False, "Declares that training.warm_start was trained on public images alone."
+        False, "Declares that training.warm_start was trained on public images only."
     )
-    r1: bool = meaning(False, "R1 for each image, inside the clipped loss (4 to 6 times as slow).")
+    r1: bool = meaning(False, "R1 per image inside the clipped loss (4 to 6 times slower).")
     chunk: int = meaning(64, "Images whose single gradients are in memory at once.", low=1)
     client_level: str = meaning(
         "none",
-        "Noise that hides a whole hospital's update from the others, clipped by the server or by itself; independent of epsilon.",
+        "Client-level DP: who clips each hospital's update; the server adds noise to the sum.",
         choices=("none", "server", "client"),
     )
     client_noise_multiplier: float = meaning(
-        1.0, "Noise on the sum of the updates over client_clip.", low=0.0
+        1.0, "Client-level noise on the sum of the updates, over client_clip.", low=0.0
     )
-    client_clip: float = meaning(
-        1.0, "Most that one hospital's update of a round may measure; larger ones shrink.", low=1e-6
-    )
+    client_clip: float = meaning(1.0, "Clipping norm of a hospital's update per round.", low=1e-6)
     client_delta: float = meaning(
         1e-5,
-        "Probability that the hospitals' guarantee may fail; 1 / hospitals would promise nothing.",
+        "δ of client-level DP; at 1 / hospitals it would guarantee nothing.",
         low=1e-12,
         high=0.1,
     )
@@ -409,21 +365,21 @@ class PrivacySettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """The central evaluator. It sees real test images and synthetic images, no hospital's training loop."""
+    """The central evaluator, which sees real test images and synthetic images only."""
 
     every: int = meaning(
-        5, "Rounds between two sample grids and Fréchet distances; 0: only at the end.", low=0
+        5, "Rounds per sample grid and Fréchet distance; 0: at the end only.", low=0
     )
-    images: int = meaning(2000, "Synthetic images for the final evaluation.", low=16)
+    images: int = meaning(2000, "Synthetic images in the final evaluation.", low=16)
     suite: str = meaning(
         "full",
-        "full: every figure; quick: classifiers on real and on synthetic images, and distances over all images.",
+        "full: every metric; quick: classifiers (TSTR, TRTR) and distances over all images.",
         choices=("full", "quick"),
     )
     classifier: str = meaning("small-cnn", "Network of the classifiers.", choices=CLASSIFIERS)
     precision: str = meaning(
         "fp32",
-        "Of the classifiers' training: fp32, or bf16 (faster on a CPU with bf16 instructions, slower without).",
+        "Training of the classifiers; bf16 is faster only on CPUs with bf16 instructions.",
         choices=("fp32", "bf16"),
     )
     label_map: str = meaning(
@@ -431,60 +387,51 @@ class EvaluationSettings:
     )
     seeds: int = meaning(2, "Classifier trainings with different seeds.", low=1)
     epochs: int = meaning(
-        12, "Passes of a classifier over as many images as the real training split has.", low=1
+        12, "Passes per classifier over as many images as the real training split has.", low=1
     )
-    bootstrap: int = meaning(1000, "Resamples of the test images for the 95 % intervals.", low=10)
+    bootstrap: int = meaning(1000, "Resamples of the test images for 95 % intervals.", low=10)
     features: str = meaning(
         "reference",
-        "Extractor: 'reference' (a classifier trained on real images), or a weights file: SqueezeNet (.npz), "
-        "Inception-v3 or the state dict of torchxrayvision's DenseNet-121 (.pth, .safetensors).",
+        "Extractor: reference (classifier of real images), or weights (.npz, .pth, .safetensors).",
     )
-    neighbours: int = meaning(5, "k of precision, recall, density and coverage.", low=1)
-    root: str = meaning(
-        "", "Shards that hold the real images for the evaluation; empty: data.root."
-    )
-    psi: float = meaning(
-        1.0, "Truncation of the images that are evaluated; 1: none.", low=0.0, high=1.0
-    )
+    neighbours: int = meaning(5, "k of precision, recall, density and coverage (PRDC).", low=1)
+    root: str = meaning("", "Shards with the real images for evaluation; empty: data.root.")
+    psi: float = meaning(1.0, "Truncation of the evaluated images; 1: none.", low=0.0, high=1.0)
     show_real: str = meaning(
         "phantoms",
-        "Real images on the page: phantoms (drawn ones only), all (also those of data.root: see who may), none.",
+        "Real images in the report: phantoms only; all: also those of data.root; none.",
         choices=("phantoms", "all", "none"),
     )
 
 
 @dataclass(frozen=True)
 class ComparisonSettings:
-    """What `fedgan compare` compares. Every arm trains with the scenario's model, augment and training sections."""
+    """Arms of `fedgan compare`; all use the scenario's model, augment and training sections."""
 
     kind: str = meaning(
         "arms",
-        "arms: ways to federate, all else equal; ablation: 'NAME < PARENT: key=value; …' may also change model, augment, "
-        "training and privacy.",
+        "arms: ways to federate; ablation: variants that may also change model, training, privacy.",
         choices=("arms", "ablation"),
     )
     public: tuple[str, ...] = meaning(
-        (),
-        "Keys of the training on public phantoms that an ablation's arm with training.warm_start = 'public' begins from, "
-        "e.g. 'training.kimg=10'; empty: the scenario's, with phantoms of another seed.",
+        (), "Keys of the public pre-training of ablation arms with training.warm_start = 'public'."
     )
     arms: tuple[str, ...] = meaning(
         ("centralized", "federated", "local"),
-        "Kinds of training: centralized, federated, local, generator-only, local-discriminators, finetuned, coalitions, or a "
-        "named federation with keys of its own: 'fedadam: federation.strategy=fedadam'; 'NAME < centralized: …' is a pooled one.",
+        "Arms by kind (see docs, Compare), or 'NAME: key=value; …'; ablation: 'NAME < PARENT: …'.",
     )
-    seeds: int = meaning(3, "Trainings of each arm, with the seeds seed, seed + 1, ….", low=1)
+    seeds: int = meaning(3, "Trainings per arm, with seeds seed, seed + 1, ….", low=1)
     margin: float = meaning(
-        0.02, "Loss of macro AUC below which an arm counts as not inferior.", low=0.0, high=0.5
+        0.02, "Non-inferiority margin: loss of macro AUC that is tolerated.", low=0.0, high=0.5
     )
     frechet: float = meaning(
         0.0,
-        "Fréchet distance of 'kimg to reach'; 0: the largest final distance among the arms, so that all reach it.",
+        "Fréchet distance of 'kimg to reach'; 0: the largest final distance of any arm.",
         low=0.0,
     )
     finetune_share: float = meaning(
         0.2,
-        "Share of the budget that 'finetuned' trains at home, after the federation.",
+        "Share of the budget for the local fine-tuning of the arm 'finetuned'.",
         low=0.01,
         high=0.9,
     )
@@ -494,9 +441,9 @@ class ComparisonSettings:
 class Settings:
     """A whole scenario."""
 
-    name: str = meaning("run", "Name of the scenario; the run folder's default name.")
+    name: str = meaning("run", "Name of the scenario; default name of the run folder.")
     description: str = meaning("", "One sentence for the report.")
-    seed: int = meaning(0, "Seed of everything random.", low=0)
+    seed: int = meaning(0, "Seed of all random numbers.", low=0)
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     augment: AugmentSettings = field(default_factory=AugmentSettings)
@@ -508,15 +455,15 @@ class Settings:
 
     @property
     def shows_real(self) -> bool:
-        """Whether pictures of training images may be written for the page."""
-        drawn = not self.data.root and not self.evaluation.root
+        """Whether the report may show training images."""
+        phantoms = not self.data.root and not self.evaluation.root
         return self.evaluation.show_real == "all" or (
-            self.evaluation.show_real == "phantoms" and drawn
+            self.evaluation.show_real == "phantoms" and phantoms
         )
 
     @property
     def data_seed(self) -> int:
-        """Seed of phantoms and of the dealing: `data.seed`, or `seed` where that is -1."""
+        """Seed of phantoms and partition: `data.seed`, or `seed` where that is -1."""
         return self.seed if self.data.seed < 0 else self.data.seed
 
 
@@ -526,18 +473,31 @@ class Settings:
 def load_scenario(path: str | Path, overrides: typing.Sequence[str] = ()) -> Settings:
     """Read a scenario TOML and apply `section.key=value` overrides, in order.
 
-    Raises `ConfigError` for a missing or broken file, an unknown key, or a value out of range.
+    Raises `ConfigError` for a missing or broken file, an unknown key, a value out of range, or the
+    config.toml of a run in another format.
     """
     path = Path(path)
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"no scenario at {path}: give the path of a TOML file, e.g. simulations/three_hospitals.toml"
+            f"no scenario at {path}: give the path of a TOML file, "
+            "e.g. simulations/three_hospitals.toml"
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from None
+    if "format" in tree:
+        check_format(tree.pop("format"), path)
     return from_dict(tree, overrides, source=str(path))
+
+
+def check_format(found: object, path: Path) -> None:
+    """Raise `ConfigError` unless a run's config.toml has the format of this version."""
+    if found != FORMAT:
+        raise ConfigError(
+            f"{path} has format {found or 'none'}, this version of fedgan reads format {FORMAT}: "
+            "use the version that wrote it, or start a new run"
+        )
 
 
 def from_dict(
@@ -594,66 +554,71 @@ def describe(settings_class: type = Settings, prefix: str = "") -> list[Setting]
 
 
 def validate(settings: Settings) -> Settings:
-    """Check what one field alone cannot show; return the settings. Raises `ConfigError`."""
+    """Check the rules over several keys and return the settings. Raises `ConfigError`."""
     check_resolution(settings.data.resolution, "data.resolution")
     federation, batch = settings.federation, settings.training.batch_size
     group = settings.model.minibatch_std_group
     if group and batch % min(group, batch):
         raise ConfigError(
-            f"training.batch_size = {batch} is no multiple of model.minibatch_std_group = {group}: change one of them"
+            f"training.batch_size = {batch} is no multiple of model.minibatch_std_group = {group}: "
+            "change one of them"
         )
     if (
         settings.data.partition == "quantities"
         and len(settings.data.quantities) != federation.hospitals
     ):
         raise ConfigError(
-            f"data.quantities has {len(settings.data.quantities)} numbers for federation.hospitals = {federation.hospitals}: "
-            "give one a hospital"
+            f"data.quantities has {len(settings.data.quantities)} numbers for "
+            f"federation.hospitals = {federation.hospitals}: give one per hospital"
         )
     for key in ("r1_gamma", "ema_half_life_kimg"):
-        if -1 < getattr(settings.training, key) < 0:
+        value = getattr(settings.training, key)
+        if -1 < value < 0:
             raise ConfigError(
-                f"training.{key} = {getattr(settings.training, key):g} is negative: give -1 (automatic), 0 or more"
+                f"training.{key} = {value:g} is negative: give -1 (automatic), 0 or more"
             )
-    _check_institutions(settings)
+    _check_hospital_condition(settings)
     if federation.min_hospitals > federation.participants:
         raise ConfigError(
-            f"federation.min_hospitals = {federation.min_hospitals}, but {federation.participants} take part: lower it"
+            f"federation.min_hospitals = {federation.min_hospitals}, but "
+            f"{federation.participants} hospitals take part: lower it"
         )
     if not federation.exchange:
         raise ConfigError(f"federation.exchange is empty: name at least one of {', '.join(PARTS)}")
     images = settings.training.kimg * 1000 / federation.rounds
-    shared = federation.batch == "shared"  # then one batch is a step of all hospitals
-    if images < batch * (1 if shared else federation.participants):
-        whose = "" if shared else f" for each of the {federation.participants} hospitals"
+    is_shared = federation.batch == "shared"  # one batch is a step of all hospitals
+    if images < batch * (1 if is_shared else federation.participants):
+        each = "" if is_shared else f" for each of the {federation.participants} hospitals"
         raise ConfigError(
-            f"a round would show {images:.0f} images, less than a batch of {batch}{whose}: "
+            f"a round would show {images:.0f} images, less than a batch of {batch}{each}: "
             "lower federation.rounds or raise training.kimg"
         )
     return settings
 
 
-def _check_institutions(settings: Settings) -> None:
-    known, federation = settings.model.hospitals, settings.federation
-    if known not in (0, federation.hospitals):
+def _check_hospital_condition(settings: Settings) -> None:
+    hospitals, federation = settings.model.hospitals, settings.federation
+    if hospitals not in (0, federation.hospitals):
         raise ConfigError(
-            f"model.hospitals = {known}, but federation.hospitals = {federation.hospitals}: give the same number, or 0"
+            f"model.hospitals = {hospitals}, but federation.hospitals = {federation.hospitals}: "
+            "give the same number, or 0"
         )
-    if known and not federation.share_label_counts:
+    if hospitals and not federation.share_label_counts:
         raise ConfigError(
-            "model.hospitals draws each generated image from one of the hospitals that hold its label, by their shares: "
-            "set federation.share_label_counts = true, which tells the server how many images of each label a hospital has, or "
-            "model.hospitals = 0"
+            "model.hospitals samples the hospital of a generated image from the hospitals' label "
+            "counts: set federation.share_label_counts = true, or model.hospitals = 0"
         )
     if federation.share_label_counts and settings.privacy.client_level != "none":
         raise ConfigError(
-            f"privacy.client_level = '{settings.privacy.client_level}' hides a whole hospital, and federation.share_label_counts = true "
-            "tells how many images of each label it has: set it to false, and model.hospitals, which draws by the counts, to 0"
+            f"privacy.client_level = '{settings.privacy.client_level}' hides a whole hospital, and "
+            "federation.share_label_counts = true reveals its label counts: set it to false, and "
+            "model.hospitals, which needs the counts, to 0"
         )
-    if known and settings.training.labels != "data":
+    if hospitals and settings.training.labels != "data":
         raise ConfigError(
-            f"training.labels = '{settings.training.labels}' asks for labels that a hospital may not hold, and "
-            "model.hospitals for its own images of them: leave training.labels = 'data', or model.hospitals = 0"
+            f"training.labels = '{settings.training.labels}' generates labels that a hospital may "
+            "not hold, but model.hospitals needs its own images of them: set training.labels = "
+            "'data', or model.hospitals = 0"
         )
 
 
@@ -721,7 +686,8 @@ def _coerce(value: Any, hint: Any, item: dataclasses.Field[Any], key: str) -> An
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(
-                f"{key} = {value!r} must be a list, e.g. {list(typing.cast(tuple[Any, ...], item.default))!r}"
+                f"{key} = {value!r} must be a list, "
+                f"e.g. {list(typing.cast(tuple[Any, ...], item.default))!r}"
             )
         inner = typing.get_args(hint)[0]
         return tuple(_scalar(part, inner, item, key) for part in value)
@@ -745,7 +711,8 @@ def _scalar(value: Any, hint: Any, item: dataclasses.Field[Any], key: str) -> An
     choices, low, high = item.metadata["choices"], item.metadata["low"], item.metadata["high"]
     if choices and value not in choices:
         raise ConfigError(
-            f"{key} = '{value}' must be one of {', '.join(choices)}{_hint(str(value), list(choices))}"
+            f"{key} = '{value}' must be one of {', '.join(choices)}"
+            f"{_hint(str(value), list(choices))}"
         )
     if kind in (int, float):
         if not math.isfinite(value):

@@ -1,22 +1,23 @@
-"""Every error that fedgan raises on purpose, and the exit code that the command line ends with.
+"""Errors that fedgan raises on purpose, and the exit codes of the command line.
 
-    FedganError                  1   anything below; also an unexpected failure
-    ├── ConfigError              2   a scenario, a key or a value that cannot be used
-    ├── DataError                3   a shard, a source or a label that cannot be used
+    FedganError                  1   any error below; also an unexpected failure
+    ├── ConfigError              2   an invalid scenario, key or value
+    ├── DataError                3   an invalid shard, source file or label
     │   └── SplitError           3   a patient in two splits
     ├── CheckpointError          4   a checkpoint that is missing, truncated or of another model
     ├── FederationError          5   a hospital or the federation failed; the run can be resumed
     ├── StorageError             6   a disk that is full or not writable
-    └── MachineError        7   a package, a port or a device that is missing or taken
+    └── MachineError             7   a package, port or device that is missing or in use
 
     Ctrl-C                     130   stopped by the user; the run can be resumed
 
-A message is one or two lines: what happened, to which file, key or hospital, and how to mend it.
+A message is one or two lines: what happened, to which file, key or hospital, and how to fix it.
 """
 
 from __future__ import annotations
 
-HOSPITAL_REASON = "hospital: "  # begins a reason that a hospital has scrubbed itself, so that the server may show it
+# Prefix of a message that a hospital has redacted itself: the server may show it.
+HOSPITAL_REASON = "hospital: "
 
 
 class FedganError(Exception):
@@ -26,13 +27,13 @@ class FedganError(Exception):
 
 
 class ConfigError(FedganError):
-    """A scenario, a key or a value that cannot be used."""
+    """An invalid scenario, key or value."""
 
     exit_code = 2
 
 
 class DataError(FedganError):
-    """A shard, a source file or a label that cannot be used."""
+    """An invalid shard, source file or label."""
 
     exit_code = 3
 
@@ -48,18 +49,18 @@ class CheckpointError(FedganError):
 
 
 class FederationError(FedganError):
-    """A hospital or the whole federation failed. The run folder is intact and can be resumed."""
+    """A hospital or the federation failed. The run folder is intact and can be resumed."""
 
     exit_code = 5
 
 
 class StorageError(FedganError):
-    """A disk that is full or a place that cannot be written."""
+    """A disk that is full or not writable."""
 
     exit_code = 6
 
 
 class MachineError(FedganError):
-    """A package, a port or a device that is missing or taken."""
+    """A package, port or device that is missing or in use."""
 
     exit_code = 7

@@ -1,7 +1,6 @@
-"""Atomic writes: a reader sees the old file or the new one, never a half.
+"""Atomic writes: a reader sees the old file or the new one, never a part.
 
-Every file that a run leaves behind goes through `atomic_path`. An error of the operating system
-(disk full, no permission) becomes one `StorageError` that names the place.
+An error of the operating system (disk full, no permission) becomes a `StorageError` with the path.
 """
 
 from __future__ import annotations
@@ -24,18 +23,16 @@ def _read_umask() -> int:
     return umask
 
 
-UMASK = (
-    _read_umask()
-)  # read once, before there are threads: to read it is to set it for all of them
+UMASK = _read_umask()  # once, before there are threads: reading sets it for all of them
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path, private: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed and renamed onto `path`.
 
-    A `private` file has mode 0600 from its first byte on, others get the mode that the umask gives.
-    On any exception the temporary file is removed and `path` is as it was. Raises `StorageError`
-    when the operating system refuses (full disk, read-only folder).
+    A `private` file has mode 0600 from its first byte on, others the mode of the umask. On any
+    exception the temporary file is removed and `path` is unchanged. Raises `StorageError` for
+    errors of the operating system (full disk, read-only folder).
     """
     path = Path(path)
     try:
@@ -60,12 +57,12 @@ def atomic_path(path: str | Path, private: bool = False) -> Iterator[Path]:
 
 
 def publish(temporary: Path) -> None:
-    """Give a file of `mkstemp` or a folder of `mkdtemp`, private so far, the mode that the user's umask gives to new ones."""
+    """Give a private file or folder of `tempfile` the mode of new ones under the umask."""
     os.chmod(temporary, (0o777 if temporary.is_dir() else 0o666) & ~UMASK)
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder, so that a rename in it outlives a power cut; some network disks cannot, and their files are good."""
+    """Flush a folder, so that a rename survives a power cut; ignored where a disk cannot."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -75,7 +72,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes, private: bool = False) -> None:
-    """Write `data` to `path` atomically, with mode 0600 where it is `private`."""
+    """Write `data` to `path` atomically; `private`: with mode 0600."""
     with atomic_path(path, private) as temporary:
         temporary.write_bytes(data)
 
@@ -86,12 +83,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON to `path` atomically. NaN and infinity are written as null."""
+    """Write `value` as indented JSON to `path` atomically; NaN and infinity become null."""
     write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file; a torn last line (a killed writer) is left out."""
+    """Read a JSON-lines file; lines that are no JSON (a killed writer) are skipped."""
     path = Path(path)
     if not path.is_file():
         return []
@@ -103,18 +100,18 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
-    """Say which place could not be written, why, and what to do."""
-    mend = {
+    """The error for a path that cannot be written: which, why, and how to fix it."""
+    fix = {
         errno.ENOSPC: "the disk is full: free some space or choose another place with --output",
         errno.EROFS: "the disk is read-only: choose another place with --output",
-        errno.EACCES: "permission denied: choose a folder that you may write with --output",
+        errno.EACCES: "permission denied: choose a writable folder with --output",
         errno.ENOTDIR: "a part of the path is a file: choose another place with --output",
     }.get(error.errno or 0, error.strerror or str(error))
-    return StorageError(f"cannot write {path}: {mend}")
+    return StorageError(f"cannot write {path}: {fix}")
 
 
 def _finite(value: Any) -> Any:
-    """Replace numbers that JSON cannot hold by None, all the way down."""
+    """Replace NaN and infinity by None, recursively."""
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What this machine offers to a run: the cores that may be used, and how hospitals share them."""
+"""Cores and memory of this machine, and how hospitals share the cores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and a container's quota where there is one."""
+    """Cores that this process may use, by its affinity and the quota of its container."""
     affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:
@@ -23,20 +23,20 @@ def usable_cores() -> int:
 
 
 def share_cores(threads: int, hospitals: int) -> tuple[int, int]:
-    """(threads of one hospital, hospitals that train at once) for `federation.threads` (0: all cores)."""
+    """(threads per hospital, hospitals in parallel) for `federation.threads` (0: all cores)."""
     cores = usable_cores()
     each = threads or cores
     return each, max(1, min(cores // each, hospitals))
 
 
 def peak_memory() -> int:
-    """Most bytes that this process has held in memory so far, its libraries included."""
+    """Peak memory of this process in bytes, libraries included."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024  # macOS counts bytes, Linux KiB
 
 
 def pin(cores: set[int]) -> None:
-    """Keep this process, and what it starts, on the given cores, where the system can; `usable_cores` follows."""
+    """Pin this process and its children to `cores` where the system can; `usable_cores` follows."""
     setter: Callable[[int, set[int]], None] | None = getattr(os, "sched_setaffinity", None)
     if setter and cores:
         threads = (
@@ -44,6 +44,6 @@ def pin(cores: set[int]) -> None:
             if os.path.isdir("/proc/self/task")
             else []
         )
-        for thread in {0, *threads}:  # libraries made threads of their own when they were imported
-            with contextlib.suppress(OSError):  # one that has ended meanwhile
+        for thread in {0, *threads}:  # libraries start threads on import
+            with contextlib.suppress(OSError):  # it has ended
                 setter(thread, cores)

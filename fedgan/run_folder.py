@@ -1,20 +1,20 @@
-"""The run folder: one place that knows which file of a run lies where.
+"""The run folder: the layout of a run's files.
 
 config.toml               the resolved scenario
 environment.json          versions, machine, experiment id, licences
-hospitals.json            name, counts for each split and class, content hash, of each hospital; of a private run's real images
-                          neither class counts nor hash, but one that is keyed by data.key
-data.key                  the key of that hash, which is published nowhere
-partition.json            rows for each hospital, when one pool was dealt
-metrics.jsonl             one line a round
+hospitals.json            per hospital: name, counts per split and class, content hash;
+                          in a private run no class counts, and the hash is keyed with data.key
+data.key                  the key of that hash; never published
+partition.json            rows per hospital, where one pool was partitioned
+metrics.jsonl             one line per round
 checkpoints/round-N.*     aggregated model (.safetensors + .json)
 samples/*.png             real.png, round-N.png, final.png
-evaluation.json           the central evaluator's numbers
-audit.json                what `fedgan audit` found: numbers alone
-report.html               the page
+evaluation.json           results of the central evaluator
+audit.json                results of `fedgan audit`, without images
+report.html               the report
 cards/                    model card and dataset card, Markdown and JSON
-look.json                 only in a second look (`fedgan evaluate --output`): the run that it looks at
-hospitals/NAME/           what stays in the hospital: its Trainer's state for each round, pictures of its audit
+evaluated-run.json        in a repeated evaluation (`fedgan evaluate --output`): the evaluated run
+hospitals/NAME/           local to the hospital: the state of its Trainer per round, audit pictures
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from typing import Any
 import tomli_w
 
 from fedgan import files
-from fedgan.config import Settings, from_dict, to_dict
+from fedgan.config import FORMAT, Settings, check_format, from_dict, to_dict
 from fedgan.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of one run. Makes no file by itself."""
+    """Paths of one run; creates no files."""
 
     path: Path
 
@@ -89,8 +89,8 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
-    def look(self) -> Path:
-        return self.path / "look.json"
+    def evaluated_run(self) -> Path:
+        return self.path / "evaluated-run.json"
 
     @property
     def cards(self) -> Path:
@@ -98,37 +98,39 @@ class RunFolder:
 
     @property
     def arms(self) -> Path:
-        """Where a comparison keeps its arms, a run folder each; a run has no such folder."""
+        """The arms of a comparison, one run folder each; a run has no such folder."""
         return self.path / "arms"
 
     def refuse_comparison(self) -> None:
-        """Raise `ConfigError` when this folder holds a comparison, which has many models and not one."""
+        """Raise `ConfigError` where this folder is a comparison, which has several models."""
         if self.arms.is_dir():
             example = next(
                 (path for path in sorted(self.arms.iterdir()) if (path / "config.toml").is_file()),
                 self.arms / "NAME",
             )
             raise ConfigError(
-                f"{self.path} is a comparison: go on with it by fedgan compare, or give one of its arms, e.g. {example}"
+                f"{self.path} is a comparison: continue it with fedgan compare, or give one of its "
+                f"arms, e.g. {example}"
             )
 
-    def refuse_look(self) -> None:
-        """Raise `ConfigError` when this folder is a second look: it has the page of a run, but no model."""
-        if self.look.is_file():
+    def refuse_repeated_evaluation(self) -> None:
+        """Raise `ConfigError` where this folder is a repeated evaluation, which has no model."""
+        if self.evaluated_run.is_file():
             raise ConfigError(
-                f"{self.path} is a second look at the run {self.read_json(self.look)['run']}: give that run"
+                f"{self.path} is a repeated evaluation of "
+                f"{self.read_json(self.evaluated_run)['run']}: give that run"
             )
 
     def checkpoint(self, round_number: int) -> Path:
-        """The `.safetensors` of one round; its meaning stands in the `.json` beside it."""
+        """The `.safetensors` of one round; its meaning is in the `.json` beside it."""
         return self.checkpoints / f"round-{round_number:05d}.safetensors"
 
     def hospital_state(self, name: str) -> Path:
-        """Folder that stands for the hospital's own disk in a simulation."""
+        """Folder in place of the hospital's own disk in a simulation."""
         return self.path / "hospitals" / name
 
     def last_round(self) -> int | None:
-        """Number of the newest round whose checkpoint is complete, or None."""
+        """Number of the newest round with a complete checkpoint, or None."""
         rounds = [
             int(found.group(1))
             for file in self.checkpoints.glob("round-*.safetensors")
@@ -139,22 +141,27 @@ class RunFolder:
 
     def write_settings(self, settings: Settings) -> None:
         """Write `config.toml`, the resolved scenario."""
-        files.write_text(self.config, tomli_w.dumps(to_dict(settings)))
+        files.write_text(self.config, tomli_w.dumps({"format": FORMAT, **to_dict(settings)}))
 
     def settings(self) -> Settings:
-        """Read `config.toml`. Raises `ConfigError` when this is no run folder."""
+        """Read `config.toml`.
+
+        Raises `ConfigError` where this is no run folder, or one of another format.
+        """
         if not self.config.is_file():
             raise ConfigError(
-                f"{self.path} is no run folder: it has no config.toml (give the folder that `fedgan simulate` wrote)"
+                f"{self.path} is no run folder: it has no config.toml "
+                "(give the folder that `fedgan simulate` wrote)"
             )
         try:
             tree = tomllib.loads(self.config.read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{self.config} is damaged: {error}") from None
+        check_format(tree.pop("format", None), self.config)
         return from_dict(tree, source=str(self.config))
 
     def read_json(self, path: Path) -> Any:
-        """Read one of the run's JSON files, or None where it is not there yet."""
+        """Content of one of the run's JSON files, or None where it does not exist yet."""
         if not path.is_file():
             return None
         try:

@@ -148,7 +148,7 @@ def find_run(config: Mapping[str, Any]) -> tuple[Settings, RunFolder]:
     """
     values = DEFAULTS | {key: str(value) for key, value in config.items()}
     if values["output"] and (run := RunFolder.at(values["output"])).config.is_file():
-        run.refuse_look()
+        run.refuse_repeated_evaluation()
         if values["settings"] and as_deployed(given_settings(values["settings"])) != run.settings():
             raise ConfigError(
                 f"{run.path} holds a run with other settings: go on with it by fedgan deploy resume {run.path}, "

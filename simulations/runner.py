@@ -97,7 +97,7 @@ def resume(
     `simulate` raises.
     """
     on_event = on_event or (lambda event: None)
-    run.refuse_look()
+    run.refuse_repeated_evaluation()
     settings = run.settings()
     if is_deployed(run):
         raise ConfigError(

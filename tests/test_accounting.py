@@ -120,7 +120,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("multiplier", "expected"), [(0.667, 4.91), (1.0, 1.90)])
-def test_millions_of_steps_cost_by_renyi_what_is_known_of_them(
+def test_rdp_of_millions_of_steps_matches_known_values(
     multiplier: float, expected: float
 ) -> None:
     part = Mechanism(multiplier, 1 / N, 2_400_000)
@@ -132,14 +132,14 @@ def test_millions_of_steps_cost_by_renyi_what_is_known_of_them(
 @pytest.mark.parametrize(
     ("parts", "delta"), [case for case in CASES if case[0][0].noise_multiplier != 0.6]
 )  # it gives up there
-def test_renyi_agrees_with_the_other_library(parts: list[Mechanism], delta: float) -> None:
+def test_rdp_agrees_with_dp_accounting(parts: list[Mechanism], delta: float) -> None:
     assert epsilon_rdp(parts, delta) == pytest.approx(
         RdpAccountant().compose(event(parts)).get_epsilon(delta), rel=0.01
     )
 
 
 @pytest.mark.parametrize(("parts", "delta"), CASES)
-def test_prv_is_within_a_percent_of_the_other_library_and_never_below_the_truth(
+def test_prv_is_within_a_percent_of_dp_accounting(
     parts: list[Mechanism], delta: float
 ) -> None:
     ours = epsilon_prv(parts, delta)
@@ -150,7 +150,7 @@ def test_prv_is_within_a_percent_of_the_other_library_and_never_below_the_truth(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("multiplier", [0.667, 1.0])
-def test_the_other_library_says_the_same_of_millions_of_steps(multiplier: float) -> None:
+def test_prv_of_millions_of_steps_agrees_with_dp_accounting(multiplier: float) -> None:
     """Its own rounding is of the order of half a percent here: a finer width may give a larger upper bound."""
     part = Mechanism(multiplier, 1 / N, 2_400_000)
     assert epsilon_prv([part], 1 / N) == pytest.approx(
@@ -160,7 +160,7 @@ def test_the_other_library_says_the_same_of_millions_of_steps(multiplier: float)
 
 @QUICK
 @given(st.floats(1.0, 8.0), rates, st.integers(1, 60), deltas)
-def test_prv_is_never_below_a_lower_bound_of_the_truth(
+def test_prv_is_above_a_lower_bound_of_epsilon(
     noise: float, q: float, steps: int, delta: float
 ) -> None:
     part = Mechanism(noise, q, steps)
@@ -225,14 +225,14 @@ MANY = [
 
 
 @pytest.mark.parametrize(("parts", "delta"), MANY)
-def test_prv_is_at_most_a_percent_above_the_exact_epsilon_of_many_steps_and_never_below(
+def test_prv_is_at_most_a_percent_above_exact_epsilon(
     parts: list[Mechanism], delta: float
 ) -> None:
     truth = max(integral_epsilon(parts, delta, removed) for removed in (True, False))
     assert truth <= epsilon_prv(parts, delta) <= 1.01 * truth
 
 
-def test_the_integral_is_right_where_there_is_a_closed_form() -> None:
+def test_contour_integral_matches_the_closed_form() -> None:
     parts = [Mechanism(9.0, 1.0, 30)]
     for removed in (True, False):
         assert integral_epsilon(parts, 1e-4, removed) == pytest.approx(
@@ -247,7 +247,7 @@ def test_the_integral_is_right_where_there_is_a_closed_form() -> None:
 @given(noises, rates, deltas)
 @example(0.5, 0.001, 1e-6)  # nearly all of the loss lies a little below 0
 @example(8.0, 0.001, 1e-2)  # ε is 0
-def test_one_sampled_step_costs_what_its_two_densities_say(
+def test_epsilon_of_one_sampled_step_matches_its_densities(
     noise: float, q: float, delta: float
 ) -> None:
     truth, ours = exact_epsilon(noise, q, delta), epsilon_of([Mechanism(noise, q, 1)], delta)
@@ -256,7 +256,7 @@ def test_one_sampled_step_costs_what_its_two_densities_say(
 
 @settings(max_examples=15, deadline=None, derandomize=True, phases=PHASES)
 @given(st.floats(0.3, 30.0), st.integers(1, 1000), deltas)
-def test_what_is_not_sampled_has_the_closed_form_of_the_gaussian_mechanism(
+def test_unsampled_mechanism_has_the_closed_form(
     noise: float, steps: int, delta: float
 ) -> None:
     epsilon = epsilon_of([Mechanism(noise, 1.0, steps)], delta)
@@ -276,7 +276,7 @@ def test_prv_of_a_plain_gaussian_is_the_closed_form(noise: float, delta: float) 
 @pytest.mark.parametrize(
     ("noise", "q"), [(0.6, 0.1), (0.667, 1 / N), (0.5, 0.9), (4.0, 0.3), (1.0, 1.0)]
 )
-def test_each_renyi_divergence_is_the_integral_that_it_stands_for(noise: float, q: float) -> None:
+def test_renyi_divergences_match_their_integrals(noise: float, q: float) -> None:
     """E[(density ratio)^α] over x ~ N(0, σ²), in logarithms, by a sum that is exact for such functions."""
     orders = np.array([order for order in accountants.ORDERS if order < 64])
     x = np.arange(-12 * noise, orders.max() + 12 * noise, noise / 16)
@@ -299,7 +299,7 @@ def test_each_renyi_divergence_is_the_integral_that_it_stands_for(noise: float, 
 
 @QUICK
 @given(parts_, st.builds(Mechanism, noises, rates, st.integers(1, 200)), deltas)
-def test_epsilon_never_falls_when_something_more_is_released(
+def test_epsilon_increases_with_every_release(
     parts: list[Mechanism], more: Mechanism, delta: float
 ) -> None:
     assert epsilon_rdp([*parts, more], delta) >= epsilon_rdp(parts, delta) * (1 - 1e-9)
@@ -309,7 +309,7 @@ def test_epsilon_never_falls_when_something_more_is_released(
 
 @QUICK
 @given(parts_, deltas)
-def test_the_order_and_the_grouping_of_releases_do_not_matter(
+def test_epsilon_is_independent_of_order_and_grouping(
     parts: list[Mechanism], delta: float
 ) -> None:
     halves = [
@@ -320,7 +320,7 @@ def test_the_order_and_the_grouping_of_releases_do_not_matter(
     assert epsilon_of(halves, delta) == pytest.approx(epsilon_of(parts, delta), rel=1e-6)
 
 
-def test_plain_gaussians_merge_to_one_and_steps_of_none_vanish() -> None:
+def test_merge_joins_gaussians_and_drops_empty_entries() -> None:
     (only,) = merge(
         [
             Mechanism(3.0, 1.0, 1),
@@ -341,21 +341,21 @@ def test_without_noise_epsilon_is_infinite(noise: float) -> None:
     assert epsilon_of([Mechanism(noise, 0.1, 1), Mechanism(1.0, 0.1, 1)], 1e-5) == math.inf
 
 
-def test_nothing_released_costs_nothing_and_delta_must_mean_something() -> None:
+def test_no_release_costs_nothing_and_delta_is_checked() -> None:
     assert epsilon_of([], 1e-5) == 0.0
     for delta in (0.0, 1.0, -1.0, math.nan):
         with pytest.raises(ConfigError, match="0 < delta < 1"):
             epsilon_of([LONG], delta)
 
 
-def test_where_doubles_carry_no_prv_renyi_answers() -> None:
+def test_epsilon_falls_back_to_rdp_where_prv_fails() -> None:
     part = Mechanism(0.05, 0.5, 50)
     with pytest.raises(ArithmeticError):
         epsilon_prv([part], 1e-5)
     assert epsilon_of([part], 1e-5) == epsilon_rdp([part], 1e-5) < math.inf
 
 
-def test_many_different_mechanisms_share_the_mesh_and_stay_a_bound() -> None:
+def test_prv_of_many_mechanisms_is_a_bound() -> None:
     parts = [Mechanism(1.5 + number / 50, 0.02, 40) for number in range(12)]
     single = [Mechanism(1.5 + 11 / 50, 0.02, 480)]  # all with the least of these noises' costs
     assert epsilon_of(single, 1e-4) <= epsilon_of(parts, 1e-4) <= epsilon_rdp(parts, 1e-4)
@@ -366,7 +366,7 @@ def test_many_different_mechanisms_share_the_mesh_and_stay_a_bound() -> None:
 
 @settings(max_examples=4, deadline=None, derandomize=True, phases=PHASES)
 @given(st.floats(0.5, 20.0), deltas, st.floats(0.002, 0.3), steps_)
-def test_noise_and_steps_are_inverse(epsilon: float, delta: float, q: float, steps: int) -> None:
+def test_noise_for_and_steps_within_are_inverse(epsilon: float, delta: float, q: float, steps: int) -> None:
     noise = noise_for(epsilon, delta, q, steps)
     assume(noise > 0.4)
     assert epsilon_of([Mechanism(noise, q, steps)], delta) <= epsilon
@@ -381,7 +381,7 @@ def test_noise_and_steps_are_inverse(epsilon: float, delta: float, q: float, ste
 @given(
     parts_, st.builds(Mechanism, noises, rates), st.integers(0, 400), st.floats(0.1, 12.0), deltas
 )
-def test_the_steps_that_fit_fit_and_not_many_more_do(
+def test_steps_within_is_the_largest_number_that_fits(
     spent: list[Mechanism], step: Mechanism, most: int, epsilon: float, delta: float
 ) -> None:
     count = steps_within(epsilon, delta, spent, step, most)
@@ -398,20 +398,20 @@ def test_the_steps_that_fit_fit_and_not_many_more_do(
     )
 
 
-def test_the_noise_leaves_room_for_what_else_is_released() -> None:
+def test_noise_for_accounts_for_other_releases() -> None:
     labels = (Mechanism(5.0, 1.0, 1),)
     alone, beside = noise_for(8.0, 1e-3, 0.05, 300), noise_for(8.0, 1e-3, 0.05, 300, labels)
     assert beside > alone
     assert epsilon_of([*labels, Mechanism(beside, 0.05, 300)], 1e-3) <= 8.0
 
 
-def test_the_noise_for_millions_of_steps_is_found() -> None:
+def test_noise_for_supports_millions_of_steps() -> None:
     noise = noise_for(4.5, 1 / N, 1 / N, 2_400_000)
     assert epsilon_of([Mechanism(noise, 1 / N, 2_400_000)], 1 / N) <= 4.5
     assert noise == pytest.approx(0.664, rel=0.01)
 
 
-def test_the_noise_for_a_hospital_is_found_while_one_waits() -> None:
+def test_noise_for_a_hospital_takes_seconds() -> None:
     """Processor time of this thread, because the machine may be busy; generous by a factor of about five."""
     noise_for.__wrapped__(9.0, 1e-3, 0.1, 900)  # what is imported on the way
     before = time.thread_time()
@@ -419,12 +419,12 @@ def test_the_noise_for_a_hospital_is_found_while_one_waits() -> None:
     assert time.thread_time() - before < 8
 
 
-def test_no_noise_is_enough_where_the_labels_alone_cost_too_much() -> None:
+def test_noise_for_refuses_too_expensive_label_counts() -> None:
     with pytest.raises(ConfigError, match="no noise keeps 10 steps"):
         noise_for(1.0, 1e-5, 0.1, 10, (Mechanism(0.5, 1.0, 1),))
 
 
-def test_no_step_fits_where_the_budget_is_spent() -> None:
+def test_no_step_fits_into_a_spent_budget() -> None:
     spent = [Mechanism(1.0, 1.0, 5)]
     assert steps_within(1.0, 1e-5, spent, Mechanism(1.0, 0.1), 10) == 0
     assert steps_within(1.0, 1e-5, [], Mechanism(0.0, 0.1), 10) == 0, (

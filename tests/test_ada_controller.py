@@ -73,7 +73,7 @@ def test_p_moves_only_at_the_end_of_a_window() -> None:
     assert 0.0 < seen[2] == seen[3] == seen[4] < seen[5] == seen[6]
 
 
-def test_r_t_is_the_mean_sign_over_the_whole_window_and_no_more() -> None:
+def test_r_t_is_the_mean_sign_over_the_window() -> None:
     controller = AdaController(AugmentSettings(interval=2))
     run_window(controller, torch.ones(8))
     for logits in (torch.tensor([5.0, -1e-3, 0.0]), torch.tensor([[2.0]])):
@@ -82,7 +82,7 @@ def test_r_t_is_the_mean_sign_over_the_whole_window_and_no_more() -> None:
     assert controller.r_t == pytest.approx((1 - 1 + 0 + 1) / 4)
 
 
-def test_several_observations_in_one_step_count_together() -> None:
+def test_observations_of_one_step_are_summed() -> None:
     controller = AdaController(AugmentSettings(interval=1, speed_kimg=1.0))
     controller.observe(torch.ones(6))
     controller.observe(-torch.ones(2))
@@ -91,19 +91,19 @@ def test_several_observations_in_one_step_count_together() -> None:
     assert controller.p == 0.0  # below 0.6
 
 
-def test_fixed_p_stays_and_r_t_is_still_measured() -> None:
+def test_fixed_mode_keeps_p_and_measures_r_t() -> None:
     controller = AdaController(AugmentSettings(mode="fixed", p=0.3))
     run_window(controller, torch.ones(16))
     assert (controller.p, controller.r_t) == (0.3, 1.0)
 
 
-def test_no_augmentation_means_p_0_whatever_the_start() -> None:
+def test_mode_none_keeps_p_at_0() -> None:
     controller = AdaController(AugmentSettings(mode="none", p=0.3))
     run_window(controller, torch.ones(16))
     assert (controller.p, controller.r_t) == (0.0, 1.0)
 
 
-def test_a_window_without_observations_changes_nothing() -> None:
+def test_window_without_observations_changes_nothing() -> None:
     controller = AdaController(AugmentSettings(p=0.5))
     run_window(controller, torch.ones(16))
     before = (controller.p, controller.r_t)
@@ -112,13 +112,13 @@ def test_a_window_without_observations_changes_nothing() -> None:
     assert (controller.p, controller.r_t) == before
 
 
-def test_logits_that_are_not_numbers_do_not_move_p() -> None:
+def test_nan_logits_do_not_move_p() -> None:
     controller = AdaController(AugmentSettings(p=0.5, target=0.0))
     run_window(controller, torch.full((4,), float("nan")))
     assert controller.p == 0.5
 
 
-def test_observing_keeps_no_graph() -> None:
+def test_observe_keeps_no_graph() -> None:
     logits = torch.ones(4, requires_grad=True)
     controller = AdaController(AugmentSettings())
     controller.observe(logits * 2)
@@ -127,7 +127,7 @@ def test_observing_keeps_no_graph() -> None:
 
 
 @given(stop=st.integers(0, 23), seed=st.integers(0, 999), interval=st.integers(1, 6))
-def test_resume_in_mid_window_is_exact(stop: int, seed: int, interval: int) -> None:
+def test_resume_within_a_window_is_exact(stop: int, seed: int, interval: int) -> None:
     settings = AugmentSettings(p=0.4, target=0.1, interval=interval, speed_kimg=0.7)
     logits = torch.randn(24, 5, generator=torch.Generator().manual_seed(seed))
     whole, first = AdaController(settings), AdaController(settings)
@@ -145,7 +145,7 @@ def test_resume_in_mid_window_is_exact(stop: int, seed: int, interval: int) -> N
     assert second.state() == whole.state()
 
 
-def test_a_state_between_observe_and_step_keeps_the_observation() -> None:
+def test_state_between_observe_and_step_keeps_the_observation() -> None:
     settings = AugmentSettings(interval=1)
     first, second = AdaController(settings), AdaController(settings)
     first.observe(torch.ones(8))
@@ -157,7 +157,7 @@ def test_a_state_between_observe_and_step_keeps_the_observation() -> None:
 
 
 @pytest.mark.parametrize("change", [{"p": 1.5}, {"p": None}, {"steps": -1}, {"images": "many"}])
-def test_a_damaged_state_is_refused_and_nothing_changes(change: dict[str, object]) -> None:
+def test_damaged_state_is_refused_without_changes(change: dict[str, object]) -> None:
     controller = AdaController(AugmentSettings(p=0.4))
     before = controller.state()
     with pytest.raises(CheckpointError, match="ADA state"):
@@ -165,6 +165,6 @@ def test_a_damaged_state_is_refused_and_nothing_changes(change: dict[str, object
     assert controller.state() == before
 
 
-def test_a_state_of_another_program_is_refused() -> None:
+def test_state_of_another_program_is_refused() -> None:
     with pytest.raises(CheckpointError, match="ADA state"):
         AdaController(AugmentSettings()).load_state({"probability": 0.1})

@@ -54,7 +54,7 @@ def smooth_images(batch: int, channels: int, size: int, seed: int = 0) -> torch.
 
 
 @pytest.mark.parametrize("name", [*NAMES, "all"])
-def test_recorded_augmentations_are_reproduced(
+def test_augmentations_match_recorded_images(
     reference_vectors: dict[str, np.ndarray], name: str
 ) -> None:
     names = NAMES if name == "all" else [name]
@@ -72,7 +72,7 @@ def test_recorded_augmentations_are_reproduced(
 
 
 @pytest.mark.parametrize("pipe", PIPES)
-def test_p_0_returns_the_same_bits_and_draws_nothing(pipe: str) -> None:
+def test_p_0_returns_the_same_tensor_and_draws_nothing(pipe: str) -> None:
     images = random_images(4, 3, 16, 16)
     generator = torch.Generator().manual_seed(3)
     before = generator.get_state()
@@ -82,7 +82,7 @@ def test_p_0_returns_the_same_bits_and_draws_nothing(pipe: str) -> None:
 
 
 @pytest.mark.parametrize("pipe", ["bg", "bgc"])
-def test_an_image_that_no_transform_touches_keeps_its_bits(pipe: str) -> None:
+def test_image_without_active_transform_is_bit_identical(pipe: str) -> None:
     images = random_images(64, 3, 16, 16)
     augment = AugmentPipe(pipe)
     drawn = augment.draw(64, 0.05, torch.Generator().manual_seed(1))
@@ -99,7 +99,7 @@ def test_an_image_that_no_transform_touches_keeps_its_bits(pipe: str) -> None:
     assert not same.all()
 
 
-def test_neutral_values_of_every_transform_are_the_identity() -> None:
+def test_neutral_values_are_the_identity() -> None:
     images = random_images(2, 3, 16, 16)
     augment = AugmentPipe("bgcfnc")
     neutral: dict[str, float | torch.Tensor] = {
@@ -192,7 +192,7 @@ angles = st.sampled_from([0.0]) | st.floats(-math.pi, math.pi)
     ),
     st.sampled_from([(9, 9), (8, 8), (9, 8)]),
 )
-def test_the_fast_warp_equals_the_plain_definition(
+def test_warp_equals_its_definition(
     values: dict[str, float], shape: tuple[int, int]
 ) -> None:
     image = random_images(1, 1, *shape, dtype=torch.float64)
@@ -206,7 +206,7 @@ def test_the_fast_warp_equals_the_plain_definition(
     np.testing.assert_allclose(single[0, 0].numpy(), plain, atol=1e-4)
 
 
-def test_the_way_for_aligned_maps_equals_the_way_for_any_map() -> None:
+def test_warp_aligned_equals_warp_any() -> None:
     pipe = AugmentPipe("bg")
     drawn = pipe.draw(40, 0.6, torch.Generator().manual_seed(5))
     drawn["rotate"] = drawn["rotate_after"] = torch.zeros(40, dtype=torch.float64)
@@ -219,7 +219,7 @@ def test_the_way_for_aligned_maps_equals_the_way_for_any_map() -> None:
 
 @pytest.mark.parametrize("kind", ["up", "down"])
 @pytest.mark.parametrize("axis", [2, 3])
-def test_long_axes_resample_in_blocks_as_by_the_whole_matrix(kind: str, axis: int) -> None:
+def test_resampling_in_blocks_equals_the_whole_matrix(kind: str, axis: int) -> None:
     n = 100
     matrix = axis_matrix(kind, n, torch.float64, torch.device("cpu"))
     images = random_images(1, 2, matrix.shape[1], matrix.shape[1], dtype=torch.float64)
@@ -227,7 +227,7 @@ def test_long_axes_resample_in_blocks_as_by_the_whole_matrix(kind: str, axis: in
     torch.testing.assert_close(resample(images, kind, n, axis), whole)
 
 
-def test_one_images_map_does_not_change_another_image() -> None:
+def test_warp_of_one_image_does_not_change_another() -> None:
     pipe = AugmentPipe("bg")
     inverse = inverse_map(pipe.draw(12, 0.5, torch.Generator().manual_seed(2)), 12, 16, 16)
     images = random_images(12, 3, 16, 16)
@@ -261,7 +261,7 @@ def test_pixel_blitting_is_flip_turn_and_shift() -> None:
 
 @given(st.integers(-40, 40), st.integers(-40, 40))
 @settings(max_examples=25)
-def test_an_integer_shift_moves_mirrored_pixels_exactly(x: int, y: int) -> None:
+def test_integer_shift_moves_mirrored_pixels_exactly(x: int, y: int) -> None:
     images = random_images(1, 2, 16, 16)
     shifted = AugmentPipe("blit")(
         images, 1.0, None, values={"xint": torch.tensor([x / 16, y / 16])}
@@ -270,7 +270,7 @@ def test_an_integer_shift_moves_mirrored_pixels_exactly(x: int, y: int) -> None:
     torch.testing.assert_close(shifted, images[:, :, rows][:, :, :, columns], rtol=0, atol=5e-6)
 
 
-def test_scaling_and_rotation_about_the_centre_follow_the_picture() -> None:
+def test_scaling_and_rotation_are_about_the_centre() -> None:
     size = 33
     axis = torch.arange(size).double() - 16
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -296,7 +296,7 @@ def test_scaling_and_rotation_about_the_centre_follow_the_picture() -> None:
 
 
 @pytest.mark.parametrize(("taps", "moments"), [(SYM6, 6), (SYM2, 2)])
-def test_wavelets_are_orthonormal_with_their_vanishing_moments(
+def test_wavelets_are_orthonormal_with_vanishing_moments(
     taps: tuple[float, ...], moments: int
 ) -> None:
     h = np.array(taps)
@@ -310,7 +310,7 @@ def test_wavelets_are_orthonormal_with_their_vanishing_moments(
         assert ((-1.0) ** n * (n / len(h)) ** power * h).sum() == pytest.approx(0.0, abs=1e-9)
 
 
-def test_the_tap_at_which_a_pixel_stands_is_nearest_to_the_filters_centre_of_mass() -> None:
+def test_centre_tap_is_nearest_to_the_centre_of_mass() -> None:
     h = np.array(SYM6)
     assert round((np.arange(12) * h).sum() / h.sum()) == CENTRE_TAP
 
@@ -324,7 +324,7 @@ def test_downsampling_undoes_upsampling(n: int) -> None:
     )
 
 
-def test_the_four_bands_add_up_and_lie_where_they_should() -> None:
+def test_bands_sum_to_one_and_pass_their_frequencies() -> None:
     bands = band_filters()
     centres = np.array([1 / 16, 3 / 16, 3 / 8, 3 / 4]) * math.pi
     total = np.zeros(max(map(len, bands)))
@@ -338,7 +338,7 @@ def test_the_four_bands_add_up_and_lie_where_they_should() -> None:
     np.testing.assert_allclose(total, np.arange(len(total)) == len(total) // 2, atol=1e-12)
 
 
-def test_filtering_is_a_mirrored_convolution_along_both_axes() -> None:
+def test_filtering_is_a_mirrored_convolution() -> None:
     images = random_images(2, 1, 16, 24, dtype=torch.float64)
     amplification = torch.tensor([0.7, 1.6, 2.5, 0.3], dtype=torch.float64)
     gains = band_gains(amplification[None])[0].numpy()
@@ -353,7 +353,7 @@ def test_filtering_is_a_mirrored_convolution_along_both_axes() -> None:
 
 
 @given(st.lists(st.floats(0.1, 10.0), min_size=4, max_size=4))
-def test_amplified_bands_keep_the_expected_power_of_one_band(amplification: list[float]) -> None:
+def test_amplified_bands_keep_the_expected_power(amplification: list[float]) -> None:
     alone = torch.ones(4, 4, dtype=torch.float64)
     alone.fill_diagonal_(0).add_(torch.diag(torch.tensor(amplification, dtype=torch.float64)))
     alone[alone == 0] = 1.0
@@ -391,14 +391,14 @@ def plain_color(rgb: np.ndarray, values: dict[str, float]) -> np.ndarray:
         },
     )
 )
-def test_colour_equals_the_plain_definition(values: dict[str, float]) -> None:
+def test_colour_equals_its_definition(values: dict[str, float]) -> None:
     images = random_images(2, 3, 4, 5)
     fast = AugmentPipe("color")(images, 1.0, None, values=values).numpy()  # type: ignore[arg-type]
     plain = np.apply_along_axis(plain_color, 1, images.double().numpy(), values)
     np.testing.assert_allclose(fast, plain, atol=1e-5)
 
 
-def test_grey_images_take_the_part_of_colour_that_grey_has() -> None:
+def test_grey_images_use_the_grey_part_of_colour() -> None:
     images, color = random_images(3, 1, 16, 16), AugmentPipe("color")
     expected = {
         "brightness": (0.3, images + 0.3),
@@ -413,7 +413,7 @@ def test_grey_images_take_the_part_of_colour_that_grey_has() -> None:
         )
 
 
-def test_grey_images_are_treated_as_rgb_with_equal_channels() -> None:
+def test_grey_images_equal_rgb_with_equal_channels() -> None:
     images = random_images(16, 1, 16, 16)
     grey = AugmentPipe("bgc")(images, 0.8, torch.Generator().manual_seed(4))
     rgb = AugmentPipe("bgc")(images.expand(-1, 3, -1, -1), 0.8, torch.Generator().manual_seed(4))
@@ -421,7 +421,7 @@ def test_grey_images_are_treated_as_rgb_with_equal_channels() -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_colour_refuses_other_numbers_of_channels_even_at_p_0(p: float) -> None:
+def test_colour_refuses_two_channels_even_at_p_0(p: float) -> None:
     with pytest.raises(ConfigError, match="1 or 3 channels, not 2"):
         AugmentPipe("bgc")(random_images(2, 2, 16, 16), p)
     assert AugmentPipe("bg")(random_images(2, 2, 16, 16), p).shape == (2, 2, 16, 16)
@@ -430,7 +430,7 @@ def test_colour_refuses_other_numbers_of_channels_even_at_p_0(p: float) -> None:
 # --- noise and cut-out ---------------------------------------------------------------------------
 
 
-def test_noise_adds_independent_numbers_of_the_given_deviation() -> None:
+def test_noise_has_the_given_standard_deviation() -> None:
     images = random_images(3, 3, 32, 32)
     sigma = torch.tensor([0.0, 0.05, 0.2])
     added = (
@@ -442,7 +442,7 @@ def test_noise_adds_independent_numbers_of_the_given_deviation() -> None:
     assert abs(np.corrcoef(added[2].flatten(1).numpy())[0, 1]) < 0.1
 
 
-def test_cutout_clears_half_the_width_and_height_about_its_centre() -> None:
+def test_cutout_clears_half_the_width_and_height() -> None:
     images = torch.ones(3, 2, 16, 16)
     where = torch.tensor([[1.0, 0.5, 0.5], [1.0, 0.0, 1.0], [0.0, 0.5, 0.5]])
     result = AugmentPipe("cutout")(images, 1.0, None, values={"cutout": where})
@@ -467,7 +467,7 @@ def drawn() -> dict[str, torch.Tensor]:
     return AugmentPipe("bgcfnc").draw(DRAWS, 0.3, torch.Generator().manual_seed(11))
 
 
-def test_each_transform_takes_part_with_probability_p(drawn: dict[str, torch.Tensor]) -> None:
+def test_each_transform_is_active_with_probability_p(drawn: dict[str, torch.Tensor]) -> None:
     shares = {
         "xflip": 0.15,
         "lumaflip": 0.15,
@@ -482,13 +482,13 @@ def test_each_transform_takes_part_with_probability_p(drawn: dict[str, torch.Ten
             assert within_binomial_bounds(touched, shares.get(name, 0.3)), name
 
 
-def test_some_rotation_happens_with_probability_p(drawn: dict[str, torch.Tensor]) -> None:
+def test_rotation_is_active_with_probability_p(drawn: dict[str, torch.Tensor]) -> None:
     assert within_binomial_bounds(
         int(((drawn["rotate"] != 0) | (drawn["rotate_after"] != 0)).sum()), 0.3
     )
 
 
-def test_all_numbers_of_one_transform_take_part_together_but_bands_each_for_itself(
+def test_numbers_of_a_transform_share_one_gate_except_bands(
     drawn: dict[str, torch.Tensor],
 ) -> None:
     for name in ("xint", "xfrac", "cutout"):
@@ -498,7 +498,7 @@ def test_all_numbers_of_one_transform_take_part_together_but_bands_each_for_itse
     assert within_binomial_bounds(int((bands == 0).sum()), 0.7**4)
 
 
-def test_transforms_take_part_independently(drawn: dict[str, torch.Tensor]) -> None:
+def test_transforms_are_active_independently(drawn: dict[str, torch.Tensor]) -> None:
     touched = np.stack(
         [
             (drawn[name] != NEUTRAL.get(name, 0.0)).numpy()
@@ -542,7 +542,7 @@ def test_the_two_axes_are_shifted_independently() -> None:
 
 
 @pytest.mark.parametrize("pipe", PIPES)
-def test_the_same_generator_state_gives_the_same_images_and_leaves_torchs_own_alone(
+def test_generator_state_determines_the_augmented_images(
     pipe: str,
 ) -> None:
     images, augment = random_images(6, 3, 16, 16), AugmentPipe(pipe)
@@ -559,7 +559,7 @@ def test_the_same_generator_state_gives_the_same_images_and_leaves_torchs_own_al
 
 
 @pytest.mark.parametrize("pipe", ["bgc", "bgcfnc"])
-def test_the_number_of_draws_does_not_depend_on_p(pipe: str) -> None:
+def test_number_of_draws_does_not_depend_on_p(pipe: str) -> None:
     states = []
     for p in (0.01, 0.5, 1.0):
         generator = torch.Generator().manual_seed(9)
@@ -572,7 +572,7 @@ def test_the_number_of_draws_does_not_depend_on_p(pipe: str) -> None:
 # --- gradients, types, refusals ------------------------------------------------------------------
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_match_finite_differences() -> None:
     images = random_images(3, 3, 5, 5, dtype=torch.float64).requires_grad_(True)
     still, scaled, turned = 0, 1, 2
     values: dict[str, float | torch.Tensor] = {
@@ -594,7 +594,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("pipe", PIPES)
-def test_every_pipe_runs_and_lets_gradients_through(pipe: str, channels: int) -> None:
+def test_every_pipe_is_differentiable(pipe: str, channels: int) -> None:
     images = random_images(8, channels, 16, 16).requires_grad_(True)
     result = AugmentPipe(pipe)(images, 0.9, torch.Generator().manual_seed(1))
     assert (result.shape, result.dtype) == (images.shape, images.dtype)
@@ -604,7 +604,7 @@ def test_every_pipe_runs_and_lets_gradients_through(pipe: str, channels: int) ->
     assert (images.grad.flatten(1).abs().sum(dim=1) > 0).all()
 
 
-def test_autocast_and_bfloat16_images_are_computed_in_single_precision() -> None:
+def test_autocast_and_bfloat16_use_float32() -> None:
     images, augment = random_images(8, 3, 16, 16).bfloat16(), AugmentPipe("bgcf")
     exact = augment(images.float(), 0.8, torch.Generator().manual_seed(2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -614,7 +614,7 @@ def test_autocast_and_bfloat16_images_are_computed_in_single_precision() -> None
     assert torch.equal(half, exact.bfloat16())
 
 
-def test_matrices_made_in_inference_mode_serve_a_later_backward_pass() -> None:
+def test_matrices_of_inference_mode_support_backward() -> None:
     images = random_images(2, 3, 14, 14)  # a size that no other test uses
     with torch.inference_mode():
         AugmentPipe("bgcf")(images, 1.0, torch.Generator().manual_seed(1))
@@ -632,7 +632,7 @@ def test_channels_last_images_give_the_same_result() -> None:
     torch.testing.assert_close(plain, last, rtol=0, atol=1e-5)
 
 
-def test_what_cannot_be_done_is_refused_in_one_sentence() -> None:
+def test_invalid_arguments_raise_config_error() -> None:
     images = random_images(2, 3, 16, 16)
     with pytest.raises(ConfigError, match=r"augment\.pipe = 'bgx' must be one of"):
         AugmentPipe("bgx")

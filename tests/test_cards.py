@@ -520,7 +520,7 @@ def test_a_run_without_classes_or_distances_says_so(tmp_path: Path) -> None:
 
 def test_a_second_look_has_cards_without_a_model(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    files.write_json(run.look, {"run": f"{SECRET}/other"})
+    files.write_json(run.evaluated_run, {"run": f"{SECRET}/other"})
     write_cards(run)
     model, page, *_ = cards_of(run.path)
     assert model["details"]["sha256"] is None

@@ -356,14 +356,14 @@ def test_evaluate_with_output_writes_a_separate_folder(
     assert look.settings() == evaluated[0]
     assert evaluated[0].evaluation.root == str(tmp_path / "shards")
     assert evaluated[0].evaluation.features == str(tmp_path / "weights.npz")
-    assert look.read_json(look.look) == {"run": str(run.path)}
+    assert look.read_json(look.evaluated_run) == {"run": str(run.path)}
     assert look.read_json(look.evaluation)["round"] == 1
     assert "fedgan resume" not in look.report.read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["look", "run"]
 
     for again in (["resume"], ["evaluate"], ["generate", "--images", "3", "--output", "images"]):
         code, _, err = fedgan(again[0], "look", *again[1:])
-        assert (code, f"second look at the run {run.path}" in err) == (2, True), err
+        assert (code, f"repeated evaluation of {run.path}" in err) == (2, True), err
     assert fedgan("report", "look")[0] == 0
 
 

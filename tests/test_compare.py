@@ -760,7 +760,7 @@ def test_run_and_comparison_folders_are_not_interchangeable(
         assert main([arguments[0], "study", *arguments[1:]]) == 2, arguments
         _, err = capsys.readouterr()
         assert (
-            "is a comparison: go on with it by fedgan compare, or give one of its arms, e.g. "
+            "is a comparison: continue it with fedgan compare, or give one of its arms, e.g. "
             in err
         )
         assert "arms/centralized-seed0" in err

@@ -88,23 +88,23 @@ def any_settings(draw: st.DrawFn) -> Settings:
 
 
 @given(any_settings())
-def test_a_dict_made_of_settings_gives_the_same_settings(settings: Settings) -> None:
+def test_settings_round_trip_through_a_dict(settings: Settings) -> None:
     assert from_dict(to_dict(settings)) == settings
 
 
 @given(any_settings())
-def test_toml_made_of_settings_gives_the_same_settings(settings: Settings) -> None:
+def test_settings_round_trip_through_toml(settings: Settings) -> None:
     assert from_dict(tomllib.loads(tomli_w.dumps(to_dict(settings)))) == settings
 
 
-def test_a_run_folder_reads_the_settings_that_it_wrote(tmp_path: Path) -> None:
+def test_run_folder_reads_the_settings_it_wrote(tmp_path: Path) -> None:
     settings = replaced(Settings(name="Wörter"), "federation.exchange", ("generator",))
     RunFolder(tmp_path).write_settings(settings)
     assert RunFolder(tmp_path).settings() == settings
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_documented_key_has_a_meaning_and_can_be_set_from_the_command_line(
+def test_every_key_has_a_meaning_and_can_be_overridden(
     key: str, tmp_path: Path
 ) -> None:
     item, hint = field_of(key)
@@ -124,7 +124,7 @@ def test_every_documented_key_has_a_meaning_and_can_be_set_from_the_command_line
 
 @pytest.mark.parametrize("value", ["7", '"seven"', "true", "[1, 2]", "0.5"])
 @pytest.mark.parametrize("key", KEYS)
-def test_a_value_of_any_kind_is_taken_with_the_right_type_or_refused_in_one_line(
+def test_value_has_the_right_type_or_is_refused(
     key: str, value: str, tmp_path: Path
 ) -> None:
     scenario = tmp_path / "empty.toml"
@@ -152,7 +152,7 @@ def test_a_value_of_any_kind_is_taken_with_the_right_type_or_refused_in_one_line
         ("name=42", "42"),
     ],
 )
-def test_an_override_is_read_as_its_key_wants_it(
+def test_override_is_parsed_by_the_type_of_its_key(
     override: str, expected: Any, tmp_path: Path
 ) -> None:
     scenario = tmp_path / "empty.toml"
@@ -160,7 +160,7 @@ def test_an_override_is_read_as_its_key_wants_it(
     assert get(load_scenario(scenario, [override]), override.partition("=")[0].strip()) == expected
 
 
-def test_a_later_override_wins_over_an_earlier_one_and_over_the_file(tmp_path: Path) -> None:
+def test_later_override_wins(tmp_path: Path) -> None:
     scenario = tmp_path / "scenario.toml"
     scenario.write_text("[training]\nkimg = 3\n")
     assert load_scenario(scenario).training.kimg == 3
@@ -190,10 +190,10 @@ def test_a_later_override_wins_over_an_earlier_one_and_over_the_file(tmp_path: P
         ("training.kimg=0.1", ["a round would show"]),
         ("federation.exchange=", ["federation.exchange is empty"]),
         ("federation.exchange=generator,weights", ["weights", "must be one of"]),
-        ("data.partition=quantities", ["data.quantities", "one a hospital"]),
+        ("data.partition=quantities", ["data.quantities", "one per hospital"]),
     ],
 )
-def test_a_wrong_override_says_which_key_what_is_wrong_and_what_is_right(
+def test_wrong_override_names_key_problem_and_fix(
     override: str, words: list[str], tmp_path: Path
 ) -> None:
     scenario = tmp_path / "empty.toml"
@@ -218,7 +218,7 @@ def test_a_wrong_override_says_which_key_what_is_wrong_and_what_is_right(
         ("[federation]\nexchange = 'generator'\n", ["must be a list"]),
     ],
 )
-def test_a_wrong_scenario_file_is_told_by_key(text: str, words: list[str], tmp_path: Path) -> None:
+def test_wrong_scenario_file_is_reported_by_key(text: str, words: list[str], tmp_path: Path) -> None:
     scenario = tmp_path / "scenario.toml"
     scenario.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -226,7 +226,7 @@ def test_a_wrong_scenario_file_is_told_by_key(text: str, words: list[str], tmp_p
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-def test_a_missing_scenario_and_one_that_is_no_text_are_told(tmp_path: Path) -> None:
+def test_unreadable_scenario_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no scenario at"):
         load_scenario(tmp_path / "none.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
@@ -241,5 +241,5 @@ def test_a_missing_scenario_and_one_that_is_no_text_are_told(tmp_path: Path) -> 
     sorted((Path(__file__).parent.parent / "simulations").glob("*.toml")),
     ids=lambda path: path.stem,
 )
-def test_a_shipped_scenario_can_be_read(path: Path) -> None:
+def test_shipped_scenarios_are_valid(path: Path) -> None:
     assert load_scenario(path).name != Settings().name

@@ -91,7 +91,7 @@ def guesses(tmp_path: Path, network: Discriminator, canary: bool) -> np.ndarray:
     """(TRIALS,): how far each release points to where the canary alone would move it."""
     data, both = world(canary), world(True)
     step = mechanism(tmp_path, data)
-    step._paid = (
+    step._reserved = (
         TRIALS  # each trial is a world's only step; what it costs is asked of the accountant below
     )
     blank = torch.zeros(1, 1, 16, 16)
@@ -165,19 +165,19 @@ def attack(tmp_path: Path, network: Discriminator) -> tuple[float, float]:
     return bound, claimed
 
 
-def test_what_a_canary_gives_away_stays_below_the_claim(tmp_path, network):
+def test_empirical_epsilon_stays_below_the_accountant(tmp_path, network):
     bound, claimed = attack(tmp_path, network)
     assert 0.1 < claimed < 1.2
     assert bound < claimed
 
 
-def test_the_same_attack_finds_noise_that_is_silently_off(tmp_path, network, monkeypatch):
+def test_attack_detects_missing_noise(tmp_path, network, monkeypatch):
     monkeypatch.setattr(Draw, "normal", lambda self, shape, device: torch.zeros(shape))
     bound, claimed = attack(tmp_path, network)
     assert bound > 3 * claimed
 
 
-def test_the_same_attack_finds_a_clip_that_is_silently_off(tmp_path, network, monkeypatch):
+def test_attack_detects_missing_clipping(tmp_path, network, monkeypatch):
     def unclipped(network, loss, fakes, reals, units, clip, chunk, r1):
         return clipping.clipped_sum(network, loss, fakes, reals, units, 1e9, chunk, r1)
 
@@ -194,7 +194,7 @@ def test_the_same_attack_finds_a_clip_that_is_silently_off(tmp_path, network, mo
     )
 
 
-def test_the_bound_is_sound_and_sharp_on_a_mechanism_whose_epsilon_is_known():
+def test_empirical_bound_is_sound_for_randomised_response():
     """Randomised response with ε = 1 (no δ): the bound comes near to it from below."""
     rng, count = np.random.default_rng(0), 40_000
     truth = np.exp(1) / (1 + np.exp(1))

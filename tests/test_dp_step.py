@@ -174,7 +174,7 @@ def release(step: PrivateStep, network: nn.Module, pairs, number: int = 0) -> to
 
 @pytest.mark.parametrize("resolution", [16, 32])
 @pytest.mark.parametrize("r1", [0.0, 0.8])
-def test_single_gradients_are_those_of_a_loop_over_single_pairs(r1, resolution):
+def test_per_pair_gradients_equal_a_loop_over_pairs(r1, resolution):
     network, (fakes, reals) = judge(resolution=resolution), pairs_of(5, resolution=resolution)
     truth = single_gradients(network, fakes, reals, r1)
     found, logits = pair_gradients(network, discriminator_loss, *fakes, *reals, r1)
@@ -186,7 +186,7 @@ def test_single_gradients_are_those_of_a_loop_over_single_pairs(r1, resolution):
     torch.testing.assert_close(logits, network(*reals).detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_in_bf16_single_gradients_are_those_of_a_loop_up_to_its_rounding():
+def test_per_pair_gradients_in_bf16_equal_a_loop():
     network, (fakes, reals) = judge(bf16=True), pairs_of(4)
     truth = single_gradients(network, fakes, reals)
     found, _ = pair_gradients(network, discriminator_loss, *fakes, *reals)
@@ -200,7 +200,7 @@ def test_in_bf16_single_gradients_are_those_of_a_loop_up_to_its_rounding():
 
 @pytest.mark.parametrize("r1", [0.0, 0.5])
 @pytest.mark.parametrize("units", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 2, 2]])
-def test_the_clipped_sum_is_the_sum_of_clipped_means_for_every_chunk_size(units, r1):
+def test_clipped_sum_is_independent_of_the_chunk_size(units, r1):
     network, (fakes, reals) = judge(), pairs_of(6)
     single = torch.stack([flat(one) for one in single_gradients(network, fakes, reals, r1)])
     means = [
@@ -219,7 +219,7 @@ def test_the_clipped_sum_is_the_sum_of_clipped_means_for_every_chunk_size(units,
         )
 
 
-def test_a_parameter_that_no_convolution_or_linear_layer_uses_is_an_error():
+def test_unsupported_parameter_raises_an_error():
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -231,7 +231,7 @@ def test_a_parameter_that_no_convolution_or_linear_layer_uses_is_an_error():
     network = Scaled()
     with PerPair(4) as each:
         value = network(torch.randn(4, 3)).sum()
-    with pytest.raises(FedganError, match="neither a convolution"):
+    with pytest.raises(FedganError, match="in no convolution or linear layer"):
         each.gradients(value, list(network.parameters()))
     with PerPair(4), pytest.raises(FedganError, match="groups"):
         torch.nn.functional.conv2d(
@@ -250,7 +250,7 @@ def test_a_parameter_that_no_convolution_or_linear_layer_uses_is_an_error():
     scale=st.sampled_from([0.01, 1.0, 300.0]),
     clip=st.sampled_from([1e-3, 0.5, 50.0]),
 )
-def test_a_unit_moves_the_clipped_sum_by_the_clip_at_most_and_a_replaced_one_by_twice_that(
+def test_sensitivity_of_the_clipped_sum_is_the_clip(
     seed, sizes, place, scale, clip
 ):
     network, place = judge(), place % len(sizes)
@@ -270,7 +270,7 @@ def test_a_unit_moves_the_clipped_sum_by_the_clip_at_most_and_a_replaced_one_by_
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-def test_an_image_whose_gradient_is_no_number_counts_as_nothing_and_spoils_nobody_elses(bad):
+def test_nan_gradient_of_an_image_counts_as_zero(bad):
     network, (fakes, reals) = judge(), pairs_of(3)
     spoiled = reals[0].clone()
     spoiled[1] = bad
@@ -284,7 +284,7 @@ def test_an_image_whose_gradient_is_no_number_counts_as_nothing_and_spoils_nobod
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-def test_a_patient_whose_gradient_is_no_number_spoils_no_other_patients_in_the_same_chunk(bad):
+def test_nan_gradient_of_a_patient_affects_no_other(bad):
     """Else whoever makes the weights could let one image erase all others from the sum, which shows in any noise."""
     network, (fakes, reals) = judge(), pairs_of(6)
     spoiled = reals[0].clone()
@@ -302,7 +302,7 @@ def test_a_patient_whose_gradient_is_no_number_spoils_no_other_patients_in_the_s
     assert float((flat(found.gradients) - flat(without.gradients)).norm()) <= CLIP * (1 + 1e-3)
 
 
-def test_images_that_a_patient_has_too_many_of_count_as_one_unit():
+def test_images_of_a_patient_count_as_one_unit():
     step_units = [0] * 8 + [1]
     network, (fakes, reals) = judge(), pairs_of(9)
     full = flat(sum_of(network, fakes, reals, step_units, 1e-3, chunk=2).gradients)
@@ -317,7 +317,7 @@ def test_images_that_a_patient_has_too_many_of_count_as_one_unit():
 # --- noise -----------------------------------------------------------------------------------------
 
 
-def test_without_noise_a_step_gives_the_clipped_sum_over_the_expected_size(tmp_path):
+def test_gradient_without_noise_is_the_clipped_mean(tmp_path):
     network, pairs = judge(), pairs_of(5)
     found = release(private_step(tmp_path, "privacy.noise_multiplier=0"), network, pairs)
     torch.testing.assert_close(
@@ -326,7 +326,7 @@ def test_without_noise_a_step_gives_the_clipped_sum_over_the_expected_size(tmp_p
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
-def test_noise_comes_after_the_clip_with_the_deviation_that_was_asked_for(tmp_path, scale):
+def test_noise_has_the_requested_standard_deviation(tmp_path, scale):
     network, ((fakes, fake_c), (reals, real_c)) = judge(), pairs_of(5)
     pairs = ((fakes * scale, fake_c), (reals * scale, real_c))
     clean = flat(sum_of(network, *pairs, [0, 1, 2, 3, 4]).gradients)
@@ -340,7 +340,7 @@ def test_noise_comes_after_the_clip_with_the_deviation_that_was_asked_for(tmp_pa
     assert stats.kstest(noise[:5000], "norm").pvalue > 1e-6
 
 
-def test_noise_is_new_in_each_step_and_each_process_and_never_follows_from_the_public_seed(
+def test_noise_is_new_per_step_and_process(
     tmp_path,
 ):
     network, nothing = judge(), pairs_of(0)
@@ -357,7 +357,7 @@ def test_noise_is_new_in_each_step_and_each_process_and_never_follows_from_the_p
     assert np.abs(correlations).max() < 6 / np.sqrt(len(drawn[0]))
 
 
-def test_noise_has_all_bits_of_the_secret(tmp_path):
+def test_noise_uses_all_bits_of_the_secret(tmp_path):
     low, high = private_step(tmp_path, secret=7), private_step(tmp_path, secret=7 + 2**100)
     network, nothing = judge(), pairs_of(0)
     assert not torch.equal(release(low, network, nothing), release(high, network, nothing))
@@ -367,21 +367,21 @@ def test_noise_has_all_bits_of_the_secret(tmp_path):
     )
 
 
-def test_an_empty_sample_costs_a_step_and_gets_its_noise(tmp_path):
+def test_empty_sample_costs_a_step_and_gets_noise(tmp_path):
     step = private_step(tmp_path)
     found = release(step, judge(), pairs_of(0))
     assert float(found.square().mean().sqrt()) == pytest.approx(1.5 * CLIP, rel=0.1)
     assert step.ledger.mechanisms() == [Mechanism(1.5, 0.1, 1)]
 
 
-def test_a_step_that_the_ledger_does_not_know_of_is_refused(tmp_path):
+def test_step_without_reservation_is_refused(tmp_path):
     step, network, pairs = private_step(tmp_path), judge(), pairs_of(2)
     release(step, network, pairs)
     with pytest.raises(FedganError, match="reserve"):
         step.gradient(network, discriminator_loss, *pairs, step.draw(1))
 
 
-def test_released_signs_are_noisy_and_their_cost_is_counted(tmp_path):
+def test_released_signs_are_noisy_and_accounted(tmp_path):
     step = private_step(tmp_path, "privacy.r_t_noise=3", "augment.mode=ada")
     network, pairs = judge(), pairs_of(6)
     truth = float(network(*pairs[1]).detach().sign().sum())
@@ -398,7 +398,7 @@ def test_released_signs_are_noisy_and_their_cost_is_counted(tmp_path):
     assert step.step.noise_multiplier == pytest.approx((1.5**-2 + 3**-2) ** -0.5)
 
 
-def test_the_noise_of_the_hospital_that_needs_most_can_be_imposed_but_never_less_than_its_own(
+def test_least_noise_raises_the_noise_multiplier_only(
     tmp_path, monkeypatch
 ):
     def quick_noise(
@@ -435,7 +435,7 @@ def test_the_noise_of_the_hospital_that_needs_most_can_be_imposed_but_never_less
 
 
 @pytest.mark.parametrize(("unit", "patients"), [("image", 0), ("patient", 20)])
-def test_each_unit_is_sampled_by_itself_at_the_rate_that_is_accounted_for(tmp_path, unit, patients):
+def test_units_are_sampled_independently_at_the_rate(tmp_path, unit, patients):
     draws = 3000
     step = private_step(tmp_path, f"privacy.unit={unit}", data=images_of(60, patients))
     rows = np.zeros((draws, 60))
@@ -459,7 +459,7 @@ def test_each_unit_is_sampled_by_itself_at_the_rate_that_is_accounted_for(tmp_pa
     assert abs(in_time) < 5 / np.sqrt(draws)
 
 
-def test_of_a_patient_no_more_images_are_looked_at_than_were_asked_for(tmp_path):
+def test_images_per_patient_limits_the_sample(tmp_path):
     step = private_step(
         tmp_path, "privacy.unit=patient", "privacy.images_per_patient=1", data=images_of(60, 20)
     )
@@ -468,7 +468,7 @@ def test_of_a_patient_no_more_images_are_looked_at_than_were_asked_for(tmp_path)
     assert set(np.concatenate([draw.rows for draw in seen])) == set(range(60))
 
 
-def test_a_sample_that_would_be_larger_than_the_data_is_refused(tmp_path):
+def test_batch_larger_than_the_data_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="Poisson"):
         private_step(tmp_path, data=images_of(5))
 
@@ -476,7 +476,7 @@ def test_a_sample_that_would_be_larger_than_the_data_is_refused(tmp_path):
 # --- labels ----------------------------------------------------------------------------------------
 
 
-def test_released_labels_are_counts_with_the_noise_that_is_accounted_for(tmp_path):
+def test_released_labels_are_noisy_counts(tmp_path):
     data = images_of(60)
     released = [
         private_step(tmp_path, "privacy.label_noise=2").release_labels(data) for _ in range(400)
@@ -518,7 +518,7 @@ def trainer_of(
     )
 
 
-def test_the_ledger_holds_the_steps_before_the_first_of_them(tmp_path, monkeypatch):
+def test_ledger_holds_steps_before_they_run(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path)
     known: list[int] = []
     gradient = PrivateStep.gradient
@@ -533,7 +533,7 @@ def test_the_ledger_holds_the_steps_before_the_first_of_them(tmp_path, monkeypat
     assert known == [3, 3, 3, 4]
 
 
-def test_with_the_secret_a_restored_training_goes_on_bit_for_bit_and_without_it_with_new_noise(
+def test_resumed_training_repeats_noise_only_with_the_secret(
     tmp_path,
 ):
     def continued(secret: int | None) -> tuple[dict, dict]:
@@ -558,7 +558,7 @@ def test_with_the_secret_a_restored_training_goes_on_bit_for_bit_and_without_it_
     )
 
 
-def test_the_generators_draws_do_not_tell_the_size_of_the_sample(tmp_path):
+def test_generator_draws_are_independent_of_the_sample_size(tmp_path):
     """Two hospitals' secrets give samples of other sizes; the streams that the generator's step draws from stand alike."""
     trainers = [trainer_of(tmp_path, secret=secret) for secret in (1, 2)]
     sizes = [
@@ -572,7 +572,7 @@ def test_the_generators_draws_do_not_tell_the_size_of_the_sample(tmp_path):
     assert torch.equal(first.streams.noise.get_state(), second.streams.noise.get_state())
 
 
-def test_what_fakes_share_does_not_depend_on_where_chunks_end(tmp_path, monkeypatch):
+def test_fakes_are_independent_of_the_synthesis_chunk(tmp_path, monkeypatch):
     """Else one more image in the sample would move the fakes of others, which the clip does not bound."""
     seen = []
     for size in (1, 256):
@@ -591,7 +591,7 @@ def test_what_fakes_share_does_not_depend_on_where_chunks_end(tmp_path, monkeypa
     torch.testing.assert_close(seen[0][0], seen[1][0], rtol=1e-3, atol=1e-3)
 
 
-def test_the_generator_learns_from_the_average_of_d(tmp_path):
+def test_average_of_d_follows_its_decay(tmp_path):
     trainer = trainer_of(tmp_path, "training.d_average=0.5")
     expected = {name: value.clone() for name, value in trainer.step.d_average.state_dict().items()}
 
@@ -604,7 +604,7 @@ def test_the_generator_learns_from_the_average_of_d(tmp_path):
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_the_average_of_d_follows_a_d_that_arrives(tmp_path):
+def test_average_of_d_moves_with_a_received_d(tmp_path):
     trainer = trainer_of(tmp_path, "training.d_average=0.999")
     theirs = {name: array + 1 for name, array in trainer.get_parameters(["discriminator"]).items()}
     trainer.load_parameters(theirs)  # before the first step it is all that there is an average of
@@ -627,7 +627,7 @@ def test_the_average_of_d_follows_a_d_that_arrives(tmp_path):
         torch.testing.assert_close(value, before[name] + (name in moved), rtol=1e-5, atol=1e-5)
 
 
-def test_the_generator_waits_for_d_by_what_d_says_of_fakes_alone(tmp_path):
+def test_generator_waits_until_d_reaches_d_accuracy(tmp_path):
     asked = trainer_of(tmp_path, "training.d_accuracy=1.0", "privacy.noise_multiplier=50")
     told = asked.train(60)
     assert asked.step.steps == 10
@@ -638,7 +638,7 @@ def test_the_generator_waits_for_d_by_what_d_says_of_fakes_alone(tmp_path):
     assert free.step.g_steps == 10
 
 
-def test_a_round_tells_nothing_that_was_measured_on_real_images(tmp_path):
+def test_private_round_reports_nothing_of_real_images(tmp_path):
     told = trainer_of(tmp_path).train(12)
     assert set(told) == {
         *(
@@ -656,7 +656,7 @@ def test_a_round_tells_nothing_that_was_measured_on_real_images(tmp_path):
     assert told["images"] == 12  # what is expected, not what the samples held
 
 
-def test_without_labels_nothing_is_released_of_them(tmp_path):
+def test_data_without_labels_releases_no_counts(tmp_path):
     data = images_of(60)
     bare = ImageDataset("clinic", data.images, np.zeros((60, 0), np.uint8), ())
     trainer = trainer_of(tmp_path, "training.labels=data", "privacy.label_noise=4", data=bare)

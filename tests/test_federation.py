@@ -214,8 +214,8 @@ def test_resuming_is_advised_where_it_can_help(kind: str, advised: bool, tmp_pat
 def test_a_second_look_is_no_run_to_go_on_with(tmp_path: Path) -> None:
     look = RunFolder.at(tmp_path / "look")
     look.write_settings(tiny(tmp_path))
-    files.write_json(look.look, {"run": "/runs/first"})
-    with pytest.raises(ConfigError, match="second look at the run /runs/first"):
+    files.write_json(look.evaluated_run, {"run": "/runs/first"})
+    with pytest.raises(ConfigError, match="repeated evaluation of /runs/first"):
         runner.resume(look)
 
 

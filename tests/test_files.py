@@ -27,7 +27,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_write_makes_its_folders_and_leaves_only_its_file(tmp_path: Path) -> None:
+def test_write_creates_folders_and_leaves_one_file(tmp_path: Path) -> None:
     place = tmp_path / "a" / "b" / "text.txt"
     files.write_text(place, "Grüße")
     assert place.read_text(encoding="utf-8") == "Grüße"
@@ -38,7 +38,7 @@ def test_a_write_makes_its_folders_and_leaves_only_its_file(tmp_path: Path) -> N
     ("umask", "file", "folder"),
     [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750), (0o077, 0o600, 0o700)],
 )
-def test_new_files_and_folders_are_as_private_as_the_user_wants(
+def test_new_files_and_folders_follow_the_umask(
     umask: int, file: int, folder: int, tmp_path: Path
 ) -> None:
     """In a process of its own, because a process reads its umask once."""
@@ -61,7 +61,7 @@ def test_new_files_and_folders_are_as_private_as_the_user_wants(
     assert modes == {"file": file, "folder": folder, "folder/inside": file}
 
 
-def test_a_rename_is_flushed_with_its_folder(
+def test_rename_flushes_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced, fsync = [], os.fsync
@@ -75,7 +75,7 @@ def test_a_rename_is_flushed_with_its_folder(
     assert synced == [((tmp_path / "file").stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
-def test_an_exception_in_mid_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_exception_during_a_write_keeps_the_old_file(tmp_path: Path) -> None:
     place = tmp_path / "file"
     files.write_text(place, "old")
 
@@ -90,13 +90,13 @@ def test_an_exception_in_mid_write_leaves_the_old_file_and_nothing_else(tmp_path
     assert names(tmp_path) == ["file"]
 
 
-def test_an_interrupt_in_mid_write_leaves_nothing(tmp_path: Path) -> None:
+def test_interrupt_during_a_write_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), files.atomic_path(tmp_path / "file"):
         raise KeyboardInterrupt
     assert names(tmp_path) == []
 
 
-def test_a_reader_never_sees_a_half(tmp_path: Path) -> None:
+def test_reader_sees_the_old_or_the_new_file(tmp_path: Path) -> None:
     place = tmp_path / "file"
     files.write_text(place, "old")
     with files.atomic_path(place) as temporary:
@@ -107,7 +107,7 @@ def test_a_reader_never_sees_a_half(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("refused", ["write", "fsync", "replace"])
-def test_a_full_disk_is_one_storage_error_and_leaves_the_old_file(
+def test_full_disk_raises_storage_error(
     refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "file"
@@ -146,7 +146,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_disk_that_is_really_full_leaves_the_old_file(small_disk: Path) -> None:
+def test_really_full_disk_keeps_the_old_file(small_disk: Path) -> None:
     files.write_text(small_disk / "file", "old")
     with pytest.raises(StorageError, match="disk is full"):
         files.write_bytes(small_disk / "file", bytes(2**20))
@@ -154,7 +154,7 @@ def test_a_disk_that_is_really_full_leaves_the_old_file(small_disk: Path) -> Non
     assert names(small_disk) == ["file"]
 
 
-def test_a_path_through_a_file_is_a_storage_error(tmp_path: Path) -> None:
+def test_path_through_a_file_raises_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         files.write_text(tmp_path / "file" / "below", "x")
@@ -172,7 +172,7 @@ json_values = st.recursive(
 
 
 @given(st.dictionaries(st.text(), json_values, max_size=4))
-def test_finite_json_is_read_as_it_was_written(
+def test_finite_json_round_trips(
     tmp_path_factory: pytest.TempPathFactory, value: dict[str, Any]
 ) -> None:
     place = tmp_path_factory.mktemp("json") / "value.json"
@@ -180,7 +180,7 @@ def test_finite_json_is_read_as_it_was_written(
     assert json.loads(place.read_text(encoding="utf-8")) == value
 
 
-def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
+def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
     files.write_json(
         tmp_path / "value.json",
         {"a": math.nan, "b": [math.inf, (1.5, -math.inf)], "c": {"d": math.nan}},
@@ -192,7 +192,7 @@ def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
     }
 
 
-def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+def test_torn_last_line_is_skipped(tmp_path: Path) -> None:
     place = tmp_path / "lines.jsonl"
     assert files.read_json_lines(place) == []
     place.write_text('{"round": 1, "loss": null}\n{"round": 2}\n{"round": 3, "lo')
@@ -200,7 +200,7 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
 
 
 @given(cut=st.integers(0, 60))
-def test_wherever_a_line_is_torn_the_lines_before_it_are_read(
+def test_lines_before_a_torn_line_are_read(
     tmp_path_factory: pytest.TempPathFactory, cut: int
 ) -> None:
     place = tmp_path_factory.mktemp("lines") / "lines.jsonl"
@@ -212,7 +212,7 @@ def test_wherever_a_line_is_torn_the_lines_before_it_are_read(
     assert len(found) >= data[: len(data) - cut].count(b"\n")
 
 
-def test_a_checkpoint_without_its_json_does_not_count(tmp_path: Path) -> None:
+def test_checkpoint_without_json_is_ignored(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.last_round() is None
     for number in (1, 2, 10):
@@ -223,7 +223,7 @@ def test_a_checkpoint_without_its_json_does_not_count(tmp_path: Path) -> None:
     assert run.last_round() == 10
 
 
-def test_a_damaged_json_of_a_run_is_told(tmp_path: Path) -> None:
+def test_damaged_json_of_a_run_is_an_error(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.read_json(run.evaluation) is None
     run.evaluation.write_text('{"arm": ')

@@ -59,8 +59,8 @@ def test_a_scenario_is_found_in_the_copy_of_the_app(
         find_run({"overrides": "training.kimg=9", "output": str(run.path)})[0].training.kimg == 3.0
     )
     assert "scenario and overrides are ignored" in capsys.readouterr().out
-    files.write_json(run.look, {"run": "elsewhere"})
-    with pytest.raises(ConfigError, match="second look at the run elsewhere"):
+    files.write_json(run.evaluated_run, {"run": "elsewhere"})
+    with pytest.raises(ConfigError, match="repeated evaluation of elsewhere"):
         find_run({"output": str(run.path)})
     with pytest.raises(ConfigError, match="no scenario at"):
         find_run({"scenario": "nowhere.toml"})

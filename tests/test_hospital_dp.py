@@ -260,7 +260,7 @@ def test_the_remark_tells_what_the_figures_mean() -> None:
     epsilon = epsilon_of([Mechanism(2.0, 1.0, 5)], 1e-5)
     assert f"5 rounds cost every hospital epsilon = {epsilon:.3g} at delta = 1e-05" in text
     assert "over 1,000,000 numbers the noise is 2,000 times as long" in text
-    assert "delta = 1/3 would allow one hospital to be given away whole" in text
+    assert "delta = 1/3 would allow the full disclosure of one hospital" in text
 
 
 @pytest.mark.parametrize("where", ["server", "client"])

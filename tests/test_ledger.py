@@ -57,14 +57,14 @@ def filled(folder: Path, entries: int = 3, **facts: object) -> Ledger:
 # --- what it survives ------------------------------------------------------------------------------
 
 
-def test_a_ledger_that_was_never_written_is_empty_and_makes_no_file(tmp_path: Path) -> None:
+def test_new_ledger_is_empty_and_creates_no_file(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "shard" / NAME)
     assert ledger.entries() == []
     assert ledger.epsilon(1e-5) == 0.0
     assert not (tmp_path / "shard").exists()
 
 
-def test_entries_come_back_as_they_were_written_and_epsilon_is_that_of_all(tmp_path: Path) -> None:
+def test_entries_round_trip_with_cumulative_epsilon(tmp_path: Path) -> None:
     entries = filled(tmp_path).entries()
     assert [entry.steps for entry in entries] == [10, 20, 30]
     assert [entry.epsilon for entry in entries] == sorted(entry.epsilon for entry in entries)  # type: ignore[type-var]
@@ -72,7 +72,7 @@ def test_entries_come_back_as_they_were_written_and_epsilon_is_that_of_all(tmp_p
 
 
 @pytest.mark.parametrize("kept", [1, 40, -1])
-def test_a_torn_last_line_is_no_entry_and_the_next_one_takes_its_place(
+def test_torn_last_line_is_replaced_by_the_next_entry(
     tmp_path: Path, kept: int
 ) -> None:
     ledger = filled(tmp_path)
@@ -85,7 +85,7 @@ def test_a_torn_last_line_is_no_entry_and_the_next_one_takes_its_place(
     assert [entry.steps for entry in ledger.entries()] == [10, 20, 30, 5]
 
 
-def test_a_crash_between_the_entry_and_its_head_locks_nobody_out(
+def test_crash_between_entry_and_head_is_harmless(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = filled(tmp_path, 2)
@@ -114,7 +114,7 @@ while True:
 """
 
 
-def test_a_ledger_whose_writer_was_killed_reads_goes_on_and_holds_all_that_was_paid(
+def test_killed_writer_loses_no_reserved_step(
     tmp_path: Path,
 ) -> None:
     """kill -9 at random points: each time the entries of before are a prefix, and no step was paid for that is not in it."""
@@ -143,7 +143,7 @@ def _append(path: Path, times: int) -> None:
         Ledger(path).reserve(STEP, 1, **FACTS)  # type: ignore[arg-type]
 
 
-def test_two_processes_on_one_shard_wait_for_each_other(tmp_path: Path) -> None:
+def test_processes_lock_the_ledger_of_a_shard(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_append, args=(tmp_path / NAME, 8)) for _ in range(2)]
     for writer in writers:
@@ -156,7 +156,7 @@ def test_two_processes_on_one_shard_wait_for_each_other(tmp_path: Path) -> None:
 # --- what it refuses -------------------------------------------------------------------------------
 
 
-def test_a_changed_line_is_refused(tmp_path: Path) -> None:
+def test_changed_line_is_refused(tmp_path: Path) -> None:
     ledger = filled(tmp_path)
     lines = ledger.path.read_text().splitlines(keepends=True)
     for number in range(3):
@@ -170,7 +170,7 @@ def test_a_changed_line_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
-def test_a_missing_line_is_refused_the_last_ones_too(tmp_path: Path, missing: int) -> None:
+def test_missing_line_is_refused(tmp_path: Path, missing: int) -> None:
     ledger = filled(tmp_path)
     lines = ledger.path.read_text().splitlines(keepends=True)
     ledger.path.write_text("".join(lines[:missing] + lines[missing + 1 :]))
@@ -180,19 +180,19 @@ def test_a_missing_line_is_refused_the_last_ones_too(tmp_path: Path, missing: in
         ledger.reserve(STEP, 1, **FACTS)  # type: ignore[arg-type]
 
 
-def test_an_older_ledger_put_back_or_a_deleted_one_is_refused(tmp_path: Path) -> None:
+def test_older_copy_or_deleted_ledger_is_refused(tmp_path: Path) -> None:
     ledger = filled(tmp_path, 1)
     old = ledger.path.read_bytes()
     filled(tmp_path, 2)
     ledger.path.write_bytes(old)
-    with pytest.raises(DataError, match="ends after 1 entries, but has had 3"):
+    with pytest.raises(DataError, match="ends after 1 entries, but had 3"):
         ledger.entries()
     ledger.path.unlink()
     with pytest.raises(DataError, match="ends after 0 entries"):
         ledger.entries()
 
 
-def test_another_end_of_the_same_length_is_refused(tmp_path: Path) -> None:
+def test_other_last_entries_are_refused(tmp_path: Path) -> None:
     """A chain that holds, but is not the one that was written: an old ledger that went on without its head."""
     ledger = filled(tmp_path / "a", 1)
     other = Ledger(tmp_path / "b" / NAME)
@@ -201,7 +201,7 @@ def test_another_end_of_the_same_length_is_refused(tmp_path: Path) -> None:
     other.reserve(STEP, 1, **FACTS)  # type: ignore[arg-type]
     ledger.reserve(STEP, 500, **FACTS)  # type: ignore[arg-type]
     ledger.path.write_bytes(other.path.read_bytes())
-    with pytest.raises(DataError, match="not the entry that was written there"):
+    with pytest.raises(DataError, match="not the entry that was written"):
         ledger.entries()
 
 
@@ -209,7 +209,7 @@ def test_another_end_of_the_same_length_is_refused(tmp_path: Path) -> None:
     "line",
     ["{}", "[]", "null", "not json", '{"steps": -1}', '{"time": 1}'],
 )
-def test_a_line_that_is_no_entry_is_refused_with_its_number(tmp_path: Path, line: str) -> None:
+def test_invalid_line_is_refused_with_its_number(tmp_path: Path, line: str) -> None:
     (tmp_path / NAME).write_text(line + "\n")
     with pytest.raises(DataError, match="line 1: not an entry"):
         Ledger(tmp_path / NAME).entries()
@@ -226,7 +226,7 @@ def test_a_line_that_is_no_entry_is_refused_with_its_number(tmp_path: Path, line
         ("run", None),
     ],
 )
-def test_an_entry_that_would_lower_the_account_is_refused(
+def test_entry_with_values_out_of_range_is_refused(
     tmp_path: Path, key: str, value: object
 ) -> None:
     row = vars(filled(tmp_path / "a", 1).entries()[0]) | {key: value}
@@ -235,7 +235,7 @@ def test_an_entry_that_would_lower_the_account_is_refused(
         Ledger(tmp_path / NAME).entries()
 
 
-def test_a_damaged_head_is_refused(tmp_path: Path) -> None:
+def test_damaged_head_is_refused(tmp_path: Path) -> None:
     ledger = filled(tmp_path)
     files.write_text(ledger._head_path, '{"entries": ')
     with pytest.raises(DataError, match=r"head\.json is damaged"):
@@ -243,25 +243,25 @@ def test_a_damaged_head_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_that_cannot_be_written_is_an_error_with_the_way_out(tmp_path: Path) -> None:
+def test_folder_that_is_not_writable_raises_storage_error(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(StorageError, match="state-dir"):
         filled(tmp_path)
     tmp_path.chmod(0o700)
 
 
-def test_a_read_only_disk_is_an_error_with_the_way_out(
+def test_read_only_disk_raises_storage_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(StorageError, match=r"no private step is done: .*state-dir"):
+    with pytest.raises(StorageError, match=r"no private step is taken: .*state-dir"):
         Ledger(tmp_path / "shard" / NAME).reserve(STEP, 1, **FACTS)  # type: ignore[arg-type]
 
 
-def test_without_file_locks_a_ledger_is_read_but_not_written(
+def test_ledger_without_file_locks_is_read_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = filled(tmp_path)
@@ -287,7 +287,7 @@ def test_without_file_locks_a_ledger_is_read_but_not_written(
     ),
     st.floats(0.2, 8.0),
 )
-def test_no_budget_is_ever_exceeded_and_epsilon_never_falls(
+def test_reservations_never_exceed_the_budget(
     tmp_path_factory: pytest.TempPathFactory,
     asked: list[tuple[float, float, int, float]],
     budget: float,
@@ -318,7 +318,7 @@ def test_no_budget_is_ever_exceeded_and_epsilon_never_falls(
         )
 
 
-def test_what_is_released_without_noise_is_infinite_for_ever_and_no_budget_allows_it(
+def test_release_without_noise_has_infinite_epsilon(
     tmp_path: Path,
 ) -> None:
     ledger = Ledger(tmp_path / NAME)
@@ -329,13 +329,13 @@ def test_what_is_released_without_noise_is_infinite_for_ever_and_no_budget_allow
     assert ledger.reserve(STEP, 5, **FACTS, max_epsilon=100.0) == 0  # type: ignore[arg-type]
 
 
-def test_other_images_and_another_run_use_the_same_account(tmp_path: Path) -> None:
+def test_other_images_and_runs_share_the_ledger(tmp_path: Path) -> None:
     ledger = filled(tmp_path, 1)
     ledger.reserve(STEP, 10, **{**FACTS, "run": "b", "data": "2" * 64})  # type: ignore[arg-type]
     assert ledger.epsilon(1e-3) == epsilon_rdp([Mechanism(1.0, 0.01, 20)], 1e-3)
 
 
-def test_a_wobble_of_the_accountant_neither_lowers_epsilon_nor_lends_steps(
+def test_error_of_the_accountant_never_lowers_epsilon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = filled(tmp_path, 2)
@@ -351,7 +351,7 @@ def test_a_wobble_of_the_accountant_neither_lowers_epsilon_nor_lends_steps(
 # --- several shards as one pool --------------------------------------------------------------------
 
 
-def test_images_and_patients_are_never_added_up(tmp_path: Path) -> None:
+def test_units_image_and_patient_are_never_composed(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / NAME)
     step = Mechanism(1.0, 0.01)
     ledger.reserve(step, 3, run="a", kind="k", unit="image", delta=1e-3, data="d")
@@ -360,7 +360,7 @@ def test_images_and_patients_are_never_added_up(tmp_path: Path) -> None:
     assert [entry.steps for entry in ledger.entries()] == [3]
 
 
-def test_a_pool_is_charged_equally_by_what_the_poorest_shard_allows(tmp_path: Path) -> None:
+def test_pool_reserves_what_every_shard_allows(tmp_path: Path) -> None:
     rich, poor = Ledger(tmp_path / "rich" / NAME), filled(tmp_path / "poor", 3)
     budget = poor.epsilon(1e-3) * 1.02
     allowed = JointLedger([rich, poor]).reserve(STEP, 500, **FACTS, max_epsilon=budget)  # type: ignore[arg-type]
@@ -371,13 +371,13 @@ def test_a_pool_is_charged_equally_by_what_the_poorest_shard_allows(tmp_path: Pa
     assert poor.epsilon(1e-3) <= budget
 
 
-def test_the_epsilon_of_a_pool_is_that_of_the_shard_that_spent_most(tmp_path: Path) -> None:
+def test_pool_epsilon_is_the_largest_of_its_shards(tmp_path: Path) -> None:
     many, much = filled(tmp_path / "many", 3), Ledger(tmp_path / "much" / NAME)
     much.reserve(Mechanism(0.5, 0.1), 100, **FACTS)  # type: ignore[arg-type]
     assert many.epsilon(1e-3) < much.epsilon(1e-3) == JointLedger([many, much]).epsilon(1e-3)
 
 
-def test_a_shard_that_is_named_twice_is_charged_once(tmp_path: Path) -> None:
+def test_shard_named_twice_is_entered_once(tmp_path: Path) -> None:
     twice = JointLedger([Ledger(tmp_path / NAME), Ledger(tmp_path / "." / NAME)])
     assert twice.reserve(STEP, 4, **FACTS) == 4  # type: ignore[arg-type]
     assert len(Ledger(tmp_path / NAME).entries()) == 1
@@ -386,7 +386,7 @@ def test_a_shard_that_is_named_twice_is_charged_once(tmp_path: Path) -> None:
 # --- beside a shard --------------------------------------------------------------------------------
 
 
-def test_a_shard_with_a_ledger_verifies_and_a_new_import_keeps_the_ledger(tmp_path: Path) -> None:
+def test_new_import_of_a_shard_keeps_its_ledger(tmp_path: Path) -> None:
     def write(seed: int) -> None:
         images = np.random.default_rng(seed).integers(0, 256, (6, 1, 16, 16), dtype=np.uint8)
         columns = {
@@ -417,7 +417,7 @@ def test_a_shard_with_a_ledger_verifies_and_a_new_import_keeps_the_ledger(tmp_pa
 # --- fedgan ledger ---------------------------------------------------------------------------------
 
 
-def test_the_command_shows_each_run_and_what_all_of_them_cost(
+def test_ledger_command_shows_runs_and_spent_epsilon(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger = filled(tmp_path / "north", 2)
@@ -438,7 +438,7 @@ def test_the_command_shows_each_run_and_what_all_of_them_cost(
     assert "more steps with noise 2 and rate 0.02 fit into epsilon 3" in text
 
 
-def test_the_steps_that_the_command_promises_are_allowed(
+def test_ledger_command_shows_steps_that_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger = filled(tmp_path)
@@ -448,17 +448,17 @@ def test_the_steps_that_the_command_promises_are_allowed(
     assert told["steps_left"] == allowed > 0
 
 
-def test_an_infinite_epsilon_is_told_in_words_and_as_null(
+def test_ledger_command_shows_infinite_epsilon(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Ledger(tmp_path / NAME).reserve(Mechanism(0.0, 0.1), 1, **FACTS)  # type: ignore[arg-type]
     assert main(["ledger", str(tmp_path)]) == 0
-    assert "in all: epsilon infinite" in capsys.readouterr().out
+    assert "spent: epsilon infinite" in capsys.readouterr().out
     assert main(["ledger", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ledgers"][0]["epsilon"] is None
 
 
-def test_a_run_folder_tells_of_each_hospital_wherever_its_shard_lies(
+def test_ledger_command_finds_all_hospitals_of_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
@@ -474,7 +474,7 @@ def test_a_run_folder_tells_of_each_hospital_wherever_its_shard_lies(
     assert len(json.loads(capsys.readouterr().out)["ledgers"]) == 1
 
 
-def test_the_command_ends_with_one_line_where_the_ledger_is_damaged_or_absent(
+def test_ledger_command_fails_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger = filled(tmp_path / "north")
@@ -486,7 +486,7 @@ def test_the_command_ends_with_one_line_where_the_ledger_is_damaged_or_absent(
     assert "put back the newest copy" in err
     ledger.path.unlink()
     assert main(["ledger", str(tmp_path / "north")]) == 3, "the head tells that there was one"
-    assert "has had 3" in capsys.readouterr().err
+    assert "had 3" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     for arguments, code, words in (
         (["ledger", str(tmp_path / "empty")], 3, "no privacy ledger"),

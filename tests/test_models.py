@@ -64,7 +64,7 @@ def recorded_discriminator(reference_vectors):
     return discriminator
 
 
-def test_mapping_and_truncation_give_the_recorded_w(recorded_generator, reference_vectors):
+def test_mapping_and_truncation_match_recorded_w(recorded_generator, reference_vectors):
     z, c = (torch.from_numpy(reference_vectors[key]) for key in ("in/z", "in/c"))
     assert relative_error(recorded_generator.mapping(z, c), reference_vectors["out/w"]) < 1e-4
     assert (
@@ -76,7 +76,7 @@ def test_mapping_and_truncation_give_the_recorded_w(recorded_generator, referenc
 
 
 @pytest.mark.parametrize("noise", ["none", "const"])
-def test_synthesis_gives_the_recorded_images(recorded_generator, reference_vectors, noise):
+def test_synthesis_matches_recorded_images(recorded_generator, reference_vectors, noise):
     z, c = (torch.from_numpy(reference_vectors[key]) for key in ("in/z", "in/c"))
     recorded = reference_vectors[
         "out/image_no_noise" if noise == "none" else "out/image_const_noise"
@@ -84,7 +84,7 @@ def test_synthesis_gives_the_recorded_images(recorded_generator, reference_vecto
     assert relative_error(recorded_generator(z, c, noise=noise), recorded) < 1e-4
 
 
-def test_path_length_gives_the_recorded_numbers(recorded_generator, reference_vectors):
+def test_path_lengths_match_recorded_numbers(recorded_generator, reference_vectors):
     ws = (
         torch.from_numpy(reference_vectors["out/w"])
         .unsqueeze(1)
@@ -100,14 +100,14 @@ def test_path_length_gives_the_recorded_numbers(recorded_generator, reference_ve
     assert relative_error(lengths, reference_vectors["out/pl_length_per_image"]) < 1e-4
 
 
-def test_discriminator_gives_the_recorded_logits_and_r1(recorded_discriminator, reference_vectors):
+def test_discriminator_matches_recorded_logits_and_r1(recorded_discriminator, reference_vectors):
     x = torch.from_numpy(reference_vectors["in/x"]).requires_grad_(True)
     logits = recorded_discriminator(x, torch.from_numpy(reference_vectors["in/c"]))
     assert relative_error(logits, reference_vectors["out/d_logits"]) < 1e-4
     assert relative_error(r1_penalty(logits, x), reference_vectors["out/r1_per_image"]) < 1e-4
 
 
-def test_resampling_gives_the_recorded_numbers(reference_vectors):
+def test_resampling_matches_recorded_numbers(reference_vectors):
     x = torch.from_numpy(reference_vectors["in/fir_x"])
     assert relative_error(layers.upsample(x), reference_vectors["out/fir_up"]) < 1e-4
     half = halving(channels=x.shape[1])
@@ -154,7 +154,7 @@ def test_upsampling_equals_its_definition(side, channels, seed):
     seed=st.integers(0, 99),
 )
 @settings(max_examples=30)
-def test_a_halving_convolution_is_blur_then_convolution_with_stride_2(side, kernel, bias, seed):
+def test_down_convolution_is_blur_then_stride_2(side, kernel, bias, seed):
     """The blur at full size with the convolution's padding as its own margin, then the kernel at every second place."""
     conv = (
         layers.Conv(3, 5, kernel, seeded(seed), bias=bias, down=True, input_gain=1.3)
@@ -197,7 +197,7 @@ def plain_modulated_conv(
 
 
 @pytest.mark.parametrize("up", [False, True])
-def test_synthesis_layer_equals_modulated_convolution_by_definition(up):
+def test_synthesis_layer_equals_modulated_convolution(up):
     layer = SynthesisLayer(5, 6, 8, 0, 7, seeded(), up, input_gain=layers.GAIN).double()
     with torch.no_grad():
         layer.noise_strength.fill_(0.3)
@@ -211,21 +211,21 @@ def test_synthesis_layer_equals_modulated_convolution_by_definition(up):
     assert torch.allclose(layer(x, w, "const", None), plain, atol=1e-6)
 
 
-def test_to_rgb_modulates_without_demodulating():
+def test_to_rgb_modulates_without_demodulation():
     layer = ToRGB(5, 3, 1, 7, seeded()).double()
     x, w = torch.randn(2, 5, 4, 4, dtype=torch.float64), torch.randn(2, 7, dtype=torch.float64)
     plain = plain_modulated_conv(x * layers.GAIN, layer, layer.affine(w), demodulate=False)
     assert torch.allclose(layer(x, w).double(), plain, atol=1e-5)
 
 
-def test_activations_of_an_untrained_generator_have_unit_scale():
+def test_untrained_generator_has_activations_of_unit_scale():
     """Equalised weights and demodulation keep the signal's size through all layers."""
     generator = Generator(ModelSettings(channel_base=1024, channel_max=64), 64, 3, 0, seeded())
     images = generator(torch.randn(16, 128, generator=seeded(1)), torch.zeros(16, 0), noise="none")
     assert 0.2 < images.std() < 5
 
 
-def test_one_pass_over_fake_and_real_equals_two_passes():
+def test_discriminator_with_two_halves_equals_two_passes():
     discriminator = Discriminator(SMALL, 16, 3, 2, seeded())
     images = torch.randn(16, 3, 16, 16, generator=seeded(1))
     c = F.one_hot(torch.arange(16) % 2, 2).float()
@@ -234,7 +234,7 @@ def test_one_pass_over_fake_and_real_equals_two_passes():
     assert torch.allclose(together, apart, atol=1e-5)
 
 
-def test_minibatch_std_equals_its_definition_and_keeps_halves_apart():
+def test_minibatch_std_equals_its_definition_per_half():
     x = torch.randn(16, 3, 4, 4, generator=seeded())
     out = layers.minibatch_std(x, group=4, halves=2)
     assert out.shape == (16, 4, 4, 4)
@@ -253,7 +253,7 @@ def test_minibatch_std_equals_its_definition_and_keeps_halves_apart():
 @pytest.mark.parametrize("label_dim", [0, 1, 5])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("resolution", [16, 64])
-def test_networks_work_at_each_size_and_with_each_kind_of_label(label_dim, channels, resolution):
+def test_networks_support_every_size_and_kind_of_label(label_dim, channels, resolution):
     generator = Generator(SMALL, resolution, channels, label_dim, seeded())
     discriminator = Discriminator(SMALL, resolution, channels, label_dim, seeded())
     c = torch.ones(4, label_dim)  # multi-hot: all findings at once
@@ -262,7 +262,7 @@ def test_networks_work_at_each_size_and_with_each_kind_of_label(label_dim, chann
     assert discriminator(images, c).shape == (4,)
 
 
-def test_the_largest_resolution_can_be_built_and_run():
+def test_networks_support_the_largest_resolution():
     tiny = ModelSettings(z_dim=4, w_dim=4, channel_base=1024, channel_max=2)
     images = Generator(tiny, 1024, 1, 2, seeded())(
         torch.randn(1, 4), torch.ones(1, 2), noise="none"
@@ -285,7 +285,7 @@ def test_labels_change_images_and_logits():
     assert not torch.allclose(discriminator(image, first), discriminator(image, second), atol=1e-5)
 
 
-def test_truncation_moves_w_to_its_average():
+def test_truncation_moves_w_to_w_avg():
     generator = Generator(SMALL, 16, 3, 0, seeded())
     generator.mapping.w_avg.normal_(generator=seeded(1))
     z, c = torch.randn(2, 8), torch.zeros(2, 0)
@@ -294,7 +294,7 @@ def test_truncation_moves_w_to_its_average():
     assert torch.allclose(half, (full + none) / 2, atol=1e-6)
 
 
-def test_constants_do_not_travel():
+def test_state_dict_has_no_constants():
     names = set(Generator(SMALL, 32, 3, 2, seeded()).state_dict()) | set(
         Discriminator(SMALL, 32, 3, 2, seeded()).state_dict()
     )
@@ -302,7 +302,7 @@ def test_constants_do_not_travel():
     assert "mapping.w_avg" in names
 
 
-def test_every_layer_learns_at_the_same_speed():
+def test_initial_weights_have_unit_variance_over_lr_multiplier():
     """Equalised learning rate: stored weights have unit variance over the layer's multiplier (arXiv 1710.10196, 4.1)."""
     generator = Generator(ModelSettings(channel_base=2048, channel_max=64), 32, 3, 4, seeded())
     assert math.isclose(generator.mapping.fc0.weight.std().item(), 100, rel_tol=0.05)

@@ -232,7 +232,7 @@ def test_hospital_level_noise_is_told_as_what_it_is(tmp_path: Path) -> None:
     assert "ε = 31.4 and δ = 1e−05 over 10 releases" in words
     assert "not from the server" in words
     assert (
-        "over a million 1,200 times. delta = 1/3 would allow one hospital to be given away whole."
+        "over a million 1,200 times. delta = 1/3 would allow the full disclosure of one hospital."
         in words
     )
     assert "no guarantee at all" not in words
@@ -802,7 +802,7 @@ def test_the_card_of_hidden_hospitals_tells_what_hid_them_and_what_travelled(
     held = privacy["guarantee"]["hospital_level"]
     assert {key: held[key] for key in spent_by_hospitals} == spent_by_hospitals
     assert held["statement"] in page
-    assert "delta = 1/2 would allow one hospital to be given away whole" in page
+    assert "delta = 1/2 would allow the full disclosure of one hospital" in page
     assert "losses" not in privacy["known"][0]
     assert ("epsilon" in privacy["known"][0]) is private
     assert not any("No differential privacy:" in line for line in privacy["unknown"])

@@ -179,7 +179,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Path, 
     return run, data, grid
 
 
-def test_a_hospital_whose_budget_is_spent_leaves_and_the_others_go_on_as_dealt(
+def test_exhausted_hospital_leaves_and_others_continue(
     stopped: tuple[RunFolder, Path, LocalGrid],
 ) -> None:
     run, data, _ = stopped
@@ -208,7 +208,7 @@ def test_a_hospital_whose_budget_is_spent_leaves_and_the_others_go_on_as_dealt(
     assert (run.hospital_state("beta") / "state-00002.safetensors").is_file()
 
 
-def test_rounds_after_a_hospital_has_left_are_the_mean_of_the_others(
+def test_rounds_after_a_leave_average_the_others(
     stopped: tuple[RunFolder, Path, LocalGrid],
 ) -> None:
     run, _, _ = stopped
@@ -216,7 +216,7 @@ def test_rounds_after_a_hospital_has_left_are_the_mean_of_the_others(
     assert_model(run, 4, mean_model(run, 4, ("alpha", "gamma")))
 
 
-def test_a_resumed_run_knows_who_has_left_and_neither_asks_nor_waits_for_it(
+def test_resumed_run_skips_exhausted_hospitals(
     stopped: tuple[RunFolder, Path, LocalGrid],
 ) -> None:
     run, _, grid = stopped
@@ -226,7 +226,7 @@ def test_a_resumed_run_knows_who_has_left_and_neither_asks_nor_waits_for_it(
     assert gone == {"name": "beta", "number": 1, "images": 16, "units": 0, "round": 2}
 
 
-def test_a_round_that_is_done_again_is_charged_again(
+def test_repeated_round_is_entered_again(
     stopped: tuple[RunFolder, Path, LocalGrid],
 ) -> None:
     run, data, _ = stopped
@@ -240,7 +240,7 @@ def test_a_round_that_is_done_again_is_charged_again(
     assert rows_of(run, "alpha")[-1]["epsilon"] == pytest.approx(spent[-1])
 
 
-def test_a_hospital_that_is_allowed_no_step_changes_nothing(tmp_path: Path) -> None:
+def test_hospital_without_allowed_step_changes_nothing(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES)
     spend(data, "beta", 400)
     run = RunFolder.at(tmp_path / "run")
@@ -254,7 +254,7 @@ def test_a_hospital_that_is_allowed_no_step_changes_nothing(tmp_path: Path) -> N
     assert [entry.run for entry in Ledger(data / "beta" / LEDGER).entries()] == ["earlier"]
 
 
-def test_when_every_budget_is_spent_the_run_is_over_and_says_why(tmp_path: Path) -> None:
+def test_run_ends_when_every_budget_is_spent(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES)
     spend(data, "gamma", 2)
     run = RunFolder.at(tmp_path / "run")
@@ -293,7 +293,7 @@ def _resumed(run: RunFolder) -> list[dict[str, Any]]:
     return told
 
 
-def test_a_run_ends_with_an_evaluation_when_too_few_are_left_for_krum_and_costs_nobody_a_second_round(
+def test_run_ends_with_too_few_hospitals_for_krum(
     tmp_path: Path,
 ) -> None:
     data = write_shards(tmp_path / "data", (16, 16, 16))
@@ -323,7 +323,7 @@ def test_a_run_ends_with_an_evaluation_when_too_few_are_left_for_krum_and_costs_
     assert Ledger(data / "alpha" / LEDGER).entries() == before
 
 
-def test_the_sentence_of_an_early_end_counts_who_is_left() -> None:
+def test_reason_of_early_end_counts_remaining_hospitals() -> None:
     settings = tiny(Path("x"), "federation.strategy=krum", hospitals=4)
     assert reason_to_end(settings, []) == reason_to_end(settings, ["a"]) == ""
     assert (
@@ -372,7 +372,7 @@ LABELS = ("training.labels=data", "privacy.label_noise=1")
     ],
     ids=["batch", "delta", "no noise", "signs"],
 )
-def test_what_a_private_hospital_would_refuse_a_simulation_says_in_its_own_words_before_it_starts(
+def test_simulation_reports_refusals_before_it_starts(
     overrides: tuple[str, ...], words: str, tmp_path: Path
 ) -> None:
     data = write_shards(tmp_path / "data", (48, 32, 32))
@@ -386,7 +386,7 @@ def test_what_a_private_hospital_would_refuse_a_simulation_says_in_its_own_words
     )  # a deployed server's own shards say nothing of the hospitals' ones
 
 
-def test_a_ledger_in_another_unit_is_refused_before_the_simulation_starts(tmp_path: Path) -> None:
+def test_simulation_refuses_a_ledger_of_another_unit(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES)
     spend(data, "gamma", 1)
     with pytest.raises(
@@ -396,7 +396,7 @@ def test_a_ledger_in_another_unit_is_refused_before_the_simulation_starts(tmp_pa
     assert len(Ledger(data / "gamma" / LEDGER).entries()) == 1
 
 
-def test_what_can_be_trained_passes_the_check_and_enters_nothing(tmp_path: Path) -> None:
+def test_check_can_begin_enters_nothing(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES)
     spend(data, "gamma", 1)
     words = (
@@ -411,7 +411,7 @@ def test_what_can_be_trained_passes_the_check_and_enters_nothing(tmp_path: Path)
     assert len(Ledger(data / "gamma" / LEDGER).entries()) == 1
 
 
-def test_equal_noise_is_what_the_hospital_needs_that_needs_most(
+def test_equal_noise_split_uses_the_largest_noise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -435,7 +435,7 @@ def test_equal_noise_is_what_the_hospital_needs_that_needs_most(
     assert found["equal"] == dict.fromkeys(NAMES[:3], 1 + 4 / min(HELD))
 
 
-def test_a_round_that_is_done_again_gets_a_new_line(tmp_path: Path) -> None:
+def test_repeated_round_gets_a_new_entry(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES[:1])
     settings = private(data, rounds=2, hospitals=1)
     run = RunFolder.at(tmp_path / "run")
@@ -480,7 +480,7 @@ PLAIN = (
     ],
     ids=["open", "private", "noisy signs", "hidden hospital", "both"],
 )
-def test_nothing_that_was_measured_on_real_images_leaves_a_private_hospital(
+def test_private_hospital_sends_no_measures_of_real_images(
     overrides: tuple[str, ...], facts: set[str], tmp_path: Path
 ) -> None:
     settings = tiny(
@@ -507,7 +507,7 @@ def test_nothing_that_was_measured_on_real_images_leaves_a_private_hospital(
     assert set(row) == facts - {"round"} | {"name", "num_examples"}
 
 
-def test_an_infinite_epsilon_is_null(tmp_path: Path) -> None:
+def test_infinite_epsilon_is_null(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES[:1])
     run = RunFolder.at(tmp_path / "run")
     federate(private(data, "privacy.noise_multiplier=0", rounds=1, hospitals=1), run, app)
@@ -523,7 +523,7 @@ def test_an_infinite_epsilon_is_null(tmp_path: Path) -> None:
     assert "  ε ∞" in round_text(lines_of(run)[0], 1)
 
 
-def test_progress_shows_the_largest_epsilon_and_whose_budget_is_spent() -> None:
+def test_progress_shows_largest_epsilon_and_exhausted_hospitals() -> None:
     line: dict[str, Any] = {"round": 2, "images_seen": 3000, "mean": {"loss_g": 1.0}}
     private_line = line | {
         "hospitals": [
@@ -546,7 +546,7 @@ def test_progress_shows_the_largest_epsilon_and_whose_budget_is_spent() -> None:
 
 
 @pytest.mark.slow
-def test_three_phantom_hospitals_end_within_their_epsilon(tmp_path: Path) -> None:
+def test_simulated_private_run_stays_within_epsilon(tmp_path: Path) -> None:
     tight = (
         "data.root=",
         "data.phantom_images=150",

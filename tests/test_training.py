@@ -77,7 +77,7 @@ def directional(f, x: torch.Tensor, direction: torch.Tensor, step: float = 1e-5)
     return float((f(x + step * direction) - f(x - step * direction)) / (2 * step))
 
 
-def test_r1_is_the_squared_gradient_and_its_own_gradient_is_right():
+def test_r1_penalty_and_its_gradient_match_finite_differences():
     discriminator = Discriminator(SMALL, 16, 1, 2, torch.Generator().manual_seed(0)).double()
     discriminator.dtype = torch.float64
     images = torch.randn(
@@ -125,7 +125,7 @@ def test_r1_is_the_squared_gradient_and_its_own_gradient_is_right():
     assert math.isclose(float((gradient * direction).sum()), expected, rel_tol=1e-4)
 
 
-def test_path_length_is_the_norm_of_the_jacobian_product_and_its_gradient_is_right():
+def test_path_lengths_and_their_gradient_match_finite_differences():
     generator = Generator(SMALL, 16, 1, 0, torch.Generator().manual_seed(0)).double()
     generator.dtype = torch.float64
     rng = torch.Generator().manual_seed(1)
@@ -179,7 +179,7 @@ def test_adversarial_losses_are_cross_entropies():
 
 
 @given(interval=st.integers(1, 64), beta=st.floats(0.5, 0.9999), rate=st.floats(1e-5, 1e-1))
-def test_lazy_adam_moves_and_forgets_in_an_interval_as_before(interval, beta, rate):
+def test_lazy_adam_preserves_the_update_of_an_interval(interval, beta, rate):
     corrected, (first, second) = losses.lazy_adam(rate, (0.0, beta), interval)
     # interval + 1 steps (one of them the regulariser's) together do what `interval` steps did
     assert math.isclose(corrected * (interval + 1), rate * interval, rel_tol=1e-9)
@@ -187,7 +187,7 @@ def test_lazy_adam_moves_and_forgets_in_an_interval_as_before(interval, beta, ra
     assert first == 0.0
 
 
-def test_trainer_gives_adam_the_correction_and_names_no_integer_beta():
+def test_trainer_corrects_adam_for_lazy_regularisation():
     trainer = Trainer(
         tiny_settings("training.path_length_interval=4", "training.r1_interval=16"), tiny_dataset()
     )
@@ -211,13 +211,13 @@ def test_ema_halves_after_its_half_life(batch, half_life):
     assert math.isclose(decay**steps, 0.5, rel_tol=1e-6)
 
 
-def test_ema_follows_quickly_in_the_beginning_and_no_slower_than_its_half_life():
+def test_ema_ramps_up_to_its_half_life():
     assert ema_decay(16, 5, 0.05, images_seen=0) < 1e-6
     assert math.isclose(ema_decay(16, 5, 0.05, images_seen=1600), 0.5 ** (16 / 80))
     assert ema_decay(16, 5, 0.05, images_seen=10**9) == ema_decay(16, 5, 0.0, images_seen=0)
 
 
-def test_ema_is_the_weighted_mean_of_old_and_new():
+def test_ema_update_is_the_weighted_mean_of_old_and_new():
     old, new = (Generator(SMALL, 16, 1, 2, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     new.mapping.w_avg.fill_(3.0)
     expected = {
@@ -236,7 +236,7 @@ def test_ema_is_the_weighted_mean_of_old_and_new():
 
 
 @given(size=st.integers(1, 30), cuts=st.lists(st.integers(1, 17), min_size=1, max_size=8))
-def test_sampler_shows_each_image_once_a_pass_however_it_is_asked(size, cuts):
+def test_sampler_shows_each_image_once_per_pass(size, cuts):
     sampler, whole = Sampler(size, 3, 1), Sampler(size, 3, 1)
     pieces = np.concatenate([sampler.take(cut) for cut in cuts])
     assert np.array_equal(pieces, whole.take(sum(cuts)))
@@ -244,7 +244,7 @@ def test_sampler_shows_each_image_once_a_pass_however_it_is_asked(size, cuts):
         assert sorted(pieces[start : start + size]) == list(range(size))
 
 
-def test_sampler_differs_between_hospitals_and_goes_on_from_its_state():
+def test_sampler_depends_on_the_stream_and_resumes():
     a, b = Sampler(50, 0, 0), Sampler(50, 0, 1)
     assert not np.array_equal(a.take(50), b.take(50))
     again = Sampler(50, 0, 0)
@@ -255,7 +255,7 @@ def test_sampler_differs_between_hospitals_and_goes_on_from_its_state():
 # --- the Trainer ---------------------------------------------------------------------------------
 
 
-def test_stopping_saving_loading_and_going_on_is_going_on(tmp_path):
+def test_training_resumed_from_a_file_is_bit_identical(tmp_path):
     settings_, dataset = tiny_settings("augment.mirror=true"), tiny_dataset()
     undisturbed, stopped = (
         Trainer(settings_, dataset, stream=2),
@@ -272,7 +272,7 @@ def test_stopping_saving_loading_and_going_on_is_going_on(tmp_path):
     assert same_state(fresh, undisturbed)
 
 
-def test_a_budget_cut_into_rounds_is_the_same_budget():
+def test_budget_split_into_rounds_is_bit_identical():
     settings_, dataset = tiny_settings(), tiny_dataset()
     whole, cut = Trainer(settings_, dataset), Trainer(settings_, dataset)
     whole.train(100)
@@ -285,7 +285,7 @@ def test_a_budget_cut_into_rounds_is_the_same_budget():
     )
 
 
-def test_hospitals_start_alike_and_draw_differently():
+def test_hospitals_share_initial_weights_but_not_draws():
     settings_, dataset = tiny_settings(), tiny_dataset()
     first, second = Trainer(settings_, dataset, stream=0), Trainer(settings_, dataset, stream=1)
     parts = ("generator", "discriminator", "ema")
@@ -301,7 +301,7 @@ def test_hospitals_start_alike_and_draw_differently():
     )
 
 
-def test_training_changes_every_parameter_and_reports_what_it_did():
+def test_training_changes_every_parameter_and_reports_metrics():
     trainer = Trainer(tiny_settings(), tiny_dataset())
     before = trainer.get_parameters(["generator", "discriminator", "ema"])
     result = trainer.train(160)
@@ -327,7 +327,7 @@ def test_training_changes_every_parameter_and_reports_what_it_did():
     [(0, 1, True, "fp32"), (4, 1, False, "fp32"), (2, 3, True, "bf16")],
     ids=["unconditional", "multi-label", "bfloat16"],
 )
-def test_every_kind_of_data_trains(labels, channels, exclusive, precision):
+def test_trainer_accepts_every_kind_of_data(labels, channels, exclusive, precision):
     trainer = Trainer(
         tiny_settings(f"training.precision={precision}"),
         tiny_dataset(40, labels, channels, exclusive),
@@ -335,7 +335,7 @@ def test_every_kind_of_data_trains(labels, channels, exclusive, precision):
     assert math.isfinite(trainer.train(40)["loss_d"])
 
 
-def test_generator_labels_follow_the_hospitals_own_mix():
+def test_generator_labels_follow_the_hospitals_frequencies():
     dataset = tiny_dataset(400, 3)
     dataset.labels[:] = 0
     dataset.labels[np.arange(400), np.where(np.arange(400) < 300, 0, 2)] = 1
@@ -346,7 +346,7 @@ def test_generator_labels_follow_the_hospitals_own_mix():
     assert abs(float(drawn[0]) - 0.75) < 0.05
 
 
-def test_what_travels_has_a_dimension_is_float32_sorted_and_comes_back():
+def test_parameters_travel_as_sorted_float32_arrays():
     a, b = (Trainer(tiny_settings(), tiny_dataset(), stream=s) for s in (0, 1))
     a.train(24)
     arrays = a.get_parameters(["generator", "discriminator", "ema"])
@@ -360,7 +360,7 @@ def test_what_travels_has_a_dimension_is_float32_sorted_and_comes_back():
     )
 
 
-def test_a_model_that_does_not_fit_changes_nothing():
+def test_load_parameters_refuses_another_model_unchanged():
     trainer = Trainer(tiny_settings(), tiny_dataset())
     before = trainer.get_parameters(["generator", "discriminator"])
     wrong = dict(before)
@@ -386,7 +386,7 @@ def test_proximal_term_adds_mu_times_the_distance():
     assert torch.allclose(parameter.grad, torch.full_like(parameter, 3.0 + 0.5 * 2.0), atol=1e-4)
 
 
-def test_the_proximal_pull_keeps_a_hospital_near_the_model_it_was_given():
+def test_proximal_term_keeps_weights_near_the_received_model():
     def distance(mu: float) -> float:
         trainer = Trainer(
             tiny_settings(f"training.proximal_mu={mu}", "training.learning_rate=0.01"),
@@ -403,13 +403,13 @@ def test_the_proximal_pull_keeps_a_hospital_near_the_model_it_was_given():
     assert distance(100.0) < distance(0.0)
 
 
-def test_p_zero_spends_nothing_and_none_never_augments():
+def test_augmentation_with_mode_none_returns_the_same_tensor():
     trainer = Trainer(tiny_settings("augment.mode=none"), tiny_dataset())
     images = torch.randn(2, 3, 16, 16)
     assert trainer.step._augment(images, trainer.streams) is images
 
 
-def test_a_diverged_training_is_an_error_not_a_number():
+def test_diverged_training_raises_an_error():
     trainer = Trainer(tiny_settings(), tiny_dataset())
     with torch.no_grad():
         trainer.step.generator.synthesis.b4.const.fill_(float("nan"))
@@ -417,7 +417,7 @@ def test_a_diverged_training_is_an_error_not_a_number():
         trainer.train(8)
 
 
-def test_wrong_resolution_device_and_state_are_named(tmp_path, monkeypatch):
+def test_errors_name_wrong_resolution_device_and_state(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="16 pixels wide"):
         Trainer(tiny_settings("data.resolution=32"), tiny_dataset())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -437,7 +437,7 @@ def test_wrong_resolution_device_and_state_are_named(tmp_path, monkeypatch):
         )
 
 
-def test_a_shard_that_changed_under_a_run_is_noticed_and_nothing_is_half_loaded():
+def test_load_state_refuses_a_changed_shard_and_changes_nothing():
     dataset = tiny_dataset()
     trainer = Trainer(tiny_settings(), dataset)
     trainer.train(8)
@@ -463,7 +463,7 @@ def test_a_shard_that_changed_under_a_run_is_noticed_and_nothing_is_half_loaded(
         Trainer(tiny_settings(), dataset.take(np.empty(0, np.int64)))
 
 
-def test_the_average_w_is_near_the_mean_of_w_after_a_short_training():
+def test_w_avg_is_near_the_mean_of_w_after_short_training():
     trainer = Trainer(tiny_settings("training.style_mixing=0"), tiny_dataset(labels=0))
     trainer.train(320)
     mapping = trainer.step.generator.mapping
@@ -476,7 +476,7 @@ def test_the_average_w_is_near_the_mean_of_w_after_a_short_training():
 # --- checkpoints ---------------------------------------------------------------------------------
 
 
-def test_checkpoints_without_their_json_or_with_other_bytes_do_not_count(tmp_path):
+def test_checkpoint_without_json_or_with_other_bytes_is_refused(tmp_path):
     path = tmp_path / "round-00001.safetensors"
     save_tensors(path, {"a": torch.arange(4.0)}, {"round": 1})
     tensors, meta = load_tensors(path)
@@ -495,7 +495,7 @@ def test_checkpoints_without_their_json_or_with_other_bytes_do_not_count(tmp_pat
         load_tensors(path)
 
 
-def test_a_checkpoint_gives_back_the_generator_that_made_it(tmp_path):
+def test_load_generator_restores_the_average(tmp_path):
     trainer = Trainer(tiny_settings(), tiny_dataset())
     trainer.train(16)
     arrays = {
@@ -520,7 +520,7 @@ def test_a_checkpoint_gives_back_the_generator_that_made_it(tmp_path):
         load_generator(tmp_path / "round-00002.safetensors")
 
 
-def test_pooled_hospitals_show_the_same_images_in_their_order():
+def test_pool_keeps_images_and_their_order():
     parts = [tiny_dataset(10, seed=seed) for seed in range(3)]
     pooled = pool(parts)
     rows = np.array([25, 3, 14])

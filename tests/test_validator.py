@@ -75,14 +75,14 @@ REFUSED = [
     (
         "privacy.epsilon=3",
         "privacy.epsilon and privacy.noise_multiplier",
-        "how much noise",
+        "both set the noise",
         "one of them",
     ),
 ]
 
 
 @pytest.mark.parametrize(("override", "what", "why", "instead"), REFUSED)
-def test_each_hole_is_named_with_its_reason_and_a_way_out(override, what, why, instead):
+def test_refusal_names_key_reason_and_alternative(override, what, why, instead):
     assert list(refusals(settings_of())) == []
     with pytest.raises(ConfigError) as found:
         check_private(settings_of(override))
@@ -90,7 +90,7 @@ def test_each_hole_is_named_with_its_reason_and_a_way_out(override, what, why, i
 
 
 @pytest.mark.parametrize(("override", "what", "why", "instead"), REFUSED[:-1])
-def test_without_privacy_nothing_of_it_is_refused(override, what, why, instead):
+def test_validator_refuses_nothing_without_privacy(override, what, why, instead):
     check_private(settings_of(override, "privacy.noise_multiplier=-1"))
 
 
@@ -104,11 +104,11 @@ def test_without_privacy_nothing_of_it_is_refused(override, what, why, instead):
         ("training.sampling=poisson",),
     ],
 )
-def test_what_is_used_instead_is_accepted(overrides):
+def test_suggested_alternatives_are_accepted(overrides):
     check_private(settings_of(*overrides))
 
 
-def test_pictures_of_private_training_images_are_refused_and_those_of_drawn_or_other_images_are_not():
+def test_report_with_private_training_images_is_refused():
     with pytest.raises(ConfigError, match=r"show_real = 'all'.*use 'none'"):
         check_private(settings_of("evaluation.show_real=all", "data.root=/clinic"))
     check_private(settings_of("evaluation.show_real=all"))
@@ -118,13 +118,13 @@ def test_pictures_of_private_training_images_are_refused_and_those_of_drawn_or_o
     )
 
 
-def test_all_holes_are_told_at_once():
+def test_all_refusals_are_reported_at_once():
     with pytest.raises(ConfigError) as found:
         check_private(settings_of(*(override for override, *_ in REFUSED[:3])))
     assert all(what in str(found.value) for _, what, *_ in REFUSED[:3])
 
 
-def test_a_private_trainer_cannot_begin_with_a_hole_or_without_a_ledger(tmp_path):
+def test_private_trainer_needs_valid_settings_and_a_ledger(tmp_path):
     begin = {"planned_images": 40, "ledgers": [tmp_path / "ledger.jsonl"], "run": "run"}
     with pytest.raises(ConfigError, match="Poisson"):
         begin_training(settings_of("training.sampling=shuffle"), images_of(), **begin)
@@ -163,12 +163,12 @@ class Mixing(nn.Module):
         nn.InstanceNorm2d(4, track_running_stats=True),
     ],
 )
-def test_layers_with_statistics_over_a_batch_are_refused_by_name(layer):
+def test_layers_with_batch_statistics_are_refused(layer):
     with pytest.raises(ConfigError, match=rf"between \({type(layer).__name__}\).*GroupNorm"):
         check_modules(Judge(layer), images_of())
 
 
-def test_whatever_else_ties_images_to_one_another_is_found_by_trying():
+def test_layers_that_mix_images_are_refused():
     with pytest.raises(ConfigError, match="other images"):
         check_modules(Judge(Mixing()), images_of())
     model = settings_of("model.minibatch_std_group=4", "privacy.noise_multiplier=-1").model
@@ -177,13 +177,13 @@ def test_whatever_else_ties_images_to_one_another_is_found_by_trying():
 
 
 @pytest.mark.parametrize("layer", [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), nn.LeakyReLU()])
-def test_layers_that_keep_images_apart_are_accepted(layer):
+def test_layers_that_do_not_mix_images_are_accepted(layer):
     check_modules(Judge(layer), images_of())
 
 
 @pytest.mark.parametrize("labels", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_own_discriminator_keeps_images_apart(labels, dtype):
+def test_discriminator_without_minibatch_std_is_accepted(labels, dtype):
     network = Discriminator(settings_of().model, 16, 3, labels)
     network.dtype = dtype
     shown = images_of(3)
@@ -208,13 +208,13 @@ def origin(**of: object) -> dict:
     ("told", "why"),
     [
         (origin(data__root="/somewhere/shards") | {"phantoms": False}, "data.root"),
-        (origin() | {"phantoms": False}, "does not say that all its images were drawn"),
-        ({"settings": origin()["settings"]}, "does not say that all its images were drawn"),
-        (origin(training__warm_start="/somewhere/run"), "itself began"),
-        ({}, "does not say"),
+        (origin() | {"phantoms": False}, "has no record that all its images were phantoms"),
+        ({"settings": origin()["settings"]}, "has no record that all its images were phantoms"),
+        (origin(training__warm_start="/somewhere/run"), "started from another model"),
+        ({}, "has no record of its training data"),
     ],
 )
-def test_a_warm_start_that_may_know_private_images_is_refused_unless_it_is_declared_public(
+def test_warm_start_needs_public_training_images(
     told, why
 ):
     with pytest.raises(ConfigError, match=why) as found:
@@ -225,12 +225,12 @@ def test_a_warm_start_that_may_know_private_images_is_refused_unless_it_is_decla
     check_start(settings_of("privacy.noise_multiplier=-1"), Path("round.safetensors"), told)
 
 
-def test_a_warm_start_from_phantoms_is_accepted():
+def test_warm_start_from_phantoms_is_accepted():
     check_start(settings_of(), Path("round.safetensors"), origin())
 
 
 @pytest.mark.parametrize("drawn", [True, False])
-def test_pooled_and_federated_training_ask_alike_where_a_start_comes_from(tmp_path, drawn):
+def test_warm_start_is_checked_pooled_and_federated(tmp_path, drawn):
     """The server makes the first weights and sees no image, so that its own Trainer has no privacy; the run has."""
     open_settings = settings_of("privacy.noise_multiplier=-1")
     donor = Trainer(open_settings, images_of())

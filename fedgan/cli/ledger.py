@@ -1,4 +1,4 @@
-"""`fedgan ledger`: what was released of a hospital's images until now, and what that costs."""
+"""`fedgan ledger`: releases of a hospital's images until now, and the spent ε."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ledger(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="A shard, a hospital's state-dir, a folder of shards, a run, or a ledger file.",
+            help="Shard, state-dir of a hospital, folder of shards, run, or ledger file.",
         ),
     ],
     delta: Annotated[
@@ -31,7 +31,7 @@ def ledger(
         typer.Option(
             "--delta",
             metavar="DELTA",
-            help="Tell epsilon at this delta; else at that of the last entry.",
+            help="Show epsilon at this delta. Default: delta of the last entry.",
         ),
     ] = None,
     max_epsilon: Annotated[
@@ -39,15 +39,16 @@ def ledger(
         typer.Option(
             "--max-epsilon",
             metavar="EPSILON",
-            help="Tell how many more steps like the last ones fit in.",
+            help="Show how many more steps like the last ones fit into this epsilon.",
         ),
     ] = None,
     as_json: console.Json = False,
 ) -> None:
-    """Show what each run released of a hospital's images and what all of it costs; check that no entry changed or is missing."""
+    """Show releases and spent ε of a hospital's images, and verify the ledger."""
     if delta is not None and not 0 < delta < 1:
         raise ConfigError(
-            f"--delta {delta:g}: epsilon has a meaning for 0 < delta < 1 only, e.g. one over the number of images"
+            f"--delta {delta:g}: epsilon is defined for 0 < delta < 1 only, "
+            "e.g. one over the number of images"
         )
     if max_epsilon is not None and not max_epsilon > 0:
         raise ConfigError(f"--max-epsilon {max_epsilon:g}: give a budget above 0")
@@ -61,41 +62,42 @@ def find_ledgers(path: Path) -> list[Ledger]:
 
     if path.is_file():
         return [Ledger(path)]
-    ledgers = [Ledger(place / NAME) for place in places_of(path)]
-    # a run's own, of its hospitals as units (server/aggregation/client_level_dp.py)
+    ledgers = [Ledger(folder / NAME) for folder in ledger_folders(path)]
+    # The run's own, whose units are hospitals (server/aggregation/client_level_dp.py), comes first.
     ledgers = [Ledger(file) for file in sorted(path.glob("hospital-ledger.jsonl"))] + [
         each for each in ledgers if each.exists()
     ]
     if not ledgers:
         raise DataError(
-            f"no privacy ledger at {console.shown(path)}: give a shard that was trained on with privacy, the state-dir of a "
-            "deployed hospital, or a run folder"
+            f"no privacy ledger at {console.shown(path)}: give a shard that was trained on with "
+            "privacy, the state-dir of a deployed hospital, or a run folder"
         )
     return ledgers
 
 
-def places_of(path: Path) -> list[Path]:
-    """Folders at `path` where a hospital may keep what it knows of its shard, sorted."""
-    places = [path, *_below(path)]
+def ledger_folders(path: Path) -> list[Path]:
+    """Folders at `path` that may hold a ledger, sorted."""
+    folders = [path, *_subfolders(path)]
     if (path / "config.toml").is_file():
-        places += [*_below(path / "hospitals"), *_below(path / "shards"), *_of_the_scenario(path)]
-    return list(dict.fromkeys(place.resolve() for place in places))
+        shards = _shards_of_run(path)
+        folders += [*_subfolders(path / "hospitals"), *_subfolders(path / "shards"), *shards]
+    return list(dict.fromkeys(folder.resolve() for folder in folders))
 
 
-def _below(folder: Path) -> list[Path]:
-    return sorted(place for place in folder.iterdir() if place.is_dir()) if folder.is_dir() else []
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
-def _of_the_scenario(path: Path) -> list[Path]:
-    """The shards that the run in `path` read."""
+def _shards_of_run(path: Path) -> list[Path]:
+    """The shards of the run in `path`."""
     from fedgan.run_folder import RunFolder
 
     root = RunFolder.at(path).settings().data.root
-    return [Path(root), *_below(Path(root))] if root else []
+    return [Path(root), *_subfolders(Path(root))] if root else []
 
 
 def _account(ledger: Ledger, delta: float | None, max_epsilon: float | None) -> dict[str, Any]:
-    """What one ledger says, as JSON: an infinite ε is null."""
+    """One ledger as JSON; an infinite ε is null."""
     entries = ledger.entries()
     at = delta if delta is not None else entries[-1].delta if entries else None
     total = ledger.epsilon(at) if at is not None else 0.0
@@ -112,7 +114,7 @@ def _account(ledger: Ledger, delta: float | None, max_epsilon: float | None) -> 
         last = entries[-1].mechanism
         account |= {
             "max_epsilon": max_epsilon,
-            "steps_left": 0 if total > max_epsilon else _left(entries, at, max_epsilon),
+            "steps_left": 0 if total > max_epsilon else _steps_left(entries, at, max_epsilon),
         }
         account |= {
             "steps_like": {
@@ -123,7 +125,7 @@ def _account(ledger: Ledger, delta: float | None, max_epsilon: float | None) -> 
     return account
 
 
-def _left(entries: list[Entry], delta: float, max_epsilon: float) -> int:
+def _steps_left(entries: list[Entry], delta: float, max_epsilon: float) -> int:
     from fedgan.privacy.accounting import steps_within
 
     return steps_within(
@@ -132,9 +134,12 @@ def _left(entries: list[Entry], delta: float, max_epsilon: float) -> int:
 
 
 def _releases(entries: list[Entry]) -> list[dict[str, Any]]:
-    """One row for entries in succession that differ in nothing but their steps; `epsilon` is that after the last of them."""
+    """One row per group of successive entries that differ in their steps only.
 
-    def alike(entry: Entry) -> tuple[Any, ...]:
+    `epsilon`: after the last of them.
+    """
+
+    def key(entry: Entry) -> tuple[Any, ...]:
         return (
             entry.run,
             entry.kind,
@@ -146,7 +151,7 @@ def _releases(entries: list[Entry]) -> list[dict[str, Any]]:
         )
 
     rows = []
-    for _, group in itertools.groupby(entries, alike):
+    for _, group in itertools.groupby(entries, key):
         members = list(group)
         last = members[-1]
         rows.append(
@@ -169,7 +174,7 @@ def _releases(entries: list[Entry]) -> list[dict[str, Any]]:
 def _text(account: dict[str, Any]) -> str:
     lines = [account["path"]]
     if not account["entries"]:
-        return f"{lines[0]}\n  nothing was released yet"
+        return f"{lines[0]}\n  no release yet"
     table = [HEADS]
     for row in account["releases"]:
         numbers = (
@@ -194,19 +199,21 @@ def _text(account: dict[str, Any]) -> str:
         for row in table
     ]
     runs, entries = account["runs"], account["entries"]
-    over = f"{entries} {'entry' if entries == 1 else 'entries'} of {runs} {'run' if runs == 1 else 'runs'}"
+    count = f"{entries} {'entry' if entries == 1 else 'entries'}"
+    count += f" of {runs} {'run' if runs == 1 else 'runs'}"
     total = f"epsilon {_number(account['epsilon'])} at delta {account['delta']:.3g}"
-    lines.append(f"  in all: {total}, over {over}; no entry is missing or changed")
-    lines.append("  runs without privacy are not entered: nothing bounds what they gave away")
+    lines.append(f"  spent: {total}, over {count}; no entry is missing or changed")
+    lines.append("  runs without privacy are not entered: nothing bounds what they reveal")
     if account["contents"] > 1:
         lines.append(
-            f"  the shard's content changed: {account['contents']} versions of it share this account"
+            f"  the shard's content changed: {account['contents']} versions share this ledger"
         )
     if "steps_left" in account:
         like = account["steps_like"]
         step = f"noise {like['noise_multiplier']:.4g} and rate {like['sample_rate']:.4g}"
         lines.append(
-            f"  {account['steps_left']:,} more steps with {step} fit into epsilon {account['max_epsilon']:g}"
+            f"  {account['steps_left']:,} more steps with {step} fit into "
+            f"epsilon {account['max_epsilon']:g}"
         )
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedgan.cli import console
-from fedgan.cli.ledger import places_of
+from fedgan.cli.ledger import ledger_folders
 from fedgan.errors import DataError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def find_logs(path: Path) -> list[OutboundLog]:
     """The outbound logs at `path`, sorted. Raises `DataError` where there is none."""
     from fedgan.exchange.outbound_log import NAME, OutboundLog
 
-    files = [path] if path.is_file() else [folder / NAME for folder in places_of(path)]
+    files = [path] if path.is_file() else [folder / NAME for folder in ledger_folders(path)]
     logs = [log for log in map(OutboundLog, files) if log.numbers()]
     if not logs:
         raise DataError(

@@ -158,7 +158,7 @@ def _is_comparison(run: ComparisonFolder) -> bool:
 
 def _copy_run_facts(run: RunFolder, settings: Settings, target: RunFolder) -> None:
     """Copy the files that the report needs, with other settings of the evaluator."""
-    files.write_json(target.look, {"run": str(run.path)})
+    files.write_json(target.evaluated_run, {"run": str(run.path)})
     target.write_settings(settings)
     for source, copy in (
         (run.environment, target.environment),

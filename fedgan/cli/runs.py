@@ -228,7 +228,7 @@ def checkpoint_of(path: Path) -> Path:
             )
         return path
     run = RunFolder.at(path)
-    run.refuse_look()
+    run.refuse_repeated_evaluation()
     run.refuse_comparison()
     run.settings()
     newest = run.last_round()

@@ -1,12 +1,12 @@
-"""Classifiers of the central evaluator: a small CNN for small images on a CPU, and three networks of torchvision.
+"""Classifiers of the evaluator: a small CNN for a CPU and three networks of torchvision.
 
-All take images (B, C, H, W) float in [-1, 1] and offer `features(images)` → (B, D), the penultimate
-layer after global average pooling, and `forward(images)` → logits (B, K).
+All take images (B, C, H, W) float in [-1, 1] and provide `features(images)` → (B, D), the
+penultimate layer after global average pooling, and `forward(images)` → logits (B, K).
 
-torchvision's networks are made for 224 pixels and shrink an image 32 times. Below 64 pixels one halving of their stem is
-left out (ResNet-18 and DenseNet-121: the max-pool; EfficientNet-B2: the stride of the first convolution), so that a
-32-pixel image goes through the same map sizes as one of 64 pixels. From 64 pixels on they are torchvision's own. None is
-pretrained, and none draws random numbers in its forward pass: a training is determined by its seed.
+torchvision's networks are made for 224 pixels and reduce the side 32 times. Below 64 pixels the
+stem halves once less (ResNet-18 and DenseNet-121: no max-pool; EfficientNet-B2: first convolution
+with stride 1), so that 32 pixels give the same map sizes as 64. None is pretrained, and none draws
+random numbers in its forward pass: the seed determines a training.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import nn
 from fedgan.config import CLASSIFIERS
 from fedgan.errors import ConfigError
 
-SMALL = 64  # pixels a side; below, the stem of torchvision's networks halves the image once less
+SMALL = 64  # pixels per side; below, the stem of torchvision's networks halves once less
 WIDTHS = (24, 48, 96, 128)  # of the small CNN: at 32², 16², 8², 4²
 
 
 class Classifier(nn.Module):
-    """A body that gives features (B, D) and one linear layer on top."""
+    """A body with features (B, D), and one linear layer on top."""
 
     def __init__(self, name: str, body: nn.Module, feature_dim: int, label_dim: int) -> None:
         super().__init__()
@@ -45,17 +45,17 @@ class Classifier(nn.Module):
 
 
 class _GreyToColour(nn.Module):
-    """Repeat a single channel three times; leave three channels as they are."""
+    """Repeat a single channel three times; keep three channels."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
 def small_cnn(channels: int, resolution: int, label_dim: int) -> Classifier:
-    """Four convolutions with batch norm, 128 features; about 165,000 weights and 8 million multiply-adds an image.
+    """Four convolutions with batch norm: 128 features, 165,000 weights, 8 million multiply-adds.
 
-    Above 32×32 the first convolution strides, so that the rest of the network works at 32×32 whatever the resolution.
-    Maps are pooled before they are normalised: batch norm and ReLU then work on a quarter of the pixels.
+    Above 32 × 32 the first convolution strides, so that the others work at 32 × 32. Maps are pooled
+    before they are normalised: batch norm and ReLU work on a quarter of the pixels.
     """
     stride = max(1, resolution // 32)
     layers: list[nn.Module] = [
@@ -74,9 +74,9 @@ def small_cnn(channels: int, resolution: int, label_dim: int) -> Classifier:
 
 
 def resnet18(channels: int, resolution: int, label_dim: int) -> Classifier:
-    """torchvision's ResNet-18 (arXiv 1512.03385) without pretrained weights, 512 features; grey images are repeated to RGB.
+    """torchvision's ResNet-18 (arXiv 1512.03385), untrained, 512 features; grey becomes RGB.
 
-    Below 64 pixels without the stem's max-pool. Raises `ConfigError` for other than one or three channels.
+    Raises `ConfigError` unless there are one or three channels.
     """
     from torchvision.models import resnet18 as torchvision_resnet18
 
@@ -89,9 +89,9 @@ def resnet18(channels: int, resolution: int, label_dim: int) -> Classifier:
 
 
 def densenet121(channels: int, resolution: int, label_dim: int) -> Classifier:
-    """torchvision's DenseNet-121 (arXiv 1608.06993) without pretrained weights, 1024 features; grey is repeated to RGB.
+    """torchvision's DenseNet-121 (arXiv 1608.06993), untrained, 1024 features; grey becomes RGB.
 
-    Below 64 pixels without the stem's max-pool. Raises `ConfigError` for other than one or three channels.
+    Raises `ConfigError` unless there are one or three channels.
     """
     from torchvision.models import densenet121 as torchvision_densenet121
 
@@ -104,10 +104,10 @@ def densenet121(channels: int, resolution: int, label_dim: int) -> Classifier:
 
 
 def efficientnet_b2(channels: int, resolution: int, label_dim: int) -> Classifier:
-    """torchvision's EfficientNet-B2 (arXiv 1905.11946) without pretrained weights, 1408 features; grey is repeated to RGB.
+    """torchvision's EfficientNet-B2 (arXiv 1905.11946), untrained, 1408 features; grey is RGB.
 
-    Without dropout and stochastic depth, which would draw from torch's global generator in every step. Below 64 pixels the
-    first convolution has stride 1. Raises `ConfigError` for other than one or three channels.
+    Without dropout and stochastic depth, which draw from torch's global generator. Raises
+    `ConfigError` unless there are one or three channels.
     """
     from torchvision.models import efficientnet_b2 as torchvision_efficientnet_b2
 
@@ -128,9 +128,9 @@ BUILDERS: dict[str, Callable[[int, int, int], Classifier]] = {
 
 
 def build_classifier(name: str, channels: int, resolution: int, label_dim: int) -> Classifier:
-    """The classifier called `name`, freshly initialised from torch's global generator.
+    """The classifier called `name`, initialised from torch's global generator.
 
-    Raises `ConfigError` for another name, and for channels that the network does not take.
+    Raises `ConfigError` for an unknown name and for channels that the network does not take.
     """
     if name not in BUILDERS:
         raise ConfigError(f"no classifier called '{name}': choose one of {', '.join(CLASSIFIERS)}")

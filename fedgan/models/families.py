@@ -1,9 +1,10 @@
 """Generator families: the networks behind `model.family`.
 
-A family is a package fedgan/models/FAMILY with `NETWORKS`, which maps 'generator' and any other name in
-`federation.exchange` to a class that is built from (model settings, resolution, channels, label_dim,
-rng); and a module fedgan/training/FAMILY_step.py (see fedgan/training/step.py). Every generator is called
-as `generator(z, c, psi, noise, rng)` and has `z_dim`, `label_dim`, `resolution` and `channels`.
+A family is a package fedgan/models/FAMILY with `NETWORKS`, which maps 'generator' and any other
+name in `federation.exchange` to a class that is built from (model settings, resolution, channels,
+label_dim, rng); and a module fedgan/training/FAMILY_step.py (see fedgan/training/step.py). Every
+generator is called as `generator(z, c, psi, noise, rng)` and has `z_dim`, `label_dim`, `resolution`
+and `channels`.
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
 """Conditioning on the hospital beside the label (`model.hospitals`).
 
-Networks that see the label alone must blend the scanners and patients of all hospitals that hold it, and
-averaging hospitals that pull one label apart (healthy children here, healthy adults there) undoes what
-each has learnt. With `model.hospitals` = H the condition is the label vector followed by one of H columns:
-each hospital trains a column of its own (embedding and projection of arXiv 2006.06676, with the hospital
-as one more attribute).
+Networks that see the label alone must blend the scanners and patients of all hospitals that hold
+it, and averaging hospitals that pull one label apart (healthy children here, healthy adults there)
+undoes what each has learnt. With `model.hospitals` = H the condition is the label vector followed
+by one of H columns: each hospital trains a column of its own (embedding and projection of arXiv
+2006.06676, with the hospital as one more attribute).
 
-A condition without a hospital gets one by the hospitals' shares of the label, as in the pooled images:
+A condition without a hospital gets one by the hospitals' shares of the label, as in the pooled
+images:
 
     P(i | c) ∝ n_i Π_k p_ik^c_k (1 - p_ik)^(1 - c_k),     p_ik = n_ik / n_i
 
-(for labels that exclude each other without the second factor: P is n_ik / Σ n_jk exactly). The hospital
-of an image follows from its latent, so that a latent and a label give one image in any batch.
+(for labels that exclude each other without the second factor: P is n_ik / Σ n_jk exactly). The
+hospital of an image follows from its latent, so that a latent and a label give one image in any
+batch.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class HospitalCondition(nn.Module):
     def set_label_counts(
         self, counts: Mapping[int, tuple[int, Sequence[int]]], exclusive: bool
     ) -> None:
-        """Set by hospital number the training images, and those of each label (K,); others have none."""
+        """Set, by hospital number, the training images and those per label (K,)."""
         if not self.hospitals:
             return
         table = torch.zeros(self.hospitals, self.labels + 1, dtype=torch.float64)
@@ -58,7 +60,7 @@ class HospitalCondition(nn.Module):
 
     @contextmanager
     def restricted_to(self, hospital: int) -> Iterator[None]:
-        """Complete conditions with one hospital alone inside the context, as an attack on it does."""
+        """Complete every c with one hospital inside the context, as an attack on it does."""
         before = self.counts
         if before is not None:
             self.counts = torch.zeros_like(before)

@@ -1,1 +1,1 @@
-"""Differential privacy for the discriminator, the ledger of each hospital, and attacks that would notice a leak."""
+"""Differential privacy: DP-SGD, accounting, the ledger of each hospital, client-level noise."""

@@ -1,4 +1,4 @@
-"""One gradient a unit, clipped, summed: the part of DP-SGD that looks at private images (arXiv 1607.00133, algorithm 1)."""
+"""Per-unit gradients, clipped and summed: DP-SGD before the noise (arXiv 1607.00133)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ClippedSum:
-    """`gradients`: by parameter name, the sum over units of their clipped gradients. `norms` (U,): theirs before the clip.
+    """`gradients`: by parameter name, the sum over units of their clipped gradients.
 
-    `real_logits` (B,): D on the real images. All of it is private until noise is added.
+    `norms` (U,): before clipping. `real_logits` (B,): D on the real images. All of it is private
+    until noise is added.
     """
 
     gradients: dict[str, Tensor]
@@ -36,13 +37,15 @@ def clipped_sum(
     chunk: int,
     r1_weight: float = 0.0,
 ) -> ClippedSum:
-    """The sum over units of the gradient of a unit's mean loss, each clipped to the Euclidean norm `max_norm`.
+    """The sum over units of the gradient of a unit's mean loss, each clipped to `max_norm`.
 
-    `fakes`, `reals`: images (B, C, H, W) and labels (B, K). Fake i and real i are one pair with one loss, `loss(fake_logits,
-    real_logits)` of one logit each, plus `r1_weight` · |dD/dx|² at the real image (R1, arXiv 1801.04406, eq. 9), and one
-    gradient. `units` (B,) int64: the image or patient that a pair belongs to, numbered from 0 without gaps, in rising
-    order. The pairs of a unit are averaged before the clip, so that a whole patient moves the sum by `max_norm` at most.
-    `chunk`: pairs whose gradients are in memory at once; the pairs of one unit are always there together.
+    `fakes`, `reals`: images (B, C, H, W) and labels (B, K). Fake i and real i are one pair with one
+    loss, `loss(fake_logits, real_logits)` of one logit each, plus `r1_weight` · |dD/dx|² at the
+    real image (R1, arXiv 1801.04406, eq. 9), and one gradient. `units` (B,) int64: the image or
+    patient of a pair, numbered from 0 without gaps, in increasing order. The pairs of a unit are
+    averaged before clipping, so that a whole patient moves the sum by at most `max_norm` (Euclidean
+    norm). `chunk`: pairs whose gradients are in memory at once; the pairs of one unit are always
+    together.
     """
     parameters = dict(discriminator.named_parameters())
     totals = [
@@ -60,7 +63,7 @@ def clipped_sum(
         )
         if not bool(
             norm.isfinite().all()
-        ):  # infinity times nothing is no number: what has no length counts as nothing
+        ):  # ∞ · 0 is NaN: gradients that are not finite count as 0
             rows = [torch.where(norm.isfinite()[:, None], row, 0.0) for row in rows]
         factor = max_norm / norm.nan_to_num(nan=max_norm).clamp(min=max_norm)
         for total, row in zip(totals, rows, strict=True):
@@ -83,7 +86,7 @@ def pair_gradients(
     real_c: Tensor,
     r1_weight: float = 0.0,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """(gradients (B, ...) by parameter name, D on the real images (B,)): of each pair by itself, not clipped, not noisy."""
+    """(gradients (B, ...) by parameter name, D on the real images (B,)), per pair, not clipped."""
     parameters = dict(discriminator.named_parameters())
     with torch.enable_grad(), PerPair(len(real)) as each:
         fake_logits, real_logits = discriminator(
@@ -91,8 +94,8 @@ def pair_gradients(
         ).chunk(2)
         value = vmap(loss)(fake_logits.unsqueeze(1), real_logits.unsqueeze(1)).sum()
         if r1_weight:
-            at = real.detach().clone().requires_grad_(True)
-            (slope,) = torch.autograd.grad(discriminator(at, real_c).sum(), at, create_graph=True)
+            x = real.detach().clone().requires_grad_(True)
+            (slope,) = torch.autograd.grad(discriminator(x, real_c).sum(), x, create_graph=True)
             value = value + r1_weight * slope.square().sum()
     return dict(
         zip(parameters, each.gradients(value, list(parameters.values())), strict=True)
@@ -100,7 +103,7 @@ def pair_gradients(
 
 
 def _rows(value: Tensor) -> Tensor:
-    """(U, ...) → (U, n), without a copy where a convolution's weights lie in memory as `channels_last`."""
+    """(U, ...) → (U, n), without a copy for convolution weights in `channels_last`."""
     return value.movedim(2, -1).flatten(1) if value.ndim == 5 else value.flatten(1)
 
 
@@ -114,10 +117,10 @@ def _unrow(row: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _means(rows: Tensor, units: Tensor) -> Tensor:
-    """Rows of pairs (B, n) → their means over the pairs of each unit (U, n).
+    """Rows of pairs (B, n) → means over the pairs of each unit (U, n).
 
-    Each unit's rows are added by themselves: in a product with a matrix of shares, one row that is no number would be
-    multiplied by zero for all other units and make theirs none either, so that one patient moved the sum by all of them.
+    The rows of each unit are added separately: in a product with a matrix of shares, one NaN row
+    times zero would make the rows of all other units NaN.
     """
     count = int(units[-1]) + 1
     if count == len(units):
@@ -129,7 +132,7 @@ def _means(rows: Tensor, units: Tensor) -> Tensor:
 
 
 def _chunks(units: Tensor, chunk: int) -> Iterator[tuple[int, int]]:
-    """Spans of about `chunk` pairs, at least one unit each, that cut no unit."""
+    """Spans of about `chunk` pairs, at least one unit each; no unit is split."""
     ends = torch.bincount(units).cumsum(0).tolist() if len(units) else []
     start = end = 0
     for next_end in ends:

@@ -1,7 +1,7 @@
-"""Whether a private training can begin, asked before anything has begun, by whoever has the shards at hand.
+"""Check before a run whether each hospital's private training can begin.
 
-A hospital tells the server of a failure no more than its kind. Where the shards lie on the same machine (a simulation, a
-comparison) the reason can be told in its own words.
+A hospital reports only the kind of an error to the server. Where the shards are on the same machine
+(a simulation, a comparison), this check gives the full message.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset
-from fedgan.privacy.accounting import MOST_NOISE, Mechanism, epsilon_rdp
+from fedgan.privacy.accounting import MAX_NOISE, Mechanism, epsilon_rdp
 from fedgan.privacy.ledger import Ledger
 from fedgan.privacy.step import label_release, noise_multiplier, rate_and_delta, steps_of, units_of
 
-FOUND_WITHIN = 1.02  # how near to the least noise `noise_for` comes, and as much again
+FOUND_WITHIN = 1.02  # twice the relative error of `noise_for`
 
 
 def check_can_begin(
@@ -24,10 +24,11 @@ def check_can_begin(
     planned_images: float,
     ledgers: Sequence[Ledger],
 ) -> None:
-    """Raise the `ConfigError` with which `PrivateStep` or the first entry in one of the `ledgers` would refuse this training.
+    """Raise the `ConfigError` that `PrivateStep` or a first ledger entry would raise.
 
-    Nothing is entered. Raises `DataError` for a damaged ledger; nothing where privacy is off. The noise itself is searched
-    for, which takes seconds, only where Rényi's bound leaves it open whether there is any.
+    Nothing is entered, and nothing is checked where privacy is off. Raises `DataError` for a
+    damaged ledger. The search for the noise takes seconds; it runs only where Rényi's bound does
+    not decide.
     """
     privacy = settings.privacy
     if not privacy.on:
@@ -38,7 +39,7 @@ def check_can_begin(
         ledger.check_unit(privacy.unit)
     if privacy.noise_multiplier >= 0:
         return
-    most = privacy.r_t_noise / FOUND_WITHIN if privacy.r_t_noise else MOST_NOISE
+    most = privacy.r_t_noise / FOUND_WITHIN if privacy.r_t_noise else MAX_NOISE
     parts = [
         *label_release(settings, dataset.label_dim),
         Mechanism(most, rate, steps_of(planned_images, batch_size)),

@@ -1,17 +1,17 @@
-"""The privacy ledger of one shard: what was released of it, and what that costs. Append-only, hash-chained.
+"""Privacy ledger of one shard: its releases and their privacy cost; append-only, hash-chained.
 
-One JSON line an entry, which holds the hash of the line before. An entry is on the disk before the steps that it pays for
-begin, so that a crash may cost privacy that was not used, but never uses what was not counted. A line that a killed
-process left unfinished was never paid with, and is cut off by the next entry. A restored checkpoint of a training does
-not touch the ledger; neither does a new import of the shard (fedgan/data/shard.py keeps it). Images that were
-added or removed (another `data` hash) do not begin a new account: most patients are the same. Runs without privacy
-are not entered: nothing bounds what they gave away, whatever stands here.
+One JSON line per entry, with the hash of the line before. An entry is on the disk before its steps
+begin: a crash may cost privacy that was not used, but never uses what was not counted. A line that
+a killed process left unfinished was never used, and the next entry cuts it off. A restored
+checkpoint does not change the ledger, nor does a new import of the shard (fedgan/data/shard.py
+keeps it). Images that were added or removed (another `data` hash) continue the account: most
+patients are the same. Runs without privacy are not entered: nothing bounds what they reveal.
 
-Beside it a second file, the head, says how many entries there are at least, and the hash of the last of these. It is written
-after each entry, so that a crash between both leaves it one entry behind, which is harmless; a ledger that ends before
-its head was cut or is an older copy, and is refused. What cannot be seen: that both files were deleted or put back to
-older copies, or that the head was deleted and the end of the ledger with it. So never restore the ledger of a backup
-while the present one can be read.
+A second file, the head, holds the minimum number of entries and the hash of the last of them. It is
+written after each entry: a crash in between leaves it one entry behind, which is harmless. A ledger
+shorter than its head was truncated or is an older copy, and is refused. Not detected: both files
+deleted or replaced by older copies, or the head deleted and the end of the ledger with it. So never
+restore a ledger from a backup while the present one can be read.
 """
 
 from __future__ import annotations
@@ -39,12 +39,18 @@ except ModuleNotFoundError:  # Windows: the ledger can be read there
 
 NAME = "privacy-ledger.jsonl"
 HEAD = ".head.json"
-MEND = "put back the newest copy of both the ledger and its head file; what is lost cannot be computed again"
+FIX = (
+    "put back the newest copy of both the ledger and its head file; "
+    "lost entries cannot be recomputed"
+)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line: a mechanism, of which run, in which unit, and `epsilon` at `delta` over all lines up to this one."""
+    """One line: a mechanism of a run, and `epsilon` at `delta` over all lines up to this one.
+
+    `unit`: image or patient. `epsilon` None: infinite.
+    """
 
     time: str
     run: str
@@ -64,7 +70,7 @@ class Entry:
 
     @property
     def cost(self) -> float:
-        """`epsilon` as a number."""
+        """`epsilon` as a float."""
         return math.inf if self.epsilon is None else self.epsilon
 
     @property
@@ -73,7 +79,7 @@ class Entry:
 
     @staticmethod
     def parse(line: bytes) -> Entry:
-        """One line of the file. Raises `ValueError` or `TypeError` when it is none, or holds what no entry can hold."""
+        """Parse a line. Raises `ValueError` or `TypeError` for anything but a valid entry."""
         entry = Entry(**json.loads(line))
         numbers = (entry.noise_multiplier, entry.sample_rate, entry.delta, entry.cost)
         texts = (entry.time, entry.run, entry.kind, entry.unit, entry.data, entry.previous)
@@ -90,56 +96,55 @@ class Entry:
 
 
 class Ledger:
-    """The ledger at `path`. Makes no file before the first entry."""
+    """The ledger at `path`. The first entry creates its files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def exists(self) -> bool:
-        """Whether an entry was ever written: the head alone is what a deleted ledger leaves."""
+        """Whether an entry was ever written; a deleted ledger leaves its head."""
         return self.path.is_file() or self._head_path.is_file()
 
-    # --- what it says ------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
-        """All entries, checked. Raises `DataError` when a line was changed, or lines are missing, at the end too."""
-        count, last = (
-            self._head()
-        )  # first: a writer beside us makes the ledger longer than the head, never shorter
+        """All entries, verified. Raises `DataError` for changed or missing lines."""
+        # The head first: a concurrent writer makes the ledger longer than the head, never shorter.
+        count, last = self._head()
         found: list[Entry] = []
-        for number, line in enumerate(
-            self._read().split(b"\n")[:-1], 1
-        ):  # what has no line end was never finished
+        lines = self._read().split(b"\n")[:-1]  # without an unfinished line
+        for number, line in enumerate(lines, 1):
             try:
                 entry = Entry.parse(line)
             except (ValueError, TypeError):
                 raise DataError(
-                    f"{self.path.name}, line {number}: not an entry of a privacy ledger; {MEND}"
+                    f"{self.path.name}, line {number}: not an entry of a privacy ledger; {FIX}"
                 ) from None
             if entry.previous != (found[-1].hash if found else ""):
                 raise DataError(
-                    f"{self.path.name}, line {number}: does not follow from the line before; {MEND}"
+                    f"{self.path.name}, line {number}: does not follow from the line before; {FIX}"
                 )
             found.append(entry)
         if len(found) < count:
             raise DataError(
-                f"{self.path.name} ends after {len(found)} entries, but has had {count}: an older copy? {MEND}"
+                f"{self.path.name} ends after {len(found)} entries, but had {count}: "
+                f"an older copy? {FIX}"
             )
         if count and found[count - 1].hash != last:
             raise DataError(
-                f"{self.path.name}, line {count}: is not the entry that was written there; {MEND}"
+                f"{self.path.name}, line {count}: not the entry that was written; {FIX}"
             )
         return found
 
     def mechanisms(self) -> list[Mechanism]:
-        """What all entries released, in order."""
+        """The mechanisms of all entries, in order."""
         return [entry.mechanism for entry in self.entries()]
 
     def epsilon(self, delta: float) -> float:
-        """ε at `delta` of all entries; never less than an entry has said before."""
+        """Spent ε at `delta` of all entries; never less than an entry states."""
         return _epsilon(self.entries(), delta)
 
-    # --- what is entered ---------------------------------------------------------------------------
+    # --- writing ----------------------------------------------------------------------------------
 
     def reserve(
         self,
@@ -153,13 +158,13 @@ class Ledger:
         data: str,
         max_epsilon: float = 0.0,
     ) -> int:
-        """Enter `steps` steps like `step`, or as many as `max_epsilon` (0: no limit) allows, and return how many.
+        """Enter `steps` steps like `step`, or as many as `max_epsilon` (0: no limit) allows.
 
-        They are on the disk when this returns. Raises `DataError` for a damaged ledger, `StorageError` where none can be written,
-        `ConfigError` where earlier entries count another unit.
+        Return how many; they are on the disk then. Raises `DataError` for a damaged ledger,
+        `StorageError` where it cannot be written, `ConfigError` where earlier entries have another
+        unit.
         """
-        pool = JointLedger([self])
-        return pool.reserve(
+        return JointLedger([self]).reserve(
             step,
             steps,
             run=run,
@@ -171,23 +176,23 @@ class Ledger:
         )
 
     def check_unit(self, unit: str) -> None:
-        """Raise `ConfigError` where entries count another unit: what hides an image does not hide a patient with many of them."""
+        """Raise `ConfigError` where entries have another unit: image and patient do not compose."""
         if others := sorted({entry.unit for entry in self.entries()} - {unit}):
             raise ConfigError(
-                f"{self.path.name} counts what was released for each {others[0]}, and this run would count it for each "
-                f"{unit}: the two have no common epsilon; set privacy.unit = '{others[0]}', as in the shard's earlier runs"
+                f"{self.path.name} accounts per {others[0]}, this run per {unit}: the two have no "
+                f"common epsilon; set privacy.unit = '{others[0]}', as in earlier runs of the shard"
             )
 
     def _allowed(self, step: Mechanism, steps: int, delta: float, max_epsilon: float) -> int:
         if not max_epsilon:
             return max(0, steps)
         entries = self.entries()
-        if _said(entries, delta) > max_epsilon:
+        if _stated_epsilon(entries, delta) > max_epsilon:
             return 0
         return steps_within(max_epsilon, delta, [entry.mechanism for entry in entries], step, steps)
 
     def _enter(self, new: Entry) -> None:
-        """Append `new`, whose place in the chain and `epsilon` follow from what is there. For who holds the lock."""
+        """Append `new` with its `previous` and `epsilon`. The caller holds the lock."""
         entries = self.entries()
         new = dataclasses.replace(new, epsilon=0.0, previous=entries[-1].hash if entries else "")
         epsilon = _epsilon([*entries, new], new.delta)
@@ -209,7 +214,7 @@ class Ledger:
             stream.flush()
             os.fsync(stream.fileno())  # the head, written next, flushes the folder
 
-    # --- its files ---------------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------------
 
     @property
     def _head_path(self) -> Path:
@@ -224,7 +229,7 @@ class Ledger:
             raise StorageError(f"{self.path} cannot be read: {error.strerror or error}") from error
 
     def _head(self) -> tuple[int, str]:
-        """(number of entries, hash of the last of them) that there were at least."""
+        """(minimum number of entries, hash of the last of them)."""
         try:
             head = json.loads(self._head_path.read_bytes())
             count, last = head["entries"], head["last"]
@@ -237,7 +242,7 @@ class Ledger:
                 f"{self._head_path} cannot be read: {error.strerror or error}"
             ) from error
         except (ValueError, TypeError, KeyError):
-            raise DataError(f"{self._head_path.name} is damaged; {MEND}") from None
+            raise DataError(f"{self._head_path.name} is damaged; {FIX}") from None
         return count, last
 
     def _write_head(self, count: int, last: str) -> None:
@@ -250,7 +255,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep every other process from this ledger: its own file is locked, which lies beside the ledger."""
+        """Lock the ledger against other processes, by a lock file beside it."""
         if fcntl is None:
             raise StorageError(
                 "this system has no file locks (fcntl): train with privacy on Linux or macOS"
@@ -266,24 +271,27 @@ class Ledger:
 
     def _unwritable(self, error: OSError) -> StorageError:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            mend = "make the folder writable, or name a place for it (state-dir in the node-config of a deployed hospital)"
+            fix = (
+                "make the folder writable, or choose another one "
+                "(state-dir in the node-config of a deployed hospital)"
+            )
         else:
-            mend = "free some space" if error.errno == errno.ENOSPC else "see to the disk"
+            fix = "free some space" if error.errno == errno.ENOSPC else "check the disk"
         return StorageError(
-            f"the privacy ledger {self.path} cannot be written ({error.strerror or error}), so no private step is done: {mend}"
+            f"the privacy ledger {self.path} cannot be written ({error.strerror or error}), "
+            f"so no private step is taken: {fix}"
         )
 
 
 class JointLedger:
-    """The ledgers of several shards that are trained on as one pool: what is released is entered in each of them."""
+    """Ledgers of several shards that are trained on as one pool: each gets every entry."""
 
     def __init__(self, ledgers: Sequence[Ledger]) -> None:
-        self.ledgers = list(
-            {ledger.path.resolve(): ledger for ledger in ledgers}.values()
-        )  # a lock taken twice waits for ever
+        # Each path once: taking a lock twice would wait forever.
+        self.ledgers = list({ledger.path.resolve(): ledger for ledger in ledgers}.values())
 
     def epsilon(self, delta: float) -> float:
-        """The largest ε at `delta` of any of the shards."""
+        """The largest spent ε at `delta` of any shard."""
         return max((ledger.epsilon(delta) for ledger in self.ledgers), default=0.0)
 
     def reserve(
@@ -298,30 +306,24 @@ class JointLedger:
         data: str,
         max_epsilon: float = 0.0,
     ) -> int:
-        """Enter in each shard's ledger what all of them allow (see `Ledger.reserve`): all are asked before one is charged."""
+        """Enter in all ledgers what each of them allows (see `Ledger.reserve`)."""
         with contextlib.ExitStack() as locks:
-            for ledger in sorted(
-                self.ledgers, key=lambda ledger: str(ledger.path.resolve())
-            ):  # always in the same order
+            # Always in the same order, against deadlocks.
+            for ledger in sorted(self.ledgers, key=lambda ledger: str(ledger.path.resolve())):
                 locks.enter_context(ledger.locked())
             for ledger in self.ledgers:
                 ledger.check_unit(unit)
                 steps = ledger._allowed(step, steps, delta, max_epsilon)
             if steps > 0:
-                now, noise, rate = (
-                    time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                    step.noise_multiplier,
-                    step.sample_rate,
-                )
                 entry = Entry(
-                    now,
-                    run,
-                    kind,
-                    unit,
-                    noise,
-                    rate,
-                    steps,
-                    delta,
+                    time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                    run=run,
+                    kind=kind,
+                    unit=unit,
+                    noise_multiplier=step.noise_multiplier,
+                    sample_rate=step.sample_rate,
+                    steps=steps,
+                    delta=delta,
                     epsilon=None,
                     data=data,
                     previous="",
@@ -331,10 +333,12 @@ class JointLedger:
         return max(0, steps)
 
 
-def _said(entries: Sequence[Entry], delta: float) -> float:
-    """The most that an entry says; ε at a larger δ is a lower bound of that at `delta`."""
+def _stated_epsilon(entries: Sequence[Entry], delta: float) -> float:
+    """The largest ε that entries state at δ ≥ `delta`: a lower bound of ε at `delta`."""
     return max((entry.cost for entry in entries if entry.delta >= delta), default=0.0)
 
 
 def _epsilon(entries: Sequence[Entry], delta: float) -> float:
-    return max(_said(entries, delta), epsilon_of([entry.mechanism for entry in entries], delta))
+    return max(
+        _stated_epsilon(entries, delta), epsilon_of([entry.mechanism for entry in entries], delta)
+    )

@@ -1,9 +1,10 @@
-"""One gradient for each pair of a batch, from one forward and one backward pass over the whole batch.
+"""Per-pair gradients from one forward and one backward pass over the whole batch.
 
-The layers see the batch as they always do. Only where they multiply by weights, in `conv2d` and `linear`, the weights are
-handed over once for each pair; the backward pass then leaves one gradient a pair there, instead of their sum, and the rest
-(the scaling from a parameter to its weights) is walked back pair by pair. That costs what a plain step costs, and a little
-more for the weights' gradients; `torch.func.vmap` gives the same numbers through grouped convolutions, which are slower.
+Where layers multiply by weights (`conv2d`, `linear`), every pair gets its own copy of the weights;
+the backward pass then leaves one gradient per pair instead of their sum. The rest, from a parameter
+to its scaled weights, is differentiated pair by pair. The cost is that of a plain step and a little
+more for the weights' gradients; `torch.func.vmap` gives the same numbers through grouped
+convolutions, which are slower.
 """
 
 from __future__ import annotations
@@ -20,23 +21,22 @@ from torch.overrides import TorchFunctionMode
 
 from fedgan.errors import FedganError
 
-SMALL_MAP = (
-    256  # pixels of an output up to which a product of windows beats a convolution for each pair
-)
+SMALL_MAP = 256  # output pixels up to which a product of windows is faster than convolutions
 
 
 class PerPair(TorchFunctionMode):
-    """While active: `conv2d` and `linear` give each of `pairs` pairs weights of its own, all equal.
+    """While active, `conv2d` and `linear` use separate, equal weights for each of `pairs` pairs.
 
-    Row r of every batch belongs to pair r modulo `pairs`. After the pass `gradients(loss, parameters)` gives what each pair
-    contributed. Layers must keep rows apart (fedgan/privacy/validator.py, check_modules): else a gradient is not one pair's.
+    Row r of every batch belongs to pair r modulo `pairs`. `gradients(loss, parameters)` then
+    returns the contribution of each pair. Layers must keep rows independent (`check_modules` in
+    fedgan/privacy/validator.py): else a gradient is not that of one pair.
     """
 
     def __init__(self, pairs: int) -> None:
         super().__init__()
         self.pairs = pairs
-        self._weights: list[Tensor] = []  # as the layers made them of their parameters
-        self._copies: list[Tensor] = []  # (pairs, ...) of each, all equal, no memory of their own
+        self._weights: list[Tensor] = []  # as the layers computed them from parameters
+        self._copies: list[Tensor] = []  # (pairs, ...) of each, expanded without memory
 
     def __torch_function__(
         self,
@@ -66,7 +66,7 @@ class PerPair(TorchFunctionMode):
     ) -> Tensor:
         if others:
             raise FedganError(
-                f"no gradient for each image is known for a convolution with {', '.join(others)}"
+                f"no per-image gradient is implemented for a convolution with {', '.join(others)}"
             )
         copy = None if bias is None else self._copy(bias)
         return _Conv.apply(x, self._copy(weight), copy, _one(stride), _one(padding))
@@ -78,14 +78,15 @@ class PerPair(TorchFunctionMode):
         return copy
 
     def gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """(pairs, ...) for each parameter: the gradient of each pair's part of `loss`, which is a sum over pairs.
+        """(pairs, ...) per parameter: the gradient of each pair's part of `loss`, a sum over pairs.
 
-        Raises `FedganError` when a parameter acts in any other way than as the weights of a convolution or linear layer.
+        Raises `FedganError` for a parameter that is not the weight or bias of a convolution or
+        linear layer.
         """
         found = torch.autograd.grad(loss, [*self._copies, *parameters], allow_unused=True)
         if any(part is not None for part in found[len(self._copies) :]):
             raise FedganError(
-                "a parameter of D is neither a convolution's nor a linear layer's: no gradient for each image"
+                "a parameter of D is in no convolution or linear layer: no per-image gradient"
             )
         used = [
             (weight, part)
@@ -127,7 +128,7 @@ class _Linear(Function):
 
 
 class _Conv(Function):
-    """x (N, in, H, W), weight (P, out, in, k, k), bias (P, out) → (N, out, h, w). Can be differentiated twice."""
+    """x (N, in, H, W), weight (P, out, in, k, k), bias (P, out) → (N, out, h, w)."""
 
     @staticmethod
     def forward(
@@ -148,7 +149,7 @@ class _Conv(Function):
 
 
 class _ConvBack(Function):
-    """The transpose of `_Conv`: slopes of its output (N, out, h, w) → of its input, of shape `shape`."""
+    """Transpose of `_Conv`: gradient of its output (N, out, h, w) → of its input (`shape`)."""
 
     @staticmethod
     def forward(
@@ -171,9 +172,9 @@ class _ConvBack(Function):
 def _weight_gradients(
     x: Tensor, slope: Tensor, weight: Tensor, stride: int, padding: int
 ) -> Tensor:
-    """(P, out, in, k, k), in memory as `channels_last`: for each pair the gradient of a convolution's weights.
+    """(P, out, in, k, k) in `channels_last`: gradient of a convolution's weights per pair.
 
-    x (N, in, H, W): the input; slope (N, out, h, w): of the output.
+    x (N, in, H, W): its input; slope (N, out, h, w): the gradient of its output.
     """
     pairs, outputs, inputs, k, _ = weight.shape
     found = torch.empty(pairs, outputs, k, k, inputs, dtype=x.dtype, device=x.device)
@@ -184,7 +185,7 @@ def _weight_gradients(
                 x[pair::pairs], weight.shape[1:], slope[pair::pairs], stride, padding
             ).permute(0, 2, 3, 1)
         return found.permute(0, 1, 4, 2, 3)
-    # A product of the slopes (out, pixels) with the windows that each output pixel saw (pixels, k · k · in).
+    # The slopes (out, pixels) times the windows of the output pixels (pixels, k · k · in).
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
     rows, down, right, channel = padded.stride()
     windows = padded.as_strided(
@@ -192,17 +193,15 @@ def _weight_gradients(
         (rows, down * stride, right * stride, down, right, channel),
     )
     slope = slope.permute(0, 2, 3, 1)
-    together = (
-        1 if x.device.type == "cpu" else pairs
-    )  # windows of one pair stay in a processor's cache
-    for start in range(0, pairs, together):
-        some = range(start, start + together)
-        seen = torch.stack([windows[pair::pairs].reshape(-1, k * k * inputs) for pair in some])
-        said = torch.stack([slope[pair::pairs].reshape(-1, outputs) for pair in some])
+    size = 1 if x.device.type == "cpu" else pairs  # windows of one pair fit into a CPU's cache
+    for start in range(0, pairs, size):
+        group = range(start, start + size)
+        inside = torch.stack([windows[pair::pairs].reshape(-1, k * k * inputs) for pair in group])
+        outside = torch.stack([slope[pair::pairs].reshape(-1, outputs) for pair in group])
         torch.bmm(
-            said.transpose(1, 2),
-            seen,
-            out=found[start : start + together].view(together, outputs, -1),
+            outside.transpose(1, 2),
+            inside,
+            out=found[start : start + size].view(size, outputs, -1),
         )
     return found.permute(0, 1, 4, 2, 3)
 

@@ -1,16 +1,18 @@
-"""The private half of a training step: which images are looked at, and the noisy gradient that comes of it.
+"""DP-SGD for the discriminator: the Poisson sample and the noisy gradient of a step.
 
-Only D sees real images, so only D's gradient gets noise. The generator learns from D and from its own images alone: all that
-is derived from it is post-processing (arXiv 1607.00133, section 3), and noise on it would buy nothing.
+Only D sees real images, so only D's gradient gets noise. The generator learns from D and from its
+own images: all that is derived from it is post-processing (arXiv 1607.00133, section 3).
 
-The secret. Everybody knows `settings.seed`: the server sends it. Whoever can compute the noise can subtract it, and whoever
-knows which images were drawn gains nothing from the drawing. So the Poisson sample, the noise and every other draw of
-D's step come from a secret of this process (the system's entropy), which is never stored, sent or replayed: a restored
-checkpoint gets new noise. The generators are not cryptographic (the privacy page says so), but the noise has all of the
-secret's 128 bits: PyTorch's own CPU generator keeps 32 bits of a seed, so few that trying each would find the noise.
+The secret. `settings.seed` is public: the server sends it. Noise that can be computed can be
+subtracted, and a known sample gives no amplification. So the Poisson sample, the noise and all
+other draws of D's step come from a secret of this process (the system's entropy), which is never
+stored, sent or reused: a restored checkpoint gets new noise. The generators are not cryptographic
+(the report says so), but the noise uses all 128 bits of the secret: PyTorch's CPU generator keeps
+32 bits of a seed, few enough to try each.
 
-What is not covered: how long a step takes (it grows with the sample), and the rounding of floating-point sums, by which a
-unit may move a sum a little further than the clip (arXiv 2207.10635); the noise is larger by many orders.
+Not covered: the duration of a step (it grows with the sample), and the rounding of floating-point
+sums, by which a unit may move a sum slightly more than the clip (arXiv 2207.10635); the noise is
+larger by many orders of magnitude.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ STEPS, LABELS = "discriminator steps", "label counts"
 
 
 class LedgerLike(Protocol):
-    """What a Trainer needs of a ledger (fedgan/privacy/ledger.py)."""
+    """The part of a ledger that training needs (fedgan/privacy/ledger.py)."""
 
     def epsilon(self, delta: float) -> float: ...
 
@@ -53,9 +55,9 @@ class LedgerLike(Protocol):
 
 @dataclass(frozen=True)
 class Draw:
-    """What one step of D looks at: rows (B,), the unit of each (B,), and the generators of all its other draws.
+    """The Poisson sample of one step of D: rows (B,), the unit of each (B,), and its generators.
 
-    `noise` is for what hides the sample, and for nothing else.
+    `host` and `device` serve all other draws of the step; `noise` only the noise of DP-SGD.
     """
 
     rows: np.ndarray
@@ -72,16 +74,16 @@ class Draw:
             ).reshape(shape)
         seeded = torch.Generator(device).manual_seed(
             int(self.noise.integers(2**63))
-        )  # CUDA's generator keeps all of it
+        )  # CUDA's generator keeps all 63 bits
         return torch.randn(shape, generator=seeded, device=device)
 
 
 class PrivateStep:
     """DP-SGD for one hospital's discriminator.
 
-    `planned_images`: real images that this hospital's whole run shows, from which the noise for `privacy.epsilon` follows.
-    `least_noise`: a noise multiplier that is raised to (`privacy.noise_split = "equal"`: what the hospital that needs most
-    needs). `secret`: for tests alone, that want the same noise twice; without it the noise is nobody's to know.
+    `planned_images`: real images in this hospital's whole run, which determine the noise for
+    `privacy.epsilon`. `least_noise`: lower bound of the noise multiplier
+    (`privacy.noise_split = "equal"`). `secret`: for tests only, to repeat the noise.
     """
 
     def __init__(
@@ -104,9 +106,9 @@ class PrivateStep:
         self.sample_rate, self.delta = rate_and_delta(
             self.settings, dataset, self.units, batch_size
         )
-        self._given = secret
+        self._fixed_secret = secret
         self.renew()
-        self._paid = 0
+        self._reserved = 0
         self.labels = label_release(settings, dataset.label_dim)
         own = noise_multiplier(
             settings, dataset.label_dim, len(dataset), self.units, batch_size, planned_images
@@ -114,20 +116,20 @@ class PrivateStep:
         self.noise_multiplier = max(own, least_noise)
         self.step = Mechanism(self.joint_multiplier, self.sample_rate, 1)
 
-    # --- what it costs -----------------------------------------------------------------------------
+    # --- privacy cost -----------------------------------------------------------------------------
 
     @property
     def joint_multiplier(self) -> float:
-        """Of gradient and signs together, which are released from the same sample."""
+        """Noise multiplier of gradient and signs together, released from the same sample."""
         return joint_noise(
             self.noise_multiplier, *([self.settings.r_t_noise] if self.settings.r_t_noise else [])
         )
 
     def reserve(self, steps: int, kind: str = STEPS) -> int:
-        """Enter `steps` steps in the ledger before they are done; fewer than asked when `privacy.max_epsilon` ends them."""
-        what = self.step if kind == STEPS else self.labels[0]
+        """Enter `steps` steps in the ledger before they run; return how many it allows."""
+        mechanism = self.step if kind == STEPS else self.labels[0]
         allowed = self.ledger.reserve(
-            what,
+            mechanism,
             steps,
             run=self.run,
             kind=kind,
@@ -136,22 +138,22 @@ class PrivateStep:
             data=self.data,
             max_epsilon=self.settings.max_epsilon,
         )
-        self._paid += allowed if kind == STEPS else 0
+        self._reserved += allowed if kind == STEPS else 0
         return allowed
 
     def epsilon(self) -> float:
-        """ε at `delta` of all that the ledger holds, over all runs."""
+        """Spent ε at `delta`: all entries of the ledger, over all runs."""
         return self.ledger.epsilon(self.delta)
 
-    # --- what is drawn -----------------------------------------------------------------------------
+    # --- sampling ---------------------------------------------------------------------------------
 
     def renew(self) -> None:
-        """Draw a new secret: after a checkpoint was restored no noise may come twice."""
-        self._secret = secrets.randbits(128) if self._given is None else self._given
+        """Draw a new secret: after a restored checkpoint no noise may come twice."""
+        self._secret = secrets.randbits(128) if self._fixed_secret is None else self._fixed_secret
         self._newest = -1
 
     def draw(self, number: int) -> Draw:
-        """The Poisson sample of step `number` (each unit with probability `sample_rate`; it may be empty)."""
+        """The Poisson sample of step `number`: each unit with `sample_rate`; it may be empty."""
         if number <= self._newest:
             self.renew()
         self._newest = number
@@ -169,7 +171,7 @@ class PrivateStep:
         noises = np.random.Generator(np.random.PCG64(noise))
         return Draw(index, torch.from_numpy(units).to(self.device), host, device, noises)
 
-    # --- what is released --------------------------------------------------------------------------
+    # --- releases ---------------------------------------------------------------------------------
 
     def gradient(
         self,
@@ -180,16 +182,17 @@ class PrivateStep:
         draw: Draw,
         r1_weight: float = 0.0,
     ) -> tuple[float, int]:
-        """Set the gradients of D's parameters: clip, sum, then noise, then divide by the batch size that is expected.
+        """Set the gradients of D: clip, sum, add noise, divide by the expected batch size.
 
-        Returns (sum of the signs of D on real images, their number), with the noise of `privacy.r_t_noise` and the number
-        that is expected; (0, 0) where that is off. Raises `FedganError` for a step that no `reserve` has paid for.
+        Return (sum of the signs of D on real images, their number), with the noise of
+        `privacy.r_t_noise` and the expected number; (0, 0) where it is off. Raises `FedganError`
+        for a step that is not reserved in the ledger.
         """
-        if self._paid < 1:
+        if self._reserved < 1:
             raise FedganError(
-                "a step of D on private images that the ledger knows nothing of: reserve it first"
+                "a step of D on private images is not in the ledger: reserve it first"
             )
-        self._paid -= 1
+        self._reserved -= 1
         clip, noise = self.settings.max_grad_norm, self.noise_multiplier
         found = clipped_sum(
             discriminator, loss, fakes, reals, draw.units, clip, self.settings.chunk, r1_weight
@@ -210,10 +213,11 @@ class PrivateStep:
         return float(noisy), max(1, round(expected))
 
     def release_labels(self, dataset: ImageDataset) -> np.ndarray:
-        """Frequencies (K,) of the labels from noisy counts: of the classes where they exclude each other, else of each label.
+        """Label frequencies (K,) from noisy counts: of classes, or of each label on its own.
 
-        Enter it in the ledger first, and once: the Trainer keeps the result. A unit counts 1 in all (a patient's images share
-        it), and √K at most over labels that do not exclude each other, so the counts get `privacy.label_noise` times as much.
+        Reserve it in the ledger first; the Trainer keeps the result. A unit counts 1 in all (the
+        images of a patient share it), and up to √K over labels that can occur together: the counts
+        get `privacy.label_noise` times that.
         """
         reach = 1.0 if dataset.exclusive else max(1, dataset.label_dim) ** 0.5
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._secret, 2**63])))
@@ -239,9 +243,9 @@ class PrivateStep:
 
 
 def releases_labels(settings: Settings, label_dim: int = 1) -> bool:
-    """Whether a private run releases the counts of its labels: they are asked for, there are some, and they get noise.
+    """Whether a private run releases noisy label counts.
 
-    `label_dim`: the number of labels; 1 stands for any number, where it is not known yet.
+    `label_dim`: number of labels; default 1: any number, where it is not known yet.
     """
     return settings.training.labels == "data" and settings.privacy.label_noise > 0 and label_dim > 0
 
@@ -254,11 +258,12 @@ def noise_multiplier(
     batch_size: int,
     planned_images: float,
 ) -> float:
-    """The gradient's noise multiplier of a hospital with `images` images of `units` images or patients, and `label_dim` labels.
+    """Noise multiplier of the gradient for `images` images of `units` images or patients.
 
-    With `privacy.epsilon`, what is left for the gradient beside the released labels and the noisy signs of `r_t_noise`, so
-    that `planned_images` images shown in batches of `batch_size` cost that much. `privacy.noise_split = "equal"`: a
-    federation gives each hospital the largest of these. Raises `ConfigError` where no noise is enough.
+    With `privacy.epsilon`: what remains for the gradient beside the released label counts and the
+    noisy signs of `r_t_noise`, for `planned_images` images in batches of `batch_size`. With
+    `privacy.noise_split = "equal"` every hospital uses the largest of the federation. Raises
+    `ConfigError` where no noise is enough.
     """
     privacy = settings.privacy
     if privacy.noise_multiplier >= 0:
@@ -276,37 +281,40 @@ def noise_multiplier(
         return joint
     if signs <= joint:
         raise ConfigError(
-            f"privacy.r_t_noise = {signs:g} leaves nothing for the gradient, whose steps need a noise multiplier of "
-            f"{joint:.3g} together with it: raise privacy.r_t_noise or set it to 0 with augment.mode = 'fixed'"
+            f"privacy.r_t_noise = {signs:g} leaves nothing for the gradient: both together need a "
+            f"noise multiplier of {joint:.3g}; raise privacy.r_t_noise, or set it to 0 with "
+            "augment.mode = 'fixed'"
         )
     return (joint**-2 - signs**-2) ** -0.5
 
 
 def steps_of(planned_images: float, batch_size: int) -> int:
-    """The steps in which `planned_images` images are shown."""
+    """Number of steps that show `planned_images` images."""
     return max(1, -(-int(planned_images) // batch_size))
 
 
 def rate_and_delta(
     privacy: PrivacySettings, dataset: ImageDataset, units: int, batch_size: int
 ) -> tuple[float, float]:
-    """(sampling rate, δ). Raises `ConfigError` for a rate above 1, and for a δ above 1 / `units`."""
+    """(sampling rate, δ). Raises `ConfigError` for a rate above 1 or a δ above 1 / `units`."""
     if batch_size > len(dataset):
         raise ConfigError(
-            f"training.batch_size = {batch_size} is more than the {len(dataset)} images of '{dataset.name}': a Poisson "
-            "sample cannot be larger than what it is drawn from; lower it, or set federation.batch = 'shared'"
+            f"training.batch_size = {batch_size} is more than the {len(dataset)} images of "
+            f"'{dataset.name}': a Poisson sample cannot be larger than the data; lower it, or set "
+            "federation.batch = 'shared'"
         )
     delta = privacy.delta or 1 / units
     if delta > 1 / units:
         raise ConfigError(
-            f"privacy.delta = {delta:g} is more than 1/n of the n {privacy.unit}s of '{dataset.name}': giving one away whole "
-            "would keep that promise; lower it, or set 0 for 1/n"
+            f"privacy.delta = {delta:g} is more than 1/n of the n {privacy.unit}s of "
+            f"'{dataset.name}': it allows the full disclosure of one of them; lower it, or set 0 "
+            "for 1/n"
         )
     return batch_size / len(dataset), delta
 
 
 def label_release(settings: Settings, label_dim: int) -> list[Mechanism]:
-    """What the release of the labels' counts is to the accountant; nothing where none are released."""
+    """The release of the label counts as mechanisms; empty where none are released."""
     return (
         [Mechanism(settings.privacy.label_noise, 1.0, 1)]
         if releases_labels(settings, label_dim)
@@ -320,7 +328,8 @@ def units_of(dataset: ImageDataset, unit: str) -> tuple[np.ndarray, int]:
         return np.arange(len(dataset)), len(dataset)
     if not len(dataset.patients):
         raise ConfigError(
-            f"privacy.unit = 'patient', but '{dataset.name}' names no patients: import it with patients, or use 'image'"
+            f"privacy.unit = 'patient', but '{dataset.name}' has no patient ids: import it with "
+            "patients, or use 'image'"
         )
     names, index = np.unique(dataset.patients, return_inverse=True)
     return index, len(names)

@@ -13,10 +13,10 @@ from fedgan.errors import CheckpointError
 class AdaController:
     """Augmentation strength p, moved so that r_t = E[sign(D(real))] reaches the target.
 
-    The signs of D on real images are summed over a window of `interval` steps. At its end p rises (r_t
-    above the target: D overfits) or falls by window images / (1000 * speed_kimg), within [0, 1]: from 0
-    to 1 in `speed_kimg` thousand real images for any batch size. Mode `fixed` keeps p at its start, mode
-    `none` at 0; both still measure r_t.
+    The signs of D on real images are summed over a window of `interval` steps. At its end p rises
+    (r_t above the target: D overfits) or falls by window images / (1000 * speed_kimg), within [0,
+    1]: from 0 to 1 in `speed_kimg` thousand real images for any batch size. Mode `fixed` keeps p at
+    its start, mode `none` at 0; both still measure r_t.
     """
 
     def __init__(self, settings: AugmentSettings) -> None:
@@ -28,13 +28,13 @@ class AdaController:
         self._signs: torch.Tensor | float = 0.0
 
     def observe(self, logits_real: torch.Tensor) -> None:
-        """Add D's logits on real images, of any shape, to the window, without waiting for the device."""
+        """Add D's logits on real images, of any shape, without waiting for the device."""
         logits = logits_real.detach()
         self._signs = self._signs + torch.sign(logits).sum(dtype=torch.float32)
         self._images += logits.numel()
 
     def observe_sum(self, signs: float, images: int) -> None:
-        """Add a noisy sum of the signs of about `images` logits, as a private training releases it."""
+        """Add a noisy sum of the signs of about `images` logits, as a private training releases."""
         self._signs = self._signs + signs
         self._images += images
 

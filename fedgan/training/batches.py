@@ -16,7 +16,7 @@ from fedgan.training.sampler import PoissonSampler, Sampler
 
 @dataclass(frozen=True)
 class Streams:
-    """Random numbers: `host` for choices on the CPU, `noise` for latents and noise on the device."""
+    """Random generators: `host` for choices on the CPU, `noise` for noise on the device."""
 
     host: torch.Generator
     noise: torch.Generator
@@ -25,8 +25,8 @@ class Streams:
 class Batches:
     """Real batches and generator labels of `dataset`, as tensors on `device`.
 
-    `hospital_of_row` (N,): each image's hospital by number. `label_weights`: label frequencies for the
-    generator, where they do not come from the images themselves; empty: uniform.
+    `hospital_of_row` (N,): each image's hospital by number. `label_weights`: label frequencies for
+    the generator, where they do not come from the images themselves; empty: uniform.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Batches:
         }
 
     def _condition(self, labels: Tensor, rows: np.ndarray) -> Tensor:
-        """Labels (B, K), followed by the hospital, one-hot (B, H), where `model.hospitals` = H > 0."""
+        """Labels (B, K), then the hospital, one-hot (B, H), where `model.hospitals` = H > 0."""
         if not self.hospitals:
             return labels
         hospital = torch.from_numpy(self.hospital_of_row[rows]).long()
@@ -92,8 +92,9 @@ def sample_labels(
 ) -> Tensor:
     """Label vectors (count, label_dim) float32, drawn by frequency.
 
-    `weights` (label_dim,): probabilities of the classes (`exclusive`), or of each label on its own. Empty:
-    uniform over the classes; where labels can occur together, over the single labels and no label.
+    `weights` (label_dim,): probabilities of the classes (`exclusive`), or of each label on its own.
+    Empty: uniform over the classes; where labels can occur together, over the single labels and no
+    label.
     """
     if not label_dim or not count:
         return torch.zeros(count, label_dim)

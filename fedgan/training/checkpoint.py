@@ -1,7 +1,7 @@
 """Checkpoints: tensors in a `.safetensors`, their meaning in the `.json` beside it. No pickle.
 
-The JSON is written last and holds the hash of the tensors: without it, or with another hash, a checkpoint
-is invalid.
+The JSON is written last and holds the hash of the tensors: without it, or with another hash, a
+checkpoint is invalid.
 """
 
 from __future__ import annotations
@@ -103,14 +103,13 @@ def load_into(
 ) -> None:
     """Copy tensors into the parameters and persistent buffers of a module, by name.
 
-    Raises `CheckpointError` when a name or a shape differs; then nothing changes. `check_only`: copy
-    nothing.
+    Raises `CheckpointError` when a name or a shape differs; then nothing changes.
     """
     own = module.state_dict()
     if missing := sorted(own.keys() ^ tensors.keys()):
         raise CheckpointError(
-            f"{where} is of another model: '{missing[0]}' and {len(missing) - 1} more names differ; "
-            "check model.* settings"
+            f"{where} is of another model: '{missing[0]}' and {len(missing) - 1} more names "
+            "differ; check model.* settings"
         )
     for name, target in own.items():
         if target.shape != tensors[name].shape:
@@ -124,10 +123,10 @@ def load_into(
 
 
 def load_generator(path: Path, device: str = "cpu") -> tuple[Any, dict[str, Any]]:
-    """The generator of a round's checkpoint (the average where it travels) and the checkpoint's meta.
+    """The generator of a round's checkpoint (the average where it travels) and its meta.
 
-    With `model.hospitals` it samples from the hospitals whose updates are in it: the column of another
-    hospital is still its initialisation.
+    With `model.hospitals` it samples from the hospitals whose updates are in it: the column of
+    another hospital is still its initialisation.
     """
     tensors, meta = load_tensors(path)
     weights = with_prefix(tensors, "ema/") or with_prefix(tensors, "generator/")

@@ -1,18 +1,19 @@
 """Control variates (SCAFFOLD, arXiv 1910.06378): correct a hospital's drift from the mean update.
 
-SCAFFOLD adds c - c_i to each gradient: c_i is the mean gradient of hospital i, c that of all hospitals.
-Adam would rescale such a gradient, so here the correction is added to the weights. It is measured as in
-SCAFFOLD's option II, by the change of the weights over a round. With x the model that the server sent,
-y_i the model of hospital i after the round, r_i its correction and x' = Σ p_i y_i:
+SCAFFOLD adds c - c_i to each gradient: c_i is the mean gradient of hospital i, c that of all
+hospitals. Adam would rescale such a gradient, so here the correction is added to the weights. It is
+measured as in SCAFFOLD's option II, by the change of the weights over a round. With x the model
+that the server sent, y_i the model of hospital i after the round, r_i its correction and x' = Σ p_i
+y_i:
 
     own change Δ_i = y_i - x - r_i,     r_i ← Σ p_j Δ_j - Δ_i = r_i + x' - y_i,
 
-because Σ p_i r_i = 0 from the start, where all r_i are 0. Nothing but the model travels: a hospital has
-its own y_i and receives x'. A round adds r_i to the weights in equal parts over its steps.
+because Σ p_i r_i = 0 from the start, where all r_i are 0. Nothing but the model travels: a hospital
+has its own y_i and receives x'. A round adds r_i to the weights in equal parts over its steps.
 
 The sum stays 0 only if all hospitals reply in every round and x' is exactly that mean; the Δ_i are
-comparable only if all hospitals take the same number of steps. server/aggregation/strategies.py refuses
-settings that break this.
+comparable only if all hospitals take the same number of steps. server/aggregation/strategies.py
+refuses settings that break this.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Exponential moving average of the generator (arXiv 1710.10196, section 4; ramp-up of 2006.06676)."""
+"""Exponential moving average (EMA) of the generator (arXiv 1710.10196, 2006.06676)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ AVERAGE, SOURCE = "ema/", "generator/"
 def ema_decay(batch_size: int, half_life_kimg: float, rampup: float, images_seen: int) -> float:
     """Share of the average that stays after one batch: 0.5 to the power of batch / half-life.
 
-    The half-life in images is 1000 · `half_life_kimg`, at most `rampup` · `images_seen` (`rampup` 0: no
-    limit), so that the average follows quickly at first.
+    The half-life in images is 1000 · `half_life_kimg`, at most `rampup` · `images_seen` (`rampup`
+    0: no limit), so that the average follows quickly at first.
     """
     half_life = half_life_kimg * 1000
     if rampup > 0:
@@ -27,7 +27,7 @@ def ema_decay(batch_size: int, half_life_kimg: float, rampup: float, images_seen
 
 @torch.no_grad()
 def ema_update(average: nn.Module, source: nn.Module, decay: float) -> None:
-    """average ← decay · average + (1 - decay) · source; buffers (w_avg, an average already) are copied."""
+    """average ← decay · average + (1 - decay) · source; buffers (w_avg) are copied."""
     torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), 1 - decay)
     for old, new in zip(average.buffers(), source.buffers(), strict=True):
         old.copy_(new)
@@ -46,11 +46,11 @@ def average_of_rounds(
     shown: int,
     images_seen: int,
 ) -> dict[str, np.ndarray]:
-    """The server's average after a round: `average` (`ema/…`) moved towards `model` (`generator/…`).
+    """The server's average after a round: `average` (`ema/…`) moved towards `model`.
 
-    For a federation in which the average does not travel. `shown`: images of the round; `images_seen`:
-    images before it. A round counts as one step of that many images: over short rounds the result is a
-    Trainer's average, over long ones the last generator.
+    For a federation in which the average does not travel. `shown`: images of the round;
+    `images_seen`: images before it. A round counts as one step of that many images: over short
+    rounds the result is a Trainer's average, over long ones the last generator.
     """
     decay = ema_decay(
         shown, half_life_kimg(training, training.batch_size), training.ema_rampup, images_seen

@@ -1,4 +1,4 @@
-"""What travels between a hospital and the server, and what a hospital keeps of it between rounds."""
+"""Exchange of parameters with the server, and what a hospital keeps of it between rounds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedgan.training.step import TrainingStep
 
 
 class ExchangeState:
-    """The parts that travel, the anchor of the proximal term and the control variates of one hospital.
+    """Parts that travel, anchors of the proximal term and control variates of one hospital.
 
     `parts`: networks by the names of `federation.exchange`.
     """

@@ -29,7 +29,7 @@ def r1_penalty(real_logits: Tensor, images: Tensor) -> Tensor:
 
 
 def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
-    """Length of Jᵀy per image (B,): y = `noise` / √(H·W), J = d images / d ws (arXiv 1912.04958, eq. 4).
+    """|Jᵀy| per image (B,): y = `noise` / √(H·W), J = d images / d ws (arXiv 1912.04958, eq. 4).
 
     `images` (B, C, H, W) made from `ws` (B, L, w_dim); the square is averaged over the L layers.
     """
@@ -43,8 +43,8 @@ def lazy_adam(
 ) -> tuple[float, tuple[float, float]]:
     """Adam's settings for a regulariser that takes a step of its own every `interval` steps.
 
-    With c = k / (k + 1): learning rate · c and β to the power c, so that the k + 1 steps of an interval
-    move and decay as k steps do (arXiv 1912.04958, appendix B, "lazy regularization").
+    With c = k / (k + 1): learning rate · c and β to the power c, so that the k + 1 steps of an
+    interval move and decay as k steps do (arXiv 1912.04958, appendix B, "lazy regularization").
     """
     c = interval / (interval + 1)
     return learning_rate * c, (betas[0] ** c, betas[1] ** c)

@@ -13,7 +13,7 @@ PREFIX = "anchor/"
 
 
 class ProximalTerm:
-    """`anchors`: by part, the parameters w_t that the server sent; parts without one get no term."""
+    """`anchors`: the parameters w_t that the server sent, by part; other parts get no term."""
 
     def __init__(self, mu: float) -> None:
         self.mu = mu

@@ -29,10 +29,11 @@ def begin_training(
 ) -> Trainer:
     """A Trainer for `dataset`, private where `settings.privacy` is on.
 
-    `planned_images`: real images that it will see in the whole run; the noise follows from it. `ledgers`:
-    the ledger file of each shard that the images come from. `run`: the run's id in the ledgers.
-    `least_noise`: lower bound of the noise multiplier (`privacy.noise_split = "equal"`). `stream`,
-    `hospital_of_row`: see `Trainer`. Raises `ConfigError` for settings that void the guarantee.
+    `planned_images`: real images that it will see in the whole run; the noise follows from it.
+    `ledgers`: the ledger file of each shard that the images come from. `run`: the run's id in the
+    ledgers. `least_noise`: lower bound of the noise multiplier (`privacy.noise_split = "equal"`).
+    `stream`, `hospital_of_row`: see `Trainer`. Raises `ConfigError` for settings that void the
+    guarantee.
     """
     check_private(settings)
     device = settings.training.device

@@ -1,8 +1,8 @@
 """The training step of a generator family: what the Trainer needs of it.
 
-A family's step lives in fedgan/training/FAMILY_step.py as `STEP`. It owns the networks, the optimisers,
-the phases of a step and their state. The Trainer owns data, budget, randomness, the generator's average,
-checkpoints and the exchange.
+A family's step lives in fedgan/training/FAMILY_step.py as `STEP`. It owns the networks, the
+optimisers, the phases of a step and their state. The Trainer owns data, budget, randomness, the
+generator's average, checkpoints and the exchange.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Measured = dict[str, list[Tensor]]  # by metric name, one scalar per measurement
 class TrainingStep(Protocol):
     """One step on one batch of real images.
 
-    `networks`: by part name; 'generator' always. Parts that `federation.exchange` does not know stay
-    local. `images_per_update`: real images shown per update of the generator. `state_keys`: plain values
-    that `load_state_dict` needs.
+    `networks`: by part name; 'generator' always. Parts that `federation.exchange` does not know
+    stay local. `images_per_update`: real images shown per update of the generator. `state_keys`:
+    plain values that `load_state_dict` needs.
     """
 
     networks: dict[str, Any]

@@ -1,4 +1,4 @@
-"""One training step of StyleGAN2-ADA: phases Gmain, Gpl, Dmain and Dr1 (arXiv 1912.04958, 2006.06676)."""
+"""Training step of StyleGAN2-ADA: Gmain, Gpl, Dmain, Dr1 (arXiv 1912.04958, 2006.06676)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ SYNTHESIS_CHUNK = 256  # images synthesised at once in a private step, whose bat
 class StyleGAN2Step:
     """Networks, optimisers, ADA and counters of StyleGAN2-ADA.
 
-    `steps` counts steps of D, `g_steps` of G, `since_g` those of D since G's last one. With `private`,
-    D's step is DP-SGD and draws from a secret; G's never sees a real image.
+    `steps` counts steps of D, `g_steps` of G, `since_g` those of D since G's last one. With
+    `private`, D's step is DP-SGD and draws from a secret; G's never sees a real image.
     """
 
     state_keys = ("steps", "g_steps", "since_g", "ada")
@@ -56,7 +56,7 @@ class StyleGAN2Step:
         if self.r1_gamma < 0:
             self.r1_gamma = losses.default_r1_gamma(data.resolution, self.batch_size)
 
-        # ---- networks: one CPU generator initialises both, in this order, on any device
+        # ---- networks: one CPU generator initialises G, then D, on any device
         init = torch.Generator().manual_seed(settings.seed)
         shape = (data.resolution, data.channels, data.label_dim)
         self.generator = Generator(settings.model, *shape, init)
@@ -86,10 +86,10 @@ class StyleGAN2Step:
         self.path_length_mean = torch.zeros((), device=batches.device)
         self.steps, self.g_steps, self.since_g = 0, 0, training.d_steps
 
-    # --- the phases --------------------------------------------------------------------------------
+    # --- the phases -------------------------------------------------------------------------------
 
     def run(self, measured: Measured) -> bool:
-        """Take one step of D, preceded by one of G where it is due; return whether G was updated."""
+        """Take one step of D, after one of G where it is due; return whether G was updated."""
         training = self.training
         if self.since_g >= training.d_steps and self._g_main(measured):
             if training.path_length_weight and self.g_steps % training.path_length_interval == 0:
@@ -110,7 +110,7 @@ class StyleGAN2Step:
         return updated
 
     def _g_main(self, measured: Measured) -> bool:
-        """Gmain: -log sigmoid(D(G(z, c))). Return False where G waits for D (`training.d_accuracy`)."""
+        """Gmain: -log sigmoid(D(G(z, c))). Return False where G waits (`training.d_accuracy`)."""
         critic = self.discriminator if self.d_average is None else self.d_average
         critic.requires_grad_(False)
         c = self.batches.generator_labels(self.generator_batch, self.streams.host)
@@ -142,7 +142,7 @@ class StyleGAN2Step:
         measured["path_length"].append(mean)
 
     def _d_main(self, measured: Measured) -> None:
-        """Dmain: -log sigmoid(D(x)) - log(1 - sigmoid(D(G(z)))), real and fake in one pass; then Dr1."""
+        """Dmain: -log sigmoid(D(x)) - log(1 - sigmoid(D(G(z)))), in one pass; then Dr1."""
         real, real_c = self.batches.real(self.streams.host)
         if not len(real):
             return  # an empty Poisson sample
@@ -168,9 +168,9 @@ class StyleGAN2Step:
         measured["r1"].append(penalty.detach())
 
     def _d_main_private(self, private: PrivateStep) -> None:
-        """Dmain by DP-SGD: one clipped gradient per unit, of its real and fake image together, one noise.
+        """Dmain by DP-SGD: per unit one clipped gradient, of its real and fake image together.
 
-        All draws come from the secret: even the number of random numbers used reveals the sample size.
+        All draws come from the secret: even the number of random numbers reveals the sample size.
         """
         draw = private.draw(self.steps)
         streams = Streams(draw.host, draw.device)
@@ -199,10 +199,10 @@ class StyleGAN2Step:
         if count:
             self.ada.observe_sum(signs, count)
 
-    # --- the parts of a phase ----------------------------------------------------------------------
+    # --- the parts of a phase ---------------------------------------------------------------------
 
     def _map(self, c: Tensor, streams: Streams, track: bool = False) -> Tensor:
-        """ws (B, L, w_dim) of new latents z; with style mixing, a second z from a random layer on."""
+        """ws (B, L, w_dim) of new latents z; style mixing: another z from a random layer on."""
         mapping, depth = self.generator.mapping, self.generator.synthesis.num_ws
 
         def w_of_new_z() -> Tensor:
@@ -240,7 +240,7 @@ class StyleGAN2Step:
         self.proximal.add_gradient("discriminator", self.discriminator)
         self.d_adam.step()
 
-    # --- state -------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
         """`p`, and `r_t` unless a private run keeps it secret."""

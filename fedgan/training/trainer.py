@@ -1,8 +1,8 @@
 """The Trainer: the one training loop of centralized, local and federated arms.
 
-It advances by real images shown and holds everything that the next step depends on. Two identities hold
-bit for bit on a CPU with a fixed number of threads (CUDA sums in no fixed order): stop, save, load and
-continue equals never stopping; a federation of one hospital equals centralized training.
+It advances by real images shown and holds everything that the next step depends on. Two identities
+hold bit for bit on a CPU with a fixed number of threads (CUDA sums in no fixed order): stop, save,
+load and continue equals never stopping; a federation of one hospital equals centralized training.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ class Trainer:
         means = trainer.train(images=10_000)
         arrays = trainer.get_parameters(["generator", "ema"])
 
-    Networks are initialised from `settings.seed` alone, equally in every hospital. All other draws come
-    from (seed, `stream`); `stream` is the hospital's number. `hospital_of_row` (N,): each image's hospital
-    where the dataset is pooled and `model.hospitals` is set; default: all are `stream`'s. `device`: 'cpu',
-    'cuda' or 'auto'. `private`: DP-SGD for the part that sees real images, where `settings.privacy` is on.
+    Networks are initialised from `settings.seed` alone, equally in every hospital. All other draws
+    come from (seed, `stream`); `stream` is the hospital's number. `hospital_of_row` (N,): each
+    image's hospital where the dataset is pooled and `model.hospitals` is set; default: all are
+    `stream`'s. `device`: 'cpu', 'cuda' or 'auto'. `private`: DP-SGD for the part that sees real
+    images, where `settings.privacy` is on.
     """
 
     def __init__(
@@ -96,20 +97,20 @@ class Trainer:
         self.exhausted = False
         self._goal = 0
 
-    # --- the loop ----------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------------
 
     def train(
         self, images: int, on_step: Callable[[Trainer], None] | None = None
     ) -> dict[str, float]:
         """Advance by `images` real images; return the means of this call.
 
-        Goals add up over calls: whole batches are shown until the sum of all goals is reached, so that a
-        budget split into rounds is the same budget. Keys: what the family's step measures (StyleGAN2:
-        loss_g, loss_d, d_accuracy, r1, path_length, r_t, p), images, seconds, core_seconds (of this
-        process). Raises `FedganError` when a loss is not finite.
+        Goals add up over calls: whole batches are shown until the sum of all goals is reached, so
+        that a budget split into rounds is the same budget. Keys: what the family's step measures
+        (StyleGAN2: loss_g, loss_d, d_accuracy, r1, path_length, r_t, p), images, seconds,
+        core_seconds (of this process). Raises `FedganError` when a loss is not finite.
 
-        With privacy nothing is measured on real images without noise, `epsilon` is the ledger's, and
-        `exhausted` is set, with fewer images shown, when the ledger allows no further step.
+        With privacy nothing is measured on real images without noise, `epsilon` is the ledger's,
+        and `exhausted` is set, with fewer images shown, when the ledger allows no further step.
         """
         start, core_start, before = time.perf_counter(), time.process_time(), self.images_seen
         training = self.settings.training
@@ -151,7 +152,10 @@ class Trainer:
         }
 
     def _reserve(self, private: PrivateStep) -> None:
-        """Enter the steps up to the goal in the ledger before they run; shorten the goal to what it allows."""
+        """Enter the steps up to the goal in the ledger before they run.
+
+        Where the ledger allows fewer, shorten the goal.
+        """
         label_dim = self.dataset.label_dim
         if releases_labels(self.settings, label_dim) and not self.batches.label_weights:
             if not private.reserve(1, LABELS):
@@ -166,7 +170,7 @@ class Trainer:
     def _steps_left(self) -> int:
         return max(0, -(-(self._goal - self.images_seen) // self.batch_size))
 
-    # --- what travels ------------------------------------------------------------------------------
+    # --- what travels -----------------------------------------------------------------------------
 
     def get_parameters(self, parts: Iterable[str]) -> dict[str, np.ndarray]:
         """Copies of parts as float32 arrays (`ExchangeState.get_parameters`)."""
@@ -177,7 +181,7 @@ class Trainer:
         self.exchange.load_parameters(arrays)
 
     def restore_progress(self, images_seen: int, p: float | None = None) -> None:
-        """Continue the training that a received model comes from: `images_seen` images, augmentation `p`.
+        """Continue the training of a received model: `images_seen` images, augmentation `p`.
 
         The averages (of weights and of w) and ADA continue. Adam's moments and the mean of the path
         lengths start anew: they do not travel. `p` None: keep the present strength.
@@ -186,7 +190,7 @@ class Trainer:
         self.step.restore_progress(images_seen, p)
 
     def set_hospital(self, number: int) -> None:
-        """Treat all images as those of hospital `number` of the federation that the model comes from."""
+        """Treat all images as those of hospital `number` of the federation."""
         self.batches.hospital_of_row = np.full(len(self.dataset), number)
         self._set_label_shares()
 
@@ -196,7 +200,7 @@ class Trainer:
         for network in self.networks.values():
             set_label_counts(network, shares, self.dataset.exclusive)
 
-    # --- the whole state ---------------------------------------------------------------------------
+    # --- the whole state --------------------------------------------------------------------------
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """(tensors, plain values): everything that the next step depends on."""
@@ -278,7 +282,7 @@ class Trainer:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called `name`; 'auto': CUDA where available. Raises `MachineError` without CUDA."""
+    """A device; 'auto': CUDA where available. Raises `MachineError` for 'cuda' without CUDA."""
     if name == "cuda" and not torch.cuda.is_available():
         raise MachineError(
             "training.device = 'cuda', but this machine has no CUDA device: use auto or cpu"

@@ -18,14 +18,15 @@ from fedgan.training.trainer import Trainer
 
 
 def warm_start(trainer: Trainer, settings: Settings | None = None) -> None:
-    """Load the weights of `training.warm_start` (a run folder or a checkpoint); no-op where it is empty.
+    """Load the weights of `training.warm_start`, a run folder or a checkpoint, if it is set.
 
     Labels of the same name keep their embedding; other labels, and the columns of hospitals
-    (`model.hospitals`), keep their initialisation. Optimisers, ADA and averages start anew. `settings`: of
-    the run, where the Trainer's own differ (a server's have no privacy, because it sees no image).
+    (`model.hospitals`), keep their initialisation. Optimisers, ADA and averages start anew.
+    `settings`: of the run, where the Trainer's own differ (a server's have no privacy, because it
+    sees no image).
 
-    Raises `CheckpointError` for a missing file or other networks, `ConfigError` with privacy on and images
-    that are not known to be public.
+    Raises `CheckpointError` for a missing file or other networks, `ConfigError` with privacy on and
+    images that are not known to be public.
     """
     settings = settings or trainer.settings
     if not settings.training.warm_start:
@@ -69,7 +70,7 @@ def _copy(
     labels: Sequence[str],
     where: str,
 ) -> None:
-    """Copy `weights` by name, and the label embedding by label; raise `CheckpointError` on a mismatch."""
+    """Copy `weights` by name, the label embedding by label; `CheckpointError` on a mismatch."""
     for name, own in network.state_dict().items():
         found = weights.get(name)
         if name == LABEL_EMBEDDING and found is not None and found.shape[0] == own.shape[0]:

@@ -102,7 +102,7 @@ def prepare(settings: Settings, folder: ComparisonFolder, on_event: OnEvent) -> 
     or on other data.
     """
     settings = with_absolute_paths(settings)
-    if folder.checkpoints.exists() or folder.look.exists():
+    if folder.checkpoints.exists() or folder.evaluated_run.exists():
         raise ConfigError(f"{folder.path} holds a run, not a comparison: give another --output")
     folder.check_format()
     if folder.config.is_file() and (change := _first_change(folder.settings(), settings)):

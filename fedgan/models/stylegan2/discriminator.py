@@ -1,4 +1,4 @@
-"""The StyleGAN2 residual discriminator with projection conditioning (arXiv 1912.04958, 2006.06676)."""
+"""StyleGAN2's residual discriminator with projection (arXiv 1912.04958, 2006.06676)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ResidualBlock(nn.Module):
         self.fromrgb = Conv(image_channels, inputs, 1, rng) if image_channels else None
         gain = GAIN if image_channels else 1.0
         self.conv0 = Conv(inputs, inputs, 3, rng, input_gain=gain)
-        # √2 of the activation times √½ of the branch is 1: conv1's activation needs no scaling at all.
+        # √2 of the activation times √½ of the branch is 1: conv1's activation is not scaled.
         self.conv1 = Conv(inputs, outputs, 3, rng, down=True, input_gain=GAIN)
         self.skip = Conv(
             inputs,
@@ -48,7 +48,7 @@ class ResidualBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """The 4 × 4 end: minibatch-std, convolution, two fully connected layers → features (B, outputs)."""
+    """4 × 4 head: minibatch-std, convolution, two linear layers → features (B, outputs)."""
 
     def __init__(self, channels: int, outputs: int, group: int, rng: torch.Generator) -> None:
         super().__init__()
@@ -65,12 +65,11 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """images (B, channels, resolution, resolution) in [-1, 1], c (B, label_dim) multi-hot → logits (B,).
+    """D(x, c): images (B, C, H, W) in [-1, 1], c (B, label_dim) multi-hot → logits (B,).
 
-    Where the networks tell hospitals apart, c may end with the hospital, one-hot; else each counts by its share of the label.
-
-    `halves` = 2: the batch is fake images, then as many real ones, judged in one pass; minibatch-std groups
-    keep to their half, so the logits are those of two passes.
+    With `model.hospitals`, c may end with the hospital, one-hot; else every hospital counts by its
+    share of the label. `halves` = 2: fake images, then as many real ones, in one pass; groups of
+    minibatch-std stay within a half, so that the logits equal those of two passes.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class Discriminator(nn.Module):
         self.label_dim = label_dim
         self.dtype = (
             torch.float32
-        )  # of the convolutions' activations: float32 or bfloat16; the head's end stays float32
+        )  # of the convolutions; bfloat16 too. The linear layers stay float32
         base, most = (
             model.d_channel_base or model.channel_base,
             model.d_channel_max or model.channel_max,

@@ -1,7 +1,7 @@
-"""The StyleGAN2 generator: mapping network and skip synthesis network (arXiv 1912.04958).
+"""StyleGAN2's generator: mapping network and skip synthesis network (arXiv 1912.04958).
 
 Class conditioning follows arXiv 2006.06676: the class vector is embedded linearly, normalised and
-concatenated to the normalised z. `c` is multi-hot, so one class, several findings and none are one code path.
+concatenated to the normalised z. `c` is multi-hot: one class, several findings or none.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ W_AVG_DECAY = 0.998
 
 
 class Mapping(nn.Module):
-    """z (B, z_dim) and c (B, label_dim) → w (B, w_dim). With z_dim = 0: a mapping of the class alone.
+    """f(z, c) → w: z (B, z_dim) and c (B, label_dim) → w (B, w_dim); z_dim = 0: f(c).
 
-    With `model.hospitals` = H the embedding knows the image's hospital too, as H more columns: c is then
-    (B, label_dim + H), or (B, label_dim), and `hospitals` says from which hospital each image is.
+    With `hospitals` = H the embedding has H more columns: c is (B, label_dim + H), or (B,
+    label_dim) and `HospitalCondition` adds the hospital.
     """
 
     def __init__(
@@ -80,16 +80,16 @@ class Mapping(nn.Module):
     def track(self, w: Tensor, batches: int) -> None:
         """Move w_avg towards the mean of a batch of w, the one after `batches` others.
 
-        A plain mean in the beginning, or the w_avg of a short run would be pulled to the zero that it starts from.
+        At first a plain mean: else a short run would keep w_avg near its initial zero.
         """
         self.w_avg.lerp_(w.detach().mean(dim=0), max(1 - W_AVG_DECAY, 1 / (batches + 1)))
 
 
 class ModulatedConv(nn.Module):
-    """Convolution whose input channels are scaled by a style (arXiv 1912.04958, section 2.2 and appendix B).
+    """Convolution whose input channels are scaled by a style (arXiv 1912.04958, section 2.2).
 
-    Scaling activations before and after one shared convolution equals a convolution with weights scaled for
-    each image, and is several times faster on a CPU.
+    Scaling activations before and after one shared convolution equals scaling the weights per
+    image (appendix B), and is several times faster on a CPU.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class ModulatedConv(nn.Module):
         )
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The shared convolution: (B, in, H, W) → (B, out, H, W), or twice the side: transposed, then low-pass."""
+        """(B, in, H, W) → (B, out, H, W); with `up` twice the side, low-pass filtered."""
         weight = weight.to(x.dtype)
         if not self.up:
             return F.conv2d(x, weight, padding=self.kernel // 2)
@@ -127,7 +127,7 @@ class ModulatedConv(nn.Module):
 
 
 class SynthesisLayer(ModulatedConv):
-    """Modulated, demodulated 3 × 3 convolution, noise, bias, leaky ReLU."""
+    """Modulated and demodulated 3 × 3 convolution, noise, bias, leaky ReLU."""
 
     def __init__(
         self,
@@ -150,16 +150,16 @@ class SynthesisLayer(ModulatedConv):
     def forward(self, x: Tensor, w: Tensor, noise: str, rng: torch.Generator | None) -> Tensor:
         style = self.affine(w)  # (B, in)
         weight = self.weight * self.gain
-        # Demodulation: each output channel has unit variance for unit-variance input (eq. 3).
+        # Demodulation: unit variance per output channel for unit-variance input (eq. 3).
         power = weight.square().sum(dim=(2, 3))  # (out, in)
         demodulate = (style.square() @ power.t() + 1e-8).rsqrt() * self.input_gain
         x = self.convolve(x * style[:, :, None, None].to(x.dtype), weight)
         shift = self.bias[:, None, None]
         if noise == "random":
-            drawn = torch.randn(
+            random = torch.randn(
                 x.shape[0], 1, self.resolution, self.resolution, generator=rng, device=x.device
             )
-            shift = shift + drawn * self.noise_strength
+            shift = shift + random * self.noise_strength
         elif noise == "const":
             shift = shift + self.noise_const * self.noise_strength
         return activate(x * demodulate[:, :, None, None].to(x.dtype) + shift.to(x.dtype))
@@ -194,7 +194,7 @@ class SynthesisBlock(nn.Module):
             self.conv0 = SynthesisLayer(
                 inputs, outputs, resolution, 0, w_dim, rng, up=True, input_gain=GAIN
             )
-        # The constant is no activation: nothing to fold into the layer after it.
+        # The constant is no activation: it has no gain to fold into the next layer.
         self.conv1 = SynthesisLayer(
             outputs,
             outputs,
@@ -217,7 +217,7 @@ class SynthesisBlock(nn.Module):
         rng: torch.Generator | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        """ws (B, styles + 1, w_dim); returns activations (`dtype`) and the RGB image so far (float32)."""
+        """ws (B, styles + 1, w_dim) → activations (`dtype`) and the RGB image so far (float32)."""
         if x is None:
             x = (
                 self.const.to(dtype)
@@ -267,13 +267,12 @@ class Synthesis(nn.Module):
 
 
 class Generator(nn.Module):
-    """z (B, z_dim), c (B, label_dim) multi-hot → image (B, channels, resolution, resolution) in about [-1, 1].
+    """G(z, c): z (B, z_dim), c (B, label_dim) multi-hot → images (B, C, H, W) in about [-1, 1].
 
-    Where the networks tell hospitals apart (`model.hospitals`), c may end with the hospital, one-hot; else it is drawn by the
-    hospitals' shares of the label (fedgan/models/stylegan2/hospital_condition.py).
-
-    `psi` < 1 pulls w towards its average (truncation, arXiv 1812.04948 appendix B). `noise`: 'random' (drawn
-    from `rng`, a generator on the images' device), 'const' (fixed images) or 'none'.
+    With `model.hospitals`, c may end with the hospital, one-hot; else it is sampled by the
+    hospitals' shares of the label (fedgan/models/hospital_condition.py). `psi` < 1 pulls w towards
+    w_avg (truncation, arXiv 1812.04948, appendix B). `noise`: 'random' (from `rng`, a generator on
+    the images' device), 'const' (fixed images) or 'none'.
     """
 
     def __init__(
@@ -300,7 +299,7 @@ class Generator(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the convolutions' activations: float32, or bfloat16. Parameters, styles and RGB stay float32."""
+        """Type of the convolutions, float32 or bfloat16; the rest stays float32."""
         return self.synthesis.dtype
 
     @dtype.setter
@@ -308,7 +307,7 @@ class Generator(nn.Module):
         self.synthesis.dtype = value
 
     def styles(self, z: Tensor, c: Tensor, psi: float = 1.0) -> Tensor:
-        """w for every layer: (B, num_ws, w_dim)."""
+        """ws (B, num_ws, w_dim): w for every layer."""
         w = self.mapping(z, c)
         if psi != 1.0:
             w = torch.lerp(self.mapping.w_avg, w, psi)

@@ -1,9 +1,9 @@
-"""Building blocks of StyleGAN2 (arXiv 1912.04958): equalised layers and [1, 3, 3, 1] resampling.
+"""Layers of StyleGAN2 (arXiv 1912.04958): equalised layers and [1, 3, 3, 1] resampling.
 
-Parameters are stored as drawn (unit normal over the layer's learning-rate multiplier) and scaled at run
-time, so that every layer learns at the same speed (arXiv 1710.10196, section 4.1). Activations are leaky
-ReLU 0.2 times √2; the √2 is folded into the next linear operation, so that no pass over the activations
-is spent on it: a layer that follows an activation is told so by `input_gain`.
+Parameters are stored as initialised (unit normal over the layer's learning-rate multiplier) and
+scaled at run time, so that all layers learn at the same speed (arXiv 1710.10196, section 4.1).
+Activations are leaky ReLU 0.2 times √2. The √2 is folded into the next linear operation, its
+`input_gain`, which saves a pass over the activations.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Linear(nn.Module):
 
 
 class Conv(nn.Module):
-    """Equalised convolution of the discriminator: (B, in, H, W) → (B, out, H, W), or half the side with `down`.
+    """Equalised convolution of D: (B, in, H, W) → (B, out, H, W), or half the side with `down`.
 
-    `output_gain` scales the result (√½ of a residual branch); it must be 1 where a bias is added.
+    `output_gain` scales the result (√½ of a residual branch); it must be 1 with a bias.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class Conv(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if not self.down:
             return F.conv2d(x, weight, bias, padding=self.kernel // 2)
-        # The blur comes first. Before a 1 × 1 kernel only every second blurred pixel is needed; before a 3 × 3 kernel all
-        # of them are, and the convolution's padding is added to the filter's.
+        # Blur, then stride. A 1 × 1 kernel needs every second blurred pixel only; a 3 × 3 kernel
+        # needs all, and the convolution's padding is added to the filter's.
         if self.kernel == 1:
             return F.conv2d(depthwise(x, self.fir, stride=2, padding=1), weight, bias)
         return F.conv2d(
@@ -103,7 +103,7 @@ def fir_kernel() -> Tensor:
 def depthwise(x: Tensor, fir: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
     """Filter every channel of (B, C, H, W) with `fir` (C, 1, 4, 4)."""
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        # CPU kernels for depthwise bfloat16 are tens of times slower than those for float32.
+        # Depthwise bfloat16 kernels are tens of times slower than float32 on a CPU.
         return F.conv2d(x.float(), fir, stride=stride, padding=padding, groups=x.shape[1]).to(
             x.dtype
         )
@@ -111,18 +111,18 @@ def depthwise(x: Tensor, fir: Tensor, stride: int = 1, padding: int = 0) -> Tens
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Double the side of (B, C, H, W) by [1, 3, 3, 1] filtering (gain 4): bilinear with a border of zeros."""
+    """Double the side of (B, C, H, W): [1, 3, 3, 1] filter, gain 4 (bilinear, border of zeros)."""
     size = (2 * x.shape[2] + 4, 2 * x.shape[3] + 4)
     doubled = F.interpolate(F.pad(x, (1, 1, 1, 1)), size=size, mode="bilinear", align_corners=False)
     return doubled[:, :, 2:-2, 2:-2]
 
 
 def minibatch_std(x: Tensor, group: int, halves: int = 1) -> Tensor:
-    """Append one channel: the mean standard deviation over groups of images (arXiv 1710.10196, section 3).
+    """Append one channel: the mean standard deviation over groups (arXiv 1710.10196, section 3).
 
-    x (N, C, H, W) → (N, C + 1, H, W). With n = N / halves images a half and groups of `group`, image i is
-    grouped with i + n/group, i + 2n/group, …; images of different halves (fake, real) never meet. `group` is
-    lowered to n when the half is smaller, and to the largest divisor of n otherwise.
+    x (N, C, H, W) → (N, C + 1, H, W). With n = N / halves, image i is grouped with i + n/group,
+    i + 2n/group, …; images of different halves (fake, real) never share a group. `group` is reduced
+    to n for a smaller half, and to the largest divisor of n otherwise.
     """
     n = x.shape[0] // halves
     group = min(group, n)
@@ -140,7 +140,7 @@ def minibatch_std(x: Tensor, group: int, halves: int = 1) -> Tensor:
 
 
 def noise_constant(resolution: int, layer: int) -> Tensor:
-    """The fixed noise image of one layer: a constant of the architecture, the same everywhere, so it never travels."""
+    """Fixed noise image of a layer: a constant of the architecture that never travels."""
     draw = np.random.Generator(np.random.PCG64([resolution, layer]))
     return torch.from_numpy(draw.standard_normal((resolution, resolution), dtype=np.float32))
 

@@ -76,7 +76,7 @@ def collect(run: RunFolder) -> CardData:
     if above is not None:
         data = _within(run, data, load(RunFolder.at(above)))
     checkpoint: Tree = {}
-    if run.look.is_file():
+    if run.evaluated_run.is_file():
         problems.append(
             "This is a second look at another run: the model lies in that run, and its hash is not stated here."
         )

@@ -1,4 +1,4 @@
-"""Differentiable, probabilistic image augmentation for GAN training (arXiv 2006.06676, appendix B)."""
+"""Differentiable image augmentation for ADA (arXiv 2006.06676, appendix B)."""
 
 from fedgan.training.augment.pipe import PIPES, AugmentPipe
 

@@ -1,4 +1,4 @@
-"""Colour transforms: one affine map of the channels an image (appendix B, "color")."""
+"""Colour transforms: one affine map of the channels per image (appendix B, "color")."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ Quantities = dict[str, torch.Tensor]
 
 
 def color_map(values: Quantities, batch: int) -> torch.Tensor:
-    """(B, 3, 4) float64: the affine map of RGB of all colour transforms in the paper's order.
+    """(B, 3, 4) float64: the affine map of RGB of all colour transforms, in the paper's order.
 
-    `values` holds those of `brightness contrast lumaflip hue saturation` that take part, each (B,). The grey axis is
-    v = (1, 1, 1) / sqrt(3): the luma flip mirrors it, hue turns about it, saturation scales what is orthogonal to it.
+    `values`: those of `brightness contrast lumaflip hue saturation` in the pipe, each (B,). The
+    grey axis is v = (1, 1, 1) / √3: the luma flip mirrors it, hue rotates about it, saturation
+    scales the orthogonal part.
     """
     eye = torch.eye(3, dtype=torch.float64)
     grey = torch.full((3, 3), 1 / 3, dtype=torch.float64)  # v v^T
@@ -30,7 +31,7 @@ def color_map(values: Quantities, batch: int) -> torch.Tensor:
     if "lumaflip" in values:
         steps.append(eye - 2 * grey * torch.round(values["lumaflip"])[:, None, None])
     if "hue" in values:
-        steps.append(_turn_about_grey(values["hue"], eye, grey))
+        steps.append(_rotate_about_grey(values["hue"], eye, grey))
     if "saturation" in values:
         steps.append(grey + (eye - grey) * values["saturation"][:, None, None])
     for step in steps:
@@ -40,18 +41,19 @@ def color_map(values: Quantities, batch: int) -> torch.Tensor:
 
 
 def check_channels(channels: int) -> None:
-    """Raise `ConfigError` unless colour transforms are defined for so many channels: 1 (grey) or 3 (RGB)."""
+    """Raise `ConfigError` unless `channels` is 1 (grey) or 3 (RGB)."""
     if channels not in (1, 3):
         raise ConfigError(
-            f"colour augmentation takes 1 or 3 channels, not {channels}: set augment.pipe to blit, geom or bg"
+            f"colour augmentation takes 1 or 3 channels, not {channels}: "
+            "set augment.pipe to blit, geom or bg"
         )
 
 
 def recolor(images: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
-    """`images` (B, 1 or 3, H, W) under `colors` (B, 3, 4), on any device.
+    """Apply `colors` (B, 3, 4) to `images` (B, 1 or 3, H, W), on any device.
 
-    A grey image is treated as RGB with three equal channels, of which the mean is kept; so hue and saturation leave it
-    as it is, and the luma flip negates it. Raises `ConfigError` for other numbers of channels.
+    A grey image is RGB with three equal channels, and the mean is kept: hue and saturation have no
+    effect, the luma flip negates it. Raises `ConfigError` for other numbers of channels.
     """
     batch, channels, height, width = images.shape
     check_channels(channels)
@@ -65,7 +67,7 @@ def recolor(images: torch.Tensor, colors: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _turn_about_grey(angle: torch.Tensor, eye: torch.Tensor, grey: torch.Tensor) -> torch.Tensor:
+def _rotate_about_grey(angle: torch.Tensor, eye: torch.Tensor, grey: torch.Tensor) -> torch.Tensor:
     """(B, 3, 3): rotation by `angle` radians about the grey axis (Rodrigues)."""
     unit = 1 / math.sqrt(3)
     cross = torch.tensor(

@@ -1,7 +1,7 @@
-"""Pixel blitting and geometry: one affine map an image, executed at twice the resolution (appendix B.1 and B.2).
+"""Pixel blitting and geometry: one affine map per image, at twice the resolution (B.1 and B.2).
 
-Coordinates are pixels relative to the image's centre, x to the right and y down. The composite map of all transforms is
-kept as its inverse, from an output place to the place where it is read.
+Coordinates are pixels relative to the image's centre, x to the right and y down. The composite map
+of all transforms is kept as its inverse, from output to input coordinates.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ Quantities = dict[str, torch.Tensor]
 
 
 def inverse_map(values: Quantities, batch: int, height: int, width: int) -> torch.Tensor:
-    """(B, 2, 3) float64: the affine map from output to input places of all transforms in the paper's order.
+    """(B, 2, 3) float64: the map from output to input coordinates, in the paper's order.
 
-    `values` holds for each transform that takes part its quantity for each image: `xflip rotate90 scale rotate aniso
-    rotate_after` (B,), `xint xfrac` (B, 2).
+    `values`, per transform in the pipe: `xflip rotate90 scale rotate aniso rotate_after` (B,),
+    `xint xfrac` (B, 2).
     """
     size = torch.tensor([width, height], dtype=torch.float64)
     linear = torch.eye(2, dtype=torch.float64).repeat(batch, 1, 1)
     offset = torch.zeros(batch, 2, dtype=torch.float64)
-    # y = A x + t after G has the inverse G^-1 (A^-1 (y - t)): each later transform goes to the right.
+    # The inverse of y = A x + t after G is G^-1 (A^-1 (y - t)): later transforms go to the right.
     if "xflip" in values:
         linear[:, 0, 0] -= 2 * values["xflip"]
     if "rotate90" in values:
@@ -44,10 +44,10 @@ def inverse_map(values: Quantities, batch: int, height: int, width: int) -> torc
 
 
 def warp(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """`images` (B, C, H, W) read through `inverse` (B, 2, 3, on the CPU): up by sym6, bilinear sampling, down by sym6.
+    """Resample `images` (B, C, H, W) by `inverse` (B, 2, 3, CPU): sym6 up, bilinear, sym6 down.
 
-    Images whose map is the identity stay bit for bit. Maps that keep rows and columns (no rotation but quarter turns:
-    most of them at small p) are separable and take a much cheaper way to the same result.
+    Images with the identity map stay bit-identical. Maps that keep rows and columns (no rotation
+    except quarter turns: most maps at small p) are separable and use a much cheaper method.
     """
     a, b, c, d = inverse[:, 0, 0], inverse[:, 0, 1], inverse[:, 1, 0], inverse[:, 1, 1]
     still = (inverse == torch.eye(2, 3, dtype=torch.float64)).flatten(1).all(dim=1)
@@ -59,17 +59,17 @@ def warp(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
             return read(images, inverse)
         if group.any():
             rows = group.nonzero()[:, 0]
-            places = rows.to(images.device, non_blocking=True)
-            images = images.index_copy(0, places, read(images[places], inverse[rows]))
+            index = rows.to(images.device, non_blocking=True)
+            images = images.index_copy(0, index, read(images[index], inverse[rows]))
     return images
 
 
 def warp_any(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """`warp` for any affine maps.
 
-    Beyond the border the image is mirrored without end. The mirrored image, and so its upsampling, repeats itself: one
-    period is computed and places are folded into it, so no margin has to be guessed and one image's map never changes
-    another image's result.
+    The image is mirrored at its borders without end. The mirrored image, and so its upsampling, is
+    periodic: one period is computed and coordinates are folded into it. So no margin is needed, and
+    the map of one image never changes the result of another.
     """
     _, _, height, width = images.shape
     fine = resample(resample(images, "up", width, 3), "up", height, 2)
@@ -79,9 +79,9 @@ def warp_any(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
 
 
 def warp_aligned(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """`warp` for maps that keep or exchange the axes: Y = A X B', one pair of small matrices an image."""
+    """`warp` for maps that keep or exchange the axes: Y = A X Bᵀ, two small matrices per image."""
     _, _, height, width = images.shape
-    turned = inverse[:, 0, 0] == 0  # then rows are read along columns
+    turned = inverse[:, 0, 0] == 0  # rows are read along columns
     from_y = torch.where(turned[:, None], inverse[:, 0, 1:], inverse[:, 1, 1:])
     from_x = torch.where(turned[:, None], inverse[:, 1, 0::2], inverse[:, 0, 0::2])
     rows = _axis_reading(from_y, height, images)
@@ -93,7 +93,10 @@ def warp_aligned(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
 
 
 def _axis_reading(line: torch.Tensor, n: int, images: torch.Tensor) -> torch.Tensor:
-    """(B, 1, n, n): up, linear interpolation and down along one axis, whose output place t is read at line @ (t, 1)."""
+    """(B, 1, n, n): up, linear interpolation and down along one axis.
+
+    The output at t is read at line @ (t, 1).
+    """
     up, down = (axis_matrix(kind, n, images.dtype, images.device) for kind in ("up", "down"))
     fine = _folded(line[:, :1] * _places(n, line.device) + line[:, 1:], n)
     before = fine.floor().clamp_(max=4 * (n - 1) - 1)
@@ -103,7 +106,7 @@ def _axis_reading(line: torch.Tensor, n: int, images: torch.Tensor) -> torch.Ten
 
 
 def _grid(inverse: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(B, 2 H + 10, 2 W + 10, 2): where each fine output sample is read, in grid_sample's [-1, 1] over one period."""
+    """(B, 2H + 10, 2W + 10, 2): coordinates of the fine output samples for grid_sample."""
     y, x = _places(height, inverse.device)[:, None], _places(width, inverse.device)
     axes = []
     for axis, n in ((0, width), (1, height)):
@@ -115,13 +118,13 @@ def _grid(inverse: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def _places(n: int, device: torch.device) -> torch.Tensor:
-    """(2 n + 10,) float64: where the fine output samples of an axis of n pixels stand, from its centre."""
+    """(2n + 10,) float64: the fine output samples of an axis of n pixels, from its centre."""
     samples = torch.arange(2 * n + len(SYM6) - 2, dtype=torch.float64, device=device)
     return (samples - CENTRE_TAP) / 2 - (n - 1) / 2
 
 
 def _folded(source: torch.Tensor, n: int) -> torch.Tensor:
-    """Place in the upsampled axis, within one period, of `source` (pixels from the centre)."""
+    """Index in one period of the upsampled axis, for `source` in pixels from the centre."""
     return torch.remainder(2 * source + ((n - 1) + CENTRE_TAP), 4 * (n - 1))
 
 
@@ -130,15 +133,15 @@ def _quarter_turns(turns: torch.Tensor) -> torch.Tensor:
     index = torch.remainder(torch.round(turns), 4).long()
     cosine = torch.tensor([1.0, 0.0, -1.0, 0.0], dtype=torch.float64)[index]
     sine = torch.tensor([0.0, 1.0, 0.0, -1.0], dtype=torch.float64)[index]
-    return _turn(cosine, sine)
+    return _rotation_matrix(cosine, sine)
 
 
 def _rotation(angle: torch.Tensor) -> torch.Tensor:
     """(B, 2, 2): inverse map of a rotation by `angle` radians."""
-    return _turn(torch.cos(angle), torch.sin(angle))
+    return _rotation_matrix(torch.cos(angle), torch.sin(angle))
 
 
-def _turn(cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+def _rotation_matrix(cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     return torch.stack([cosine, -sine, sine, cosine], dim=1).reshape(-1, 2, 2)
 
 

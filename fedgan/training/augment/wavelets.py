@@ -1,10 +1,12 @@
-"""Orthogonal wavelet filters, as dense matrices over one image axis with reflecting borders folded in.
+"""Orthogonal wavelet filters as dense matrices over one image axis, with mirrored borders.
 
-Image axes here are short (16 to 1024, mostly 32 or 64 pixels), so a matrix product with the border rule inside it is
-faster than padding and a strided convolution, and it has no edge cases. Long axes leave out the zeros far from the band.
+Image axes are short here (16 to 1024, mostly 32 or 64 pixels): a matrix product that contains the
+border rule is faster than padding and a strided convolution, and has no edge cases. Long axes skip
+the zeros far from the band.
 
-Conventions: pixel k of an axis of n pixels stands at k; beyond the border the axis is mirrored about its first and last
-pixel, again and again, so it repeats after 2 (n - 1) pixels. Filter taps h are orthonormal: sum h = sqrt(2), sum h^2 = 1.
+Conventions: pixel k of an axis of n pixels is at k; the axis is mirrored about its first and last
+pixel without end, so that it repeats after 2 (n - 1) pixels. Filter taps h are orthonormal:
+Σ h = √2, Σ h² = 1.
 """
 
 from __future__ import annotations
@@ -20,33 +22,35 @@ SYM6 = (
     0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
     -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148,
 )  # fmt: skip
-CENTRE_TAP = 5  # the tap nearest to the centre of mass of sym6 (5.1): where the pixel itself stands
+CENTRE_TAP = 5  # the tap nearest to the centre of mass of sym6 (5.1): the pixel itself
 SYM2 = (-0.12940952255092145, 0.22414386804185735, 0.836516303737469, 0.48296291314469025)
 
 
 def mirrored(index: np.ndarray, n: int) -> np.ndarray:
-    """Pixel in [0, n) that stands at any integer `index` of the endlessly mirrored axis."""
+    """Pixel in [0, n) at any integer `index` of the mirrored axis."""
     period = max(2 * (n - 1), 1)
     folded = np.mod(index, period)
     return np.minimum(folded, period - folded) if n > 1 else np.zeros_like(folded)
 
 
 def upsampling_matrix(n: int) -> np.ndarray:
-    """(4 (n - 1) + 1, n): one period, and one sample to close it, of the axis at twice the resolution by sym6.
+    """(4 (n - 1) + 1, n): one period, and one sample to close it, of the axis upsampled by sym6.
 
-    Row u stands at pixel (u - CENTRE_TAP) / 2. The gain is such that a constant stays itself.
+    Row u is at pixel (u - CENTRE_TAP) / 2. A constant stays itself.
     """
     rows = 4 * (n - 1) + 1
     matrix = np.zeros((rows, n))
     for tap, weight in enumerate(SYM6):
-        reached = np.arange(tap % 2, rows, 2)  # rows that this tap links to a pixel
+        reached = np.arange(tap % 2, rows, 2)  # rows in which this tap meets a pixel
         np.add.at(matrix, (reached, mirrored((reached - tap) // 2, n)), np.sqrt(2) * weight)
     return matrix
 
 
 def downsampling_matrix(n: int) -> np.ndarray:
-    """(n, 2 n + 10): back from twice the resolution; column u stands at pixel
-    (u - CENTRE_TAP) / 2. Undoes the upsampling."""
+    """(n, 2n + 10): downsampling by sym6; column u is at pixel (u - CENTRE_TAP) / 2.
+
+    It inverts the upsampling.
+    """
     matrix = np.zeros((n, 2 * n + len(SYM6) - 2))
     for row in range(n):
         matrix[row, 2 * row : 2 * row + len(SYM6)] = np.array(SYM6) / np.sqrt(2)
@@ -54,10 +58,10 @@ def downsampling_matrix(n: int) -> np.ndarray:
 
 
 def band_filters() -> list[np.ndarray]:
-    """Zero-phase filters (odd lengths, centred) of the bands [0, pi/8], [pi/8, pi/4], [pi/4, pi/2], [pi/2, pi]; they add up to 1.
+    """Zero-phase filters (odd lengths, centred) of the bands up to π/8, π/4, π/2 and π.
 
-    P0(z) = H(z) H(1/z) / 2 and P1(z) = P0(-z) share the axis between a lower and an upper half, P0 + P1 = 1; the lower
-    half is shared again at P0(z^2), and so on (appendix B.3 of the paper).
+    Their sum is 1. P0(z) = H(z) H(1/z) / 2 and P1(z) = P0(-z) split the axis into a lower and an
+    upper half, P0 + P1 = 1; P0(z²) splits the lower half again, and so on (appendix B.3).
     """
     taps = np.array(SYM2)
     low = np.convolve(taps, taps[::-1]) / 2
@@ -92,17 +96,17 @@ _BUILDERS = {"up": upsampling_matrix, "down": downsampling_matrix, "bands": band
 
 @functools.lru_cache(maxsize=64)
 def axis_matrix(kind: str, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`up`, `down` or `bands` for an axis of n pixels as a tensor, made once for each size, dtype and device."""
-    with torch.inference_mode(False):  # a cached tensor may be saved for a backward pass later
+    """The matrix `up`, `down` or `bands` for an axis of n pixels as a tensor, cached."""
+    with torch.inference_mode(False):  # a cached tensor may be saved for a backward pass
         return torch.from_numpy(_BUILDERS[kind](n)).to(device=device, dtype=dtype)
 
 
-DENSE = 64  # axes of so many pixels and fewer take one matrix product
-BLOCK = 64  # rows of a block of longer ones
+DENSE = 64  # axes up to this size use one matrix product
+BLOCK = 64  # rows per block of longer axes
 
 
 def resample(images: torch.Tensor, kind: str, n: int, axis: int) -> torch.Tensor:
-    """`images` (B, C, H, W) with the matrix `up` or `down` for n pixels applied along `axis`, 2 or 3."""
+    """Apply matrix `up` or `down` for n pixels along `axis` (2 or 3) of `images` (B, C, H, W)."""
     matrix = axis_matrix(kind, n, images.dtype, images.device)
     if n <= DENSE:
         return matrix @ images if axis == 2 else images @ matrix.T
@@ -116,7 +120,7 @@ def resample(images: torch.Tensor, kind: str, n: int, axis: int) -> torch.Tensor
 
 @functools.lru_cache(maxsize=64)
 def _blocks(kind: str, n: int) -> tuple[tuple[slice, slice], ...]:
-    """Blocks of rows of a matrix, each with the columns beyond which it has zeros only."""
+    """Blocks of rows of a matrix, with the columns in which they are not all zero."""
     matrix = _BUILDERS[kind](n)
     blocks = []
     for start in range(0, len(matrix), BLOCK):

@@ -41,7 +41,7 @@ def hospitals_of(z: torch.Tensor, c: torch.Tensor, institutions: HospitalConditi
 # --- who asks for a label alone --------------------------------------------------------------------
 
 
-def test_a_label_s_images_come_from_its_holders_by_their_shares() -> None:
+def test_hospitals_are_sampled_by_their_share_of_the_label() -> None:
     institutions = HospitalCondition(2, 3)
     institutions.set_label_counts(SHARES, exclusive=True)
     z = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0))
@@ -52,7 +52,7 @@ def test_a_label_s_images_come_from_its_holders_by_their_shares() -> None:
         np.testing.assert_allclose(institutions.odds(c[:1]).numpy()[0], expected, atol=1e-5)
 
 
-def test_the_hospital_says_nothing_of_where_a_latent_lies() -> None:
+def test_sampled_hospital_is_independent_of_the_latent() -> None:
     institutions = HospitalCondition(2, 3)
     institutions.set_label_counts(SHARES, exclusive=True)
     z = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(1))
@@ -63,7 +63,7 @@ def test_the_hospital_says_nothing_of_where_a_latent_lies() -> None:
         np.testing.assert_allclose(mine.std(0), 1, atol=0.05)
 
 
-def test_findings_that_may_come_together_are_weighed_with_those_that_are_absent() -> None:
+def test_odds_use_present_and_absent_findings() -> None:
     """Two hospitals of one size; the first has each finding in a half of its images, the second in a tenth."""
     institutions = HospitalCondition(2, 2)
     institutions.set_label_counts({0: (100, [50, 50]), 1: (100, [10, 10])}, exclusive=False)
@@ -73,19 +73,19 @@ def test_findings_that_may_come_together_are_weighed_with_those_that_are_absent(
     )
 
 
-def test_a_rare_label_is_its_holders_alone() -> None:
+def test_rare_label_has_odds_for_its_holder_only() -> None:
     institutions = HospitalCondition(2, 2)
     institutions.set_label_counts({0: (1_000_000, [1_000_000, 0]), 1: (1, [0, 1])}, exclusive=True)
     assert institutions.odds(torch.eye(2)).tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
-def test_a_label_that_nobody_holds_is_drawn_by_size() -> None:
+def test_label_of_no_hospital_is_sampled_by_size() -> None:
     institutions = HospitalCondition(2, 2)
     institutions.set_label_counts({0: (30, [30, 0]), 1: (10, [10, 0])}, exclusive=True)
     assert institutions.odds(torch.eye(2))[1].tolist() == [0.75, 0.25]
 
 
-def test_a_hospital_that_never_came_is_never_drawn() -> None:
+def test_absent_hospital_has_odds_of_zero() -> None:
     institutions = HospitalCondition(1, 3)
     institutions.set_label_counts({0: (5, [5]), 2: (15, [15])}, exclusive=True)
     np.testing.assert_allclose(
@@ -93,7 +93,7 @@ def test_a_hospital_that_never_came_is_never_drawn() -> None:
     )
 
 
-def test_a_latent_and_a_label_are_one_image_in_any_batch() -> None:
+def test_latent_and_label_give_one_image_in_any_batch() -> None:
     generator = Generator(MODEL, 16, 1, 2).eval()
     generator.mapping.hospital_condition.set_label_counts(SHARES, exclusive=True)
     labels = np.eye(2, dtype=np.uint8)[np.arange(40) % 2]
@@ -103,7 +103,7 @@ def test_a_latent_and_a_label_are_one_image_in_any_batch() -> None:
     assert np.abs(whole - cut).max() <= 1
 
 
-def test_a_hospital_can_be_named_and_is_seen() -> None:
+def test_named_hospital_changes_the_image() -> None:
     generator = Generator(MODEL, 16, 1, 2).eval()
     z, label = torch.randn(1, 4), torch.tensor([[1.0, 0.0]])
     first, second = (
@@ -114,7 +114,7 @@ def test_a_hospital_can_be_named_and_is_seen() -> None:
         generator(z, label)
 
 
-def test_a_discriminator_that_is_asked_about_a_label_weighs_all_hospitals() -> None:
+def test_discriminator_weighs_hospitals_of_a_label() -> None:
     discriminator = Discriminator(MODEL, 16, 1, 2)
     assert discriminator.mapping is not None
     discriminator.mapping.hospital_condition.set_label_counts(SHARES, exclusive=True)
@@ -125,7 +125,7 @@ def test_a_discriminator_that_is_asked_about_a_label_weighs_all_hospitals() -> N
     )
 
 
-def test_an_audit_asks_about_one_hospital_alone() -> None:
+def test_audit_restricts_the_networks_to_one_hospital() -> None:
     generator, discriminator = Generator(MODEL, 16, 1, 2), Discriminator(MODEL, 16, 1, 2)
     assert discriminator.mapping is not None
     for network in (generator, discriminator):
@@ -152,7 +152,7 @@ def test_an_audit_asks_about_one_hospital_alone() -> None:
         torch.testing.assert_close(discriminator(images, label), mixed)
 
 
-def test_without_institutions_networks_are_what_they_were() -> None:
+def test_networks_without_hospitals_have_no_condition_weights() -> None:
     plain = dataclasses.replace(MODEL, hospitals=0)
     for label_dim in (0, 2):
         for kind in (Generator, Discriminator):
@@ -168,7 +168,7 @@ def apart(root: Path, *overrides: str) -> Settings:
     return tiny(write_shards(root / "data", (48, 24, 16)), *APART, *overrides, rounds=2, kimg=0.048)
 
 
-def test_each_hospital_trains_a_column_of_its_own(tmp_path: Path) -> None:
+def test_each_hospital_trains_its_own_column(tmp_path: Path) -> None:
     settings, run = apart(tmp_path, "federation.weights=sum"), RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
     start = load_tensors(run.checkpoint(0))[0]
@@ -182,7 +182,7 @@ def test_each_hospital_trains_a_column_of_its_own(tmp_path: Path) -> None:
     assert ((merged - start["generator/mapping.embed.weight"]).abs().amax(0)[2:] > 0).all()
 
 
-def test_a_checkpoint_says_who_holds_what(tmp_path: Path) -> None:
+def test_checkpoint_restores_the_label_counts(tmp_path: Path) -> None:
     settings, run = apart(tmp_path), RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
     generator, _ = load_generator(run.checkpoint(2))
@@ -213,7 +213,7 @@ def test_a_checkpoint_says_who_holds_what(tmp_path: Path) -> None:
         load_generator(run.checkpoint(2))
 
 
-def test_pooled_images_keep_their_hospitals(tmp_path: Path) -> None:
+def test_pooled_images_train_the_columns_of_their_hospitals(tmp_path: Path) -> None:
     """Two columns move where the images of two hospitals are pooled."""
     settings = apart(tmp_path)
     hospitals = open_hospitals(settings)[:2]
@@ -238,14 +238,14 @@ def test_pooled_images_keep_their_hospitals(tmp_path: Path) -> None:
         ([*APART, "training.labels=uniform"], "may not hold"),
     ],
 )
-def test_settings_that_could_not_be_drawn_from_are_refused(
+def test_settings_without_label_counts_are_refused(
     overrides: list[str], word: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=word):
         from_dict(to_dict(tiny(tmp_path)), overrides)
 
 
-def test_an_audit_of_a_run_asks_about_each_hospital_alone(tmp_path: Path) -> None:
+def test_audit_of_a_run_restricts_to_each_hospital(tmp_path: Path) -> None:
     settings, run = apart(tmp_path), RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
     audited, meta = load_audited_model(run.checkpoint(2), settings)
