@@ -1,1 +1,1 @@
-"""Speed and memory, as fractions of this machine's own limits measured in the same run: `python -m benchmarks`."""
+"""Speed and memory as fractions of this machine's own limits: `python -m benchmarks`."""

@@ -1,4 +1,4 @@
-"""The whole of `fedgan demo`: wall time, and what its synthetic images are worth.
+"""Wall time of `fedgan demo`, and the AUC of its classifiers.
 
 python -m benchmarks.demo
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def measure() -> dict[str, Any]:
-    """Run the command as its user does, in a folder of its own."""
+    """Run the command in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "demo"
         begun = time.perf_counter()

@@ -1,9 +1,9 @@
-"""How much of a federated run's time goes into training: core seconds inside Trainer.train over core seconds there were.
+"""Efficiency of a simulated federation: core seconds in Trainer.train over available core seconds.
 
     python -m benchmarks.federation KIMG
 
-The denominator is wall seconds from the moment that all hospitals have answered (Ray is up) to the end of the
-last round, sample grids and Fréchet distances included, times the cores that hospitals may use.
+The denominator is the wall time from the first round to the end of the last one (sample grids and
+Fréchet distances included) times the cores that hospitals may use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCENARIO = Path(__file__).resolve().parent.parent / "simulations" / "three_hospi
 
 
 def measure(kimg: float) -> dict[str, Any]:
-    """Run the shipped scenario with `kimg` thousand images, and add up."""
+    """Run the shipped scenario with `kimg` thousand images and sum up."""
     marks: dict[str, float] = {}
 
     def watch(event: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Counts the floating-point operations of convolutions and matrix products that PyTorch really dispatches."""
+"""Count the floating-point operations of convolutions and matrix products in PyTorch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class FlopCounter(TorchDispatchMode):
-    """`total`: a multiplication and an addition count as two. Everything that is no convolution or product counts as none.
+    """`total`: a multiplication and an addition count as two; other operations count as none.
 
-    Backward and double-backward passes are counted as they are dispatched, so that lazy regularisation is in.
+    Backward and double-backward passes are counted as dispatched, lazy regularisation included.
     """
 
     def __init__(self) -> None:
@@ -38,9 +38,9 @@ def flops(name: str, args: Sequence[Any], result: Any) -> int:
         image, weight, transposed = args[0], args[1], args[6]
         return convolution_flops(image if transposed else result, weight)
     if name == "convolution_backward":
-        gradient, image, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[10]
+        gradient, image, weight, transposed, mask = args[0], args[1], args[2], args[7], args[10]
         return convolution_flops(image if transposed else gradient, weight) * (
-            int(wanted[0]) + int(wanted[1])
+            int(mask[0]) + int(mask[1])
         )
     if name in ("mm", "bmm"):
         return 2 * int(args[0].numel()) * int(args[1].shape[-1])
@@ -49,6 +49,6 @@ def flops(name: str, args: Sequence[Any], result: Any) -> int:
     return 0
 
 
-def convolution_flops(places: Tensor, weight: Tensor) -> int:
-    """Every place of the smaller grid meets the whole kernel once: 2 · weights · places."""
-    return 2 * int(weight.numel()) * int(places.shape[0] * places.shape[2] * places.shape[3])
+def convolution_flops(pixels: Tensor, weight: Tensor) -> int:
+    """Every pixel of the smaller map meets the whole kernel once: 2 · weights · pixels."""
+    return 2 * int(weight.numel()) * int(pixels.shape[0] * pixels.shape[2] * pixels.shape[3])

@@ -1,11 +1,11 @@
-"""Distances and neighbourhoods of two large feature sets, as a fraction of the machine's own matrix product.
+"""Kernel distance and PRDC of two large feature sets, relative to bare matrix products.
 
     python -m benchmarks.metrics [IMAGES] [FEATURES]
 
-Kernel distance, then precision, recall, density and coverage, of IMAGES × IMAGES × FEATURES (10000, 512). Prints one
-JSON object: seconds of each, peak memory beyond the features themselves, and the fraction: how long the five distance
-matrices (two for the kernel, by symmetry, and three for the neighbourhoods) take as bare float32 products, measured
-in the same run, over how long the scores take.
+Kernel distance, then precision, recall, density and coverage, of IMAGES × IMAGES × FEATURES (10000,
+512). Prints one JSON object: seconds of each, peak memory beyond the features, and the fraction:
+the time of the five distance matrices (two for the kernel, by symmetry, and three for PRDC) as bare
+float32 products, measured in the same run, over the time of the metrics.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from fedgan.evaluation.metrics.kernel_distance import kernel_distance
 from fedgan.evaluation.metrics.prdc import prdc
 
 MATRICES = 5
-ROWS = 1024  # of one product of the reference: enough to reach the best rate
+ROWS = 1024  # of one reference product: enough for the best rate
 REPEATS = 3
 
 
 def features(images: int, width: int, shift: float, seed: int) -> np.ndarray:
-    """Rectified random features (images, width) float64 that live near 32 dimensions, as those of a network do."""
+    """Rectified random features (images, width) float64 near a 32-dimensional subspace."""
     rng = np.random.default_rng(seed)
     basis = np.random.default_rng(0).normal(size=(32, width)) / 6
     return np.maximum(rng.normal(size=(images, 32)) @ basis + 0.5 + shift, 0) + 0.05 * rng.normal(
@@ -39,7 +39,7 @@ def features(images: int, width: int, shift: float, seed: int) -> np.ndarray:
 
 
 def product_rate(images: int, width: int) -> float:
-    """Operations a second of a bare float32 product (ROWS, width) × (width, images), into memory that is there."""
+    """Operations per second of a float32 product (ROWS, width) × (width, images)."""
     a, b, out = torch.rand(ROWS, width), torch.rand(images, width), torch.empty(ROWS, images)
     torch.mm(a, b.t(), out=out)
     begun = time.perf_counter()
@@ -49,7 +49,7 @@ def product_rate(images: int, width: int) -> float:
 
 
 def peak_megabytes() -> float:
-    """Most memory that this process ever held."""
+    """Peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -60,9 +60,9 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
 
 
 def measure(images: int = 10_000, width: int = 512) -> dict[str, Any]:
-    """Medians over `REPEATS` alternations of bare products and scores."""
+    """Medians over `REPEATS` alternations of bare products and metrics."""
     real, synthetic = features(images, width, 0.0, 1), features(images, width, 0.03, 2)
-    product_rate(256, width)  # the libraries' own first-use memory is not the scores'
+    product_rate(256, width)  # exclude the memory of the libraries' first use
     before = peak_megabytes()
     kernel, manifold, rates = [], [], []
     scores: dict[str, float] = {}

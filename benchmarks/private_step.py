@@ -1,15 +1,16 @@
-"""A step of D by DP-SGD beside a step of D without privacy: the same networks, images, labels and batch.
+"""A DP-SGD step of D relative to a step without privacy, on the same networks and data.
 
     python -m benchmarks.private_step RESOLUTION [PRECISION]
 
-One thread, as hospitals of a simulation train, and seconds of its core: other processes then disturb the ratio least.
-Channel base 2048, at most 64, batch 64. A step is what a training does: draw the batch, synthesise its fakes, D's gradient,
-Adam; without privacy one gradient of the batch, with privacy one of each pair, clipped, summed and noised. Neither has R1,
-minibatch-std or augmentation, which privacy refuses or both would pay alike. The Poisson samples have 64 images on average.
-`gradient_ratio` leaves out what the two steps share (fakes and Adam) and compares D's gradient of 64 pairs alone.
+One thread and its CPU time, so that other processes disturb the ratio least. Channel base 2048, at
+most 64, batch 64. A step draws the batch, synthesises its fakes, computes D's gradient and updates
+Adam; with privacy the gradient is per pair, clipped, summed and noised. Neither uses R1,
+minibatch-std or augmentation. The Poisson samples have 64 images on average. `gradient_ratio`
+compares D's gradient of 64 pairs alone.
 
-Prints one JSON object: medians over alternations of seconds a step (`plain_seconds`, `private_seconds`), and of the ratio of
-two neighbours in time (`ratio`, with the range of the middle half: `ratio_low`, `ratio_high`).
+Prints one JSON object: medians over alternations of seconds per step (`plain_seconds`,
+`private_seconds`), and of the ratio of neighbouring measurements (`ratio`, with its interquartile
+range `ratio_low`, `ratio_high`).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SHARED = (
 
 
 def make_trainers(resolution: int, precision: str, folder: Path) -> tuple[Trainer, Trainer]:
-    """(without privacy, with it), on the same random images of `CLASSES` classes. The ledger lies in `folder`."""
+    """(without privacy, with it), on the same random images. The ledger is in `folder`."""
     rng = np.random.default_rng(0)
     labels = np.eye(CLASSES, dtype=np.uint8)[rng.integers(0, CLASSES, IMAGES)]
     images = rng.integers(0, 256, (IMAGES, 3, resolution, resolution), dtype=np.uint8)
@@ -109,7 +110,7 @@ def gradients(trainer: Trainer) -> tuple[Callable[[], object], Callable[[], obje
 
 
 def alternate(one: Callable[[], object], other: Callable[[], object]) -> list[tuple[float, float]]:
-    """Seconds of both in turn, which of them comes first changing each time; up to `ALTERNATIONS` after a warm-up."""
+    """Seconds of both, alternating which is first; up to `ALTERNATIONS` after a warm-up."""
     found: list[tuple[float, float]] = []
     begun = time.perf_counter()
     while len(found) < WARM_UP + ALTERNATIONS and (
@@ -124,7 +125,7 @@ def alternate(one: Callable[[], object], other: Callable[[], object]) -> list[tu
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Seconds of the core that `work()` takes."""
+    """CPU seconds of `work()`."""
     begun = time.process_time()
     work()
     return time.process_time() - begun

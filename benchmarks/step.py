@@ -1,11 +1,12 @@
-"""The complete training step as a fraction of the best convolution rate of this machine.
+"""Training step as a fraction of the best convolution rate of this machine.
 
     python -m benchmarks.step RESOLUTION PRECISION [THREADS]
 
-Hospitals of a simulation train with one thread each, as many at once as there are cores; THREADS = 1 is that case.
+Hospitals of a simulation train with one thread each, one per core: THREADS = 1.
 
-Prints one JSON object: images_per_second, gflop_per_image, conv_gflops (the best of several convolutions of
-the same precision, measured between the training runs), fraction, and peak memory of this process.
+Prints one JSON object: images_per_second, gflop_per_image, conv_gflops (the best of several
+convolutions of the same precision, measured between the training runs), fraction, and peak memory
+of this process.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from fedgan.training.trainer import Trainer
 CONVOLUTIONS = ((16, 64, 32), (16, 64, 64), (16, 128, 32), (32, 256, 16))  # batch, channels, side
 REPEATS = 7
 LONGEST_SECONDS = 60  # fewer repeats where a precision is slow; at least one
-CYCLE = 16  # steps in which every regulariser ran as often as it should
+CYCLE = 16  # steps with the right share of every regulariser
 
 
 def make_trainer(resolution: int, precision: str) -> Trainer:
-    """Channel base 2048, at most 64, batch 16, 7 classes, ADA `bgc` at a fixed p = 0.3, on random images."""
+    """Channel base 2048, at most 64, batch 16, 7 classes, ADA `bgc` at p = 0.3, random images."""
     rng = np.random.default_rng(0)
     labels = np.eye(7, dtype=np.uint8)[rng.integers(0, 7, 512)]
     images = rng.integers(0, 256, (512, 3, resolution, resolution), dtype=np.uint8)
@@ -52,7 +53,7 @@ def make_trainer(resolution: int, precision: str) -> Trainer:
 
 
 def convolution_rate(precision: str) -> float:
-    """Best forward rate of 3 × 3 convolutions in operations a second."""
+    """Best forward rate of 3 × 3 convolutions in operations per second."""
     dtype, best = torch.bfloat16 if precision == "bf16" else torch.float32, 0.0
     with torch.no_grad():
         for batch, channels, side in CONVOLUTIONS:
@@ -77,7 +78,7 @@ def convolution_rate(precision: str) -> float:
 
 
 def peak_megabytes() -> float:
-    """Most memory that this process ever held."""
+    """Peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

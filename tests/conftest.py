@@ -1,4 +1,4 @@
-"""Options and fixtures that all tests share."""
+"""Options and fixtures of all tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from fedgan.cli import main
 
-# How long an example takes says how loaded the machine is, not whether the code is right.
+# The duration of an example shows the load of the machine, not an error.
 settings.register_profile("fedgan", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fedgan")
 
@@ -23,19 +23,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--reference",
         metavar="PATH",
         default=None,
-        help=f"folder that holds {VECTORS}: recorded numbers of a StyleGAN2-ADA; tests that compare with them skip without it",
+        help=f"folder of {VECTORS}, recorded numbers of a StyleGAN2-ADA; default: skip these tests",
     )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that hold slow tests come first: at the end one worker would wait for the other."""
+    """Run files with slow tests first: at the end one worker would wait for the others."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
 def reference_vectors(pytestconfig: pytest.Config) -> dict[str, np.ndarray]:
-    """All arrays of the recorded StyleGAN2-ADA by key (`param/…`, `in/…`, `out/…`, `ada/…`); skips where there are none."""
+    """Arrays of the recorded StyleGAN2-ADA (`param/…`, `in/…`, `out/…`, `ada/…`), or skip."""
     folder = pytestconfig.getoption("--reference")
     if folder is None:
         pytest.skip(f"no recorded numbers: give the folder of {VECTORS} with --reference PATH")

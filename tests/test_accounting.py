@@ -1,4 +1,4 @@
-"""The accountants against dp-accounting's and against closed forms, and the searches for noise and steps."""
+"""Accountants against dp-accounting and closed forms; searches for noise and steps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LONG = Mechanism(0.667, 1 / N, 2_400_000)
 PHASES = (
     Phase.explicit,
     Phase.generate,
-)  # an example is slow: do not look for the smallest that fails
+)  # examples are slow: do not shrink
 QUICK = settings(max_examples=8, deadline=None, derandomize=True, phases=PHASES)
 
 noises = st.floats(0.5, 8.0)
@@ -47,7 +47,7 @@ parts_ = st.lists(
 
 
 def event(parts: list[Mechanism]) -> dp_event.DpEvent:
-    """The same mechanisms in the words of dp-accounting."""
+    """The same mechanisms as dp-accounting events."""
     return dp_event.ComposedDpEvent(
         [
             dp_event.SelfComposedDpEvent(
@@ -62,7 +62,7 @@ def event(parts: list[Mechanism]) -> dp_event.DpEvent:
 
 
 def pld_epsilon(parts: list[Mechanism], delta: float, width: float, pessimistic: bool) -> float:
-    """ε by dp-accounting's privacy loss distributions, for a unit added or removed: an upper or a lower bound."""
+    """ε by dp-accounting's privacy loss distributions (add and remove): upper or lower bound."""
     total = None
     for part in parts:
         single = pld.from_gaussian_mechanism(
@@ -78,12 +78,12 @@ def pld_epsilon(parts: list[Mechanism], delta: float, width: float, pessimistic:
 
 
 def exact_epsilon(noise: float, q: float, delta: float) -> float:
-    """ε of one sampled step, from δ(ε) of its two normal distributions; the larger of a unit removed and one added."""
+    """ε of one sampled step from δ(ε) of its two densities; the larger of add and remove."""
 
     def removed(epsilon: float) -> float:
         x = (
             noise**2 * math.log((math.expm1(epsilon) + q) / q) + 0.5
-        )  # where the density ratio is e^ε
+        )  # the density ratio is e^ε there
         return (
             q * norm.sf((x - 1) / noise)
             + (1 - q) * norm.sf(x / noise)
@@ -108,7 +108,7 @@ def exact_epsilon(noise: float, q: float, delta: float) -> float:
     return max(root(removed), root(added))
 
 
-# --- against another library -----------------------------------------------------------------------
+# --- against dp-accounting ------------------------------------------------------------------------
 
 CASES = [
     ([Mechanism(1.0, 0.01, 1000)], 1e-5),
@@ -120,9 +120,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("multiplier", "expected"), [(0.667, 4.91), (1.0, 1.90)])
-def test_rdp_of_millions_of_steps_matches_known_values(
-    multiplier: float, expected: float
-) -> None:
+def test_rdp_of_millions_of_steps_matches_known_values(multiplier: float, expected: float) -> None:
     part = Mechanism(multiplier, 1 / N, 2_400_000)
     other = RdpAccountant().compose(event([part])).get_epsilon(1 / N)
     assert epsilon_rdp([part], 1 / N) == pytest.approx(expected, rel=0.01)
@@ -131,7 +129,7 @@ def test_rdp_of_millions_of_steps_matches_known_values(
 
 @pytest.mark.parametrize(
     ("parts", "delta"), [case for case in CASES if case[0][0].noise_multiplier != 0.6]
-)  # it gives up there
+)  # the library fails there
 def test_rdp_agrees_with_dp_accounting(parts: list[Mechanism], delta: float) -> None:
     assert epsilon_rdp(parts, delta) == pytest.approx(
         RdpAccountant().compose(event(parts)).get_epsilon(delta), rel=0.01
@@ -139,9 +137,7 @@ def test_rdp_agrees_with_dp_accounting(parts: list[Mechanism], delta: float) -> 
 
 
 @pytest.mark.parametrize(("parts", "delta"), CASES)
-def test_prv_is_within_a_percent_of_dp_accounting(
-    parts: list[Mechanism], delta: float
-) -> None:
+def test_prv_is_within_a_percent_of_dp_accounting(parts: list[Mechanism], delta: float) -> None:
     ours = epsilon_prv(parts, delta)
     assert ours == epsilon_of(parts, delta), "PRV is the tighter of the two"
     assert pld_epsilon(parts, delta, 1e-3, pessimistic=False) <= ours
@@ -151,7 +147,7 @@ def test_prv_is_within_a_percent_of_dp_accounting(
 @pytest.mark.slow
 @pytest.mark.parametrize("multiplier", [0.667, 1.0])
 def test_prv_of_millions_of_steps_agrees_with_dp_accounting(multiplier: float) -> None:
-    """Its own rounding is of the order of half a percent here: a finer width may give a larger upper bound."""
+    """The library's rounding error is about 0.5 %: a finer mesh may give a larger upper bound."""
     part = Mechanism(multiplier, 1 / N, 2_400_000)
     assert epsilon_prv([part], 1 / N) == pytest.approx(
         pld_epsilon([part], 1 / N, 2e-5, pessimistic=True), rel=0.01
@@ -171,14 +167,15 @@ def test_prv_is_above_a_lower_bound_of_epsilon(
     assert ours >= pld_epsilon([part], delta, 2e-3, pessimistic=False)
 
 
-# --- against an integral ---------------------------------------------------------------------------
+# --- against an integral --------------------------------------------------------------------------
 
 
 def integral_epsilon(parts: list[Mechanism], delta: float, removed: bool) -> float:
-    """ε of many steps from δ(ε) = 1/2πi ∫ exp(Σ T K(z) - zε) / (z (z+1)) dz along Re z = c > 0: exact but for the sums.
+    """ε of many steps by a contour integral of δ(ε), exact but for the sums.
 
-    K(z) = ln E[exp(z loss)], of a unit that is removed or added. The factor behind is the transform of (1 - exp(ε - s))+ over ε.
-    The integrand falls like a normal density, so that a sum over it is exact; no mesh, no transform, no library.
+    δ(ε) = 1/2πi ∫ exp(Σ T K(z) - zε) / (z (z+1)) dz along Re z = c > 0, with K(z) = ln E[exp(z
+    loss)] for a unit that is removed or added. 1 / (z (z+1)) is the transform of (1 - exp(ε - s))+
+    over ε. The integrand decays like a normal density, so that a sum over it is exact.
     """
 
     def exponent(z: np.ndarray) -> np.ndarray:
@@ -225,9 +222,7 @@ MANY = [
 
 
 @pytest.mark.parametrize(("parts", "delta"), MANY)
-def test_prv_is_at_most_a_percent_above_exact_epsilon(
-    parts: list[Mechanism], delta: float
-) -> None:
+def test_prv_is_at_most_a_percent_above_exact_epsilon(parts: list[Mechanism], delta: float) -> None:
     truth = max(integral_epsilon(parts, delta, removed) for removed in (True, False))
     assert truth <= epsilon_prv(parts, delta) <= 1.01 * truth
 
@@ -240,12 +235,12 @@ def test_contour_integral_matches_the_closed_form() -> None:
         )
 
 
-# --- against closed forms --------------------------------------------------------------------------
+# --- against closed forms -------------------------------------------------------------------------
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, phases=PHASES)
 @given(noises, rates, deltas)
-@example(0.5, 0.001, 1e-6)  # nearly all of the loss lies a little below 0
+@example(0.5, 0.001, 1e-6)  # nearly all of the loss is slightly below 0
 @example(8.0, 0.001, 1e-2)  # ε is 0
 def test_epsilon_of_one_sampled_step_matches_its_densities(
     noise: float, q: float, delta: float
@@ -256,9 +251,7 @@ def test_epsilon_of_one_sampled_step_matches_its_densities(
 
 @settings(max_examples=15, deadline=None, derandomize=True, phases=PHASES)
 @given(st.floats(0.3, 30.0), st.integers(1, 1000), deltas)
-def test_unsampled_mechanism_has_the_closed_form(
-    noise: float, steps: int, delta: float
-) -> None:
+def test_unsampled_mechanism_has_the_closed_form(noise: float, steps: int, delta: float) -> None:
     epsilon = epsilon_of([Mechanism(noise, 1.0, steps)], delta)
     sigma = noise / math.sqrt(steps)
     spent = norm.cdf(0.5 / sigma - epsilon * sigma) - math.exp(
@@ -277,7 +270,7 @@ def test_prv_of_a_plain_gaussian_is_the_closed_form(noise: float, delta: float) 
     ("noise", "q"), [(0.6, 0.1), (0.667, 1 / N), (0.5, 0.9), (4.0, 0.3), (1.0, 1.0)]
 )
 def test_renyi_divergences_match_their_integrals(noise: float, q: float) -> None:
-    """E[(density ratio)^α] over x ~ N(0, σ²), in logarithms, by a sum that is exact for such functions."""
+    """E[(density ratio)^α] over x ~ N(0, σ²), in logarithms."""
     orders = np.array([order for order in accountants.ORDERS if order < 64])
     x = np.arange(-12 * noise, orders.max() + 12 * noise, noise / 16)
     with np.errstate(divide="ignore"):
@@ -294,7 +287,7 @@ def test_renyi_divergences_match_their_integrals(noise: float, q: float) -> None
     assert found[finite] == pytest.approx(truth[finite], rel=1e-4, abs=1e-12)
 
 
-# --- algebra ---------------------------------------------------------------------------------------
+# --- algebra --------------------------------------------------------------------------------------
 
 
 @QUICK
@@ -309,9 +302,7 @@ def test_epsilon_increases_with_every_release(
 
 @QUICK
 @given(parts_, deltas)
-def test_epsilon_is_independent_of_order_and_grouping(
-    parts: list[Mechanism], delta: float
-) -> None:
+def test_epsilon_is_independent_of_order_and_grouping(parts: list[Mechanism], delta: float) -> None:
     halves = [
         Mechanism(part.noise_multiplier, part.sample_rate, count)
         for part in reversed(parts)
@@ -357,16 +348,18 @@ def test_epsilon_falls_back_to_rdp_where_prv_fails() -> None:
 
 def test_prv_of_many_mechanisms_is_a_bound() -> None:
     parts = [Mechanism(1.5 + number / 50, 0.02, 40) for number in range(12)]
-    single = [Mechanism(1.5 + 11 / 50, 0.02, 480)]  # all with the least of these noises' costs
+    single = [Mechanism(1.5 + 11 / 50, 0.02, 480)]  # all at the cost of the least noise
     assert epsilon_of(single, 1e-4) <= epsilon_of(parts, 1e-4) <= epsilon_rdp(parts, 1e-4)
 
 
-# --- how much noise, how many steps ----------------------------------------------------------------
+# --- searches for noise and steps -----------------------------------------------------------------
 
 
 @settings(max_examples=4, deadline=None, derandomize=True, phases=PHASES)
 @given(st.floats(0.5, 20.0), deltas, st.floats(0.002, 0.3), steps_)
-def test_noise_for_and_steps_within_are_inverse(epsilon: float, delta: float, q: float, steps: int) -> None:
+def test_noise_for_and_steps_within_are_inverse(
+    epsilon: float, delta: float, q: float, steps: int
+) -> None:
     noise = noise_for(epsilon, delta, q, steps)
     assume(noise > 0.4)
     assert epsilon_of([Mechanism(noise, q, steps)], delta) <= epsilon
@@ -412,8 +405,8 @@ def test_noise_for_supports_millions_of_steps() -> None:
 
 
 def test_noise_for_a_hospital_takes_seconds() -> None:
-    """Processor time of this thread, because the machine may be busy; generous by a factor of about five."""
-    noise_for.__wrapped__(9.0, 1e-3, 0.1, 900)  # what is imported on the way
+    """CPU time of this thread, independent of the load; generous by a factor of about five."""
+    noise_for.__wrapped__(9.0, 1e-3, 0.1, 900)  # imports
     before = time.thread_time()
     noise_for.__wrapped__(10.0, 1e-3, 0.1, 1000)
     assert time.thread_time() - before < 8

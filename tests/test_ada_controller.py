@@ -1,4 +1,4 @@
-"""The controller of the augmentation strength."""
+"""The ADA controller of the augmentation probability p."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The augmentation pipe against recorded numbers, against plain definitions and against the paper's distributions."""
+"""Augmentation pipe: recorded images, definitions, and the paper's distributions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from fedgan.training.augment.wavelets import (
     upsampling_matrix,
 )
 
-NAMES = "xflip rotate90 xint scale rotate aniso xfrac brightness contrast lumaflip hue saturation".split()  # noqa: SIM905
+NAMES = (
+    *("xflip", "rotate90", "xint", "scale", "rotate", "aniso", "xfrac"),
+    *("brightness", "contrast", "lumaflip", "hue", "saturation"),
+)
 
 
 def random_images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -38,7 +41,7 @@ def random_images(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def smooth_images(batch: int, channels: int, size: int, seed: int = 0) -> torch.Tensor:
-    """Low frequencies alone, even about the border pixels as the mirrored continuation is: resampling hardly changes them."""
+    """Low frequencies only, symmetric at the borders: resampling hardly changes them."""
     waves = torch.cos(
         math.pi * torch.outer(torch.arange(size), torch.arange(3)) / (size - 1)
     ).double()
@@ -114,7 +117,7 @@ def test_neutral_values_are_the_identity() -> None:
 
 
 def rotation(angle: float) -> np.ndarray:
-    """Counter-clockwise as seen, with y pointing down."""
+    """Counter-clockwise as displayed, with y pointing down."""
     c, s = math.cos(angle), math.sin(angle)
     return np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
 
@@ -126,7 +129,7 @@ def translation(x: float, y: float) -> np.ndarray:
 def plain_map(
     values: dict[str, float | tuple[float, float]], width: int, height: int
 ) -> np.ndarray:
-    """The composite of appendix B, from input to output places, one matrix after the other."""
+    """The composite of appendix B, from input to output coordinates, one matrix per transform."""
     get = {"scale": 1.0, "aniso": 1.0, "xint": (0.0, 0.0), "xfrac": (0.0, 0.0), **values}.get
     shift, part = get("xint"), get("xfrac")
     return (
@@ -142,7 +145,7 @@ def plain_map(
 
 
 def plain_warp(image: np.ndarray, forward: np.ndarray) -> np.ndarray:
-    """One channel (H, W): a wide mirrored margin, zeros between pixels, the filter, bilinear reading, the filter, every other."""
+    """One channel (H, W): mirrored margin, insert zeros, filter, bilinear, filter, decimate."""
     (height, width), margin = image.shape, 4 * max(image.shape)
     taps = np.array(SYM6) * math.sqrt(2)
     padded = np.pad(image, margin, mode="reflect")
@@ -154,9 +157,9 @@ def plain_warp(image: np.ndarray, forward: np.ndarray) -> np.ndarray:
     ys, xs = (
         (np.arange(2 * n + len(SYM6) - 2) - CENTRE_TAP) / 2 - (n - 1) / 2 for n in (height, width)
     )
-    place = np.stack([*np.meshgrid(xs, ys), np.ones((len(ys), len(xs)))], axis=-1) @ backward.T
-    column = 2 * (place[..., 0] + (width - 1) / 2 + margin) + CENTRE_TAP
-    row = 2 * (place[..., 1] + (height - 1) / 2 + margin) + CENTRE_TAP
+    point = np.stack([*np.meshgrid(xs, ys), np.ones((len(ys), len(xs)))], axis=-1) @ backward.T
+    column = 2 * (point[..., 0] + (width - 1) / 2 + margin) + CENTRE_TAP
+    row = 2 * (point[..., 1] + (height - 1) / 2 + margin) + CENTRE_TAP
     read = ndimage.map_coordinates(fine, [row, column], order=1, prefilter=False, mode="constant")
     down = np.array(SYM6) / math.sqrt(2)
     return np.array(
@@ -192,9 +195,7 @@ angles = st.sampled_from([0.0]) | st.floats(-math.pi, math.pi)
     ),
     st.sampled_from([(9, 9), (8, 8), (9, 8)]),
 )
-def test_warp_equals_its_definition(
-    values: dict[str, float], shape: tuple[int, int]
-) -> None:
+def test_warp_equals_its_definition(values: dict[str, float], shape: tuple[int, int]) -> None:
     image = random_images(1, 1, *shape, dtype=torch.float64)
     fixed: dict[str, float | torch.Tensor] = {
         name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()
@@ -238,7 +239,7 @@ def test_warp_of_one_image_does_not_change_another() -> None:
 
 
 def test_pixel_blitting_is_flip_turn_and_shift() -> None:
-    # sym6 is not quite symmetric (its centre of mass is 0.1 taps off), so this holds up to 0.1 pixels of a smooth image.
+    # sym6 is slightly asymmetric (its centre of mass is 0.1 taps off): equal up to 0.1 pixels.
     images, blit = smooth_images(2, 3, 128), AugmentPipe("blit")
     close = {"rtol": 0, "atol": 0.05}
     assert (
@@ -282,7 +283,7 @@ def test_scaling_and_rotation_are_about_the_centre() -> None:
     moved = {
         "scale": (1.5, blob(9.0, -3.0, 9 * 2.25, 9 * 2.25)),
         "aniso": (1.5, blob(9.0, -2 / 1.5, 9 * 2.25, 9 / 2.25)),
-        "rotate": (math.pi / 2, blob(-2.0, -6.0)),  # counter-clockwise: what was right goes up
+        "rotate": (math.pi / 2, blob(-2.0, -6.0)),  # counter-clockwise: from right to up
         "rotate_after": (-math.pi / 2, blob(2.0, 6.0)),
         "xfrac": (0.1, blob(6.0 + 3.3, -2.0 + 3.3)),
     }
@@ -367,7 +368,7 @@ def test_amplified_bands_keep_the_expected_power(amplification: list[float]) -> 
 
 
 def plain_color(rgb: np.ndarray, values: dict[str, float]) -> np.ndarray:
-    """One colour (3,) through the transforms one after the other, in homogeneous coordinates."""
+    """One colour (3,) through the transforms in turn, in homogeneous coordinates."""
     v = np.array([1.0, 1.0, 1.0]) / math.sqrt(3)
     x = rgb + values.get("brightness", 0.0)
     x = x * values.get("contrast", 1.0)

@@ -1,4 +1,4 @@
-"""Settings: what is written is read again, every documented key can be set, every mistake is told."""
+"""Settings: round trips, overrides and errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def field_of(key: str) -> tuple[dataclasses.Field[Any], Any]:
 
 
 def value_strategy(key: str) -> st.SearchStrategy[Any]:
-    """Values that the key's own limits allow."""
+    """Values within the limits of the key."""
     item, hint = field_of(key)
     low, high, choices = (item.metadata[name] for name in ("low", "high", "choices"))
     if key == "data.resolution":
@@ -74,15 +74,13 @@ def get(settings: Settings, key: str) -> Any:
 
 @st.composite
 def any_settings(draw: st.DrawFn) -> Settings:
-    """Settings with some keys changed, and whole-scenario rules (`validate`) satisfied."""
+    """Settings with some changed keys that satisfy `validate`."""
     settings = Settings()
     for key in draw(st.lists(st.sampled_from(KEYS), unique=True, max_size=8)):
         changed = replaced(settings, key, draw(value_strategy(key)))
         try:
             settings = config.validate(changed)
-        except (
-            ConfigError
-        ):  # this value alone breaks a rule over several keys: the others still count
+        except ConfigError:  # this value breaks a rule over several keys: skip it
             continue
     return settings
 
@@ -104,9 +102,7 @@ def test_run_folder_reads_the_settings_it_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_every_key_has_a_meaning_and_can_be_overridden(
-    key: str, tmp_path: Path
-) -> None:
+def test_every_key_has_a_meaning_and_can_be_overridden(key: str, tmp_path: Path) -> None:
     item, hint = field_of(key)
     assert item.metadata["meaning"].endswith(".")
     scenario = tmp_path / "empty.toml"
@@ -124,9 +120,7 @@ def test_every_key_has_a_meaning_and_can_be_overridden(
 
 @pytest.mark.parametrize("value", ["7", '"seven"', "true", "[1, 2]", "0.5"])
 @pytest.mark.parametrize("key", KEYS)
-def test_value_has_the_right_type_or_is_refused(
-    key: str, value: str, tmp_path: Path
-) -> None:
+def test_value_has_the_right_type_or_is_refused(key: str, value: str, tmp_path: Path) -> None:
     scenario = tmp_path / "empty.toml"
     scenario.write_text("")
     _, hint = field_of(key)
@@ -218,7 +212,9 @@ def test_wrong_override_names_key_problem_and_fix(
         ("[federation]\nexchange = 'generator'\n", ["must be a list"]),
     ],
 )
-def test_wrong_scenario_file_is_reported_by_key(text: str, words: list[str], tmp_path: Path) -> None:
+def test_wrong_scenario_file_is_reported_by_key(
+    text: str, words: list[str], tmp_path: Path
+) -> None:
     scenario = tmp_path / "scenario.toml"
     scenario.write_text(text)
     with pytest.raises(ConfigError) as caught:

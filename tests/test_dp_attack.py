@@ -1,9 +1,10 @@
-"""An attack on the private step itself: what a canary image gives away, measured against what the ledger claims.
+"""Attack on the private step: the empirical ε of a canary image against the accountant's ε.
 
-Who knows everything but whether the canary is among the images, and sees what one step releases, tells the two worlds apart
-with some false positives and false negatives. (ε, δ)-privacy bounds these from below, so that their Clopper-Pearson bounds
-give a lower bound on ε (arXiv 2101.04535, section 4; arXiv 2006.07709). It must lie under the claim, and far above it as soon
-as a part of the mechanism is silently off.
+An adversary who knows everything except whether the canary is in the data, and sees the release of
+one step, distinguishes both worlds with some false positives and false negatives. (ε, δ)-privacy
+bounds these from below, so that their Clopper-Pearson bounds give a lower bound of ε (arXiv
+2101.04535, section 4; arXiv 2006.07709). It must be below the accountant's ε, and far above it when
+a part of the mechanism is off.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def network() -> Discriminator:
 
 
 def world(canary: bool) -> ImageDataset:
-    """Flat images of one grey, and the canary, which is like none of them."""
+    """Uniform grey images, and a canary unlike them."""
     images = np.full((OTHERS + 1, 1, 16, 16), 140, np.uint8)
     if canary:
         images[-1] = 255 * (np.indices((16, 16)).sum(axis=0) // 2 % 2)
@@ -60,7 +61,7 @@ def shown(data: ImageDataset, rows: np.ndarray) -> tuple[torch.Tensor, torch.Ten
 
 
 def mechanism(tmp_path: Path, data: ImageDataset) -> PrivateStep:
-    """The same rate in both worlds, which a hospital's own number of images would change a little."""
+    """The same sampling rate in both worlds, independent of the number of images."""
     keys = [
         f"privacy.noise_multiplier={NOISE}",
         f"privacy.max_grad_norm={CLIP}",
@@ -75,7 +76,7 @@ def mechanism(tmp_path: Path, data: ImageDataset) -> PrivateStep:
 
 
 def remembered(work: Callable[..., ClippedSum]) -> Callable[..., ClippedSum]:
-    """`work`, which is a function of its tensors alone, once for each sample of these few images instead of each trial."""
+    """Cache `work`, a pure function of its tensors, over the few possible samples."""
     known: dict[Any, ClippedSum] = {}
 
     def look(network, loss, fakes, reals, units, *others) -> ClippedSum:
@@ -88,12 +89,10 @@ def remembered(work: Callable[..., ClippedSum]) -> Callable[..., ClippedSum]:
 
 
 def guesses(tmp_path: Path, network: Discriminator, canary: bool) -> np.ndarray:
-    """(TRIALS,): how far each release points to where the canary alone would move it."""
+    """(TRIALS,): projection of each release on the direction of the canary."""
     data, both = world(canary), world(True)
     step = mechanism(tmp_path, data)
-    step._reserved = (
-        TRIALS  # each trial is a world's only step; what it costs is asked of the accountant below
-    )
+    step._reserved = TRIALS  # each trial is the only step of a world
     blank = torch.zeros(1, 1, 16, 16)
     none = torch.zeros(1, 0)
 
@@ -121,15 +120,15 @@ def guesses(tmp_path: Path, network: Discriminator, canary: bool) -> np.ndarray:
             draw = step.draw(number)
             fakes = (blank.expand(len(draw.rows), 1, 16, 16), none.expand(len(draw.rows), 0))
             step.gradient(network, discriminator_loss, fakes, shown(data, draw.rows), draw)
-            told = torch.cat([parameter.grad.flatten() for parameter in network.parameters()]) * (
-                RATE * step.units
-            )
-            found.append(float(told @ aim))
+            release = torch.cat(
+                [parameter.grad.flatten() for parameter in network.parameters()]
+            ) * (RATE * step.units)
+            found.append(float(release @ aim))
     return np.array(found)
 
 
 def lower_bound(without: np.ndarray, with_canary: np.ndarray) -> float:
-    """ε that is certain (`CONFIDENCE`) of the two worlds; the threshold is chosen on the first half, judged on the second."""
+    """Empirical lower bound of ε (`CONFIDENCE`); threshold from the first half of the trials."""
     half = len(without) // 2
 
     def bound(threshold: float, out: np.ndarray, inside: np.ndarray) -> float:
@@ -149,7 +148,7 @@ def lower_bound(without: np.ndarray, with_canary: np.ndarray) -> float:
 
 
 def at_most(errors: int, trials: int) -> float:
-    """Upper Clopper-Pearson bound of a rate; half of the doubt for each of two rates."""
+    """Upper Clopper-Pearson bound of a rate; half of the error probability per rate."""
     return (
         1.0
         if errors == trials
@@ -158,7 +157,7 @@ def at_most(errors: int, trials: int) -> float:
 
 
 def attack(tmp_path: Path, network: Discriminator) -> tuple[float, float]:
-    """(lower bound of what one step gives away, what the accountant claims that it costs)."""
+    """(empirical lower bound of ε of one step, ε of the accountant)."""
     bound = lower_bound(guesses(tmp_path, network, False), guesses(tmp_path, network, True))
     made = mechanism(tmp_path, world(True))
     claimed = epsilon_of([type(made.step)(made.step.noise_multiplier, RATE, 1)], DELTA)
@@ -195,7 +194,7 @@ def test_attack_detects_missing_clipping(tmp_path, network, monkeypatch):
 
 
 def test_empirical_bound_is_sound_for_randomised_response():
-    """Randomised response with ε = 1 (no δ): the bound comes near to it from below."""
+    """Randomised response with ε = 1 (δ = 0): the bound is just below it."""
     rng, count = np.random.default_rng(0), 40_000
     truth = np.exp(1) / (1 + np.exp(1))
     inside, out = (

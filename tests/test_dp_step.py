@@ -1,4 +1,4 @@
-"""One private step of D: single gradients, their clip, the noise, the Poisson sample, and what a step leaves alone."""
+"""A private step of D: per-pair gradients, clipping, noise, Poisson samples, and the Trainer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TREE = {
 
 @pytest.fixture(autouse=True)
 def quick_accountant(monkeypatch):
-    """How ε follows from the ledger has tests of its own; here only what enters it."""
+    """A ledger without ε, whose computation has its own tests."""
     for module in (ledger_module, step_module):
         monkeypatch.setattr(module, "epsilon_of", epsilon_rdp, raising=False)
 
@@ -68,7 +68,7 @@ def images_of(count: int, patients: int = 0, seed: int = 0) -> ImageDataset:
     return ImageDataset("clinic", pictures, labels, ("dark", "bright"), patients=names)
 
 
-def judge(bf16: bool = False, resolution: int = 16) -> Discriminator:
+def small_discriminator(bf16: bool = False, resolution: int = 16) -> Discriminator:
     network = Discriminator(settings_of().model, resolution, 1, 2, torch.Generator().manual_seed(5))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.dtype = torch.bfloat16 if bf16 else torch.float32
@@ -90,7 +90,7 @@ def pairs_of(
 def single_gradients(
     network: nn.Module, fakes, reals, r1_weight: float = 0.0
 ) -> list[dict[str, torch.Tensor]]:
-    """The truth: plain autograd on one pair after the other."""
+    """Reference: autograd on one pair at a time."""
     found = []
     for row in range(len(fakes[0])):
         network.zero_grad(set_to_none=True)
@@ -153,7 +153,7 @@ def private_step(
 
 
 def release(step: PrivateStep, network: nn.Module, pairs, number: int = 0) -> torch.Tensor:
-    """What one step of these pairs (each a unit) gives away, with the expected size of the sample multiplied back."""
+    """The release of one step on these pairs (one per unit), times the expected sample size."""
     draw = step.draw(number)
     draw = type(draw)(
         np.arange(len(pairs[0][0])),
@@ -169,13 +169,16 @@ def release(step: PrivateStep, network: nn.Module, pairs, number: int = 0) -> to
     )
 
 
-# --- single gradients ------------------------------------------------------------------------------
+# --- per-pair gradients ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resolution", [16, 32])
 @pytest.mark.parametrize("r1", [0.0, 0.8])
 def test_per_pair_gradients_equal_a_loop_over_pairs(r1, resolution):
-    network, (fakes, reals) = judge(resolution=resolution), pairs_of(5, resolution=resolution)
+    network, (fakes, reals) = (
+        small_discriminator(resolution=resolution),
+        pairs_of(5, resolution=resolution),
+    )
     truth = single_gradients(network, fakes, reals, r1)
     found, logits = pair_gradients(network, discriminator_loss, *fakes, *reals, r1)
     for row, one in enumerate(truth):
@@ -187,12 +190,12 @@ def test_per_pair_gradients_equal_a_loop_over_pairs(r1, resolution):
 
 
 def test_per_pair_gradients_in_bf16_equal_a_loop():
-    network, (fakes, reals) = judge(bf16=True), pairs_of(4)
+    network, (fakes, reals) = small_discriminator(bf16=True), pairs_of(4)
     truth = single_gradients(network, fakes, reals)
     found, _ = pair_gradients(network, discriminator_loss, *fakes, *reals)
     for row, one in enumerate(truth):
-        mine = flat({name: value[row] for name, value in found.items()})
-        assert float((mine - flat(one)).norm() / flat(one).norm()) < 0.05
+        own_rows = flat({name: value[row] for name, value in found.items()})
+        assert float((own_rows - flat(one)).norm() / flat(one).norm()) < 0.05
     within = sum_of(network, fakes, reals, [0, 1, 2, 3], clip=0.01)
     assert all(value.dtype == torch.float32 for value in within.gradients.values())
     assert float(flat(within.gradients).norm()) <= 4 * 0.01 * (1 + 1e-5)
@@ -201,7 +204,7 @@ def test_per_pair_gradients_in_bf16_equal_a_loop():
 @pytest.mark.parametrize("r1", [0.0, 0.5])
 @pytest.mark.parametrize("units", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 2, 2, 2]])
 def test_clipped_sum_is_independent_of_the_chunk_size(units, r1):
-    network, (fakes, reals) = judge(), pairs_of(6)
+    network, (fakes, reals) = small_discriminator(), pairs_of(6)
     single = torch.stack([flat(one) for one in single_gradients(network, fakes, reals, r1)])
     means = [
         single[[row for row, unit in enumerate(units) if unit == one]].mean(dim=0)
@@ -239,39 +242,41 @@ def test_unsupported_parameter_raises_an_error():
         )
 
 
-# --- sensitivity -----------------------------------------------------------------------------------
+# --- sensitivity ----------------------------------------------------------------------------------
 
 
 @settings(max_examples=15, deadline=None)
 @given(
     seed=st.integers(0, 2**20),
     sizes=st.lists(st.integers(1, 3), min_size=1, max_size=4),
-    place=st.integers(0, 3),
+    index=st.integers(0, 3),
     scale=st.sampled_from([0.01, 1.0, 300.0]),
     clip=st.sampled_from([1e-3, 0.5, 50.0]),
 )
-def test_sensitivity_of_the_clipped_sum_is_the_clip(
-    seed, sizes, place, scale, clip
-):
-    network, place = judge(), place % len(sizes)
+def test_sensitivity_of_the_clipped_sum_is_the_clip(seed, sizes, index, scale, clip):
+    network, index = small_discriminator(), index % len(sizes)
     units = [unit for unit, size in enumerate(sizes) for _ in range(size)]
     (fakes, fake_c), (reals, real_c) = pairs_of(len(units), seed)
-    mine = torch.tensor([unit == place for unit in units])
-    reals = torch.where(mine[:, None, None, None], reals * scale, reals)
+    own_rows = torch.tensor([unit == index for unit in units])
+    reals = torch.where(own_rows[:, None, None, None], reals * scale, reals)
     full = flat(sum_of(network, (fakes, fake_c), (reals, real_c), units, clip).gradients)
-    rest = [unit - (unit > place) for unit in units if unit != place]
+    rest = [unit - (unit > index) for unit in units if unit != index]
     without = sum_of(
-        network, (fakes[~mine], fake_c[~mine]), (reals[~mine], real_c[~mine]), rest, clip
+        network,
+        (fakes[~own_rows], fake_c[~own_rows]),
+        (reals[~own_rows], real_c[~own_rows]),
+        rest,
+        clip,
     )
     assert float((full - flat(without.gradients)).norm()) <= clip * (1 + 1e-3) + 1e-5
-    other = torch.where(mine[:, None, None, None], -reals, reals)
+    other = torch.where(own_rows[:, None, None, None], -reals, reals)
     replaced = flat(sum_of(network, (fakes, fake_c), (other, real_c), units, clip).gradients)
     assert float((full - replaced).norm()) <= 2 * clip * (1 + 1e-3) + 1e-5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_nan_gradient_of_an_image_counts_as_zero(bad):
-    network, (fakes, reals) = judge(), pairs_of(3)
+    network, (fakes, reals) = small_discriminator(), pairs_of(3)
     spoiled = reals[0].clone()
     spoiled[1] = bad
     found = sum_of(network, fakes, (spoiled, reals[1]), [0, 1, 2], CLIP)
@@ -285,8 +290,8 @@ def test_nan_gradient_of_an_image_counts_as_zero(bad):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_nan_gradient_of_a_patient_affects_no_other(bad):
-    """Else whoever makes the weights could let one image erase all others from the sum, which shows in any noise."""
-    network, (fakes, reals) = judge(), pairs_of(6)
+    """Else the weights could let one image erase all others from the sum, despite any noise."""
+    network, (fakes, reals) = small_discriminator(), pairs_of(6)
     spoiled = reals[0].clone()
     spoiled[2] = bad
     found = sum_of(network, fakes, (spoiled, reals[1]), [0, 0, 1, 1, 2, 2], CLIP)
@@ -304,7 +309,7 @@ def test_nan_gradient_of_a_patient_affects_no_other(bad):
 
 def test_images_of_a_patient_count_as_one_unit():
     step_units = [0] * 8 + [1]
-    network, (fakes, reals) = judge(), pairs_of(9)
+    network, (fakes, reals) = small_discriminator(), pairs_of(9)
     full = flat(sum_of(network, fakes, reals, step_units, 1e-3, chunk=2).gradients)
     last = flat(
         sum_of(
@@ -314,11 +319,11 @@ def test_images_of_a_patient_count_as_one_unit():
     assert float((full - last).norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
-# --- noise -----------------------------------------------------------------------------------------
+# --- noise ----------------------------------------------------------------------------------------
 
 
 def test_gradient_without_noise_is_the_clipped_mean(tmp_path):
-    network, pairs = judge(), pairs_of(5)
+    network, pairs = small_discriminator(), pairs_of(5)
     found = release(private_step(tmp_path, "privacy.noise_multiplier=0"), network, pairs)
     torch.testing.assert_close(
         found, flat(sum_of(network, *pairs, [0, 1, 2, 3, 4]).gradients), rtol=1e-5, atol=1e-6
@@ -327,7 +332,7 @@ def test_gradient_without_noise_is_the_clipped_mean(tmp_path):
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
 def test_noise_has_the_requested_standard_deviation(tmp_path, scale):
-    network, ((fakes, fake_c), (reals, real_c)) = judge(), pairs_of(5)
+    network, ((fakes, fake_c), (reals, real_c)) = small_discriminator(), pairs_of(5)
     pairs = ((fakes * scale, fake_c), (reals * scale, real_c))
     clean = flat(sum_of(network, *pairs, [0, 1, 2, 3, 4]).gradients)
     step = private_step(tmp_path)
@@ -343,7 +348,7 @@ def test_noise_has_the_requested_standard_deviation(tmp_path, scale):
 def test_noise_is_new_per_step_and_process(
     tmp_path,
 ):
-    network, nothing = judge(), pairs_of(0)
+    network, nothing = small_discriminator(), pairs_of(0)
     first, again = private_step(tmp_path), private_step(tmp_path)
     drawn = [
         release(first, network, nothing, 0),
@@ -352,14 +357,14 @@ def test_noise_is_new_per_step_and_process(
     ]
     drawn.append(
         release(first, network, nothing, 0)
-    )  # the same step once more: an older checkpoint was restored
+    )  # the same step again, as after a restored checkpoint
     correlations = np.corrcoef(torch.stack(drawn).numpy())[~np.eye(4, dtype=bool)]
     assert np.abs(correlations).max() < 6 / np.sqrt(len(drawn[0]))
 
 
 def test_noise_uses_all_bits_of_the_secret(tmp_path):
     low, high = private_step(tmp_path, secret=7), private_step(tmp_path, secret=7 + 2**100)
-    network, nothing = judge(), pairs_of(0)
+    network, nothing = small_discriminator(), pairs_of(0)
     assert not torch.equal(release(low, network, nothing), release(high, network, nothing))
     assert torch.equal(
         release(low, network, nothing, 3),
@@ -369,13 +374,13 @@ def test_noise_uses_all_bits_of_the_secret(tmp_path):
 
 def test_empty_sample_costs_a_step_and_gets_noise(tmp_path):
     step = private_step(tmp_path)
-    found = release(step, judge(), pairs_of(0))
+    found = release(step, small_discriminator(), pairs_of(0))
     assert float(found.square().mean().sqrt()) == pytest.approx(1.5 * CLIP, rel=0.1)
     assert step.ledger.mechanisms() == [Mechanism(1.5, 0.1, 1)]
 
 
 def test_step_without_reservation_is_refused(tmp_path):
-    step, network, pairs = private_step(tmp_path), judge(), pairs_of(2)
+    step, network, pairs = private_step(tmp_path), small_discriminator(), pairs_of(2)
     release(step, network, pairs)
     with pytest.raises(FedganError, match="reserve"):
         step.gradient(network, discriminator_loss, *pairs, step.draw(1))
@@ -383,7 +388,7 @@ def test_step_without_reservation_is_refused(tmp_path):
 
 def test_released_signs_are_noisy_and_accounted(tmp_path):
     step = private_step(tmp_path, "privacy.r_t_noise=3", "augment.mode=ada")
-    network, pairs = judge(), pairs_of(6)
+    network, pairs = small_discriminator(), pairs_of(6)
     truth = float(network(*pairs[1]).detach().sign().sum())
     step.reserve(60)
     found = []
@@ -394,44 +399,42 @@ def test_released_signs_are_noisy_and_accounted(tmp_path):
     errors = np.array([signs for signs, _ in found]) - truth
     low, high = stats.chi2.ppf([1e-4, 1 - 1e-4], 60) / 60
     assert low < np.mean((errors / 3) ** 2) < high
-    assert {count for _, count in found} == {6}  # the number that is expected, not the sample's
+    assert {count for _, count in found} == {6}  # the expected number, not that of the sample
     assert step.step.noise_multiplier == pytest.approx((1.5**-2 + 3**-2) ** -0.5)
 
 
-def test_least_noise_raises_the_noise_multiplier_only(
-    tmp_path, monkeypatch
-):
+def test_least_noise_raises_the_noise_multiplier_only(tmp_path, monkeypatch):
     def quick_noise(
         epsilon: float, delta: float, sample_rate: float, steps: int, others: tuple[Mechanism, ...]
     ) -> float:
         return sample_rate * steps**0.5 * 10 / epsilon + delta + len(others)
 
     monkeypatch.setattr(step_module, "noise_for", quick_noise)
-    asked = ("privacy.noise_multiplier=-1", "privacy.epsilon=5")
-    own = private_step(tmp_path, *asked).noise_multiplier
+    keys = ("privacy.noise_multiplier=-1", "privacy.epsilon=5")
+    own = private_step(tmp_path, *keys).noise_multiplier
     assert (
         own
-        == noise_multiplier(settings_of(*asked), 2, 60, 60, 6, 60)
+        == noise_multiplier(settings_of(*keys), 2, 60, 60, 6, 60)
         == pytest.approx(0.1 * 10**0.5 * 2 + 1e-3)
     )
-    assert private_step(tmp_path, *asked, least_noise=own * 2).noise_multiplier == own * 2
-    assert private_step(tmp_path, *asked, least_noise=own / 2).noise_multiplier == own
-    # the smaller hospital of two needs more noise at the same batch, and with released labels more is needed everywhere
-    assert noise_multiplier(settings_of(*asked), 2, 30, 30, 6, 60) > own
-    released = settings_of(*asked, "training.labels=data", "privacy.label_noise=9")
+    assert private_step(tmp_path, *keys, least_noise=own * 2).noise_multiplier == own * 2
+    assert private_step(tmp_path, *keys, least_noise=own / 2).noise_multiplier == own
+    # The smaller of two hospitals needs more noise at the same batch; released labels need more.
+    assert noise_multiplier(settings_of(*keys), 2, 30, 30, 6, 60) > own
+    released = settings_of(*keys, "training.labels=data", "privacy.label_noise=9")
     assert noise_multiplier(released, 2, 60, 60, 6, 60) == own + 1
-    # what is not released costs nothing: no labels are asked for, or there are none
-    for silent, labels in ((settings_of(*asked, "privacy.label_noise=9"), 2), (released, 0)):
+    # Without a release of label counts, or without labels, no more noise is needed.
+    for silent, labels in ((settings_of(*keys, "privacy.label_noise=9"), 2), (released, 0)):
         assert noise_multiplier(silent, labels, 60, 60, 6, 60) == own
         assert not releases_labels(silent, labels)
     assert releases_labels(released, 2)
-    with_signs = noise_multiplier(settings_of(*asked, "privacy.r_t_noise=3"), 2, 60, 60, 6, 60)
+    with_signs = noise_multiplier(settings_of(*keys, "privacy.r_t_noise=3"), 2, 60, 60, 6, 60)
     assert (with_signs**-2 + 3**-2) ** -0.5 == pytest.approx(own)
     with pytest.raises(ConfigError, match="r_t_noise"):
-        noise_multiplier(settings_of(*asked, "privacy.r_t_noise=0.1"), 2, 60, 60, 6, 60)
+        noise_multiplier(settings_of(*keys, "privacy.r_t_noise=0.1"), 2, 60, 60, 6, 60)
 
 
-# --- samples ---------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("unit", "patients"), [("image", 0), ("patient", 20)])
@@ -473,7 +476,7 @@ def test_batch_larger_than_the_data_is_refused(tmp_path):
         private_step(tmp_path, data=images_of(5))
 
 
-# --- labels ----------------------------------------------------------------------------------------
+# --- labels ---------------------------------------------------------------------------------------
 
 
 def test_released_labels_are_noisy_counts(tmp_path):
@@ -489,30 +492,30 @@ def test_released_labels_are_noisy_counts(tmp_path):
 
 def test_labels_are_released_once_also_after_a_restart(tmp_path):
     ledger = tmp_path / "ledger.jsonl"
-    words = ("training.labels=data", "privacy.label_noise=4")
+    keys = ("training.labels=data", "privacy.label_noise=4")
     begin = {"planned_images": 60, "ledgers": [ledger], "run": "run"}
-    first = begin_training(settings_of(*words), images_of(60), **begin)
+    first = begin_training(settings_of(*keys), images_of(60), **begin)
     first.train(12)
     first.train(12)
-    second = begin_training(settings_of(*words), images_of(60), **begin)
+    second = begin_training(settings_of(*keys), images_of(60), **begin)
     second.load_state_dict(first.state_dict())
     second.train(12)
     assert second.batches.label_weights == first.batches.label_weights
     assert [entry.kind for entry in Ledger(ledger).entries()].count("label counts") == 1
 
 
-# --- inside the Trainer ----------------------------------------------------------------------------
+# --- in the Trainer -------------------------------------------------------------------------------
 
 
 def trainer_of(
     tmp_path: Path, *overrides: str, secret: int | None = None, data: ImageDataset | None = None
 ):
-    place = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+    path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
     return begin_training(
         settings_of(*overrides),
         data or images_of(60),
         planned_images=60,
-        ledgers=[place],
+        ledgers=[path],
         run="run",
         secret=secret,
     )
@@ -548,18 +551,18 @@ def test_resumed_training_repeats_noise_only_with_the_secret(
         other.train(12)
         return trainer.state_dict()[0], other.state_dict()[0]
 
-    undisturbed, resumed = continued(11)
-    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
-    undisturbed, resumed = continued(None)
+    uninterrupted, resumed = continued(11)
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+    uninterrupted, resumed = continued(None)
     assert any(
-        not torch.equal(undisturbed[name], resumed[name])
-        for name in undisturbed
+        not torch.equal(uninterrupted[name], resumed[name])
+        for name in uninterrupted
         if name.startswith("discriminator/")
     )
 
 
 def test_generator_draws_are_independent_of_the_sample_size(tmp_path):
-    """Two hospitals' secrets give samples of other sizes; the streams that the generator's step draws from stand alike."""
+    """Two secrets give samples of different sizes; the generator's random streams stay equal."""
     trainers = [trainer_of(tmp_path, secret=secret) for secret in (1, 2)]
     sizes = [
         [len(trainer.private.draw(number).rows) for number in range(2)] for trainer in trainers
@@ -573,7 +576,7 @@ def test_generator_draws_are_independent_of_the_sample_size(tmp_path):
 
 
 def test_fakes_are_independent_of_the_synthesis_chunk(tmp_path, monkeypatch):
-    """Else one more image in the sample would move the fakes of others, which the clip does not bound."""
+    """Else one more image in the sample would change the fakes of others, beyond the clip."""
     seen = []
     for size in (1, 256):
         monkeypatch.setattr("fedgan.training.stylegan2_step.SYNTHESIS_CHUNK", size)
@@ -606,15 +609,17 @@ def test_average_of_d_follows_its_decay(tmp_path):
 
 def test_average_of_d_moves_with_a_received_d(tmp_path):
     trainer = trainer_of(tmp_path, "training.d_average=0.999")
-    theirs = {name: array + 1 for name, array in trainer.get_parameters(["discriminator"]).items()}
-    trainer.load_parameters(theirs)  # before the first step it is all that there is an average of
+    received = {
+        name: array + 1 for name, array in trainer.get_parameters(["discriminator"]).items()
+    }
+    trainer.load_parameters(received)  # before the first step the average is D
     for name, value in trainer.step.d_average.state_dict().items():
         torch.testing.assert_close(
             value, trainer.step.discriminator.state_dict()[name], rtol=0, atol=0
         )
     trainer.train(18)
     before = {name: value.clone() for name, value in trainer.step.d_average.state_dict().items()}
-    trainer.load_parameters(trainer.get_parameters(["discriminator"]))  # its own D: nothing moves
+    trainer.load_parameters(trainer.get_parameters(["discriminator"]))  # its own D: no change
     assert all(
         torch.equal(value, before[name])
         for name, value in trainer.step.d_average.state_dict().items()
@@ -628,19 +633,19 @@ def test_average_of_d_moves_with_a_received_d(tmp_path):
 
 
 def test_generator_waits_until_d_reaches_d_accuracy(tmp_path):
-    asked = trainer_of(tmp_path, "training.d_accuracy=1.0", "privacy.noise_multiplier=50")
-    told = asked.train(60)
-    assert asked.step.steps == 10
-    assert asked.step.g_steps < 10  # a D of noise calls no whole batch fake, step after step
-    assert "d_accuracy" in told
+    waiting = trainer_of(tmp_path, "training.d_accuracy=1.0", "privacy.noise_multiplier=50")
+    means = waiting.train(60)
+    assert waiting.step.steps == 10
+    assert waiting.step.g_steps < 10  # a D of noise never calls the whole batch fake
+    assert "d_accuracy" in means
     free = trainer_of(tmp_path)
     free.train(60)
     assert free.step.g_steps == 10
 
 
 def test_private_round_reports_nothing_of_real_images(tmp_path):
-    told = trainer_of(tmp_path).train(12)
-    assert set(told) == {
+    means = trainer_of(tmp_path).train(12)
+    assert set(means) == {
         *(
             "loss_g",
             "d_accuracy",
@@ -653,7 +658,7 @@ def test_private_round_reports_nothing_of_real_images(tmp_path):
         ),
         *("images", "seconds", "core_seconds"),
     }
-    assert told["images"] == 12  # what is expected, not what the samples held
+    assert means["images"] == 12  # the expected number, not that of the samples
 
 
 def test_data_without_labels_releases_no_counts(tmp_path):

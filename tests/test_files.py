@@ -1,4 +1,4 @@
-"""Atomic writes: whatever goes wrong, a reader sees the old file or the new one, and no rubbish is left."""
+"""Atomic writes: a reader sees the old or the new file, and failures leave no temporary file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def names(folder: Path) -> list[str]:
 
 
 def test_write_creates_folders_and_leaves_one_file(tmp_path: Path) -> None:
-    place = tmp_path / "a" / "b" / "text.txt"
-    files.write_text(place, "Grüße")
-    assert place.read_text(encoding="utf-8") == "Grüße"
-    assert names(place.parent) == ["text.txt"]
+    path = tmp_path / "a" / "b" / "text.txt"
+    files.write_text(path, "Grüße")
+    assert path.read_text(encoding="utf-8") == "Grüße"
+    assert names(path.parent) == ["text.txt"]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_write_creates_folders_and_leaves_one_file(tmp_path: Path) -> None:
 def test_new_files_and_folders_follow_the_umask(
     umask: int, file: int, folder: int, tmp_path: Path
 ) -> None:
-    """In a process of its own, because a process reads its umask once."""
+    """In a separate process, because the umask is read once per process."""
     code = """if True:
         from pathlib import Path
         from fedgan import files
@@ -61,9 +61,7 @@ def test_new_files_and_folders_follow_the_umask(
     assert modes == {"file": file, "folder": folder, "folder/inside": file}
 
 
-def test_rename_flushes_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rename_flushes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced, fsync = [], os.fsync
 
     def spy(handle: int) -> None:
@@ -76,17 +74,17 @@ def test_rename_flushes_the_folder(
 
 
 def test_exception_during_a_write_keeps_the_old_file(tmp_path: Path) -> None:
-    place = tmp_path / "file"
-    files.write_text(place, "old")
+    path = tmp_path / "file"
+    files.write_text(path, "old")
 
     def fail() -> None:
-        with files.atomic_path(place) as temporary:
+        with files.atomic_path(path) as temporary:
             temporary.write_text("half")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
-    assert place.read_text() == "old"
+    assert path.read_text() == "old"
     assert names(tmp_path) == ["file"]
 
 
@@ -97,21 +95,21 @@ def test_interrupt_during_a_write_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_reader_sees_the_old_or_the_new_file(tmp_path: Path) -> None:
-    place = tmp_path / "file"
-    files.write_text(place, "old")
-    with files.atomic_path(place) as temporary:
+    path = tmp_path / "file"
+    files.write_text(path, "old")
+    with files.atomic_path(path) as temporary:
         temporary.write_text("half")
-        assert place.read_text() == "old"
+        assert path.read_text() == "old"
         temporary.write_text("new")
-    assert place.read_text() == "new"
+    assert path.read_text() == "new"
 
 
 @pytest.mark.parametrize("refused", ["write", "fsync", "replace"])
 def test_full_disk_raises_storage_error(
     refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = tmp_path / "file"
-    files.write_text(place, "old")
+    path = tmp_path / "file"
+    files.write_text(path, "old")
 
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -123,27 +121,27 @@ def test_full_disk_raises_storage_error(
     }[refused]
     monkeypatch.setattr(owner, name, full)
     with pytest.raises(StorageError, match="disk is full: free some space") as caught:
-        files.write_text(place, "new")
+        files.write_text(path, "new")
     monkeypatch.undo()
-    assert str(place) in str(caught.value)
-    assert place.read_text() == "old"
+    assert str(path) in str(caught.value)
+    assert path.read_text() == "old"
     assert names(tmp_path) == ["file"]
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 KiB, where this machine lets a test mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    """A disk of 64 KiB, where this machine allows mounting one."""
+    path = tmp_path / "disk"
+    path.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)],
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(path)],
         capture_output=True,
         check=False,
     )
     if mounted.returncode:
         pytest.skip("no right to mount a small disk here; the same is tested with a simulated one")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
 
 
 def test_really_full_disk_keeps_the_old_file(small_disk: Path) -> None:
@@ -175,9 +173,9 @@ json_values = st.recursive(
 def test_finite_json_round_trips(
     tmp_path_factory: pytest.TempPathFactory, value: dict[str, Any]
 ) -> None:
-    place = tmp_path_factory.mktemp("json") / "value.json"
-    files.write_json(place, value)
-    assert json.loads(place.read_text(encoding="utf-8")) == value
+    path = tmp_path_factory.mktemp("json") / "value.json"
+    files.write_json(path, value)
+    assert json.loads(path.read_text(encoding="utf-8")) == value
 
 
 def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
@@ -193,21 +191,21 @@ def test_nan_and_infinity_become_null(tmp_path: Path) -> None:
 
 
 def test_torn_last_line_is_skipped(tmp_path: Path) -> None:
-    place = tmp_path / "lines.jsonl"
-    assert files.read_json_lines(place) == []
-    place.write_text('{"round": 1, "loss": null}\n{"round": 2}\n{"round": 3, "lo')
-    assert files.read_json_lines(place) == [{"round": 1, "loss": None}, {"round": 2}]
+    path = tmp_path / "lines.jsonl"
+    assert files.read_json_lines(path) == []
+    path.write_text('{"round": 1, "loss": null}\n{"round": 2}\n{"round": 3, "lo')
+    assert files.read_json_lines(path) == [{"round": 1, "loss": None}, {"round": 2}]
 
 
 @given(cut=st.integers(0, 60))
 def test_lines_before_a_torn_line_are_read(
     tmp_path_factory: pytest.TempPathFactory, cut: int
 ) -> None:
-    place = tmp_path_factory.mktemp("lines") / "lines.jsonl"
+    path = tmp_path_factory.mktemp("lines") / "lines.jsonl"
     rows = [{"round": number, "name": "ä"} for number in range(1, 4)]
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    place.write_bytes(data[: len(data) - cut])
-    found = files.read_json_lines(place)
+    path.write_bytes(data[: len(data) - cut])
+    found = files.read_json_lines(path)
     assert found == rows[: len(found)]
     assert len(found) >= data[: len(data) - cut].count(b"\n")
 

@@ -1,4 +1,4 @@
-"""model.hospitals: networks that tell hospitals apart, and who asks for a label alone."""
+"""Conditioning on the hospital (`model.hospitals`), and sampling it from a label alone."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fedgan.data.federation import open_hospitals
 from fedgan.errors import CheckpointError, ConfigError, FedganError
 from fedgan.evaluation.reference import pool_hospitals
 from fedgan.evaluation.sampling import generate_images
+from fedgan.models.hospital_condition import HospitalCondition
 from fedgan.models.stylegan2.discriminator import Discriminator
 from fedgan.models.stylegan2.generator import Generator
-from fedgan.models.hospital_condition import HospitalCondition
 from fedgan.run_folder import RunFolder
 from fedgan.training.checkpoint import load_generator, load_tensors, save_tensors
 from fedgan.training.trainer import Trainer
@@ -34,62 +34,62 @@ MODEL = ModelSettings(
 SHARES = {0: (60, [60, 0]), 1: (30, [20, 10]), 2: (10, [0, 10])}
 
 
-def hospitals_of(z: torch.Tensor, c: torch.Tensor, institutions: HospitalCondition) -> np.ndarray:
-    return institutions(c, z)[:, c.shape[1] :].argmax(1).numpy()
+def hospitals_of(z: torch.Tensor, c: torch.Tensor, condition: HospitalCondition) -> np.ndarray:
+    return condition(c, z)[:, c.shape[1] :].argmax(1).numpy()
 
 
-# --- who asks for a label alone --------------------------------------------------------------------
+# --- sampling the hospital of a label -------------------------------------------------------------
 
 
 def test_hospitals_are_sampled_by_their_share_of_the_label() -> None:
-    institutions = HospitalCondition(2, 3)
-    institutions.set_label_counts(SHARES, exclusive=True)
+    condition = HospitalCondition(2, 3)
+    condition.set_label_counts(SHARES, exclusive=True)
     z = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0))
     for label, expected in ((0, [0.75, 0.25, 0.0]), (1, [0.0, 0.5, 0.5])):
         c = torch.eye(2)[torch.full((len(z),), label)]
-        found = np.bincount(hospitals_of(z, c, institutions), minlength=3) / len(z)
+        found = np.bincount(hospitals_of(z, c, condition), minlength=3) / len(z)
         np.testing.assert_allclose(found, expected, atol=0.015)
-        np.testing.assert_allclose(institutions.odds(c[:1]).numpy()[0], expected, atol=1e-5)
+        np.testing.assert_allclose(condition.odds(c[:1]).numpy()[0], expected, atol=1e-5)
 
 
 def test_sampled_hospital_is_independent_of_the_latent() -> None:
-    institutions = HospitalCondition(2, 3)
-    institutions.set_label_counts(SHARES, exclusive=True)
+    condition = HospitalCondition(2, 3)
+    condition.set_label_counts(SHARES, exclusive=True)
     z = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(1))
-    chosen = hospitals_of(z, torch.eye(2)[torch.zeros(len(z), dtype=torch.long)], institutions)
+    chosen = hospitals_of(z, torch.eye(2)[torch.zeros(len(z), dtype=torch.long)], condition)
     for hospital in (0, 1):
-        mine = z[torch.from_numpy(chosen == hospital)]
-        np.testing.assert_allclose(mine.mean(0), 0, atol=0.06)
-        np.testing.assert_allclose(mine.std(0), 1, atol=0.05)
+        latents = z[torch.from_numpy(chosen == hospital)]
+        np.testing.assert_allclose(latents.mean(0), 0, atol=0.06)
+        np.testing.assert_allclose(latents.std(0), 1, atol=0.05)
 
 
 def test_odds_use_present_and_absent_findings() -> None:
-    """Two hospitals of one size; the first has each finding in a half of its images, the second in a tenth."""
-    institutions = HospitalCondition(2, 2)
-    institutions.set_label_counts({0: (100, [50, 50]), 1: (100, [10, 10])}, exclusive=False)
-    odds = institutions.odds(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])).numpy()[:, 0]
+    """Two hospitals of equal size: each finding in 1/2 and in 1/10 of the images."""
+    condition = HospitalCondition(2, 2)
+    condition.set_label_counts({0: (100, [50, 50]), 1: (100, [10, 10])}, exclusive=False)
+    odds = condition.odds(torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])).numpy()[:, 0]
     np.testing.assert_allclose(
         odds, [0.25 / (0.25 + 0.81), 0.25 / (0.25 + 0.09), 0.25 / (0.25 + 0.01)], rtol=1e-6
     )
 
 
 def test_rare_label_has_odds_for_its_holder_only() -> None:
-    institutions = HospitalCondition(2, 2)
-    institutions.set_label_counts({0: (1_000_000, [1_000_000, 0]), 1: (1, [0, 1])}, exclusive=True)
-    assert institutions.odds(torch.eye(2)).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    condition = HospitalCondition(2, 2)
+    condition.set_label_counts({0: (1_000_000, [1_000_000, 0]), 1: (1, [0, 1])}, exclusive=True)
+    assert condition.odds(torch.eye(2)).tolist() == [[1.0, 0.0], [0.0, 1.0]]
 
 
 def test_label_of_no_hospital_is_sampled_by_size() -> None:
-    institutions = HospitalCondition(2, 2)
-    institutions.set_label_counts({0: (30, [30, 0]), 1: (10, [10, 0])}, exclusive=True)
-    assert institutions.odds(torch.eye(2))[1].tolist() == [0.75, 0.25]
+    condition = HospitalCondition(2, 2)
+    condition.set_label_counts({0: (30, [30, 0]), 1: (10, [10, 0])}, exclusive=True)
+    assert condition.odds(torch.eye(2))[1].tolist() == [0.75, 0.25]
 
 
 def test_absent_hospital_has_odds_of_zero() -> None:
-    institutions = HospitalCondition(1, 3)
-    institutions.set_label_counts({0: (5, [5]), 2: (15, [15])}, exclusive=True)
+    condition = HospitalCondition(1, 3)
+    condition.set_label_counts({0: (5, [5]), 2: (15, [15])}, exclusive=True)
     np.testing.assert_allclose(
-        institutions.odds(torch.ones(1, 1)).numpy()[0], [0.25, 0.0, 0.75], atol=1e-9
+        condition.odds(torch.ones(1, 1)).numpy()[0], [0.25, 0.0, 0.75], atol=1e-9
     )
 
 
@@ -158,10 +158,10 @@ def test_networks_without_hospitals_have_no_condition_weights() -> None:
         for kind in (Generator, Discriminator):
             names = kind(plain, 16, 1, label_dim).state_dict()
             assert ("mapping.embed.weight" in names) == bool(label_dim)
-            assert not any("institutions" in name for name in names)
+            assert not any("condition" in name for name in names)
 
 
-# --- training --------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def apart(root: Path, *overrides: str) -> Settings:
@@ -190,9 +190,7 @@ def test_checkpoint_restores_the_label_counts(tmp_path: Path) -> None:
     odds = generator.mapping.hospital_condition.odds(torch.eye(2)).numpy()
     np.testing.assert_allclose(odds, np.tile(np.array(sizes) / sum(sizes), (2, 1)), atol=1e-6)
     tensors, meta = load_tensors(run.checkpoint(2))
-    meta["since"].pop(
-        "2"
-    )  # as of a hospital that joined and never answered: its column is as the seed gave it
+    meta["since"].pop("2")  # as of a hospital that joined and never sent an update
     save_tensors(tmp_path / "without.safetensors", tensors, meta)
     odds = (
         load_generator(tmp_path / "without.safetensors")[0]
@@ -214,7 +212,7 @@ def test_checkpoint_restores_the_label_counts(tmp_path: Path) -> None:
 
 
 def test_pooled_images_train_the_columns_of_their_hospitals(tmp_path: Path) -> None:
-    """Two columns move where the images of two hospitals are pooled."""
+    """Two columns change where the images of two hospitals are pooled."""
     settings = apart(tmp_path)
     hospitals = open_hospitals(settings)[:2]
     data = pool_hospitals([(hospital.name, hospital.train) for hospital in hospitals], "both")
@@ -251,20 +249,20 @@ def test_audit_of_a_run_restricts_to_each_hospital(tmp_path: Path) -> None:
     audited, meta = load_audited_model(run.checkpoint(2), settings)
     assert audited.numbers == {"alpha": 0, "beta": 1, "gamma": 2}
     hospital = next(hospital for hospital in open_hospitals(settings) if hospital.name == "beta")
-    asked: list[tuple[torch.Tensor, list[str]]] = []
+    audits: list[tuple[torch.Tensor, list[str]]] = []
 
-    def look(of: AuditedModel, *rest: Any) -> None:
-        asked.append((of.generator.mapping.hospital_condition.odds(torch.eye(2)), rest[-1]))
+    def record(of: AuditedModel, *rest: Any) -> None:
+        audits.append((of.generator.mapping.hospital_condition.odds(torch.eye(2)), rest[-1]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(audit, "reason_unauditable", lambda hospital: "")
-        patch.setattr(audit, "_audit", look)
+        patch.setattr(audit, "_audit", record)
         audit.audit_hospital(audited, hospital, AuditSettings())
-    odds, notes = asked[0]
+    odds, notes = audits[0]
     assert (odds == torch.tensor([0, 1, 0])).all()
     assert notes == [audit.CONDITIONED]
     tensors, _ = load_tensors(run.checkpoint(2))
-    meta["since"].pop("1")  # as of a hospital that joined and never answered
+    meta["since"].pop("1")  # as of a hospital that joined and never sent an update
     save_tensors(tmp_path / "without.safetensors", tensors, meta)
     stranger, _ = load_audited_model(tmp_path / "without.safetensors", settings)
     with stranger.conditioned_on("beta") as alone:

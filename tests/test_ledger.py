@@ -1,4 +1,4 @@
-"""The ledger: what it survives, what it refuses, and that no budget is ever exceeded."""
+"""Privacy ledger: crashes, tampering, budgets, pools, and `fedgan ledger`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ GENERATE_ONLY = (Phase.explicit, Phase.generate)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rényi's accountant alone, which takes milliseconds: the bookkeeping is the same."""
+    """RDP alone, which takes milliseconds; the bookkeeping is the same."""
     monkeypatch.setattr(ledger_module, "epsilon_of", epsilon_rdp)
     monkeypatch.setattr(accounting, "_best", accounting.accountants.rdp)
     monkeypatch.setattr(accounting, "_likely", accounting._quick)
@@ -54,7 +54,7 @@ def filled(folder: Path, entries: int = 3, **facts: object) -> Ledger:
     return ledger
 
 
-# --- what it survives ------------------------------------------------------------------------------
+# --- crashes --------------------------------------------------------------------------------------
 
 
 def test_new_ledger_is_empty_and_creates_no_file(tmp_path: Path) -> None:
@@ -72,9 +72,7 @@ def test_entries_round_trip_with_cumulative_epsilon(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [1, 40, -1])
-def test_torn_last_line_is_replaced_by_the_next_entry(
-    tmp_path: Path, kept: int
-) -> None:
+def test_torn_last_line_is_replaced_by_the_next_entry(tmp_path: Path, kept: int) -> None:
     ledger = filled(tmp_path)
     whole = ledger.path.read_bytes()
     line = whole.splitlines()[-1]
@@ -105,11 +103,12 @@ import sys
 from pathlib import Path
 from fedgan.privacy import ledger as module
 from fedgan.privacy.accounting import Mechanism
-module.epsilon_of = lambda mechanisms, delta: float(sum(part.steps for part in mechanisms))  # only the writing matters here
+module.epsilon_of = lambda mechanisms, delta: float(sum(m.steps for m in mechanisms))  # no accounting
 ledger = module.Ledger(Path(sys.argv[1]))
 print("go", flush=True)
 while True:
-    ledger.reserve(Mechanism(1.0, 0.01), 1, run="r" * 3000, kind="k", unit="image", delta=1e-3, data="d")
+    facts = dict(run="r" * 3000, kind="k", unit="image", delta=1e-3, data="d")
+    ledger.reserve(Mechanism(1.0, 0.01), 1, **facts)
     print("paid", flush=True)
 """
 
@@ -117,7 +116,7 @@ while True:
 def test_killed_writer_loses_no_reserved_step(
     tmp_path: Path,
 ) -> None:
-    """kill -9 at random points: each time the entries of before are a prefix, and no step was paid for that is not in it."""
+    """kill -9 at random points: entries stay a prefix, and every reserved step is entered."""
     ledger, before, rng = Ledger(tmp_path / NAME), [], random.Random(1)
     for _ in range(4):
         child = subprocess.Popen(
@@ -153,7 +152,7 @@ def test_processes_lock_the_ledger_of_a_shard(tmp_path: Path) -> None:
     assert len(Ledger(tmp_path / NAME).entries()) == 16
 
 
-# --- what it refuses -------------------------------------------------------------------------------
+# --- tampering ------------------------------------------------------------------------------------
 
 
 def test_changed_line_is_refused(tmp_path: Path) -> None:
@@ -193,7 +192,7 @@ def test_older_copy_or_deleted_ledger_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_last_entries_are_refused(tmp_path: Path) -> None:
-    """A chain that holds, but is not the one that was written: an old ledger that went on without its head."""
+    """A valid chain other than the written one: an old ledger that continued without its head."""
     ledger = filled(tmp_path / "a", 1)
     other = Ledger(tmp_path / "b" / NAME)
     other.path.parent.mkdir()
@@ -226,9 +225,7 @@ def test_invalid_line_is_refused_with_its_number(tmp_path: Path, line: str) -> N
         ("run", None),
     ],
 )
-def test_entry_with_values_out_of_range_is_refused(
-    tmp_path: Path, key: str, value: object
-) -> None:
+def test_entry_with_values_out_of_range_is_refused(tmp_path: Path, key: str, value: object) -> None:
     row = vars(filled(tmp_path / "a", 1).entries()[0]) | {key: value}
     (tmp_path / NAME).write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match="line 1: not an entry"):
@@ -271,7 +268,7 @@ def test_ledger_without_file_locks_is_read_only(
         ledger.reserve(STEP, 1, **FACTS)  # type: ignore[arg-type]
 
 
-# --- budgets ---------------------------------------------------------------------------------------
+# --- budgets --------------------------------------------------------------------------------------
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, phases=GENERATE_ONLY)
@@ -289,14 +286,14 @@ def test_ledger_without_file_locks_is_read_only(
 )
 def test_reservations_never_exceed_the_budget(
     tmp_path_factory: pytest.TempPathFactory,
-    asked: list[tuple[float, float, int, float]],
+    requests: list[tuple[float, float, int, float]],
     budget: float,
 ) -> None:
     ledger, spent = (
         Ledger(tmp_path_factory.mktemp("shard") / NAME),
         dict.fromkeys((1e-5, 1e-3), 0.0),
     )
-    for noise, rate, steps, delta in asked:
+    for noise, rate, steps, delta in requests:
         allowed = ledger.reserve(
             Mechanism(noise, rate), steps, **{**FACTS, "delta": delta}, max_epsilon=budget
         )  # type: ignore[arg-type]
@@ -339,16 +336,16 @@ def test_error_of_the_accountant_never_lowers_epsilon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ledger = filled(tmp_path, 2)
-    said = ledger.epsilon(1e-3)
+    spent = ledger.epsilon(1e-3)
     monkeypatch.setattr(
         ledger_module, "epsilon_of", lambda mechanisms, delta: 0.9 * epsilon_rdp(mechanisms, delta)
     )
-    assert ledger.epsilon(1e-3) == said
-    assert ledger.epsilon(1e-4) > said > ledger.epsilon(0.1)
-    assert ledger.reserve(STEP, 1, **FACTS, max_epsilon=said * 0.99) == 0  # type: ignore[arg-type]
+    assert ledger.epsilon(1e-3) == spent
+    assert ledger.epsilon(1e-4) > spent > ledger.epsilon(0.1)
+    assert ledger.reserve(STEP, 1, **FACTS, max_epsilon=spent * 0.99) == 0  # type: ignore[arg-type]
 
 
-# --- several shards as one pool --------------------------------------------------------------------
+# --- several shards as one pool -------------------------------------------------------------------
 
 
 def test_units_image_and_patient_are_never_composed(tmp_path: Path) -> None:
@@ -383,7 +380,7 @@ def test_shard_named_twice_is_entered_once(tmp_path: Path) -> None:
     assert len(Ledger(tmp_path / NAME).entries()) == 1
 
 
-# --- beside a shard --------------------------------------------------------------------------------
+# --- beside a shard -------------------------------------------------------------------------------
 
 
 def test_new_import_of_a_shard_keeps_its_ledger(tmp_path: Path) -> None:
@@ -414,7 +411,7 @@ def test_new_import_of_a_shard_keeps_its_ledger(tmp_path: Path) -> None:
         ledger.entries()
 
 
-# --- fedgan ledger ---------------------------------------------------------------------------------
+# --- fedgan ledger --------------------------------------------------------------------------------
 
 
 def test_ledger_command_shows_runs_and_spent_epsilon(
@@ -423,12 +420,12 @@ def test_ledger_command_shows_runs_and_spent_epsilon(
     ledger = filled(tmp_path / "north", 2)
     ledger.reserve(Mechanism(2.0, 0.02), 7, **{**FACTS, "run": "b"})  # type: ignore[arg-type]
     assert main(["ledger", str(tmp_path / "north"), "--json"]) == 0
-    (told,) = json.loads(capsys.readouterr().out)["ledgers"]
-    assert [(row["run"], row["steps"], row["noise_multiplier"]) for row in told["releases"]] == [
+    (report,) = json.loads(capsys.readouterr().out)["ledgers"]
+    assert [(row["run"], row["steps"], row["noise_multiplier"]) for row in report["releases"]] == [
         ("a", 30, 1.0),
         ("b", 7, 2.0),
     ]
-    assert told["epsilon"] == ledger.epsilon(1e-3)
+    assert report["epsilon"] == ledger.epsilon(1e-3)
     assert (
         main(["ledger", str(tmp_path / "north" / NAME), "--delta", "1e-5", "--max-epsilon", "3"])
         == 0
@@ -443,9 +440,9 @@ def test_ledger_command_shows_steps_that_fit(
 ) -> None:
     ledger = filled(tmp_path)
     assert main(["ledger", str(tmp_path), "--max-epsilon", "2", "--json"]) == 0
-    (told,) = json.loads(capsys.readouterr().out)["ledgers"]
+    (report,) = json.loads(capsys.readouterr().out)["ledgers"]
     allowed = ledger.reserve(STEP, 10**8, **FACTS, max_epsilon=2.0)  # type: ignore[arg-type]
-    assert told["steps_left"] == allowed > 0
+    assert report["steps_left"] == allowed > 0
 
 
 def test_ledger_command_shows_infinite_epsilon(
@@ -468,8 +465,8 @@ def test_ledger_command_finds_all_hospitals_of_a_run(
     run_folder = RunFolder.at(run)
     run_folder.write_settings(from_dict({"data": {"root": str(data)}}, source="test"))
     assert main(["ledger", str(run), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)["ledgers"]
-    assert sorted(Path(row["path"]).parent.name for row in told) == ["north", "south"]
+    report = json.loads(capsys.readouterr().out)["ledgers"]
+    assert sorted(Path(row["path"]).parent.name for row in report) == ["north", "south"]
     assert main(["ledger", str(data), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["ledgers"]) == 1
 

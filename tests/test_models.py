@@ -1,4 +1,4 @@
-"""The networks: recorded numbers, plain definitions beside the fast paths, conditioning, sizes."""
+"""Networks: recorded numbers, definitions of the fast paths, conditioning, sizes."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def relative_error(ours: Tensor, theirs: np.ndarray) -> float:
-    difference = np.abs(ours.detach().numpy() - theirs).max()
-    return float(difference / np.abs(theirs).max())
+def relative_error(found: Tensor, recorded: np.ndarray) -> float:
+    difference = np.abs(found.detach().numpy() - recorded).max()
+    return float(difference / np.abs(recorded).max())
 
 
 # --- recorded numbers ----------------------------------------------------------------------------
 
 
 def take_parameters(network: nn.Module, vectors: dict[str, np.ndarray], prefix: str) -> None:
-    """Copy every recorded parameter into the module of the same name; each trained parameter must be covered."""
+    """Copy the recorded parameters by module name; every trained parameter must be covered."""
     targets = dict(network.named_parameters()) | dict(network.named_buffers())
     recorded = {
         key[len(prefix) :].replace("/", "."): value
@@ -91,7 +91,7 @@ def test_path_lengths_match_recorded_numbers(recorded_generator, reference_vecto
         .repeat(1, recorded_generator.synthesis.num_ws, 1)
     )
     ws.requires_grad_(True)
-    # The recorded noise has unit variance; `path_lengths` divides it by the square root of H·W itself.
+    # The recorded noise has unit variance; `path_lengths` divides it by √(H·W).
     lengths = path_lengths(
         recorded_generator.synthesis(ws, "const"),
         ws,
@@ -118,14 +118,14 @@ def test_resampling_matches_recorded_numbers(reference_vectors):
 
 
 def halving(channels: int) -> layers.Conv:
-    """A 1 × 1 convolution that keeps every channel as it is and halves the side."""
+    """An identity 1 × 1 convolution that halves the side."""
     conv = layers.Conv(channels, channels, 1, seeded(), bias=False, down=True).requires_grad_(False)
     conv.weight.copy_(torch.eye(channels)[:, :, None, None] / conv.gain)
     return conv
 
 
 def plain_fir(x: Tensor, up: int, down: int) -> Tensor:
-    """[1, 3, 3, 1] resampling by its definition: zeros between samples, padded, summed tap by tap."""
+    """[1, 3, 3, 1] resampling by its definition: insert zeros, pad, sum over the taps."""
     b, c, h, w = x.shape
     wide = x.new_zeros(b, c, h * up, w * up)
     wide[:, :, ::up, ::up] = x
@@ -155,7 +155,7 @@ def test_upsampling_equals_its_definition(side, channels, seed):
 )
 @settings(max_examples=30)
 def test_down_convolution_is_blur_then_stride_2(side, kernel, bias, seed):
-    """The blur at full size with the convolution's padding as its own margin, then the kernel at every second place."""
+    """Blur at full size with the convolution's padding as margin, then the kernel at stride 2."""
     conv = (
         layers.Conv(3, 5, kernel, seeded(seed), bias=bias, down=True, input_gain=1.3)
         .double()
@@ -176,14 +176,14 @@ def test_down_convolution_is_blur_then_stride_2(side, kernel, bias, seed):
 def plain_modulated_conv(
     x: Tensor, layer: SynthesisLayer | ToRGB, style: Tensor, demodulate: bool
 ) -> Tensor:
-    """Equations 1 to 3 of arXiv 1912.04958, one image at a time: scale the weights, then convolve."""
+    """Equations 1 to 3 of arXiv 1912.04958, per image: scale the weights, then convolve."""
     images = []
     for image, s in zip(x, style, strict=True):
         weight = layer.weight * layer.gain * s[None, :, None, None]
         if demodulate:
             weight = weight / (weight.square().sum(dim=(1, 2, 3), keepdim=True) + 1e-8).sqrt()
         if layer.up:
-            # Twice the side: zeros between samples, full correlation with the flipped kernel, then the low-pass.
+            # Twice the side: insert zeros, correlate with the flipped kernel, low-pass.
             wide = image.new_zeros(
                 1, image.shape[0], 2 * image.shape[1] + 3, 2 * image.shape[2] + 3
             )
@@ -205,7 +205,7 @@ def test_synthesis_layer_equals_modulated_convolution(up):
     side = 4 if up else 8
     x = torch.randn(3, 5, side, side, generator=seeded(2), dtype=torch.float64)
     w = torch.randn(3, 7, generator=seeded(3), dtype=torch.float64)
-    # The layer takes its input without the activation's √2, so the definition gets it with.
+    # The layer's input lacks the activation's √2, the definition's has it.
     plain = plain_modulated_conv(x * layers.GAIN, layer, layer.affine(w), demodulate=True)
     plain = F.leaky_relu(plain + layer.noise_const * 0.3 + layer.bias[:, None, None], 0.2)
     assert torch.allclose(layer(x, w, "const", None), plain, atol=1e-6)
@@ -219,7 +219,7 @@ def test_to_rgb_modulates_without_demodulation():
 
 
 def test_untrained_generator_has_activations_of_unit_scale():
-    """Equalised weights and demodulation keep the signal's size through all layers."""
+    """Equalised weights and demodulation keep the scale of the signal through all layers."""
     generator = Generator(ModelSettings(channel_base=1024, channel_max=64), 64, 3, 0, seeded())
     images = generator(torch.randn(16, 128, generator=seeded(1)), torch.zeros(16, 0), noise="none")
     assert 0.2 < images.std() < 5
@@ -303,7 +303,7 @@ def test_state_dict_has_no_constants():
 
 
 def test_initial_weights_have_unit_variance_over_lr_multiplier():
-    """Equalised learning rate: stored weights have unit variance over the layer's multiplier (arXiv 1710.10196, 4.1)."""
+    """Equalised learning rate: unit variance over the multiplier (arXiv 1710.10196, 4.1)."""
     generator = Generator(ModelSettings(channel_base=2048, channel_max=64), 32, 3, 4, seeded())
     assert math.isclose(generator.mapping.fc0.weight.std().item(), 100, rel_tol=0.05)
     assert math.isclose(generator.synthesis.b32.conv1.weight.std().item(), 1, rel_tol=0.05)

@@ -1,4 +1,4 @@
-"""A federation under privacy: spent budgets end a hospital's part and nothing else, and nothing unnoised travels."""
+"""Private federations: spent budgets, equal noise, dry-run checks, and what travels."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from server.federation import Federation
 from server.metrics import plain_numbers
 from simulations import runner
 
-SIZES = (48, 32, 16)  # half of each is the training split: 24, 16, 8
+SIZES = (48, 32, 16)  # half is the training split: 24, 16, 8
 HELD = [size // 2 for size in SIZES]
-BATCH = 6  # shared by size: 3, 2, 1, so that every hospital has the same sampling rate
+BATCH = 6  # apportioned by size, 3, 2, 1: every hospital has the same sampling rate
 ROUNDS = 4
 STEP = Mechanism(1.0, BATCH / sum(HELD), 1)
-STEPS = 3  # of a round
-DELTA = 1e-3  # of every hospital, so that all have the same budget in steps
+STEPS = 3  # per round
+DELTA = 1e-3  # of every hospital: all have the same budget in steps
 PRIVATE = (
     *(
         "model.minibatch_std_group=0",
@@ -72,7 +72,7 @@ def private(data: Path, *overrides: str, rounds: int = ROUNDS, hospitals: int = 
 
 
 def spend(data: Path, name: str, steps: int) -> None:
-    """Another run has done so many steps on this shard before."""
+    """Enter the steps of an earlier run on this shard."""
     facts = {
         "run": "earlier",
         "kind": "discriminator steps",
@@ -87,7 +87,7 @@ def spend(data: Path, name: str, steps: int) -> None:
 
 
 def budget(steps: int) -> float:
-    """An epsilon that allows a hospital just so many steps."""
+    """An ε that allows a hospital exactly `steps` steps."""
     each = [
         epsilon_of([Mechanism(STEP.noise_multiplier, STEP.sample_rate, count)], DELTA)
         for count in (steps, steps + 1)
@@ -121,14 +121,14 @@ def fail_in(round_number: int, hospital: int | None = None) -> Any:
     return fault
 
 
-def asked(grid: LocalGrid, hospital: int) -> list[int]:
-    """Rounds that a hospital was asked to train."""
-    mine = [
+def trained_rounds(grid: LocalGrid, hospital: int) -> list[int]:
+    """Rounds in which a hospital was asked to train."""
+    messages = [
         message for message in grid.sent if grid.nodes.get(message.metadata.dst_node_id) == hospital
     ]
     return [
         int(message.content.config_records["config"].get("round", 0))
-        for message in mine
+        for message in messages
         if "arrays" in message.content
     ]  # type: ignore[arg-type]
 
@@ -138,7 +138,7 @@ def restore_progress(run: RunFolder, grid: LocalGrid) -> None:
 
 
 def mean_model(run: RunFolder, number: int, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The mean of the models of these hospitals, by the size of their training splits."""
+    """The mean of these hospitals' models, weighted by the size of their training splits."""
     states = [
         load_tensors(run.hospital_state(name) / f"state-{number:05d}.safetensors")[0]
         for name in names
@@ -157,24 +157,24 @@ def assert_model(run: RunFolder, number: int, expected: dict[str, np.ndarray]) -
         )
 
 
-# --- budgets ---------------------------------------------------------------------------------------
+# --- budgets --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Path, LocalGrid]:
-    """A run of four rounds in which beta may do one round and one step, stopped in round 3 and resumed without beta."""
-    place = tmp_path_factory.mktemp("stopped")
-    data = write_shards(place / "data", SIZES)
+    """Four rounds; beta may train one round and one step. Stopped in round 3, then resumed."""
+    folder = tmp_path_factory.mktemp("stopped")
+    data = write_shards(folder / "data", SIZES)
     allowed = (ROUNDS + 1) * STEPS  # because alpha repeats a round
     spend(data, "beta", allowed - STEPS - 1)
-    run = RunFolder.at(place / "run")
+    run = RunFolder.at(folder / "run")
     settings = private(data, f"privacy.max_epsilon={budget(allowed)}")
     with pytest.raises(FederationError, match="in round 3"):
         federate(settings, run, app, fail_in(3, hospital=2))
     grid = LocalGrid(3, app)
     grid.nodes = {
         node: number for node, number in grid.nodes.items() if number != 1
-    }  # beta's machine is off
+    }  # beta is offline
     restore_progress(run, grid)
     return run, data, grid
 
@@ -183,7 +183,7 @@ def test_exhausted_hospital_leaves_and_others_continue(
     stopped: tuple[RunFolder, Path, LocalGrid],
 ) -> None:
     run, data, _ = stopped
-    settings, dealt = run.settings(), make_budget(run.settings(), HELD)
+    settings, plan = run.settings(), make_budget(run.settings(), HELD)
     lines = lines_of(run)
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
     assert [[row["name"] for row in line["hospitals"]] for line in lines] == [[*NAMES[:3]]] * 2 + [
@@ -191,9 +191,9 @@ def test_exhausted_hospital_leaves_and_others_continue(
     ] * 2
     beta = rows_of(run, "beta")
     assert [row.get("exhausted") for row in beta] == [None, 1.0]
-    assert [row["images"] for row in beta] == [dealt.images[0][1], dealt.batches[1]]
-    for place, name in ((0, "alpha"), (2, "gamma")):
-        assert [row["images"] for row in rows_of(run, name)] == [row[place] for row in dealt.images]
+    assert [row["images"] for row in beta] == [plan.images[0][1], plan.batches[1]]
+    for index, name in ((0, "alpha"), (2, "gamma")):
+        assert [row["images"] for row in rows_of(run, name)] == [row[index] for row in plan.images]
         assert not any("exhausted" in row for row in rows_of(run, name))
     assert [line.get("exhausted") for line in lines] == [None, ["beta"], ["beta"], ["beta"]]
     assert not any("ended" in line for line in lines)
@@ -220,8 +220,8 @@ def test_resumed_run_skips_exhausted_hospitals(
     stopped: tuple[RunFolder, Path, LocalGrid],
 ) -> None:
     run, _, grid = stopped
-    assert asked(grid, 0) == asked(grid, 2) == [3, 4]
-    assert asked(grid, 1) == []
+    assert trained_rounds(grid, 0) == trained_rounds(grid, 2) == [3, 4]
+    assert trained_rounds(grid, 1) == []
     (gone,) = load_tensors(run.checkpoint(4))[1]["exhausted"]  # type: ignore[misc]
     assert gone == {"name": "beta", "number": 1, "images": 16, "units": 0, "round": 2}
 
@@ -248,7 +248,7 @@ def test_hospital_without_allowed_step_changes_nothing(tmp_path: Path) -> None:
     (row,) = rows_of(run, "beta")
     assert (row["images"], row["images_seen"], row["exhausted"]) == (0, 0, 1.0)
     assert lines_of(run)[0]["images_seen"] == sum(
-        make_budget(run.settings(), HELD).images[0][place] for place in (0, 2)
+        make_budget(run.settings(), HELD).images[0][index] for index in (0, 2)
     )
     assert_model(run, 1, mean_model(run, 1, ("alpha", "gamma")))
     assert [entry.run for entry in Ledger(data / "beta" / LEDGER).entries()] == ["earlier"]
@@ -270,15 +270,15 @@ def test_run_ends_when_every_budget_is_spent(tmp_path: Path) -> None:
     assert line["ended"] == "the privacy budget of every hospital is spent"
     evaluator: Any = federation.evaluator
     assert evaluator.evaluated_rounds == [last]
-    told: list[dict[str, Any]] = []
-    federation.on_event = told.append
+    events: list[dict[str, Any]] = []
+    federation.on_event = events.append
     federation.conclude()
-    assert told[-1]["result"]["round"] == last
-    assert told[-1]["result"]["images_seen"] == line["images_seen"]
+    assert events[-1]["result"]["round"] == last
+    assert events[-1]["result"]["images_seen"] == line["images_seen"]
     settings = run.settings()
     assert runner.is_trained(run, settings)
     assert not runner.is_complete(run, settings)
-    files.write_json(run.evaluation, told[-1]["result"])
+    files.write_json(run.evaluation, events[-1]["result"])
     assert runner.is_complete(run, settings)
     grid = LocalGrid(3, app)
     restore_progress(run, grid)
@@ -288,9 +288,9 @@ def test_run_ends_when_every_budget_is_spent(tmp_path: Path) -> None:
 
 
 def _resumed(run: RunFolder) -> list[dict[str, Any]]:
-    told: list[dict[str, Any]] = []
-    runner.resume(run, told.append)
-    return told
+    events: list[dict[str, Any]] = []
+    runner.resume(run, events.append)
+    return events
 
 
 def test_run_ends_with_too_few_hospitals_for_krum(
@@ -312,13 +312,13 @@ def test_run_ends_with_too_few_hospitals_for_krum(
     before = Ledger(data / "alpha" / LEDGER).entries()
     evaluator: Any = federation.evaluator
     assert evaluator.evaluated_rounds == [1]
-    told: list[dict[str, Any]] = []
-    federation.on_event = told.append
+    events: list[dict[str, Any]] = []
+    federation.on_event = events.append
     federation.conclude()
-    assert told[-1]["result"]["round"] == 1
+    assert events[-1]["result"]["round"] == 1
     assert runner.is_trained(run, run.settings())
     grid = LocalGrid(3, app)
-    restore_progress(run, grid)  # a resumed run asks nobody any more
+    restore_progress(run, grid)  # a resumed run sends no request
     assert grid.sent == []
     assert Ledger(data / "alpha" / LEDGER).entries() == before
 
@@ -340,7 +340,7 @@ def test_reason_of_early_end_counts_remaining_hospitals() -> None:
         )
 
 
-# --- what a simulation can tell beforehand ----------------------------------------------------------
+# --- checks before a simulation -------------------------------------------------------------------
 
 LABELS = ("training.labels=data", "privacy.label_noise=1")
 
@@ -381,9 +381,7 @@ def test_simulation_reports_refusals_before_it_starts(
         runner.simulate(private(data, *overrides), run)
     assert "\n" not in str(found.value)
     assert not run.config.exists()
-    prepare_run(
-        private(data, *overrides), run
-    )  # a deployed server's own shards say nothing of the hospitals' ones
+    prepare_run(private(data, *overrides), run)  # a deployed server has no shard of a hospital
 
 
 def test_simulation_refuses_a_ledger_of_another_unit(tmp_path: Path) -> None:
@@ -399,13 +397,13 @@ def test_simulation_refuses_a_ledger_of_another_unit(tmp_path: Path) -> None:
 def test_check_can_begin_enters_nothing(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES)
     spend(data, "gamma", 1)
-    words = (
+    keys = (
         "privacy.noise_multiplier=-1",
         "privacy.epsilon=8",
         "training.labels=data",
         "privacy.label_noise=20",
     )
-    hospitals = prepare_run(private(data, *words), RunFolder.at(tmp_path / "run"), simulated=True)
+    hospitals = prepare_run(private(data, *keys), RunFolder.at(tmp_path / "run"), simulated=True)
     assert [hospital.name for hospital in hospitals] == [*NAMES[:3]]
     assert not (data / "alpha" / LEDGER).exists()
     assert len(Ledger(data / "gamma" / LEDGER).entries()) == 1
@@ -416,9 +414,9 @@ def test_equal_noise_split_uses_the_largest_noise(
 ) -> None:
     monkeypatch.setattr(
         step, "noise_for", lambda epsilon, delta, rate, steps, others: 1 + rate
-    )  # the real one takes seconds
+    )  # the real search takes seconds
     data = write_shards(tmp_path / "data", SIZES)
-    words = (
+    keys = (
         "privacy.noise_multiplier=-1",
         "privacy.epsilon=4",
         "federation.batch=each",
@@ -427,7 +425,7 @@ def test_equal_noise_split_uses_the_largest_noise(
     found = {}
     for split in ("by_size", "equal"):
         run = RunFolder.at(tmp_path / split)
-        federate(private(data, *words, f"privacy.noise_split={split}", rounds=1), run, app)
+        federate(private(data, *keys, f"privacy.noise_split={split}", rounds=1), run, app)
         found[split] = {
             row["name"]: row["noise_multiplier"] for row in lines_of(run)[0]["hospitals"]
         }
@@ -452,11 +450,11 @@ def test_repeated_round_gets_a_new_entry(tmp_path: Path) -> None:
     )
 
 
-# --- what is told ----------------------------------------------------------------------------------
+# --- what travels ---------------------------------------------------------------------------------
 
 ALWAYS = {"round", "images", "images_seen", "threads"}
 COST = {"epsilon", "delta", "noise_multiplier", "sample_rate"}
-OWN = {"loss_g", "d_accuracy", "p"}  # of the generator's own images, and of settings
+OWN = {"loss_g", "d_accuracy", "p"}  # from generated images and settings
 OPEN = {"loss_d", "r1", "r_t", "seconds", "core_seconds", "peak_memory_bytes"}
 PLAIN = (
     "model.minibatch_std_group=0",
@@ -497,7 +495,7 @@ def test_private_hospital_sends_no_measures_of_real_images(
     shape = {"label_names", "exclusive", "channels", "resolution"}
     assert (
         set(hello["hospital"]) == {"number", "name", "images", "phantoms"} | shape
-    )  # `phantoms`: what the shard's card says
+    )  # `phantoms`: from the shard's card
     assert hello["hospital"]["phantoms"] is False
     assert set(trained) == {"arrays", "metrics", "facts"}
     assert set(trained["metrics"]) == {"num_examples"}
@@ -542,7 +540,7 @@ def test_progress_shows_largest_epsilon_and_exhausted_hospitals() -> None:
         assert ("ε" in capture.get()) is there
 
 
-# --- with Flower and Ray ---------------------------------------------------------------------------
+# --- with Flower and Ray --------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -553,8 +551,8 @@ def test_simulated_private_run_stays_within_epsilon(tmp_path: Path) -> None:
         "privacy.epsilon=10",
         "privacy.noise_multiplier=-1",
     )
-    words = (*tight, "training.labels=data", "privacy.label_noise=20", "training.batch_size=12")
-    settings = tiny(tmp_path, *PRIVATE, *words, rounds=2, kimg=0.24)
+    keys = (*tight, "training.labels=data", "privacy.label_noise=20", "training.batch_size=12")
+    settings = tiny(tmp_path, *PRIVATE, *keys, rounds=2, kimg=0.24)
     run = RunFolder.at(tmp_path / "run")
     runner.simulate(settings, run)
     line = lines_of(run)[-1]

@@ -1,4 +1,4 @@
-"""Losses, averages, the sampler and the one Trainer: formulas against definitions, and the two identities."""
+"""Losses, EMA, sampler and Trainer: formulas against definitions, and the two identities."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = ModelSettings(z_dim=4, w_dim=6, channel_base=64, channel_max=6)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Equality bit for bit needs the same number of threads on both sides."""
+    """Bit-identical results need the same number of threads on both sides."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -87,8 +87,8 @@ def test_r1_penalty_and_its_gradient_match_finite_differences():
     seen = images.clone().requires_grad_(True)
     penalty = losses.r1_penalty(discriminator(seen, c), seen)
 
-    # The penalty: every coordinate of the gradient by central differences. Images of one minibatch-std group
-    # move each other's logits, so what is differentiated is the sum over the group.
+    # The penalty: every coordinate of the gradient by central differences. Images of one
+    # minibatch-std group change each other's logits, so the sum over the group is differentiated.
     squares = torch.zeros(2, dtype=torch.float64)
     for pixel in range(256):
         shift = torch.zeros(256, dtype=torch.float64)
@@ -104,7 +104,7 @@ def test_r1_penalty_and_its_gradient_match_finite_differences():
                 ).square()
     assert torch.allclose(penalty.detach(), squares, rtol=1e-5)
 
-    # Its gradient by the weights: second derivatives.
+    # Its gradient with respect to the weights: second derivatives.
     weight = discriminator.b16.conv0.weight
     direction = torch.randn(
         weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
@@ -138,7 +138,7 @@ def test_path_lengths_and_their_gradient_match_finite_differences():
         return losses.path_lengths(generator.synthesis(leaf, "const"), leaf, noise)
 
     ws = w.unsqueeze(1).repeat(1, depth, 1)
-    # Definition: the gradient of <image, y> by each layer's w, by central differences.
+    # Definition: the gradient of <image, y> with respect to each layer's w.
     squares = torch.zeros(2, dtype=torch.float64)
     for layer in range(depth):
         for coordinate in range(6):
@@ -181,7 +181,7 @@ def test_adversarial_losses_are_cross_entropies():
 @given(interval=st.integers(1, 64), beta=st.floats(0.5, 0.9999), rate=st.floats(1e-5, 1e-1))
 def test_lazy_adam_preserves_the_update_of_an_interval(interval, beta, rate):
     corrected, (first, second) = losses.lazy_adam(rate, (0.0, beta), interval)
-    # interval + 1 steps (one of them the regulariser's) together do what `interval` steps did
+    # interval + 1 steps (one of them the regulariser's) equal `interval` steps without it.
     assert math.isclose(corrected * (interval + 1), rate * interval, rel_tol=1e-9)
     assert math.isclose(second ** (interval + 1), beta**interval, rel_tol=1e-9)
     assert first == 0.0
@@ -201,7 +201,7 @@ def test_trainer_corrects_adam_for_lazy_regularisation():
     )
 
 
-# --- the average generator -----------------------------------------------------------------------
+# --- EMA of the generator -----------------------------------------------------------------------
 
 
 @given(batch=st.integers(1, 64), half_life=st.floats(0.1, 20))
@@ -257,19 +257,19 @@ def test_sampler_depends_on_the_stream_and_resumes():
 
 def test_training_resumed_from_a_file_is_bit_identical(tmp_path):
     settings_, dataset = tiny_settings("augment.mirror=true"), tiny_dataset()
-    undisturbed, stopped = (
+    uninterrupted, stopped = (
         Trainer(settings_, dataset, stream=2),
         Trainer(settings_, dataset, stream=2),
     )
-    undisturbed.train(72)  # past both regularisers, an ADA window's middle, a pass over the data
-    undisturbed.train(72)
+    uninterrupted.train(72)  # past both regularisers, within an ADA window, past one pass
+    uninterrupted.train(72)
     stopped.train(72)
     stopped.save(tmp_path / "state.safetensors")
     fresh = Trainer(settings_, dataset, stream=2)
     fresh.load(tmp_path / "state.safetensors")
     assert same_state(fresh, stopped)
     fresh.train(72)
-    assert same_state(fresh, undisturbed)
+    assert same_state(fresh, uninterrupted)
 
 
 def test_budget_split_into_rounds_is_bit_identical():
@@ -341,9 +341,9 @@ def test_generator_labels_follow_the_hospitals_frequencies():
     dataset.labels[np.arange(400), np.where(np.arange(400) < 300, 0, 2)] = 1
     trainers = [Trainer(tiny_settings(), dataset, stream=s) for s in range(5)]
     sampled = [t.batches.generator_labels(400, t.streams.host) for t in trainers]
-    drawn = torch.cat(sampled).mean(dim=0)
-    assert drawn[1] == 0
-    assert abs(float(drawn[0]) - 0.75) < 0.05
+    frequencies = torch.cat(sampled).mean(dim=0)
+    assert frequencies[1] == 0
+    assert abs(float(frequencies[0]) - 0.75) < 0.05
 
 
 def test_parameters_travel_as_sorted_float32_arrays():
@@ -526,6 +526,6 @@ def test_pool_keeps_images_and_their_order():
     rows = np.array([25, 3, 14])
     images, labels = pooled.batch(rows)
     for image, label, row in zip(images, labels, rows, strict=True):
-        expected, wanted = parts[row // 10].batch(np.array([row % 10]))
+        expected, expected_label = parts[row // 10].batch(np.array([row % 10]))
         assert torch.equal(image, expected[0])
-        assert torch.equal(label, wanted[0])
+        assert torch.equal(label, expected_label[0])

@@ -1,4 +1,4 @@
-"""What would void the guarantee without a word is refused, each with its reason and what to use instead."""
+"""Validator: settings, layers and warm starts that void the guarantee are refused."""
 
 from __future__ import annotations
 
@@ -133,11 +133,11 @@ def test_private_trainer_needs_valid_settings_and_a_ledger(tmp_path):
     assert begin_training(settings_of(), images_of(), **begin).private is not None
 
 
-# --- layers of D -----------------------------------------------------------------------------------
+# --- layers of D ----------------------------------------------------------------------------------
 
 
 class Judge(nn.Module):
-    """A discriminator with any layer between its two."""
+    """A discriminator with an arbitrary layer in the middle."""
 
     def __init__(self, between: nn.Module) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Judge(nn.Module):
 
 
 class Mixing(nn.Module):
-    """Ties images together, and is of no kind that anybody could list."""
+    """A layer of an unknown type that mixes images."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + 0.01 * x.roll(1, dims=0)
@@ -192,11 +192,11 @@ def test_discriminator_without_minibatch_std_is_accepted(labels, dtype):
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-# --- where it begins -------------------------------------------------------------------------------
+# --- warm start -----------------------------------------------------------------------------------
 
 
 def origin(**of: object) -> dict:
-    """What the checkpoint of a run on phantoms says of itself, with settings changed."""
+    """Metadata of the checkpoint of a run on phantoms, with changed settings."""
     tree = to_dict(from_dict({}, []))
     for key, value in of.items():
         section, name = key.split("__")
@@ -205,7 +205,7 @@ def origin(**of: object) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("told", "why"),
+    ("meta", "why"),
     [
         (origin(data__root="/somewhere/shards") | {"phantoms": False}, "data.root"),
         (origin() | {"phantoms": False}, "has no record that all its images were phantoms"),
@@ -214,15 +214,13 @@ def origin(**of: object) -> dict:
         ({}, "has no record of its training data"),
     ],
 )
-def test_warm_start_needs_public_training_images(
-    told, why
-):
+def test_warm_start_needs_public_training_images(meta, why):
     with pytest.raises(ConfigError, match=why) as found:
-        check_start(settings_of(), Path("/elsewhere/round.safetensors"), told)
+        check_start(settings_of(), Path("/elsewhere/round.safetensors"), meta)
     assert "/elsewhere" not in str(found.value)
     assert "/somewhere" not in str(found.value)
-    check_start(settings_of("privacy.public_start=true"), Path("round.safetensors"), told)
-    check_start(settings_of("privacy.noise_multiplier=-1"), Path("round.safetensors"), told)
+    check_start(settings_of("privacy.public_start=true"), Path("round.safetensors"), meta)
+    check_start(settings_of("privacy.noise_multiplier=-1"), Path("round.safetensors"), meta)
 
 
 def test_warm_start_from_phantoms_is_accepted():
@@ -231,7 +229,7 @@ def test_warm_start_from_phantoms_is_accepted():
 
 @pytest.mark.parametrize("drawn", [True, False])
 def test_warm_start_is_checked_pooled_and_federated(tmp_path, drawn):
-    """The server makes the first weights and sees no image, so that its own Trainer has no privacy; the run has."""
+    """The server initialises the weights without privacy; the run's settings decide."""
     open_settings = settings_of("privacy.noise_multiplier=-1")
     donor = Trainer(open_settings, images_of())
     path = tmp_path / "round-00001.safetensors"

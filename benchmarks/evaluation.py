@@ -1,14 +1,15 @@
-"""The full evaluation of one arm: 6,300 synthetic images of 64 × 64, six classes, three classifier seeds, every figure.
+"""Full evaluation of one arm: 6,300 synthetic images of 64 × 64, six classes, three seeds.
 
-    python -m benchmarks.judgement [THREADS ...]
+    python -m benchmarks.evaluation [THREADS ...]
 
-Once with each number of threads, by default with one, as a comparison judges an arm (and several arms at once), and with
-all cores, as `fedgan evaluate` does. The images are noise with a class in it, as many as three real institutions held
-(5,608 for training, 593 for validation, 1,235 for tests): what they show costs no time.
+Runs once per number of threads; by default with one, as a comparison evaluates an arm (several arms
+in parallel), and with all cores, as `fedgan evaluate` does. The images are noise with a class
+signal, as many as three real institutions had (5,608 for training, 593 for validation, 1,235 for
+tests).
 
-Prints one JSON object: `images`, and in `runs` for each number of `threads` the seconds of the real side (once a
-comparison) and of one arm, and the rate of classifier training as a share of what the same network does on one batch
-again and again.
+Prints one JSON object: `images`, and in `runs` per number of `threads` the seconds of the real side
+(once per comparison) and of one arm, and the rate of classifier training as a share of the same
+network's rate on one repeated batch.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from fedgan.models.stylegan2.generator import Generator
 RESOLUTION, IMAGES = 64, 6300
 SIZES = {"train": 5608, "val": 593, "test": 1235}
 LABELS = tuple(f"class {number}" for number in range(6))
-PLACES = ("one", "two", "three")
+INSTITUTIONS = ("one", "two", "three")
 SETTINGS = EvaluationSettings(suite="full", images=IMAGES, seeds=3, epochs=8, bootstrap=1000)
 STEPS = 60
 
 
 def noise(count: int, seed: int) -> ImageDataset:
-    """Grey noise whose brightness depends a little on the class, of patients with two images each."""
+    """Grey noise whose brightness depends slightly on the class; two images per patient."""
     rng = np.random.default_rng(seed)
     kind = rng.integers(len(LABELS), size=count)
     images = (
@@ -49,14 +50,20 @@ def noise(count: int, seed: int) -> ImageDataset:
         + (5 * kind).astype(np.uint8)[:, None, None, None]
     )
     patients = np.array([f"{seed}-{row // 2}" for row in range(count)])
-    places = np.array(PLACES)[np.arange(count) // 2 % len(PLACES)]
+    institutions = np.array(INSTITUTIONS)[np.arange(count) // 2 % len(INSTITUTIONS)]
     return ImageDataset(
-        "noise", images, np.eye(len(LABELS), dtype=np.uint8)[kind], LABELS, True, patients, places
+        "noise",
+        images,
+        np.eye(len(LABELS), dtype=np.uint8)[kind],
+        LABELS,
+        True,
+        patients,
+        institutions,
     )
 
 
 def training_share(data: ImageDataset) -> float:
-    """Rate of `train_classifier` over the rate of forward, loss, backward and step on one batch that is ready."""
+    """Rate of `train_classifier` over the rate of bare steps on one prepared batch."""
     classifier = (
         build_classifier("small-cnn", 1, RESOLUTION, len(LABELS))
         .to(memory_format=torch.channels_last)
@@ -82,7 +89,7 @@ def training_share(data: ImageDataset) -> float:
 
 
 def bf16_gain(data: ImageDataset) -> float:
-    """How many times as fast `train_classifier` is with bf16 as with fp32."""
+    """Speed of `train_classifier` with bf16 over that with fp32."""
     fp32, bf16 = (
         partial(train_classifier, data, STEPS, 0, precision=precision)
         for precision in ("fp32", "bf16")
@@ -91,7 +98,7 @@ def bf16_gain(data: ImageDataset) -> float:
 
 
 def median_ratio(one: Any, other: Any) -> float:
-    """Seconds of `one()` over seconds of `other()`: the median of three alternations, after one that warms up."""
+    """Seconds of `one()` over seconds of `other()`: median of three pairs after a warm-up."""
     rounds = [(seconds(one), seconds(other)) for _ in range(4)][1:]
     return float(np.median([first / second for first, second in rounds]))
 
@@ -104,7 +111,7 @@ def seconds(work: Any) -> float:
 
 
 def measure(threads: int, data: dict[str, ImageDataset]) -> dict[str, Any]:
-    """Seconds of the real side and of one arm with so many threads, nothing kept from another number of them."""
+    """Seconds of the real side and of one arm with `threads` threads, without caches."""
     torch.set_num_threads(threads)
     reference = RealReference(data["train"], data["val"], data["test"], SETTINGS)
     generator = Generator(ModelSettings(channel_base=1024), RESOLUTION, 1, len(LABELS))
