@@ -102,10 +102,10 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 def storage_error(path: Path, error: OSError) -> StorageError:
     """The error for a path that cannot be written: which, why, and how to fix it."""
     fix = {
-        errno.ENOSPC: "the disk is full: free some space or choose another place with --output",
-        errno.EROFS: "the disk is read-only: choose another place with --output",
+        errno.ENOSPC: "the disk is full: free some space or choose another folder with --output",
+        errno.EROFS: "the disk is read-only: choose another folder with --output",
         errno.EACCES: "permission denied: choose a writable folder with --output",
-        errno.ENOTDIR: "a part of the path is a file: choose another place with --output",
+        errno.ENOTDIR: "a part of the path is a file: choose another folder with --output",
     }.get(error.errno or 0, error.strerror or str(error))
     return StorageError(f"cannot write {path}: {fix}")
 

@@ -103,7 +103,7 @@ import sys
 from pathlib import Path
 from fedgan.privacy import ledger as module
 from fedgan.privacy.accounting import Mechanism
-module.epsilon_of = lambda mechanisms, delta: float(sum(m.steps for m in mechanisms))  # no accounting
+module.epsilon_of = lambda mechanisms, delta: float(sum(m.steps for m in mechanisms))  # fake
 ledger = module.Ledger(Path(sys.argv[1]))
 print("go", flush=True)
 while True:

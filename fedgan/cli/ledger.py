@@ -164,7 +164,7 @@ def _releases(entries: list[Entry]) -> list[dict[str, Any]]:
                 "unit": last.unit,
                 "epsilon": last.epsilon,
                 "delta": last.delta,
-                "begun": members[0].time,
+                "started": members[0].time,
                 "ended": last.time,
             }
         )
