@@ -82,7 +82,7 @@ def test_flower_s_server_federates_a_deployment_to_its_evaluation(tmp_path: Path
     assert is_deployed(run)
     page = run.report.read_text()
     assert "gamma" in page
-    with pytest.raises(ConfigError, match="trained by hospitals elsewhere"):
+    with pytest.raises(ConfigError, match="trained by deployed hospitals"):
         runner.resume(run)
     context.run_config["deployed"] = False
     with pytest.raises(ConfigError, match="was begun as a deployment"):
