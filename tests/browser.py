@@ -1,7 +1,4 @@
-"""A real Chromium that opens pages, and questions that can be asked of an open page.
-
-`fedgan` never needs a browser: the pages do. Debian's packages are `chromium` and `chromium-driver`.
-"""
+"""Chromium for tests of the HTML reports (Debian packages `chromium` and `chromium-driver`)."""
 
 from __future__ import annotations
 
@@ -18,11 +15,9 @@ from typing import Any
 import pytest
 
 INSTALL = "apt-get install chromium chromium-driver"
-REQUIRED = (
-    "CI",
-    "FEDGAN_REQUIRE_BROWSER",
-)  # environment variables that make a missing browser a failure
-# Nothing that goes to the network by itself; the sandbox does not start as root.
+# Environment variables that make a missing browser a failure.
+REQUIRED = ("CI", "FEDGAN_REQUIRE_BROWSER")
+# No network access in the background; the sandbox does not start as root.
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -38,15 +33,12 @@ FLAGS = (
     "--hide-scrollbars",
     "--force-color-profile=srgb",
 )
-SIZES = {
-    "desktop": (1280, 900),
-    "phone": (360, 740),
-    "paper": (718, 1000),
-}  # paper: A4 within 1 cm of margin, at 96 an inch
+# paper: A4 minus 1 cm of margin, at 96 pixels per inch
+SIZES = {"desktop": (1280, 900), "phone": (360, 740), "paper": (718, 1000)}
 
 
 def executables() -> tuple[str, str] | None:
-    """Chromium and its driver, or None where one of them is not there."""
+    """Chromium and its driver, or None if one is missing."""
     browser = next(
         (
             found
@@ -60,7 +52,7 @@ def executables() -> tuple[str, str] | None:
 
 
 def require_browser() -> tuple[str, str]:
-    """Chromium and its driver. Fails without them where one of `REQUIRED` is set, and skips everywhere else."""
+    """Chromium and its driver. Without them: fail if one of `REQUIRED` is set, else skip."""
     found = executables()
     if found is not None:
         return found
@@ -72,7 +64,7 @@ def require_browser() -> tuple[str, str]:
 
 @contextmanager
 def open_browser(profile: Path) -> Iterator[Browser]:
-    """A headless Chromium with a new profile in the empty folder `profile`; it is ended with the block."""
+    """Run a headless Chromium with a new profile in the empty folder `profile`."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -86,7 +78,7 @@ def open_browser(profile: Path) -> Iterator[Browser]:
     ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    # The path is given, so that selenium looks for no driver of its own on the network.
+    # With an explicit path, selenium does not search the network for a driver.
     opened = webdriver.Chrome(options=options, service=Service(executable_path=driver))
     try:
         opened.set_page_load_timeout(30)
@@ -96,7 +88,7 @@ def open_browser(profile: Path) -> Iterator[Browser]:
 
 
 class Browser:
-    """What the tests ask of a page: in which light and size it is shown, and what is on it."""
+    """An open browser: display a page, read its content and logs."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -104,7 +96,7 @@ class Browser:
     def show(
         self, page: Path, scheme: str = "light", size: str = "desktop", media: str = "screen"
     ) -> None:
-        """Open a page afresh from its file; logs begin anew."""
+        """Load a page from its file and clear the logs."""
         width, height = SIZES[size]
         self.command(
             "Emulation.setEmulatedMedia",
@@ -121,38 +113,37 @@ class Browser:
         self.driver.get("about:blank")
         self.logs()
         self.driver.get(page.resolve().as_uri())
-        deadline = (
-            time.monotonic() + 30
-        )  # on a busy machine the driver may come back before the page is parsed
+        # On a busy machine the driver may return before the page is parsed.
+        deadline = time.monotonic() + 30
         while self.run("return document.readyState") != "complete" and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def logs(self) -> tuple[list[str], list[str]]:
-        """(console messages of level warning or error, addresses asked for) since the last call."""
+        """(console warnings and errors, requested URLs) since the last call."""
         console = [
             f"{row['level']}: {row['message']}"
             for row in self.driver.get_log("browser")
             if row["level"] not in ("INFO", "DEBUG")
         ]
-        asked = []
+        requests = []
         for row in self.driver.get_log("performance"):
             message = json.loads(row["message"])["message"]
             if message["method"] in ("Network.requestWillBeSent", "Network.webSocketCreated"):
                 params = message["params"]
-                asked.append(str(params.get("request", params)["url"]))
-        return console, asked
+                requests.append(str(params.get("request", params)["url"]))
+        return console, requests
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """The value that a script returns."""
+        """Run a script and return its value."""
         return self.driver.execute_script(script, *arguments)
 
     def command(self, name: str, **parameters: Any) -> dict[str, Any]:
-        """One command of the DevTools protocol."""
-        answer: dict[str, Any] = self.driver.execute_cdp_cmd(name, parameters)
-        return answer
+        """Send a command of the DevTools protocol."""
+        result: dict[str, Any] = self.driver.execute_cdp_cmd(name, parameters)
+        return result
 
     def press(self, key: str, code: int) -> None:
-        """A key goes down and up again, as the reader's would."""
+        """Press and release a key."""
         for kind in ("rawKeyDown", "keyUp"):
             self.command(
                 "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code
@@ -162,7 +153,7 @@ class Browser:
         return base64.b64decode(self.command("Page.printToPDF", printBackground=True)["data"])
 
     def tree(self) -> list[dict[str, Any]]:
-        """The page as assistive technology gets it: a dict a node that is not ignored, with `role` and `name`."""
+        """The accessibility tree: `role` and `name` of each node that is not ignored."""
         nodes = self.command("Accessibility.getFullAXTree")["nodes"]
         return [
             {
@@ -175,14 +166,15 @@ class Browser:
 
 
 CONTRAST = """
-// Text and lines of charts whose contrast with what lies behind them is below the limit (WCAG 2.2): [[text or class, ratio]].
+// Text and lines of charts with a contrast below the limit (WCAG 2.2): [[text or class, ratio]].
 const channel = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
 const light = c => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
 const parse = s => {
   const m = (s.match(/[\\d.]+/g) || []).map(Number);
   return m.length < 3 ? null : [m[0], m[1], m[2], m.length > 3 ? m[3] : 1];
 };
-const over = (top, under) => [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 - top[3])).concat(1);
+const over = (top, under) =>
+  [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 - top[3])).concat(1);
 const paper = e => {
   const layers = [];
   for (; e; e = e.parentElement) {
@@ -193,21 +185,24 @@ const paper = e => {
 };
 // In a chart: the last filled bar drawn before the text and below its middle.
 const behind = text => {
-  const box = text.getBoundingClientRect(), x = box.left + box.width / 2, y = box.top + box.height / 2;
+  const box = text.getBoundingClientRect();
+  const x = box.left + box.width / 2, y = box.top + box.height / 2;
   let found = null;
   for (const rect of text.ownerSVGElement.querySelectorAll('rect')) {
     if (!(rect.compareDocumentPosition(text) & Node.DOCUMENT_POSITION_FOLLOWING)) continue;
     const r = rect.getBoundingClientRect();
-    if (r.left <= x && x <= r.right && r.top <= y && y <= r.bottom) found = parse(getComputedStyle(rect).fill);
+    const inside = r.left <= x && x <= r.right && r.top <= y && y <= r.bottom;
+    if (inside) found = parse(getComputedStyle(rect).fill);
   }
   return found || paper(text.ownerSVGElement);
 };
 const low = [];
 let seen = 0;
-const judge = (element, words, colour, ground, style) => {
+const check = (words, colour, ground, style) => {
   const mixed = over(colour, ground), a = light(mixed), b = light(ground);
   const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-  const size = parseFloat(style.fontSize), large = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
+  const size = parseFloat(style.fontSize);
+  const large = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
   seen += 1;
   if (ratio < (large ? 3 : 4.5)) low.push([words.slice(0, 60), Math.round(ratio * 100) / 100]);
 };
@@ -217,18 +212,20 @@ for (let node = walker.nextNode(); node; node = walker.nextNode()) {
   if (!words || element.closest('svg, title, .unseen')) continue;
   if (!element.checkVisibility({checkVisibilityCSS: true})) continue;
   const style = getComputedStyle(element);
-  judge(element, words, parse(style.color), paper(element), style);
+  check(words, parse(style.color), paper(element), style);
 }
 for (const text of document.querySelectorAll('svg text')) {
   if (!text.checkVisibility()) continue;
   const style = getComputedStyle(text);
-  judge(text, text.textContent.trim(), parse(style.fill), behind(text), style);
+  check(text.textContent.trim(), parse(style.fill), behind(text), style);
 }
-// What a chart draws with lines (1.4.11): 3 to 1.
+// Lines of charts (1.4.11): 3 to 1.
 for (const mark of document.querySelectorAll('svg .whisker, svg .line')) {
   if (!mark.checkVisibility()) continue;
-  const style = getComputedStyle(mark), colour = parse(style.stroke), ground = paper(mark.ownerSVGElement);
-  const mixed = over([...colour.slice(0, 3), colour[3] * Number(style.opacity)], ground), a = light(mixed), b = light(ground);
+  const style = getComputedStyle(mark), colour = parse(style.stroke);
+  const ground = paper(mark.ownerSVGElement);
+  const mixed = over([...colour.slice(0, 3), colour[3] * Number(style.opacity)], ground);
+  const a = light(mixed), b = light(ground);
   const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   if (ratio < 3) low.push([mark.getAttribute('class'), Math.round(ratio * 100) / 100]);
 }

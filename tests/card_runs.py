@@ -1,4 +1,4 @@
-"""Small made-up run folders for the tests of cards and of released sets."""
+"""Small artificial run folders for tests of cards and released sets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SOURCES = [
 
 
 def figures_of(auc: float, weak: float = 0.83) -> dict[str, Any]:
-    """What one set of classifiers is worth, in the format of evaluation.json; `weak` is the AUC of covid."""
+    """Figures of classifiers as in evaluation.json; `weak` is the AUC of covid."""
     return {
         "macro_auc": auc,
         "macro_auc_ci": [auc - 0.0213, auc + 0.0187],
@@ -48,7 +48,7 @@ def figures_of(auc: float, weak: float = 0.83) -> dict[str, Any]:
 
 
 def evaluation() -> dict[str, Any]:
-    """A whole evaluation.json, in which covid is weak and recall lies below its floor."""
+    """evaluation.json in which covid is weak and recall is below its reference."""
     return {
         "arm": "federated",
         "name": "chest",
@@ -129,7 +129,10 @@ def hospitals() -> list[dict[str, Any]]:
 def make_run(
     path: Path, exclusive: bool = True, label_names: tuple[str, ...] = LABELS, **sections: Any
 ) -> RunFolder:
-    """A finished run folder: an untrained generator of 16 pixels, two hospitals, an evaluation. `sections` of the settings."""
+    """A finished run folder: an untrained generator of 16 pixels, two hospitals, an evaluation.
+
+    `sections` are sections of the settings.
+    """
     tree: dict[str, Any] = {
         "name": "chest",
         "data": {"resolution": 16, "root": SECRET, "phantoms": "chest"},

@@ -1,4 +1,4 @@
-"""Made-up runs with differential privacy and with audits, for the tests of the page and of the card."""
+"""Artificial runs with differential privacy and audits, for tests of reports and cards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ PRIVATE = ("pairs", "distances", "rows")
 
 
 def copy_figures(share: float, fitted: bool, near_held_out: float = 0.05) -> dict[str, Any]:
-    """An entry of `copies`, by the fields that the attack itself has; a blurred generator is near to held-out images, too."""
+    """An entry of `copies`, with the fields of the attack itself.
+
+    A large `near_held_out` is that of a blurred generator.
+    """
     held, closer = 0.05, 0.5 + share - 0.05
     figures: dict[str, Any] = {
         field.name: 0 for field in dataclasses.fields(CopyFindings) if field.name not in PRIVATE
@@ -52,7 +55,7 @@ def copy_figures(share: float, fitted: bool, near_held_out: float = 0.05) -> dic
         "closer_share": None if fitted else closer,
         "closer_ci": None if fitted else [closer - 0.0291, closer + 0.0288],
     }
-    assert known.keys() == figures.keys(), "the attack tells other figures than this file makes up"
+    assert known.keys() == figures.keys(), "this file and the attack differ"
     if not fitted:
         known |= {
             "near_training_share": share * 0.97,
@@ -89,7 +92,7 @@ def membership(attack: str, auc: float) -> dict[str, Any]:
 
 
 def control(passed: bool, positive: bool) -> dict[str, Any]:
-    """A control as the audit writes it; a failed one says why."""
+    """A control as in audit.json; a failed one has a reason."""
     if positive:
         part = {
             "auc": 0.9987 if passed else 0.7123,
@@ -132,7 +135,7 @@ def hospital_audit(
     positive: bool = True,
     negative: bool = True,
 ) -> dict[str, Any]:
-    """One hospital's entry of audit.json."""
+    """The entry of one hospital in audit.json."""
     spaces = (("pixels", False), ("features", True), ("embedding", True))
     return {
         "name": name,
@@ -169,7 +172,7 @@ def hospital_audit(
 
 
 def audit(*hospitals: dict[str, Any], round_number: int = 10) -> dict[str, Any]:
-    """audit.json; of three clean hospitals where none is given."""
+    """audit.json, by default of three hospitals without a leak."""
     found = list(hospitals) or [hospital_audit(name) for name in HOSPITALS]
     return {
         "format": "fedgan-audit-2",
@@ -188,7 +191,7 @@ def write_run(
     content: dict[str, Any] | None = None,
     **sections: Any,
 ) -> RunFolder:
-    """A finished run of three hospitals without pictures: private where `privacy` has settings, audited by `content`."""
+    """A finished run of three hospitals, with `privacy` settings and audit.json `content`."""
     run = make_run(path, labels=["nevus", "melanoma"], pictures=False)
     if privacy:
         settings = to_dict(run.settings()) | sections
@@ -197,21 +200,21 @@ def write_run(
         lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
         for line in lines:
             for i, row in enumerate(line["hospitals"]):
-                row |= spent(i, line["round"], privacy.get("noise_multiplier", -1.0) == 0)
+                row |= privacy_cost(i, line["round"], privacy.get("noise_multiplier", -1.0) == 0)
         write_lines(run, lines)
     if content is not None:
         files.write_json(run.audit, content)
     return run
 
 
-def spent(hospital: int, turn: int, noiseless: bool = False) -> dict[str, Any]:
-    """What a private hospital tells of one of ten rounds."""
-    told = {
+def privacy_cost(hospital: int, turn: int, noiseless: bool = False) -> dict[str, Any]:
+    """The privacy metrics that a hospital reports in one of ten rounds."""
+    cost = {
         "delta": 1 / SIZES[hospital],
         "noise_multiplier": 0.0 if noiseless else 0.913,
         "sample_rate": 16 / SIZES[hospital],
     }
-    return told | {"epsilon": None if noiseless else EPSILONS[hospital] * (0.4 + 0.06 * turn)}
+    return cost | {"epsilon": None if noiseless else EPSILONS[hospital] * (0.4 + 0.06 * turn)}
 
 
 def read_lines(run: RunFolder) -> list[dict[str, Any]]:

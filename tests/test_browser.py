@@ -1,6 +1,6 @@
-"""Both pages in a real Chromium: light, dark, on a phone, on paper, by keyboard, for assistive technology, without a network.
+"""Both reports in Chromium: colour schemes, phone, print, keyboard, accessibility, no network.
 
-Where there is no Chromium these tests are skipped; where CI or FEDGAN_REQUIRE_BROWSER=1 is set they fail instead.
+Without Chromium these tests are skipped; with CI or FEDGAN_REQUIRE_BROWSER=1 they fail.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from test_report import make_run
 from fedgan.report import write_report
 from fedgan.report.comparison import write_comparison_report
 
-PAGES = ("comparison", "failed", "hostile", "run")
+REPORTS = ("comparison", "failed", "hostile", "run")
 HOSTILE = '</title><script>document.title="run"</script>'
 LOOKS = [("light", "desktop"), ("dark", "desktop"), ("light", "phone"), ("dark", "phone")]
 
@@ -35,9 +35,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> dict[str, Path]:
-    """The pages by name: a comparison, one with a failed arm, one with hostile names, and a single run."""
-    folder = tmp_path_factory.mktemp("pages")
+def reports(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> dict[str, Path]:
+    """Reports of a comparison, one with a failed arm, one with hostile names, and a run."""
+    folder = tmp_path_factory.mktemp("reports")
     hostile = make_comparison(
         labels=[HOSTILE, 'a,b;"c"', "مرحبا سرطان", "x" * 90, "{{ 7*7 }}", "=1+1"],
         hospitals=["<b>h</b>", "مستشفى الشمال", "y" * 70],
@@ -56,12 +56,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> dict[st
     return found | {"run": write_report(make_run(folder / "run"))}
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", REPORTS)
 @pytest.mark.parametrize(("scheme", "size"), LOOKS)
-def test_a_page_is_quiet_self_contained_and_fits_its_window(
-    browser: Browser, pages: dict[str, Path], name: str, scheme: str, size: str
+def test_report_is_self_contained_and_fits_its_window(
+    browser: Browser, reports: dict[str, Path], name: str, scheme: str, size: str
 ) -> None:
-    browser.show(pages[name], scheme, size)
+    browser.show(reports[name], scheme, size)
     width = SIZES[size][0]
     assert browser.run("return matchMedia('(prefers-color-scheme: dark)').matches") == (
         scheme == "dark"
@@ -76,66 +76,66 @@ def test_a_page_is_quiet_self_contained_and_fits_its_window(
     )
     seen, low = browser.run(CONTRAST)
     assert seen > 300
-    assert low == [], "contrast below 4.5 to 1, or 3 to 1 of what is drawn"
-    console, asked = browser.logs()
+    assert low == [], "contrast below 4.5 to 1, or 3 to 1 for lines"
+    console, requests = browser.logs()
     assert console == []
-    assert pages[name].resolve().as_uri() in asked, "the log of requests works"
+    assert reports[name].resolve().as_uri() in requests, "the log of requests works"
     assert [
         url
-        for url in asked
-        if not url.startswith("data:") and url != pages[name].resolve().as_uri()
+        for url in requests
+        if not url.startswith("data:") and url != reports[name].resolve().as_uri()
     ] == []
     assert browser.run("return document.title") != "run"
 
 
-def test_the_log_of_requests_and_of_the_console_would_show_an_offence(
-    browser: Browser, tmp_path: Path
-) -> None:
-    page = tmp_path / "offender.html"
+def test_browser_logs_show_requests_and_errors(browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "violation.html"
     (tmp_path / "other.css").write_text("p { color: red }")
     page.write_text(
-        "<!DOCTYPE html><title>x</title><link rel=stylesheet href=other.css><p>x<script>console.error('loud')</script>"
+        "<!DOCTYPE html><title>x</title><link rel=stylesheet href=other.css>"
+        "<p>x<script>console.error('loud')</script>"
     )
     browser.show(page)
-    deadline = (
-        time.monotonic() + 20
-    )  # the console's lines come over from the page's process, and may come late
-    console, asked = browser.logs()
+    deadline = time.monotonic() + 20  # console messages of another process may arrive late
+    console, requests = browser.logs()
     while not any("loud" in line for line in console) and time.monotonic() < deadline:
         time.sleep(0.1)
-        more, also = browser.logs()
-        console, asked = console + more, asked + also
+        more, more_requests = browser.logs()
+        console, requests = console + more, requests + more_requests
     assert any("loud" in line for line in console)
-    assert any(url.endswith("other.css") for url in asked)
+    assert any(url.endswith("other.css") for url in requests)
 
 
-def test_the_contrast_check_would_find_faint_text(browser: Browser, tmp_path: Path) -> None:
+def test_contrast_check_finds_faint_text(browser: Browser, tmp_path: Path) -> None:
     page = tmp_path / "faint.html"
     page.write_text(
         "<!DOCTYPE html><title>x</title><body style='background:#fff'>"
         "<p style='color:#999'>faint</p><p style='color:#000'>plain</p>"
-        "<svg viewBox='0 0 90 40'><rect width='90' height='40' fill='#000'/><text x='5' y='25' fill='#333'>lost</text></svg>"
-        "<svg viewBox='0 0 9 9'><line class='whisker' x2='9' y2='9' stroke='#06c' opacity='0.5'/><line class='line' x2='9' "
-        "y2='9' stroke='#06c'/></svg>"
+        "<svg viewBox='0 0 90 40'><rect width='90' height='40' fill='#000'/>"
+        "<text x='5' y='25' fill='#333'>lost</text></svg>"
+        "<svg viewBox='0 0 9 9'>"
+        "<line class='whisker' x2='9' y2='9' stroke='#06c' opacity='0.5'/>"
+        "<line class='line' x2='9' y2='9' stroke='#06c'/></svg>"
     )
     browser.show(page)
     assert [words for words, _ in browser.run(CONTRAST)[1]] == ["faint", "lost", "whisker"]
 
 
 LOST_LINKS = """
-return [...document.querySelectorAll('a[href^="#"]')].map(a => a.hash.slice(1)).filter(id => !document.getElementById(id));
+return [...document.querySelectorAll('a[href^="#"]')].map(a => a.hash.slice(1))
+  .filter(id => !document.getElementById(id));
 """
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere_and_assistive_technology_finds_names(
-    browser: Browser, pages: dict[str, Path], name: str
+@pytest.mark.parametrize("name", REPORTS)
+def test_links_have_targets_and_elements_accessible_names(
+    browser: Browser, reports: dict[str, Path], name: str
 ) -> None:
-    browser.show(pages[name])
+    browser.show(reports[name])
     assert browser.run(LOST_LINKS) == []
     browser.run("for (const part of document.querySelectorAll('details')) part.open = true")
     nodes = browser.tree()
-    asked = {
+    named_roles = {
         "image",
         "link",
         "table",
@@ -146,16 +146,17 @@ def test_links_lead_somewhere_and_assistive_technology_finds_names(
         "navigation",
     }
     assert [
-        node["role"] for node in nodes if node["role"] in asked and not node["name"].strip()
+        node["role"] for node in nodes if node["role"] in named_roles and not node["name"].strip()
     ] == []
     regions = browser.run(
-        "return [...document.querySelectorAll('.scroll')].map(e => e.tabIndex === 0 ? e.ariaLabel : '')"
+        "return [...document.querySelectorAll('.scroll')]"
+        ".map(e => e.tabIndex === 0 ? e.ariaLabel : '')"
     )
     assert {" ".join(name.split()) for name in regions} <= {
         node["name"] for node in nodes if node["role"] == "group"
     }
-    drawn = browser.run("return document.querySelectorAll('svg:not([aria-hidden]), img').length")
-    assert len([node for node in nodes if node["role"] == "image"]) == drawn > 5
+    images = browser.run("return document.querySelectorAll('svg:not([aria-hidden]), img').length")
+    assert len([node for node in nodes if node["role"] == "image"]) == images > 5
     levels = browser.run(
         "return [...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))"
     )
@@ -166,23 +167,25 @@ def test_links_lead_somewhere_and_assistive_technology_finds_names(
 
 FOCUS = """
 const e = document.activeElement;
-return [e.number, e.className, e.tagName, getComputedStyle(e).outlineStyle, e.getBoundingClientRect().left];
+const left = e.getBoundingClientRect().left;
+return [e.number, e.className, e.tagName, getComputedStyle(e).outlineStyle, left];
 """
 
 
 @pytest.mark.parametrize("name", ["comparison", "run"])
-def test_the_keyboard_reaches_everything_in_the_order_of_the_page(
-    browser: Browser, pages: dict[str, Path], name: str
+def test_keyboard_reaches_all_elements_in_order(
+    browser: Browser, reports: dict[str, Path], name: str
 ) -> None:
-    browser.show(pages[name])
+    browser.show(reports[name])
     browser.run(
         "const all = [...document.querySelectorAll('*')]; all.forEach((e, i) => { e.number = i })"
     )
-    wanted = browser.run(
-        "return [...document.querySelectorAll('a[href], summary, [tabindex=\"0\"]')].filter(e => e.checkVisibility()).length"
+    count = browser.run(
+        "return [...document.querySelectorAll('a[href], summary, [tabindex=\"0\"]')]"
+        ".filter(e => e.checkVisibility()).length"
     )
     stops = []
-    for _ in range(wanted):
+    for _ in range(count):
         browser.press("Tab", 9)
         stops.append(browser.run(FOCUS))
     assert stops[0][1] == "skip"
@@ -197,18 +200,21 @@ def test_the_keyboard_reaches_everything_in_the_order_of_the_page(
 
 
 @pytest.mark.parametrize("name", ["comparison", "run"])
-def test_on_paper_everything_is_open_and_light(
-    browser: Browser, pages: dict[str, Path], name: str
+def test_printed_report_is_open_and_light(
+    browser: Browser, reports: dict[str, Path], name: str
 ) -> None:
-    browser.show(pages[name], "dark", "paper", media="print")
+    browser.show(reports[name], "dark", "paper", media="print")
     assert (
         browser.run("return getComputedStyle(document.body).backgroundColor")
         == "rgb(255, 255, 255)"
     )
-    heights = "return [...document.querySelectorAll('details:not([open]) table')].map(t => t.getBoundingClientRect().height)"
+    heights = (
+        "return [...document.querySelectorAll('details:not([open]) table')]"
+        ".map(t => t.getBoundingClientRect().height)"
+    )
     assert min(browser.run(heights)) > 20
     wide = browser.run("return document.documentElement.scrollWidth") / SIZES["paper"][0]
-    assert wide < 1.1, "printing shrinks the page by a tenth at most to have the widest table on it"
+    assert wide < 1.1, "printing shrinks the page by at most a tenth to fit the widest table"
     assert browser.run("return document.querySelector('nav').checkVisibility()") is False
     paper = browser.pdf()
     assert paper.startswith(b"%PDF-")
@@ -233,11 +239,11 @@ return [...document.querySelectorAll('.table')].map(t => {
 """
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_the_csv_behind_a_link_is_the_table_above_it(
-    browser: Browser, pages: dict[str, Path], name: str
+@pytest.mark.parametrize("name", REPORTS)
+def test_csv_link_contains_the_table_above_it(
+    browser: Browser, reports: dict[str, Path], name: str
 ) -> None:
-    browser.show(pages[name])
+    browser.show(reports[name])
     found: list[list[Any]] = browser.run(ROWS)
     saved = [row for row in found if row[0]]
     assert len(saved) >= 3
@@ -252,15 +258,13 @@ def test_the_csv_behind_a_link_is_the_table_above_it(
 
 
 def plain(cell: str) -> str:
-    """A cell without what the CSV changes: the signs of numbers, and the quote before what a spreadsheet would run."""
+    """A cell without the changes of the CSV: minus signs, and quotes before formulas."""
     cell = " ".join(cell.split()).removeprefix("'")
     return re.sub(r"−(?=[\d.])", "-", cell)
 
 
-def test_a_click_saves_the_csv_from_the_file_itself(
-    browser: Browser, pages: dict[str, Path], tmp_path: Path
-) -> None:
-    browser.show(pages["comparison"])
+def test_click_saves_the_csv(browser: Browser, reports: dict[str, Path], tmp_path: Path) -> None:
+    browser.show(reports["comparison"])
     browser.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
     browser.run("document.querySelector('a.csv[download=\"arms.csv\"]').click()")
     saved, limit = tmp_path / "arms.csv", time.monotonic() + 10

@@ -1,4 +1,4 @@
-"""The cards: every number is the file's, what is bad is named, what is unknown is a blank, no path of a hospital."""
+"""Cards: figures, limits, blanks, redaction, Markdown, comparisons."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def cards_of(path: Path) -> tuple[dict[str, Any], str, dict[str, Any], str]:
     )
 
 
-def plain(page: str) -> str:
-    """A page without the backslashes of Markdown."""
-    return re.sub(r"\\(\W|_)", r"\1", page)
+def plain(markdown: str) -> str:
+    """Markdown without backslashes."""
+    return re.sub(r"\\(\W|_)", r"\1", markdown)
 
 
 def numbers(value: Any) -> Iterator[float]:
@@ -58,10 +58,10 @@ def numbers(value: Any) -> Iterator[float]:
         yield float(value)
 
 
-# --- what stands in them -------------------------------------------------------------------------
+# --- content -------------------------------------------------------------------------------------
 
 
-def test_a_run_gives_two_cards_each_as_markdown_and_json(tmp_path: Path) -> None:
+def test_run_has_two_cards_as_markdown_and_json(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     written = write_cards(run)
     assert sorted(path.name for path in written) == NAMES
@@ -70,30 +70,30 @@ def test_a_run_gives_two_cards_each_as_markdown_and_json(tmp_path: Path) -> None
     assert [path.read_bytes() for path in write_cards(run)] == first
 
 
-def test_every_number_of_the_metrics_is_one_of_the_evaluation(tmp_path: Path) -> None:
+def test_card_metrics_are_the_figures_of_the_evaluation(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     write_cards(run)
-    model, page, *_ = cards_of(run.path)
+    model, markdown, *_ = cards_of(run.path)
     there = set(numbers(evaluation()))
     assert set(numbers(model["metrics"])) <= there
-    left_out = {5.0, 0.5}  # k stands in no row; the mixed row's share is its name
+    left_out = {5.0, 0.5}  # k is in no row; the share of a mixed row is in its name
     carried = set(numbers(model["metrics"])) | set(numbers(model["training"])) | left_out
     assert there - carried == set()
     for row in model["metrics"]["utility"]["rows"]:
-        assert text.decimal(row["macro_auc"]) in page
+        assert text.decimal(row["macro_auc"]) in markdown
     synthetic = evaluation()["utility"]["synthetic"]
     assert (
         f"{text.decimal(synthetic['macro_auc'])} ({text.interval(synthetic['macro_auc_ci'])})"
-        in page
+        in markdown
     )
     for key in ("frechet", "frechet_reference", "recall", "recall_reference"):
-        assert text.significant(evaluation()["fidelity"][key]) in page
+        assert text.significant(evaluation()["fidelity"][key]) in markdown
 
 
-def test_counts_sources_and_the_hash_are_those_of_the_files(tmp_path: Path) -> None:
+def test_counts_sources_and_hashes_are_those_of_the_files(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     write_cards(run)
-    model, page, dataset, data_page = cards_of(run.path)
+    model, markdown, dataset, data_markdown = cards_of(run.path)
     for card in (model["data"], dataset):
         assert [row["train_classes"] for row in card["hospitals"]] == [
             row["counts"]["train"] for row in hospitals()
@@ -108,20 +108,20 @@ def test_counts_sources_and_the_hash_are_those_of_the_files(tmp_path: Path) -> N
     assert dataset["without_licence"] == ["south"]
     digest = hashlib.sha256(run.checkpoint(1).read_bytes()).hexdigest()
     assert model["details"]["sha256"] == digest
-    assert digest in page
+    assert digest in markdown
     assert (
         model["provenance"]["settings_sha256"]
         == hashlib.sha256(run.config.read_bytes()).hexdigest()
     )
     assert model["training"]["bytes_exchanged"] == 123_456_789
-    assert "507 / 401" in data_page
-    assert "| all | 599 | 155 | 57 | 811 / 689 |" in data_page
+    assert "507 / 401" in data_markdown
+    assert "| all | 599 | 155 | 57 | 811 / 689 |" in data_markdown
 
 
-def test_a_weak_class_and_lost_variety_are_named_under_limits(tmp_path: Path) -> None:
+def test_limits_name_weak_classes_and_low_diversity(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     write_cards(run)
-    model, page, *_ = cards_of(run.path)
+    model, markdown, *_ = cards_of(run.path)
     limits = "\n".join(model["limits"])
     assert (
         "Class 'covid': a classifier trained on synthetic images only reaches an AUC of 0.553"
@@ -134,21 +134,15 @@ def test_a_weak_class_and_lost_variety_are_named_under_limits(tmp_path: Path) ->
     assert "Class 'normal'" not in limits
     assert "Class 'covid' has only 7 positive real test images" in limits
     assert "Recall is 0.412; between real images it is 0.733" in limits
-    assert (
-        "coverage lies below that of real images among themselves: covid (0.21, floor 0.88)"
-        in limits
-    )
-    assert (
-        "Fréchet distance to real images is 12.35, that of real images among themselves 2.105"
-        in limits
-    )
+    assert "coverage is below that between real images: covid (0.21, reference 0.88)" in limits
+    assert "Fréchet distance to real images is 12.35, that between real images 2.105" in limits
     assert "Only north has training images of 'covid'" in limits
     assert "pneumonia at south (5)" in limits
     for sentence in model["limits"]:
-        assert sentence in plain(page)
+        assert sentence in plain(markdown)
 
 
-def test_what_looks_equal_is_not_called_less(tmp_path: Path) -> None:
+def test_figures_printed_equal_are_no_limit(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     held = evaluation()
     held["fidelity"] |= {
@@ -167,7 +161,7 @@ def test_what_looks_equal_is_not_called_less(tmp_path: Path) -> None:
     ]
 
 
-def test_intervals_below_zero_can_be_read(tmp_path: Path) -> None:
+def test_intervals_below_zero_are_readable(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     held = evaluation()
     held["fidelity"] |= {
@@ -177,12 +171,12 @@ def test_intervals_below_zero_can_be_read(tmp_path: Path) -> None:
     }
     files.write_json(run.evaluation, held)
     write_cards(run)
-    page = cards_of(run.path)[1]
-    assert "| −0.000120 to 0.000840 |" in page
-    assert "| 0.044–0.133 |" in page
+    markdown = cards_of(run.path)[1]
+    assert "| −0.000120 to 0.000840 |" in markdown
+    assert "| 0.044–0.133 |" in markdown
 
 
-def test_a_good_evaluation_has_no_weak_class(tmp_path: Path) -> None:
+def test_good_evaluation_has_no_weak_class(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     good = evaluation()
     good["utility"]["synthetic"] = figures_of(0.93, weak=0.91)
@@ -197,21 +191,21 @@ def test_a_good_evaluation_has_no_weak_class(tmp_path: Path) -> None:
     ]
 
 
-def test_privacy_says_what_was_not_measured_and_claims_nothing(tmp_path: Path) -> None:
+def test_privacy_states_what_was_not_measured(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     write_cards(run)
-    model, page, *_ = cards_of(run.path)
+    model, markdown, *_ = cards_of(run.path)
     unknown = "\n".join(model["privacy"]["unknown"])
     assert "No differential privacy" in unknown
     assert "Membership inference: no attack was run. Not measured." in unknown
-    assert "The discriminator, which is fitted to real images, travelled" in "\n".join(
+    assert "The discriminator, which is trained on real images, was exchanged" in "\n".join(
         model["privacy"]["known"]
     )
-    assert "none of it says that nobody can be recognised" in page
+    assert "None of it states that nobody can be recognised" in markdown
 
 
-def judged(run: RunFolder, arm: str | None, **more: Any) -> RunFolder:
-    """The run with an evaluation.json as `fedgan compare` writes it: without budget, and `arm`, name and round on top."""
+def evaluated(run: RunFolder, arm: str | None, **more: Any) -> RunFolder:
+    """The run with an evaluation.json of `fedgan compare`: `arm`, name, round, no budget."""
     held = {
         key: value
         for key, value in evaluation().items()
@@ -223,137 +217,122 @@ def judged(run: RunFolder, arm: str | None, **more: Any) -> RunFolder:
 
 
 def member_of(path: Path, arm: str | None, **federation: Any) -> tuple[dict[str, Any], str]:
-    """The model card of south's own training within an arm of a comparison; JSON and Markdown."""
+    """The model card of south as a member of an arm of a comparison; JSON and Markdown."""
     study = make_run(path / "study", evaluation={"seeds": 7, "images": 77})
-    home = {"hospitals": 2, "rounds": 4, "members": ["south"]} | federation
-    run = make_run(study.arms / f"{arm}-seed0" / "members" / "south", federation=home)
+    settings = {"hospitals": 2, "rounds": 4, "members": ["south"]} | federation
+    run = make_run(study.arms / f"{arm}-seed0" / "members" / "south", federation=settings)
     files.write_json(run.hospitals, hospitals()[1:])
-    write_cards(judged(run, arm))
+    write_cards(evaluated(run, arm))
     return cards_of(run.path)[:2]
 
 
 @pytest.mark.parametrize(
     ("arm", "words"),
     [
-        ("centralized", "The images of all hospitals were pooled: they lay in one place"),
-        ("local", "Each hospital trained alone: nothing travelled"),
-        ("federated", "No image travelled for the training. What travelled: parameters"),
-        ("coalition", "No image travelled for the training. What travelled: parameters"),
+        ("centralized", "The images of all hospitals were pooled in one place"),
+        ("local", "Each hospital trained alone: nothing was exchanged"),
+        ("federated", "No image left a hospital for training. Exchanged: parameters"),
+        ("coalition", "No image left a hospital for training. Exchanged: parameters"),
     ],
 )
-def test_the_card_of_a_judged_arm_says_how_that_arm_was_trained(
-    arm: str, words: str, tmp_path: Path
-) -> None:
+def test_card_of_an_arm_states_how_it_was_trained(arm: str, words: str, tmp_path: Path) -> None:
     make_run(tmp_path / "study")
-    run = judged(make_run(tmp_path / "study" / "arms" / f"{arm}-seed0"), arm)
+    run = evaluated(make_run(tmp_path / "study" / "arms" / f"{arm}-seed0"), arm)
     write_cards(run)
-    model, page, *_ = cards_of(run.path)
+    model, markdown, *_ = cards_of(run.path)
     assert words in model["privacy"]["known"][0]
     assert model["training"]["federated"] is (arm in ("federated", "coalition"))
-    assert ("What travelled" in page) is (arm in ("federated", "coalition"))
-    assert ("federated-learning" in page) is (arm in ("federated", "coalition"))
-    assert "not known" not in model["training"]["arm_in_words"]
+    assert ("Exchanged:" in markdown) is (arm in ("federated", "coalition"))
+    assert ("federated-learning" in markdown) is (arm in ("federated", "coalition"))
+    assert "not known" not in model["training"]["arm_description"]
 
 
-def test_an_arm_that_no_file_names_is_not_known_and_nothing_is_claimed_of_it(
-    tmp_path: Path,
-) -> None:
-    run = judged(make_run(tmp_path / "run"), None)
+def test_unknown_arm_claims_nothing_about_training(tmp_path: Path) -> None:
+    run = evaluated(make_run(tmp_path / "run"), None)
     write_cards(run)
-    model, page, *_ = cards_of(run.path)
+    model, markdown, *_ = cards_of(run.path)
     assert model["training"]["arm"] == "not known"
     assert not [
-        line for line in model["privacy"]["known"] if "travelled" in line or "pooled" in line
+        line for line in model["privacy"]["known"] if "xchanged" in line or "pooled" in line
     ]
     assert any(line.startswith("How the model was trained") for line in model["privacy"]["unknown"])
-    assert "- Arm: not known" in page
+    assert "- Arm: not known" in markdown
 
 
-def test_a_coalition_of_one_hospital_did_not_federate(tmp_path: Path) -> None:
+def test_coalition_of_one_hospital_is_not_federated(tmp_path: Path) -> None:
     make_run(tmp_path / "study")
     federation = {"hospitals": 2, "rounds": 1, "members": ["north"]}
-    run = judged(
+    run = evaluated(
         make_run(tmp_path / "study" / "arms" / "coalition-north-seed0", federation=federation),
         "coalition",
     )
     write_cards(run)
-    model, page, dataset, _ = cards_of(run.path)
+    model, markdown, dataset, _ = cards_of(run.path)
     assert "trained alone" in model["privacy"]["known"][0]
-    assert "What travelled" not in page
+    assert "Exchanged:" not in markdown
     for card in (model["data"], dataset):
         assert [row["hospital"] for row in card["sources"]] == ["north"]
         assert [row["name"] for row in card["hospitals"]] == ["north"]
 
 
-def test_the_card_of_a_hospital_alone_has_its_own_data_and_no_plan_of_the_whole_arm(
-    tmp_path: Path,
-) -> None:
-    model, page = member_of(tmp_path, "local")
+def test_card_of_a_local_member_has_its_own_data_only(tmp_path: Path) -> None:
+    model, markdown = member_of(tmp_path, "local")
     assert [row["hospital"] for row in model["data"]["sources"]] == ["south"]
     assert (model["training"]["rounds_planned"], model["training"]["images_planned"]) == (
         None,
         None,
     )
-    assert "planned" not in page
-    assert "not finished" not in page
-    assert "its share of the arm's" in page
+    assert "planned" not in markdown
+    assert "not finished" not in markdown
+    assert "its share of the budget of the arm" in markdown
 
 
-def test_the_card_of_a_fine_tuned_hospital_names_all_that_its_model_learned_from(
-    tmp_path: Path,
-) -> None:
-    model, page = member_of(tmp_path, "finetuned")
+def test_card_of_a_finetuned_member_lists_all_hospitals(tmp_path: Path) -> None:
+    model, markdown = member_of(tmp_path, "finetuned")
     assert [row["hospital"] for row in model["data"]["sources"]] == ["north", "south"]
     assert [row["name"] for row in model["data"]["hospitals"]] == ["north", "south"]
-    assert "not finished" not in page
-    assert "Rounds, bytes and time are of the training at home" in page
+    assert "not finished" not in markdown
+    assert "Rounds, bytes and time cover the fine-tuning only" in markdown
     assert model["training"]["members"] == ["north", "south"]
-    assert (
-        "Each hospital then trained further alone, and nothing travelled."
-        in model["privacy"]["known"]
-    )
+    assert "Each hospital then fine-tuned alone, without any exchange." in model["privacy"]["known"]
 
 
-@pytest.mark.parametrize("place", ["arms/federated-seed0", "arms/local-seed0/members/north"])
-def test_the_settings_of_the_evaluator_are_those_that_made_the_figures(
-    place: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("folder", ["arms/federated-seed0", "arms/local-seed0/members/north"])
+def test_evaluation_settings_are_those_of_the_comparison(folder: str, tmp_path: Path) -> None:
     study = make_run(tmp_path / "study", evaluation={"seeds": 7, "images": 77})
-    run = judged(
-        make_run(study.path / place, evaluation={"seeds": 2, "images": 33}),
-        place.split("/")[1].split("-")[0],
+    run = evaluated(
+        make_run(study.path / folder, evaluation={"seeds": 2, "images": 33}),
+        folder.split("/")[1].split("-")[0],
     )
     write_cards(run)
-    model, page, *_ = cards_of(run.path)
+    model, markdown, *_ = cards_of(run.path)
     assert model["provenance"]["settings"]["evaluation"]["seeds"] == 7
     assert model["provenance"]["settings_changed"]["evaluation.images"] == 77
-    assert "as the comparison's config.toml has it" in page
+    assert "from config.toml of the comparison" in markdown
 
 
 @pytest.mark.parametrize(
-    ("arm", "words"), [("centralized", "lay in one place"), ("local", "nothing travelled")]
+    ("arm", "words"), [("centralized", "pooled in one place"), ("local", "nothing was exchanged")]
 )
-def test_an_arm_that_sends_nothing_does_not_claim_to_be_federated(
-    arm: str, words: str, tmp_path: Path
-) -> None:
+def test_arm_without_exchange_is_not_called_federated(arm: str, words: str, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     files.write_json(run.evaluation, evaluation() | {"arm": arm})
     write_cards(run)
-    model, page, *_ = cards_of(run.path)
+    model, markdown, *_ = cards_of(run.path)
     assert words in model["privacy"]["known"][0]
-    assert "What travelled" not in page
-    assert "what travelled" not in page
+    assert "Exchanged:" not in markdown
+    assert "exchanged:" not in markdown
 
 
-def test_each_blank_names_who_has_to_fill_it_and_has_no_value(tmp_path: Path) -> None:
+def test_each_blank_names_who_fills_it_and_has_no_value(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     write_cards(run)
-    model, page, dataset, data_page = cards_of(run.path)
-    for card, shown in ((model, page), (dataset, data_page)):
+    model, markdown, dataset, data_markdown = cards_of(run.path)
+    for card, shown in ((model, markdown), (dataset, data_markdown)):
         assert card["blanks"]
         for blank in card["blanks"]:
             assert blank["value"] is None
-            assert f"To be filled by {blank['who']}" in blank["sentence"]
+            assert f"To be filled in by {blank['who']}" in blank["sentence"]
             assert blank["sentence"] in plain(shown)
     fields = {blank["field"] for blank in dataset["blanks"]}
     assert {
@@ -366,7 +345,7 @@ def test_each_blank_names_who_has_to_fill_it_and_has_no_value(tmp_path: Path) ->
     assert "licence of north" not in fields
 
 
-def test_phantoms_have_no_patients_whose_consent_is_open(tmp_path: Path) -> None:
+def test_phantoms_need_no_patient_blanks(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     environment = json.loads(run.environment.read_text())
     for row in environment["sources"]:
@@ -376,23 +355,23 @@ def test_phantoms_have_no_patients_whose_consent_is_open(tmp_path: Path) -> None
         }
     files.write_json(run.environment, environment)
     write_cards(run)
-    model, _, dataset, data_page = cards_of(run.path)
+    model, _, dataset, data_markdown = cards_of(run.path)
     assert {blank["field"] for blank in dataset["blanks"]} == {"contact", "maintenance"}
-    assert "there is no patient" in data_page
+    assert "there are no patients" in data_markdown
     assert any("phantoms" in line for line in model["limits"])
 
 
-# --- what must not stand in them -----------------------------------------------------------------
+# --- redaction -----------------------------------------------------------------------------------
 
 
-def test_no_path_and_no_file_name_of_a_hospital_is_told(tmp_path: Path) -> None:
+def test_cards_contain_no_local_path_or_file_name(tmp_path: Path) -> None:
     description = f"Images from {SECRET}/a.png, see https://example.org/a/b and C:\\scans\\doe.dcm"
     run = make_run(tmp_path / "run", description=description)
     for path in write_cards(run):
-        told = path.read_text()
+        content = path.read_text()
         for word in ("doe", "pacs", "St Elm", "scans", str(tmp_path), tmp_path.name):
-            assert word not in told, f"{word} in {path.name}"
-        assert "https://example.org/a/b" in told
+            assert word not in content, f"{word} in {path.name}"
+        assert "https://example.org/a/b" in content
     assert cards_of(run.path)[0]["data"]["sources"][1]["source"] is None
 
 
@@ -413,10 +392,7 @@ def test_no_path_and_no_file_name_of_a_hospital_is_told(tmp_path: Path) -> None:
         ("in '/srv/St Elm/doe john' today", f"in '{REDACTED}' today"),
         ("at C:\\scans\\St Elm\\doe john.dcm, 2020", f"at {REDACTED}, 2020"),
         ("at C:/scans/doe.dcm, 2020", f"at {REDACTED}, 2020"),
-        (
-            "doe_john.DCM is damaged, as is pacs/doe.nii.gz",
-            f"{REDACTED} is damaged, as is {REDACTED}",
-        ),
+        ("doe_john.DCM is bad, as is pacs/doe.nii.gz", f"{REDACTED} is bad, as is {REDACTED}"),
         (
             "round-00001.safetensors and evaluation.json",
             "round-00001.safetensors and evaluation.json",
@@ -425,12 +401,12 @@ def test_no_path_and_no_file_name_of_a_hospital_is_told(tmp_path: Path) -> None:
         ("doi 10.6084/m9.figshare.12275009", "doi 10.6084/m9.figshare.12275009"),
     ],
 )
-def test_paths_are_taken_out_and_links_stay(given_text: str, shown: str) -> None:
+def test_redact_removes_paths_and_keeps_links(given_text: str, shown: str) -> None:
     assert redact(given_text) == shown
     assert redact({given_text: [given_text]}) == {shown: [shown]}
 
 
-def test_a_root_with_spaces_is_taken_out_whole() -> None:
+def test_redact_removes_roots_with_spaces() -> None:
     assert redact("in /srv/St Elm/a.png today", ("/srv/St Elm",)) == f"in {REDACTED} today"
     assert redact("in /srv/St Elm/doe john.dcm today", ("/srv/St Elm",)) == f"in {REDACTED} today"
     assert redact("in C:\\St Elm\\doe john.dcm today", ("C:\\St Elm",)) == f"in {REDACTED} today"
@@ -458,15 +434,15 @@ _HOSPITAL = st.from_regex(r"[A-Z][a-z]{2,8}( [A-Z][a-z]{2,8})?", fullmatch=True)
         ["cannot read {}", "{}: damaged", "skipped ({}), see below", 'no image "{}" there']
     ),
 )
-def test_no_name_of_a_hospital_s_file_survives(
+def test_redact_removes_file_names_in_any_sentence(
     root: str, folder: str, file: str, kind: str, sentence: str
 ) -> None:
-    told = redact(sentence.format(f"{root.format(folder)}{file}.{kind}"))
-    assert "doe" not in told
-    assert REDACTED in told
+    redacted = redact(sentence.format(f"{root.format(folder)}{file}.{kind}"))
+    assert "doe" not in redacted
+    assert REDACTED in redacted
 
 
-# --- files that lack or are damaged --------------------------------------------------------------
+# --- missing or damaged files --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -474,7 +450,7 @@ def test_no_name_of_a_hospital_s_file_survives(
     ["evaluation.json", "environment.json", "hospitals.json", "metrics.jsonl", "checkpoints"],
 )
 @pytest.mark.parametrize("damage", ["absent", "damaged", "other"])
-def test_a_file_that_lacks_or_is_damaged_gives_cards_with_blanks(
+def test_missing_or_damaged_file_gives_cards_with_blanks(
     name: str, damage: str, tmp_path: Path
 ) -> None:
     run = make_run(tmp_path / "run")
@@ -488,21 +464,21 @@ def test_a_file_that_lacks_or_is_damaged_gives_cards_with_blanks(
             else '[{"name": null, "counts": 3, "sources": "none"}, 7]'
         )
     write_cards(run)
-    model, page, dataset, _ = cards_of(run.path)
+    model, markdown, dataset, _ = cards_of(run.path)
     assert None not in (model["details"]["resolution"], dataset["resolution"])
     if name == "evaluation.json":
         assert "Nothing was measured" in "\n".join(model["limits"])
-        assert "Nothing was measured, or evaluation.json could not be read." in page
+        assert "Nothing was measured, or evaluation.json could not be read." in markdown
     if name == "environment.json":
         assert {"sources and licences"} <= {blank["field"] for blank in dataset["blanks"]}
     if name == "checkpoints":
         assert model["details"]["sha256"] is None
         assert model["problems"]
     if damage == "damaged" and name not in ("metrics.jsonl", "checkpoints"):
-        assert f"{name} is damaged" in plain(page)
+        assert f"{name} is damaged" in plain(markdown)
 
 
-def test_a_run_without_classes_or_distances_says_so(tmp_path: Path) -> None:
+def test_run_without_classes_or_distances_states_it(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", label_names=())
     files.write_json(
         run.hospitals, [{"name": "north", "counts": {"train": {}}, "images": {"train": 5}}]
@@ -512,23 +488,23 @@ def test_a_run_without_classes_or_distances_says_so(tmp_path: Path) -> None:
         evaluation() | {"utility": None, "fidelity": {"frechet": None, "notes": ["no features"]}},
     )
     write_cards(run)
-    _, page, *_ = cards_of(run.path)
-    assert "The utility of the synthetic images was not measured." in page
-    assert "Fidelity was not measured." in page
-    assert "without labels" in page
+    _, markdown, *_ = cards_of(run.path)
+    assert "The utility of the synthetic images was not measured." in markdown
+    assert "Fidelity was not measured." in markdown
+    assert "without labels" in markdown
 
 
-def test_a_second_look_has_cards_without_a_model(tmp_path: Path) -> None:
+def test_other_evaluation_of_a_run_has_cards_without_a_model(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     files.write_json(run.evaluated_run, {"run": f"{SECRET}/other"})
     write_cards(run)
-    model, page, *_ = cards_of(run.path)
+    model, markdown, *_ = cards_of(run.path)
     assert model["details"]["sha256"] is None
-    assert "second look" in page
-    assert "doe" not in page
+    assert "another evaluation of a run" in markdown
+    assert "doe" not in markdown
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_run_has_no_cards(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no run folder"):
         write_cards(RunFolder.at(tmp_path))
     assert not (tmp_path / "cards").exists()
@@ -546,7 +522,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 @example("[a]: b").via("a link's address")
 @example("a &amp; _b_ c_d __e__ *f* `g` ~~h~~ <i> ![j](k) \\ l").via("marks within a line")
 @given(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1))
-def test_an_escaped_text_is_shown_letter_by_letter(words: str) -> None:
+def test_escaped_text_is_shown_literally(words: str) -> None:
     tokens = MarkdownIt().parse(escape(words))
     shown = "".join(
         token.content
@@ -563,34 +539,34 @@ def test_an_escaped_text_is_shown_letter_by_letter(words: str) -> None:
         st.text(st.characters(codec="ascii", exclude_categories=("Cc",))), min_size=2, max_size=2
     )
 )
-def test_a_table_keeps_its_cells_whatever_stands_in_them(words: list[str]) -> None:
+def test_table_keeps_its_cells_for_any_content(words: list[str]) -> None:
     html = MarkdownIt().enable("table").render(table(["a", "b"], [[words[0], code(words[1])]]))
     assert html.count("<td") == 2
     assert "<code>" in html
 
 
-def test_names_that_are_markdown_or_html_stay_text(tmp_path: Path) -> None:
+def test_names_with_markdown_or_html_are_escaped(tmp_path: Path) -> None:
     name = "# x | <script>alert(1)</script> [a](b) *c* `d`"
     run = make_run(tmp_path / "run", name=name, description="1. <b>bold</b>\n\n# heading")
     rows = hospitals()
     rows[0]["name"] = name
     files.write_json(run.hospitals, rows)
     write_cards(run)
-    for page in cards_of(run.path)[1::2]:
-        html = MarkdownIt().enable("table").render(page.partition("\n---\n")[2])
+    for markdown in cards_of(run.path)[1::2]:
+        html = MarkdownIt().enable("table").render(markdown.partition("\n---\n")[2])
         assert "<script>" not in html
         assert "<b>" not in html
         assert "<h1>heading" not in html
         assert "&lt;script&gt;" in html
 
 
-def test_the_front_matter_is_yaml(tmp_path: Path) -> None:
+def test_front_matter_is_yaml(tmp_path: Path) -> None:
     yaml = pytest.importorskip("yaml")
     run = make_run(tmp_path / "run", name='"a": [b')
     write_cards(run)
-    _, page, _, data_page = cards_of(run.path)
-    assert "federated-learning" in yaml.safe_load(page.split("---\n")[1])["tags"]
-    front = yaml.safe_load(data_page.split("---\n")[1])
+    _, markdown, _, data_markdown = cards_of(run.path)
+    assert "federated-learning" in yaml.safe_load(markdown.split("---\n")[1])["tags"]
+    front = yaml.safe_load(data_markdown.split("---\n")[1])
     assert (front["pretty_name"], front["size_categories"]) == ('"a": [b', ["n<1K"])
 
 
@@ -598,7 +574,7 @@ def test_the_front_matter_is_yaml(tmp_path: Path) -> None:
 
 
 def make_comparison(path: Path) -> dict[str, Any]:
-    """A comparison of a federated arm with two seeds, a centralised one and one that failed; its comparison.json."""
+    """comparison.json of a federated arm (two seeds), a centralised arm and a failed arm."""
     whole = make_run(path)
     for file in (whole.evaluation, whole.checkpoint(1), whole.checkpoint(1).with_suffix(".json")):
         file.unlink()
@@ -662,13 +638,11 @@ def make_comparison(path: Path) -> dict[str, Any]:
     }
 
 
-def test_a_comparison_has_the_card_of_its_federated_model_and_a_line_for_each_arm(
-    tmp_path: Path,
-) -> None:
+def test_comparison_card_describes_the_federated_model_and_all_arms(tmp_path: Path) -> None:
     found = make_comparison(tmp_path / "study")
     files.write_json(tmp_path / "study" / "comparison.json", found)
     assert sorted(path.name for path in write_comparison_cards(tmp_path / "study")) == NAMES
-    model, page, dataset, _ = cards_of(tmp_path / "study")
+    model, markdown, dataset, _ = cards_of(tmp_path / "study")
     weights = (
         tmp_path / "study" / "arms" / "federated-seed0" / "checkpoints" / "round-00001.safetensors"
     )
@@ -687,16 +661,14 @@ def test_a_comparison_has_the_card_of_its_federated_model_and_a_line_for_each_ar
         "[−0.060, −0.020]",
         "not shown",
     ):
-        assert words in plain(page)
-    assert "local, seed 0: no disk at" in plain(page)
-    assert "doe" not in page
+        assert words in plain(markdown)
+    assert "local, seed 0: no disk at" in plain(markdown)
+    assert "doe" not in markdown
     assert dataset["totals"]["images"]["train"] == 811
 
 
 @pytest.mark.parametrize("damage", ["no federated arm", "nothing done", "damaged", "outside"])
-def test_a_comparison_that_lacks_something_has_cards_all_the_same(
-    damage: str, tmp_path: Path
-) -> None:
+def test_incomplete_comparison_has_cards(damage: str, tmp_path: Path) -> None:
     found = make_comparison(tmp_path / "study")
     path = tmp_path / "study" / "comparison.json"
     if damage == "no federated arm":
@@ -710,8 +682,8 @@ def test_a_comparison_that_lacks_something_has_cards_all_the_same(
     if damage == "damaged":
         path.write_text("{")
     write_comparison_cards(tmp_path / "study")
-    model, page, *_ = cards_of(tmp_path / "study")
-    assert "stranger" not in page
+    model, markdown, *_ = cards_of(tmp_path / "study")
+    assert "stranger" not in markdown
     if damage == "no federated arm":
         assert model["training"]["arm"] == "centralized"
     else:
@@ -719,37 +691,37 @@ def test_a_comparison_that_lacks_something_has_cards_all_the_same(
         assert model["problems"]
 
 
-def test_an_unfinished_comparison_has_cards_that_say_so(
+def test_cards_of_an_unfinished_comparison_state_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_comparison(tmp_path / "study")
     outputs.cards(tmp_path / "study", as_json=True)
     assert sorted(Path(path).name for path in json.loads(capsys.readouterr().out)["cards"]) == NAMES
-    model, page, *_ = cards_of(tmp_path / "study")
-    assert "comparison.json is not there: the comparison is not finished." in model["problems"]
+    model, markdown, *_ = cards_of(tmp_path / "study")
+    assert "comparison.json is missing: the comparison is not finished." in model["problems"]
     assert model["training"]["arm"] == "not known"
-    assert "What travelled" not in page
+    assert "Exchanged:" not in markdown
 
 
 @pytest.mark.parametrize("compared", [False, True])
-def test_the_verb_writes_the_cards_of_a_run_and_of_a_comparison(
+def test_cards_command_writes_cards_of_runs_and_comparisons(
     compared: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = tmp_path / "study"
+    folder = tmp_path / "study"
     if compared:
-        files.write_json(place / "comparison.json", make_comparison(place))
+        files.write_json(folder / "comparison.json", make_comparison(folder))
     else:
-        make_run(place)
-    outputs.cards(place, as_json=True)
-    told = json.loads(capsys.readouterr().out)
-    assert sorted(Path(path).name for path in told["cards"]) == NAMES
-    assert ("comparison" in cards_of(place)[0]) is compared
+        make_run(folder)
+    outputs.cards(folder, as_json=True)
+    output = json.loads(capsys.readouterr().out)
+    assert sorted(Path(path).name for path in output["cards"]) == NAMES
+    assert ("comparison" in cards_of(folder)[0]) is compared
 
 
-# --- a run that was really trained ---------------------------------------------------------------
+# --- a trained run -------------------------------------------------------------------------------
 
 
-def test_the_cards_of_a_small_federation_tell_its_counts_and_its_model(tmp_path: Path) -> None:
+def test_cards_of_a_federation_have_its_counts_and_model(tmp_path: Path) -> None:
     from client.app import app
 
     settings = tiny(
@@ -758,10 +730,10 @@ def test_the_cards_of_a_small_federation_tell_its_counts_and_its_model(tmp_path:
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
     write_cards(run)
-    model, page, dataset, data_page = cards_of(run.path)
-    told = json.loads(run.hospitals.read_text())
+    model, markdown, dataset, data_markdown = cards_of(run.path)
+    rows = json.loads(run.hospitals.read_text())
     assert [row["train_classes"] for row in dataset["hospitals"]] == [
-        row["counts"]["train"] for row in told
+        row["counts"]["train"] for row in rows
     ]
     meta = json.loads(run.checkpoint(2).with_suffix(".json").read_text())
     assert (model["training"]["rounds"], model["training"]["images_seen"]) == (
@@ -773,6 +745,6 @@ def test_the_cards_of_a_small_federation_tell_its_counts_and_its_model(tmp_path:
         meta["sha256"],
     )
     assert model["details"]["label_names"] == ["dark", "bright"]
-    assert LABELS[0] not in page
+    assert LABELS[0] not in markdown
     for word in ("private shards", "alpha-0", str(tmp_path)):
-        assert word not in page + data_page + json.dumps([model, dataset])
+        assert word not in markdown + data_markdown + json.dumps([model, dataset])

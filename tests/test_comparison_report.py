@@ -16,7 +16,7 @@ import pytest
 from comparison_data import ARMS, HOSPITALS, LABELS, blobs, make_comparison, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_report import HOSTILE, Page, places, replaced, scraps
+from test_report import HOSTILE, Page, paths_in, replaced, scraps
 
 from fedgan.errors import ConfigError
 from fedgan.evaluation.grids import draw_grid
@@ -26,7 +26,7 @@ from fedgan.report.comparison.measures import NO_INTERVAL, SMALL_COUNTS, UTILITY
 from fedgan.report.comparison.paired import verdict
 from fedgan.report.comparison.report import SECTIONS, build_report
 from fedgan.report.comparison.summary import QUESTION
-from fedgan.report.facts import DRAWN
+from fedgan.report.facts import PHANTOM_NOTE
 from fedgan.report.run.data import clean, tree
 
 
@@ -123,14 +123,14 @@ def test_summary_has_question_answer_chart_and_table(
 
 
 def test_summary_counts_test_images_and_names_phantoms(content: dict[str, Any], html: str) -> None:
-    assert DRAWN in section(html, "summary")
+    assert PHANTOM_NOTE in section(html, "summary")
     assert "330 phantom test images ·" in section(html, "summary"), "the hospitals have others"
     hospitals = json.loads(json.dumps(content["hospitals"]))
     for row in hospitals:
         row |= {"images": row["images"] | {"test": 110}, "patients": row["patients"] | {"test": 50}}
     text = report_of(of_patients(content) | {"hospitals": hospitals}).words
     assert "330 real test images of 150 patients" in text
-    assert DRAWN not in text
+    assert PHANTOM_NOTE not in text
 
 
 def of_patients(content: dict[str, Any]) -> dict[str, Any]:
@@ -791,7 +791,7 @@ def test_large_comparison_stays_below_five_megabytes(tmp_path: Path) -> None:
 @given(data=st.data())
 def test_any_content_renders(data: st.DataObject) -> None:
     content: Any = make_comparison(labels=LABELS[:2], hospitals=HOSPITALS[:2], seeds=(0,))
-    every = [path for path in places(content) if path]
+    every = [path for path in paths_in(content) if path]
     for _ in range(data.draw(st.integers(1, 4))):
         path = data.draw(st.sampled_from(every))
         try:

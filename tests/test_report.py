@@ -1,4 +1,4 @@
-"""The page: what it shows, what it survives, and that it needs nothing but itself."""
+"""The run report: content, damaged files, self-contained HTML."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ EXTRACTOR = "reference classifier (small-cnn, penultimate, 64)"
 
 
 def blobs(rows: int, columns: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Images (columns, 3, SIDE, SIDE) for each row: blobs, one hue a row."""
+    """Images (columns, 3, SIDE, SIDE) per row: blobs, one hue per row."""
     yy, xx = np.mgrid[0:SIDE, 0:SIDE] - SIDE / 2
     cells = []
     for r in range(rows):
@@ -118,7 +118,7 @@ def make_evaluation(
             "reference_images": 290,
             "real": "validation and test images",
         },
-        "notes": ["The floor was measured on the test split, which is small."],
+        "notes": ["The reference was measured on the test split, which is small."],
     }
 
 
@@ -197,12 +197,12 @@ def make_run(
     rounds: int = ROUNDS,
     pictures: bool = True,
 ) -> RunFolder:
-    """A finished run of ten rounds, written as the other rooms of the house write it."""
+    """A finished run of ten rounds, with the files that fedgan writes."""
     rng = np.random.default_rng(7)
     run = RunFolder.at(path)
     settings = {
         "name": "three-hospitals",
-        "description": "Skin phantoms at 32 pixels, three unlike hospitals, FedAvg over generator, discriminator and average.",
+        "description": "Skin phantoms at 32 pixels, three heterogeneous hospitals, FedAvg.",
         "training": {"kimg": 60.0},
         "federation": {"rounds": ROUNDS, "hospitals": len(hospitals)},
     }
@@ -236,13 +236,13 @@ def page_of(run: RunFolder) -> str:
     return write_report(run).read_text(encoding="utf-8")
 
 
-# --- reading a page ------------------------------------------------------------------------------
+# --- parsing a report ----------------------------------------------------------------------------
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Reads a page and remembers its tags, ids, visible text and whether every tag was closed in order."""
+    """Parsed HTML: tags, attributes, visible text; asserts that tags are closed in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -287,13 +287,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """Two labels, four rounds: to be copied, not changed."""
+    """Two labels, four rounds; not to be changed."""
     return make_run(tmp_path_factory.mktemp("report") / "small", labels=["a", "melanoma"], rounds=4)
 
 
 @pytest.fixture
 def copied(small: RunFolder, tmp_path: Path) -> RunFolder:
-    """A run folder of one's own."""
+    """A run folder that the test may change."""
     shutil.copytree(small.path, tmp_path / "run")
     return RunFolder.at(tmp_path / "run")
 
@@ -308,19 +308,20 @@ def page(html: str) -> Page:
     return Page(html)
 
 
-# --- what the page shows -------------------------------------------------------------------------
+# --- content -------------------------------------------------------------------------------------
 
 
-def test_the_first_sentence_answers_with_the_numbers_of_the_evaluation(page: Page) -> None:
+def test_summary_states_the_macro_auc_of_the_evaluation(page: Page) -> None:
     assert (
-        "A classifier trained only on images of this federated generator reaches a macro AUC of 0.91 (0.90–0.93) on real test "
-        "images; trained on the real images it reaches 0.97 (0.95–0.99)."
+        "A classifier trained only on images of this federated generator reaches a macro AUC of "
+        "0.91 (0.90–0.93) on real test images; trained on the real images it reaches 0.97 "
+        "(0.95–0.99)."
     ) in page.words
     for figure in ("60,000", "10 of 10 planned", "3 min 41 s", "482 MB"):
         assert figure in page.words
 
 
-def test_every_number_of_the_evaluation_is_on_the_page(run: RunFolder, page: Page) -> None:
+def test_report_contains_every_figure_of_the_evaluation(run: RunFolder, page: Page) -> None:
     evaluation = run.read_json(run.evaluation)
     for source in ("real", "synthetic"):
         result = evaluation["utility"][source]
@@ -338,12 +339,12 @@ def test_every_number_of_the_evaluation_is_on_the_page(run: RunFolder, page: Pag
         "0.0009",
         EXTRACTOR,
         "12.0 ×",
-        "The floor was measured on the test split",
+        "The reference was measured on the test split",
     ):
         assert text in page.words
 
 
-def test_hospitals_settings_and_environment_are_on_the_page(run: RunFolder, page: Page) -> None:
+def test_report_contains_hospitals_settings_and_environment(run: RunFolder, page: Page) -> None:
     for hospital in run.read_json(run.hospitals):
         assert hospital["name"] in page.words
         assert hospital["content_hash"] in page.words
@@ -356,9 +357,9 @@ def test_hospitals_settings_and_environment_are_on_the_page(run: RunFolder, page
         assert fact in page.words
 
 
-def test_each_class_has_a_real_and_a_synthetic_picture_and_rounds_are_spread(page: Page) -> None:
+def test_each_class_has_real_and_synthetic_images(page: Page) -> None:
     alts = page.values("alt")
-    assert "This page holds real images." in page.words
+    assert "This report contains real images." in page.words
     for label in LABELS:
         assert f"4 real images of class {label}" in alts
         assert f"4 synthetic images of class {label}" in alts
@@ -367,20 +368,20 @@ def test_each_class_has_a_real_and_a_synthetic_picture_and_rounds_are_spread(pag
     ]
 
 
-def test_real_images_that_are_somebodys_are_not_shown_unless_asked_for(copied: RunFolder) -> None:
-    somebodys = to_dict(copied.settings())
-    somebodys["data"]["root"] = "/data/hospitals"
+def test_real_images_of_patients_are_shown_only_on_request(copied: RunFolder) -> None:
+    settings_tree = to_dict(copied.settings())
+    settings_tree["data"]["root"] = "/data/hospitals"
     for choice, shown in (("phantoms", False), ("none", False), ("all", True)):
-        somebodys["evaluation"]["show_real"] = choice
-        copied.write_settings(from_dict(somebodys))
+        settings_tree["evaluation"]["show_real"] = choice
+        copied.write_settings(from_dict(settings_tree))
         page = Page(page_of(copied))
         assert any("real image" in alt for alt in page.values("alt")) == shown
-        assert ("This page holds real images." in page.words) == shown
+        assert ("This report contains real images." in page.words) == shown
         assert ("Real images are not shown" in page.words) != shown
 
 
-def test_merged_labels_are_the_classifiers_alone(copied: RunFolder) -> None:
-    """Hospitals and pictures keep the labels of the data after `evaluation.label_map = a=benign,*=malignant`."""
+def test_merged_labels_apply_to_classifiers_only(copied: RunFolder) -> None:
+    """Hospitals and images keep the data labels after `evaluation.label_map`."""
     merged = make_evaluation(HOSPITALS, ["malignant", "benign"], np.random.default_rng(1))
     files.write_json(copied.evaluation, merged)
     page = Page(page_of(copied))
@@ -405,21 +406,21 @@ def test_merged_labels_are_the_classifiers_alone(copied: RunFolder) -> None:
     assert "Not in the macro mean" not in page.words
 
 
-def test_there_is_a_chart_for_each_curve_with_a_spoken_title(page: Page) -> None:
+def test_each_curve_has_a_chart_with_a_title(page: Page) -> None:
     ids = page.values("id")
     for key in ("loss-g", "loss-d", "r-t", "p", "r1", "path-length"):
         assert {f"curves-{key}-title", f"curves-{key}-desc"} <= set(ids)
     assert "fidelity-curve-title" in ids
     assert "hospitals-mix-title" in ids
-    assert "floor: real to real" in page.words
+    assert "reference: real to real" in page.words
     for reference in page.values("aria-labelledby"):
         assert set(reference.split()) <= set(ids)
 
 
-# --- what the page is ----------------------------------------------------------------------------
+# --- properties of the HTML ----------------------------------------------------------------------
 
 
-def test_the_page_needs_nothing_from_outside(html: str, page: Page) -> None:
+def test_report_is_self_contained(html: str, page: Page) -> None:
     assert page.tags["script"] == page.tags["iframe"] == page.tags["object"] == 0
     assert page.values("src")
     assert all(value.startswith("data:image/") for value in page.values("src"))
@@ -435,13 +436,13 @@ def test_the_page_needs_nothing_from_outside(html: str, page: Page) -> None:
     assert len(html.encode()) < 3_000_000
 
 
-def test_ids_are_unique_and_links_lead_somewhere(page: Page) -> None:
+def test_ids_are_unique_and_links_have_targets(page: Page) -> None:
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     assert {value[1:] for value in page.values("href") if value.startswith("#")} <= set(ids)
 
 
-def test_tables_have_scoped_heads_and_a_caption(page: Page) -> None:
+def test_tables_have_scoped_headings_and_a_caption(page: Page) -> None:
     heads = [value for tag, name, value in page.attributes if tag == "th" and name == "scope"]
     assert len(heads) == page.tags["th"]
     assert page.tags["table"] == page.tags["caption"] >= 7
@@ -449,7 +450,7 @@ def test_tables_have_scoped_heads_and_a_caption(page: Page) -> None:
     assert ("html", "lang", "en") in page.attributes
 
 
-def test_csv_links_hold_the_rows_of_the_table(page: Page) -> None:
+def test_csv_links_contain_the_rows_of_the_table(page: Page) -> None:
     links = [
         value
         for tag, name, value in page.attributes
@@ -465,7 +466,7 @@ def test_csv_links_hold_the_rows_of_the_table(page: Page) -> None:
     assert all(len(row) == len(rows[0]) for rows in tables for row in rows)
 
 
-def test_a_spreadsheet_gets_no_formula_out_of_a_name() -> None:
+def test_csv_cells_are_no_spreadsheet_formulas() -> None:
     given = [
         "=1+2",
         "@here",
@@ -485,19 +486,17 @@ def test_a_spreadsheet_gets_no_formula_out_of_a_name() -> None:
     assert rows[0] == ["\ufeffname"]
 
 
-def test_writing_twice_gives_the_same_page_and_leaves_nothing_beside_it(
-    run: RunFolder, html: str
-) -> None:
+def test_report_is_deterministic_and_leaves_no_other_files(run: RunFolder, html: str) -> None:
     assert page_of(run) == html
     assert not list(run.path.glob(".*"))
 
 
-# --- what the page survives ----------------------------------------------------------------------
+# --- missing, damaged and hostile content --------------------------------------------------------
 
 HOSTILE = '</title><script>alert(1)</script>"><img src=x onerror=alert(2)> {{ 7*7 }} ]]>'
 
 
-def test_hostile_names_are_shown_as_text(tmp_path: Path) -> None:
+def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     run = make_run(
         tmp_path,
         hospitals=[HOSTILE, "\ud800 \x00\u202egnp.exe", "C"],
@@ -515,23 +514,23 @@ def test_hostile_names_are_shown_as_text(tmp_path: Path) -> None:
     assert not re.search("[\x00-\x08\u202a-\u202e\ud800-\udfff]", html)
 
 
-def test_a_run_that_has_only_begun_says_what_is_not_there(tmp_path: Path) -> None:
+def test_new_run_reports_what_is_missing(tmp_path: Path) -> None:
     run = RunFolder.at(tmp_path)
     run.write_settings(from_dict({"name": "young"}))
     page = Page(page_of(run))
     assert "has not been measured yet" in page.words
     for sentence in (
-        "No pictures yet",
+        "No images yet",
         "No classifier has been tested yet",
         "The final distances have not been measured",
         "No round has finished yet",
-        "hospitals.json is not there yet",
-        "environment.json is not there",
+        "hospitals.json is missing",
+        "environment.json is missing",
         "No privacy attack",
     ):
         assert sentence in page.words
     assert page.tags["section"] == 9
-    assert "holds real images" not in page.words
+    assert "contains real images" not in page.words
 
 
 @pytest.mark.parametrize(
@@ -540,7 +539,7 @@ def test_a_run_that_has_only_begun_says_what_is_not_there(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "damage", [None, b"", b'{"utility": ', b"\xff\xfe\x00", b"[1, null]", b"7"]
 )
-def test_a_missing_or_damaged_file_takes_its_own_part_only(
+def test_missing_or_damaged_file_affects_only_its_part(
     copied: RunFolder, name: str, damage: bytes | None
 ) -> None:
     run = copied
@@ -553,20 +552,18 @@ def test_a_missing_or_damaged_file_takes_its_own_part_only(
     if name != "evaluation.json":
         assert "0.971" in page.words
     if name == "samples":
-        assert "No pictures yet" in page.words or "damaged or is no grid" in page.words
+        assert "No images yet" in page.words or "damaged or no grid" in page.words
     if damage == b"\xff\xfe\x00" and name != "samples":
         assert f"{name} is damaged" in page.words
 
 
-def test_no_page_where_there_is_no_run(tmp_path: Path) -> None:
+def test_folder_without_a_run_has_no_report(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run folder"):
         write_report(RunFolder.at(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-def test_numbers_that_are_null_or_not_finite_become_a_dash_and_are_listed(
-    copied: RunFolder,
-) -> None:
+def test_null_and_non_finite_numbers_become_dashes(copied: RunFolder) -> None:
     run = copied
     evaluation = run.read_json(run.evaluation)
     evaluation["utility"]["synthetic"] |= {"macro_auc": None, "macro_auc_ci": None}
@@ -578,29 +575,29 @@ def test_numbers_that_are_null_or_not_finite_become_a_dash_and_are_listed(
     run.evaluation.write_text(json.dumps(evaluation))  # json writes NaN; files.write_json would not
     page = Page(page_of(run))
     assert (
-        "What a classifier trained only on images of this federated generator reaches has not been measured"
+        "A classifier trained only on images of this federated generator has not been measured"
         in page.words
     )
     assert "utility › synthetic › macro_auc" in page.words
     assert not re.search(
         r"\b(nan|NaN|None|null|inf)\b",
-        page.words.replace("Numbers that are null in evaluation.json", ""),
+        page.words.replace("Null values in evaluation.json", ""),
     )
 
 
-def test_a_run_that_was_stopped_says_so_and_repeated_rounds_count_once(copied: RunFolder) -> None:
+def test_stopped_run_is_reported_and_repeated_rounds_count_once(copied: RunFolder) -> None:
     run = copied
     run.evaluation.unlink()
     (run.samples / "final.png").unlink()
     again = {"round": 4, "images_seen": 24000, "mean": {"loss_g": 5.0}}
     files.write_text(run.metrics, run.metrics.read_text() + json.dumps(again) + "\n")
     page = Page(page_of(run))
-    assert "The run had 4 of 10 rounds when this page was written." in page.words
-    assert "The synthetic images are those of round 4" in page.words
+    assert "The run had 4 of 10 rounds when this report was written." in page.words
+    assert "The synthetic images are of round 4" in page.words
     assert "Generator loss 5 Non-saturating" in page.words
 
 
-def test_absolute_paths_stay_off_the_page(copied: RunFolder) -> None:
+def test_absolute_paths_are_not_shown(copied: RunFolder) -> None:
     run = copied
     run.write_settings(
         from_dict(
@@ -616,7 +613,7 @@ def test_absolute_paths_stay_off_the_page(copied: RunFolder) -> None:
     assert "…/real" in page.words
 
 
-def test_labels_that_stand_together_are_shown_as_shares(tmp_path: Path) -> None:
+def test_multi_label_data_is_shown_as_shares(tmp_path: Path) -> None:
     run = make_run(
         tmp_path,
         labels=[f"finding {i}" for i in range(14)],
@@ -634,7 +631,7 @@ def test_labels_that_stand_together_are_shown_as_shares(tmp_path: Path) -> None:
     assert "2 more hospitals are in the tables only" in page.words
 
 
-def test_a_large_run_stays_small(tmp_path: Path) -> None:
+def test_report_of_a_large_run_stays_small(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels, hospitals = [f"class {i}" for i in range(16)], [f"H{i}" for i in range(8)]
     run = make_run(tmp_path, labels=["a"], hospitals=hospitals, rounds=1, pictures=False)
@@ -664,8 +661,8 @@ scraps = st.recursive(
 )
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every path in a tree of dicts and lists."""
+def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """All paths in a tree of dicts and lists."""
     items = (
         value.items()
         if isinstance(value, dict)
@@ -673,7 +670,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         if isinstance(value, list)
         else []
     )
-    return [path] + [p for key, item in items for p in places(item, (*path, key))]
+    return [path] + [p for key, item in items for p in paths_in(item, (*path, key))]
 
 
 def replaced(value: Any, path: tuple[Any, ...], scrap: Any) -> Any:
@@ -689,7 +686,7 @@ def replaced(value: Any, path: tuple[Any, ...], scrap: Any) -> Any:
 
 @settings(max_examples=25)
 @given(data=st.data())
-def test_no_content_of_the_files_stops_the_page(data: st.DataObject) -> None:
+def test_any_file_content_gives_a_report(data: st.DataObject) -> None:
     rng = np.random.default_rng(1)
     sound = {
         "evaluation": make_evaluation(HOSPITALS[:2], LABELS[:2], rng),
@@ -698,7 +695,7 @@ def test_no_content_of_the_files_stops_the_page(data: st.DataObject) -> None:
     }
     for _ in range(data.draw(st.integers(1, 3))):
         sound = replaced(
-            sound, data.draw(st.sampled_from([p for p in places(sound) if p])), data.draw(scraps)
+            sound, data.draw(st.sampled_from([p for p in paths_in(sound) if p])), data.draw(scraps)
         )
     assert isinstance(sound, dict)
     run = RunData(

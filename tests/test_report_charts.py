@@ -1,4 +1,4 @@
-"""Scales, ticks, charts, numbers as text, and grids taken apart again."""
+"""Scales, ticks, charts, number formats, and sample grids cut into cells."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ positive = st.floats(1e-9, 1e9)
 
 
 def parsed(svg: str) -> ElementTree.Element:
-    """A chart as XML: it must be well formed even so."""
+    """A chart as XML, which must be well formed."""
     return ElementTree.fromstring(svg)
 
 
@@ -60,7 +60,7 @@ def marks(svg: str, tag: str, style: str) -> list[ElementTree.Element]:
 
 
 @given(values=st.lists(ordinary, min_size=1, max_size=20))
-def test_a_span_holds_its_values_and_has_a_width(values: list[float]) -> None:
+def test_span_contains_its_values_and_has_a_width(values: list[float]) -> None:
     low, high = span(values)
     assert low <= min(values)
     assert max(values) <= high
@@ -72,7 +72,7 @@ def test_a_span_holds_its_values_and_has_a_width(values: list[float]) -> None:
     start=st.sampled_from([0.0, 200.0]),
     stop=st.sampled_from([100.0, 300.0]),
 )
-def test_a_scale_is_monotone_and_stays_on_its_axis(
+def test_scale_is_monotone_and_clamped_to_its_axis(
     values: list[float], start: float, stop: float
 ) -> None:
     scale = Scale(*span(values), start, stop)
@@ -82,7 +82,7 @@ def test_a_scale_is_monotone_and_stays_on_its_axis(
 
 
 @given(values=st.lists(positive, min_size=2, max_size=20))
-def test_a_logarithmic_scale_is_used_for_wide_positive_values_only(values: list[float]) -> None:
+def test_log_span_is_used_for_wide_positive_values_only(values: list[float]) -> None:
     found = log_span(values)
     assert (found is not None) == (max(values) / min(values) >= 50)
     if found:
@@ -94,7 +94,7 @@ def test_a_logarithmic_scale_is_used_for_wide_positive_values_only(values: list[
 
 @given(low=ordinary, width=st.floats(1e-6, 1e12), count=st.integers(2, 8))
 @example(low=-450827950828.0, width=1.0, count=2)
-def test_ticks_are_few_even_inside_and_round(low: float, width: float, count: int) -> None:
+def test_ticks_are_few_evenly_spaced_inside_and_round(low: float, width: float, count: int) -> None:
     high = low + max(width, abs(low) * 1e-6)
     ticks = nice_ticks(low, high, count)
     assert 1 <= len(ticks) <= count + 1
@@ -119,7 +119,7 @@ def test_ticks_of_known_ranges() -> None:
 
 
 @given(low=positive, ratio=st.floats(50, 1e8))
-def test_logarithmic_ticks_lie_inside_and_are_at_least_two(low: float, ratio: float) -> None:
+def test_log_ticks_are_inside_and_at_least_two(low: float, ratio: float) -> None:
     ticks = log_ticks(low, low * ratio)
     assert len(ticks) >= 2
     assert ticks == sorted(set(ticks))
@@ -127,7 +127,7 @@ def test_logarithmic_ticks_lie_inside_and_are_at_least_two(low: float, ratio: fl
 
 
 @given(places=st.lists(st.floats(0, 300), min_size=1, max_size=30), gap=st.floats(0, 40))
-def test_places_are_spread_in_order_inside_their_range(places: list[float], gap: float) -> None:
+def test_spread_out_keeps_order_and_range(places: list[float], gap: float) -> None:
     found = spread_out(sorted(places), gap, 0, 300)
     room = min(gap, 300 / max(len(places) - 1, 1))
     assert all(after - before >= room - 0.11 for before, after in itertools.pairwise(found))
@@ -139,7 +139,7 @@ def test_places_are_spread_in_order_inside_their_range(places: list[float], gap:
 
 
 @given(values=st.lists(ordinary, min_size=1, max_size=900))
-def test_thinning_keeps_order_ends_and_extremes(values: list[float]) -> None:
+def test_thin_keeps_order_ends_and_extremes(values: list[float]) -> None:
     points = [(float(i), value) for i, value in enumerate(values)]
     kept = thin(points, 100)
     assert len(kept) <= 104
@@ -152,7 +152,7 @@ def test_thinning_keeps_order_ends_and_extremes(values: list[float]) -> None:
 # --- charts --------------------------------------------------------------------------------------
 
 
-def test_a_line_goes_through_its_points_in_order() -> None:
+def test_line_connects_its_points_in_order() -> None:
     svg = line_chart(
         "k",
         "Title",
@@ -171,7 +171,7 @@ def test_a_line_goes_through_its_points_in_order() -> None:
     assert len(marks(svg, "circle", "mark")) == 3
 
 
-def test_a_chart_has_a_title_a_description_and_own_ids() -> None:
+def test_chart_has_title_description_and_unique_ids() -> None:
     svg = line_chart(
         "a-key", "Loss <of> G", "Falls & rises.", [Line("m", [(1, 1), (2, 2)])], "images seen"
     )
@@ -183,27 +183,27 @@ def test_a_chart_has_a_title_a_description_and_own_ids() -> None:
     assert [e.get("id") for e in root.iter() if e.get("id")] == ["a-key-title", "a-key-desc"]
 
 
-def test_a_single_point_is_a_mark_without_a_line() -> None:
-    svg = line_chart("k", "t", "d", [Line("mean", [(0, 0.0)])], "images seen", [("floor", 0.0)])
+def test_single_point_is_a_mark_without_a_line() -> None:
+    svg = line_chart("k", "t", "d", [Line("mean", [(0, 0.0)])], "images seen", [("reference", 0.0)])
     assert marks(svg, "circle", "mark")
     assert not marks(svg, "polyline", "line")
     assert not re.search("nan|inf", svg)
 
 
 @pytest.mark.parametrize("lines", [[], [Line("mean", [])]])
-def test_an_empty_chart_says_so(lines: list[Line]) -> None:
+def test_empty_chart_states_that_it_is_empty(lines: list[Line]) -> None:
     assert "no values yet" in line_chart("k", "t", "d", lines, "images seen")
 
 
 @given(ys=st.lists(ordinary, min_size=1, max_size=30), reference=ordinary)
-def test_no_place_of_a_chart_is_outside_its_frame(ys: list[float], reference: float) -> None:
+def test_line_chart_stays_inside_its_frame(ys: list[float], reference: float) -> None:
     svg = line_chart(
         "k",
         "t",
         "d",
         [Line("m", [(100.0 * i, y) for i, y in enumerate(ys)])],
         "x",
-        [("floor", reference)],
+        [("reference", reference)],
     )
     width, height = map(float, parsed(svg).get("viewBox", "").split()[2:])
     for element in parsed(svg).iter():
@@ -211,7 +211,7 @@ def test_no_place_of_a_chart_is_outside_its_frame(ys: list[float], reference: fl
             assert all(0 <= float(element.get(name, 0)) <= limit for name in names)
 
 
-def test_dots_lie_by_value_and_intervals_around_them() -> None:
+def test_dots_are_ordered_by_value_inside_their_intervals() -> None:
     rows = [
         Row(
             "nevus",
@@ -229,7 +229,7 @@ def test_dots_lie_by_value_and_intervals_around_them() -> None:
     assert "nevus, real: 0.900 (0.850–0.950)" in svg
 
 
-def test_single_values_lie_small_below_their_mean_and_are_spoken() -> None:
+def test_single_values_are_small_marks_below_their_mean() -> None:
     svg = dot_chart(
         "k",
         "t",
@@ -250,7 +250,7 @@ def test_single_values_lie_small_below_their_mean_and_are_spoken() -> None:
     assert "federated, AUC: 0.800 (0.700–0.900); single: 0.750, 0.850" in svg
 
 
-def test_a_vertical_reference_stands_at_its_value_with_its_label_above_the_rows() -> None:
+def test_vertical_reference_is_at_its_value_with_label_above() -> None:
     svg = dot_chart(
         "k",
         "t",
@@ -273,9 +273,7 @@ def test_a_vertical_reference_stands_at_its_value_with_its_label_above_the_rows(
 
 
 @given(values=st.lists(ordinary, min_size=1, max_size=9), reference=ordinary)
-def test_no_place_of_a_dot_chart_is_outside_its_frame(
-    values: list[float], reference: float
-) -> None:
+def test_dot_chart_stays_inside_its_frame(values: list[float], reference: float) -> None:
     rows = [
         Row(
             "all",
@@ -290,7 +288,7 @@ def test_no_place_of_a_dot_chart_is_outside_its_frame(
             assert all(0 <= float(element.get(name, 0)) <= limit for name in names)
 
 
-def test_marks_of_one_row_do_not_cover_each_other_however_many_they_are() -> None:
+def test_marks_of_one_row_do_not_overlap() -> None:
     svg = dot_chart(
         "k",
         "t",
@@ -304,16 +302,14 @@ def test_marks_of_one_row_do_not_cover_each_other_however_many_they_are() -> Non
     assert min(np.diff(ys)) >= 8.5
 
 
-def test_every_arm_has_a_shape_of_its_own() -> None:
+def test_each_arm_has_its_own_shape() -> None:
     styles = ["real", *(f"a{i}" for i in range(1, 9))]
     drawn = [str(legend([("name", style)], "dot")).replace(style, "") for style in styles]
     assert len(set(drawn)) == len(styles)
 
 
 @given(low=st.floats(1.0, 1e12), ratio=st.floats(1, 1e5))
-def test_the_axis_of_bytes_has_two_ticks_at_least_and_their_labels_have_room(
-    low: float, ratio: float
-) -> None:
+def test_log_axis_has_two_ticks_with_space_for_labels(low: float, ratio: float) -> None:
     svg = scatter_chart(
         "k", "t", "d", [Point("a", low, 0.1), Point("b", low * ratio, 0.2)], "x", text.size
     )
@@ -333,7 +329,7 @@ def test_the_axis_of_bytes_has_two_ticks_at_least_and_their_labels_have_room(
 @given(
     xs=st.lists(st.sampled_from([1e6, 1.1e6, 5e8]), min_size=1, max_size=20), gap=st.floats(-1, 1)
 )
-def test_numbers_never_touch_and_marks_keep_order_and_place(xs: list[float], gap: float) -> None:
+def test_scatter_numbers_are_apart_and_marks_keep_order(xs: list[float], gap: float) -> None:
     xs = sorted(xs)
     points = [
         Point(str(i), x, gap + i / 9, (gap - 1, gap + i), f"a{i % 8 + 1}") for i, x in enumerate(xs)
@@ -365,7 +361,7 @@ def test_numbers_never_touch_and_marks_keep_order_and_place(xs: list[float], gap
 
 
 @given(values=st.lists(st.integers(0, 10**6), min_size=1, max_size=8))
-def test_bars_divide_one_length_by_share(values: list[int]) -> None:
+def test_bars_divide_their_length_by_share(values: list[int]) -> None:
     svg = stacked_bars(
         "k",
         "t",
@@ -385,7 +381,7 @@ def test_bars_divide_one_length_by_share(values: list[int]) -> None:
     assert places == sorted(places)
 
 
-def test_names_are_escaped_and_long_ones_cut_but_kept() -> None:
+def test_names_are_escaped_and_long_names_shortened() -> None:
     name = "<b>Hospital & sons of a very long name</b>"
     svg = dot_chart("k", "t", "d", [Row(name, [Dot(name, 0.5)])], "x")
     assert "<b>" not in svg
@@ -409,12 +405,12 @@ def test_names_are_escaped_and_long_ones_cut_but_kept() -> None:
 @pytest.mark.parametrize(
     "value", [None, "12", True, math.nan, math.inf, -math.inf, [1], {}, 10**400]
 )
-def test_what_is_no_number_is_a_dash(value: object) -> None:
+def test_non_numbers_are_a_dash(value: object) -> None:
     for show in (text.whole, text.decimal, text.signed, text.duration, text.size, text.interval):
         assert show(value) == text.DASH
 
 
-def test_numbers_read_as_people_write_them() -> None:
+def test_number_formats() -> None:
     assert text.whole(12000) == "12,000"
     assert text.decimal(0.91349) == "0.913"
     assert [text.significant(v) for v in (31.4711, 0.0034123, -3.1e-7, 12345.6)] == [
@@ -457,9 +453,7 @@ def test_numbers_read_as_people_write_them() -> None:
 @pytest.mark.parametrize(
     "names", [["a", "b", "c", "d", "e", "f", "g"], ["only"], ["no finding", "x", "y"], [""] * 4]
 )
-def test_a_grid_of_the_evaluator_comes_apart_into_its_images(
-    tmp_path: Path, side: int, names: list[str]
-) -> None:
+def test_sample_grid_is_cut_into_its_images(tmp_path: Path, side: int, names: list[str]) -> None:
     rng = np.random.default_rng(side)
     channels = 1 if names[0] == "only" else 3
     images = [rng.integers(0, 256, (3, channels, side, side), dtype=np.uint8) for _ in names]
@@ -476,7 +470,7 @@ def test_a_grid_of_the_evaluator_comes_apart_into_its_images(
             assert np.array_equal(cell, np.broadcast_to(images[row][column], cell.shape))
 
 
-def test_a_picture_that_is_no_grid_is_not_shown(tmp_path: Path) -> None:
+def test_image_that_is_no_grid_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "real.png"
     Image.new("RGB", (301, 97)).save(path)
     assert open_grid(path, ["a", "b"], 32) is None
@@ -485,7 +479,7 @@ def test_a_picture_that_is_no_grid_is_not_shown(tmp_path: Path) -> None:
     assert open_grid(tmp_path / "absent.png", ["a"], 32) is None
 
 
-def test_pictures_keep_to_their_limit_and_small_ones_to_every_pixel() -> None:
+def test_images_stay_below_the_byte_limit() -> None:
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (96, 768, 3), dtype=np.uint8))
     assert data_uri(noise).startswith("data:image/jpeg;base64,")

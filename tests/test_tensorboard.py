@@ -1,4 +1,4 @@
-"""`fedgan report --tensorboard`: the numbers of metrics.jsonl in event files, and a clear word where the extra is absent."""
+"""`fedgan report --tensorboard`: event files of metrics.jsonl, and the error without the extra."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def run(tmp_path: Path) -> RunFolder:
     return found
 
 
-def test_each_number_of_a_round_has_its_place(run: RunFolder) -> None:
+def test_each_number_of_a_round_has_a_folder_and_tag(run: RunFolder) -> None:
     found = {
-        (place, tag, step): value
-        for place, tag, value, step in scalars(files.read_json_lines(run.metrics))
+        (folder, tag, step): value
+        for folder, tag, value, step in scalars(files.read_json_lines(run.metrics))
     }
     assert found["federation", "total/bytes_exchanged", 2] == 8000
     assert [found["federation", "round/bytes", step] for step in (1, 2)] == [4000, 4000]
     assert found["federation", "training/loss_g", 1] == 2.0
     assert found["federation", "fidelity/frechet", 2] == 12.5
     assert found["1-north", "training/loss_g", 2] == 2.0
-    assert {place for place, _, _ in found} == {"federation", "1-north", "2-_south_ward"}
+    assert {folder for folder, _, _ in found} == {"federation", "1-north", "2-_south_ward"}
     assert not [tag for _, tag, _ in found if tag.endswith(("epsilon", "extractor", "name"))]
 
 
-def test_a_run_is_written_for_tensorboard(fedgan: Run, run: RunFolder, tmp_path: Path) -> None:
+def test_report_writes_tensorboard_events(fedgan: Run, run: RunFolder, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -85,7 +85,7 @@ def test_a_run_is_written_for_tensorboard(fedgan: Run, run: RunFolder, tmp_path:
     assert "events is not empty" in err
 
 
-def test_without_the_extra_the_error_says_what_to_install(
+def test_missing_extra_is_an_error_that_names_the_package(
     fedgan: Run, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -96,9 +96,9 @@ def test_without_the_extra_the_error_says_what_to_install(
     assert fedgan("report", run.path)[0] == 0
 
 
-def test_a_run_without_a_round_has_nothing_to_show(fedgan: Run, run: RunFolder) -> None:
+def test_run_without_a_round_is_an_error(fedgan: Run, run: RunFolder) -> None:
     pytest.importorskip("tensorboard")
     run.metrics.unlink()
     code, _, err = fedgan("report", run.path, "--tensorboard", "events")
     assert code == 2
-    assert "tells of no round yet" in err
+    assert "has no round yet" in err

@@ -111,7 +111,7 @@ def write_card_and_checksums(
             name: int(labels[:, column].sum()) for column, name in enumerate(meta["label_names"])
         },
         unlabelled=int((labels.sum(axis=1) == 0).sum()),
-        asked=label_mix,
+        label_mix=label_mix,
         seed=seed,
         psi=psi,
         meta=meta,

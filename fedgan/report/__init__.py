@@ -1,8 +1,4 @@
-"""From a run folder to one self-contained page.
-
-`write_report(run)` reads the files of the run folder and nothing else; a file that is not there yet
-becomes a sentence on the page.
-"""
+"""HTML reports and cards, made from the files of a run folder or comparison folder."""
 
 from fedgan.report.run.report import write_report
 

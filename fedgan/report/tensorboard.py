@@ -1,6 +1,6 @@
-"""A run's rounds as TensorBoard scalars, for those who watch all their trainings there.
+"""Export the rounds of a run as TensorBoard scalars (optional extra `tracking`).
 
-metrics.jsonl stays the record; this copies its numbers and measures nothing. TensorBoard is an optional extra.
+It copies the numbers of metrics.jsonl and measures nothing.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ TOTALS = ("images_seen", "wall_seconds", "bytes_exchanged")  # cumulative over t
 
 
 def write_tensorboard(run: RunFolder, folder: Path) -> int:
-    """Write event files into `folder`; the number of rounds. The step is the round.
+    """Write event files into `folder` and return the number of rounds. The step is the round.
 
-    `federation/` holds the run's totals, the bytes of each round (`round/bytes`), means over hospitals and the evaluator's
-    distances; `1-NAME/`, `2-NAME/` … the same means of one hospital under the same tags, so that a chart shows all.
+    `federation/` holds the run's totals, the bytes per round (`round/bytes`), means over hospitals
+    and the evaluator's distances. `1-NAME/`, `2-NAME/` … hold the values of each hospital under the
+    same tags, so that one chart shows all.
 
-    Raises `MachineError` where TensorBoard is not installed, `ConfigError` where the run has no round yet.
+    Raises `MachineError` if TensorBoard is not installed, `ConfigError` if no round is recorded.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise MachineError(
-            "TensorBoard is not installed: pip install 'fedgan[tracking]' (in the repository: pip install -e '.[tracking]')"
+            "TensorBoard is not installed: pip install 'fedgan[tracking]' "
+            "(in the repository: pip install -e '.[tracking]')"
         ) from None
     lines = files.read_json_lines(run.metrics)
     if not lines:
-        raise ConfigError(
-            f"{run.metrics} tells of no round yet: there is nothing to show in TensorBoard"
-        )
+        raise ConfigError(f"{run.metrics} has no round yet: there is nothing to export")
     writers: dict[str, Any] = {}
     try:
-        for place, tag, value, step in scalars(lines):
-            if place not in writers:
-                writers[place] = SummaryWriter(str(folder / place))
-            writers[place].add_scalar(tag, value, step)
+        for subfolder, tag, value, step in scalars(lines):
+            if subfolder not in writers:
+                writers[subfolder] = SummaryWriter(str(folder / subfolder))
+            writers[subfolder].add_scalar(tag, value, step)
     except OSError as error:
         raise files.storage_error(folder, error) from None
     finally:
@@ -52,8 +52,8 @@ def write_tensorboard(run: RunFolder, folder: Path) -> int:
 
 
 def scalars(lines: list[dict[str, Any]]) -> Iterator[tuple[str, str, float, int]]:
-    """(folder, tag, value, round) of every number in the lines of metrics.jsonl."""
-    places: dict[str, str] = {}
+    """(subfolder, tag, value, round) of every number in the lines of metrics.jsonl."""
+    subfolders: dict[str, str] = {}
     before = 0.0
     for line in lines:
         step = int(line["round"])
@@ -65,16 +65,15 @@ def scalars(lines: list[dict[str, Any]]) -> Iterator[tuple[str, str, float, int]
         yield from _numbers(FEDERATION, "training", line.get("mean") or {}, step)
         yield from _numbers(FEDERATION, "fidelity", line.get("fidelity") or {}, step)
         for row in line.get("hospitals", []):
-            # A name is what a hospital called itself: a number keeps two apart, and nothing but words becomes a folder.
-            place = places.setdefault(
-                row["name"], f"{len(places) + 1}-{re.sub(r'[^A-Za-z0-9_-]+', '_', row['name'])}"
-            )
-            yield from _numbers(place, "training", row, step)
+            # Hospitals choose their names: a number keeps them unique, the pattern keeps them safe.
+            safe_name = re.sub(r"[^A-Za-z0-9_-]+", "_", row["name"])
+            subfolder = subfolders.setdefault(row["name"], f"{len(subfolders) + 1}-{safe_name}")
+            yield from _numbers(subfolder, "training", row, step)
 
 
 def _numbers(
-    place: str, group: str, values: Mapping[str, Any], step: int
+    subfolder: str, group: str, values: Mapping[str, Any], step: int
 ) -> Iterator[tuple[str, str, float, int]]:
     for key, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            yield place, f"{group}/{key}", float(value), step
+            yield subfolder, f"{group}/{key}", float(value), step

@@ -1,4 +1,4 @@
-"""What the files of a run tell, made fit to be passed on: no path of a machine, no file name of a hospital."""
+"""Collect the facts of a run for its cards, without local paths and without file names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedgan.config import Settings, to_dict
 from fedgan.data.splits import SPLITS
 from fedgan.errors import FedganError
 from fedgan.redact import REDACTED, redact
-from fedgan.report.facts import all_drawn, content_hash, source_title
+from fedgan.report.facts import are_all_phantoms, content_hash, source_title
 from fedgan.report.html.format import number
 from fedgan.report.run.data import RunData, Tree, clean, load, tree, trees
 from fedgan.run_folder import RunFolder
@@ -23,40 +23,43 @@ UNKNOWN = "not known"
 
 @dataclass(frozen=True)
 class CardData:
-    """One run as the cards see it. `checkpoint`: round, file, sha256 and meta of the newest model, or empty.
+    """The data of one run for its cards.
 
-    `compared`: one of a comparison's trainings, judged under the comparison's settings of the evaluator.
+    `checkpoint`: round, file, sha256 and metadata of the newest model, or empty. `is_compared`: the
+    run is part of a comparison, whose evaluation settings apply.
     """
 
     run: RunFolder
     data: RunData
     checkpoint: Tree
     problems: tuple[str, ...]
-    compared: bool = False
+    is_compared: bool = False
 
     @property
     def label_names(self) -> list[str]:
-        """The generator's labels, of the checkpoint or else of the hospitals' counts."""
+        """The labels of the generator, from the checkpoint or else from hospitals.json."""
         named = self.checkpoint.get("label_names")
         return [str(name) for name in named] if isinstance(named, list) else self.data.data_labels
 
     @property
-    def phantoms(self) -> bool:
-        """Whether all training images were drawn by a program, so that there is no patient."""
-        return all_drawn(row.get("source") for row in trees(self.data.environment.get("sources")))
+    def has_only_phantoms(self) -> bool:
+        """Whether all training images are phantoms, so that there is no patient."""
+        return are_all_phantoms(
+            row.get("source") for row in trees(self.data.environment.get("sources"))
+        )
 
     @property
     def arm(self) -> str:
-        """How the model was trained, as evaluation.json says; "not known" where it does not, and then nothing is claimed."""
+        """The arm in evaluation.json, or "not known": then no claim is made on training."""
         return str(self.data.evaluation.get("arm") or UNKNOWN)
 
     @property
     def is_member(self) -> bool:
-        """Whether this is one hospital's own training within an arm: its share of a budget that stands elsewhere."""
-        return self.compared and self.run.path.parent.name == "members"
+        """Whether this is the training of one hospital within an arm."""
+        return self.is_compared and self.run.path.parent.name == "members"
 
-    def publish(self, facts: Tree) -> Tree:
-        """`facts` with every path of this machine taken out, all the way down."""
+    def redact(self, facts: Tree) -> Tree:
+        """`facts` without local paths."""
         settings = self.data.settings
         roots = [str(self.run.path), settings.data.root, settings.evaluation.root, str(Path.home())]
         return redact(
@@ -65,57 +68,59 @@ class CardData:
 
 
 def collect(run: RunFolder) -> CardData:
-    """Read a run folder. Raises `ConfigError` when it has no readable config.toml; anything else may lack or be damaged.
+    """Read a run folder. Raises `ConfigError` if config.toml cannot be read; nothing else.
 
-    A training of a comparison takes what it does not have itself (environment, hospitals) from the comparison's folder,
-    and from there, too, the settings of the evaluator: that is what judged it, whatever its own config.toml says.
+    A run of a comparison takes what it does not have itself (environment, hospitals) from the
+    folder of the comparison, and always the evaluation settings: those produced its figures.
     """
     data = load(run)
     problems = list(data.problems)
-    above = comparison_of(run.path)
-    if above is not None:
-        data = _within(run, data, load(RunFolder.at(above)))
+    comparison = comparison_of(run.path)
+    if comparison is not None:
+        data = _with_comparison(run, data, load(RunFolder.at(comparison)))
     checkpoint: Tree = {}
     if run.evaluated_run.is_file():
         problems.append(
-            "This is a second look at another run: the model lies in that run, and its hash is not stated here."
+            "This is another evaluation of a run: that run contains the model, and its hash is "
+            "not stated here."
         )
     else:
         checkpoint = _checkpoint(run, problems)
-    return CardData(run, data, checkpoint, tuple(problems), above is not None)
+    return CardData(run, data, checkpoint, tuple(problems), comparison is not None)
 
 
 def comparison_of(path: Path) -> Path | None:
-    """The comparison that a run folder is part of: an arm (arms/NAME-seedK) or a member of one (…/members/HOSPITAL)."""
+    """The comparison folder of an arm (arms/NAME-seedK) or of a member (…/members/HOSPITAL)."""
     arm = path.parent.parent if path.parent.name == "members" else path
-    above = arm.parent.parent
-    return above if arm.parent.name == "arms" and (above / "config.toml").is_file() else None
+    comparison = arm.parent.parent
+    is_arm = arm.parent.name == "arms" and (comparison / "config.toml").is_file()
+    return comparison if is_arm else None
 
 
-def _within(run: RunFolder, data: RunData, whole: RunData) -> RunData:
-    """A training of the comparison `whole`, with the hospitals whose images it learned from and no others."""
-    settings = dataclasses.replace(data.settings, evaluation=whole.settings.evaluation)
+def _with_comparison(run: RunFolder, data: RunData, comparison: RunData) -> RunData:
+    """A run of a comparison, with exactly the hospitals whose images it was trained on."""
+    settings = dataclasses.replace(data.settings, evaluation=comparison.settings.evaluation)
     environment, hospitals = (
-        data.environment or whole.environment,
-        data.hospitals or whole.hospitals,
+        data.environment or comparison.environment,
+        data.hospitals or comparison.hospitals,
     )
     members = settings.federation.members
-    alone = run.path.parent.name != "members" or data.evaluation.get("arm") == "local"
-    if members and alone:
-        taught = [
+    is_own_data = run.path.parent.name != "members" or data.evaluation.get("arm") == "local"
+    if members and is_own_data:
+        sources = [
             row for row in trees(environment.get("sources")) if row.get("hospital") in members
         ]
-        environment = environment | ({"sources": taught} if "sources" in environment else {})
+        environment = environment | ({"sources": sources} if "sources" in environment else {})
         hospitals = tuple(row for row in hospitals if row.get("name") in members)
-    elif not alone:  # it began with a federation's model, which learned from all of them
-        hospitals = whole.hospitals or hospitals
+    elif not is_own_data:  # it started from the model of a federation of all hospitals
+        hospitals = comparison.hospitals or hospitals
     return dataclasses.replace(
         data, settings=settings, environment=environment, hospitals=hospitals
     )
 
 
 def _checkpoint(run: RunFolder, problems: list[str]) -> Tree:
-    """Name, sha256 and meta of the newest whole checkpoint; empty, with a sentence, where there is none."""
+    """Name, sha256 and metadata of the newest checkpoint; empty, with a problem, if none."""
     newest = run.last_round()
     if newest is None:
         problems.append("The run has no finished round: there is no model yet.")
@@ -127,7 +132,7 @@ def _checkpoint(run: RunFolder, problems: list[str]) -> Tree:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except (FedganError, OSError, ValueError, RecursionError):
         problems.append(
-            f"{path.name} or its JSON could not be read: the model's hash is not known."
+            f"{path.name} or its JSON could not be read: the hash of the model is not known."
         )
         return {}
     if meta.get("sha256") != digest:
@@ -151,7 +156,7 @@ def _checkpoint(run: RunFolder, problems: list[str]) -> Tree:
 
 
 def hospital_rows(data: RunData) -> list[Tree]:
-    """A row a hospital: name, images and patients of each split, training images of each class, content hash."""
+    """One row per hospital: images and patients per split, training images per class, hash."""
     return [
         {
             "name": str(row.get("name", "unnamed")),
@@ -167,7 +172,7 @@ def hospital_rows(data: RunData) -> list[Tree]:
 
 
 def totals(rows: list[Tree]) -> Tree:
-    """Sums over `hospital_rows`; a sum of which a part is unknown is None."""
+    """Sums over `hospital_rows`; None if a summand is unknown."""
 
     def total(values: list[int | None]) -> int | None:
         known = [value for value in values if value is not None]
@@ -185,7 +190,7 @@ def totals(rows: list[Tree]) -> Tree:
 
 
 def source_rows(data: RunData) -> list[Tree]:
-    """A row a source: hospital, title, licence, content hash. A title that may be a file's or a folder's name is None."""
+    """One row per source; a title that may be the name of a file or folder is None."""
     return [
         {
             "hospital": str(row.get("hospital", "unnamed")),
@@ -198,7 +203,7 @@ def source_rows(data: RunData) -> list[Tree]:
 
 
 def licences(sources: list[Tree]) -> list[str]:
-    """The licences of the sources, each once."""
+    """The distinct licences of the sources."""
     return list(dict.fromkeys(row["licence"] for row in sources if row["licence"]))
 
 
@@ -210,10 +215,10 @@ def provenance(card: CardData) -> Tree:
             settings[section][key] = REDACTED
     defaults = to_dict(Settings())
     changed = {
-        f"{section}.{key}" if isinstance(held, dict) else section: value
-        for section, held in settings.items()
-        for key, value in (held.items() if isinstance(held, dict) else [("", held)])
-        if value != (defaults[section][key] if isinstance(held, dict) else defaults[section])
+        f"{section}.{key}" if isinstance(values, dict) else section: value
+        for section, values in settings.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+        if value != (defaults[section][key] if isinstance(values, dict) else defaults[section])
     }
     environment = card.data.environment
     return {
@@ -222,7 +227,7 @@ def provenance(card: CardData) -> Tree:
         "settings_changed": {
             key: value for key, value in changed.items() if key not in ("name", "description")
         },
-        "evaluation_settings_of": "the comparison" if card.compared else "this run",
+        "evaluation_settings_of": "the comparison" if card.is_compared else "this run",
         "settings_sha256": hashlib.sha256(card.run.config.read_bytes()).hexdigest(),
         "experiment": environment.get("experiment"),
         "created": environment.get("created"),

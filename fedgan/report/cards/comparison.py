@@ -1,4 +1,4 @@
-"""The cards of a comparison: one model card, of its federated generator, with a line for each other arm."""
+"""Cards of a comparison: the model card of its federated generator, with a row per arm."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from fedgan.run_folder import RunFolder
 
 
 def write_comparison_cards(folder: Path) -> list[Path]:
-    """Write model_card and dataset_card (.md and .json) into `folder`/cards and return their paths.
+    """Write model_card and dataset_card (.md and .json) into `folder`/cards; return their paths.
 
-    The model is that of the first finished federated arm (of any other arm where none is), with its lowest seed; each arm
-    has a line in its card. Raises `ConfigError` where `folder` has no config.toml, `StorageError` where it cannot be written.
+    The model is that of the first finished federated arm (any arm if there is none), lowest seed;
+    its card has a row for each arm. Raises `ConfigError` if `folder` has no config.toml,
+    `StorageError` if a card cannot be written.
     """
     whole = RunFolder.at(folder)
     card = collect(whole)
@@ -28,7 +29,7 @@ def write_comparison_cards(folder: Path) -> list[Path]:
     try:
         found = tree(clean(whole.read_json(whole.path / "comparison.json")))
         if not found:
-            problems.append("comparison.json is not there: the comparison is not finished.")
+            problems.append("comparison.json is missing: the comparison is not finished.")
     except (FedganError, OSError, ValueError, RecursionError):
         found = {}
         problems.append("comparison.json is damaged and could not be read.")
@@ -36,28 +37,28 @@ def write_comparison_cards(folder: Path) -> list[Path]:
     arm = card
     if chosen:
         try:
-            arm = _arm_data(collect(_place(whole, chosen)), chosen, card)
+            arm = _arm_data(collect(_arm_folder(whole, chosen)), chosen, card)
         except (FedganError, OSError):
             problems.append(
                 f"The run folder of {_name(chosen)} could not be read: the model is not known."
             )
     else:
         problems.append("No arm is finished: there is no model to describe.")
-    # The comparison's folder has no rounds of its own: what it lacks as a run says nothing.
+    # The folder of a comparison has no rounds, so its problems as a run are irrelevant.
     card = dataclasses.replace(card, checkpoint=arm.checkpoint, problems=tuple(problems))
     if arm is not card:
         arm = dataclasses.replace(
             arm, problems=(*problems, *(() if arm.data is card.data else arm.problems))
         )
-    model = model_facts(arm) | card.publish(
+    model = model_facts(arm) | card.redact(
         {"name": card.data.settings.name, "comparison": _comparison(found, chosen)}
     )
     return write_both(whole.path / "cards", model, dataset_facts(card))
 
 
 def _choose(arms: list[Tree]) -> Tree | None:
-    """The arm that the model card is about: federated before others, then in the order given, the lowest seed first."""
-    done = [arm for arm in arms if arm.get("status", "done") == "done"]
+    """The arm of the model card: federated first, then in the given order, lowest seed."""
+    done = [arm for arm in arms if _is_done(arm)]
     federated = [arm for arm in done if arm.get("arm") == "federated"] or done
     if not federated:
         return None
@@ -67,8 +68,8 @@ def _choose(arms: list[Tree]) -> Tree | None:
     )
 
 
-def _place(whole: RunFolder, arm: Tree) -> RunFolder:
-    """The arm's run folder; only one within the comparison's is believed."""
+def _arm_folder(whole: RunFolder, arm: Tree) -> RunFolder:
+    """The run folder of an arm, which must be inside the folder of the comparison."""
     named = (whole.path / str(arm.get("folder") or "")).resolve()
     if named != whole.path and named.is_relative_to(whole.path):
         return RunFolder(named)
@@ -76,7 +77,7 @@ def _place(whole: RunFolder, arm: Tree) -> RunFolder:
 
 
 def _arm_data(found: CardData, arm: Tree, whole: CardData) -> CardData:
-    """The arm's run; what it does not have itself is taken from comparison.json and from the comparison's folder."""
+    """The run of an arm, completed from comparison.json and from the comparison folder."""
     data = found.data
     evaluation = data.evaluation or tree(arm.get("evaluation"))
     evaluation = evaluation | {"arm": evaluation.get("arm") or arm.get("arm")}
@@ -92,13 +93,13 @@ def _arm_data(found: CardData, arm: Tree, whole: CardData) -> CardData:
 
 
 def _comparison(found: Tree, chosen: Tree | None) -> Tree:
-    """What comparison.json says of the arms, as it stands there, and the cells of the card's tables."""
+    """The arms in comparison.json, and the cells of the tables of the card."""
     rows = trees(found.get("summary"))
     comparisons = trees(found.get("comparisons"))
     failed = [
         f"{_name(arm)}: {arm.get('failure') or arm.get('status')}"
         for arm in trees(found.get("arms"))
-        if not _done(arm)
+        if not _is_done(arm)
     ]
     keys = (
         "arm",
@@ -112,23 +113,23 @@ def _comparison(found: Tree, chosen: Tree | None) -> Tree:
         "recall",
         "coverage",
     )
-    which = (
+    this_card = (
         "No model is described."
         if chosen is None
-        else f"This card is about the generator of {_name(chosen)}."
+        else f"This card describes the generator of {_name(chosen)}."
     )
     return {
         "answer": found.get("answer"),
-        "this_card": which,
+        "this_card": this_card,
         "arms": [{key: row.get(key) for key in keys} for row in rows],
-        "table": [_line(row) for row in rows],
+        "table": [_arm_cells(row) for row in rows],
         "comparisons": comparisons,
-        "differences": [_difference(row) for row in comparisons],
+        "differences": [_difference_cells(row) for row in comparisons],
         "not_measured": [*failed, *sentences(found.get("not_measured"))],
     }
 
 
-def _line(row: Tree) -> list[Any]:
+def _arm_cells(row: Tree) -> list[Any]:
     seeds = row.get("seeds")
     ends = row.get("macro_auc_ci")
     auc = text.decimal(row.get("macro_auc")) + (
@@ -144,7 +145,7 @@ def _line(row: Tree) -> list[Any]:
     ]
 
 
-def _difference(row: Tree) -> list[Any]:
+def _difference_cells(row: Tree) -> list[Any]:
     answer = row.get("non_inferior")
     return [
         str(row.get("a")),
@@ -157,7 +158,7 @@ def _difference(row: Tree) -> list[Any]:
     ]
 
 
-def _done(arm: Tree) -> bool:
+def _is_done(arm: Tree) -> bool:
     return arm.get("status", "done") == "done"
 
 

@@ -1,4 +1,4 @@
-"""The numbers of evaluation.json as rows of a card, and the limits that they show. No number is made here."""
+"""Figures of evaluation.json as rows of a card, and the limits that they show."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 from fedgan.report.html.format import bounds, decimal, interval, number, significant
 from fedgan.report.run.data import Tree, sentences, tree
 
-WEAK_AUC = 0.6  # a class below it is named under limits: a classifier hardly tells it from chance
-FEW_IMAGES = (
-    10  # fewer training images of a class in a hospital are named, as are fewer positives of a test
-)
+WEAK_AUC = 0.6  # a class below it is listed under limits
+# A class with fewer training images at a hospital, or fewer positive test images, is listed.
+FEW_IMAGES = 10
 TRAINED_ON = {
     "real": "real images (TRTR)",
     "synthetic": "synthetic images only (TSTR)",
@@ -32,7 +31,7 @@ SHARES = ("precision", "recall", "density", "coverage")  # higher is better; the
 
 
 def figures(evaluation: Tree) -> Tree:
-    """The metrics of a card: utility, per class, per institution, fidelity beside its floor. Empty rows where not measured."""
+    """Metrics of a card: utility, per class and institution, fidelity and its reference."""
     utility, fidelity = tree(evaluation.get("utility")), tree(evaluation.get("fidelity"))
     facts = (
         "classifier",
@@ -68,7 +67,7 @@ def figures(evaluation: Tree) -> Tree:
 
 
 def without_small(metrics: Tree) -> Tree:
-    """`figures` without counts of fewer than `FEW_IMAGES` images, which may tell of a person: None or no row in their place."""
+    """`figures` without counts below `FEW_IMAGES`, which may reveal facts about a person."""
     found = dict(metrics)
     for group, key in (
         ("per_class", "count"),
@@ -89,82 +88,88 @@ def without_small(metrics: Tree) -> Tree:
 
 
 def limits(metrics: Tree, counts: bool = True) -> list[str]:
-    """Sentences for what the figures show to be bad or unknown: weak classes, lost diversity, undefined numbers.
+    """Limits that the figures show: weak classes, low diversity, missing figures.
 
-    `counts`: whether a small number of images is told, or only that it is small.
+    `counts`: whether to state small numbers of images, or only that they are small.
     """
     if not metrics["measured"]:
         return [
-            "Nothing was measured: evaluation.json is not there or could not be read. Nothing is known of the quality."
+            "Nothing was measured: evaluation.json is missing or could not be read. The quality "
+            "is not known."
         ]
     found = [
-        f"Class '{row['name']}': a classifier trained on synthetic images only reaches an AUC of {decimal(row['synthetic'])} "
-        f"on real test images ({_beside(row)}): the synthetic images of this class carry little of what tells it from the others."
+        f"Class '{row['name']}': a classifier trained on synthetic images only reaches an AUC of "
+        f"{decimal(row['synthetic'])} on real test images ({_real_auc(row)}): the synthetic "
+        "images of this class hardly show what distinguishes it from other classes."
         for row in metrics["per_class"]
         if row["synthetic"] is not None and row["synthetic"] < WEAK_AUC
     ]
     found += [
-        f"Class '{row['name']}': the interval of the AUC from synthetic images ({interval(row['synthetic_ci'])}) "
-        "reaches 0.5: with these test images it cannot be told from chance."
+        f"Class '{row['name']}': the interval of the AUC from synthetic images "
+        f"({interval(row['synthetic_ci'])}) reaches 0.5: with these test images it is not "
+        "distinguishable from chance."
         for row in metrics["per_class"]
         if (ends := bounds(row["synthetic_ci"]))
         and ends[0] <= 0.5
         and (row["synthetic"] or 0.0) >= WEAK_AUC
     ]
     found += [
-        f"Class '{row['name']}' has {_few(row['count'], counts)} positive real test images: its figures are uncertain."
+        f"Class '{row['name']}' has {_few_text(row['count'], counts)} positive real test images: "
+        "its figures are uncertain."
         for row in metrics["per_class"]
         if row["count"] is not None and 0 < row["count"] < FEW_IMAGES
     ]
     found += [
-        f"Class '{row['name']}': no AUC is known for synthetic images."
+        f"Class '{row['name']}': the AUC of synthetic images is not known."
         for row in metrics["per_class"]
         if row["synthetic"] is None
     ]
     found += [
-        f"Inside {row['name']} a classifier trained on synthetic images only reaches a macro AUC of {decimal(row['synthetic'])} "
-        f"({_beside(row)})."
+        f"At {row['name']} a classifier trained on synthetic images only reaches a macro AUC of "
+        f"{decimal(row['synthetic'])} ({_real_auc(row)})."
         for row in metrics["per_institution"]
         if row["synthetic"] is not None and row["synthetic"] < WEAK_AUC
     ]
-    return found + _below_floor(metrics)
+    return found + _below_reference(metrics)
 
 
-def _below_floor(metrics: Tree) -> list[str]:
-    """Sentences for recall and coverage below those of real images among themselves, over all and by class."""
+def _below_reference(metrics: Tree) -> list[str]:
+    """Limits where recall, coverage or the Fréchet distance is worse than its reference."""
     found = [
-        f"{row['metric'].capitalize()} is {decimal(row['value'])}; between real images it is {decimal(row['floor'])}: "
-        "the synthetic images show less of the variety of the real ones."
+        f"{row['metric'].capitalize()} is {decimal(row['value'])}; between real images it is "
+        f"{decimal(row['reference'])}: the synthetic images are less diverse than the real ones."
         for row in metrics["fidelity"]["rows"]
-        if row["metric"] in ("recall", "coverage") and _is_less(row["value"], row["floor"], 3)
+        if row["metric"] in ("recall", "coverage") and _is_less(row["value"], row["reference"], 3)
     ]
     for key in ("recall", "coverage"):
         below = [
-            f"{row['name']} ({decimal(row[key], 2)}, floor {decimal(row[f'{key}_reference'], 2)})"
+            f"{row['name']} ({decimal(row[key], 2)}, reference "
+            f"{decimal(row[f'{key}_reference'], 2)})"
             for row in metrics["fidelity_per_class"]
             if _is_less(row[key], row[f"{key}_reference"], 2)
         ]
         if below:
             found.append(
-                f"Classes whose {key} lies below that of real images among themselves: {', '.join(below)}."
+                f"Classes whose {key} is below that between real images: {', '.join(below)}."
             )
     distance = next(
         (row for row in metrics["fidelity"]["rows"] if row["metric"] == "frechet"), None
     )
-    if distance and _is_less(distance["floor"], distance["value"], None):
+    if distance and _is_less(distance["reference"], distance["value"], None):
         found.append(
-            f"The Fréchet distance to real images is {significant(distance['value'])}, that of real images among themselves "
-            f"{significant(distance['floor'])}: the synthetic images can be told from real ones."
+            f"The Fréchet distance to real images is {significant(distance['value'])}, that "
+            f"between real images {significant(distance['reference'])}: the synthetic images are "
+            "distinguishable from real ones."
         )
     return found
 
 
-def _few(count: float, counts: bool) -> str:
+def _few_text(count: float, counts: bool) -> str:
     return f"only {count:g}" if counts else f"fewer than {FEW_IMAGES}"
 
 
 def _is_less(low: float | None, high: float | None, digits: int | None) -> bool:
-    """Whether `low` lies below `high` also as the card writes them (None: four significant digits)."""
+    """Whether `low` < `high` as the card prints them (None: four significant digits)."""
     if low is None or high is None or low >= high:
         return False
     return (
@@ -175,9 +180,9 @@ def _is_less(low: float | None, high: float | None, digits: int | None) -> bool:
 
 
 def data_limits(rows: list[Tree], counts: bool = True) -> list[str]:
-    """Sentences for classes that are rare, or confounded with one hospital, from `hospital_rows`.
+    """Limits of the data, from `hospital_rows`: classes that are rare or at one hospital only.
 
-    `counts`: whether it is told where and how few they are, or, of a set that is handed on, only which classes.
+    `counts`: whether to state where and how few the images are, or (for a release) only the class.
     """
     found = []
     few = [
@@ -188,26 +193,30 @@ def data_limits(rows: list[Tree], counts: bool = True) -> list[str]:
     ]
     if few and counts:
         found.append(
-            f"Fewer than {FEW_IMAGES} training images: {', '.join(text for _, text in few)}. Such images are the most likely to "
-            "be memorised, and counts this small may themselves say something of a person: decide before this card is published."
+            f"Fewer than {FEW_IMAGES} training images: {', '.join(text for _, text in few)}. Such "
+            "images are the most likely to be memorised, and counts this small may reveal facts "
+            "about a person: decide before publishing this card."
         )
     elif few:
         found.append(
-            f"Classes of which a hospital had fewer than {FEW_IMAGES} training images: "
-            f"{', '.join(dict.fromkeys(label for label, _ in few))}. Such images are the most likely to be memorised."
+            f"Classes with fewer than {FEW_IMAGES} training images at a hospital: "
+            f"{', '.join(dict.fromkeys(label for label, _ in few))}. Such images are the most "
+            "likely to be memorised."
         )
     labels = dict.fromkeys(label for row in rows for label in row["train_classes"])
     for label in labels if len(rows) > 1 else ():
         if any(row["train_classes"].get(label, 0) is None for row in rows):
-            continue  # withheld: who holds it is not known
+            continue  # withheld: the hospitals that have it are not known
         holders = [row["name"] for row in rows if row["train_classes"].get(label)]
         if len(holders) == 1:
             found.append(
-                f"Only {holders[0]} has training images of '{label}': its look cannot be told from that hospital's look."
+                f"Only {holders[0]} has training images of '{label}': the appearance of the class "
+                "is confounded with that of the hospital."
             )
         elif not holders:
             found.append(
-                f"No hospital has a training image of '{label}': what the model draws for it means nothing."
+                f"No hospital has a training image of '{label}': images generated for it are "
+                "meaningless."
             )
     return found
 
@@ -216,35 +225,35 @@ def data_limits(rows: list[Tree], counts: bool = True) -> list[str]:
 
 
 def _utility_rows(utility: Tree) -> list[Tree]:
-    """A row for each kind of training: what it trained on and each figure with its interval."""
+    """One row per training set of the classifier: its figures with intervals."""
     named = [(text, key, tree(utility.get(key))) for key, text in TRAINED_ON.items()]
-    for extra in utility.get("mixed") or []:
-        if isinstance(extra, dict):
-            share = extra.get("share")
-            more = (
+    for mixed in utility.get("mixed") or []:
+        if isinstance(mixed, dict):
+            share = mixed.get("share")
+            added = (
                 f"{share:g} × as many synthetic images"
                 if number(share) is not None
                 else "all synthetic images"
             )
-            named.append((f"real images and {more}", f"mixed {share}", extra))
+            named.append((f"real images and {added}", f"mixed {share}", mixed))
     return [
         {"trained_on": text, "key": key}
-        | {name: number(held.get(name)) for name in UTILITY}
-        | {f"{name}_ci": _pair(held.get(f"{name}_ci")) for name in UTILITY}
-        for text, key, held in named
-        if held
+        | {name: number(values.get(name)) for name in UTILITY}
+        | {f"{name}_ci": _pair(values.get(f"{name}_ci")) for name in UTILITY}
+        for text, key, values in named
+        if values
     ]
 
 
 def _pairs(utility: Tree, group: str, figure: str, count: str) -> list[Tree]:
-    """A row for each class or institution: the figure from real and from synthetic training, with intervals."""
+    """One row per class or institution: figures of real and synthetic training, with intervals."""
     sides = {side: tree(tree(utility.get(side)).get(group)) for side in ("real", "synthetic")}
     rows = []
     for name in dict.fromkeys([*sides["real"], *sides["synthetic"]]):
         row: Tree = {"name": name, "figure": figure}
-        held = {side: tree(sides[side].get(name)) for side in sides}
-        row["count"] = number(held["synthetic"].get(count, held["real"].get(count)))
-        for side, values in held.items():
+        found = {side: tree(sides[side].get(name)) for side in sides}
+        row["count"] = number(found["synthetic"].get(count, found["real"].get(count)))
+        for side, values in found.items():
             row[side], row[f"{side}_ci"] = (
                 number(values.get(figure)),
                 _pair(values.get(f"{figure}_ci")),
@@ -254,15 +263,14 @@ def _pairs(utility: Tree, group: str, figure: str, count: str) -> list[Tree]:
 
 
 def _fidelity_row(fidelity: Tree, key: str) -> Tree | None:
-    value = number(fidelity.get(key))
-    if value is None and number(fidelity.get(f"{key}_reference")) is None:
+    value, reference = number(fidelity.get(key)), number(fidelity.get(f"{key}_reference"))
+    if value is None and reference is None:
         return None
-    ends, floor = _pair(fidelity.get(f"{key}_ci")), number(fidelity.get(f"{key}_reference"))
     return {
         "metric": key,
         "value": value,
-        "ci": ends,
-        "floor": floor,
+        "ci": _pair(fidelity.get(f"{key}_ci")),
+        "reference": reference,
         "better": "higher" if key in SHARES else "lower",
     }
 
@@ -270,14 +278,14 @@ def _fidelity_row(fidelity: Tree, key: str) -> Tree | None:
 def _groups(fidelity: Tree, group: str) -> list[Tree]:
     keys = [name for key in FIDELITY for name in (key, f"{key}_reference")]
     return [
-        {"name": name, "images": number(tree(held).get("images"))}
-        | {key: number(tree(held).get(key)) for key in keys}
-        for name, held in tree(fidelity.get(group)).items()
+        {"name": name, "images": number(tree(values).get("images"))}
+        | {key: number(tree(values).get(key)) for key in keys}
+        for name, values in tree(fidelity.get(group)).items()
     ]
 
 
 def _leaves(value: Any, path: str = "") -> list[Tree]:
-    """The numbers of a tree as rows {name, value}."""
+    """The numbers of a nested dict as rows {name, value}."""
     if isinstance(value, dict):
         return [
             row
@@ -300,9 +308,9 @@ def _pair(value: Any) -> list[float] | None:
     return None if ends is None else list(ends)
 
 
-def _beside(row: Tree) -> str:
+def _real_auc(row: Tree) -> str:
     return (
-        "trained on real images it was not measured"
+        "not measured for real images"
         if row["real"] is None
         else f"trained on real images {decimal(row['real'])}"
     )

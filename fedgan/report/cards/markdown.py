@@ -1,4 +1,4 @@
-"""From the facts of a card to Markdown. Every value is escaped: names come from users."""
+"""Render the facts of a card as Markdown. Every value is escaped, as names come from users."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fedgan.report.html import format as text
 
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
-_MARK = re.compile(r"^(#{1,6}|[+=-]+)(?=\s|$)")  # would begin a heading, a list or a rule
-_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")  # … a numbered list
+_MARK = re.compile(r"^(#{1,6}|[+=-]+)(?=\s|$)")  # starts a heading, a list or a rule
+_NUMBER = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")  # starts a numbered list
 _NUMERIC = re.compile(r"[\d–−+\\][\d,.–−/ ()e+-]*$")
 
 
 class Markdown(str):
-    """Text that is Markdown already and is not escaped again."""
+    """Markdown text that is not escaped again."""
 
     __slots__ = ()
 
 
 def render(template: str, facts: dict[str, Any]) -> str:
-    """Fill `templates/<template>` with `facts`; an unknown name in a template is an error, not an empty place."""
-    page = _environment().get_template(template).render(facts=facts)
-    return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n"
+    """Render `templates/<template>` with `facts`; an undefined variable is an error."""
+    markdown = _environment().get_template(template).render(facts=facts)
+    return re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"
 
 
 def escape(value: Any) -> Markdown:
-    """A value as one line of Markdown that shows it letter by letter; None is a dash."""
+    """A value as one line of literal Markdown; None is a dash."""
     if isinstance(value, Markdown):
         return value
     line = " ".join((text.DASH if value is None else str(value)).split())
@@ -40,7 +40,7 @@ def escape(value: Any) -> Markdown:
 
 
 def code(value: Any) -> Markdown:
-    """A value as a code span, also within a table."""
+    """A value as a code span, valid in a table as well."""
     if value is None:
         return Markdown(text.DASH)
     line = " ".join(str(value).split()).replace("|", "\\|")
@@ -50,7 +50,7 @@ def code(value: Any) -> Markdown:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown:
-    """A table; columns of numbers are set to the right."""
+    """A Markdown table; numeric columns are right-aligned."""
     cells = [[escape(cell) for cell in row] for row in rows]
     numeric = [
         bool(cells) and all(_NUMERIC.match(row[column]) for row in cells)
@@ -65,12 +65,12 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markdown:
 
 
 def bullets(items: Sequence[Any]) -> Markdown:
-    """A list of sentences."""
+    """A bullet list."""
     return Markdown("\n".join(f"- {escape(item)}" for item in items))
 
 
 def rows(items: Sequence[dict[str, Any]], *keys: str) -> list[list[Any]]:
-    """Cells of `items` by key; a list is joined with commas."""
+    """Cells of `items` by key; lists are joined with commas."""
     return [
         [
             ", ".join(map(str, value)) if isinstance(value := item.get(key), list) else value
@@ -81,7 +81,7 @@ def rows(items: Sequence[dict[str, Any]], *keys: str) -> list[list[Any]]:
 
 
 def figure(item: dict[str, Any], key: str, digits: int = 3) -> Markdown:
-    """A number with its interval where there is one: 0.912 (0.891–0.930)."""
+    """A number with its interval, if any: 0.912 (0.891–0.930)."""
     ends = item.get(f"{key}_ci")
     return Markdown(
         text.decimal(item.get(key), digits)
@@ -90,10 +90,10 @@ def figure(item: dict[str, Any], key: str, digits: int = 3) -> Markdown:
 
 
 def size_category(images: Any) -> Markdown:
-    """The Hub's word for a number of images: n<1K, 1K<n<10K, …"""
+    """The size category of the Hugging Face Hub: n<1K, 1K<n<10K, …"""
     count = text.number(images) or 0
-    words = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"))
-    return Markdown(next((word for limit, word in words if count < limit), "n>1M"))
+    categories = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"))
+    return Markdown(next((name for limit, name in categories if count < limit), "n>1M"))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The cards of one run: the facts as JSON, and the Markdown made of the same facts."""
+"""Write cards: the facts as JSON, and as Markdown."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fedgan.run_folder import RunFolder
 
 
 def write_cards(run: RunFolder) -> list[Path]:
-    """Write model_card and dataset_card (.md and .json) into the run's folder `cards` and return their paths.
+    """Write model_card and dataset_card (.md and .json) into the folder `cards` of a run.
 
-    Reads the run folder alone. Anything but config.toml may lack or be damaged: the card then says so. Raises
-    `ConfigError` where this is no run folder, `StorageError` where it cannot be written.
+    Returns their paths. Files other than config.toml may be missing or damaged; the card then says
+    so. Raises `ConfigError` if `run` is no run folder, `StorageError` if a card cannot be written.
     """
     card = collect(run)
     return write_both(run.path / "cards", model_facts(card), dataset_facts(card))
 
 
 def write_both(folder: Path, model: Tree, dataset: Tree) -> list[Path]:
-    """Write the two cards into `folder`, each as Markdown and as JSON, atomically; their paths."""
+    """Write both cards into `folder`, as Markdown and JSON, atomically; return their paths."""
     return [
         path
         for name, template, facts in (
@@ -35,8 +35,8 @@ def write_both(folder: Path, model: Tree, dataset: Tree) -> list[Path]:
 
 
 def write_card(folder: Path, name: str, template: str, facts: Tree) -> list[Path]:
-    """Write `facts` as `name`.md and `name`.json; their paths."""
-    page, plain = folder / f"{name}.md", folder / f"{name}.json"
-    files.write_text(page, render(template, facts))
-    files.write_json(plain, facts)
-    return [page, plain]
+    """Write `facts` as `name`.md and `name`.json; return their paths."""
+    markdown, json = folder / f"{name}.md", folder / f"{name}.json"
+    files.write_text(markdown, render(template, facts))
+    files.write_json(json, facts)
+    return [markdown, json]

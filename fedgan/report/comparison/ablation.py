@@ -7,7 +7,7 @@ from markupsafe import Markup
 from fedgan.report.comparison.charts import auc_dots, auc_figure
 from fedgan.report.comparison.data import Comparison, failure_note
 from fedgan.report.comparison.measures import interval_columns
-from fedgan.report.facts import leaves
+from fedgan.report.facts import flatten
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Row, legend
 from fedgan.report.html.format import DASH, number
@@ -125,7 +125,7 @@ def _row(variant: Tree) -> Row:
 
 def _cells(variant: Tree) -> list[str]:
     step, baseline = tree(variant.get("from_parent")), tree(variant.get("from_baseline"))
-    changes = [f"{key} = {value}" for key, value in leaves(tree(variant.get("changes")))]
+    changes = [f"{key} = {value}" for key, value in flatten(tree(variant.get("changes")))]
     public = variant.get("public_images")
     return [
         _name(variant),

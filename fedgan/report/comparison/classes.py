@@ -18,7 +18,7 @@ from fedgan.report.comparison.measures import (
 )
 from fedgan.report.comparison.parts import Part, render_parts
 from fedgan.report.comparison.utility import positives
-from fedgan.report.facts import WITHHELD, counts_withheld
+from fedgan.report.facts import WITHHELD, has_withheld_counts
 from fedgan.report.html import format as text
 from fedgan.report.html.format import number
 from fedgan.report.html.section import Section
@@ -54,7 +54,7 @@ def _counts(comparison: Comparison, label: str) -> str:
         ]
         for split in ("train", "test")
     }
-    if any(map(counts_withheld, comparison.hospitals)):
+    if any(map(has_withheld_counts, comparison.hospitals)):
         training = f"Training images of this class: {WITHHELD}."
     elif counts["train"]:
         held = ", ".join(f"{name} {text.whole(n)}" for name, n in counts["train"])

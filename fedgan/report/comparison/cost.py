@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from fedgan.report.comparison.communication_cost import communication_cost
 from fedgan.report.comparison.data import ArmRun, Comparison, failure_note
-from fedgan.report.facts import leaves
+from fedgan.report.facts import flatten
 from fedgan.report.html import format as text
 from fedgan.report.html.format import DASH, number
 from fedgan.report.html.section import Section
@@ -113,7 +113,7 @@ def _overrides(run: ArmRun) -> str:
     value = run.content.get("overrides")
     if isinstance(value, list):
         return "; ".join(str(item) for item in value)
-    changes = leaves(value) if value else []
+    changes = flatten(value) if value else []
     return "; ".join(f"{key} = {new}" for key, new in changes if new != DASH)
 
 

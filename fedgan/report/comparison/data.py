@@ -16,7 +16,7 @@ from typing import Any
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.errors import ConfigError
 from fedgan.redact import redact
-from fedgan.report.facts import all_drawn
+from fedgan.report.facts import are_all_phantoms
 from fedgan.report.html.format import bounds, number
 from fedgan.report.run.data import Tree, clean, dig, tree, trees
 
@@ -258,7 +258,7 @@ class Comparison:
         """Whether all images are phantoms, so no figure describes patients."""
         provenance = tree(self.content.get("provenance"))
         foreign = dig(provenance, "settings", "evaluation", "root")
-        return not foreign and all_drawn(
+        return not foreign and are_all_phantoms(
             row.get("source") for row in trees(provenance.get("sources"))
         )
 

@@ -15,7 +15,7 @@ from fedgan.report.comparison.measures import (
 )
 from fedgan.report.comparison.paired import verdict
 from fedgan.report.comparison.parts import Part, render_parts
-from fedgan.report.facts import WITHHELD, counts_withheld
+from fedgan.report.facts import WITHHELD, has_withheld_counts
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Row
 from fedgan.report.html.format import bounds, number
@@ -91,7 +91,7 @@ def _with_interval(result: Tree) -> str:
 def _missing_classes(comparison: Comparison, hospital: Tree) -> str:
     """Classes without a training image in the hospital, and their AUC after federated training."""
     counts = tree(dig(hospital, "counts", "train"))
-    if not counts or counts_withheld(hospital):
+    if not counts or has_withheld_counts(hospital):
         return ""
     missing = [label for label in comparison.data_labels if not number(counts.get(label))]
     if not missing:
@@ -130,7 +130,7 @@ def _images(comparison: Comparison, name: str, hospital: Tree) -> Markup:
         Column("Validation"),
         Column("Test"),
     ]
-    more = f"Counts of each class: {WITHHELD}." if counts_withheld(hospital) else ""
+    more = f"Counts of each class: {WITHHELD}." if has_withheld_counts(hospital) else ""
     return table(f"Images of {name}", columns, rows, f"images-{name}", more=more)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from fedgan.report.comparison.data import REAL, Comparison
-from fedgan.report.facts import nulls
+from fedgan.report.facts import null_paths
 from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
@@ -75,12 +75,12 @@ def _nulls(comparison: Comparison) -> list[str]:
         unused = {"hospital", "images_seen", "name"}
         unused |= {"frechet", "recall", "coverage"} if entry.kind == REAL else set()
         figures = {key: value for key, value in entry.figures.items() if key not in unused}
-        found += [f"{entry.label} › {path}" for path in nulls(figures)]
+        found += [f"{entry.label} › {path}" for path in null_paths(figures)]
     return found + [
         f"{run.label} › {path}"
         for run in comparison.runs
         for key in ("utility", "fidelity", "label_fidelity")
-        for path in nulls(run.evaluation.get(key), key)
+        for path in null_paths(run.evaluation.get(key), key)
     ]
 
 

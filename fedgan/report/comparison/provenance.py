@@ -5,7 +5,7 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from fedgan.report.comparison.data import Comparison
-from fedgan.report.facts import content_hash, leaves, source_text, word
+from fedgan.report.facts import content_hash, flatten, source_text, value_text
 from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
@@ -31,12 +31,12 @@ HASHES = (("Hash of the settings", "settings_hash"), ("Code version", "code_vers
 def _render(comparison: Comparison) -> Markup:
     provenance = tree(comparison.content.get("provenance"))
     facts = [
-        [head, word(value)]
+        [head, value_text(value)]
         for head, key in FACTS
         if (value := comparison.content.get(key)) is not None
     ]
-    facts += [[head, word(value)] for head, key in HASHES if (value := provenance.get(key))]
-    settings = leaves(provenance["settings"]) if provenance.get("settings") else []
+    facts += [[head, value_text(value)] for head, key in HASHES if (value := provenance.get(key))]
+    settings = flatten(provenance["settings"]) if provenance.get("settings") else []
     return render(
         "comparison_provenance.html.j2",
         facts=table("In short", FACT_COLUMNS, facts, "facts")
@@ -52,7 +52,7 @@ def _render(comparison: Comparison) -> Markup:
 
 
 def _environment(provenance: Tree) -> Markup:
-    rows = leaves(tree(provenance.get("environment")))
+    rows = flatten(tree(provenance.get("environment")))
     if not rows:
         return absent("Versions and machine are not known.")
     return table("Versions and machine", KEY_COLUMNS, rows, "environment")
@@ -75,7 +75,7 @@ def _sources(comparison: Comparison, provenance: Tree) -> Markup:
         for source in sources
     ]
     rows = [
-        [(source_text if key == "source" else word)(source.get(key)) for key in keys]
+        [(source_text if key == "source" else value_text)(source.get(key)) for key in keys]
         for source in sources
     ]
     columns = [Column(key.replace("_", " ").capitalize(), numeric=False) for key in keys]

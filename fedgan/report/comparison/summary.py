@@ -15,7 +15,7 @@ from fedgan.report.comparison.data import (
     first_number,
     mean_number,
 )
-from fedgan.report.facts import DRAWN
+from fedgan.report.facts import PHANTOM_NOTE
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Row, legend
 from fedgan.report.html.format import number
@@ -55,7 +55,7 @@ def _render(comparison: Comparison) -> Markup:
         table=ablation.variants_table(comparison) if is_ablation else _table(comparison),
         privacy=ablation.privacy(comparison) if is_ablation else "",
         facts=_facts(comparison),
-        phantoms=DRAWN if comparison.has_only_phantoms else "",
+        phantoms=PHANTOM_NOTE if comparison.has_only_phantoms else "",
         problems=comparison.problems,
     )
 

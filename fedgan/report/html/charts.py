@@ -1,7 +1,7 @@
-"""Charts: data in, one inline SVG out. No script, no font, no colour that is not a CSS variable of the page.
+"""Charts as inline SVG, without scripts or fonts; all colours are CSS variables of the report.
 
-Each chart has a `key` (unique on the page; its ids are made from it), a title and a description that
-a screen reader speaks. Sizes are in units of the viewBox, which a page scales to its column.
+Each chart has a `key` (unique in the report; prefix of its ids) and a title and description for
+screen readers. Sizes are in units of the viewBox, which the report scales to its column.
 """
 
 from __future__ import annotations
@@ -19,17 +19,11 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 38
 WIDE = 420  # width of a bar or dot chart
 ROW = 30  # height of one row of a bar or dot chart
 NAMES = 118  # width of the column of row names
-TALL, NUMBERS, GUTTER = (
-    190,
-    20,
-    54,
-)  # of a scatter chart: height of its field, of the numbers above it, room for labels beside it
-ASIDE = (
-    15  # how far a mark of a scatter chart may stand beside its place, to be seen beside another
-)
+# Scatter chart: height of the plot, height of the numbers above it, width of the labels beside it.
+TALL, NUMBERS, GUTTER = 190, 20, 54
+ASIDE = 15  # maximum shift of a mark of a scatter chart that would cover another
 
-
-# Shapes of marks, as paths from their centre: told apart without colour. Any other style is a disc.
+# Shapes of marks, as paths from their centre, so that colour is not needed. Other styles are discs.
 SHAPES = {
     "synthetic": "m0 -5l5 5l-5 5l-5 -5z",
     "a1": "m-3.8 -3.8h7.6v7.6h-7.6z",
@@ -45,7 +39,10 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Line:
-    """One line: (x, y) by rising x. `style` is a CSS class: `main` for the mean, `h1`… for hospitals, `a1`… for arms."""
+    """A line: (x, y) by increasing x.
+
+    `style` is a CSS class: `main` for the mean, `h1`… for hospitals, `a1`… for arms.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -54,9 +51,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Dot:
-    """One mark in a row of `dot_chart`, with its interval where there is one. `style`: `real`, `synthetic`, `h1`…, `a1`…
+    """A mark in a row of `dot_chart`, with an optional interval.
 
-    `singles` are the values that the mark is the mean of, drawn small below it.
+    `style`: `real`, `synthetic`, `h1`…, `a1`… If the value is a mean, `singles` are the values it
+    averages; small marks below it show them.
     """
 
     name: str
@@ -68,7 +66,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Point:
-    """One mark of `scatter_chart` at (x, y), x above zero, with the interval of y where there is one. `style`: `a1`…"""
+    """A mark of `scatter_chart` at (x, y), x > 0, with an optional interval of y. `style`: `a1`…"""
 
     name: str
     x: float
@@ -79,9 +77,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of `dot_chart` (marks) or of `stacked_bars` (one value for each name; `note` stands at its end).
+    """A row of `dot_chart` (marks) or `stacked_bars` (one value per name, `note` at its end).
 
-    In a `dot_chart` without marks `note` says why. `strong` rows stand out, `minor` ones stand back.
+    A `dot_chart` row without marks shows `note`. `strong` rows are emphasised, `minor` ones faint.
     """
 
     label: str
@@ -100,7 +98,10 @@ def line_chart(
     x_label: str,
     references: Sequence[tuple[str, float]] = (),
 ) -> Markup:
-    """Lines over a common x. `references` are horizontal (label, y). The y axis is logarithmic where values differ 50-fold."""
+    """Draw lines over a common x.
+
+    `references` are horizontal (label, y). The y axis is logarithmic if values differ 50-fold.
+    """
     lines = [line for line in lines if line.points]
     if not lines:
         return _svg(
@@ -138,9 +139,9 @@ def dot_chart(
     domain: tuple[float, float] | None = None,
     references: Sequence[tuple[str, float]] = (),
 ) -> Markup:
-    """A row a name, a mark a value, a bar its interval. `domain` fixes the axis; marks outside it stand at its end.
+    """Draw one row per name, one mark per value and a bar for its interval.
 
-    `references` are vertical (label, x); their labels stand above the rows.
+    `domain` fixes the axis; marks outside it are clamped. `references` are vertical (label, x).
     """
     height = max(ROW, max((9.0 * len(row.dots) + 8 for row in rows), default=0.0))
     top = TOP + (15 if references else 0)
@@ -156,10 +157,10 @@ def dot_chart(
     )
     parts = _x_axis(x, bottom, x_label, grid_from=top)
     for label, value in references:
-        parts += _upright(x, label, value, top, bottom)
+        parts += _vertical_reference(x, label, value, top, bottom)
     for i, row in enumerate(rows):
         middle = top + height * (i + 0.5)
-        parts.append(_name(row, middle))
+        parts.append(_row_name(row, middle))
         if i:
             parts.append(
                 Markup('<line class="grid" x1="0" x2="{:g}" y1="{:g}" y2="{:g}"/>').format(
@@ -180,22 +181,22 @@ def scatter_chart(
     desc: str,
     points: Sequence[Point],
     x_label: str,
-    x_words: Callable[[float], str] = short,
+    format_x: Callable[[float], str] = short,
     references: Sequence[tuple[str, float]] = (),
 ) -> Markup:
-    """Marks by (x, y), given by rising x, on a logarithmic x axis; a mark's number, from 1, stands above the field.
+    """Draw marks at (x, y) on a logarithmic x axis, numbered from 1 above the plot.
 
-    Marks that would cover each other move apart by at most `ASIDE`. `references` are horizontal (label, y); `x_words` gives
-    an x as text.
+    `points` are given by increasing x. Marks that would cover each other move apart by at most
+    `ASIDE`. `references` are horizontal (label, y); `format_x` turns an x into text.
     """
     top, right = TOP + NUMBERS, WIDE - GUTTER
     bottom = top + TALL
     ends = [v for point in points for v in (point.y, *(point.interval or ()))]
     x = Scale(*log_range(point.x for point in points), LEFT, right, log=True)
     y = Scale(*span([*ends, *(value for _, value in references)]), bottom, top)
-    parts = _y_axis(y, right) + _x_axis(x, bottom, x_label, top, _apart(x), x_words)
+    parts = _y_axis(y, right) + _x_axis(x, bottom, x_label, top, _spaced_ticks(x), format_x)
     ordered = sorted(references, key=lambda reference: -reference[1])
-    # Beside the field, and apart from each other: no mark can lie under them.
+    # Labels beside the plot, apart from each other, so that they cover no mark.
     heights = spread_out([y(value) for _, value in ordered], 12, top, bottom)
     for (label, value), height in zip(ordered, heights, strict=True):
         parts.append(
@@ -204,7 +205,7 @@ def scatter_chart(
             )
         )
         parts.append(_text(right + 5, height + 4, label, "note"))
-    places = _aside([x(point.x) for point in points], LEFT, right)
+    places = _move_apart([x(point.x) for point in points], LEFT, right)
     above = spread_out(places, 13 if len(points) < 10 else 20, LEFT, right)
     for i, (point, place, over) in enumerate(zip(points, places, above, strict=True), 1):
         tip = y(max(point.y, *(point.interval or (point.y,))))
@@ -212,9 +213,9 @@ def scatter_chart(
             over, place, top - 5, tip
         )
         parts += [lead, _text(over, top - 9, str(i), "strong", "middle")]
-    # After all leads, which would cross them.
+    # Marks come after all leads, which would cross them.
     parts += [
-        _point(i, point, place, y, x_words)
+        _point(i, point, place, y, format_x)
         for i, (point, place) in enumerate(zip(points, places, strict=True), 1)
     ]
     return _svg(key, title, desc, WIDE, bottom + BOTTOM, parts)
@@ -223,21 +224,22 @@ def scatter_chart(
 def stacked_bars(
     key: str, title: str, desc: str, rows: Sequence[Row], names: Sequence[str]
 ) -> Markup:
-    """A bar a row, each as long as the others and divided by its values' shares; `names` are the parts' names."""
+    """Draw one bar per row, all of equal length, divided by the shares of its values (`names`)."""
     start, stop = NAMES + 8, WIDE - 52
     parts: list[Markup] = []
     for i, row in enumerate(rows):
         top, total = TOP + ROW * i + 4, sum(row.values)
-        parts += [_name(row, top + 11), _text(WIDE - 2, top + 15, row.note, "note", "end")]
+        parts += [_row_name(row, top + 11), _text(WIDE - 2, top + 15, row.note, "note", "end")]
         place = float(start)
         for j, value in enumerate(row.values):
             width = (stop - start) * value / total if total > 0 else 0.0
             if width > 0:
-                words = f"{row.label}: {names[j]} {value:,.0f} ({value / total:.0%})"
+                title_text = f"{row.label}: {names[j]} {value:,.0f} ({value / total:.0%})"
                 parts.append(
                     Markup(
-                        '<rect class="fill c{}" x="{:.1f}" y="{}" width="{:.1f}" height="22"><title>{}</title></rect>'
-                    ).format(j % 8 + 1, place, top, max(width - 1, 0.5), words)
+                        '<rect class="fill c{}" x="{:.1f}" y="{}" width="{:.1f}" height="22">'
+                        "<title>{}</title></rect>"
+                    ).format(j % 8 + 1, place, top, max(width - 1, 0.5), title_text)
                 )
                 if width > 30:
                     parts.append(
@@ -256,7 +258,10 @@ def stacked_bars(
 
 
 def legend(entries: Sequence[tuple[str, str]], kind: str) -> Markup:
-    """A list of (name, style) with the marks of `line_chart` ("line"), `dot_chart` ("dot") or `stacked_bars` ("fill")."""
+    """Draw a legend of (name, style).
+
+    `kind`: "line" (`line_chart`), "dot" (`dot_chart`) or "fill" (`stacked_bars`).
+    """
     if not entries:
         return Markup("")
     items = Markup("").join(
@@ -280,14 +285,16 @@ def _svg(
     ).format(width, height, key, key, key, title, key, desc, Markup("").join(parts))
 
 
-def _text(x: float, y: float, words: str, style: str, anchor: str = "start") -> Markup:
+def _text(x: float, y: float, content: str, style: str, anchor: str = "start") -> Markup:
     return Markup('<text class="{}" x="{:g}" y="{:g}" text-anchor="{}">{}</text>').format(
-        style, x, y, anchor, words
+        style, x, y, anchor, content
     )
 
 
-def _upright(x: Scale, label: str, value: float, top: float, bottom: float) -> list[Markup]:
-    """A vertical reference with its label above it, turned inwards near the ends of the axis."""
+def _vertical_reference(
+    x: Scale, label: str, value: float, top: float, bottom: float
+) -> list[Markup]:
+    """A vertical reference line and its label, aligned inwards near the ends of the axis."""
     place = x(value)
     anchor = "end" if place > x.stop - 40 else "start" if place < x.start + 40 else "middle"
     line = Markup('<line class="reference" x1="{}" x2="{}" y1="{:g}" y2="{:g}"/>').format(
@@ -296,27 +303,27 @@ def _upright(x: Scale, label: str, value: float, top: float, bottom: float) -> l
     return [line, _text(place, top - 5, label, "note", anchor)]
 
 
-def _name(row: Row, middle: float) -> Markup:
-    """The row's name, right-aligned; of a long one both ends, which tell it apart, and the whole in its title."""
-    words = (
+def _row_name(row: Row, middle: float) -> Markup:
+    """The row's name, right-aligned; a long one is shortened, with the full name as its title."""
+    name = (
         row.label if len(row.label) <= 18 else f"{row.label[:8].rstrip()}…{row.label[-9:].lstrip()}"
     )
     style = "name strong" if row.strong else "name minor" if row.minor else "name"
     return Markup(
         '<text class="{}" x="{}" y="{:g}" text-anchor="end"><title>{}</title>{}</text>'
-    ).format(style, NAMES, middle + 4, row.label, words)
+    ).format(style, NAMES, middle + 4, row.label, name)
 
 
 def _y_axis(y: Scale, right: float = WIDTH - RIGHT) -> list[Markup]:
     parts = []
     ticks = y.ticks(5)
-    for tick, words in zip(ticks, labels(ticks), strict=True):
+    for tick, label_text in zip(ticks, labels(ticks), strict=True):
         parts.append(
             Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(
                 LEFT, right, y(tick), y(tick)
             )
         )
-        parts.append(_text(LEFT - 6, y(tick) + 4, words, "tick", "end"))
+        parts.append(_text(LEFT - 6, y(tick) + 4, label_text, "tick", "end"))
     return parts
 
 
@@ -326,7 +333,7 @@ def _x_axis(
     label: str,
     grid_from: float | None = None,
     ticks: Sequence[float] | None = None,
-    words_of: Callable[[float], str] | None = None,
+    format_tick: Callable[[float], str] | None = None,
 ) -> list[Markup]:
     parts = [
         Markup('<line class="axis" x1="{:g}" x2="{:g}" y1="{:g}" y2="{:g}"/>').format(
@@ -334,8 +341,8 @@ def _x_axis(
         )
     ]
     ticks = x.ticks(5) if ticks is None else ticks
-    for tick, words in zip(
-        ticks, [words_of(tick) for tick in ticks] if words_of else labels(ticks), strict=True
+    for tick, label_text in zip(
+        ticks, [format_tick(tick) for tick in ticks] if format_tick else labels(ticks), strict=True
     ):
         if grid_from is not None:
             parts.append(
@@ -343,13 +350,13 @@ def _x_axis(
                     x(tick), x(tick), grid_from, bottom
                 )
             )
-        parts.append(_text(x(tick), bottom + 15, words, "tick", "middle"))
+        parts.append(_text(x(tick), bottom + 15, label_text, "tick", "middle"))
     parts.append(_text((x.start + x.stop) / 2, bottom + 32, label, "label", "middle"))
     return parts
 
 
-def _apart(x: Scale, gap: float = 44) -> list[float]:
-    """The ticks of a logarithmic axis whose labels have room beside each other: powers of ten before all others."""
+def _spaced_ticks(x: Scale, gap: float = 44) -> list[float]:
+    """Ticks of a logarithmic axis at least `gap` apart; powers of ten take precedence."""
     kept: list[float] = []
     for tick in sorted(x.ticks(5), key=lambda tick: (f"{tick:e}"[0] != "1", tick)):
         if all(abs(x(tick) - x(other)) >= gap for other in kept):
@@ -357,8 +364,8 @@ def _apart(x: Scale, gap: float = 44) -> list[float]:
     return sorted(kept)
 
 
-def _aside(places: Sequence[float], low: float, high: float) -> list[float]:
-    """Rising places of marks, as far from each other as `ASIDE` lets them: a mark far from its place would tell another x."""
+def _move_apart(places: Sequence[float], low: float, high: float) -> list[float]:
+    """Increasing positions, moved apart as far as `ASIDE` allows: a mark must stay near its x."""
     for gap in (10, 8, 6, 4, 3, 2, 1):
         moved = spread_out(places, gap, low, high)
         if all(abs(after - before) <= ASIDE for before, after in zip(places, moved, strict=True)):
@@ -367,18 +374,18 @@ def _aside(places: Sequence[float], low: float, high: float) -> list[float]:
 
 
 def _point(
-    number: int, point: Point, place: float, y: Scale, x_words: Callable[[float], str]
+    number: int, point: Point, place: float, y: Scale, format_x: Callable[[float], str]
 ) -> Markup:
-    bar, words = Markup(""), f"{number} {point.name}: {signed(point.y)}"
+    bar, title = Markup(""), f"{number} {point.name}: {signed(point.y)}"
     if point.interval is not None:
         low, high = point.interval
         bar = Markup('<line class="whisker {}" x1="{:g}" x2="{:g}" y1="{:g}" y2="{:g}"/>').format(
             point.style, place, place, y(low), y(high)
         )
-        words += f" ({signed(low)} to {signed(high)})"
-    words += f" at {x_words(point.x)}"
+        title += f" ({signed(low)} to {signed(high)})"
+    title += f" at {format_x(point.x)}"
     return Markup("<g><title>{}</title>{}{}</g>").format(
-        words, bar, _mark(point.style, place, y(point.y))
+        title, bar, _mark(point.style, place, y(point.y))
     )
 
 
@@ -386,7 +393,7 @@ def _line(line: Line, x: Scale, y: Scale) -> Markup:
     points = thin(line.points)
     path = " ".join(f"{x(px):g},{y(py):g}" for px, py in points)
     last_x, last_y = line.points[-1]
-    words = f"{line.name}: {short(last_y)} at {short(last_x)}"
+    title = f"{line.name}: {short(last_y)} at {short(last_x)}"
     marks = Markup("")
     if len(points) <= 24:
         radius = 2.6 if line.style == "main" else 1.8
@@ -396,23 +403,23 @@ def _line(line: Line, x: Scale, y: Scale) -> Markup:
             ).format(line.style, x(px), y(py), radius, f"{line.name}: {short(py)} at {short(px)}")
             for px, py in points
         )
-    drawn = (
+    path_element = (
         Markup('<polyline class="line {}" points="{}"/>').format(line.style, path)
         if len(points) > 1
         else Markup("")
     )
-    return Markup("<g><title>{}</title>{}{}</g>").format(words, drawn, marks)
+    return Markup("<g><title>{}</title>{}{}</g>").format(title, path_element, marks)
 
 
 def _dot(dot: Dot, x: Scale, y: float, row: Row) -> Markup:
-    bar, words = Markup(""), f"{row.label}, {dot.name}: {dot.value:.3f}"
+    bar, title = Markup(""), f"{row.label}, {dot.name}: {dot.value:.3f}"
     style = f"{dot.style} minor" if row.minor else dot.style
     if dot.interval is not None:
         low, high = dot.interval
         bar = Markup('<line class="whisker {}" x1="{:g}" x2="{:g}" y1="{:g}" y2="{:g}"/>').format(
             style, x(low), x(high), y, y
         )
-        words += f" ({low:.3f}–{high:.3f})"
+        title += f" ({low:.3f}–{high:.3f})"
     singles = Markup("").join(
         Markup('<circle class="single {}" cx="{:g}" cy="{:g}" r="1.9"/>').format(
             style, x(value), y + 9
@@ -420,14 +427,14 @@ def _dot(dot: Dot, x: Scale, y: float, row: Row) -> Markup:
         for value in dot.singles
     )
     if dot.singles:
-        words += "; single: " + ", ".join(f"{value:.3f}" for value in dot.singles)
+        title += "; single: " + ", ".join(f"{value:.3f}" for value in dot.singles)
     return Markup("<g><title>{}</title>{}{}{}</g>").format(
-        words, bar, singles, _mark(style, x(dot.value), y)
+        title, bar, singles, _mark(style, x(dot.value), y)
     )
 
 
 def _mark(style: str, x: float, y: float) -> Markup:
-    """A disc, or the shape of the style's first word, so that shape tells apart where colour does not."""
+    """A disc, or the shape of the first word of the style."""
     shape = SHAPES.get(style.split()[0] if style.strip() else "")
     if shape:
         return Markup('<path class="mark {}" d="M{:g} {:g}{}"/>').format(style, x, y, shape)

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them. Whatever is no finite number becomes a dash."""
+"""Numbers as text. Anything that is no finite number becomes a dash."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ DASH = "–"
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite float; None for anything else (null, text, a truth value, NaN, beyond 1e300).
+    """`value` as a finite float; None for anything else (null, text, Boolean, NaN, beyond 1e300).
 
-    Below 1e-300 it counts as zero, so that no axis has to divide by what is left there.
+    Magnitudes below 1e-300 become zero, so that no axis divides by them.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -58,7 +58,7 @@ def interval(value: Any, digits: int = 3) -> str:
 
 
 def sized_interval(value: Any) -> str:
-    """A pair of numbers of unknown size with as many decimals as its larger end needs: 0.0439–0.133, −0.243 to −0.0302."""
+    """A pair of any size, with decimals for its larger end: 0.0439–0.133, −0.243 to −0.0302."""
     pair = bounds(value)
     if pair is None:
         return DASH
@@ -94,12 +94,12 @@ def short(value: float, digits: int = 4) -> str:
 
 
 def labels(ticks: Sequence[float]) -> list[str]:
-    """The axis labels of some ticks, with as many digits as it takes to tell them apart."""
+    """Axis labels of ticks, with enough digits to differ."""
     for digits in (4, 6, 9, 12):
-        words = [short(tick, digits) for tick in ticks]
-        if len(set(words)) == len(set(ticks)):
+        texts = [short(tick, digits) for tick in ticks]
+        if len(set(texts)) == len(set(ticks)):
             break
-    return words
+    return texts
 
 
 def duration(value: Any) -> str:

@@ -1,8 +1,8 @@
-"""The run's PNGs as data URIs, cut into one strip for each row of a grid, within a limit of bytes.
+"""Sample grids as data URIs: one strip of images per row, within a limit of bytes.
 
-A grid (`fedgan/evaluation/grids.py`) has a row for each class; its square cells are the run's images, enlarged by a
-whole number, with a margin between them and, where rows have names, a column of text at the left. The page sets its
-own text: here the grid is taken apart again, each cell at its own resolution.
+A grid (`fedgan/evaluation/grids.py`) has one row per class. Its cells are images, enlarged by
+an integer, with a margin between them and, if rows have names, a text column on the left. The
+report has its own text, so the grid is cut into cells, each at its original resolution.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from PIL import Image
 
 MOST_CELLS = 8  # cells of a row that are shown
 MOST_ROWS = 16  # rows of a grid that are shown
-MOST_BYTES = 45_000  # of one image of the page
-SIDE = 96  # pixels; a larger cell is shown reduced to this
-NO_FINDING = "no finding"  # the first row of a multi-label grid, which is no label
-# The layout of fedgan/evaluation/grids.py, said again here because importing it would load torch to write a page.
+MOST_BYTES = 45_000  # of one image in the report
+SIDE = 96  # pixels; larger cells are reduced
+NO_FINDING = "no finding"  # extra first row of a multi-label grid
+# The layout of fedgan/evaluation/grids.py, repeated because importing it would load torch.
 TEXT_WIDTHS = (116, 0)  # pixels at the left that are text
 GAP = 2  # pixels between cells
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One sample grid: the names of its rows (empty where they have none), and where its cells stand, in pixels.
+    """A sample grid: row names (may be empty) and cell layout in pixels.
 
     A cell is `side` pixels wide, enlarged `scale` times.
     """
@@ -41,7 +41,7 @@ class Grid:
     left: int
 
     def cell(self, row: int, column: int) -> Image.Image:
-        """One cell, at its own resolution or reduced to `SIDE`."""
+        """One cell, at its original resolution or reduced to `SIDE`."""
         wide = self.side * self.scale
         x, y = self.left + column * (wide + GAP), row * (wide + GAP)
         cell = self.image.crop((x, y, x + wide, y + wide))
@@ -53,7 +53,7 @@ class Grid:
         return cell.resize((SIDE, SIDE), Image.Resampling.LANCZOS) if self.side > SIDE else cell
 
     def block(self, rows: Sequence[int], columns: int = MOST_CELLS) -> Block:
-        """The first cells of some rows, without the margins between them."""
+        """The first cells of the given rows, without margins."""
         columns, side = min(columns, self.columns), min(self.side, SIDE)
         joined = Image.new(self.image.mode, (columns * side, len(rows) * side))
         for i, row in enumerate(rows):
@@ -64,7 +64,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Block:
-    """Some cells as one image: its data URI, its width and height in pixels, and how many cells stand side by side."""
+    """Cells as one image: data URI, width and height in pixels, cells per row."""
 
     uri: str
     width: int
@@ -75,7 +75,7 @@ class Block:
 def open_grid(path: Path, names: Sequence[str], side: int) -> Grid | None:
     """Read a grid of cells of `side` pixels whose rows are the labels `names`.
 
-    None where the file is no picture, or its size fits no grid of such cells.
+    None if the file is no image or its size does not match such a grid.
     """
     try:
         with Image.open(path) as opened:
@@ -93,14 +93,14 @@ def open_grid(path: Path, names: Sequence[str], side: int) -> Grid | None:
 
 
 def _row_names(names: Sequence[str], count: int) -> tuple[str, ...]:
-    """The names of `count` rows: the labels, with 'no finding' before them where there is one more; else none."""
+    """The labels, after "no finding" if there is one more row; empty if the count differs."""
     return next(
         (rows for rows in (tuple(names), (NO_FINDING, *names)) if names and len(rows) == count), ()
     )
 
 
 def data_uri(image: Image.Image) -> str:
-    """`image` as a data URI of at most about `MOST_BYTES`: PNG, or JPEG, as good as the limit allows, where that is larger."""
+    """`image` as a data URI of about `MOST_BYTES` at most: PNG, or JPEG of decreasing quality."""
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)
     kind = "png"

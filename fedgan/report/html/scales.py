@@ -1,4 +1,4 @@
-"""From values to places on an axis, and the round numbers that stand beside it."""
+"""Axis scales: values to positions, and round tick values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps [low, high] to [start, stop] in pixels, linearly or by the logarithm; low < high, and low > 0 for the logarithm."""
+    """Map [low, high] to [start, stop] in pixels; low < high, and low > 0 if `log`."""
 
     low: float
     high: float
@@ -18,14 +18,14 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The place of `value`, rounded to a tenth of a pixel, never outside the axis."""
+        """The position of `value`, clamped to the axis and rounded to a tenth of a pixel."""
         warp = math.log10 if self.log else float
         value = min(max(value, self.low), self.high)
         share = (warp(value) - warp(self.low)) / (warp(self.high) - warp(self.low))
         return round(self.start + share * (self.stop - self.start), 1)
 
     def ticks(self, count: int = 5) -> list[float]:
-        """Round values inside the axis, about `count` of them."""
+        """About `count` round values inside the axis."""
         return (
             log_ticks(self.low, self.high, count)
             if self.log
@@ -34,21 +34,21 @@ class Scale:
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten inside [low, high], at most about `count` + 1 of them."""
+    """At most about `count` + 1 multiples of 1, 2 or 5 times a power of ten inside [low, high]."""
     if not high > low:
         return [low]
     rough = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next((m * power for m in (1, 2, 5) if m * power >= rough * (1 - 1e-9)), 10 * power)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    if last < first:  # the step is wider than the range, and its multiples lie outside
+    if last < first:  # the step is wider than the range
         return nice_ticks(low, high, count + 1)
     digits = max(0, -math.floor(math.log10(step))) + 1
     return [round(i * step, digits) + 0.0 for i in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Powers of ten inside [low, high]; 1, 2 and 5 times them where that leaves too few."""
+    """Powers of ten inside [low, high]; 1, 2 and 5 times them if those are too few."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     tens = [10.0**d for d in decades if low <= 10.0**d <= high]
     if len(tens) >= 3:
@@ -60,7 +60,7 @@ def log_ticks(low: float, high: float, count: int = 5) -> list[float]:
 def span(
     values: Iterable[float], include: Sequence[float] = (), margin: float = 0.06
 ) -> tuple[float, float]:
-    """A range that holds all `values` and `include` with a little air; of positive width even for one value or none."""
+    """A range of positive width that holds all `values` and `include`, with a margin."""
     every = [*values, *include]
     if not every:
         return 0.0, 1.0
@@ -69,12 +69,12 @@ def span(
     if width <= 1e-9 * max(abs(low), abs(high), 1e-12):
         width = abs(low) or 1.0
         return low - width / 2, high + width / 2
-    low_air = 0.0 if low >= 0 and low - margin * width < 0 else margin * width
-    return (0.0 if low_air == 0.0 else low - low_air), high + margin * width
+    low_margin = 0.0 if low >= 0 and low - margin * width < 0 else margin * width
+    return (0.0 if low_margin == 0.0 else low - low_margin), high + margin * width
 
 
 def log_span(values: Iterable[float]) -> tuple[float, float] | None:
-    """A range for a logarithmic axis where one serves: all values positive and more than 50 times apart; else None."""
+    """A range for a logarithmic axis, or None unless all values are positive and differ 50-fold."""
     every = list(values)
     if not every or min(every) <= 0 or max(every) / min(every) < 50:
         return None
@@ -82,26 +82,29 @@ def log_span(values: Iterable[float]) -> tuple[float, float] | None:
 
 
 def log_range(values: Iterable[float], least: float = 6.0) -> tuple[float, float]:
-    """A range for an axis that is logarithmic whatever its positive values: wide enough to hold two of the ticks 1, 2 and 5."""
+    """A range of at least `least`-fold width for a logarithmic axis: it holds two ticks 1, 2, 5."""
     every = list(values) or [1.0]
     low, high = min(every) / 1.3, max(every) * 1.3
-    air = math.sqrt(max(1.0, least / (high / low)))
-    return low / air, high * air
+    margin = math.sqrt(max(1.0, least / (high / low)))
+    return low / margin, high * margin
 
 
-def spread_out(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Rising places, moved as little as may be until each is `gap` from the next, all inside [low, high], in the same order.
+def spread_out(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Move increasing positions minimally until each is `gap` from the next, inside [low, high].
 
-    Where so many gaps have no room they are smaller.
+    The order stays. If the range is too narrow for all gaps, the gaps are smaller.
     """
-    gap = min(gap, (high - low) / max(len(places) - 1, 1))
-    # Without the gaps that lie before it a place may stand on the one before, but not before it: runs that do share their mean.
+    gap = min(gap, (high - low) / max(len(positions) - 1, 1))
+    # Isotonic regression: without its gaps, no position may precede the one before; runs that do
+    # take their mean.
     runs: list[list[float]] = []
-    for i, place in enumerate(places):
-        runs.append([place - i * gap])
+    for i, position in enumerate(positions):
+        runs.append([position - i * gap])
         while len(runs) > 1 and _mean(runs[-2]) > _mean(runs[-1]):
             runs[-2:] = [runs[-2] + runs[-1]]
-    level = [min(max(_mean(run), low), high - gap * (len(places) - 1)) for run in runs for _ in run]
+    level = [
+        min(max(_mean(run), low), high - gap * (len(positions) - 1)) for run in runs for _ in run
+    ]
     return [round(value + i * gap, 1) for i, value in enumerate(level)]
 
 
@@ -110,7 +113,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def thin(points: Sequence[tuple[float, float]], most: int = 300) -> list[tuple[float, float]]:
-    """At most about `most` points that keep the line's shape: the lowest and the highest of each bucket, in order."""
+    """At most about `most` points that keep a line's shape: minimum and maximum of each bucket."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / (most // 2))

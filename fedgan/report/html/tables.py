@@ -1,4 +1,4 @@
-"""Tables: a caption, heads with a scope, numbers that line up, and the same rows as CSV behind a link."""
+"""Accessible HTML tables, with the same rows as a CSV download."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from markupsafe import Markup
 
 from fedgan.report.html.templating import render
 
-# A number or an interval of numbers, and nothing else: its minus signs may become plain ones.
+# A number or an interval of numbers: in CSV its minus signs become hyphens.
 _NUMBERS = re.compile(r"(?=.*\d)[\d\s.,+−–()\[\]e×-]+(?: to [\d.,+−-]+)?")
 
 
 @dataclass(frozen=True)
 class Column:
-    """Head of a column. Numeric columns are right-aligned; `title` explains the head."""
+    """A column. Numeric columns are right-aligned; `title` is the tooltip of the heading."""
 
     head: str
     numeric: bool = True
@@ -34,10 +34,10 @@ def table(
     strong: int = 0,
     more: str = "",
 ) -> Markup:
-    """A table whose first column heads its rows; the first `strong` rows stand out.
+    """Render a table whose first column holds row headings; the first `strong` rows are emphasised.
 
-    `download` is the name of the CSV file (without ending) that a link offers; no link where it is empty.
-    `more` is a sentence below the table.
+    `download` is the name, without extension, of the CSV file behind a link; empty: no link.
+    `more` is the text below the table.
     """
     link = csv_link(download, [column.head for column in columns], rows) if download else Markup("")
     return render(
@@ -52,21 +52,21 @@ def table(
 
 
 def csv_link(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
-    """A link that saves rows as `name`.csv out of the page itself."""
+    """Render a link that saves the rows as `name`.csv; the data is in the link itself."""
     stream = io.StringIO()
     writer = csv.writer(stream)
-    writer.writerow([_harmless(head) for head in heads])
-    writer.writerows([_harmless(cell) for cell in row] for row in rows)
+    writer.writerow([_escape_formula(head) for head in heads])
+    writer.writerows([_escape_formula(cell) for cell in row] for row in rows)
     file = re.sub(r"[^\w.-]+", "-", name)
-    # The byte order mark tells a spreadsheet that the file is UTF-8.
+    # Spreadsheets recognise UTF-8 by the byte order mark.
     data = "data:text/csv;charset=utf-8," + quote("\ufeff" + stream.getvalue())
     return Markup(
         '<a class="csv" download="{}.csv" href="{}">Save as CSV<span class="unseen">: {}</span></a>'
     ).format(file, data, name)
 
 
-def _harmless(cell: str) -> str:
-    """A text that a spreadsheet would run as a formula is quoted; numbers pass, with a plain minus sign."""
+def _escape_formula(cell: str) -> str:
+    """Quote text that a spreadsheet would run as a formula; numbers get a plain minus sign."""
     if _NUMBERS.fullmatch(cell):
         cell = cell.replace("−", "-")
     runs = cell[:1] in ("=", "+", "-", "@", "\t", "\r") and not re.fullmatch(

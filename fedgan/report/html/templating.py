@@ -1,4 +1,4 @@
-"""The page's templates. Every value is escaped: names come from users."""
+"""HTML templates of the reports. Every value is escaped, because names come from users."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedgan.report.html import format as text
 
 
 def render(template: str, **context: Any) -> Markup:
-    """Fill `templates/<template>`; an unknown name in a template is an error, not an empty place."""
+    """Render `templates/<template>`; an undefined variable is an error."""
     return Markup(_environment().get_template(template).render(**context))
 
 
@@ -24,7 +24,7 @@ def read_template(template: str) -> str:
 
 
 def absent(sentence: str) -> Markup:
-    """A paragraph that says what is not there yet."""
+    """A paragraph that says which figures are missing."""
     return Markup('<p class="absent">{}</p>').format(sentence)
 
 

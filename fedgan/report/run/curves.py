@@ -1,4 +1,4 @@
-"""Training curves by images seen: the mean in ink, a line a hospital in colour."""
+"""Training curves by images seen: the mean and one line per hospital."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import RunData, Tree, dig, trees
 
-MOST_HOSPITALS = 6  # lines that can still be told apart
+MOST_HOSPITALS = 6  # lines that remain distinguishable
 MOST_ROWS = 60
 CURVES = (
     ("loss_g", "Generator loss", "Non-saturating loss of the generator."),
@@ -20,14 +20,14 @@ CURVES = (
     (
         "r_t",
         "Overfitting heuristic r_t",
-        "Mean sign of the discriminator on real images; ADA steers it to its target.",
+        "Mean sign of the discriminator on real images; ADA controls it to its target.",
     ),
     ("p", "Augmentation strength p", "Probability of each ADA transform."),
     ("r1", "R1 penalty", "Squared gradient of the discriminator at real images."),
     (
         "path_length",
         "Path length",
-        "Mean length of the generator's path, which its regularisation evens out.",
+        "Mean path length of the generator, which path length regularisation equalises.",
     ),
 )
 
@@ -44,24 +44,24 @@ def _render(run: RunData) -> Markup:
     )
     return render(
         "curves.html.j2",
-        figures=[drawn for drawn in figures if drawn],
+        figures=[curve for curve in figures if curve],
         legend=legend([("mean over hospitals", "main"), *shown], "line"),
-        left_out=max(0, len(names) - MOST_HOSPITALS),
+        not_shown=max(0, len(names) - MOST_HOSPITALS),
         missing=[
-            title for (_, title, _), drawn in zip(CURVES, figures, strict=True) if drawn is None
+            title for (_, title, _), curve in zip(CURVES, figures, strict=True) if curve is None
         ],
         table=_table(run),
     )
 
 
 def points(rounds: tuple[Tree, ...], *keys: str) -> list[tuple[float, float]]:
-    """(images seen, value) of the rounds that have both, by rising images seen."""
+    """(images seen, value) of the rounds that have both, by increasing images seen."""
     found = [(number(line.get("images_seen")), number(dig(line, *keys))) for line in rounds]
     return sorted((x, y) for x, y in found if x is not None and y is not None)
 
 
 def _of_hospital(rounds: tuple[Tree, ...], name: str, key: str) -> list[tuple[float, float]]:
-    """A hospital's values at the run's images seen, so that all lines share one axis."""
+    """A hospital's values at the images seen by the run, so that all lines share one axis."""
     found = [
         (number(line.get("images_seen")), number(row.get(key)))
         for line in rounds
@@ -94,15 +94,16 @@ def _curve(run: RunData, names: list[str], key: str, title: str, desc: str) -> M
 def figure(
     key: str, title: str, desc: str, lines: list[Line], references: list[tuple[str, float]]
 ) -> Markup:
-    """A curve by images seen, under its title, what it means and its newest mean."""
+    """A curve by images seen, with title, meaning and last mean."""
     last = lines[0].points[-1][1] if lines[0].points else None
-    words = f"{desc} By images seen." + (
+    long_desc = f"{desc} By images seen." + (
         f" Last mean value: {short(last)}." if last is not None else ""
     )
-    chart = line_chart(key, title, words, lines, "images seen", references)
+    chart = line_chart(key, title, long_desc, lines, "images seen", references)
     end = short(last) if last is not None else ""
     return Markup(
-        '<figure><figcaption>{} <span class="last">{}</span><small>{}</small></figcaption>{}</figure>'
+        '<figure><figcaption>{} <span class="last">{}</span><small>{}</small></figcaption>'
+        "{}</figure>"
     ).format(title, end, desc, chart)
 
 
@@ -126,13 +127,11 @@ def _table(run: RunData) -> Markup:
         for line in run.rounds
     ]
     more = (
-        f"The newest {MOST_ROWS} of {len(rows)} rounds; metrics.jsonl has them all."
+        f"The last {MOST_ROWS} of {len(rows)} rounds; metrics.jsonl has all."
         if len(rows) > MOST_ROWS
         else ""
     )
-    return table(
-        "Means over hospitals, a row a round", columns, rows[-MOST_ROWS:], "rounds", more=more
-    )
+    return table("Means over hospitals per round", columns, rows[-MOST_ROWS:], "rounds", more=more)
 
 
 SECTION = Section("curves", "Training", _render)

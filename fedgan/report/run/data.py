@@ -1,7 +1,7 @@
-"""All that the page knows: the files of one run folder, read once and made harmless.
+"""Read the files of a run folder for its report and cards.
 
-Every file but `config.toml` may be missing (a young run) or damaged (a failed one). Nothing here
-raises for that: what cannot be read becomes a sentence in `problems`.
+Every file except `config.toml` may be missing (a new run) or damaged (a failed run). Neither raises
+an error: `problems` names what cannot be read.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from fedgan import files
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.errors import FedganError
-from fedgan.report.facts import all_drawn
+from fedgan.report.facts import are_all_phantoms
 from fedgan.report.html.format import number
 from fedgan.run_folder import RunFolder
 
 Tree = dict[str, Any]
 
-# Control characters, lone surrogates and marks that turn the direction of the text around them.
+# Control characters, lone surrogates, and marks that change the text direction.
 _HARMFUL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]"
 )
@@ -29,7 +29,7 @@ _HARMFUL = re.compile(
 
 @dataclass(frozen=True)
 class RunData:
-    """The content of a run folder. Trees are as `docs/architecture.md` says, or empty where there is no file."""
+    """The content of a run folder (docs/architecture.md); a missing file gives an empty dict."""
 
     settings: Settings
     environment: Tree
@@ -42,13 +42,13 @@ class RunData:
 
     @property
     def evaluation_labels(self) -> list[str]:
-        """The labels that the classifiers told apart, after `evaluation.label_map`."""
+        """The labels of the classifiers, after `evaluation.label_map`."""
         named = self.evaluation.get("label_names")
         return [str(name) for name in named] if isinstance(named, list) else []
 
     @property
     def data_labels(self) -> list[str]:
-        """The labels of the images, of the generator and so of the grids, in the order in which the hospitals list them."""
+        """The labels of the images, the generator and the grids, in the order of hospitals.json."""
         found: dict[str, None] = {}
         for hospital in self.hospitals:
             for split in tree(hospital.get("counts")).values():
@@ -57,7 +57,7 @@ class RunData:
 
     @property
     def hospital_names(self) -> list[str]:
-        """Names of the hospitals: those of hospitals.json, then any that only the rounds name."""
+        """Names in hospitals.json, then names that occur only in the rounds."""
         rows = [
             *self.hospitals,
             *(row for line in self.rounds for row in trees(line.get("hospitals"))),
@@ -71,13 +71,13 @@ class RunData:
 
     def total(self, key: str) -> float | None:
         """A cumulative count of the run (`images_seen`, `wall_seconds`, `bytes_exchanged`)."""
-        here = number(self.evaluation.get(key))
-        return here if here is not None else number(self.last_round.get(key))
+        evaluated = number(self.evaluation.get(key))
+        return evaluated if evaluated is not None else number(self.last_round.get(key))
 
     @property
-    def drawn(self) -> bool:
-        """Whether every image was drawn by a program, so that no figure speaks of patients."""
-        return not self.settings.evaluation.root and all_drawn(
+    def has_only_phantoms(self) -> bool:
+        """Whether all images are phantoms, so that no figure describes patients."""
+        return not self.settings.evaluation.root and are_all_phantoms(
             row.get("source") for row in trees(self.environment.get("sources"))
         )
 
@@ -89,13 +89,13 @@ class RunData:
 
 
 def load(run: RunFolder) -> RunData:
-    """Read a run folder. Raises `ConfigError` when it has no readable `config.toml`; nothing else."""
+    """Read a run folder. Raises only `ConfigError`, if `config.toml` cannot be read."""
     problems: list[str] = []
     settings = from_dict(clean(to_dict(run.settings())), source=str(run.config))
     evaluation = tree(_json(run, run.evaluation, problems))
     audit = _json(run, run.audit, problems)
     if audit is not None and not isinstance(audit, dict):
-        problems.append(f"{run.audit.name} is damaged: it holds no audit.")
+        problems.append(f"{run.audit.name} is damaged: it contains no audit.")
     return RunData(
         settings=settings,
         environment=tree(_json(run, run.environment, problems)),
@@ -109,7 +109,7 @@ def load(run: RunFolder) -> RunData:
 
 
 def dig(value: Any, *keys: str) -> Any:
-    """The value at a path of keys, or None as soon as a step is not there."""
+    """The value at a path of keys, or None if a key is missing."""
     for key in keys:
         if not isinstance(value, dict):
             return None
@@ -118,7 +118,7 @@ def dig(value: Any, *keys: str) -> Any:
 
 
 def tree(value: Any) -> Tree:
-    """`value` if it is a dict, else an empty one."""
+    """`value` if it is a dict, else an empty dict."""
     return value if isinstance(value, dict) else {}
 
 
@@ -132,7 +132,7 @@ def trees(value: Any) -> list[Tree]:
 
 
 def sentences(value: Any) -> list[str]:
-    """Notes as a list of texts, whether they are one text, a list or a dict of texts."""
+    """Texts from a string, or from a nested list or dict of strings."""
     if isinstance(value, str):
         return [value] if value.strip() else []
     if isinstance(value, dict):
@@ -141,7 +141,7 @@ def sentences(value: Any) -> list[str]:
 
 
 def clean(value: Any) -> Any:
-    """Replace characters that no page can show (control, lone surrogate, direction marks), all the way down."""
+    """Replace control characters, lone surrogates and direction marks, recursively."""
     if isinstance(value, str):
         return _HARMFUL.sub("\ufffd", value)
     if isinstance(value, dict):
@@ -154,13 +154,13 @@ def _json(run: RunFolder, path: Path, problems: list[str]) -> Any:
         return clean(run.read_json(path))
     except (FedganError, OSError, ValueError, RecursionError):
         problems.append(
-            f"{path.name} is damaged and could not be read; its part of the page is empty."
+            f"{path.name} is damaged and could not be read; its part of the report is empty."
         )
         return None
 
 
 def _rounds(run: RunFolder, problems: list[str]) -> Iterable[Tree]:
-    """One line a round, in order. A round that was repeated after a resume counts once, its last line."""
+    """One line per round, in order; of a round repeated after a resume, the last line."""
     try:
         lines = trees(clean(files.read_json_lines(run.metrics)))
     except (OSError, ValueError, RecursionError):

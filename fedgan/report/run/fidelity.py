@@ -1,4 +1,4 @@
-"""How far the synthetic images are from the real ones, beside how far real ones are from each other."""
+"""Fidelity: distances from synthetic to real images, beside real-to-real reference values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fedgan.report.html.templating import absent, render
 from fedgan.report.run.curves import figure, points
 from fedgan.report.run.data import RunData, Tree, dig, tree
 
-# An unbiased kernel distance has a floor around zero, over which nothing can be divided.
+# The reference value of the unbiased kernel distance is about zero, so no ratio is formed.
 MEASURES = (("Fréchet distance", "frechet", True), ("Kernel distance", "kernel", False))
 COLUMNS = (
     Column("Measure", numeric=False),
     Column("Features of", numeric=False),
     Column("Synthetic to real"),
-    Column("Floor: real to real"),
-    Column("Over the floor"),
+    Column("Reference: real to real"),
+    Column("Ratio to the reference"),
 )
 
 
@@ -32,7 +32,8 @@ def _render(run: RunData) -> Markup:
         _table(fidelity)
         if known
         else absent(
-            "The final distances have not been measured: evaluation.json is not there or has no fidelity numbers."
+            "The final distances have not been measured: evaluation.json is missing or has no "
+            "fidelity figures."
         )
     )
     return render("fidelity.html.j2", table=distances, chart=chart, note=note)
@@ -41,18 +42,20 @@ def _render(run: RunData) -> Markup:
 def _table(fidelity: Tree) -> Markup:
     extractor = str(fidelity.get("extractor") or "not named")
     rows = []
-    for name, key, divide in MEASURES:
-        value, floor = number(fidelity.get(key)), number(fidelity.get(f"{key}_reference"))
-        over = divide and value is not None and floor is not None and floor > 0
+    for name, key, has_ratio in MEASURES:
+        value, reference = number(fidelity.get(key)), number(fidelity.get(f"{key}_reference"))
+        ratio = (
+            f"{value / reference:.1f} ×"
+            if has_ratio and value is not None and reference is not None and reference > 0
+            else text.DASH
+        )
         rows.append(
             [
                 name,
                 extractor,
                 text.significant(value),
-                text.significant(floor),
-                f"{value / floor:.1f} ×"
-                if over and value is not None and floor is not None
-                else text.DASH,
+                text.significant(reference),
+                ratio,
             ]
         )
     images, reference_images = (
@@ -62,48 +65,47 @@ def _table(fidelity: Tree) -> Markup:
     if images is not None and images == reference_images:
         more = f"{text.whole(images)} images on each side of every comparison."
     else:
-        more = f"Images on each side: {text.whole(images)} for synthetic to real, {text.whole(reference_images)} for the floor."
+        more = (
+            f"Images on each side: {text.whole(images)} for synthetic to real, "
+            f"{text.whole(reference_images)} for the reference."
+        )
     if isinstance(fidelity.get("real"), str):
-        more += f" The real side: {fidelity['real']}."
-    return table("Distances, lower is better", COLUMNS, rows, "fidelity", more=more)
+        more += f" Real images: {fidelity['real']}."
+    return table("Distances (lower is better)", COLUMNS, rows, "fidelity", more=more)
 
 
 def _curve(run: RunData) -> tuple[Markup | None, str]:
-    """The Fréchet curve with the floor of the same extractor, and the sentence that says what may be compared."""
+    """The Fréchet curve with the reference of the same extractor, and a note on comparability."""
     measured = tuple(
         line for line in run.rounds if number(dig(line, "fidelity", "frechet")) is not None
     )
     if not measured:
-        return None, "No Fréchet distance was measured while training went on (evaluation.every)."
+        return None, "No Fréchet distance was measured during training (evaluation.every)."
     extractor = dig(measured[-1], "fidelity", "extractor")
     same = tuple(line for line in measured if dig(line, "fidelity", "extractor") == extractor)
     counts = sorted(
         {n for line in same if (n := number(dig(line, "fidelity", "images"))) is not None}
     )
     splits = sorted({str(split) for line in same if (split := dig(line, "fidelity", "split"))})
-    note = f"Features of {extractor or 'an extractor that is not named'}"
+    note = f"Features of {extractor or 'an unnamed extractor'}"
     note += f", {' or '.join(text.whole(n) for n in counts)} images on each side" if counts else ""
     note += f", real images of the {' or '.join(splits)} split." if splits else "."
-    floor = number(dig(run.evaluation, "fidelity", "frechet_reference"))
+    reference = number(dig(run.evaluation, "fidelity", "frechet_reference"))
     references = (
-        [("floor: real to real", floor)]
-        if floor is not None and extractor == dig(run.evaluation, "fidelity", "extractor")
+        [("reference: real to real", reference)]
+        if reference is not None and extractor == dig(run.evaluation, "fidelity", "extractor")
         else []
     )
     reference_images = number(dig(run.evaluation, "fidelity", "reference_images"))
     if references and reference_images is not None and counts != [reference_images]:
-        note += f" The floor was measured with {text.whole(reference_images)} images on each side;"
-        note += " with fewer images a distance comes out larger."
+        note += f" The reference was measured with {text.whole(reference_images)} images on each"
+        note += " side; fewer images give a larger distance."
     lines = [Line("Fréchet distance", points(same, "fidelity", "frechet"))]
     if not lines[0].points:
-        return (
-            None,
-            "The rounds have Fréchet distances but no count of images seen, so there is no curve.",
-        )
+        return None, "The rounds have Fréchet distances but no images seen: there is no curve."
     desc = "Synthetic to real, lower is better."
-    return figure(
-        "fidelity-curve", "Fréchet distance while training went on", desc, lines, references
-    ), note
+    title = "Fréchet distance during training"
+    return figure("fidelity-curve", title, desc, lines, references), note
 
 
 SECTION = Section("fidelity", "Fidelity", _render)

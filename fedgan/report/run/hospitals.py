@@ -1,10 +1,10 @@
-"""Who took part, with how many images of which classes."""
+"""Hospitals that take part: images, patients and classes of each."""
 
 from __future__ import annotations
 
 from markupsafe import Markup
 
-from fedgan.report.facts import WITHHELD, counts_withheld
+from fedgan.report.facts import WITHHELD, has_withheld_counts
 from fedgan.report.html import format as text
 from fedgan.report.html.charts import Dot, Row, dot_chart, legend, stacked_bars
 from fedgan.report.html.format import number
@@ -12,27 +12,27 @@ from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import RunData, Tree, dig, tree, trees
-from fedgan.report.run.privacy.guarantee import counted_over, spent
+from fedgan.report.run.privacy.guarantee import epsilon_scope, privacy_costs
 
 SPLITS = ("train", "val", "test")
 MOST_MARKS = 6  # hospitals in one row of marks
-MOST_PARTS = 8  # parts of a bar that can still be told apart
+MOST_PARTS = 8  # parts of a bar that remain distinguishable
 
 
 def _render(run: RunData) -> Markup:
     if not run.hospitals:
         return absent(
-            "hospitals.json is not there yet: it is written when the hospitals have opened their shards."
+            "hospitals.json is missing: it is written when the hospitals have opened their shards."
         )
     labels = run.data_labels
     exclusive = all(_is_exclusive(hospital, labels) for hospital in run.hospitals)
-    if not labels or any(map(counts_withheld, run.hospitals)):
+    if not labels or any(map(has_withheld_counts, run.hospitals)):
         figure, marks = Markup(""), Markup("")
     elif exclusive:
-        figure, marks = _mix(run.hospitals, labels)
+        figure, marks = _class_mix(run.hospitals, labels)
     else:
-        figure, marks = _prevalence(run.hospitals, labels)
-    left_out = 0 if exclusive or not labels else max(0, len(run.hospitals) - MOST_MARKS)
+        figure, marks = _label_shares(run.hospitals, labels)
+    not_shown = 0 if exclusive or not labels else max(0, len(run.hospitals) - MOST_MARKS)
     return render(
         "hospitals.html.j2",
         figure=figure,
@@ -40,7 +40,7 @@ def _render(run: RunData) -> Markup:
         sizes=_sizes(run),
         classes=_classes(run, labels),
         exclusive=exclusive,
-        left_out=left_out,
+        not_shown=not_shown,
     )
 
 
@@ -53,13 +53,13 @@ def _count(hospital: Tree, split: str, label: str) -> float:
 
 
 def _is_exclusive(hospital: Tree, labels: list[str]) -> bool:
-    """True where each training image has exactly one of the labels, as far as the counts tell."""
+    """Whether each training image has exactly one label, as far as the counts show."""
     images = number(dig(hospital, "images", "train"))
     return images is None or sum(_count(hospital, "train", label) for label in labels) == images
 
 
-def _mix(hospitals: tuple[Tree, ...], labels: list[str]) -> tuple[Markup, Markup]:
-    """A bar a hospital, divided by class; beyond eight classes the rarest share one part."""
+def _class_mix(hospitals: tuple[Tree, ...], labels: list[str]) -> tuple[Markup, Markup]:
+    """One bar per hospital, divided by class; beyond eight classes the rarest share one part."""
     by_size = sorted(
         labels, key=lambda label: -sum(_count(hospital, "train", label) for hospital in hospitals)
     )
@@ -90,8 +90,8 @@ def _mix(hospitals: tuple[Tree, ...], labels: list[str]) -> tuple[Markup, Markup
     return chart, legend([(name, f"c{i % 8 + 1}") for i, name in enumerate(names)], "fill")
 
 
-def _prevalence(hospitals: tuple[Tree, ...], labels: list[str]) -> tuple[Markup, Markup]:
-    """For labels that may stand together: the share of images that have each, a mark a hospital."""
+def _label_shares(hospitals: tuple[Tree, ...], labels: list[str]) -> tuple[Markup, Markup]:
+    """For labels that may occur together: share of images with each, one mark per hospital."""
     shown = hospitals[:MOST_MARKS]
     rows = [
         Row(
@@ -123,32 +123,32 @@ def _prevalence(hospitals: tuple[Tree, ...], labels: list[str]) -> tuple[Markup,
 
 
 def _sizes(run: RunData) -> Markup:
-    rows, paid = [], {row.name: row.words for row in spent(run)}
+    rows, epsilons = [], {row.name: row.epsilon_text for row in privacy_costs(run)}
     for hospital in run.hospitals:
         images = [text.whole(dig(hospital, "images", split)) for split in SPLITS]
         patients = [text.whole(dig(hospital, "patients", split)) for split in SPLITS]
         seen = next(
-            (row.get("images_seen") for row in reversed(_own_rounds(run, _name(hospital)))), None
+            (row.get("images_seen") for row in reversed(_rounds_of(run, _name(hospital)))), None
         )
         rows.append([_name(hospital), *images, *patients, text.whole(seen)])
-        rows[-1] += [paid.get(_name(hospital), text.DASH)] if paid else []
+        rows[-1] += [epsilons.get(_name(hospital), text.DASH)] if epsilons else []
     columns = [Column("Hospital", numeric=False)]
     columns += [Column(f"Images, {split}") for split in SPLITS] + [
         Column(f"Patients, {split}") for split in SPLITS
     ]
     columns.append(
-        Column("Images shown", title="Real images shown to this hospital's discriminator so far")
+        Column("Images seen", title="Real images shown to the discriminator of this hospital")
     )
-    more = "Images shown: real images that the hospital's discriminator has seen so far, each as often as it was drawn."
-    if paid:
+    more = "Images seen: real images shown to the hospital's discriminator, with repetitions."
+    if epsilons:
         columns.append(
-            Column("ε", title=f"Of differential privacy, over {counted_over(run.settings)}")
+            Column("ε", title=f"ε of differential privacy; it covers {epsilon_scope(run.settings)}")
         )
-        more += " What the ε of differential privacy means, and its δ, stand under privacy."
-    return table("Images and patients in each split", columns, rows, "hospitals", more=more)
+        more += " The Privacy section explains ε and gives its δ."
+    return table("Images and patients per split", columns, rows, "hospitals", more=more)
 
 
-def _own_rounds(run: RunData, name: str) -> list[Tree]:
+def _rounds_of(run: RunData, name: str) -> list[Tree]:
     return [
         row
         for line in run.rounds
@@ -158,12 +158,12 @@ def _own_rounds(run: RunData, name: str) -> list[Tree]:
 
 
 def _classes(run: RunData, labels: list[str]) -> Markup:
-    """A row a class, a column a hospital: training images."""
+    """Training images: one row per class, one column per hospital."""
     if not labels or not any(tree(hospital.get("counts")) for hospital in run.hospitals):
         return absent("The class counts of the hospitals are not known.")
-    if any(map(counts_withheld, run.hospitals)):
+    if any(map(has_withheld_counts, run.hospitals)):
         return absent(
-            f"The class counts of the hospitals: {WITHHELD}. They are exact, and no epsilon covers them."
+            f"The class counts of the hospitals: {WITHHELD}. They are exact; ε does not cover them."
         )
     rows = []
     for label in labels:
@@ -175,7 +175,7 @@ def _classes(run: RunData, labels: list[str]) -> Markup:
         *(Column(_name(hospital)) for hospital in run.hospitals),
         Column("All"),
     ]
-    return table("Training images of each class", columns, rows, "classes")
+    return table("Training images per class", columns, rows, "classes")
 
 
 SECTION = Section("hospitals", "Hospitals", _render)

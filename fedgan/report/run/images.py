@@ -1,4 +1,4 @@
-"""Real beside synthetic, a row a class, and how the synthetic ones came to be."""
+"""Real and synthetic images side by side, per class, and samples during training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_ROUNDS = 6
 
 @dataclass(frozen=True)
 class Pair:
-    """One class: its name, and its pictures where there are any."""
+    """One class: its name and its images, if any."""
 
     name: str
     real: Block | None
@@ -28,7 +28,7 @@ class Pair:
 def _render(run: RunData) -> Markup:
     if not run.pictures:
         return absent(
-            "No pictures yet: the central evaluator draws the first grid when its first turn comes (evaluation.every)."
+            "No images yet: the evaluator draws the first grid after evaluation.every rounds."
         )
     if run.settings.shows_real:
         real, real_note = _grid(run, run.pictures.get("real"), "of real images")
@@ -38,18 +38,18 @@ def _render(run: RunData) -> Markup:
     file = run.pictures.get("final") or (newest[0][1] if newest else None)
     synthetic, synthetic_note = _grid(run, file, "of synthetic images")
     notes = [note for note in (real_note, synthetic_note) if note]
-    drawn = run.drawn
+    phantoms = run.has_only_phantoms
     if newest:
         notes.append(
-            f"The synthetic images are those of round {newest[0][0]}: the run has no final grid yet."
+            f"The synthetic images are of round {newest[0][0]}: the run has no final grid yet."
         )
     return render(
         "images.html.j2",
         pairs=pairs(real, synthetic),
         progress=_progress(run),
         notes=notes,
-        holds_real=real is not None and not drawn,
-        real_head="Drawn" if drawn else "Real",
+        holds_real=real is not None and not phantoms,
+        real_heading="Phantoms" if phantoms else "Real",
         cells=MOST_CELLS,
         psi=run.settings.evaluation.psi,
         resolution=run.settings.data.resolution,
@@ -57,7 +57,7 @@ def _render(run: RunData) -> Markup:
 
 
 def pairs(real: Grid | None, synthetic: Grid | None) -> list[Pair]:
-    """The rows of both grids side by side: by name where both name theirs, else by place."""
+    """The rows of both grids side by side, matched by name if both have names, else by position."""
     grids = [grid for grid in (real, synthetic) if grid is not None]
     if grids and all(grid.rows for grid in grids):
         names = list(dict.fromkeys(name for grid in grids for name in grid.rows))
@@ -83,26 +83,24 @@ def pairs(real: Grid | None, synthetic: Grid | None) -> list[Pair]:
 
 
 def _grid(run: RunData, path: Path | None, what: str) -> tuple[Grid | None, str]:
-    """A grid, or None and the sentence that says why."""
+    """A grid, or None and the reason."""
     if path is None:
         return None, f"There is no grid {what} yet."
     grid = open_grid(path, run.data_labels, run.settings.data.resolution)
     if grid is None:
         side = run.settings.data.resolution
-        return (
-            None,
-            f"{path.name} is damaged or is no grid of cells of {side} × {side} pixels, so it is not shown.",
-        )
+        reason = f"damaged or no grid of cells of {side} × {side} pixels"
+        return None, f"{path.name} is not shown: it is {reason}."
     return (
         grid,
-        f"The grid {what} has {plural(grid.count, 'row')}, of which {MOST_ROWS} are shown."
+        f"The grid {what} has {plural(grid.count, 'row')}; {MOST_ROWS} are shown."
         if grid.count > MOST_ROWS
         else "",
     )
 
 
 def _progress(run: RunData) -> list[tuple[int, str, Block]]:
-    """Up to six grids spread over the run, the newest among them: (round, images seen, picture)."""
+    """Up to six grids over the run, including the newest: (round, images seen, image)."""
     rounds = run.round_pictures
     if len(rounds) > MOST_ROUNDS:
         rounds = [
@@ -114,8 +112,8 @@ def _progress(run: RunData) -> list[tuple[int, str, Block]]:
         grid = open_grid(path, run.data_labels, run.settings.data.resolution)
         if grid is not None:
             images = seen.get(float(number_of_round))
-            words = f"{images:,.0f} images seen" if images is not None else ""
-            strip.append((number_of_round, words, grid.block(range(min(grid.count, 8)), 3)))
+            caption = f"{images:,.0f} images seen" if images is not None else ""
+            strip.append((number_of_round, caption, grid.block(range(min(grid.count, 8)), 3)))
     return strip
 
 

@@ -1,10 +1,10 @@
-"""What was not measured, and what the evaluator had to say."""
+"""Missing figures, and notes of the evaluator."""
 
 from __future__ import annotations
 
 from markupsafe import Markup
 
-from fedgan.report.facts import nulls
+from fedgan.report.facts import null_paths
 from fedgan.report.html.section import Section
 from fedgan.report.html.templating import render
 from fedgan.report.run.data import RunData, sentences, tree
@@ -21,25 +21,26 @@ def _render(run: RunData) -> Markup:
     ]
     missing = [
         sentence
-        for there, sentence in (
+        for is_present, sentence in (
             (run.rounds, "metrics.jsonl has no round yet."),
-            (run.hospitals, "hospitals.json is not there yet."),
+            (run.hospitals, "hospitals.json is missing."),
             (
                 run.environment,
-                "environment.json is not there: versions, machine and licences are unknown.",
+                "environment.json is missing: versions, machine and licences are unknown.",
             ),
-            (evaluation, "evaluation.json is not there yet: utility and fidelity are unknown."),
+            (evaluation, "evaluation.json is missing: utility and fidelity are unknown."),
         )
-        if not there
+        if not is_present
     ]
     done, planned = len(run.rounds), run.settings.federation.rounds
     if 0 < done < planned:
-        missing.append(f"The run had {done} of {planned} rounds when this page was written.")
+        missing.append(f"The run had {done} of {planned} rounds when this report was written.")
     if not run.audit and "privacy" not in evaluation:
         missing.append(
-            "No privacy attack and no search for copies was run: this page is no evidence that the images are safe to release."
+            "No privacy attack and no search for copies was run: this report is no evidence that "
+            "the images are safe to release."
         )
-    empty = list(dict.fromkeys(nulls(evaluation)))
+    empty = list(dict.fromkeys(null_paths(evaluation)))
     return render(
         "notes.html.j2",
         notes=list(dict.fromkeys(notes)),

@@ -1,11 +1,11 @@
-"""Where the numbers come from: settings, versions, machine, data hashes, licences."""
+"""Provenance: settings, versions, machine, content hashes and licences of the data."""
 
 from __future__ import annotations
 
 from markupsafe import Markup
 
 from fedgan.config import describe, to_dict
-from fedgan.report.facts import content_hash, leaves, source_text, word
+from fedgan.report.facts import content_hash, flatten, source_text, value_text
 from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
@@ -21,26 +21,28 @@ FACTS_COLUMNS = (Column("Fact", numeric=False), Column("Value", numeric=False))
 
 
 def _render(run: RunData) -> Markup:
-    values = dict(leaves(to_dict(run.settings)))
+    values = dict(flatten(to_dict(run.settings)))
     rows = [[item.key, values.get(item.key, ""), item.meaning] for item in describe()]
-    defaults = {item.key: word(item.default) for item in describe()}
+    defaults = {item.key: value_text(item.default) for item in describe()}
     changed = [
         row for row in rows if row[1] != defaults[row[0]] and row[0] not in ("name", "description")
     ]
     hashes = [
-        [str(h.get("name", "unnamed")), told] for h in run.hospitals if (told := content_hash(h))
+        [str(row.get("name", "unnamed")), found]
+        for row in run.hospitals
+        if (found := content_hash(row))
     ]
     return render(
         "provenance.html.j2",
         changed=table("Settings that differ from their defaults", SETTINGS_COLUMNS, changed)
         if changed
         else Markup(""),
-        settings=table("Every setting of the run", SETTINGS_COLUMNS, rows, "settings"),
+        settings=table("All settings", SETTINGS_COLUMNS, rows, "settings"),
         environment=_environment(run),
         sources=_sources(run),
-        hashes=table("Content hashes of the hospitals' images", HASH_COLUMNS, hashes)
+        hashes=table("Content hashes of the images", HASH_COLUMNS, hashes)
         if hashes
-        else absent("No content hash of the hospitals' data is known."),
+        else absent("No content hash of the images is known."),
         count=len(rows),
         name=run.settings.name,
         seed=run.settings.seed,
@@ -48,29 +50,26 @@ def _render(run: RunData) -> Markup:
 
 
 def _environment(run: RunData) -> Markup:
-    facts = [
-        [key, value]
-        for key, value in leaves({k: v for k, v in run.environment.items() if k != "sources"})
-    ]
+    facts = flatten({k: v for k, v in run.environment.items() if k != "sources"})
     if not facts:
-        return absent("environment.json is not there: versions and machine are unknown.")
+        return absent("environment.json is missing: versions and machine are unknown.")
     return table("Versions and machine", FACTS_COLUMNS, facts, "environment")
 
 
 def _sources(run: RunData) -> Markup:
-    """A row a source, a column each thing that environment.json says of it."""
+    """One row per source, one column per key in environment.json."""
     sources = trees(run.environment.get("sources"))
     keys = list(dict.fromkeys(key for source in sources for key in source))
     if not keys:
         return absent(
-            "The sources and licences of the data are unknown: environment.json does not name them."
+            "The sources and licences of the data are unknown: environment.json does not list them."
         )
     sources = [
         source | ({"content_hash": content_hash(source)} if "content_hash" in source else {})
         for source in sources
     ]
     rows = [
-        [(source_text if key == "source" else word)(source.get(key)) for key in keys]
+        [(source_text if key == "source" else value_text)(source.get(key)) for key in keys]
         for source in sources
     ]
     columns = [Column(key.replace("_", " ").capitalize(), numeric=False) for key in keys]

@@ -1,10 +1,10 @@
-"""The first screen: the question that the run was made to answer, its answer, and what it cost."""
+"""Summary: the main result and the cost of the run."""
 
 from __future__ import annotations
 
 from markupsafe import Markup
 
-from fedgan.report.facts import DRAWN
+from fedgan.report.facts import PHANTOM_NOTE
 from fedgan.report.html import format as text
 from fedgan.report.html.format import bounds, number
 from fedgan.report.html.section import Section
@@ -20,29 +20,30 @@ GENERATORS = {
 
 
 def answer(run: RunData) -> str:
-    """The one sentence: how far a classifier trained on synthetic images only gets on real ones."""
+    """The main result: macro AUC of a classifier trained on synthetic images only."""
     synthetic, real = auc(run, "synthetic"), auc(run, "real")
     generator = GENERATORS.get(str(run.evaluation.get("arm") or ""), "this generator")
+    trained = f"A classifier trained only on images of {generator}"
     if synthetic and real:
         return (
-            f"A classifier trained only on images of {generator} reaches a macro AUC of {synthetic} on real test images; "
+            f"{trained} reaches a macro AUC of {synthetic} on real test images; "
             f"trained on the real images it reaches {real}."
         )
     if synthetic:
         return (
-            f"A classifier trained only on images of {generator} reaches a macro AUC of {synthetic} on real test images; "
+            f"{trained} reaches a macro AUC of {synthetic} on real test images; "
             "the same classifier trained on real images has not been measured."
         )
     if real:
         return (
-            f"What a classifier trained only on images of {generator} reaches has not been measured; "
+            f"{trained} has not been measured; "
             f"trained on the real images it reaches a macro AUC of {real} on real test images."
         )
-    return f"What a classifier trained only on images of {generator} reaches on real test images has not been measured yet."
+    return f"{trained} has not been measured yet on real test images."
 
 
 def auc(run: RunData, source: str) -> str:
-    """A macro AUC with its interval, 0.91 (0.89–0.93), or an empty text."""
+    """A macro AUC with its interval, 0.91 (0.89–0.93); empty if not measured."""
     result = dig(run.evaluation, "utility", source)
     value, interval = number(dig(result, "macro_auc")), bounds(dig(result, "macro_auc_ci"))
     if value is None:
@@ -51,7 +52,7 @@ def auc(run: RunData, source: str) -> str:
 
 
 def figures(run: RunData) -> list[tuple[str, str, str]]:
-    """Key figures as (name, value, small print)."""
+    """Key figures as (name, value, footnote)."""
     seen, planned = run.total("images_seen"), run.settings.training.kimg * 1000
     done, rounds = len(run.rounds), run.settings.federation.rounds
     hospitals = len(run.hospital_names)
@@ -76,7 +77,7 @@ def _render(run: RunData) -> Markup:
     return render(
         "summary.html.j2",
         answer=answer(run),
-        drawn=DRAWN if run.drawn else "",
+        phantom_note=PHANTOM_NOTE if run.has_only_phantoms else "",
         description=run.settings.description,
         figures=figures(run),
     )

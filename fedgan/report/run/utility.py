@@ -1,4 +1,4 @@
-"""What the synthetic images are good for: classifiers trained on them, tested on real images."""
+"""Utility: classifiers trained on real or on synthetic images, tested on real images."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ def _render(run: RunData) -> Markup:
     utility = tree(run.evaluation.get("utility"))
     if not any(tree(utility.get(source)) for source in SOURCES):
         return absent(
-            "No classifier has been tested yet: evaluation.json is not there or has no utility numbers. "
-            "They are written at the end of the run, or by the command fedgan evaluate."
+            "No classifier has been tested yet: evaluation.json is missing or has no utility "
+            "figures. The end of a run or the command fedgan evaluate writes them."
         )
     labels = _names(utility, "per_class", run.evaluation_labels)
-    places = _names(utility, "per_institution", run.hospital_names)
+    institutions = _names(utility, "per_institution", run.hospital_names)
     return render(
         "utility.html.j2",
-        how=_how(utility),
+        method=_method(utility),
         legend=legend(
             [("trained on real images", "real"), ("trained on synthetic images only", "synthetic")],
             "dot",
         ),
         charts=[
             chart
-            for chart in (_class_chart(utility, labels), _place_chart(utility, places))
+            for chart in (_class_chart(utility, labels), _institution_chart(utility, institutions))
             if chart
         ],
         overall=_overall(utility, labels, run.evaluation_labels),
-        places=_places(utility, places),
-        crossed=_crossed(utility, labels, places),
-        alone=len(places) == 0,
+        institutions=_institutions(utility, institutions),
+        class_by_institution=_class_by_institution(utility, labels, institutions),
+        no_institutions=not institutions,
     )
 
 
-def _how(utility: Tree) -> str:
-    """How the numbers were made, in a few sentences, from what the evaluator wrote down."""
+def _method(utility: Tree) -> str:
+    """Method of the evaluation, as recorded by the evaluator."""
     parts = []
     if isinstance(utility.get("classifier"), str):
         parts.append(f"Classifier: {utility['classifier']}.")
@@ -73,24 +73,26 @@ def _how(utility: Tree) -> str:
         )
     if number(utility.get("test_images")) is not None:
         parts.append(
-            f"Tested on {text.whole(utility['test_images'])} real images that no training saw."
+            f"Tested on {text.whole(utility['test_images'])} real images unseen in training."
         )
     return " ".join(parts)
 
 
-def _small_print(utility: Tree, labels: list[str], known: list[str]) -> str:
-    """What the columns of the overall table mean: positives, resampling, seeds, rows outside the macro mean."""
-    parts = ["For a class, the last column counts the test images that have it."]
+def _footnote(utility: Tree, labels: list[str], known: list[str]) -> str:
+    """Positives, resampling, seeds, and classes outside the macro mean."""
+    parts = ["For a class, the last column counts the positive test images."]
     resamples, resampled = number(utility.get("bootstrap")), utility.get("resampled")
     if resamples is not None:
         parts.append(
-            f"Intervals: percentile bootstrap, {text.whole(resamples)} resamples of the test {resampled or 'images'}."
+            f"Intervals: percentile bootstrap, {text.whole(resamples)} resamples "
+            f"of the test {resampled or 'images'}."
         )
     for source in SOURCES:
         seeds = dig(utility, source, "macro_auc_seeds")
         if isinstance(seeds, list) and len(seeds) > 1:
             parts.append(
-                f"Macro AUC of the single seeds, {source}: {', '.join(text.decimal(value) for value in seeds)}."
+                f"Macro AUC per seed, {source}: "
+                f"{', '.join(text.decimal(value) for value in seeds)}."
             )
     outside = [label for label in labels if known and label not in known]
     if outside:
@@ -99,7 +101,7 @@ def _small_print(utility: Tree, labels: list[str], known: list[str]) -> str:
 
 
 def _names(utility: Tree, key: str, order: list[str]) -> list[str]:
-    """Every name under `key` of either source: those of `order` first."""
+    """All names under `key` of either source, those in `order` first."""
     found = dict.fromkeys(
         str(name) for source in SOURCES for name in tree(dig(utility, source, key))
     )
@@ -107,13 +109,12 @@ def _names(utility: Tree, key: str, order: list[str]) -> list[str]:
 
 
 def _pair(utility: Tree, path: tuple[str, ...], value: str, ci: str) -> list[str]:
-    """Real, its interval, synthetic, its interval, and the difference, as texts."""
+    """Cells: real, its interval, synthetic, its interval, difference."""
     results = [dig(utility, source, *path) for source in SOURCES]
     real, synthetic = (number(dig(result, value)) for result in results)
     gap = text.signed(synthetic - real) if real is not None and synthetic is not None else text.DASH
-    return [
-        text.decimal(real), text.interval(dig(results[0], ci)), text.decimal(synthetic), text.interval(dig(results[1], ci)), gap
-    ]  # fmt: skip
+    real_ci, synthetic_ci = (text.interval(dig(result, ci)) for result in results)
+    return [text.decimal(real), real_ci, text.decimal(synthetic), synthetic_ci, gap]
 
 
 def _overall(utility: Tree, labels: list[str], known: list[str]) -> Markup:
@@ -144,38 +145,40 @@ def _overall(utility: Tree, labels: list[str], known: list[str]) -> Markup:
     columns = [
         Column("Measure", numeric=False),
         *COLUMNS,
-        Column("Test images", title="For a class: test images that have it"),
+        Column("Test images", title="For a class: positive test images"),
     ]
-    more = _small_print(utility, labels, known)
-    return table("Tested on all real test images", columns, rows, "utility", strong=2, more=more)
+    more = _footnote(utility, labels, known)
+    return table("All real test images", columns, rows, "utility", strong=2, more=more)
 
 
-def _places(utility: Tree, places: list[str]) -> Markup:
-    if not places:
+def _institutions(utility: Tree, institutions: list[str]) -> Markup:
+    if not institutions:
         return Markup("")
     rows = []
-    for place in places:
+    for institution in institutions:
         images = [
-            number(dig(utility, source, "per_institution", place, "images")) for source in SOURCES
+            number(dig(utility, source, "per_institution", institution, "images"))
+            for source in SOURCES
         ]
         count = next((n for n in images if n is not None), None)
         rows.append(
             [
-                place,
-                *_pair(utility, ("per_institution", place), "macro_auc", "macro_auc_ci"),
+                institution,
+                *_pair(utility, ("per_institution", institution), "macro_auc", "macro_auc_ci"),
                 text.whole(count),
             ]
         )
     columns = [Column("Institution", numeric=False), *COLUMNS, Column("Test images")]
-    return table("Macro AUC inside each institution", columns, rows, "utility-institutions")
+    return table("Macro AUC per institution", columns, rows, "utility-institutions")
 
 
-def _crossed(utility: Tree, labels: list[str], places: list[str]) -> Markup:
-    """AUC for each class inside each institution: real / synthetic in one cell."""
+def _class_by_institution(utility: Tree, labels: list[str], institutions: list[str]) -> Markup:
+    """AUC per class and institution: real / synthetic in one cell."""
 
-    def cell(place: str, label: str) -> str:
+    def cell(institution: str, label: str) -> str:
         entries = [
-            dig(utility, source, "per_institution", place, "per_class", label) for source in SOURCES
+            dig(utility, source, "per_institution", institution, "per_class", label)
+            for source in SOURCES
         ]
         values = [
             number(dig(entry, "auc") if isinstance(entry, dict) else entry) for entry in entries
@@ -186,12 +189,15 @@ def _crossed(utility: Tree, labels: list[str], places: list[str]) -> Markup:
             else text.DASH
         )
 
-    rows = [[place, *(cell(place, label) for label in labels)] for place in places]
+    rows = [
+        [institution, *(cell(institution, label) for label in labels)]
+        for institution in institutions
+    ]
     if not any(value != text.DASH for row in rows for value in row[1:]):
         return Markup("")
     columns = [Column("Institution", numeric=False), *(Column(label) for label in labels)]
     return table(
-        "AUC for each class inside each institution: real / synthetic only",
+        "AUC per class and institution: real / synthetic only",
         columns,
         rows,
         "utility-crossed",
@@ -210,19 +216,20 @@ def _dots(utility: Tree, path: tuple[str, ...], value: str, ci: str) -> list[Dot
 def _class_chart(utility: Tree, labels: list[str]) -> Markup | None:
     rows = [Row("all (macro)", _dots(utility, (), "macro_auc", "macro_auc_ci"), strong=True)]
     rows += [Row(label, _dots(utility, ("per_class", label), "auc", "auc_ci")) for label in labels]
-    return _chart("utility-classes", "AUC for each class", rows)
+    return _chart("utility-classes", "AUC per class", rows)
 
 
-def _place_chart(utility: Tree, places: list[str]) -> Markup | None:
+def _institution_chart(utility: Tree, institutions: list[str]) -> Markup | None:
     rows = [Row("all", _dots(utility, (), "macro_auc", "macro_auc_ci"), strong=True)]
     rows += [
-        Row(place, _dots(utility, ("per_institution", place), "macro_auc", "macro_auc_ci"))
-        for place in places
+        Row(
+            institution,
+            _dots(utility, ("per_institution", institution), "macro_auc", "macro_auc_ci"),
+        )
+        for institution in institutions
     ]
     return (
-        _chart("utility-institutions", "Macro AUC inside each institution", rows)
-        if places
-        else None
+        _chart("utility-institutions", "Macro AUC per institution", rows) if institutions else None
     )
 
 

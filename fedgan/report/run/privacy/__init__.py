@@ -1,4 +1,4 @@
-"""The privacy page: the verdict, the controls, what is guaranteed, what was found under three heads, what is not protected."""
+"""The privacy section: audit verdict, controls, guarantee, evidence by criterion, limits."""
 
 from fedgan.report.run.privacy.section import SECTION
 

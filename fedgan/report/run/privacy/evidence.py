@@ -1,4 +1,4 @@
-"""What the audit found, as tables and small charts: under each head every figure beside the one for held-out real images."""
+"""Charts and tables of an audit by criterion, with the figures for held-out real images."""
 
 from __future__ import annotations
 
@@ -12,25 +12,36 @@ from fedgan.report.html.charts import Dot, Row, dot_chart
 from fedgan.report.html.format import bounds, number
 from fedgan.report.html.tables import Column, table
 from fedgan.report.run.data import Tree, tree
-from fedgan.report.run.privacy.findings import SPACES, Audit, attacks, blind_spaces, copies, name_of
-from fedgan.report.run.privacy.guarantee import share
+from fedgan.report.run.privacy.findings import (
+    SPACES,
+    Audit,
+    attacks,
+    copies,
+    insensitive_spaces,
+    name_of,
+)
+from fedgan.report.run.privacy.guarantee import percent
 
 MOST_ROWS = 12  # hospitals in one chart
 CI = "95% interval"
 HOSPITAL_SPACE = Column("Hospital, space", numeric=False)
 MEMBERSHIP = (
-    "AUC: how often a training image looks more like a member than an image that was held out; chance is 0.5. Beside it, the "
-    "same attack where held-out images pose as members. Found at 1 %: share of members at 1 % false alarms; chance is 1 %. "
-    "Images: members / non-members. A dash: too few images for that rate, or an attack that no planted leak can test."
+    "AUC: how often a training image looks more like a member than a held-out image does; chance "
+    "is 0.5. Held-out real: the same attack with held-out images as pseudo-members. Found at 1 %: "
+    "share of members found at 1 % false positives; chance is 1 %. Images: members / non-members. "
+    "A dash: too few images for that rate, or an attack that no planted leak can test."
 )
 
 
-def evidence(head: str, audit: Audit) -> tuple[list[Markup], list[Markup]]:
-    """(charts, tables) of one head; both empty where nothing was measured under it."""
-    maker = {"singling-out": _singling_out, "linkability": _linkability, "inference": _inference}[
-        head
-    ]
-    return maker(audit) if audit.there else ([], [])
+def evidence(criterion: str, audit: Audit) -> tuple[list[Markup], list[Markup]]:
+    """(charts, tables) of one criterion; both empty without figures."""
+    if not audit.exists:
+        return [], []
+    if criterion == "singling-out":
+        return _singling_out(audit)
+    if criterion == "linkability":
+        return _linkability(audit)
+    return _membership(audit, "inference")
 
 
 def _singling_out(audit: Audit) -> tuple[list[Markup], list[Markup]]:
@@ -71,13 +82,18 @@ def _singling_out(audit: Audit) -> tuple[list[Markup], list[Markup]]:
             "projection",
             "Projection gap",
             gaps,
-            "AUC: training images are drawn more exactly",
+            "AUC: training images are reproduced more exactly",
             CHANCE,
         )
     )
     return [chart for chart in charts if chart], [
         part
-        for part in (_copies(audit), _near(audit), _memorised(audit), _projection(audit))
+        for part in (
+            _copies(audit),
+            _near(audit),
+            _memorised(audit),
+            _projection(audit),
+        )
         if part
     ]
 
@@ -93,7 +109,7 @@ def _copies(audit: Audit) -> Markup:
             text.signed(row.get("excess")),
             text.spread(row.get("excess_ci")),
             text.significant(row.get("threshold"), 3),
-            "no" if space in blind_spaces(hospital) else "yes",
+            "no" if space in insensitive_spaces(hospital) else "yes",
         ]
         for hospital in audit.hospitals
         for space, row in copies(hospital)
@@ -103,18 +119,19 @@ def _copies(audit: Audit) -> Markup:
         Column("Excess"),
         Column(CI),
         Column("Threshold"),
-        Column("Sees planted copies", numeric=False),
+        Column("Detects planted copies", numeric=False),
     ]
     more = (
-        "Share of images that lie nearer to a training image than the threshold, which only the nearest twentieth of the "
-        "held-out real images do. Synthetic and held-out images are looked up among the same training images. A share below that "
-        "of the held-out images: the synthetic ones look less like this hospital's images than its own others do."
+        "Share of images nearer to a training image than the threshold; 5 % of held-out real "
+        "images are. Synthetic and held-out images are compared with the same training images. A "
+        "share below that of the held-out images: the synthetic images resemble the images of "
+        "this hospital less than its own held-out images do."
     )
     return _table(audit, "Copies among the synthetic images", columns, rows, "privacy-copies", more)
 
 
 def _near(audit: Audit) -> Markup:
-    """What decides whether an excess of copies counts: only measured where the space was not fitted to the training images."""
+    """Nearness to training and held-out images; only in spaces not fitted to training images."""
     rows = [
         [
             f"{name_of(hospital)}, {space}",
@@ -135,15 +152,14 @@ def _near(audit: Audit) -> Markup:
         Column("Near to held-out real"),
         Column(CI),
     ]
-    columns.append(
-        Column("Images", title="Training images, and as many held-out ones, that were looked up")
-    )
+    columns.append(Column("Images", title="Training images, and as many held-out images, compared"))
     more = (
-        "Share of synthetic images within the threshold of a training image, and of a held-out one, among as many of each. A "
-        "blurred or typical image is near to both: an excess of copies counts only where the first share is the larger."
+        "Share of synthetic images within the threshold of a training image and of a held-out "
+        "image, among equally many of each. A blurred or typical image is near to both: an excess "
+        "of copies counts only if the first share is larger."
     )
     return _table(
-        audit, "Near to training images, or to everybody's", columns, rows, "privacy-near", more
+        audit, "Near training images and near held-out images", columns, rows, "privacy-near", more
     )
 
 
@@ -182,12 +198,11 @@ def _memorised(audit: Audit) -> Markup:
         Column("Images", title="Synthetic, training and held-out images"),
     ]
     more = (
-        "Share of training images that are the nearest one of a copy: by equally many synthetic and held-out images, as the "
-        "share grows with their number, and by all synthetic ones. Images: synthetic / training / held-out."
+        "Share of training images that are nearest to a copy: for equally many synthetic and "
+        "held-out images, because the share grows with their number, and for all synthetic "
+        "images. Images: synthetic / training / held-out."
     )
-    return _table(
-        audit, "Training images that a copy repeats", columns, rows, "privacy-memorised", more
-    )
+    return _table(audit, "Memorised training images", columns, rows, "privacy-memorised", more)
 
 
 def _projection(audit: Audit) -> Markup:
@@ -229,8 +244,9 @@ def _projection(audit: Audit) -> Markup:
     columns.append(Column(CI))
     columns.append(Column("Images", title="Training and held-out images"))
     more = (
-        "Mean distance of real images to the nearest image that the generator can draw. A gap above 0, or an AUC above 0.5: it "
-        "draws training images more exactly than images that it never saw."
+        "Mean distance of real images to the nearest image that the generator can produce. A gap "
+        "above 0, or an AUC above 0.5: it reproduces training images more exactly than images it "
+        "never saw."
     )
     return _table(
         audit,
@@ -260,10 +276,13 @@ def _linkability(audit: Audit) -> tuple[list[Markup], list[Markup]]:
         Column(CI),
         Column("Held-out real (chance)"),
     ]
-    more = "Share of synthetic images whose nearest real image is a training and not a held-out one, among equally many of both."
+    more = (
+        "Share of synthetic images whose nearest real image is a training image, among equally "
+        "many training and held-out images."
+    )
     closer = _table(
         audit,
-        "Whose images the synthetic ones lie nearer to",
+        "Nearest real image: training or held-out",
         columns,
         rows,
         "privacy-closer",
@@ -278,36 +297,30 @@ def _linkability(audit: Audit) -> tuple[list[Markup], list[Markup]]:
     chart = _pairs_chart(
         audit,
         "closer",
-        "Nearer to training images, pixels",
+        "Nearest to training images, pixels",
         nearer,
         "share of synthetic images",
         CHANCE,
     )
-    charts, tables = _membership(audit, True)
+    charts, tables = _membership(audit, "linkability")
     charts = [*([chart] if chart else []), *charts]
     return charts, [*([closer] if closer else []), *tables]
 
 
-def _inference(audit: Audit) -> tuple[list[Markup], list[Markup]]:
-    return _membership(audit, False)
-
-
-def _membership(audit: Audit, linking: bool) -> tuple[list[Markup], list[Markup]]:
-    """Charts (one an attack) and the table of the attacks under one head."""
+def _membership(audit: Audit, criterion: str) -> tuple[list[Markup], list[Markup]]:
+    """One chart per attack, and the table of the attacks, for "linkability" or "inference"."""
     found = [
         (name_of(hospital), row)
         for hospital in audit.hospitals
-        for row in attacks(hospital, linking)
+        for row in attacks(hospital, criterion)
     ]
     kinds = list(dict.fromkeys(str(row.get("attack", "unnamed attack")) for _, row in found))
-    rare = any(
-        number(row.get("tpr_at_01")) is not None for _, row in found
-    )  # it takes 1,000 non-members
-    key = "linkability" if linking else "inference"
+    # The rate at 0.1 % false positives requires 1,000 non-members.
+    has_01 = any(number(row.get("tpr_at_01")) is not None for _, row in found)
     charts = [
         _pairs_chart(
             audit,
-            f"{key}-{i}",
+            f"{criterion}-{i}",
             f"AUC, {kind}",
             [
                 (name, row, "auc", "auc_ci", "null_auc", "null_auc_ci")
@@ -329,7 +342,7 @@ def _membership(audit: Audit, linking: bool) -> tuple[list[Markup], list[Markup]
             text.decimal(row.get("leak_auc")),
             _rate(row, "tpr_at_1"),
             _rate(row, "null_tpr_at_1"),
-            *([_rate(row, "tpr_at_01")] if rare else []),
+            *([_rate(row, "tpr_at_01")] if has_01 else []),
             f"{text.whole(row.get('members'))} / {text.whole(row.get('non_members'))}",
         ]
         for name, row in found
@@ -339,32 +352,36 @@ def _membership(audit: Audit, linking: bool) -> tuple[list[Markup], list[Markup]
         Column("AUC"),
         Column(CI),
         Column(
-            "Held-out real", title="AUC of the same attack where held-out images pose as members"
+            "Held-out real", title="AUC of the same attack with held-out images as pseudo-members"
         ),
         Column(CI),
         Column(
             "Planted leak",
-            title="AUC of the same attack on members that were planted: what it would have noticed",
+            title="AUC of the same attack on planted members: its sensitivity",
         ),
-        Column("Found at 1 %", title="Share of members found at 1 % false alarms; chance is 1 %"),
+        Column(
+            "Found at 1 %", title="Share of members found at 1 % false positives; chance is 1 %"
+        ),
         Column(
             "Held-out real",
-            title="Share of held-out images in their place that are found at 1 % false alarms",
+            title="Share of pseudo-members found at 1 % false positives",
         ),
         *(
             [
                 Column(
                     "Found at 0.1 %",
-                    title="Share of members found at 0.1 % false alarms; chance is 0.1 %",
+                    title="Share of members found at 0.1 % false positives; chance is 0.1 %",
                 )
             ]
-            if rare
+            if has_01
             else []
         ),
         Column("Images", title="Members and non-members"),
     ]
-    title = "Membership by distance" if linking else "Membership by other attacks"
-    part = _table(audit, title, columns, rows, f"privacy-membership-{key}", MEMBERSHIP)
+    by = "distance" if criterion == "linkability" else "other attacks"
+    part = _table(
+        audit, f"Membership by {by}", columns, rows, f"privacy-membership-{criterion}", MEMBERSHIP
+    )
     return [chart for chart in charts if chart], [part] if part else []
 
 
@@ -373,7 +390,7 @@ def _rate(row: Tree, key: str) -> str:
     return (
         text.DASH
         if value is None
-        else share(value) + (f" ({100 * ci[0]:.1f}–{100 * ci[1]:.1f})" if ci else "")
+        else percent(value) + (f" ({100 * ci[0]:.1f}–{100 * ci[1]:.1f})" if ci else "")
     )
 
 
@@ -385,10 +402,10 @@ def _table(
     download: str,
     more: str,
 ) -> Markup:
-    """A table whose caption and file name say where the audit is not valid; empty without rows."""
+    """A table whose caption and file name say if the audit is not valid; empty without rows."""
     if not rows:
         return Markup("")
-    mark, name = ("", download) if audit.valid else (" (not valid)", f"{download}-not-valid")
+    mark, name = ("", download) if audit.is_valid else (" (not valid)", f"{download}-not-valid")
     return table(caption + mark, columns, rows, name, more=more)
 
 
@@ -400,17 +417,17 @@ def _pairs_chart(
     x_label: str,
     chance: float | None = None,
 ) -> Markup | None:
-    """A row a hospital: the figure of the synthetic images beside that of held-out real ones; None without any figure."""
+    """One row per hospital: figures of synthetic and held-out real images; None without figures."""
     rows = [
         Row(
             name,
             [
-                Dot(words, value, bounds(row.get(ci)), style)
-                for words, at, ci, style in (
+                Dot(label, value, bounds(row.get(ci)), style)
+                for label, key_of, ci, style in (
                     ("held-out real", real, real_ci, "real"),
                     ("synthetic", one, one_ci, "synthetic"),
                 )
-                if (value := number(row.get(at))) is not None
+                if (value := number(row.get(key_of))) is not None
             ],
         )
         for name, row, one, one_ci, real, real_ci in found[:MOST_ROWS]
@@ -423,6 +440,6 @@ def _pairs_chart(
     desc = "; ".join(
         f"{row.label}, {dot.name}: {dot.value:.3f}" for row in rows for dot in row.dots
     )
-    mark = "" if audit.valid else " (not valid)"
+    mark = "" if audit.is_valid else " (not valid)"
     chart = dot_chart(f"privacy-{key}", title + mark, f"{desc}.", rows, x_label, domain, references)
     return Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title + mark, chart)

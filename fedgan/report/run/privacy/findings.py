@@ -1,7 +1,8 @@
-"""What an audit found, read from audit.json: each figure beside the same figure for held-out real images, after the controls.
+"""Findings of an audit (audit.json): each figure beside the same figure for held-out real images.
 
-An audit counts only when its controls passed: a planted leak was caught and fresh images were not taken for copies.
-Nothing in the file is trusted to be there: what is missing is a dash, and an audit that does not say that it is valid is not.
+An audit is valid only if its controls passed: planted copies were detected and held-out images
+were not taken for copies. A missing figure becomes a dash. An audit that does not state that it is
+valid is not valid.
 """
 
 from __future__ import annotations
@@ -20,26 +21,26 @@ from fedgan.audit.rules import (
 )
 from fedgan.report.html.format import bounds, decimal, interval, number, plural
 from fedgan.report.run.data import Tree, dig, sentences, tree, trees
-from fedgan.report.run.privacy.words import LIMIT
+from fedgan.report.run.privacy.statements import LIMIT
 
 SPACES = {
     "pixels": "pixels",
     "features": "extractor features",
     "embedding": "contrastive embedding",
 }
-CONTROLS = ("positive", "negative")  # without both green an audit says nothing
+CONTROLS = ("positive", "negative")  # both must pass for a valid audit
 Interval = tuple[float, float] | None
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of one hospital, higher for a worse leak, and the same figure for held-out real images.
+    """A figure of one hospital (higher: worse leak) and the same figure for held-out real images.
 
-    `stands_out`: whether it lies above the held-out figure by more than its intervals allow; None where that is not known.
-    `blind`: whether a planted leak was not seen by it: it can tell of a leak, but not that there is none.
+    `stands_out`: whether it exceeds the held-out figure by the rules of the audit; None: not known.
+    `is_insensitive`: it did not detect planted copies, so it cannot show that there is no leak.
     """
 
-    head: str
+    criterion: str
     hospital: str
     measure: str
     value: float | None
@@ -47,24 +48,29 @@ class Figure:
     real: float | None
     real_ci: Interval
     stands_out: bool | None
-    blind: bool = False
+    is_insensitive: bool = False
 
-    @property
-    def words(self) -> str:
-        """Hospital, measure, figure and its counterpart: for a sentence."""
-        here = f"{decimal(self.value)}{f' ({interval(self.ci)})' if self.ci else ''}"
-        beside = f", held-out real images {decimal(self.real)}{f' ({interval(self.real_ci)})' if self.real_ci else ''}"
-        return f"{self.measure} at {self.hospital}: {here}{beside if self.real is not None else ''}"
+    def describe(self) -> str:
+        """Measure, hospital, figure and held-out figure."""
+        text = f"{self.measure} at {self.hospital}: {_with_interval(self.value, self.ci)}"
+        if self.real is not None:
+            text += f", held-out real images {_with_interval(self.real, self.real_ci)}"
+        return text
+
+
+def _with_interval(value: float | None, ci: Interval) -> str:
+    return decimal(value) + (f" ({interval(ci)})" if ci else "")
 
 
 @dataclass(frozen=True)
 class Audit:
-    """The audit of a run; `there` is False where no audit.json lies in the run folder."""
+    """The audit of a run, the content of audit.json."""
 
     content: Tree
 
     @property
-    def there(self) -> bool:
+    def exists(self) -> bool:
+        """Whether the run folder has an audit.json."""
         return bool(self.content)
 
     @property
@@ -77,46 +83,40 @@ class Audit:
         return None if found is None else round(found)
 
     @property
-    def valid(self) -> bool:
-        """Whether the figures count: the audit says so, and nothing in it says otherwise."""
-        return self.there and not self.why_not
+    def is_valid(self) -> bool:
+        """Whether the audit states that it is valid and nothing in it contradicts that."""
+        return self.exists and not self.failure_reasons
 
     @property
-    def why_not(self) -> list[str]:
-        """Why the audit is not valid, a sentence a reason; empty for a valid one."""
+    def failure_reasons(self) -> list[str]:
+        """Why the audit is not valid; empty for a valid audit."""
         reasons = []
         if (found := self.content.get("format", FORMAT)) != FORMAT:
             return [f"audit.json has the format {found}, not {FORMAT}: run fedgan audit again"]
         for hospital in self.hospitals:
+            name = name_of(hospital)
             if not controls(hospital):
                 why = "; ".join(sentences(hospital.get("notes"))).rstrip(".")
-                reasons.append(
-                    f"no control was run at {name_of(hospital)}{f' ({why})' if why else ''}"
-                )
+                reasons.append(f"no control was run at {name}{f' ({why})' if why else ''}")
                 continue
-            failed = [name for name, control in controls(hospital) if not passed(name, control)]
+            failed = {
+                kind: control for kind, control in controls(hospital) if not passed(kind, control)
+            }
             missing = [
-                name for name in CONTROLS if not isinstance(dig(hospital, "controls", name), dict)
+                kind for kind in CONTROLS if not isinstance(dig(hospital, "controls", kind), dict)
             ]
-            told = [
-                text
-                for name, control in controls(hospital)
-                if name in failed
-                for text in _reasons(control)
-            ]
-            why = f" ({'; '.join(told)})" if told else ""
+            details = [text for control in failed.values() for text in _reasons(control)]
+            why = f" ({'; '.join(details)})" if details else ""
             if failed:
-                reasons.append(
-                    f"at {name_of(hospital)} the {_control_words(failed)} did not pass{why}"
-                )
+                reasons.append(f"at {name} the {_join_controls(list(failed))} did not pass{why}")
             if missing:
-                reasons.append(f"at {name_of(hospital)} the {_control_words(missing)} was not run")
+                reasons.append(f"at {name} the {_join_controls(missing)} was not run")
             if hospital.get("valid") is not True and not failed and not missing:
-                reasons.append(f"the audit of {name_of(hospital)} does not say that it is valid")
+                reasons.append(f"the audit of {name} does not state that it is valid")
         if not self.hospitals:
             reasons.append("no hospital was audited")
         elif self.content.get("valid") is not True and not reasons:
-            reasons.append("audit.json does not say that it is valid")
+            reasons.append("audit.json does not state that it is valid")
         return reasons
 
     @property
@@ -125,88 +125,84 @@ class Audit:
 
     @property
     def notes(self) -> list[str]:
-        """All notes of the audit, each once: those of hospitals with their names, those of attacks with theirs."""
+        """All notes of the audit, each once, with the names of hospitals and attacks."""
         found = sentences(self.content.get("notes"))
         own = [
             (name_of(hospital), text) for hospital in self.hospitals for text in _notes(hospital)
         ]
-        return list(
-            dict.fromkeys([*found, *(f"{names}: {text}" for names, text in _gathered(own))])
-        )
+        return list(dict.fromkeys([*found, *_grouped(own)]))
 
-    def headline(self) -> str:
-        """The verdict in a sentence or three."""
-        if not self.valid:
-            return f"This audit is not valid: {'; '.join(self.why_not)}. Its figures prove nothing, in neither direction."
-        judged = [figure for figure in self.figures if figure.stands_out is not None]
-        out = [figure for figure in judged if figure.stands_out]
-        if not judged:
+    def verdict(self) -> str:
+        """The result of the audit in one to three sentences."""
+        if not self.is_valid:
             return (
-                "The controls passed, but no figure could be measured: this audit is no evidence."
+                f"This audit is not valid: {'; '.join(self.failure_reasons)}. Its figures prove "
+                "nothing, neither a leak nor its absence."
             )
-        scope = f"{plural(len(judged), 'figure')} of {plural(len(self.hospitals), 'hospital')}"
-        if not out:
+        measured = [figure for figure in self.figures if figure.stands_out is not None]
+        found = [figure for figure in measured if figure.stands_out]
+        if not measured:
+            return "The controls passed, but no figure was measured: this audit is no evidence."
+        scope = f"{plural(len(measured), 'figure')} of {plural(len(self.hospitals), 'hospital')}"
+        if not found:
             return (
-                f"The controls passed, and none of {scope} stands out from the same figure for held-out real images."
-                f"{_blind_words(judged)}{self._few_words()} {LIMIT}"
+                f"The controls passed, and none of {scope} stands out from the same figure for "
+                f"held-out real images.{_insensitive_note(measured)}{self._few_patients_note()} "
+                f"{LIMIT}"
             )
-        listed = "; ".join(figure.words for figure in out[:3]) + (
-            f"; and {len(out) - 3} more" if len(out) > 3 else ""
+        listed = "; ".join(figure.describe() for figure in found[:3]) + (
+            f"; and {len(found) - 3} more" if len(found) > 3 else ""
         )
-        verb = "stands" if len(out) == 1 else "stand"
+        verb = "stands" if len(found) == 1 else "stand"
         return (
-            f"Evidence of a leak: {len(out)} of {scope} {verb} out from the same figure for held-out real images. {listed}. "
-            f"By chance alone about {max(len(judged) * 0.025, 0.1):.1g} would."
+            f"Evidence of a leak: {len(found)} of {scope} {verb} out from the same figure for "
+            f"held-out real images. {listed}. By chance alone about "
+            f"{max(len(measured) * 0.025, 0.1):.1g} would."
         )
 
-    def _few_words(self) -> str:
-        """Which hospitals have too few patients for more than a gross leak to show; empty where none has."""
-        counts = {
-            name_of(hospital): number(hospital.get("held_out_patients"))
-            for hospital in self.hospitals
-        }
+    def _few_patients_note(self) -> str:
+        """The hospitals whose few held-out patients reveal only a large leak; may be empty."""
         few = [
-            f"{name} ({count:,.0f})"
-            for name, count in counts.items()
-            if count is not None and count < FEW_PATIENTS
+            f"{name_of(hospital)} ({count:,.0f})"
+            for hospital in self.hospitals
+            if (count := number(hospital.get("held_out_patients"))) is not None
+            and count < FEW_PATIENTS
         ]
         return (
-            f" Held-out patients are few at {', '.join(few)}: only a gross leak would show there."
+            f" Held-out patients are few at {', '.join(few)}: only a large leak would show there."
             if few
             else ""
         )
 
 
-def _blind_words(judged: list[Figure]) -> str:
-    blind = sum(figure.blind for figure in judged)
-    verb = "comes" if blind == 1 else "come"
+def _insensitive_note(measured: list[Figure]) -> str:
+    count = sum(figure.is_insensitive for figure in measured)
+    if not count:
+        return ""
+    verb = "comes" if count == 1 else "come"
     return (
-        f" {blind} of these figures {verb} from a search or an attack that did not see the planted leak either."
-        if blind
-        else ""
+        f" {count} of these figures {verb} from a search or an attack that did not detect the "
+        "planted leak either (insensitive)."
     )
 
 
 def _notes(hospital: Tree) -> list[str]:
-    """A hospital's notes; of attacks that say the same, one with all their names."""
-    told = [
+    """Notes of a hospital; equal notes of several attacks are one note with all their names."""
+    attack_notes = [
         (str(row.get("attack", "unnamed attack")), part)
         for row in trees(hospital.get("membership"))
         for text in sentences(row.get("note"))
         for part in text.split("; ")
     ]
-    return [
-        *sentences(hospital.get("notes")),
-        *(f"{names}: {text}" for names, text in _gathered(told)),
-    ]
+    return [*sentences(hospital.get("notes")), *_grouped(attack_notes)]
 
 
-def _gathered(told: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(names, text) for each text, from (name, text)."""
+def _grouped(notes: list[tuple[str, str]]) -> list[str]:
+    """From (name, text): each text once, after the names that share it."""
     names: dict[str, list[str]] = {}
-    for name, text in told:
+    for name, text in notes:
         names.setdefault(text, []).append(name)
-    return [(", ".join(dict.fromkeys(said)), text) for text, said in names.items()]
+    return [f"{', '.join(dict.fromkeys(shared))}: {text}" for text, shared in names.items()]
 
 
 def name_of(hospital: Tree) -> str:
@@ -223,18 +219,18 @@ def controls(hospital: Tree) -> list[tuple[str, Tree]]:
 
 
 def passed(name: str, control: Tree) -> bool:
-    """Whether a control is green: the two that every audit needs have to say so, others must not say the opposite."""
+    """Whether a control passed: required controls must state it, others must not deny it."""
     return control.get("passed") is True if name in CONTROLS else control.get("passed") is not False
 
 
-def is_linking(attack: Any) -> bool:
-    """Whether an attack needs only a real image and the synthetic ones, by distance: it stands under linkability."""
-    words = str(attack).lower()
-    return "distance" in words and "calibrated" not in words and "shadow" not in words
+def is_linkability(attack: Any) -> bool:
+    """Whether an attack uses only distances from a real image to the synthetic ones."""
+    name = str(attack).lower()
+    return "distance" in name and "calibrated" not in name and "shadow" not in name
 
 
 def copies(hospital: Tree) -> list[tuple[str, Tree]]:
-    """(space in words, findings) for each space in which copies were looked for."""
+    """(name of the space, findings) for each space that was searched for copies."""
     found = tree(hospital.get("copies")).items()
     return [
         (SPACES.get(str(space), str(space)), part)
@@ -243,15 +239,17 @@ def copies(hospital: Tree) -> list[tuple[str, Tree]]:
     ]
 
 
-def attacks(hospital: Tree, linking: bool) -> list[Tree]:
-    """The membership attacks of a hospital that stand under linkability, or those that stand under inference."""
+def attacks(hospital: Tree, criterion: str) -> list[Tree]:
+    """The membership attacks of a hospital under "linkability" or "inference"."""
     return [
-        row for row in trees(hospital.get("membership")) if is_linking(row.get("attack")) is linking
+        row
+        for row in trees(hospital.get("membership"))
+        if is_linkability(row.get("attack")) is (criterion == "linkability")
     ]
 
 
-def blind_spaces(hospital: Tree) -> list[str]:
-    """The spaces, in words, in which the planted copies were not found: what was found there proves little."""
+def insensitive_spaces(hospital: Tree) -> list[str]:
+    """Names of the spaces in which planted copies were not detected."""
     parts = tree(dig(hospital, "controls", "positive", "copies"))
     return [
         SPACES.get(str(space), str(space))
@@ -261,7 +259,7 @@ def blind_spaces(hospital: Tree) -> list[str]:
 
 
 def _figures(hospital: Tree) -> Iterator[Figure]:
-    """Each figure, judged by the rules of the audit itself (fedgan/audit/rules.py)."""
+    """Figures of a hospital, compared by the rules of the audit (fedgan/audit/rules.py)."""
     name = name_of(hospital)
     for space, found in copies(hospital):
         excess = bounds(found.get("excess_ci"))
@@ -278,55 +276,56 @@ def _figures(hospital: Tree) -> Iterator[Figure]:
             number(found.get("held_out_share")),
             bounds(found.get("held_out_ci")),
             None if excess is None else copies_stand_out(excess, *near),
-            space in blind_spaces(hospital),
+            space in insensitive_spaces(hospital),
         )
     projection = tree(hospital.get("projection"))
     if number(projection.get("auc")) is not None:
         gap, area = bounds(projection.get("gap_ci")), bounds(projection.get("auc_ci"))
         out = None if gap is None or area is None else projection_stands_out(gap, area)
-        yield _area("singling-out", name, "AUC of the projection gap", projection, out)
-    for linking, head in ((True, "linkability"), (False, "inference")):
-        for row in attacks(hospital, linking):
+        yield _auc_figure("singling-out", name, "AUC of the projection gap", projection, out)
+    for criterion in ("linkability", "inference"):
+        for row in attacks(hospital, criterion):
             auc = _measured(row, "auc", "auc_ci")
             out = (
                 None
                 if auc is None
                 else attack_stands_out(auc, _measured(row, "null_auc", "null_auc_ci"))
             )
-            yield _area(head, name, f"AUC of {row.get('attack', 'an unnamed attack')}", row, out)
+            measure = f"AUC of {row.get('attack', 'an unnamed attack')}"
+            yield _auc_figure(criterion, name, measure, row, out)
 
 
-def _area(head: str, name: str, measure: str, found: Tree, out: bool | None) -> Figure:
-    """An area under the curve beside that of held-out images."""
-    value, ci = number(found.get("auc")), bounds(found.get("auc_ci"))
-    blind = found.get("detects_leak") is False
+def _auc_figure(
+    criterion: str, hospital: str, measure: str, found: Tree, stands_out: bool | None
+) -> Figure:
+    """An AUC beside that of held-out images."""
     return Figure(
-        head,
-        name,
+        criterion,
+        hospital,
         measure,
-        value,
-        ci,
+        number(found.get("auc")),
+        bounds(found.get("auc_ci")),
         number(found.get("null_auc")),
         bounds(found.get("null_auc_ci")),
-        out,
-        blind,
+        stands_out,
+        found.get("detects_leak") is False,
     )
 
 
 def _measured(found: Tree, key: str, ci: str) -> Measured | None:
-    """A figure with its interval, None where either is missing."""
+    """A figure with its interval; None if either is missing."""
     value, ends = number(found.get(key)), bounds(found.get(ci))
     return None if value is None or ends is None else (value, ends)
 
 
-def _control_words(names: list[str]) -> str:
+def _join_controls(names: list[str]) -> str:
     return " and the ".join(f"{name} control" for name in names)
 
 
 def _reasons(control: Tree) -> list[str]:
-    """What a control says of its failure, itself or a part of it."""
+    """Reasons of failure given by a control or its parts."""
     found = sentences(control.get("reason"))
-    for part in [*control.values()]:
+    for part in control.values():
         parts = [part] if isinstance(part, dict) else trees(part)
         found += [
             text

@@ -1,7 +1,7 @@
-"""Differential privacy as a run reports it: epsilon by hospital and round, and what has to stand beside an epsilon.
+"""Differential privacy of a run: ε per hospital and round, and the terms an ε is stated with.
 
-NIST SP 800-226 asks that a stated epsilon comes with its delta, the unit of privacy, the neighbouring relation, the
-mechanism, the accountant and all that is composed, the trust model and the randomness. `terms` answers in that order.
+NIST SP 800-226 requires δ, unit, neighbouring relation, mechanism, accountant, composition, trust
+model and randomness beside an ε; `terms` lists them.
 """
 
 from __future__ import annotations
@@ -17,58 +17,53 @@ from fedgan.report.html.format import DASH, number, plural, significant
 from fedgan.report.run.data import RunData, Tree, tree, trees
 
 INFINITE = "infinite"
-FALSE_ALARMS = 0.01  # rate at which the bound on an attack is told
+FALSE_POSITIVE_RATE = 0.01  # at which the bound on an attack is stated
 
 
 @dataclass(frozen=True)
-class Spent:
-    """What one hospital had spent after its last round. `epsilon` None: not told, or infinite where `infinite` is set.
+class PrivacyCost:
+    """Privacy cost of one hospital after its last round.
 
-    `curve`: (round, finite ε) of the rounds that tell one. `last`: its last round. `stopped`: the round in which its budget
-    allowed no further step, or None.
+    `epsilon` is None if not reported, or if `is_infinite`. `curve`: (round, finite ε).
+    `last_round`: its last round. `stopped`: the round in which its budget was used up, or None.
     """
 
     name: str
     epsilon: float | None
-    infinite: bool
+    is_infinite: bool
     delta: float | None
     noise_multiplier: float | None
     sample_rate: float | None
     curve: tuple[tuple[float, float], ...]
-    last: int
+    last_round: int
     stopped: int | None
 
     @property
-    def words(self) -> str:
-        """ε as a reader sees it: 9.87, infinite, or a dash."""
-        return (
-            INFINITE
-            if self.infinite
-            else DASH
-            if self.epsilon is None
-            else significant(self.epsilon, 3)
-        )
+    def epsilon_text(self) -> str:
+        """ε as text: 9.87, infinite, or a dash."""
+        return INFINITE if self.is_infinite else significant(self.epsilon, 3)
 
     @property
-    def most_found(self) -> float | None:
-        """Bound on the share of members that any attack can find at 1 % false alarms; None where nothing bounds it."""
+    def max_true_positive_rate(self) -> float | None:
+        """Bound on the members that any attack finds at 1 % false positives; None: no bound."""
         if self.epsilon is None or self.delta is None:
             return None
-        return attack_bound(self.epsilon, self.delta, FALSE_ALARMS)
+        return attack_bound(self.epsilon, self.delta, FALSE_POSITIVE_RATE)
 
 
-def attack_bound(epsilon: float, delta: float, false_alarms: float) -> float:
-    """The most that an attack on one unit can find at a false-positive rate in [0, 1] (arXiv 1311.0776, theorem 2.1).
+def attack_bound(epsilon: float, delta: float, fpr: float) -> float:
+    """Bound on the true-positive rate of any membership attack at the false-positive rate `fpr`.
 
-    True-positive rate of the best test between two neighbouring data sets under (ε, δ)-differential privacy; in [0, 1].
+    Best test between two neighbouring data sets under (ε, δ)-differential privacy (arXiv 1311.0776,
+    theorem 2.1). All rates are in [0, 1].
     """
-    by_alarms = math.inf if epsilon > 700 else math.exp(epsilon) * false_alarms + delta
-    by_misses = 1.0 - math.exp(-epsilon) * (1.0 - delta - false_alarms)
-    return min(1.0, by_alarms, max(by_misses, 0.0))
+    by_false_positives = math.inf if epsilon > 700 else math.exp(epsilon) * fpr + delta
+    by_false_negatives = 1.0 - math.exp(-epsilon) * (1.0 - delta - fpr)
+    return min(1.0, by_false_positives, max(by_false_negatives, 0.0))
 
 
-def spent(run: RunData) -> list[Spent]:
-    """What each hospital spent, in the order in which the rounds name them; empty where no private round was done."""
+def privacy_costs(run: RunData) -> list[PrivacyCost]:
+    """Privacy cost per hospital, in order of appearance; empty without private rounds."""
     rows: dict[str, list[tuple[float, Tree]]] = {}
     for line in run.rounds:
         turn = number(line.get("round")) or 0.0
@@ -76,240 +71,249 @@ def spent(run: RunData) -> list[Spent]:
             rows.setdefault(str(row.get("name", "unnamed")), []).append((turn, row))
     if not run.settings.privacy.on:
         return []
-    return [_spent(name, own) for name, own in rows.items()]
+    return [_privacy_cost(name, own) for name, own in rows.items()]
 
 
-def _spent(name: str, rows: list[tuple[float, Tree]]) -> Spent:
-    told = [(turn, row) for turn, row in rows if "epsilon" in row]
-    last: Tree = told[-1][1] if told else {}
+def _privacy_cost(name: str, rows: list[tuple[float, Tree]]) -> PrivacyCost:
+    reported = [(turn, row) for turn, row in rows if "epsilon" in row]
+    last: Tree = reported[-1][1] if reported else {}
     epsilon = number(last.get("epsilon"))
-    # JSON knows no infinity: an epsilon that is there and null is one (docs/federation.md).
-    infinite = bool(told) and (epsilon is None or number(last.get("noise_multiplier")) == 0)
-    ended = [turn for turn, row in rows if row.get("exhausted")]
-    return Spent(
+    # JSON has no infinity: a null epsilon is infinite.
+    is_infinite = bool(reported) and (epsilon is None or number(last.get("noise_multiplier")) == 0)
+    exhausted = [turn for turn, row in rows if row.get("exhausted")]
+    return PrivacyCost(
         name=name,
-        epsilon=None if infinite else epsilon,
-        infinite=infinite,
+        epsilon=None if is_infinite else epsilon,
+        is_infinite=is_infinite,
         delta=number(last.get("delta")),
         noise_multiplier=number(last.get("noise_multiplier")),
         sample_rate=number(last.get("sample_rate")),
         curve=tuple(
-            (turn, value) for turn, row in told if (value := number(row.get("epsilon"))) is not None
+            (turn, value)
+            for turn, row in reported
+            if (value := number(row.get("epsilon"))) is not None
         ),
-        last=round(rows[-1][0]),
-        stopped=round(ended[-1]) if ended else None,
+        last_round=round(rows[-1][0]),
+        stopped=round(exhausted[-1]) if exhausted else None,
     )
 
 
-def unit_words(settings: Settings) -> str:
-    """The unit of privacy in words."""
+def unit_text(settings: Settings) -> str:
+    """The unit of privacy as text."""
     if settings.privacy.unit == "image":
         return "one image"
     most = settings.privacy.images_per_patient
     return "one patient with all their images" + (
-        f", of which a step looks at {most} at most" if most else ""
+        f", of which a step uses at most {most}" if most else ""
     )
 
 
 def statement(run: RunData) -> str:
-    """What is guaranteed, in plain words."""
-    privacy, found = run.settings.privacy, spent(run)
-    if not privacy.on and hospital_level(run):
+    """The guarantee of the run in plain English."""
+    privacy, costs = run.settings.privacy, privacy_costs(run)
+    if not privacy.on and client_level_statement(run):
         return (
-            "There is no guarantee for an image or a patient: no gradient was clipped and no noise was added in the hospitals. "
-            "Only whole hospitals were hidden, as stated below."
+            "There is no guarantee for an image or a patient: hospitals did not clip gradients and "
+            "did not add noise. Only whole hospitals are protected, as stated below."
         )
     if not privacy.on:
         return (
-            "There is no guarantee: this run was trained without differential privacy. No gradient was clipped, no noise was "
-            "added, and nothing bounds what the generator gives away of its training images."
+            "There is no guarantee: this run was trained without differential privacy. Gradients "
+            "were not clipped and no noise was added. Nothing bounds what the generator reveals "
+            "about its training images."
         )
     if privacy.noise_multiplier == 0:
         return (
-            "Clipping without noise: no guarantee. Gradients were clipped as for differential privacy, but no noise was added "
-            "(privacy.noise_multiplier = 0), so ε is infinite and nothing bounds what the generator gives away."
+            "Clipping without noise: no guarantee. Gradients were clipped as for differential "
+            "privacy, but no noise was added (privacy.noise_multiplier = 0). ε is infinite, and "
+            "nothing bounds what the generator reveals about its training images."
         )
-    if not found:
-        return "Differential privacy is on, but no round has finished: nothing has been spent that this page knows of."
-    if any(row.infinite for row in found):
-        names = ", ".join(row.name for row in found if row.infinite)
+    if not costs:
+        return "Differential privacy is on, but no round has finished: no privacy cost is known."
+    if any(cost.is_infinite for cost in costs):
+        names = ", ".join(cost.name for cost in costs if cost.is_infinite)
         return (
-            f"There is no guarantee for {names}: its ledger holds steps without noise, of this run or of an earlier one, "
-            "and ε is infinite. What the others spent stands in the table."
+            f"There is no guarantee for {names}: its ledger contains steps without noise, of this "
+            "run or an earlier one, so ε is infinite. The table lists the other hospitals."
         )
-    known = [row.epsilon for row in found if row.epsilon is not None]
+    known = [cost.epsilon for cost in costs if cost.epsilon is not None]
     if not known:
-        return "Differential privacy is on, but no round tells an ε: nothing can be stated as a guarantee."
+        return "Differential privacy is on, but no round reports an ε: no guarantee can be stated."
     low, high = significant(min(known), 3), significant(max(known), 3)
     reach = f"ε = {high}" if low == high else f"ε from {low} to {high}"
-    untold = [row.name for row in found if row.epsilon is None]
+    unknown = [cost.name for cost in costs if cost.epsilon is None]
     return (
-        f"Each hospital's training is differentially private with {reach} for {unit_words(run.settings)}, at the δ of the table, "
-        f"counted over {counted_over(run.settings)}."
-        + (f" No ε is known of {', '.join(untold)}." if untold else "")
+        f"The training of each hospital is differentially private with {reach} for "
+        f"{unit_text(run.settings)}, at the δ in the table. ε covers {epsilon_scope(run.settings)}."
+        + (f" The ε of {', '.join(unknown)} is not known." if unknown else "")
     )
 
 
-def is_dealt(settings: Settings) -> bool:
-    """Whether the images were dealt anew to hospitals of the run's own making, so that their ledgers lie in its folder."""
+def is_repartitioned(settings: Settings) -> bool:
+    """Whether the run partitions the images anew, so that its ledgers are in its own folder."""
     return settings.data.partition != "institution"
 
 
-def counted_over(settings: Settings) -> str:
-    """What an ε of a ledger counts, in words that follow "counted over"."""
-    if is_dealt(settings):
+def epsilon_scope(settings: Settings) -> str:
+    """The runs that the ε of a ledger covers."""
+    if is_repartitioned(settings):
         return (
-            "this run alone: dealt hospitals exist in this run only, and other runs on the same images are not counted "
-            f"(data.partition = '{settings.data.partition}')"
+            "this run alone: its hospitals exist only in this run, and other runs on the same "
+            f"images are not counted (data.partition = '{settings.data.partition}')"
         )
-    return "all private runs on that hospital's images"
+    return "all private runs on the images of that hospital"
 
 
-def hospitals_spent(run: RunData) -> Tree:
-    """What hiding whole hospitals cost after the last round (of metrics.jsonl); empty where nothing was hidden."""
+def client_level_cost(run: RunData) -> Tree:
+    """Privacy cost of client-level DP after the last round (metrics.jsonl); empty without it."""
     return tree(run.last_round.get("client_level_dp"))
 
 
-def hides_hospitals(run: RunData) -> bool:
-    """Whether an ε of whole hospitals holds, and is finite."""
-    return number(hospitals_spent(run).get("epsilon")) is not None
+def has_client_level_guarantee(run: RunData) -> bool:
+    """Whether client-level DP holds with a finite ε."""
+    return number(client_level_cost(run).get("epsilon")) is not None
 
 
-def hospital_level(run: RunData) -> str:
-    """What hides whole hospitals from one another (privacy.client_level), in words; empty where nothing does."""
-    found = hospitals_spent(run)
-    if not found and run.settings.privacy.client_level != "none" and not run.rounds:
-        return "Whole hospitals are to be hidden, but no round has finished: nothing was released that this page knows of."
-    if not found:
+def client_level_statement(run: RunData) -> str:
+    """The client-level guarantee (privacy.client_level) in plain English; empty without one."""
+    cost = client_level_cost(run)
+    if not cost and run.settings.privacy.client_level != "none" and not run.rounds:
+        return "Client-level DP is on, but no round has finished: nothing was released yet."
+    if not cost:
         return ""
-    epsilon, noise = number(found.get("epsilon")), number(found.get("noise_multiplier"))
-    hospitals = round(number(found.get("hospitals")) or 0)
-    cost = (
+    epsilon, noise = number(cost.get("epsilon")), number(cost.get("noise_multiplier"))
+    hospitals = round(number(cost.get("hospitals")) or 0)
+    releases = plural(round(number(cost.get("releases")) or 0), "release")
+    guarantee = (
         f"ε = {significant(epsilon, 3)}"
         if epsilon is not None
         else f"an {INFINITE} ε, which is no guarantee"
     )
     return (
-        f"Whole hospitals: in each round the mean of the hospitals' clipped updates was released with noise (Flower's "
-        f"wrappers, noise multiplier {significant(noise, 3)}), at {cost} and δ = {significant(found.get('delta'), 3)} over "
-        f"{plural(round(number(found.get('releases')) or 0), 'release')}. The unit is a whole hospital, replaced by none, "
-        "without sampling. It hides a hospital from whoever sees the model, not from the server."
+        "Client-level DP (whole hospitals): each round released the mean of the clipped updates of "
+        f"the hospitals with noise (Flower's wrappers, noise multiplier {significant(noise, 3)}), "
+        f"at {guarantee} and δ = {significant(cost.get('delta'), 3)} over {releases}. The unit is "
+        "a whole hospital, replaced by an empty one, without sampling. It protects a hospital "
+        "against everybody who sees the model, but not against the server."
         + (f" {noise_statement(hospitals, noise)}" if hospitals and noise else "")
     )
 
 
-def meaning(found: list[Spent]) -> str:
-    """What the largest finite ε means for the best attack there can be; empty where none is finite."""
-    known = [row for row in found if row.most_found is not None]
+def meaning(costs: list[PrivacyCost]) -> str:
+    """The bound that the largest finite ε puts on any attack; empty if none is finite."""
+    known = [cost for cost in costs if cost.max_true_positive_rate is not None]
     if not known:
         return ""
-    worst = max(known, key=lambda row: row.most_found or 0.0)
-    bound = worst.most_found or 0.0
-    head = (
-        "Whatever an attacker knows and tries: at 1 false alarm in 100, no attack finds more than "
-        f"{share(bound)} of the members ({worst.name}, ε = {worst.words})."
+    worst = max(known, key=lambda cost: cost.max_true_positive_rate or 0.0)
+    bound = worst.max_true_positive_rate or 0.0
+    text = (
+        "Whatever an attacker knows and tries: at 1 false positive in 100, no attack finds more "
+        f"than {percent(bound)} of the members ({worst.name}, ε = {worst.epsilon_text})."
     )
     if bound > 0.99:
-        head += " That bound excludes next to nothing: at such an ε what attacks find is the evidence, not the guarantee."
-    return head
+        text += (
+            " This bound excludes almost nothing: at such an ε the evidence is what attacks find, "
+            "not the guarantee."
+        )
+    return text
 
 
-def share(value: Any) -> str:
-    """A share in per cent, never rounded up to a whole that it is not: 3.2 %, 99.99 %."""
+def percent(value: Any) -> str:
+    """A share in per cent that is never rounded up to 100 %: 3.2 %, 99.99 %."""
     n = number(value)
     if n is None:
         return DASH
-    percent = 100 * n
-    return (
-        f"{percent:.1f} %"
-        if percent < 99.9 or percent == 100
-        else f"{math.floor(percent * 1000) / 1000:g} %"
-    )
+    hundredths = 100 * n
+    if hundredths < 99.9 or hundredths == 100:
+        return f"{hundredths:.1f} %"
+    return f"{math.floor(hundredths * 1000) / 1000:g} %"
 
 
 def terms(run: RunData) -> list[tuple[str, str]]:
-    """(term, what holds here) for all that an ε has to be read with; empty where privacy is off or adds no noise."""
+    """(term, meaning) for all that an ε is stated with; empty without privacy or without noise."""
     settings, privacy = run.settings, run.settings.privacy
     if not privacy.on or privacy.noise_multiplier == 0:
         return []
-    unit = privacy.unit
-    delta = (
-        f"δ = {significant(privacy.delta, 3)}"
-        if privacy.delta
-        else f"δ = 1 / (number of {unit}s of the hospital)"
-    )
+    if privacy.delta:
+        delta = f"δ = {significant(privacy.delta, 3)}."
+    else:
+        delta = (
+            f"δ = 1 / (number of {privacy.unit}s of the hospital). That is the largest δ in use: a "
+            "smaller δ promises more."
+        )
+    unit = unit_text(settings)
     return [
         (
             "Kind",
-            "(ε, δ)-differential privacy: adding or removing one unit changes the probability of any outcome by a factor of "
-            f"exp(ε) at most, but for a probability of δ. Here {delta}."
-            + (
-                " That is the largest δ that is in use: smaller ones promise more."
-                if not privacy.delta
-                else ""
-            ),
+            "(ε, δ)-differential privacy: adding or removing one unit changes the probability of "
+            "any outcome by a factor of at most exp(ε), except for a probability of δ. "
+            f"Here {delta}",
         ),
-        (
-            "Unit",
-            f"{unit_words(settings)[0].upper()}{unit_words(settings)[1:]}: what may be there or not.",
-        ),
+        ("Unit", f"{unit[0].upper()}{unit[1:]}: it may be present or absent."),
         (
             "Neighbouring relation",
-            "Two data sets that differ by one unit, which was added or removed. Replacing one unit by another is two changes: "
-            "roughly two and a half times the ε at the same δ. The bound for two changes that follows from ε and δ alone, 2ε at "
-            "(1 + exp(ε)) δ, promises nothing at ε = 10 where δ is above 1/22,000.",
+            "Two data sets that differ by one unit, which was added or removed. Replacing one unit "
+            "by another is two changes: about two and a half times the ε at the same δ. The bound "
+            "for two changes that follows from ε and δ alone, 2ε at (1 + exp(ε)) δ, promises "
+            "nothing at ε = 10 if δ is above 1/22,000.",
         ),
         (
             "Mechanism",
-            f"DP-SGD: each unit's gradient of the discriminator is clipped to norm {privacy.max_grad_norm:g}, then summed, then "
-            "Gaussian noise is added. The generator sees real images only through that discriminator, so that checkpoints and "
-            "any number of synthetic images cost nothing more (post-processing).",
+            "DP-SGD: the gradient of the discriminator of each unit is clipped to norm "
+            f"{privacy.max_grad_norm:g}; the gradients are summed and Gaussian noise is added. The "
+            "generator sees real images only through this discriminator, so checkpoints and any "
+            "number of synthetic images have no further privacy cost (post-processing).",
         ),
         (
             "Sampling",
-            "Poisson: every step takes each unit with the same probability, by itself, and nobody learns which ones. The table "
-            "has the probability.",
+            "Poisson: each step takes each unit independently with the same probability, and "
+            "nobody learns which ones. The table states the probability.",
         ),
         (
             "Accountant",
-            "Opacus, PRV (numerical composition, arXiv 2106.02848), with RDP (arXiv 1908.10530) as its check: both are upper "
-            "bounds, and where PRV fails or is the larger one, RDP's is stated.",
+            "Opacus, PRV (numerical composition, arXiv 2106.02848), checked against RDP (arXiv "
+            "1908.10530). Both are upper bounds; if PRV fails or is larger, RDP is stated.",
         ),
         (
             "What is composed",
-            f"{_composed(run)} Entries stand in the hospital's ledger before the steps are done.",
+            f"{_composition(run)} The ledger of the hospital records entries before the steps are "
+            "taken.",
         ),
         (
             "Trust",
-            "Noise is added in the hospital before anything leaves: the guarantee holds against the server, the other hospitals "
-            "and whoever gets the model. It asks to trust the hospital's own machine and this program.",
+            "The hospital adds noise before anything leaves it. The guarantee holds against the "
+            "server, the other hospitals and everybody who receives the model. It requires trust "
+            "in the machine of the hospital and in this program.",
         ),
         (
             "Noise generator",
-            "PyTorch's and NumPy's generators, seeded from the operating system's entropy in each process. They are not "
-            "cryptographic, and noise in floating point has gaps that the accounting does not know of.",
+            "The generators of PyTorch and NumPy, seeded from the entropy of the operating system "
+            "in each process. They are not cryptographic, and floating-point noise has gaps that "
+            "the accounting does not cover.",
         ),
     ]
 
 
-def _composed(run: RunData) -> str:
+def _composition(run: RunData) -> str:
     settings, privacy = run.settings, run.settings.privacy
     released = releases_labels(settings, len(run.data_labels) if run.hospitals else 1)
-    where = "in this run alone" if is_dealt(settings) else "in all private runs on the same images"
-    parts = [f"all steps of the discriminator {where}"]
+    repartitioned = is_repartitioned(settings)
+    runs = "in this run alone" if repartitioned else "in all private runs on the same images"
+    parts = [f"All steps of the discriminator {runs}"]
     if released:
         parts.append(
-            f"the counts of labels, released with a noise multiplier of {privacy.label_noise:g}"
+            f"the label counts, released with a noise multiplier of {privacy.label_noise:g}"
         )
     if privacy.r_t_noise:
         parts.append(
-            f"the signs of the discriminator on real images, released with a noise multiplier of {privacy.r_t_noise:g}"
+            "the signs of the discriminator on real images, released with a noise multiplier of "
+            f"{privacy.r_t_noise:g}"
         )
-    words = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-    dealt = (
-        " Dealt hospitals exist in this run only: other runs on the same images are not counted."
-        if is_dealt(settings)
+    listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    scope = (
+        " The hospitals exist only in this run: other runs on the same images are not counted."
+        if repartitioned
         else ""
     )
-    labels = "" if released else " No counts of labels were released."
-    return f"{words[0].upper()}{words[1:]}.{dealt}{labels}"
+    labels = "" if released else " Label counts were not released."
+    return f"{listed}.{scope}{labels}"

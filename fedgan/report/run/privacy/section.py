@@ -1,4 +1,4 @@
-"""The section: what is guaranteed with all that an epsilon has to be read with, and the audit's controls before its figures."""
+"""The privacy section: audit verdict and controls, guarantee, evidence, limits."""
 
 from __future__ import annotations
 
@@ -18,55 +18,61 @@ from fedgan.report.run.privacy.findings import (
     CONTROLS,
     SPACES,
     Audit,
-    blind_spaces,
     controls,
+    insensitive_spaces,
     name_of,
     passed,
 )
 from fedgan.report.run.privacy.guarantee import (
-    Spent,
-    counted_over,
-    hospital_level,
-    is_dealt,
+    PrivacyCost,
+    client_level_statement,
+    epsilon_scope,
+    is_repartitioned,
     meaning,
-    share,
-    spent,
+    percent,
+    privacy_costs,
     statement,
     terms,
 )
-from fedgan.report.run.privacy.words import COMMAND, HEADS, NO_AUDIT, UNREADABLE, not_protected
+from fedgan.report.run.privacy.statements import (
+    COMMAND,
+    CRITERIA,
+    NO_AUDIT,
+    UNREADABLE,
+    not_protected,
+)
 
-MOST_LINES = 6  # hospitals in the curve that can still be told apart
+MOST_LINES = 6  # hospitals in the curve that remain distinguishable
 NAME = Column("Hospital", numeric=False)
-MARKS = [
+LEGEND = [
     ("synthetic images, or members", "synthetic"),
     ("the same figure for held-out real images", "real"),
 ]
 
 
 def _render(run: RunData) -> Markup:
-    audit, found = Audit(run.audit), spent(run)
+    audit, costs = Audit(run.audit), privacy_costs(run)
     return render(
         "privacy.html.j2",
         statement=statement(run),
-        headline=audit.headline() if audit.there else UNREADABLE if _is_damaged(run) else NO_AUDIT,
-        command="" if audit.there else COMMAND,
-        valid=audit.valid,
-        there=audit.there,
+        verdict=audit.verdict() if audit.exists else UNREADABLE if _is_damaged(run) else NO_AUDIT,
+        command="" if audit.exists else COMMAND,
+        valid=audit.is_valid,
+        exists=audit.exists,
         scope=_scope(run, audit),
         controls=_controls(audit),
         control_parts=_control_parts(audit),
-        guarantee=_guarantee(run, found),
-        meaning=meaning(found),
-        hospital_level=hospital_level(run),
-        curve=_curve(run, found),
-        left_out=max(0, len(found) - MOST_LINES),
+        guarantee=_guarantee(run, costs),
+        meaning=meaning(costs),
+        client_level=client_level_statement(run),
+        curve=_curve(run, costs),
+        not_shown=max(0, len(costs) - MOST_LINES),
         terms=terms(run),
         private=run.settings.privacy.on,
-        heads=[(key, *HEADS[key], *evidence(key, audit)) for key in HEADS],
-        legend=legend(MARKS, "dot"),
+        criteria=[(key, *CRITERIA[key], *evidence(key, audit)) for key in CRITERIA],
+        legend=legend(LEGEND, "dot"),
         notes=audit.notes,
-        open=not_protected(run),
+        not_protected=not_protected(run),
     )
 
 
@@ -77,55 +83,58 @@ def _is_damaged(run: RunData) -> bool:
 # --- what is guaranteed --------------------------------------------------------------------------
 
 
-def _guarantee(run: RunData, found: list[Spent]) -> Markup:
-    if not found:
+def _guarantee(run: RunData, costs: list[PrivacyCost]) -> Markup:
+    if not costs:
         return Markup("")
     columns = [
         NAME,
-        Column("ε", title=f"Over {counted_over(run.settings)}"),
+        Column("ε", title=f"Covers {epsilon_scope(run.settings)}"),
         Column("δ"),
         Column(
             "Noise multiplier",
-            title="Standard deviation of the noise over the norm to which gradients are clipped",
+            title="Standard deviation of the noise divided by the clipping norm",
         ),
-        Column("Sampling rate", title="Probability of a unit to be in a step"),
+        Column("Sampling rate", title="Probability that a step takes a unit"),
         Column(
-            "Found at 1 % false alarms, at most",
+            "Maximum found at 1 % false positives",
             title="Bound on the share of members that any attack finds",
         ),
         Column("Trained", numeric=False),
     ]
     rows = [
         [
-            row.name,
-            row.words,
-            text.significant(row.delta, 3),
-            text.significant(row.noise_multiplier, 3),
-            text.significant(row.sample_rate, 3),
-            "no bound" if row.infinite else share(row.most_found),
-            f"to round {row.last:,}"
-            if row.stopped is None
-            else f"to round {row.stopped:,}: its budget allowed no further step",
+            cost.name,
+            cost.epsilon_text,
+            text.significant(cost.delta, 3),
+            text.significant(cost.noise_multiplier, 3),
+            text.significant(cost.sample_rate, 3),
+            "no bound" if cost.is_infinite else percent(cost.max_true_positive_rate),
+            f"to round {cost.last_round:,}"
+            if cost.stopped is None
+            else f"to round {cost.stopped:,}: its budget allowed no further step",
         ]
-        for row in found
+        for cost in costs
     ]
-    earlier = "" if is_dealt(run.settings) else ", earlier private runs included"
-    more = f"ε of everything in the hospital's ledger{earlier}; noise multiplier and sampling rate of this run."
-    return table("What each hospital has spent", columns, rows, "privacy-epsilon", more=more)
+    earlier = "" if is_repartitioned(run.settings) else ", including earlier private runs"
+    more = (
+        f"ε covers all entries in the ledger of the hospital{earlier}. Noise multiplier and "
+        "sampling rate are of this run."
+    )
+    return table("Privacy cost per hospital", columns, rows, "privacy-epsilon", more=more)
 
 
-def _curve(run: RunData, found: list[Spent]) -> Markup:
-    """ε over rounds, a line a hospital; empty where no round tells a finite ε."""
+def _curve(run: RunData, costs: list[PrivacyCost]) -> Markup:
+    """ε over rounds, one line per hospital; empty if no round has a finite ε."""
     lines = [
-        Line(row.name, row.curve, f"h{i + 1}")
-        for i, row in enumerate(found[:MOST_LINES])
-        if row.curve
+        Line(cost.name, cost.curve, f"h{i + 1}")
+        for i, cost in enumerate(costs[:MOST_LINES])
+        if cost.curve
     ]
     if not lines:
         return Markup("")
     privacy = run.settings.privacy
-    limits = [("most allowed", privacy.max_epsilon)] if privacy.max_epsilon else []
-    limits = limits or ([("asked for", privacy.epsilon)] if privacy.epsilon else [])
+    limits = [("limit", privacy.max_epsilon)] if privacy.max_epsilon else []
+    limits = limits or ([("target", privacy.epsilon)] if privacy.epsilon else [])
     desc = "Epsilon of each hospital's ledger after each round: " + "; ".join(
         f"{line.name} {text.significant(line.points[-1][1], 3)} after round {line.points[-1][0]:g}"
         for line in lines
@@ -133,8 +142,8 @@ def _curve(run: RunData, found: list[Spent]) -> Markup:
     chart = line_chart("privacy-epsilon", "ε over the rounds", f"{desc}.", lines, "round", limits)
     marks = legend([(line.name, line.style) for line in lines], "line")
     return Markup(
-        '{}<div class="charts single"><figure><figcaption>ε over the rounds<small>Of the ledger, at the δ of the table: it '
-        "never falls.</small></figcaption>{}</figure></div>"
+        '{}<div class="charts single"><figure><figcaption>ε over the rounds<small>From the ledger, '
+        "at the δ in the table; it never decreases.</small></figcaption>{}</figure></div>"
     ).format(marks, chart)
 
 
@@ -142,91 +151,91 @@ def _curve(run: RunData, found: list[Spent]) -> Markup:
 
 
 def _scope(run: RunData, audit: Audit) -> str:
-    """Which model was audited, on how many images, and which hospitals were not."""
-    if not audit.there:
+    """The audited model, the number of images, and the hospitals without an audit."""
+    if not audit.exists:
         return ""
     parts = []
     if audit.round is not None:
-        drawn = max(
-            (number(hospital.get("synthetic")) or 0 for hospital in audit.hospitals), default=0
-        )
-        parts.append(
-            f"Audited: the model of round {audit.round:,}{f', by {drawn:,.0f} synthetic images a hospital' if drawn else ''}."
-        )
+        images = max((number(row.get("synthetic")) or 0 for row in audit.hospitals), default=0)
+        on = f", on {images:,.0f} synthetic images per hospital" if images else ""
+        parts.append(f"Audited: the model of round {audit.round:,}{on}.")
         last = number(run.last_round.get("round"))
         if last is not None and last != audit.round:
-            parts.append(
-                f"The run's last round is {last:,.0f}: the audit says nothing of that model."
-            )
-    seen = {name_of(hospital) for hospital in audit.hospitals}
-    missing = [name for name in run.hospital_names if name not in seen]
+            parts.append(f"The last round is {last:,.0f}: the audit does not cover that model.")
+    audited = {name_of(hospital) for hospital in audit.hospitals}
+    missing = [name for name in run.hospital_names if name not in audited]
     if missing:
         parts.append(f"Not audited: {', '.join(missing)}.")
-    if run.drawn:
-        parts.append("All images were drawn by a program: no patient's image could leak.")
+    if run.has_only_phantoms:
+        parts.append("All images are phantoms: no image of a patient could leak.")
     return " ".join(parts)
 
 
 def _controls(audit: Audit) -> Markup:
-    """A row a hospital; empty where no control was run."""
+    """One row per hospital; empty if no control was run."""
     rows = []
     for hospital in audit.hospitals:
-        held = dict(controls(hospital))
-        verdicts = [_verdict(name, held) for name in CONTROLS]
-        searches = [tree(part) for part in tree(dig(held.get("positive"), "copies")).values()]
+        found = dict(controls(hospital))
+        verdicts = [_control_verdict(name, found) for name in CONTROLS]
+        searches = [tree(part) for part in tree(dig(found.get("positive"), "copies")).values()]
         best: Tree = max(searches, key=lambda part: number(part.get("auc")) or 0.0, default={})
-        members = dig(held.get("positive"), "membership", "attacks", "distance", "auc")
+        members = dig(found.get("positive"), "membership", "attacks", "distance", "auc")
         sizes = " / ".join(text.whole(hospital.get(key)) for key in ("members", "held_out"))
-        blind = ", ".join(blind_spaces(hospital)) or text.DASH
+        insensitive = ", ".join(insensitive_spaces(hospital)) or text.DASH
         shares = " / ".join(text.decimal(best.get(key)) for key in ("found_share", "planted_share"))
-        areas = (text.decimal(best.get("auc")), shares, blind, text.decimal(members))
+        aucs = (text.decimal(best.get("auc")), shares, insensitive, text.decimal(members))
         rows.append(
             [
                 name_of(hospital),
                 *verdicts,
-                *areas,
+                *aucs,
                 sizes,
                 text.whole(hospital.get("held_out_patients")),
             ]
         )
     columns = [
         NAME,
-        Column("Positive", numeric=False, title="Positive control: a planted leak has to be found"),
+        Column(
+            "Positive", numeric=False, title="Positive control: planted copies must be detected"
+        ),
         Column(
             "Negative",
             numeric=False,
             title="Negative control: nothing may be found among held-out images",
         ),
-        Column("Planted copies, AUC", title="Of the space that finds them best"),
+        Column("Planted copies, AUC", title="Best space"),
         Column(
             "Found / planted",
-            title="Share of images that were found to be copies, and that were planted, in that space",
+            title="Shares of images detected as copies and planted, in that space",
         ),
         Column(
-            "Blind to them", numeric=False, title="Spaces in which planted copies are not found"
+            "Insensitive spaces", numeric=False, title="Spaces that do not detect planted copies"
         ),
-        Column("Planted members, AUC", title="Of the attack by distance"),
+        Column("Planted members, AUC", title="Distance attack"),
         Column("Images", title="Training and held-out images"),
         Column("Patients", title="Held-out patients"),
     ]
     more = (
-        "Positive control: copies of training images are planted and have to be found, by one space and by the distance attack "
-        "at least. Negative control: held-out images play the synthetic ones, and nothing may be found. Images: training / "
-        "held-out. Patients: held-out ones."
+        "Positive control: copies of training images are planted; at least one space and the "
+        "distance attack must detect them. Negative control: held-out images take the place of "
+        "synthetic images, and nothing may be found. Images: training / held-out. Patients: "
+        "held-out."
     )
     return (
-        table("Would this audit have noticed a leak?", columns, rows, "privacy-controls", more=more)
+        table("Controls per hospital", columns, rows, "privacy-controls", more=more)
         if rows
         else Markup("")
     )
 
 
-def _verdict(name: str, held: dict[str, Tree]) -> str:
-    return "not run" if name not in held else "passed" if passed(name, held[name]) else "NOT passed"
+def _control_verdict(name: str, found: dict[str, Tree]) -> str:
+    if name not in found:
+        return "not run"
+    return "passed" if passed(name, found[name]) else "NOT passed"
 
 
 def _control_parts(audit: Audit) -> Markup:
-    """A row each space and attack of each control, with what it measured; empty where the file does not tell."""
+    """One row per control and space or attack; empty without such entries."""
     rows = [
         [f"{name_of(hospital)}, {name}: {part}", *measured]
         for hospital in audit.hospitals
@@ -245,32 +254,33 @@ def _control_parts(audit: Audit) -> Markup:
         Column("Excess", title="Mean over random halves of the held-out images"),
         Column(
             "Intervals with 0",
-            title="Share of the random halvings whose interval of the excess holds 0",
+            title="Share of the random splits whose interval of the excess contains 0",
         ),
     ]
     levels = {
         number(dig(tree(hospital.get("controls")), "negative", "membership", "level"))
         for hospital in audit.hospitals
     }
-    wider = [share(level) for level in sorted(level for level in levels if level is not None)]
-    judged = (
-        f", of membership in the negative control of {' and '.join(wider)}, as all of those are judged together"
+    wider = [percent(level) for level in sorted(level for level in levels if level is not None)]
+    corrected = (
+        f"; for membership in the negative control {' and '.join(wider)}, because all of these are "
+        "tested together"
         if wider
         else ""
     )
     more = (
-        "Planted and found: shares of images. Excess: what is called a copy among real images that cannot be one: 0 is right. "
-        f"Intervals are of 95 %{judged}."
+        "Planted and found: shares of images. Excess: copies found among real images that cannot "
+        f"be copies; the correct value is 0. Confidence level: 95 %{corrected}."
     )
     return (
-        table("Every control", columns, rows, "privacy-control-parts", more=more)
+        table("All controls", columns, rows, "privacy-control-parts", more=more)
         if rows
         else Markup("")
     )
 
 
-def _holding(part: Tree) -> str:
-    """In what share of how many halvings the excess may be 0: what the negative control of copies is judged by."""
+def _coverage(part: Tree) -> str:
+    """Share of the random splits whose excess may be 0: criterion of the negative control."""
     covered = number(dig(part, "covered"))
     return text.DASH if covered is None else f"{covered:.0%} of {text.whole(dig(part, 'splits'))}"
 
@@ -285,7 +295,7 @@ def _parts(control: Tree) -> Iterator[list[str]]:
             text.decimal(dig(part, "found_share")),
             text.interval(dig(part, "found_ci")),
             text.signed(dig(part, "mean_excess")),
-            _holding(part),
+            _coverage(part),
         ]
     for attack, part in tree(dig(control, "membership", "attacks")).items():
         yield [

@@ -1,39 +1,46 @@
-"""The sentences that every card shares: what the thing is for, what it is not for, and who has to fill which blank."""
+"""Statements shared by the cards: intended use, out-of-scope use, arms, and blanks to fill."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-STATEMENT = "Every image is synthetic: drawn by a generative model, not taken of a patient. Not for diagnosis."
+STATEMENT = (
+    "Every image is synthetic: made by a generative model, not taken of a patient. Not for "
+    "diagnosis."
+)
 
 INTENDED = (
     "Research on generative models and on federated learning.",
-    "Augmentation of training images for classifiers whose performance is then measured on real images.",
-    "Education and demonstration, with each image named as synthetic.",
+    "Augmentation of the training images of classifiers that are then tested on real images.",
+    "Education and demonstration, with each image labelled as synthetic.",
     "Development and testing of software that reads such images.",
 )
 OUT_OF_SCOPE = (
     "Diagnosis, triage, treatment or any other decision about a patient.",
-    "A substitute for real images where a method is validated, certified or compared with a clinical standard.",
-    "Estimates of how frequent a finding is: the label mix of synthetic images is chosen, not observed.",
-    "A claim that nobody can be recognised in the images: see what is not known under privacy.",
-    "Attempts to find out who was among the patients of the training images.",
+    "A substitute for real images when a method is validated, certified or compared with a "
+    "clinical standard.",
+    "Estimates of the frequency of a finding: the label mix of synthetic images is chosen, not "
+    "observed.",
+    "A claim that nobody can be recognised in the images: see 'Not known' under Privacy.",
+    "Attempts to identify patients of the training images.",
 )
 ARMS = {
-    "federated": "federated: each hospital trained on its own images, and a server aggregated what they sent",
+    "federated": "federated: hospitals train on their own images, a server aggregates the updates",
     "centralized": "centralised: one training on the pooled images of all hospitals",
-    "local": "local: each hospital trained a generator of its own, without the others",
-    "finetuned": "federated, then trained further by each hospital on its own images",
-    "coalition": "federated over some of the hospitals only",
+    "local": "local: each hospital trains its own generator, without the others",
+    "finetuned": "federated, then fine-tuned by each hospital on its own images",
+    "coalition": "federated over a subset of the hospitals",
 }
-OF_A_MEMBER = {  # what the counts of one hospital's own training within an arm leave out
-    "local": "This is one hospital's training: its budget is its share of the arm's, which no file of this folder states.",
-    "finetuned": "Rounds, bytes and time are of the training at home; the federation before it is counted in its own folder. "
-    "Images are those of this hospital alone, in the federation and at home.",
+MEMBER_NOTES = {  # what the counts of one hospital's own training within an arm leave out
+    "local": "This is the training of one hospital: its budget is its share of the budget of the "
+    "arm, which no file in this folder states.",
+    "finetuned": "Rounds, bytes and time cover the fine-tuning only; the folder of the federation "
+    "counts the training before it. Images seen are those of this hospital alone, in the "
+    "federation and in the fine-tuning.",
 }
 
-# field, who fills it, what it says
+# field, who fills it, what to state
 Blank = tuple[str, str, str]
 COORDINATOR, HOSPITAL, RELEASER = (
     "the coordinating institution",
@@ -49,13 +56,13 @@ CONTACT: Blank = (
 MODEL_LICENCE: Blank = (
     "licence of the model",
     COORDINATOR,
-    "the licence of the weights; the licences of the training images are listed and bind it",
+    "the licence of the weights; the listed licences of the training images restrict it",
 )
-CITATION: Blank = ("citation", COORDINATOR, "how the work is to be cited")
+CITATION: Blank = ("citation", COORDINATOR, "how to cite this work")
 VALIDATION: Blank = (
     "clinical review",
     COORDINATOR,
-    "whether radiologists or other specialists looked at the images, and what they found",
+    "whether radiologists or other specialists reviewed the images, and their findings",
 )
 MAINTENANCE: Blank = (
     "maintenance",
@@ -81,7 +88,7 @@ POPULATION: Blank = (
 LABELLING: Blank = (
     "labelling",
     HOSPITAL,
-    "who gave the labels, from what, and with what agreement",
+    "who assigned the labels, from which source, and with what agreement",
 )
 DEIDENTIFICATION: Blank = (
     "de-identification",
@@ -91,7 +98,8 @@ DEIDENTIFICATION: Blank = (
 RELEASE_LICENCE: Blank = (
     "licence of this set",
     RELEASER,
-    "the licence under which the synthetic images are handed on; the licences of the sources are listed and may bind it",
+    "the licence of the released synthetic images; the listed licences of the sources may "
+    "restrict it",
 )
 RELEASE_CONTACT: Blank = (
     "contact",
@@ -101,7 +109,7 @@ RELEASE_CONTACT: Blank = (
 RELEASE_APPROVAL: Blank = (
     "approval of the release",
     RELEASER,
-    "who approved the release, on which evidence of privacy",
+    "who approved the release, on what privacy evidence",
 )
 RELEASE_MAINTENANCE: Blank = (
     "maintenance",
@@ -109,16 +117,16 @@ RELEASE_MAINTENANCE: Blank = (
     "who corrects errors, for how long, and how a set is recalled",
 )
 RELEASE_DATE: Blank = ("date", RELEASER, "the date of the release")
-OF_PATIENTS = (ETHICS, CONSENT, ACQUISITION, POPULATION, LABELLING, DEIDENTIFICATION)
+PATIENT_BLANKS = (ETHICS, CONSENT, ACQUISITION, POPULATION, LABELLING, DEIDENTIFICATION)
 
 
 def blanks(fields: Sequence[Blank]) -> list[dict[str, Any]]:
-    """Blanks as rows {field, who, sentence, value: None}; the sentence says who has to fill what."""
+    """Blanks as rows {field, who, sentence, value: None}; the sentence states who fills what."""
     return [
         {
             "field": name,
             "who": who,
-            "sentence": f"Not known to this card. To be filled by {who}: {what}.",
+            "sentence": f"Not known. To be filled in by {who}: {what}.",
             "value": None,
         }
         for name, who, what in fields

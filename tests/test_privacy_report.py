@@ -1,4 +1,4 @@
-"""The privacy part of page and card: controls before figures, each figure beside held-out images, no ε without what it means."""
+"""Privacy section of the report and privacy facts of the card."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from privacy_runs import (
     audit,
     copy_figures,
     hospital_audit,
+    privacy_cost,
     read_lines,
-    spent,
     write_lines,
     write_run,
 )
@@ -34,11 +34,11 @@ from fedgan.report.cards import write_cards
 from fedgan.report.html import format as text
 from fedgan.report.run.data import clean
 from fedgan.report.run.privacy.findings import Audit
-from fedgan.report.run.privacy.guarantee import attack_bound, share
+from fedgan.report.run.privacy.guarantee import attack_bound, percent
+from fedgan.report.run.privacy.statements import CRITERIA
 from fedgan.run_folder import RunFolder
 
 PRIVATE = {"epsilon": 10.0, "label_noise": 20.0, "max_epsilon": 12.0}
-HEADS = ("Singling out", "Linkability", "Inference")
 
 
 def part_of(run: RunFolder) -> str:
@@ -53,7 +53,7 @@ def words_of(run: RunFolder) -> str:
 
 
 def paragraph(html: str, key: str) -> str:
-    """The part of the section under one of the heads of WP216."""
+    """The part of the section under one criterion."""
     start = html.index(f'id="privacy-{key}"')
     return html[start : html.index("<h3", start + 1)]
 
@@ -61,26 +61,24 @@ def paragraph(html: str, key: str) -> str:
 # --- the guarantee -------------------------------------------------------------------------------
 
 
-def test_a_run_without_privacy_and_without_an_audit_says_plainly_that_it_has_neither(
-    tmp_path: Path,
-) -> None:
+def test_run_without_privacy_and_audit_states_both(tmp_path: Path) -> None:
     words = words_of(write_run(tmp_path))
     assert "There is no guarantee: this run was trained without differential privacy." in words
     assert "No audit was run" in words
     assert "fedgan audit RUN" in words
-    assert "there is no guarantee at all, only the attacks that were tried" in words
-    assert words.count("Nothing was tried.") == 3
-    assert "What stands behind an ε" not in words
+    assert "there is no guarantee, only the figures of the attacks that were run" in words
+    assert words.count("No attack was run.") == 3
+    assert "Terms of this ε" not in words
 
 
-def test_every_hospital_has_its_epsilon_with_delta_noise_and_sampling_rate(tmp_path: Path) -> None:
+def test_each_hospital_has_epsilon_delta_noise_and_sampling_rate(tmp_path: Path) -> None:
     words = words_of(write_run(tmp_path, PRIVATE))
     for i, name in enumerate(HOSPITALS):
-        told = spent(i, 10)
+        cost = privacy_cost(i, 10)
         row = [
             name,
             *(
-                text.significant(told[key], 3)
+                text.significant(cost[key], 3)
                 for key in ("epsilon", "delta", "noise_multiplier", "sample_rate")
             ),
         ]
@@ -88,7 +86,7 @@ def test_every_hospital_has_its_epsilon_with_delta_noise_and_sampling_rate(tmp_p
     assert "ε from 3.21 to 9.87 for one image" in words
 
 
-def test_an_epsilon_never_stands_without_what_it_means(tmp_path: Path) -> None:
+def test_epsilon_is_stated_with_all_its_terms(tmp_path: Path) -> None:
     words = words_of(write_run(tmp_path, PRIVATE))
     for fact in (
         "(ε, δ)-differential privacy",
@@ -98,23 +96,23 @@ def test_an_epsilon_never_stands_without_what_it_means(tmp_path: Path) -> None:
         "PRV",
         "RDP",
         "all private runs on the same images",
-        "counted over all private runs on that hospital's images",
-        "Whatever was trained on these images without privacy: no ledger knows of it.",
-        "roughly two and a half times the ε at the same δ",
-        "counts of labels, released with a noise multiplier of 20",
+        "ε covers all private runs on the images of that hospital",
+        "Anything that was trained on these images without privacy: no ledger records it.",
+        "about two and a half times the ε at the same δ",
+        "label counts, released with a noise multiplier of 20",
         "not cryptographic",
-        "clipped to norm 1, then summed, then",
+        "clipped to norm 1; the gradients are summed and Gaussian noise is added",
         "NIST SP 800-226",
         "the number of images of each hospital".capitalize(),
-        "Settings that were chosen by looking at earlier private runs",
-        "How long a hospital takes for a round",
-        "A patient who is in two hospitals",
-        "A patient with several images: ε is of one image",
+        "Settings chosen after looking at earlier private runs",
+        "The time that a hospital takes for a round",
+        "A patient of two hospitals",
+        "A patient with several images: ε holds for one image",
     ):
         assert fact in words, fact
 
 
-def test_the_unit_and_what_is_composed_follow_the_settings(tmp_path: Path) -> None:
+def test_unit_and_composition_follow_the_settings(tmp_path: Path) -> None:
     run = write_run(
         tmp_path,
         {
@@ -126,32 +124,32 @@ def test_the_unit_and_what_is_composed_follow_the_settings(tmp_path: Path) -> No
         },
     )
     words = words_of(run)
-    assert "One patient with all their images, of which a step looks at 3 at most" in words
+    assert "One patient with all their images, of which a step uses at most 3" in words
     assert (
         "signs of the discriminator on real images, released with a noise multiplier of 4" in words
     )
-    assert "No counts of labels were released." in words
+    assert "Label counts were not released." in words
     assert "Here δ = 1e−06." in words
     assert "A patient with several images" not in words
 
 
 @pytest.mark.parametrize(
-    ("asked", "labels"), [("uniform", ("a", "b")), ("data", ())], ids=["uniform", "no labels"]
+    ("sampling", "labels"), [("uniform", ("a", "b")), ("data", ())], ids=["uniform", "no labels"]
 )
-def test_noise_for_label_counts_that_nothing_asks_for_releases_none(
-    asked: str, labels: tuple[str, ...], tmp_path: Path
+def test_unused_label_noise_releases_no_label_counts(
+    sampling: str, labels: tuple[str, ...], tmp_path: Path
 ) -> None:
-    run = write_run(tmp_path, PRIVATE, training={"labels": asked})
+    run = write_run(tmp_path, PRIVATE, training={"labels": sampling})
     rows = run.read_json(run.hospitals)
     for row in rows:
         row["counts"] = {split: dict.fromkeys(labels, 1) for split in row["counts"]}
     files.write_json(run.hospitals, rows)
     words = words_of(run)
-    assert "No counts of labels were released." in words
-    assert "the counts of labels, released with" not in words
+    assert "Label counts were not released." in words
+    assert "the label counts, released with" not in words
 
 
-def test_clipping_without_noise_is_called_no_guarantee_and_epsilon_infinite(tmp_path: Path) -> None:
+def test_clipping_without_noise_is_no_guarantee_and_infinite_epsilon(tmp_path: Path) -> None:
     run = write_run(tmp_path, {"noise_multiplier": 0.0})
     html = part_of(run)
     words = Page(html).words
@@ -159,12 +157,12 @@ def test_clipping_without_noise_is_called_no_guarantee_and_epsilon_infinite(tmp_
     for name in HOSPITALS:
         assert f"{name} infinite" in words
     assert "no bound" in words
-    assert "there is no guarantee at all" in words
-    assert "What stands behind an ε" not in words, "nothing stands behind it"
-    assert 'id="privacy-epsilon-title"' not in html, "a curve of nothing"
+    assert "there is no guarantee, only the figures" in words
+    assert "Terms of this ε" not in words
+    assert 'id="privacy-epsilon-title"' not in html
 
 
-def test_one_infinite_ledger_is_named(tmp_path: Path) -> None:
+def test_hospital_with_infinite_epsilon_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path, PRIVATE)
     lines = read_lines(run)
     for line in lines:
@@ -176,7 +174,7 @@ def test_one_infinite_ledger_is_named(tmp_path: Path) -> None:
     assert f"{HOSPITALS[0]} 9.87" in words
 
 
-def test_the_curve_has_a_line_a_hospital_and_the_limit(tmp_path: Path) -> None:
+def test_epsilon_curve_has_one_line_per_hospital_and_the_limit(tmp_path: Path) -> None:
     html, free = (
         part_of(write_run(tmp_path / str(i), PRIVATE | {"max_epsilon": most}))
         for i, most in enumerate((12.0, 0.0))
@@ -186,12 +184,12 @@ def test_the_curve_has_a_line_a_hospital_and_the_limit(tmp_path: Path) -> None:
         for part in (html, free)
     )
     assert chart.count("<polyline") == 3
-    assert ("most allowed" in chart, "asked for" in chart) == (True, False)
-    assert ("most allowed" in other, "asked for" in other) == (False, True)
+    assert (">limit<" in chart, ">target<" in chart) == (True, False)
+    assert (">limit<" in other, ">target<" in other) == (False, True)
     assert f"{HOSPITALS[0]} 9.87 after round 10" in chart
 
 
-def test_a_hospital_that_stopped_for_its_budget_is_told_with_its_round(tmp_path: Path) -> None:
+def test_hospital_stopped_by_its_budget_is_shown_with_its_round(tmp_path: Path) -> None:
     run = write_run(tmp_path, PRIVATE)
     lines = read_lines(run)
     for line in lines:
@@ -205,17 +203,17 @@ def test_a_hospital_that_stopped_for_its_budget_is_told_with_its_round(tmp_path:
     assert words.count("to round 10") == 2
 
 
-def test_a_round_without_an_epsilon_states_no_guarantee(tmp_path: Path) -> None:
+def test_rounds_without_epsilon_state_no_guarantee(tmp_path: Path) -> None:
     run = write_run(tmp_path, PRIVATE)
     lines = read_lines(run)
     for line in lines:
         for row in line["hospitals"]:
             del row["epsilon"]
     write_lines(run, lines)
-    assert "nothing can be stated as a guarantee" in words_of(run)
+    assert "no guarantee can be stated" in words_of(run)
 
 
-def test_hospital_level_noise_is_told_as_what_it_is(tmp_path: Path) -> None:
+def test_client_level_guarantee_states_its_limits(tmp_path: Path) -> None:
     run = write_run(tmp_path)
     lines = read_lines(run)
     lines[-1]["client_level_dp"] = {
@@ -230,50 +228,48 @@ def test_hospital_level_noise_is_told_as_what_it_is(tmp_path: Path) -> None:
     words = words_of(run)
     assert "There is no guarantee for an image or a patient" in words
     assert "ε = 31.4 and δ = 1e−05 over 10 releases" in words
-    assert "not from the server" in words
+    assert "but not against the server" in words
     assert (
         "over a million 1,200 times. delta = 1/3 would allow the full disclosure of one hospital."
         in words
     )
-    assert "no guarantee at all" not in words
-    assert "hidden only as part of their hospital" in words
+    assert "there is no guarantee, only the figures" not in words
+    assert "are protected only as part of their hospital" in words
     lines[-1]["client_level_dp"] |= {"epsilon": None, "noise_multiplier": 0.0}
     write_lines(run, lines)
     words = words_of(run)
     assert "at an infinite ε, which is no guarantee" in words
-    assert "there is no guarantee at all" in words
+    assert "there is no guarantee, only the figures" in words
 
 
-def test_hospitals_that_are_to_be_hidden_are_told_of_before_the_first_round(tmp_path: Path) -> None:
+def test_client_level_dp_is_stated_before_the_first_round(tmp_path: Path) -> None:
     run = write_run(tmp_path, {"client_level": "server"})
-    assert "are to be hidden" not in words_of(run), (
-        "rounds were done, and none of them hid a hospital"
-    )
+    assert "Client-level DP" not in words_of(run), "rounds without client-level DP"
     write_lines(run, [])
     words = words_of(run)
-    assert "Whole hospitals are to be hidden, but no round has finished" in words
+    assert "Client-level DP is on, but no round has finished" in words
     assert "trained without differential privacy" not in words
 
 
-def test_an_epsilon_of_dealt_hospitals_is_of_this_run_alone(tmp_path: Path) -> None:
+def test_epsilon_of_repartitioned_hospitals_covers_one_run(tmp_path: Path) -> None:
     data = {"partition": "iid", "root": "/nowhere"}
     run = write_run(tmp_path, PRIVATE, data=to_dict(Settings())["data"] | data)
     html = page_of(run)
     assert "all private runs" not in html
     words = words_of(run)
     assert (
-        "counted over this run alone: dealt hospitals exist in this run only, and other runs on the same images"
-        in words
+        "ε covers this run alone: its hospitals exist only in this run, and other runs on the "
+        "same images" in words
     )
     assert "All steps of the discriminator in this run alone" in words
-    assert "earlier private runs included" not in words
-    assert "Nor does one of other runs" in words
+    assert "including earlier private runs" not in words
+    assert "No ledger records other runs either" in words
 
 
-def test_the_table_of_hospitals_has_epsilon_only_where_privacy_was_on(tmp_path: Path) -> None:
+def test_hospital_table_has_epsilon_only_with_privacy_on(tmp_path: Path) -> None:
     private, plain = page_of(write_run(tmp_path / "a", PRIVATE)), page_of(write_run(tmp_path / "b"))
     sizes = [
-        html[html.index("Images and patients in each split</caption>") :].split("</table>")[0]
+        html[html.index("Images and patients per split</caption>") :].split("</table>")[0]
         for html in (private, plain)
     ]
     for name, epsilon in zip(HOSPITALS, ("9.87", "6.54", "3.21"), strict=True):
@@ -285,8 +281,9 @@ def test_the_table_of_hospitals_has_epsilon_only_where_privacy_was_on(tmp_path: 
 # --- what an epsilon bounds ----------------------------------------------------------------------
 
 
-def test_the_bound_on_an_attack_agrees_with_the_mechanisms_that_reach_it() -> None:
-    # Randomised response with probability e^ε / (1 + e^ε) of the truth is ε-private, and its best test reaches the bound.
+def test_attack_bound_equals_the_rate_of_optimal_mechanisms() -> None:
+    # Randomised response that is true with e^ε / (1 + e^ε) is ε-private; its best test reaches
+    # the bound.
     for epsilon in (0.1, 1.0, 3.0, 9.0):
         truth = math.exp(epsilon) / (1 + math.exp(epsilon))
         assert attack_bound(epsilon, 0.0, 1 - truth) == pytest.approx(truth)
@@ -296,7 +293,7 @@ def test_the_bound_on_an_attack_agrees_with_the_mechanisms_that_reach_it() -> No
 
 
 @given(st.floats(0, 800), st.floats(0, 800), st.floats(0, 0.5), st.floats(0, 1))
-def test_the_bound_lies_between_chance_and_certainty_and_grows_with_epsilon(
+def test_attack_bound_is_between_chance_and_one_and_grows(
     one: float, other: float, delta: float, rate: float
 ) -> None:
     low, high = sorted((one, other))
@@ -305,8 +302,8 @@ def test_the_bound_lies_between_chance_and_certainty_and_grows_with_epsilon(
     assert bounds[1] <= 1.0
 
 
-def test_a_large_epsilon_is_said_to_exclude_next_to_nothing(tmp_path: Path) -> None:
-    assert "That bound excludes next to nothing" in words_of(write_run(tmp_path / "a", PRIVATE))
+def test_large_epsilon_is_reported_as_almost_no_bound(tmp_path: Path) -> None:
+    assert "This bound excludes almost nothing" in words_of(write_run(tmp_path / "a", PRIVATE))
     run = write_run(tmp_path / "b", PRIVATE)
     lines = read_lines(run)
     for line in lines:
@@ -314,17 +311,15 @@ def test_a_large_epsilon_is_said_to_exclude_next_to_nothing(tmp_path: Path) -> N
             row["epsilon"] = 0.5
     write_lines(run, lines)
     words = words_of(run)
-    assert "excludes next to nothing" not in words
-    assert share(attack_bound(0.5, spent(2, 10)["delta"], 0.01)) in words
-    assert share(0.999996) == "99.999 %"
+    assert "excludes almost nothing" not in words
+    assert percent(attack_bound(0.5, privacy_cost(2, 10)["delta"], 0.01)) in words
+    assert percent(0.999996) == "99.999 %"
 
 
 # --- the audit -----------------------------------------------------------------------------------
 
 
-def test_every_figure_of_the_audit_is_on_the_page_beside_the_one_of_held_out_images(
-    tmp_path: Path,
-) -> None:
+def test_audit_figures_are_shown_beside_held_out_figures(tmp_path: Path) -> None:
     content = audit()
     words = words_of(write_run(tmp_path, content=content))
     for hospital in content["hospitals"]:
@@ -352,7 +347,7 @@ def test_every_figure_of_the_audit_is_on_the_page_beside_the_one_of_held_out_ima
             assert figure in words
 
 
-def test_a_rate_that_nobody_has_the_images_for_takes_no_column(tmp_path: Path) -> None:
+def test_rate_without_enough_images_has_no_column(tmp_path: Path) -> None:
     content = audit()
     assert "Found at 0.1 %" not in words_of(write_run(tmp_path / "few", content=content))
     content["hospitals"][0]["membership"][0] |= {
@@ -360,39 +355,38 @@ def test_a_rate_that_nobody_has_the_images_for_takes_no_column(tmp_path: Path) -
         "tpr_at_01_ci": [0.001, 0.009],
     }
     words = words_of(write_run(tmp_path / "many", content=content))
-    assert words.count("Found at 0.1 %") == 1, (
-        "under inference alone, where the discriminator stands"
-    )
+    assert words.count("Found at 0.1 %") == 1, "under inference only (discriminator attack)"
     assert "0.4 % (0.1–0.9)" in words
 
 
-def test_the_three_heads_hold_the_evidence_that_belongs_to_them(tmp_path: Path) -> None:
+def test_each_criterion_has_its_own_evidence(tmp_path: Path) -> None:
     html = part_of(write_run(tmp_path, content=audit()))
     parts = {key: paragraph(html, key) for key in ("singling-out", "linkability", "inference")}
-    assert [head for head in HEADS if f">{head}</h3>" in html] == list(HEADS)
+    titles = [title for title, *_ in CRITERIA.values()]
+    assert [title for title in titles if f">{title}</h3>" in html] == titles
     for words in (
         "Copies among the synthetic images",
-        "Training images that a copy repeats",
+        "Memorised training images",
         "projections",
     ):
         assert words in parts["singling-out"]
-    assert "Whose images the synthetic ones lie nearer to" in parts["linkability"]
+    assert "Nearest real image: training or held-out" in parts["linkability"]
     assert [parts[key].count('<svg class="chart"') for key in parts] == [4, 2, 4], (
         "a chart for each figure"
     )
-    homes = {
+    criteria = {
         attack: [key for key, part in parts.items() if f"{HOSPITALS[0]}, {attack}</th>" in part]
         for attack in ATTACKS
     }
-    assert homes["distance"] == ["linkability"]
-    assert {tuple(home) for attack, home in homes.items() if attack != "distance"} == {
+    assert criteria["distance"] == ["linkability"]
+    assert {tuple(keys) for attack, keys in criteria.items() if attack != "distance"} == {
         ("inference",)
     }
-    for part in parts.values():
-        assert part.count("stand here because") == 1
+    for key, part in parts.items():
+        assert part.count(CRITERIA[key][2]) == 1
 
 
-def test_a_clean_headline_says_how_much_of_it_is_blind_and_where_patients_are_few(
+def test_clean_verdict_names_insensitive_figures_and_few_patients(
     tmp_path: Path,
 ) -> None:
     few = hospital_audit(HOSPITALS[2]) | {"held_out_patients": 17}
@@ -400,23 +394,23 @@ def test_a_clean_headline_says_how_much_of_it_is_blind_and_where_patients_are_fe
     # of each hospital's nine: the features, the density and its ratio
     assert "none of 18 figures of 2 hospitals" in words
     assert (
-        "6 of these figures come from a search or an attack that did not see the planted leak either."
-        in words
+        "6 of these figures come from a search or an attack that did not detect the planted leak "
+        "either (insensitive)." in words
     )
     assert (
-        f"Held-out patients are few at {HOSPITALS[2]} (17): only a gross leak would show there."
+        f"Held-out patients are few at {HOSPITALS[2]} (17): only a large leak would show there."
         in words
     )
 
 
-def test_notes_that_several_hospitals_and_attacks_share_are_told_once(tmp_path: Path) -> None:
+def test_shared_audit_notes_are_shown_once(tmp_path: Path) -> None:
     words = words_of(write_run(tmp_path, content=audit()))
     text_of_rate = "a false-positive rate of 0.1% needs 1,000 non-members, here are 170"
     assert words.count(text_of_rate) == 1
     assert f"{', '.join(HOSPITALS)}: {', '.join(ATTACKS)}: {text_of_rate}" in words
 
 
-def test_whether_an_excess_counts_can_be_read_and_intervals_say_their_level(tmp_path: Path) -> None:
+def test_excess_and_confidence_levels_are_stated(tmp_path: Path) -> None:
     words = words_of(write_run(tmp_path, content=audit()))
     near = copy_figures(0.047, False)
     pair = [
@@ -428,24 +422,24 @@ def test_whether_an_excess_counts_can_be_read_and_intervals_say_their_level(tmp_
         in words
     )
     assert f"{HOSPITALS[0]}, negative: copies by pixels – – – – – +0.002 97% of 100" in words
-    assert "Intervals are of 95 %, of membership in the negative control of 99.4 %" in words
+    assert "Confidence level: 95 %; for membership in the negative control 99.4 %" in words
 
 
-def test_a_clean_audit_is_evidence_and_no_proof(tmp_path: Path) -> None:
+def test_clean_audit_is_evidence_and_no_proof(tmp_path: Path) -> None:
     words = words_of(write_run(tmp_path, content=audit()))
     assert "The controls passed, and none of 27 figures of 3 hospitals stands out" in words
-    assert "no proof that another one would find nothing" in words
+    assert "does not prove that other attacks would find nothing" in words
     assert "Evidence of a leak" not in words
 
 
-def test_a_leak_is_the_headline_with_its_figures(tmp_path: Path) -> None:
+def test_leak_is_the_first_verdict_with_its_figures(tmp_path: Path) -> None:
     leaking = hospital_audit(HOSPITALS[1], share=0.21, auc=0.61)
     html = part_of(write_run(tmp_path, content=audit(hospital_audit(HOSPITALS[0]), leaking)))
     words = Page(html).words
     assert words.index("Evidence of a leak: 8 of 18 figures") < words.index("Controls")
     assert (
-        f"share of copies (pixels) at {HOSPITALS[1]}: 0.210 (0.196–0.226), held-out real images 0.050"
-        in words
+        f"share of copies (pixels) at {HOSPITALS[1]}: 0.210 (0.196–0.226), held-out real images "
+        "0.050" in words
     )
     assert f"Not audited: {HOSPITALS[2]}." in words
 
@@ -454,38 +448,32 @@ def test_a_leak_is_the_headline_with_its_figures(tmp_path: Path) -> None:
     ("share", "auc"),
     list(itertools.product((0.047, 0.08, 0.12, 0.3), (0.45, 0.54, 0.56, 0.6, 0.9))),
 )
-def test_the_page_and_the_audit_call_the_same_figures_signs_of_a_leak(
-    share: float, auc: float
-) -> None:
+def test_report_and_audit_agree_on_signs_of_a_leak(share: float, auc: float) -> None:
     numbers = hospital_audit("a", share, auc)
     out = [figure for figure in Audit(audit(numbers)).figures if figure.stands_out]
     assert len(out) == len(signs(numbers))
 
 
-def test_images_that_are_near_to_everybody_are_no_sign_of_copies_on_the_page_either() -> None:
+def test_images_near_to_all_real_images_are_no_copies() -> None:
     blurred, copying = (hospital_audit("a") for _ in range(2))
     blurred["copies"] = {"pixels": copy_figures(0.3, False, near_held_out=0.28)}
     copying["copies"] = {"pixels": copy_figures(0.3, False)}
-    told = [
+    measures = [
         [figure.measure for figure in Audit(audit(part)).figures if figure.stands_out]
         for part in (blurred, copying)
     ]
-    assert told == [[], ["share of copies (pixels)"]]
+    assert measures == [[], ["share of copies (pixels)"]]
     assert [len(signs(part)) for part in (blurred, copying)] == [0, 1]
 
 
-def test_an_audit_that_failed_its_controls_is_not_valid_and_its_figures_are_grey(
+def test_audit_with_failed_controls_is_not_valid_and_grey(
     tmp_path: Path,
 ) -> None:
     failed = hospital_audit(HOSPITALS[1], share=0.3, auc=0.9, positive=False)
     run = write_run(tmp_path, content=audit(hospital_audit(HOSPITALS[0]), failed))
     html = part_of(run)
     words = Page(html).words
-    assert (
-        words.split("Privacy: guarantee and evidence")[1]
-        .strip()
-        .startswith("This audit is not valid:")
-    )
+    assert words.removeprefix("Privacy").strip().startswith("This audit is not valid:")
     assert (
         f"at {HOSPITALS[1]} the positive control did not pass (no space finds the planted copies)"
         in words
@@ -508,12 +496,12 @@ def test_an_audit_that_failed_its_controls_is_not_valid_and_its_figures_are_grey
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"valid": False}, "does not say that it is valid"),
-        ({"valid": None}, "does not say that it is valid"),
+        ({"valid": False}, "does not state that it is valid"),
+        ({"valid": None}, "does not state that it is valid"),
         ({"hospitals": []}, "no hospital was audited"),
         (
             {"hospitals": [hospital_audit("a") | {"valid": False}]},
-            "the audit of a does not say that it is valid",
+            "the audit of a does not state that it is valid",
         ),
         (
             {"hospitals": [hospital_audit("a") | {"controls": None, "notes": ["too few"]}]},
@@ -529,36 +517,34 @@ def test_an_audit_that_failed_its_controls_is_not_valid_and_its_figures_are_grey
         ),
     ],
 )
-def test_an_audit_is_valid_only_when_everything_in_it_says_so(
-    change: dict[str, Any], reason: str
-) -> None:
+def test_audit_is_valid_only_if_all_parts_state_it(change: dict[str, Any], reason: str) -> None:
     found = Audit(audit() | change)
-    assert not found.valid
-    assert reason in found.headline()
+    assert not found.is_valid
+    assert reason in found.verdict()
 
 
-def test_the_page_says_which_round_was_audited_and_when_the_run_went_on(tmp_path: Path) -> None:
+def test_report_states_the_audited_round_and_later_rounds(tmp_path: Path) -> None:
     run = write_run(tmp_path, content=audit(round_number=8))
     words = words_of(run)
-    assert "Audited: the model of round 8, by 1,000 synthetic images a hospital." in words
-    assert "The run's last round is 10: the audit says nothing of that model." in words
+    assert "Audited: the model of round 8, on 1,000 synthetic images per hospital." in words
+    assert "The last round is 10: the audit does not cover that model." in words
     files.write_json(run.audit, audit())
-    assert "says nothing of that model" not in words_of(run)
+    assert "does not cover that model" not in words_of(run)
 
 
-def test_a_blind_space_is_told_as_blind(tmp_path: Path) -> None:
+def test_insensitive_space_is_marked(tmp_path: Path) -> None:
     html = part_of(write_run(tmp_path, content=audit()))
     rows = re.findall(
         r'<th scope="row">([^<]*)</th>(.*?)</tr>', paragraph(html, "singling-out"), re.DOTALL
     )
-    sees = {
+    detects = {
         name.split(", ")[1]: re.findall(r"<td[^>]*>([^<]*)</td>", cells)[-1]
         for name, cells in rows[:3]
     }
-    assert sees == {"pixels": "yes", "extractor features": "no", "contrastive embedding": "yes"}
+    assert detects == {"pixels": "yes", "extractor features": "no", "contrastive embedding": "yes"}
 
 
-def test_hospitals_with_too_few_images_have_a_reason_and_no_number(tmp_path: Path) -> None:
+def test_hospital_with_too_few_images_has_a_reason_only(tmp_path: Path) -> None:
     few = hospital_audit(HOSPITALS[2]) | {
         "copies": dict.fromkeys(("pixels", "features", "embedding")),
         "membership": [],
@@ -566,20 +552,20 @@ def test_hospitals_with_too_few_images_have_a_reason_and_no_number(tmp_path: Pat
         "controls": None,
         "valid": False,
         "notes": [
-            "20 training and 9 held-out images are too few to measure anything: 30 of each are needed."
+            "20 training and 9 held-out images are too few to measure: 30 of each are needed."
         ],
     }
     words = words_of(write_run(tmp_path, content=audit(few)))
     assert "20 training and 9 held-out images are too few" in words
-    assert words.count("The audit has no figure of this kind.") == 3
+    assert words.count("The audit has no figure for this criterion.") == 3
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"valid": tr', b"\xff\xfe\x00", b"[1, null]", b"7"])
-def test_a_damaged_audit_is_told_and_is_no_evidence(tmp_path: Path, damage: bytes) -> None:
+def test_damaged_audit_is_reported_and_is_no_evidence(tmp_path: Path, damage: bytes) -> None:
     run = write_run(tmp_path)
     run.audit.write_bytes(damage)
     page = Page(page_of(run))
-    assert "audit.json is damaged: what the audit found is not known" in page.words
+    assert "audit.json is damaged: the results of the audit are unknown" in page.words
     assert "0.971" in page.words
 
 
@@ -593,8 +579,8 @@ JSON = st.recursive(
 
 
 @given(st.data())
-def test_whatever_an_audit_holds_its_verdict_can_be_read(data: st.DataObject) -> None:
-    """Any part of a whole audit replaced by anything: no error, and never valid by mistake."""
+def test_verdict_of_any_audit_content_is_readable(data: st.DataObject) -> None:
+    """Replace any part of an audit by anything: no error, and never valid by mistake."""
     content = json.loads(json.dumps(audit(hospital_audit("a"))))
     here: Any = content
     while True:
@@ -605,18 +591,18 @@ def test_whatever_an_audit_holds_its_verdict_can_be_read(data: st.DataObject) ->
         here = here[key]
     here[key] = data.draw(JSON)
     found = Audit(clean(content))
-    assert found.headline()
+    assert found.verdict()
     assert found.notes is not None
-    assert not found.valid or (
+    assert not found.is_valid or (
         content["valid"] is True and all(h["valid"] is True for h in content["hospitals"])
     )
 
 
-# --- what the page is ----------------------------------------------------------------------------
+# --- properties of the report --------------------------------------------------------------------
 
 
 def variants(folder: Path) -> dict[str, RunFolder]:
-    """Runs in every state that the page tells apart."""
+    """Runs in all states that the report distinguishes."""
     return {
         "plain": write_run(folder / "plain"),
         "private": write_run(folder / "private", PRIVATE, audit()),
@@ -646,7 +632,7 @@ def test_the_word_is_evidence_and_never_the_other_one(runs: dict[str, RunFolder]
         assert "evidence" in page
 
 
-def test_the_page_stays_small_and_holds_no_path_and_no_picture_of_the_audit(
+def test_privacy_section_is_small_without_paths_and_images(
     runs: dict[str, RunFolder],
 ) -> None:
     part = part_of(runs["private"])
@@ -656,7 +642,7 @@ def test_the_page_stays_small_and_holds_no_path_and_no_picture_of_the_audit(
     assert str(runs["private"].path) not in part
 
 
-def test_hostile_names_in_an_audit_are_text(tmp_path: Path) -> None:
+def test_hostile_names_in_an_audit_are_escaped(tmp_path: Path) -> None:
     hostile = '</section><script>alert(1)</script>{{ 7*7 }}\u202e"'
     content = audit(hospital_audit(hostile))
     content["hospitals"][0]["copies"][hostile] = copy_figures(0.1, False)
@@ -683,7 +669,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     ("scheme", "size"),
     [("light", "desktop"), ("dark", "phone"), ("dark", "desktop"), ("light", "phone")],
 )
-def test_the_privacy_page_fits_its_window_and_can_be_read(
+def test_privacy_section_fits_the_window_with_enough_contrast(
     browser: Browser, runs: dict[str, RunFolder], name: str, scheme: str, size: str
 ) -> None:
     page_of(runs[name])
@@ -705,14 +691,15 @@ def test_the_privacy_page_fits_its_window_and_can_be_read(
 
 def card_of(run: RunFolder) -> tuple[dict[str, Any], str]:
     write_cards(run)
-    page = (run.cards / "model_card.md").read_text()
-    return json.loads((run.cards / "model_card.json").read_text()), re.sub(r"\\(\W|_)", r"\1", page)
+    markdown = (run.cards / "model_card.md").read_text()
+    facts = json.loads((run.cards / "model_card.json").read_text())
+    return facts, re.sub(r"\\(\W|_)", r"\1", markdown)
 
 
 def private_card(path: Path, content: dict[str, Any] | None) -> RunFolder:
     run = make_card_run(path, privacy=PRIVATE)
     rows = [
-        {"name": name, "images_seen": 500, **spent(i, 10)}
+        {"name": name, "images_seen": 500, **privacy_cost(i, 10)}
         for i, name in enumerate(("north", "south"))
     ]
     files.write_text(run.metrics, json.dumps(read_lines_or_one(run) | {"hospitals": rows}) + "\n")
@@ -726,18 +713,16 @@ def read_lines_or_one(run: RunFolder) -> dict[str, Any]:
     return lines[-1] if lines else {"round": 1, "images_seen": 1000}
 
 
-def test_the_card_tells_epsilon_with_its_terms_and_what_an_audit_found(tmp_path: Path) -> None:
-    facts, page = card_of(
+def test_card_states_epsilon_with_terms_and_audit_findings(tmp_path: Path) -> None:
+    facts, markdown = card_of(
         private_card(tmp_path, audit(hospital_audit("north"), hospital_audit("south", 0.3, 0.8)))
     )
     privacy = facts["privacy"]
     for i, row in enumerate(privacy["guarantee"]["hospitals"]):
-        told = spent(i, 10)
-        assert {key: row[key] for key in told} == told
-        assert (
-            f"| {row['name']} | {text.significant(told['epsilon'])} | {text.significant(told['delta'])} |"
-            in page
-        )
+        cost = privacy_cost(i, 10)
+        assert {key: row[key] for key in cost} == cost
+        epsilon, delta = (text.significant(cost[key]) for key in ("epsilon", "delta"))
+        assert f"| {row['name']} | {epsilon} | {delta} |" in markdown
     for words in (
         "Neighbouring relation: ",
         "Accountant: Opacus",
@@ -745,47 +730,45 @@ def test_the_card_tells_epsilon_with_its_terms_and_what_an_audit_found(tmp_path:
         "Evidence of a leak",
         "Not protected:",
     ):
-        assert words in page
+        assert words in markdown
     worst = {row["measure"]: row for row in privacy["audit"]["figures"]}
     assert worst["share of copies (pixels)"]["hospital"] == "south"
     assert (
         "| share of copies (pixels) | south | 0.300 (0.286–0.316) | 0.050 (0.028–0.087) | yes |"
-        in page
+        in markdown
     )
     assert not any(
         "No differential privacy" in line or "no attack was run. Not" in line
         for line in privacy["unknown"][:-1]
     )
-    assert "anonym" not in page.lower()
+    assert "anonym" not in markdown.lower()
 
 
-def test_the_card_of_an_invalid_audit_has_no_figure_of_it(tmp_path: Path) -> None:
-    facts, page = card_of(
+def test_card_of_an_invalid_audit_has_no_figure(tmp_path: Path) -> None:
+    facts, markdown = card_of(
         private_card(tmp_path, audit(hospital_audit("north", 0.3, positive=False)))
     )
     assert facts["privacy"]["audit"]["figures"] == []
-    assert "This audit is not valid" in page
+    assert "This audit is not valid" in markdown
     assert any(
         "the audit that was run is not valid" in line for line in facts["privacy"]["unknown"]
     )
 
 
-def test_the_card_without_privacy_and_audit_claims_neither(tmp_path: Path) -> None:
-    facts, page = card_of(make_card_run(tmp_path))
+def test_card_without_privacy_and_audit_claims_neither(tmp_path: Path) -> None:
+    facts, markdown = card_of(make_card_run(tmp_path))
     assert "No differential privacy" in facts["privacy"]["unknown"][0]
     assert facts["privacy"]["guarantee"]["hospitals"] == []
-    assert facts["privacy"]["audit"]["headline"] in page
-    assert "Differential privacy: " not in page
+    assert facts["privacy"]["audit"]["verdict"] in markdown
+    assert "Differential privacy: " not in markdown
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_the_card_of_hidden_hospitals_tells_what_hid_them_and_what_travelled(
-    private: bool, tmp_path: Path
-) -> None:
+def test_card_with_client_level_dp_states_it(private: bool, tmp_path: Path) -> None:
     run = make_card_run(
         tmp_path, privacy={"client_level": "server", **(PRIVATE if private else {})}
     )
-    spent_by_hospitals = {
+    cost = {
         "epsilon": 31.4,
         "delta": 1e-5,
         "noise_multiplier": 2.0,
@@ -795,23 +778,21 @@ def test_the_card_of_hidden_hospitals_tells_what_hid_them_and_what_travelled(
     }
     files.write_text(
         run.metrics,
-        json.dumps(read_lines_or_one(run) | {"client_level_dp": spent_by_hospitals}) + "\n",
+        json.dumps(read_lines_or_one(run) | {"client_level_dp": cost}) + "\n",
     )
-    facts, page = card_of(run)
+    facts, markdown = card_of(run)
     privacy = facts["privacy"]
-    held = privacy["guarantee"]["hospital_level"]
-    assert {key: held[key] for key in spent_by_hospitals} == spent_by_hospitals
-    assert held["statement"] in page
-    assert "delta = 1/2 would allow the full disclosure of one hospital" in page
+    stated = privacy["guarantee"]["client_level"]
+    assert {key: stated[key] for key in cost} == cost
+    assert stated["statement"] in markdown
+    assert "delta = 1/2 would allow the full disclosure of one hospital" in markdown
     assert "losses" not in privacy["known"][0]
     assert ("epsilon" in privacy["known"][0]) is private
     assert not any("No differential privacy:" in line for line in privacy["unknown"])
-    assert any("of an image or a patient" in line for line in privacy["unknown"]) is not private
+    assert any("for an image or a patient" in line for line in privacy["unknown"]) is not private
 
 
-def test_the_card_of_a_private_run_tells_that_losses_of_the_generator_travelled(
-    tmp_path: Path,
-) -> None:
+def test_card_of_a_private_run_lists_the_exchanged_losses(tmp_path: Path) -> None:
     facts, _ = card_of(private_card(tmp_path, None))
     assert "losses of the generator, and epsilon with its delta" in facts["privacy"]["known"][0]
-    assert facts["privacy"]["guarantee"]["hospital_level"] == {"statement": ""}
+    assert facts["privacy"]["guarantee"]["client_level"] == {"statement": ""}
