@@ -148,7 +148,7 @@ def test_run_report_reads_the_audit(
             json.dumps(audit_report([found], AuditedModel(settings, None), QUICK, 3, "ab12"))
         )
         audited = Audit(content)
-        assert audited.valid, audited.why_not
+        assert audited.is_valid, audited.failure_reasons
         assert len([figure for figure in audited.figures if figure.stands_out]) == len(
             found.numbers["signs"]
         )
@@ -161,9 +161,9 @@ def test_run_report_reads_the_audit(
 
 def test_run_report_refuses_an_audit_of_another_format() -> None:
     audited = Audit({"format": "fedgan-audit-1", "valid": True, "hospitals": [{"valid": True}]})
-    (reason,) = audited.why_not
+    (reason,) = audited.failure_reasons
     assert "has the format fedgan-audit-1, not fedgan-audit-2: run fedgan audit again" in reason
-    assert not audited.valid
+    assert not audited.is_valid
 
 
 def test_audit_pictures_show_each_space(leaky: HospitalAudit) -> None:

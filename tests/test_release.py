@@ -58,7 +58,7 @@ def test_release_has_the_requested_label_mix(fedgan: Run, tmp_path: Path) -> Non
     counts = {name: sum(int(row[name]) for row in rows) for name in LABELS}
     assert counts == card["counts"] == {"normal": 6, "pneumonia": 2, "covid": 4}
     assert card["images"] == len(rows) == len(list((tmp_path / "out").rglob("*.png"))) == 12
-    assert card["label_mix_asked"] == mix[1]
+    assert card["label_mix"] == mix[1]
     markdown = (tmp_path / "out" / "dataset_card.md").read_text()
     for name, count in counts.items():
         assert f"| {name} | {count} |" in markdown
@@ -170,13 +170,13 @@ def test_release_contains_no_small_count_or_data_hash(fedgan: Run, tmp_path: Pat
         row["value"] for row in card["metrics"]["other"] if row["name"].startswith("label_fidelity")
     ] == [0.7, 0.8, 61]
     limits = "\n".join(card["limits"])
-    assert "Classes of which a hospital had fewer than 10 training images: pneumonia." in limits
+    assert "Classes with fewer than 10 training images at a hospital: pneumonia." in limits
     assert "Class 'covid' has fewer than 10 positive real test images" in limits
     assert [row["count"] for row in card["metrics"]["per_class"]] == [61, 44, None]
     assert "train_classes" not in json.dumps(card)
     for word in ("south (5)", "only 7 positive", "aa11", "bb22"):
         assert word not in markdown + json.dumps(card)
-    assert "Counts of fewer than 10 real images are not told." in markdown
+    assert "Counts of fewer than 10 real images are not stated." in markdown
 
 
 def test_release_card_states_the_draw_and_leaves_the_licence_open(
@@ -195,7 +195,7 @@ def test_release_card_states_the_draw_and_leaves_the_licence_open(
         card["generator"]["seed"],
         card["generator"]["psi"],
     ) == (digest, 5, 0.7)
-    assert card["label_mix_asked"] == "as in the run's training images"
+    assert card["label_mix"] == "as in the run's training images"
     assert card["licences"] == ["CC BY 4.0"]
     assert card["without_licence"] == ["south"]
     blanks = {blank["field"]: blank for blank in card["blanks"]}
@@ -232,7 +232,7 @@ def test_release_card_names_absent_classes(fedgan: Run, tmp_path: Path) -> None:
     )
     card = card_of(tmp_path / "out")
     assert card["counts"] == {"normal": 0, "pneumonia": 0, "covid": 2}
-    assert "No image of normal, pneumonia is in this set" in card["limits"][0]
+    assert "This set contains no image of normal, pneumonia" in card["limits"][0]
 
 
 def test_release_card_counts_each_label_of_an_image(fedgan: Run, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_release_of_a_model_without_labels(fedgan: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", label_names=())
     assert fedgan("generate", "--release", run.path, "--images", "2", "--output", "out")[0] == 0
     assert "The images have no labels." in (tmp_path / "out" / "dataset_card.md").read_text()
-    assert card_of(tmp_path / "out")["label_mix_asked"] == "none: the model has no labels"
+    assert card_of(tmp_path / "out")["label_mix"] == "none: the model has no labels"
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "environment.json", "hospitals.json"])

@@ -171,7 +171,7 @@ def test_filtered_release_reports_dropped_images_and_utility(
     assert {"unfiltered", "filtered"} <= card["utility"].keys()
     text = Path("kept/dataset_card.md").read_text()
     assert f"{card['replaced']} of 28 images were replaced" in text
-    assert "without the filter" in text
+    assert "without the release filter" in text
     assert f"filter      {card['replaced']} images redrawn" in out
     # images that were kept are unchanged; others can be drawn again with the seed of their row
     before, after, seeds = (
