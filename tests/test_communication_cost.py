@@ -13,7 +13,7 @@ from comparison_data import ARMS, LABELS, make_comparison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_comparison_report import section, tables
-from test_report import Page, places, replaced, scraps
+from test_report import Page, paths_in, replaced, scraps
 
 from fedgan.report.comparison.data import Comparison
 from fedgan.report.comparison.report import build_report
@@ -282,7 +282,7 @@ def test_any_number_renders(data: st.DataObject) -> None:
     )
     every = [
         path
-        for path in places(content)
+        for path in paths_in(content)
         if path and path[-1] in ends and path[0] in ("arms", "comparisons", "summary", "margin")
     ]
     for _ in range(data.draw(st.integers(1, 6))):

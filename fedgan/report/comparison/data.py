@@ -18,7 +18,7 @@ from fedgan.errors import ConfigError
 from fedgan.redact import redact
 from fedgan.report.facts import are_all_phantoms
 from fedgan.report.html.format import bounds, number
-from fedgan.report.run.data import Tree, clean, dig, tree, trees
+from fedgan.report.run.data import Tree, clean, dig, labels_in_counts, tree, trees
 
 REAL, CENTRALIZED, FEDERATED, LOCAL = "real", "centralized", "federated", "local"
 FINETUNED, COALITION = "finetuned", "coalition"
@@ -175,11 +175,7 @@ class Comparison:
     @property
     def data_labels(self) -> list[str]:
         """Labels of the images (rows of the sample grids), in the order of the counts."""
-        found: dict[str, None] = {}
-        for hospital in self.hospitals:
-            for split in tree(hospital.get("counts")).values():
-                found.update(dict.fromkeys(tree(split)))
-        return list(found) or self.labels
+        return labels_in_counts(self.hospitals) or self.labels
 
     @cached_property
     def runs(self) -> tuple[ArmRun, ...]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from fedgan.report.comparison.data import Comparison
-from fedgan.report.facts import content_hash, flatten, source_text, value_text
+from fedgan.report.facts import content_hash, flatten, value_text
 from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
-from fedgan.report.run.data import Tree, tree, trees
+from fedgan.report.run.data import tree, trees
+from fedgan.report.run.provenance import FACTS_COLUMNS, environment_table, sources_table
 
 KEY_COLUMNS = (Column("Key", numeric=False), Column("Value", numeric=False))
-FACT_COLUMNS = (Column("Fact", numeric=False), Column("Value", numeric=False))
 FACTS = (
     ("Seeds of the generators", "seeds"),
     ("Classifier", "classifier"),
@@ -36,50 +36,31 @@ def _render(comparison: Comparison) -> Markup:
         if (value := comparison.content.get(key)) is not None
     ]
     facts += [[head, value_text(value)] for head, key in HASHES if (value := provenance.get(key))]
+    sources = trees(provenance.get("sources"))
+    hashes = [
+        {"hospital": row.get("name"), "content_hash": digest}
+        for row in comparison.hospitals
+        if (digest := content_hash(row))
+    ]
     settings = flatten(provenance["settings"]) if provenance.get("settings") else []
     return render(
         "comparison_provenance.html.j2",
-        facts=table("In short", FACT_COLUMNS, facts, "facts")
+        facts=table("In short", FACTS_COLUMNS, facts, "facts")
         if facts
         else absent("comparison.json does not say how the comparison was made."),
         settings=table("Every setting of the scenario", KEY_COLUMNS, settings, "settings")
         if settings
         else absent("The settings are not known."),
-        environment=_environment(provenance),
-        sources=_sources(comparison, provenance),
+        environment=environment_table(
+            tree(provenance.get("environment")), "Versions and machine are not known."
+        ),
+        sources=sources_table(
+            sources or hashes,
+            "Sources, licences and content hashes of the data",
+            "The sources, licences and content hashes of the data are not known.",
+        ),
         count=len(settings),
     )
-
-
-def _environment(provenance: Tree) -> Markup:
-    rows = flatten(tree(provenance.get("environment")))
-    if not rows:
-        return absent("Versions and machine are not known.")
-    return table("Versions and machine", KEY_COLUMNS, rows, "environment")
-
-
-def _sources(comparison: Comparison, provenance: Tree) -> Markup:
-    """Source, licence and content hash per hospital; only the hash where no source is named."""
-    sources = trees(provenance.get("sources"))
-    if not sources:
-        sources = [
-            {"hospital": row.get("name"), "content_hash": digest}
-            for row in comparison.hospitals
-            if (digest := content_hash(row))
-        ]
-    keys = list(dict.fromkeys(key for source in sources for key in source))
-    if not keys:
-        return absent("The sources, licences and content hashes of the data are not known.")
-    sources = [
-        source | ({"content_hash": content_hash(source)} if "content_hash" in source else {})
-        for source in sources
-    ]
-    rows = [
-        [(source_text if key == "source" else value_text)(source.get(key)) for key in keys]
-        for source in sources
-    ]
-    columns = [Column(key.replace("_", " ").capitalize(), numeric=False) for key in keys]
-    return table("Sources, licences and content hashes of the data", columns, rows, "sources")
 
 
 SECTION = Section("provenance", "Provenance", _render)

@@ -12,7 +12,7 @@ from fedgan.errors import FedganError
 from fedgan.report.comparison.data import ArmRun, Comparison, first_number
 from fedgan.report.html import format as text
 from fedgan.report.html.format import number
-from fedgan.report.html.pictures import MOST_ROWS, Block, Grid, open_grid
+from fedgan.report.html.pictures import MOST_ROWS, Block, Grid, common_rows, open_grid
 from fedgan.report.html.section import Section
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import trees
@@ -139,25 +139,17 @@ def _is_file(path: Path) -> bool:
 
 def _rows(grids: list[tuple[str, Grid]]) -> tuple[list[tuple[str, list[Picture]]], int]:
     """(class, one picture per generator) of each row, and the number of classes left out."""
-    if all(grid.rows for _, grid in grids):
-        names = list(dict.fromkeys(name for _, grid in grids for name in grid.rows))
-    else:
-        names = [""] * max(grid.count for _, grid in grids)
+    names = common_rows([grid for _, grid in grids])
     columns = min([CELLS, *(grid.columns for _, grid in grids)])
     rows: list[tuple[str, list[Picture]]] = []
     characters = 0
     for i, name in enumerate(names[:MOST_ROWS]):
-        pictures = [Picture(title, _block(grid, name, i, columns)) for title, grid in grids]
+        pictures = [Picture(title, grid.row_block(i, name, columns)) for title, grid in grids]
         characters += sum(len(picture.block.uri) for picture in pictures if picture.block)
         if characters > MAX_CHARACTERS:
             break
         rows.append((name, pictures))
     return rows, len(names) - len(rows)
-
-
-def _block(grid: Grid, name: str, i: int, columns: int) -> Block | None:
-    row = i if not name else grid.rows.index(name) if name in grid.rows else grid.count
-    return grid.block([row], columns) if row < grid.count else None
 
 
 SECTION = Section("samples", "Samples", _render)

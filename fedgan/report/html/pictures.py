@@ -61,6 +61,11 @@ class Grid:
                 joined.paste(self.cell(row, column), (column * side, i * side))
         return Block(data_uri(joined), joined.width, joined.height, columns)
 
+    def row_block(self, i: int, name: str, columns: int) -> Block | None:
+        """The block of the row `name`, or of row `i` without a name; None if there is none."""
+        row = i if not name else self.rows.index(name) if name in self.rows else self.count
+        return self.block([row], columns) if row < self.count else None
+
 
 @dataclass(frozen=True)
 class Block:
@@ -90,6 +95,13 @@ def open_grid(path: Path, names: Sequence[str], side: int) -> Grid | None:
         if not below and not beside and count >= 1 and columns >= 1:
             return Grid(image, _row_names(names, count), count, columns, side, scale, left)
     return None
+
+
+def common_rows(grids: Sequence[Grid]) -> list[str]:
+    """Row names of all grids; empty names for rows by position if a grid has no names."""
+    if grids and all(grid.rows for grid in grids):
+        return list(dict.fromkeys(name for grid in grids for name in grid.rows))
+    return [""] * max((grid.count for grid in grids), default=0)
 
 
 def _row_names(names: Sequence[str], count: int) -> tuple[str, ...]:

@@ -49,11 +49,7 @@ class RunData:
     @property
     def data_labels(self) -> list[str]:
         """The labels of the images, the generator and the grids, in the order of hospitals.json."""
-        found: dict[str, None] = {}
-        for hospital in self.hospitals:
-            for split in tree(hospital.get("counts")).values():
-                found.update(dict.fromkeys(tree(split)))
-        return list(found)
+        return labels_in_counts(self.hospitals)
 
     @property
     def hospital_names(self) -> list[str]:
@@ -129,6 +125,12 @@ def trees(value: Any) -> list[Tree]:
         if isinstance(value, list | tuple)
         else []
     )
+
+
+def labels_in_counts(hospitals: Iterable[Tree]) -> list[str]:
+    """Labels in the counts of hospitals, in their order."""
+    counts = (split for row in hospitals for split in tree(row.get("counts")).values())
+    return list(dict.fromkeys(label for split in counts for label in tree(split)))
 
 
 def sentences(value: Any) -> list[str]:

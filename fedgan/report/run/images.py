@@ -8,7 +8,14 @@ from pathlib import Path
 from markupsafe import Markup
 
 from fedgan.report.html.format import number, plural
-from fedgan.report.html.pictures import MOST_CELLS, MOST_ROWS, Block, Grid, open_grid
+from fedgan.report.html.pictures import (
+    MOST_CELLS,
+    MOST_ROWS,
+    Block,
+    Grid,
+    common_rows,
+    open_grid,
+)
 from fedgan.report.html.section import Section
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import RunData
@@ -59,26 +66,14 @@ def _render(run: RunData) -> Markup:
 def pairs(real: Grid | None, synthetic: Grid | None) -> list[Pair]:
     """The rows of both grids side by side, matched by name if both have names, else by position."""
     grids = [grid for grid in (real, synthetic) if grid is not None]
-    if grids and all(grid.rows for grid in grids):
-        names = list(dict.fromkeys(name for grid in grids for name in grid.rows))
-    else:
-        names = [""] * max((grid.count for grid in grids), default=0)
     columns = min([MOST_CELLS, *(grid.columns for grid in grids)])
 
-    def block(grid: Grid | None, i: int) -> Block | None:
-        if grid is None:
-            return None
-        row = (
-            i
-            if not names[i]
-            else grid.rows.index(names[i])
-            if names[i] in grid.rows
-            else grid.count
-        )
-        return grid.block([row], columns) if row < grid.count else None
+    def block(grid: Grid | None, i: int, name: str) -> Block | None:
+        return None if grid is None else grid.row_block(i, name, columns)
 
     return [
-        Pair(name, block(real, i), block(synthetic, i)) for i, name in enumerate(names[:MOST_ROWS])
+        Pair(name, block(real, i, name), block(synthetic, i, name))
+        for i, name in enumerate(common_rows(grids)[:MOST_ROWS])
     ]
 
 

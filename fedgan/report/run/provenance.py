@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from markupsafe import Markup
 
 from fedgan.config import describe, to_dict
@@ -9,7 +11,7 @@ from fedgan.report.facts import content_hash, flatten, source_text, value_text
 from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
-from fedgan.report.run.data import RunData, trees
+from fedgan.report.run.data import RunData, Tree, trees
 
 SETTINGS_COLUMNS = (
     Column("Key", numeric=False),
@@ -38,8 +40,16 @@ def _render(run: RunData) -> Markup:
         if changed
         else Markup(""),
         settings=table("All settings", SETTINGS_COLUMNS, rows, "settings"),
-        environment=_environment(run),
-        sources=_sources(run),
+        environment=environment_table(
+            {key: value for key, value in run.environment.items() if key != "sources"},
+            "environment.json is missing: versions and machine are unknown.",
+        ),
+        sources=sources_table(
+            trees(run.environment.get("sources")),
+            "Sources and licences of the data",
+            "The sources and licences of the data are unknown: environment.json does not list "
+            "them.",
+        ),
         hashes=table("Content hashes of the images", HASH_COLUMNS, hashes)
         if hashes
         else absent("No content hash of the images is known."),
@@ -49,21 +59,19 @@ def _render(run: RunData) -> Markup:
     )
 
 
-def _environment(run: RunData) -> Markup:
-    facts = flatten({k: v for k, v in run.environment.items() if k != "sources"})
-    if not facts:
-        return absent("environment.json is missing: versions and machine are unknown.")
-    return table("Versions and machine", FACTS_COLUMNS, facts, "environment")
+def environment_table(facts: Tree, missing: str) -> Markup:
+    """Versions and machine; the sentence `missing` without any."""
+    rows = flatten(facts)
+    if not rows:
+        return absent(missing)
+    return table("Versions and machine", FACTS_COLUMNS, rows, "environment")
 
 
-def _sources(run: RunData) -> Markup:
-    """One row per source, one column per key in environment.json."""
-    sources = trees(run.environment.get("sources"))
+def sources_table(sources: Sequence[Tree], caption: str, missing: str) -> Markup:
+    """One row per source, one column per key; the sentence `missing` without any."""
     keys = list(dict.fromkeys(key for source in sources for key in source))
     if not keys:
-        return absent(
-            "The sources and licences of the data are unknown: environment.json does not list them."
-        )
+        return absent(missing)
     sources = [
         source | ({"content_hash": content_hash(source)} if "content_hash" in source else {})
         for source in sources
@@ -73,7 +81,7 @@ def _sources(run: RunData) -> Markup:
         for source in sources
     ]
     columns = [Column(key.replace("_", " ").capitalize(), numeric=False) for key in keys]
-    return table("Sources and licences of the data", columns, rows, "sources")
+    return table(caption, columns, rows, "sources")
 
 
 SECTION = Section("provenance", "Provenance", _render)
