@@ -388,7 +388,7 @@ def test_simulation_refuses_a_ledger_of_another_unit(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES)
     spend(data, "gamma", 1)
     with pytest.raises(
-        ConfigError, match=r"counts what was released for each image.*set privacy\.unit = 'image'"
+        ConfigError, match=r"accounts per image.*set privacy\.unit = 'image'"
     ):
         runner.simulate(private(data, "privacy.unit=patient"), RunFolder.at(tmp_path / "run"))
     assert len(Ledger(data / "gamma" / LEDGER).entries()) == 1
