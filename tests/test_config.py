@@ -101,6 +101,20 @@ def test_run_folder_reads_the_settings_it_wrote(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).settings() == settings
 
 
+@pytest.mark.parametrize(("line", "found"), [("", "none"), ("format = 1\n", "1")])
+def test_run_folder_of_another_format_is_refused(tmp_path: Path, line: str, found: str) -> None:
+    run = RunFolder(tmp_path)
+    run.write_settings(Settings())
+    run.config.write_text(run.config.read_text().replace(f"format = {config.FORMAT}\n", line))
+    with pytest.raises(ConfigError, match=f"config.toml has format {found}, .* start a new run"):
+        run.settings()
+
+
+def test_config_of_a_run_is_a_scenario(tmp_path: Path) -> None:
+    RunFolder(tmp_path).write_settings(Settings(name="again"))
+    assert load_scenario(tmp_path / "config.toml").name == "again"
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_has_a_meaning_and_can_be_overridden(key: str, tmp_path: Path) -> None:
     item, hint = field_of(key)
