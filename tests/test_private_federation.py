@@ -387,9 +387,7 @@ def test_simulation_reports_refusals_before_it_starts(
 def test_simulation_refuses_a_ledger_of_another_unit(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES)
     spend(data, "gamma", 1)
-    with pytest.raises(
-        ConfigError, match=r"accounts per image.*set privacy\.unit = 'image'"
-    ):
+    with pytest.raises(ConfigError, match=r"accounts per image.*set privacy\.unit = 'image'"):
         runner.simulate(private(data, "privacy.unit=patient"), RunFolder.at(tmp_path / "run"))
     assert len(Ledger(data / "gamma" / LEDGER).entries()) == 1
 
