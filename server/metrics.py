@@ -1,4 +1,4 @@
-"""What a round's line of metrics.jsonl says of the hospitals, and how an absence is told."""
+"""The hospitals' part of a round's line in metrics.jsonl, and the texts about absent hospitals."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ from server.requests import LATE
 
 
 def absence_note(absence: Mapping[str, Any], number: int) -> str:
-    """What a hospital that was left out of round `number` is told of it with its next order."""
-    return f"the answer of round {number} did not count ({absence['what']}: {absence['why']})"
+    """The note for a hospital that missed round `number`, sent with its next request."""
+    return f"the reply of round {number} did not count ({absence['what']}: {absence['why']})"
 
 
 def describe_absence(absence: Mapping[str, Any], number: int, settings: Settings) -> str:
-    """Who is left out of round `number` and why, in one line."""
-    who, why = hospital_label(absence["number"], absence["name"]), absence["why"]
+    """Which hospital is missing in round `number` and why, in one line."""
+    label, why = hospital_label(absence["number"], absence["name"]), absence["why"]
     if absence["what"] == "rejected":
-        return f"in round {number} {why}"  # which names the hospital
+        return f"in round {number} {why}"  # the reason names the hospital
     if why == LATE:
-        limit = f"federation.round_timeout = {settings.federation.round_timeout:g} s"
-        return f"{who} did not answer in round {number} within {limit}: see its log, or raise the timeout"
-    return f"{who} failed in round {number}: {why}"
+        return (
+            f"{label} did not reply in round {number} within federation.round_timeout = "
+            f"{settings.federation.round_timeout:g} s: see its log, or raise the timeout"
+        )
+    return f"{label} failed in round {number}: {why}"
 
 
-def exhausted_now(
-    members: Sequence[Member], facts: Sequence[Mapping[str, Any]], number: int
+def newly_exhausted(
+    members: Sequence[Member], rows: Sequence[Mapping[str, Any]], number: int
 ) -> list[dict[str, Any]]:
-    """The hospitals that said in round `number` that their privacy ledger allows no more."""
+    """The hospitals that reported a spent privacy budget in round `number`."""
     return [
         {
             "name": member.name,
@@ -45,13 +47,13 @@ def exhausted_now(
             "units": member.units,
             "round": number,
         }
-        for member, row in zip(members, facts, strict=True)
+        for member, row in zip(members, rows, strict=True)
         if row.get("exhausted")
     ]
 
 
 def exhausted_status(state: State, settings: Settings) -> dict[str, Any]:
-    """What a round's line says of spent budgets: `exhausted`, the names until now, and `ended` where too few are left."""
+    """Spent budgets in a round's line: `exhausted` names, and `ended` where too few are left."""
     if not state.exhausted:
         return {}
     why = state.ended_early(settings) if state.round < settings.federation.rounds else ""
@@ -59,8 +61,8 @@ def exhausted_status(state: State, settings: Settings) -> dict[str, Any]:
     return {"exhausted": names} | ({"ended": why} if why else {})
 
 
-def hospital_line(member: Member, reply: Message) -> dict[str, Any]:
-    """The hospital's part of the round's line: name, num_examples, images_seen, seconds, threads and its means."""
+def hospital_metrics(member: Member, reply: Message) -> dict[str, Any]:
+    """The hospital's part of the round's line: name, num_examples, counts and its means."""
     facts = dict(reply.content.config_records[FACTS])
     row: dict[str, Any] = {
         "name": member.name,
@@ -68,11 +70,11 @@ def hospital_line(member: Member, reply: Message) -> dict[str, Any]:
     }
     counts = {key: int(facts.pop(key)) for key in COUNTS}
     del counts["round"]
-    return row | counts | plain_numbers(facts)
+    return row | counts | finite_numbers(facts)
 
 
-def plain_numbers(facts: Mapping[str, Any]) -> dict[str, float | None]:
-    """The finite numbers among the facts; an epsilon that is infinite (no noise) as None, because JSON knows no infinity."""
+def finite_numbers(facts: Mapping[str, Any]) -> dict[str, float | None]:
+    """The finite numbers among the facts; an infinite epsilon (no noise) as None, as in JSON."""
     found: dict[str, float | None] = {
         key: value
         for key, value in facts.items()
@@ -81,13 +83,13 @@ def plain_numbers(facts: Mapping[str, Any]) -> dict[str, float | None]:
     return found | ({"epsilon": None} if "epsilon" in facts and "epsilon" not in found else {})
 
 
-def mean_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over the hospitals, weighted by the images that each showed in this round; keys that nobody measured are absent."""
+def mean_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over hospitals, weighted by their images of this round; only of measured keys."""
     means = {}
     for key in MEANS:
-        known = [(row[key], row["images"]) for row in rows if key in row and row["images"] > 0]
-        if known:
-            means[key] = sum(value * images for value, images in known) / sum(
-                images for _, images in known
+        measured = [(row[key], row["images"]) for row in rows if key in row and row["images"] > 0]
+        if measured:
+            means[key] = sum(value * images for value, images in measured) / sum(
+                images for _, images in measured
             )
     return means

@@ -1,8 +1,8 @@
-"""Questions to hospitals and their answers: every wait is bounded, and who failed is known with the reason.
+"""Requests to hospitals and their replies: every wait is bounded, every failure has a reason.
 
-A failure that a hospital reports itself is its last word. One of its connection (the node is away, its process died) need not
-be: where the hospitals are containers that come back, the question is asked again as soon as the node is online. To such
-hospitals arrays go in parcels, and come back so.
+A failure that a hospital reports itself is final. A failure of its connection (the node is offline,
+its process died) is not where hospitals reconnect: the request is sent again when the node is
+online. Arrays travel to and from such hospitals as bundles (server/records.py).
 """
 
 from __future__ import annotations
@@ -17,133 +17,126 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedgan.errors import HOSPITAL_REASON, FederationError
-from server.parcels import Parcels
+from server.records import Bundler
 
-POLL = (0.05, 0.5)  # seconds between two looks for answers: at first, and at most
-ONLINE_POLL = 2.0  # seconds between two looks at who is online
-TRIES = 4  # questions to one node: one whose process dies each time must not hold the others
-UNAVAILABLE, CRASHED = (
-    5,
-    8,
-)  # Flower's codes for a node without heartbeat and for a ClientApp that died
-EXPIRED = (3, 4)  # for a question or an answer whose time is over
-DIED = ("ActorDied", "WorkerCrashed", "OutOfMemory")  # what Ray says instead
-LATE = "did not answer in time"
-UNASKED = "was not waited for"  # because enough could no longer answer
-AWAY = "is not online"
-BUSY_SECONDS = 120.0  # of a SuperLink that answers with nothing but its own failure
+POLL = (0.05, 0.5)  # seconds between two polls for replies: at first, and at most
+ONLINE_POLL = 2.0  # seconds between two polls of the online nodes
+MAX_ATTEMPTS = 4  # requests to one node, so that one that crashes each time cannot stall the others
+UNAVAILABLE, CRASHED = 5, 8  # Flower's codes for a node without heartbeat and a dead ClientApp
+EXPIRED = (3, 4)  # Flower's codes for an expired request or reply
+DIED = ("ActorDied", "WorkerCrashed", "OutOfMemory")  # the same in Ray's words
+LATE = "did not reply in time"
+NOT_AWAITED = "was not waited for"  # because enough replies were no longer possible
+OFFLINE = "is not online"
+BUSY_SECONDS = 120.0  # how long a SuperLink may reply with nothing but errors of its own
 
 T = TypeVar("T")
 
 
 @dataclass
-class Answers:
-    """By node: the answers that came, and why none came from the others. Each asked node is in one of the two."""
+class Replies:
+    """By node: the replies, and why the other nodes have none. Each node is in one of the two."""
 
-    replies: dict[int, Message] = field(default_factory=dict)
+    received: dict[int, Message] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
 
 
 def send_and_receive(
     grid: Grid,
     nodes: Collection[int],
-    question: Callable[[int, float], Message],
+    make_request: Callable[[int, float], Message],
     timeout: float,
-    enough: int | None = None,
+    min_replies: int | None = None,
     reconnecting: bool = False,
     on_reply: Callable[[int], None] = lambda node: None,
-) -> Answers:
-    """Ask each node and wait for its answer, for `timeout` seconds at most.
+) -> Replies:
+    """Send each node a request and wait for its reply, at most `timeout` seconds.
 
-    `question(node, seconds left)` makes a fresh message. `enough`: how many answers the caller cannot do without (all where it
-    is None); as soon as they can no longer come, the wait is over. `patient`: nodes that are away or whose process died are
-    asked again when they are online, while the others still work or fewer than enough have answered. `heard(node)` is called
-    for each answer as it comes.
+    `make_request(node, seconds left)` returns a fresh message. `min_replies`: replies that the
+    caller needs (None: all); the wait ends when so many are no longer possible. `reconnecting`:
+    nodes that are offline or whose process died get the request again when they are online, while
+    others still work or fewer than `min_replies` have replied. `on_reply(node)` is called for each
+    reply as it arrives.
     """
-    begun, seen_online = time.monotonic(), -ONLINE_POLL
-    least = len(nodes) if enough is None else enough
-    found, away, tries = Answers(), dict.fromkeys(nodes, AWAY), dict.fromkeys(nodes, 0)
-    waiting, hopeless = dict[str, int](), False
-    parcels = Parcels()
+    begun, last_online_poll = time.monotonic(), -ONLINE_POLL
+    needed = len(nodes) if min_replies is None else min_replies
+    found, unsent, attempts = Replies(), dict.fromkeys(nodes, OFFLINE), dict.fromkeys(nodes, 0)
+    waiting, is_hopeless = dict[str, int](), False
+    bundler = Bundler()
     while True:
         left = timeout - (time.monotonic() - begun)
-        # --- ask whom we have not asked, and again who has failed and is back
-        if away and left > 0 and time.monotonic() - seen_online >= ONLINE_POLL:
-            online, seen_online = (
-                set(retry_on_5xx(grid.get_node_ids)) if reconnecting else set(away),
-                time.monotonic(),
-            )
-            called = [node for node in nodes if node in away and node in online]
-            questions = [question(node, left) for node in called]
+        # --- send the first requests, and send again to nodes that have reconnected
+        if unsent and left > 0 and time.monotonic() - last_online_poll >= ONLINE_POLL:
+            online = set(retry_on_5xx(grid.get_node_ids)) if reconnecting else set(unsent)
+            last_online_poll = time.monotonic()
+            targets = [node for node in nodes if node in unsent and node in online]
+            requests = [make_request(node, left) for node in targets]
             if reconnecting:
-                questions = [parcels.close(each) for each in questions]
-            keys = grid.push_messages(questions) if questions else []
-            for key, node in zip(keys, called, strict=True):
+                requests = [bundler.pack(request) for request in requests]
+            keys = grid.push_messages(requests) if requests else []
+            for key, node in zip(keys, targets, strict=True):
                 waiting[key] = node
-                tries[node] += 1
-                del away[node]
-        # --- take what has come
-        for answer in retry_on_5xx(lambda: grid.pull_messages(list(waiting))) if waiting else ():
-            # an error about an absent node carries the server's own id: the question tells whose answer it is
-            node = waiting.pop(answer.metadata.reply_to_message_id)
-            if not answer.has_error():
+                attempts[node] += 1
+                del unsent[node]
+        # --- receive
+        for reply in retry_on_5xx(lambda: grid.pull_messages(list(waiting))) if waiting else ():
+            # an error about an absent node has the server's own id as its source
+            node = waiting.pop(reply.metadata.reply_to_message_id)
+            if not reply.has_error():
                 try:
-                    parcels.open(answer)
+                    bundler.unpack(reply)
                 except FederationError as error:
-                    found.failures[node] = f"answered with {error}"
+                    found.failures[node] = f"replied with {error}"
                     continue
-                found.replies[node] = answer
+                found.received[node] = reply
                 on_reply(node)
-            elif reconnecting and not is_client_error(answer) and tries[node] < TRIES:
-                away[node] = reason_of(answer)
+            elif reconnecting and not is_client_error(reply) and attempts[node] < MAX_ATTEMPTS:
+                unsent[node] = failure_reason(reply)
             else:
-                found.failures[node] = reason_of(answer)
-        # --- is there anything to wait for?
-        if hopeless := len(nodes) - len(found.failures) < least:
+                found.failures[node] = failure_reason(reply)
+        # --- decide whether to wait on
+        if is_hopeless := len(nodes) - len(found.failures) < needed:
             break
-        if not waiting and (not away or len(found.replies) >= least):
+        if not waiting and (not unsent or len(found.received) >= needed):
             break
-        if (
-            left <= 0
-        ):  # as it was before this look: who answered in time is not late because another took long to read
+        # `left` is of before this poll: a slow read of one reply must not make the others late
+        if left <= 0:
             break
         time.sleep(min(max(0.05 * (time.monotonic() - begun), POLL[0]), POLL[1], max(left, 0.0)))
-    silent = dict.fromkeys(waiting.values(), UNASKED if hopeless else LATE) | away
+    silent = dict.fromkeys(waiting.values(), NOT_AWAITED if is_hopeless else LATE) | unsent
     found.failures |= {node: silent[node] for node in nodes if node in silent}
     return found
 
 
-def retry_on_5xx(look: Callable[[], T]) -> T:
-    """What the SuperLink answers; asked again where it failed (5xx): on a busy machine its database is locked at times.
+def retry_on_5xx(request: Callable[[], T]) -> T:
+    """Call `request`, again where the SuperLink fails (5xx): on a busy machine its database locks.
 
-    For what may be asked twice. Flower itself asks again for 502 to 504 alone, and a run would end with the first 500.
+    For idempotent requests. Flower itself retries on 502 to 504 only.
     """
     end = time.monotonic() + BUSY_SECONDS
     while True:
         try:
-            return look()
+            return request()
         except httpx.HTTPStatusError as error:
             if error.response.status_code < 500 or time.monotonic() > end:
                 raise
         time.sleep(ONLINE_POLL)
 
 
-def is_client_error(answer: Message) -> bool:
-    """Whether an error reply was written by the hospital itself."""
-    return str(answer.error.reason or "").startswith(HOSPITAL_REASON)
+def is_client_error(reply: Message) -> bool:
+    """Whether the hospital itself wrote this error reply."""
+    return str(reply.error.reason or "").startswith(HOSPITAL_REASON)
 
 
-def reason_of(answer: Message) -> str:
-    """One line about an error reply, without what a framework may have put into it."""
-    reason = str(answer.error.reason or "") if answer.has_error() else ""
-    if any(word in reason for word in DIED) or answer.error.code == CRASHED:
+def failure_reason(reply: Message) -> str:
+    """The reason of an error reply in one line, without text that a framework put into it."""
+    reason = str(reply.error.reason or "") if reply.has_error() else ""
+    if any(name in reason for name in DIED) or reply.error.code == CRASHED:
         return "its process died (killed, or out of memory)"
-    if answer.error.code == UNAVAILABLE:
-        return AWAY
-    if answer.error.code in EXPIRED:
+    if reply.error.code == UNAVAILABLE:
+        return OFFLINE
+    if reply.error.code in EXPIRED:
         return LATE
-    return (
-        reason.removeprefix(HOSPITAL_REASON)
-        if reason.startswith(HOSPITAL_REASON)
-        else "an error that its own log explains"
-    )
+    if reason.startswith(HOSPITAL_REASON):
+        return reason.removeprefix(HOSPITAL_REASON)
+    return "an error that its own log explains"

@@ -1,8 +1,9 @@
-"""What the server leaves on its disk after each round, and how it goes on from there.
+"""The server's state after each round: checkpoints, and the lines of metrics.jsonl.
 
-`checkpoints/round-N.safetensors` holds all arrays that travel, the strategy's moments and the server's own average of the
-generator where the hospitals' does not travel; the JSON beside it holds the totals and the round's line of
-`metrics.jsonl`. The line is written after the checkpoint: whoever stops in between finds it in the JSON again.
+`checkpoints/round-N.safetensors` holds all arrays that travel, the strategy's moments, and the
+server's average of the generator where the hospitals' average does not travel. The JSON beside it
+holds the totals and the round's line of `metrics.jsonl`. The line is written after the checkpoint,
+so that a run that stops in between finds it in the JSON.
 """
 
 from __future__ import annotations
@@ -28,25 +29,27 @@ from fedgan.training.ema import AVERAGE
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
 
+Arrays = dict[str, np.ndarray]
+
 STRATEGY_STATE = "strategy/"  # prefix of the strategy's moments among the tensors
 KEEP_ROUNDS = 3
 
 
 @dataclass
 class State:
-    """The federation after `round`: arrays float32 by prefixed key, totals over the whole run.
+    """The federation after `round`: float32 arrays by prefixed key, totals over the whole run.
 
-    `exhausted`: hospitals whose privacy ledger allows no further step, each {name, number, images (of its training split),
-    units (of privacy), round (its last)}. They take no more part in this run, also after a restart.
-    `participants`: every hospital that has ever joined. `since`: by hospital number, the round whose state it goes on from, that of its
-    last answer that counted.
-    `average`: the generator's moving average (`ema/…`) where it does not travel and the server keeps it; else empty.
-    `phantoms`: all images of all hospitals are phantoms, by the hospitals' own statement.
+    `exhausted`: hospitals without privacy budget for another step, each {name, number, images (of
+    its training split), units (of privacy), round (its last)}; they train no more in this run.
+    `participants`: all hospitals that ever joined. `since`: by hospital number, the round of its
+    last reply that counted, from whose state it continues. `average`: the generator's moving
+    average (`ema/…`) where the server keeps it, else empty. `phantoms`: all images of all hospitals
+    are phantoms, by the hospitals' own statement. `line`: the round's line of metrics.jsonl.
     """
 
     round: int
-    arrays: dict[str, np.ndarray]
-    moments: dict[str, np.ndarray] = field(default_factory=dict)
+    arrays: Arrays
+    moments: Arrays = field(default_factory=dict)
     images_seen: int = 0
     bytes_exchanged: int = 0
     wall_seconds: float = 0.0
@@ -59,60 +62,52 @@ class State:
     phantoms: bool = False
     participants: list[Participant] = field(default_factory=list)
     since: dict[int, int] = field(default_factory=dict)
-    average: dict[str, np.ndarray] = field(default_factory=dict)
+    average: Arrays = field(default_factory=dict)
 
     def is_over(self, settings: Settings) -> bool:
-        """Whether no round is left: all are done, or fewer hospitals may train than the strategy needs."""
+        """Whether all rounds are done, or fewer hospitals may train than the strategy needs."""
         return self.round >= settings.federation.rounds or bool(self.ended_early(settings))
 
     def ended_early(self, settings: Settings) -> str:
-        """The sentence that says which spent budgets end the run (fedgan/runs/compatibility.py:reason_to_end); empty where none do."""
+        """Why spent privacy budgets end the run; empty where they do not."""
         return reason_to_end(settings, sorted(row["name"] for row in self.exhausted))
 
 
 def initial_state(settings: Settings, members: Sequence[Member]) -> State:
-    """Round 0: the networks as `settings.seed` initialises them, the same that every hospital makes for itself."""
+    """Round 0: the networks initialised by `settings.seed`, as at every hospital."""
     first = members[0]
     shape = (1, first.channels, first.resolution, first.resolution)
-    nobody = ImageDataset(
+    empty = ImageDataset(
         "server",
         np.zeros(shape, np.uint8),
         np.zeros((1, len(first.label_names)), np.uint8),
         first.label_names,
     )
-    begin = Trainer(
-        dataclasses.replace(settings, privacy=PrivacySettings()), nobody
-    )  # no image is seen here
-    warm_start(begin, settings)
-    arrays = begin.get_parameters(settings.federation.exchange)
-    phantoms = all(member.phantoms for member in members)
-    shape_of = (first.label_names, first.exclusive, first.channels, first.resolution)
-    participants = [member.participant(0) for member in members]
-    average = begin.get_parameters(["ema"]) if keeps_average(settings) else {}
+    # without privacy: this Trainer sees no image
+    trainer = Trainer(dataclasses.replace(settings, privacy=PrivacySettings()), empty)
+    warm_start(trainer, settings)
     return State(
-        0,
-        arrays,
-        {},
-        0,
-        0,
-        0.0,
-        None,
-        *shape_of,
-        phantoms=phantoms,
-        participants=participants,
-        average=average,
+        round=0,
+        arrays=trainer.get_parameters(settings.federation.exchange),
+        label_names=first.label_names,
+        exclusive=first.exclusive,
+        channels=first.channels,
+        resolution=first.resolution,
+        phantoms=all(member.phantoms for member in members),
+        participants=[member.participant(0) for member in members],
+        average=trainer.get_parameters(["ema"]) if keeps_average(settings) else {},
     )
 
 
 def keeps_average(settings: Settings) -> bool:
-    """Whether the server averages the generators of its rounds, because the hospitals' averages do not travel."""
+    """Whether the server averages the rounds' generators, as the hospitals' averages do not travel."""
     return "ema" not in settings.federation.exchange
 
 
 def save_state(run: RunFolder, settings: Settings, state: State, experiment: str) -> None:
-    """Write the checkpoint of a round and remove those that nobody needs any more.
+    """Write the checkpoint of a round and delete an old one.
 
-    Kept are the newest three and those of the rounds that the evaluator looked at.
+    The newest three are kept, and all evaluated rounds.
     """
     meta = {
         "round": state.round,
@@ -145,10 +140,10 @@ def save_state(run: RunFolder, settings: Settings, state: State, experiment: str
 def load_state(
     run: RunFolder, experiment: str, on_event: Callable[[dict[str, Any]], None] = lambda event: None
 ) -> State | None:
-    """The federation after the newest whole round, or None where no round is complete.
+    """The federation after the newest complete round, or None where there is none.
 
-    A damaged checkpoint is put aside (`.damaged`) and the one before serves, which is told. Raises `CheckpointError` when none is
-    left of those that were there, or when the checkpoint belongs to another experiment.
+    A damaged checkpoint is renamed (`.damaged`), with a note, and the one before is loaded. Raises
+    `CheckpointError` when all are damaged, for another format, or for another experiment.
     """
     while (newest := run.last_round()) is not None:
         path = run.checkpoint(newest)
@@ -161,9 +156,12 @@ def load_state(
             path.replace(aside)
             if run.last_round() is None:
                 raise CheckpointError(
-                    f"{error}: there is none before it; begin the run anew"
+                    f"{error}: there is none before it; begin the run again"
                 ) from None
-            text = f"{path.name} is damaged and now {aside.name}: going on from round {run.last_round()}"
+            text = (
+                f"{path.name} is damaged and renamed to {aside.name}: resuming from round "
+                f"{run.last_round()}"
+            )
             on_event({"event": "note", "text": text})
             continue
         if meta.get("experiment") != experiment:
@@ -177,41 +175,33 @@ def load_state(
 def _state(
     round_number: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]
 ) -> State:
-    arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
-    own = (
-        (STRATEGY_STATE,)
-        if "ema" in meta["settings"]["federation"]["exchange"]
-        else (STRATEGY_STATE, AVERAGE)
-    )
+    arrays, average, moments = Arrays(), Arrays(), Arrays()
+    has_average = "ema" not in meta["settings"]["federation"]["exchange"]
+    for key, tensor in tensors.items():
+        if key.startswith(STRATEGY_STATE):
+            moments[key] = tensor.numpy()
+        elif has_average and key.startswith(AVERAGE):
+            average[key] = tensor.numpy()
+        else:
+            arrays[key] = tensor.numpy()
+    same = ("images_seen", "bytes_exchanged", "wall_seconds", "line", "exclusive", "channels")
     return State(
         round=round_number,
-        arrays={key: array for key, array in arrays.items() if not key.startswith(own)},
-        average={
-            key: array
-            for key, array in arrays.items()
-            if key.startswith(AVERAGE) and AVERAGE in own
-        },
-        moments={key: array for key, array in arrays.items() if key.startswith(STRATEGY_STATE)},
-        images_seen=meta["images_seen"],
-        bytes_exchanged=meta["bytes_exchanged"],
-        wall_seconds=meta["wall_seconds"],
-        line=meta["line"],
+        arrays=arrays,
+        moments=moments,
+        average=average,
         label_names=tuple(meta["label_names"]),
-        exclusive=meta["exclusive"],
-        channels=meta["channels"],
-        resolution=meta["resolution"],
-        exhausted=meta.get("exhausted", []),
-        phantoms=meta["phantoms"],
         participants=[
             Participant(**row | {"label_counts": tuple(row["label_counts"])})
             for row in meta["participants"]
         ],
-        since={int(number): done for number, done in meta.get("since", {}).items()},
+        since={int(number): done for number, done in meta["since"].items()},
+        **{key: meta[key] for key in (*same, "resolution", "exhausted", "phantoms")},
     )
 
 
 def is_evaluated(settings: Settings, round_number: int) -> bool:
-    """Whether the evaluator looks at this round (round 0 is nobody's; the last is the final evaluation's)."""
+    """Whether this round is evaluated: every `evaluation.every`-th and the last, not round 0."""
     every = settings.evaluation.every
     return round_number > 0 and (
         round_number == settings.federation.rounds or (every > 0 and round_number % every == 0)
@@ -219,16 +209,16 @@ def is_evaluated(settings: Settings, round_number: int) -> bool:
 
 
 def exhausted_in(run: RunFolder) -> list[str]:
-    """Names of those whose privacy budget was spent by the newest round."""
+    """Names of the hospitals whose privacy budget is spent by the newest round."""
     newest = run.last_round()
-    meta = (
-        run.read_json(run.checkpoint(newest).with_suffix(".json")) if newest is not None else None
-    )
+    if newest is None:
+        return []
+    meta = run.read_json(run.checkpoint(newest).with_suffix(".json"))
     return [row["name"] for row in (meta or {}).get("exhausted", [])]
 
 
 def is_over(run: RunFolder, settings: Settings) -> bool:
-    """Whether a federation's run has no round left: all are done, or spent privacy budgets leave the strategy too few."""
+    """Whether no round of a federation's run is left; as `State.is_over`, from its files."""
     newest = run.last_round()
     if newest is None:
         return False
@@ -236,14 +226,14 @@ def is_over(run: RunFolder, settings: Settings) -> bool:
 
 
 def has_line(run: RunFolder, round_number: int) -> bool:
-    """Whether `metrics.jsonl` already tells of this round."""
+    """Whether `metrics.jsonl` has a line of this round."""
     return any(line.get("round") == round_number for line in files.read_json_lines(run.metrics))
 
 
 def write_line(run: RunFolder, line: dict[str, Any]) -> None:
-    """Write a round's line to `metrics.jsonl`, in the place of any line of this or a later round (an abandoned try).
+    """Write a round's line to `metrics.jsonl`, replacing lines of this and later rounds.
 
-    The file is written anew each time: appending behind a torn line would lose both.
+    The whole file is rewritten: appending after a torn line would lose both.
     """
     rows = [
         old for old in files.read_json_lines(run.metrics) if old.get("round", 0) < line["round"]

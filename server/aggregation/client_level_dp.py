@@ -1,16 +1,19 @@
-"""Differential privacy of whole hospitals, by Flower's own wrappers (arXiv 1712.07557, 1710.06963).
+"""Client-level differential privacy by Flower's wrappers (arXiv 1712.07557, 1710.06963).
 
-Each hospital's update of a round (what it answers less what it was sent) is clipped to the Euclidean norm C, the updates
-are averaged with equal weights, and every number of the mean gets Gaussian noise of standard deviation z C / n. Where a
-hospital's update is replaced by none, the mean moves by C / n at most: one round is one Gaussian mechanism of noise
-multiplier z, without sampling, because every hospital takes part. It hides that hospital from all who see the model and
-metrics.jsonl, not from the server, which sees each update before the noise. It is independent of `privacy.epsilon`,
-which hides an image or a patient from everybody, the server included.
+Each hospital's update of a round (its reply minus the model that was sent) is clipped to the
+Euclidean norm C, the updates are averaged with equal weights, and every number of the mean gets
+Gaussian noise of standard deviation z C / n. Replacing one hospital's update by zero moves the mean
+by at most C / n, so one round is one Gaussian mechanism of noise multiplier z, without sampling, as
+every hospital takes part. It hides a hospital from everybody who sees the model and metrics.jsonl,
+but not from the server, which sees each update before the noise. It is independent of
+`privacy.epsilon`, which hides an image or a patient from everybody, including the server.
 
-What Flower's code asks of its callers, and who sees to it here: arrays without a dimension would escape the clip
-(`Trainer.get_parameters` gives none, `even` refuses them); arrays are paired by place and not by name (`even` sorts them);
-FedAvg's weights would raise one hospital's reach above C / n (`even` gives all the same); an update of nothing divides by
-zero (who showed no image is not counted); noise is for as many hospitals as were told (server/aggregation/strategies.py:expect).
+Preconditions of Flower's code, and where they are met: arrays without a dimension would escape the
+clipping (`Trainer.get_parameters` has none, `equalize_weights` refuses them); arrays are paired by
+position, not by name (`equalize_weights` sorts them); FedAvg's weights would raise one hospital's
+influence above C / n (`equalize_weights` makes them equal); an update of zero divides by zero
+(hospitals without images are left out); the noise depends on the expected number of hospitals
+(server/aggregation/strategies.py:set_expected_hospitals).
 """
 
 from __future__ import annotations
@@ -34,14 +37,14 @@ from fedgan.privacy.accounting import Mechanism, epsilon_of
 from fedgan.privacy.client_level import noise_statement as noise_statement_of
 from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
-from server.records import ARRAYS, METRICS, WEIGHT, to_record
+from server.records import ARRAYS, METRICS, WEIGHT, model_of, to_record
 
 LEDGER = "hospital-ledger.jsonl"
 KIND, UNIT = "hospitals' updates", "hospital"
 
 
-def wrap(strategy: FedAvg, settings: Settings) -> Strategy:
-    """The strategy in the wrapper that `privacy.client_level` names; as it is where that is 'none'."""
+def with_client_level_dp(strategy: FedAvg, settings: Settings) -> Strategy:
+    """The strategy in the wrapper of `privacy.client_level`; unchanged where that is 'none'."""
     privacy, hospitals = settings.privacy, settings.federation.participants
     match privacy.client_level:
         case "server":
@@ -57,16 +60,20 @@ def wrap(strategy: FedAvg, settings: Settings) -> Strategy:
 
 
 def equalize_weights(replies: Sequence[Message]) -> list[Message]:
-    """The replies as the wrapper needs them: arrays in the order of their names, none without a dimension, equal weights."""
+    """The replies with equal weights and arrays sorted by name, as the wrapper needs them.
+
+    Raises `FederationError` for an array without a dimension.
+    """
     for reply in replies:
-        arrays = {key: array.numpy() for key, array in reply.content.array_records[ARRAYS].items()}
-        if flat := [key for key, array in arrays.items() if array.ndim == 0]:
+        arrays = model_of(reply)
+        if scalars := [key for key, array in arrays.items() if array.ndim == 0]:
             raise FederationError(
-                f"'{flat[0]}' has no dimension and would escape Flower's clipping: send it with the shape (1,)"
+                f"'{scalars[0]}' has no dimension and would escape Flower's clipping: "
+                "send it with the shape (1,)"
             )
         reply.content[ARRAYS] = to_record(arrays)
         reply.content[METRICS] = MetricRecord({WEIGHT: 1})
-    # Flower draws the noise from numpy's global generator: nobody may have seeded it before.
+    # Flower draws the noise from numpy's global generator, which must not have a known seed
     np.random.seed()
     return list(replies)
 
@@ -74,10 +81,10 @@ def equalize_weights(replies: Sequence[Message]) -> list[Message]:
 def record_round(
     settings: Settings, run: RunFolder, experiment: str, hospitals: int
 ) -> dict[str, Any]:
-    """Enter one release of the mean over `hospitals` updates in the run's own ledger, before it happens.
+    """Enter one release of the mean over `hospitals` updates in the run's ledger, before it happens.
 
-    → what the round's line tells: epsilon (None: infinite) at delta over all releases, those of rounds that were done
-    again included.
+    Returns the entry of the round's line: epsilon (None: infinite) at delta over all releases,
+    repeated rounds included.
     """
     privacy = settings.privacy
     ledger = Ledger(run.path / LEDGER)
@@ -97,16 +104,14 @@ def record_round(
     }
 
 
-def noise_statement(settings: Settings, numbers: int) -> str:
-    """What the guarantee of this run is worth, said once. `numbers`: how many numbers travel."""
-    privacy, hospitals, rounds = (
-        settings.privacy,
-        settings.federation.participants,
-        settings.federation.rounds,
-    )
+def noise_statement(settings: Settings, parameters: int) -> str:
+    """The guarantee of the whole run and its noise on a model of so many parameters."""
+    privacy, federation = settings.privacy, settings.federation
     noise = privacy.client_noise_multiplier
-    epsilon = epsilon_of([Mechanism(noise, 1.0, rounds)], privacy.client_delta)
+    epsilon = epsilon_of([Mechanism(noise, 1.0, federation.rounds)], privacy.client_delta)
     return (
-        f"privacy.client_level = '{privacy.client_level}': {rounds} rounds cost every hospital epsilon = {epsilon:.3g} at delta = "
-        f"{privacy.client_delta:g}. {noise_statement_of(hospitals, noise, numbers)} For patients use privacy.epsilon."
+        f"privacy.client_level = '{privacy.client_level}': {federation.rounds} rounds cost every "
+        f"hospital epsilon = {epsilon:.3g} at delta = {privacy.client_delta:g}. "
+        f"{noise_statement_of(federation.participants, noise, parameters)} "
+        "For patients use privacy.epsilon."
     )

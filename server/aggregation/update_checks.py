@@ -1,9 +1,9 @@
-"""Which answers of a round count: a hospital's update is checked before it can move the model.
+"""Checks that every reply passes before its update can move the model.
 
-An answer must hold the very arrays that were sent, finite, for the round that was asked, with the numbers of images that the
-hospital was introduced with and was asked for. Then its update's length is held against the others'
-(`federation.max_update_ratio`): a scaled update is found, one that is merely wrong is not; that is what the robust strategies are
-for (fedmedian, krum).
+A reply must hold exactly the arrays that were sent, finite, for the requested round, with the
+numbers of images of the hospital's introduction and of the request. Then the length of its update
+is compared with the others' (`federation.max_update_ratio`). This finds a scaled update, not one
+that is merely wrong; use the robust strategies (fedmedian, krum) against those.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from server.records import ARRAYS, METRICS, WEIGHT, check_reply
 FACTS = "facts"
 
 
-def check_answer(
+def check_update(
     member: Member,
     reply: Message,
     sent: Mapping[str, np.ndarray],
@@ -33,34 +33,38 @@ def check_answer(
     images: int,
     wire: str = "fp32",
 ) -> None:
-    """Raise `FederationError` for an answer that must not count. `images`: what the hospital was asked to show in this round."""
+    """Raise `FederationError` for a reply that must not count.
+
+    `images`: the number that the hospital was requested to train on in this round.
+    """
     check_reply(member, reply, sent, wire)
     check_facts(member, reply, round_number, images)
 
 
 def check_facts(member: Member, reply: Message, round_number: int, images: int) -> None:
-    """The part of `check_answer` that is about the numbers beside the model."""
+    """The part of `check_update` about the numbers beside the model."""
     facts = reply.content.config_records.get(FACTS)
-    claimed = (reply.content.metric_records.get(METRICS) or {}).get(WEIGHT)
-    if facts is None or any(not _count(facts.get(key)) for key in COUNTS):
+    weight = (reply.content.metric_records.get(METRICS) or {}).get(WEIGHT)
+    if facts is None or any(not _is_count(facts.get(key)) for key in COUNTS):
         raise FederationError(
-            f"{member} does not tell {', '.join(COUNTS)} as whole numbers: its fedgan is of another version"
+            f"{member} does not report {', '.join(COUNTS)} as whole numbers: it runs another "
+            "version of fedgan"
         )
     if facts["round"] != round_number:
         raise FederationError(
-            f"{member} answers for round {facts['round']}, and round {round_number} was asked for"
+            f"{member} replied for round {facts['round']}, the request was for round {round_number}"
         )
     if facts["images"] > images:
         raise FederationError(
-            f"{member} claims {facts['images']} images in this round, and was asked for {images}"
+            f"{member} claims {facts['images']} images in this round, the request was for {images}"
         )
-    if claimed != member.images:
+    if weight != member.images:
         raise FederationError(
-            f"{member} claims {WEIGHT} = {claimed}, and was introduced with {member.images}"
+            f"{member} claims {WEIGHT} = {weight}, its introduction said {member.images}"
         )
 
 
-def _count(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
@@ -69,10 +73,10 @@ def _count(value: Any) -> bool:
     )
 
 
-def length_for_images(reply: Message, sent: Mapping[str, np.ndarray], images: int) -> float:
-    """Euclidean length of an update over the root of the images behind it, because steps add up like a walk."""
+def update_length(reply: Message, sent: Mapping[str, np.ndarray], images: int) -> float:
+    """Euclidean length of an update over √images, as the length of a random walk grows."""
     record = reply.content.array_records[ARRAYS]
-    with np.errstate(over="ignore"):  # an infinite length is a long one
+    with np.errstate(over="ignore"):  # an infinite length is a valid result
         squares = sum(
             float(np.square(record[key].numpy().astype(np.float64) - sent[key]).sum())
             for key in sent
@@ -80,15 +84,15 @@ def length_for_images(reply: Message, sent: Mapping[str, np.ndarray], images: in
     return math.sqrt(squares) / math.sqrt(max(images, 1))
 
 
-def too_long(settings: Settings, lengths: Sequence[float]) -> list[bool]:
-    """Which updates of a round are longer than `federation.max_update_ratio` medians; the lower median where there are two.
+def find_too_long(settings: Settings, lengths: Sequence[float]) -> list[bool]:
+    """Which updates exceed `federation.max_update_ratio` times the (lower) median length.
 
-    Updates of nothing (length 0) are no measure. Where whole hospitals are private, Flower's clipping bounds each update, and one
-    hospital's update must not decide over the others': nobody is rejected then.
+    Updates of length 0 are left out of the median. With client-level DP none is rejected: Flower
+    clips each update, and one hospital's update must not influence whether another one counts.
     """
     limit = settings.federation.max_update_ratio
-    moved = [length for length in lengths if length > 0]
-    if not moved or not limit or settings.privacy.client_level != "none":
+    nonzero = [length for length in lengths if length > 0]
+    if not nonzero or not limit or settings.privacy.client_level != "none":
         return [False] * len(lengths)
-    median = statistics.median_low(moved)
+    median = statistics.median_low(nonzero)
     return [length > limit * median for length in lengths]
