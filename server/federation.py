@@ -8,7 +8,7 @@ its floating-point value.
 A round counts with the replies of `federation.min_hospitals`, or fails. A hospital that missed it
 receives the current model in the next one and continues from its own state of its last reply that
 counted; later training is discarded. A hospital whose privacy budget is spent reports `exhausted`
-and trains no more; when fewer are left than the strategy needs, the run ends with its rounds so far.
+and trains no more; when fewer are left than the strategy needs, the run ends early.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class Federation:
         return state
 
     def _plan(self, state: State) -> tuple[Plan, float]:
-        """The images of all rounds, and the lower bound of the noise, whose search takes seconds."""
+        """The images of all rounds and the lower bound of the noise; its search takes seconds."""
         plan = Plan(self.settings, state.participants)
         check_plan(self.settings, plan, state.round)
         return plan, plan.least_noise(self.settings, len(state.label_names))

@@ -45,13 +45,13 @@ class Roster:
         self.members = {member.number: member for member in members}
 
     def rejoin(self, state: State) -> State:
-        """Match the connected hospitals with the participants of a resumed run, and add new ones."""
+        """Match the connected hospitals with a resumed run's participants, and add new ones."""
         for member in list(self.members.values()):
             self._admit(member, state)
         return state
 
     def _admit(self, member: Member, state: State) -> None:
-        """Add a hospital. Raises `FederationError` when it differs from the one that joined before."""
+        """Add a hospital; `FederationError` when it differs from the one that joined before."""
         known = next((row for row in state.participants if row.number == member.number), None)
         if any(
             row.name == member.name and row.number != member.number for row in state.participants
@@ -228,11 +228,13 @@ def request_introductions(
 
 
 def read_member(node: int, reply: Message, settings: Settings) -> Member:
-    """Validate the introduction of a node. Raises `FederationError`, which names the invalid key."""
+    """Validate the introduction of a node; `FederationError` names the invalid key."""
     facts = reply.content.config_records.get("hospital") or {}
     most = settings.federation.max_num_examples
     validators: dict[str, Callable[[Any], bool]] = {
-        "number": lambda value: _is_integer(value) and 0 <= value < settings.federation.participants,
+        "number": lambda value: (
+            _is_integer(value) and 0 <= value < settings.federation.participants
+        ),
         "name": _is_name,
         "images": lambda value: _is_integer(value) and 0 < value <= most,
         "label_names": lambda value: (
@@ -249,7 +251,9 @@ def read_member(node: int, reply: Message, settings: Settings) -> Member:
     }
     given: dict[str, Any] = {"phantoms": False, "units": 0, "label_counts": []} | dict(facts)
     labels = len(given["label_names"]) if isinstance(given.get("label_names"), list) else 0
-    invalid = [key for key, valid in validators.items() if key not in given or not valid(given[key])]
+    invalid = [
+        key for key, valid in validators.items() if key not in given or not valid(given[key])
+    ]
     if invalid:
         number = f" (partition-id {facts['number']})" if _is_integer(facts.get("number")) else ""
         raise FederationError(

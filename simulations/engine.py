@@ -90,7 +90,7 @@ def _federate(run: RunFolder, client: str, on_event: Any, evaluate: bool) -> Non
     federation = Federation(settings, run, experiment_of(run), evaluator, on_event)
     if not is_over(run, settings):
         _simulate(settings, federation, client)
-    federation.conclude()
+    federation.evaluate_final()
 
 
 def _simulate(settings: Settings, federation: Any, client: str) -> None:

@@ -41,7 +41,7 @@ from client.hospital import SIMULATION
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError, FedganError, MachineError
 from fedgan.run_folder import RunFolder
-from fedgan.runs.lock import locked, sweep
+from fedgan.runs.lock import locked, remove_temporary_files
 from fedgan.runs.preparation import is_deployed, is_prepared, prepare_run
 from fedgan.runs.round_state import has_line, is_over
 
@@ -109,7 +109,7 @@ def resume(
             text = f"{run.path} is complete: {rounds} rounds and the evaluation are done"
             on_event({"event": "complete", "message": text})
             return run
-        sweep(run)
+        remove_temporary_files(run)
         if not is_prepared(run):
             prepare_run(settings, run, on_event, simulated=True)
         _run_engine(run, on_event, client, lock, evaluate)

@@ -24,7 +24,7 @@ from fedgan.exchange.bundle import BUNDLE, pack_bundle, unpack_bundle
 from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run
 from server.federation import Federation
-from server.parcels import Parcels
+from server.records import Bundler
 
 NUMBERS = st.sampled_from(
     [np.dtype(kind) for kind in (np.float32, np.float16, np.uint16, np.uint32)]
@@ -107,9 +107,9 @@ def test_model_is_packed_once_for_all_remote_hospitals(
     record = ArrayRecord(
         {"a": Array(np.ones(3, np.float32)), "b": Array(np.zeros((2, 2), np.float32))}
     )
-    parcels = Parcels()
+    bundler = Bundler()
     sent = [
-        parcels.close(Message(RecordDict({"arrays": record}), node, "train")) for node in (1, 2)
+        bundler.pack(Message(RecordDict({"arrays": record}), node, "train")) for node in (1, 2)
     ]
     assert [list(message.content["arrays"]) for message in sent] == [[BUNDLE], [BUNDLE]]
     assert sent[0].content["arrays"] is sent[1].content["arrays"]
@@ -137,14 +137,14 @@ class Tampering(LocalGrid):
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (BAD["a shape that overflows"], "answered with bytes that are no bundle of arrays"),
+        (BAD["a shape that overflows"], "replied with bytes that are no bundle of arrays"),
         (
             pack_bundle({f"a{number}": np.zeros(0, np.float32) for number in range(5000)}),
-            "answered with a bundle of arrays that is far larger",
+            "replied with a bundle of arrays that is far larger",
         ),
         (
             with_header({"../../../etc/passwd": header_of_one_array()["x"]}),
-            "answered with other arrays than were sent",
+            "replied with other arrays than were sent",
         ),
     ],
     ids=["header", "number", "names"],

@@ -32,7 +32,7 @@ from server import app as server_app
 from server.operator import follow as following
 from server.operator import superlink
 from server.operator.follow import follow
-from server.operator.superlink import Node, Run, SuperLink, reach
+from server.operator.superlink import Node, Run, SuperLink, wait_until_healthy
 
 RUNNING = Run(7, "running", config={"output": "/runs/tiny"})
 COMPLETED = replace(RUNNING, status="finished", sub_status="completed")
@@ -122,8 +122,8 @@ def test_a_superlink_that_restarts_is_waited_for_and_its_dead_connection_forgott
     run, lines, said = followed(link)
     assert (run, lines) == (COMPLETED, ["one", "two"])
     assert [text.partition(" (")[0] for text in said] == [
-        "no answer from the SuperLink",
-        "the SuperLink answers again",
+        "no reply from the SuperLink",
+        "the SuperLink replies again",
     ]
 
 
@@ -387,9 +387,9 @@ def test_flower_s_command_is_given_the_connection_and_the_run_config(
             """echo '{"success": false, "error-message": "[code: 15] Invalid run configuration"}'; exit 1""",
             "code: 15",
         ),
-        ("""echo '{"success": false, "run-id": null}'""", "took no run"),
-        ("echo 'Connection refused' >&2; exit 1", "flwr run gave no run: Connection refused"),
-        ("echo '{broken'", "flwr run gave no run"),
+        ("""echo '{"success": false, "run-id": null}'""", "refused the run"),
+        ("echo 'Connection refused' >&2; exit 1", "flwr run started no run: Connection refused"),
+        ("echo '{broken'", "flwr run started no run"),
         ("exit 0", "it said nothing"),
         ("exec sleep 20", "did not end within 0 s"),
     ],
@@ -443,16 +443,16 @@ def test_a_superlink_is_trusted_by_its_own_authority_alone(tmp_path: Path) -> No
         keys_made(tmp_path / name, days) for name, days in (("keys", 0), ("others", 0), ("old", 31))
     )
     with serving(keys) as address:
-        reach(address, keys.authority, 5.0)
+        wait_until_healthy(address, keys.authority, 5.0)
         with pytest.raises(FederationError, match=r"others/ca\.crt has not signed its certificate"):
-            reach(address, others.authority, 60.0)
+            wait_until_healthy(address, others.authority, 60.0)
     with (
         serving(old) as address,
         pytest.raises(FederationError, match="has expired: fedgan keys rotate server"),
     ):
-        reach(address, old.authority, 60.0)
-    with serving(None) as address, pytest.raises(FederationError, match="does not speak TLS"):
-        reach(address, keys.authority, 60.0)
+        wait_until_healthy(address, old.authority, 60.0)
+    with serving(None) as address, pytest.raises(FederationError, match="does not use TLS"):
+        wait_until_healthy(address, keys.authority, 60.0)
 
 
 def test_a_superlink_that_is_not_there_is_waited_for_not_for_ever(tmp_path: Path) -> None:
@@ -460,13 +460,13 @@ def test_a_superlink_that_is_not_there_is_waited_for_not_for_ever(tmp_path: Path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-        with pytest.raises(FederationError, match=f"no SuperLink answers at {address}"):
-            reach(address, keys.authority, 0.1)
+        with pytest.raises(FederationError, match=f"no SuperLink replies at {address}"):
+            wait_until_healthy(address, keys.authority, 0.1)
     for wrong in ("superlink", "https://superlink:8000", "superlink:http"):
         with pytest.raises(ConfigError, match="is no address of a SuperLink"):
-            reach(wrong, keys.authority, 60.0)
+            wait_until_healthy(wrong, keys.authority, 60.0)
     with pytest.raises(ConfigError, match="cannot read the certificate"):
-        reach(address, tmp_path / "nowhere.crt", 60.0)
+        wait_until_healthy(address, tmp_path / "nowhere.crt", 60.0)
 
 
 # --- the ServerApp's side -----------------------------------------------------------------------------
@@ -501,13 +501,13 @@ def test_a_folder_goes_on_with_its_own_settings_or_not_at_all(
     )
     given = {"settings": json.dumps(to_dict(settings)), "output": str(run.path), "deployed": True}
     resumed = {"settings": "", "scenario": "", "output": str(run.path), "deployed": True}
-    with pytest.raises(ConfigError, match="holds no run to go on with"):
+    with pytest.raises(ConfigError, match="holds no run to resume"):
         server_app.find_run(resumed)
     run.write_settings(as_deployed(settings))
     kept = run.settings()
     assert (kept.data.root, kept.evaluation.root) == ("", str(tmp_path / "reference"))
     assert server_app.find_run(given) == server_app.find_run(resumed) == (kept, run)
-    with pytest.raises(ConfigError, match="other settings: go on with it by fedgan deploy resume"):
+    with pytest.raises(ConfigError, match="other settings: resume it by fedgan deploy resume"):
         server_app.find_run(given | {"settings": json.dumps(to_dict(replace(settings, seed=1)))})
 
 

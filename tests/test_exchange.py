@@ -27,10 +27,9 @@ from fedgan.runs.participants import Member
 from fedgan.runs.preparation import experiment_of
 from fedgan.runs.round_state import load_state, write_line
 from fedgan.training.checkpoint import load_tensors
-from server.attendance import Attendance
-from server.records import array_bytes, check_reply, personal, to_record
-from server.requests import AWAY, LATE, TRIES, UNASKED, send_and_receive
-from server.roster import check_members, introduce, read_member
+from server.records import array_bytes, check_reply, personalize, to_record
+from server.requests import LATE, MAX_ATTEMPTS, NOT_AWAITED, OFFLINE, send_and_receive
+from server.roster import Roster, check_members, read_member, wait_for_members
 
 
 @pytest.fixture(autouse=True)
@@ -301,7 +300,7 @@ def test_unreadable_shard_fails_before_the_first_round(tmp_path: Path) -> None:
 
 def test_each_hospital_receives_its_own_number_of_images() -> None:
     message = request(node=7, round=3)
-    personal_message = personal(message, {"images": 11, "planned": 99, "batch": 4}, 30.0)
+    personal_message = personalize(message, {"images": 11, "planned": 99, "batch": 4}, 30.0)
     assert personal_message.content.config_records["config"]["images"] == 11
     assert personal_message.content.config_records["config"]["batch"] == 4
     assert personal_message.metadata.ttl == 30.0
@@ -311,8 +310,8 @@ def test_each_hospital_receives_its_own_number_of_images() -> None:
 @pytest.mark.parametrize(
     ("arrays", "word"),
     [
-        ({"ema/w": np.ones(4, np.float32)}, "sent was float32"),
-        ({"ema/w": np.ones(3, np.float64)}, "as float64"),
+        ({"ema/w": np.ones(4, np.float32)}, "expected float32"),
+        ({"ema/w": np.ones(3, np.float64)}, "with float64"),
         ({"ema/v": np.ones(3, np.float32)}, "other arrays"),
         ({"ema/w": np.array([1, np.nan, 2], np.float32)}, "not finite"),
     ],
@@ -353,7 +352,7 @@ def test_failure_reasons_are_shown_only_if_listed(reason: str, code: int, shown:
         grid(2, fault), [1000, 999], lambda node, left: request(node), timeout=60
     )
     assert found.failures == {999: shown}
-    assert list(found.replies) in ([], [1000])  # the wait ends with the first failure
+    assert list(found.received) in ([], [1000])  # the wait ends with the first failure
 
 
 def test_late_hospitals_are_reported() -> None:
@@ -365,7 +364,7 @@ def test_late_hospitals_are_reported() -> None:
     found = send_and_receive(
         grid(3, fault), [1000, 999, 998], lambda node, left: request(node), timeout=0.3
     )
-    assert (list(found.replies), found.failures) == ([1000], {999: LATE, 998: LATE})
+    assert (list(found.received), found.failures) == ([1000], {999: LATE, 998: LATE})
 
 
 def test_wait_ends_when_too_few_hospitals_can_reply() -> None:
@@ -378,7 +377,7 @@ def test_wait_ends_when_too_few_hospitals_can_reply() -> None:
         grid(3, fault), [1000, 999, 998], lambda node, left: request(node), timeout=60
     )
     assert found.failures[998] == "an error that its own log explains"
-    assert found.failures[1000] == found.failures[999] == UNASKED
+    assert found.failures[1000] == found.failures[999] == NOT_AWAITED
 
 
 def test_one_failure_does_not_end_the_wait_with_a_quorum() -> None:
@@ -388,7 +387,7 @@ def test_one_failure_does_not_end_the_wait_with_a_quorum() -> None:
     found = send_and_receive(
         grid(3, fault), [1000, 999, 998], lambda node, left: request(node), timeout=60, enough=2
     )
-    assert sorted(found.replies) == [999, 1000]
+    assert sorted(found.received) == [999, 1000]
 
 
 def test_reconnected_hospital_receives_the_request_again() -> None:
@@ -409,14 +408,14 @@ def test_reconnected_hospital_receives_the_request_again() -> None:
         timeout=60,
         reconnecting=True,
     )
-    assert sorted(found.replies) == [999, 1000]
+    assert sorted(found.received) == [999, 1000]
     assert sorted(tries) == [0, 1, 1]
 
 
 def test_client_errors_are_not_retried_and_dead_processes_a_few_times() -> None:
     for reason, code, expected_tries in (
         ("hospital: DataError while opening its shard", 2, 1),
-        ("ClientApp stopped responding.", 8, TRIES),
+        ("ClientApp stopped responding.", 8, MAX_ATTEMPTS),
     ):
         tries: list[int] = []
 
@@ -441,7 +440,7 @@ def test_absent_hospital_receives_no_request() -> None:
     found = send_and_receive(
         nobody, [1000], lambda node, left: request(node), timeout=0.3, reconnecting=True
     )
-    assert found.failures == {1000: AWAY}
+    assert found.failures == {1000: OFFLINE}
     assert nobody.sent == []
 
 
@@ -555,9 +554,9 @@ def test_log_holds_no_patient_and_no_path(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_two_hospitals_of_one_name_are_refused(tmp_path: Path) -> None:
     first, other = member(0, name="xrays"), member(1, name="xrays")
-    with pytest.raises(FederationError, match="give each shard a name of its own"):
+    with pytest.raises(FederationError, match="give each shard a unique name"):
         check_members([first, other], 2)
-    there = Attendance(
+    there = Roster(
         tiny(tmp_path),
         RunFolder.at(tmp_path / "run"),
         {},

@@ -160,8 +160,8 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
     absences = [{row["name"]: row["why"] for row in line.get("absent", [])} for line in lines]
     assert here[0] == [ALPHA, BETA]  # beta was asked again; nobody knew of gamma
     assert absences[1].keys() <= {ALPHA}  # asked again in time, or not
-    assert set(absences[1].values()) <= {"is not online", "did not answer in time"}
-    assert absences[2] == {GAMMA: "did not answer in time"}
+    assert set(absences[1].values()) <= {"is not online", "did not reply in time"}
+    assert absences[2] == {GAMMA: "did not reply in time"}
     assert [absences[place] for place in (0, 3)] == [{}, {}]
     assert all(
         set(names) | set(gone) == set(HOSPITALS)
@@ -169,7 +169,7 @@ def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
     )
     (log,) = (tmp_path / "state" / GAMMA).rglob("client.log")
     told = log.read_text()
-    assert "the answer of round 3 did not count (missing: did not answer in time)" in told
+    assert "the reply of round 3 did not count (missing: did not reply in time)" in told
     assert json.loads(run.evaluation.read_text())["round"] == 4
 
     # --- and the model is that of a federation in which nobody died, but these were missing from these rounds

@@ -73,7 +73,7 @@ def test_a_folder_that_holds_a_run_is_not_begun_again(tmp_path: Path) -> None:
 def test_a_run_that_is_in_use_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "PATIENCE", 0.2)
+    monkeypatch.setattr(lock, "TIMEOUT", 0.2)
     run = RunFolder.at(tmp_path / "run")
     run.write_settings(tiny(tmp_path))
     with lock.locked(run), pytest.raises(ConfigError, match="in use by another fedgan"):
@@ -99,7 +99,7 @@ def test_temporary_files_of_a_killed_run_are_swept(tmp_path: Path) -> None:
     (run.checkpoints / "x").mkdir(parents=True)
     (run.checkpoints / ".round-00001.json.abc.part").touch()
     (run.checkpoints / "round-00001.json").touch()
-    lock.sweep(run)
+    lock.remove_temporary_files(run)
     assert [path.name for path in run.checkpoints.iterdir() if path.is_file()] == [
         "round-00001.json"
     ]

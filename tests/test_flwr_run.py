@@ -69,7 +69,7 @@ def test_a_scenario_is_found_in_the_copy_of_the_app(
 def test_flower_s_server_leaves_a_run_alone_that_another_works_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "PATIENCE", 0.2)
+    monkeypatch.setattr(lock, "TIMEOUT", 0.2)
     run = RunFolder.at(tmp_path / "run")
     context: Any = SimpleNamespace(run_config={"output": str(run.path)})
     with lock.locked(run), pytest.raises(ConfigError, match="in use by another fedgan"):

@@ -32,10 +32,10 @@ from server.aggregation.client_level_dp import (
     noise_statement,
     record_round,
 )
-from server.aggregation.strategies import expect, make_strategy
+from server.aggregation.strategies import make_strategy, set_expected_hospitals
 from server.federation import Federation
 from server.records import to_record
-from server.roster import Roster
+from server.roster import MemberGrid
 
 SHAPES = {"generator/strength": (1,), "discriminator/w": (40, 50), "ema/b": (7,)}
 HOSPITALS = 3
@@ -83,8 +83,8 @@ def aggregate(
 ) -> dict[str, np.ndarray]:
     """What the server makes of these answers."""
     strategy: Any = make_strategy(settings)
-    expect(strategy, len(answers))
-    members: Any = Roster([])
+    set_expected_hospitals(strategy, len(answers))
+    members: Any = MemberGrid([])
     members.get_node_ids = lambda: list(range(len(answers)))
     list(strategy.configure_train(1, to_record(sent), ConfigRecord(), members))
     replies = [

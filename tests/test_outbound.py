@@ -55,7 +55,7 @@ from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run
 from fedgan.training.trainer import Trainer
 from server.federation import Federation
-from server.roster import introduce
+from server.roster import wait_for_members
 
 ROOT = Path(__file__).resolve().parent.parent
 PRIVATELY = (
@@ -862,7 +862,7 @@ def test_label_counts_leave_only_when_requested(tmp_path: Path) -> None:
             "experiment": "e",
             "run": str(tmp_path),
         }
-        members, _ = introduce(LocalGrid(2, app), settings, config)  # type: ignore[arg-type]
+        members, _ = wait_for_members(LocalGrid(2, app), settings, config)  # type: ignore[arg-type]
         assert [member.label_counts for member in members] == expected
 
 

@@ -36,7 +36,7 @@ from fedgan.runs.compatibility import reason_to_end
 from fedgan.runs.preparation import experiment_of, prepare_run
 from fedgan.training.checkpoint import load_tensors
 from server.federation import Federation
-from server.metrics import plain_numbers
+from server.metrics import finite_numbers
 from simulations import runner
 
 SIZES = (48, 32, 16)  # half is the training split: 24, 16, 8
@@ -272,7 +272,7 @@ def test_run_ends_when_every_budget_is_spent(tmp_path: Path) -> None:
     assert evaluator.evaluated_rounds == [last]
     events: list[dict[str, Any]] = []
     federation.on_event = events.append
-    federation.conclude()
+    federation.evaluate_final()
     assert events[-1]["result"]["round"] == last
     assert events[-1]["result"]["images_seen"] == line["images_seen"]
     settings = run.settings()
@@ -314,7 +314,7 @@ def test_run_ends_with_too_few_hospitals_for_krum(
     assert evaluator.evaluated_rounds == [1]
     events: list[dict[str, Any]] = []
     federation.on_event = events.append
-    federation.conclude()
+    federation.evaluate_final()
     assert events[-1]["result"]["round"] == 1
     assert runner.is_trained(run, run.settings())
     grid = LocalGrid(3, app)
@@ -510,7 +510,7 @@ def test_infinite_epsilon_is_null(tmp_path: Path) -> None:
     (row,) = rows_of(run, "alpha")
     assert row["epsilon"] is None
     assert row["noise_multiplier"] == 0
-    assert plain_numbers(
+    assert finite_numbers(
         ConfigRecord({"epsilon": float("inf"), "p": float("nan"), "loss_g": 1.0})
     ) == {
         "epsilon": None,

@@ -25,8 +25,8 @@ from fedgan.runs.budget import Plan
 from fedgan.runs.participants import Participant
 from fedgan.runs.preparation import experiment_of, prepare_run
 from fedgan.runs.round_state import load_state
-from server import requests as answers
-from server.aggregation.update_checks import too_long
+from server import requests
+from server.aggregation.update_checks import find_too_long
 from server.federation import Federation
 
 SIZES = (48, 32, 24)  # alpha, beta, gamma: the hospitals 1, 2 and 3
@@ -138,7 +138,7 @@ def test_a_round_goes_on_without_a_hospital_that_failed_and_names_it(tmp_path: P
     ]
     remarks = [event["text"] for event in said if event["event"] == "note"]
     assert remarks == [
-        "hospital 2 ('beta') failed in round 2: DataError while training round 2; the round goes on without it"
+        "hospital 2 ('beta') failed in round 2: DataError while training round 2; the round continues without it"
     ]
     orders = {
         (message.metadata.dst_node_id, in_round(message)): message.content["config"]
@@ -174,7 +174,7 @@ def test_an_answer_that_came_too_late_is_as_if_it_had_never_been_trained(tmp_pat
         "state-00003.json",
     ]
     assert (
-        "the answer of round 2 did not count (missing: did not answer in time)"
+        "the reply of round 2 did not count (missing: did not reply in time)"
         in (folder / "client.log").read_text()
     )
 
@@ -196,14 +196,14 @@ def test_a_hospital_hears_that_its_answer_did_not_count_also_from_a_server_that_
     assert not log.exists()
     federate(settings, run, app)
     assert (
-        "the answer of round 1 did not count (missing: DataError while training round 1)"
+        "the reply of round 1 did not count (missing: DataError while training round 1)"
         in log.read_text()
     )
 
 
 @pytest.mark.parametrize(
     ("code", "why"),
-    [(3, answers.LATE), (4, answers.LATE), (5, answers.AWAY), (8, "its process died")],
+    [(3, requests.LATE), (4, requests.LATE), (5, requests.OFFLINE), (8, "its process died")],
 )
 def test_what_flower_says_in_a_hospital_s_place_is_told_in_plain_words(
     code: int, why: str, tmp_path: Path
@@ -247,13 +247,13 @@ def test_with_too_few_answers_the_round_fails_and_can_be_resumed(tmp_path: Path)
         (lambda key, array: array * np.float32(np.nan), {}, "not finite"),
         (lambda key, array: array * 1000, {}, "more than 10 times as long as the round's median"),
         (lambda key, array: np.full_like(array, 3e38), {}, "more than 10 times as long"),
-        (lambda key, array: np.zeros((2000, 2000), np.float32), {}, "sent was float32"),
-        (lambda key, array: array.astype(np.float64), {}, "as float64"),
+        (lambda key, array: np.zeros((2000, 2000), np.float32), {}, "expected float32"),
+        (lambda key, array: array.astype(np.float64), {}, "with float64"),
         (lambda key, array: b"\x93NUMPY\x01\x00 and no more", {}, "bytes that are no array"),
-        (None, {"num_examples": 10**6}, "claims num_examples = 1000000, and was introduced with"),
-        (None, {"round": 1}, "answers for round 1, and round 2 was asked for"),
+        (None, {"num_examples": 10**6}, "claims num_examples = 1000000, its introduction said"),
+        (None, {"round": 1}, "replied for round 1, the request was for round 2"),
         (None, {"images": 10**6}, "claims 1000000 images in this round"),
-        (None, {"threads": -1}, "does not tell"),
+        (None, {"threads": -1}, "does not report"),
     ],
     ids=[
         "nan",
@@ -317,24 +317,24 @@ def test_an_answer_that_is_only_wrong_passes_the_check_of_lengths(tmp_path: Path
 def test_who_is_rejected_is_longer_than_most(lengths: list[float], scale: float) -> None:
     settings = tiny(Path("data"), "federation.max_update_ratio=10")
     rejected = [
-        length for length, out in zip(lengths, too_long(settings, lengths), strict=True) if out
+        length for length, out in zip(lengths, find_too_long(settings, lengths), strict=True) if out
     ]
     kept = [
-        length for length, out in zip(lengths, too_long(settings, lengths), strict=True) if not out
+        length for length, out in zip(lengths, find_too_long(settings, lengths), strict=True) if not out
     ]
     assert len(kept) >= len(lengths) / 2
     assert not rejected or min(rejected) > max(kept, default=0.0)
     assert (
-        too_long(settings, [length * scale for length in lengths]).count(True) <= len(lengths) / 2
+        find_too_long(settings, [length * scale for length in lengths]).count(True) <= len(lengths) / 2
     )
 
 
 def test_no_length_decides_where_it_must_not() -> None:
     lengths = [1.0, 1.0, 1e9]
-    assert too_long(tiny(Path("data")), lengths) == [False, False, True]
-    assert too_long(tiny(Path("data"), "federation.max_update_ratio=0"), lengths) == [False] * 3
-    assert too_long(tiny(Path("data"), "privacy.client_level=server"), lengths) == [False] * 3
-    assert too_long(tiny(Path("data")), [0.0, 0.0]) == [False, False]
+    assert find_too_long(tiny(Path("data")), lengths) == [False, False, True]
+    assert find_too_long(tiny(Path("data"), "federation.max_update_ratio=0"), lengths) == [False] * 3
+    assert find_too_long(tiny(Path("data"), "privacy.client_level=server"), lengths) == [False] * 3
+    assert find_too_long(tiny(Path("data")), [0.0, 0.0]) == [False, False]
 
 
 # --- hospitals come and come back ------------------------------------------------------------------
@@ -403,7 +403,7 @@ def test_a_hospital_that_comes_back_with_another_shard_is_refused(tmp_path: Path
     site._open_all.cache_clear()  # another process would not have it
     with pytest.raises(
         FederationError,
-        match=r"hospital 1 \('alpha'\) came with 32 training images.*as 'alpha' with 24",
+        match=r"hospital 1 \('alpha'\) has 32 training images.*as 'alpha' with 24",
     ):
         federate(settings, run, app)
 
@@ -443,10 +443,10 @@ def test_a_superlink_that_is_too_busy_to_answer_is_asked_again_not_for_ever(
 
         return look
 
-    monkeypatch.setattr(answers, "ONLINE_POLL", 0.01)
-    assert answers.retry_on_5xx(failing(500, 500)) == "answer"
+    monkeypatch.setattr(requests, "ONLINE_POLL", 0.01)
+    assert requests.retry_on_5xx(failing(500, 500)) == "answer"
     with pytest.raises(httpx.HTTPStatusError):
-        answers.retry_on_5xx(failing(403))
-    monkeypatch.setattr(answers, "BUSY_SECONDS", 0.05)
+        requests.retry_on_5xx(failing(403))
+    monkeypatch.setattr(requests, "BUSY_SECONDS", 0.05)
     with pytest.raises(httpx.HTTPStatusError):
-        answers.retry_on_5xx(failing(*[500] * 50))
+        requests.retry_on_5xx(failing(*[500] * 50))

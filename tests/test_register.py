@@ -59,37 +59,37 @@ def keys(tmp_path: Path) -> KeyFolder:
 
 def test_every_key_is_registered_under_its_hospitals_name_and_only_once(keys: KeyFolder) -> None:
     superlink = SuperLink()
-    assert register.agree(keys, superlink) == ["registered north", "registered south"]
+    assert register.apply_changes(keys, superlink) == ["registered north", "registered south"]
     assert superlink.admitted == ["north", "south"]
     assert load_pem_public_key(superlink.nodes[0].public_key).curve.name == "secp384r1"
-    assert register.agree(keys, superlink) == []
+    assert register.apply_changes(keys, superlink) == []
 
 
 def test_a_revoked_key_is_let_go_and_a_rotated_one_replaced(keys: KeyFolder) -> None:
     superlink = SuperLink()
-    register.agree(keys, superlink)
+    register.apply_changes(keys, superlink)
     keys.revoke("south", now())
-    assert register.agree(keys, superlink) == ["unregistered south: its key is revoked"]
+    assert register.apply_changes(keys, superlink) == ["unregistered south: its key is revoked"]
     keys.rotate_hospital("north", now())
-    assert register.agree(keys, superlink) == [
+    assert register.apply_changes(keys, superlink) == [
         "unregistered north: its key is revoked",
         "registered north",
     ]
     assert superlink.admitted == ["north"]
-    assert register.agree(keys, superlink) == []
+    assert register.apply_changes(keys, superlink) == []
 
 
 def test_a_key_that_was_revoked_before_it_was_ever_registered_is_not(keys: KeyFolder) -> None:
     superlink = SuperLink()
     keys.revoke("north", now())
-    assert register.agree(keys, superlink) == ["registered south"]
+    assert register.apply_changes(keys, superlink) == ["registered south"]
 
 
 def test_a_key_on_no_list_is_left_alone(keys: KeyFolder) -> None:
     superlink = SuperLink(
         [SimpleNamespace(public_key=b"by hand", node_id=7, name="guest", status="online")]
     )
-    register.agree(keys, superlink)
+    register.apply_changes(keys, superlink)
     assert superlink.admitted == ["guest", "north", "south"]
 
 
@@ -97,7 +97,7 @@ def test_a_damaged_public_key_is_named_before_anything_is_changed(keys: KeyFolde
     superlink = SuperLink()
     (keys.hospital("south") / "node.pub").write_text("nothing")
     with pytest.raises(ConfigError, match="fedgan keys rotate south"):
-        register.agree(keys, superlink)
+        register.apply_changes(keys, superlink)
     assert superlink.nodes == []
 
 
@@ -107,7 +107,7 @@ def test_a_superlink_that_does_not_come_up_is_waited_for_no_longer_than_asked(
     code = register.main(["--keys", str(keys.path), "--superlink", "127.0.0.1:9", "--wait", "0.1"])
     assert code == 5
     assert capsys.readouterr().err.startswith(
-        "register: no SuperLink answers at 127.0.0.1:9 (waited 0 s: "
+        "register: no SuperLink replies at 127.0.0.1:9 (waited 0 s: "
     )
 
 

@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_says_so_and_the_round_before_serves(tmp_path: Path
     said: list[str] = []
     load_state(run, experiment_of(run), lambda event: said.append(event["text"]))
     assert said == [
-        "round-00002.safetensors is damaged and now round-00002.safetensors.damaged: going on from round 1"
+        "round-00002.safetensors is damaged and renamed to round-00002.safetensors.damaged: resuming from round 1"
     ]
     federate(settings, run, app)
     assert same_end(whole, run, 2)
@@ -134,7 +134,7 @@ def test_a_run_without_a_sound_checkpoint_is_an_error(tmp_path: Path) -> None:
     federate(small(tmp_path, rounds=1), run, app)
     for number in (0, 1):
         run.checkpoint(number).write_bytes(b"no tensors")
-    with pytest.raises(CheckpointError, match="there is none before it; begin the run anew"):
+    with pytest.raises(CheckpointError, match="there is none before it; begin the run again"):
         load_state(run, experiment_of(run))
 
 
@@ -145,7 +145,7 @@ def test_a_round_whose_line_was_lost_gets_it_with_its_evaluation(tmp_path: Path)
     lines = files.read_json_lines(run.metrics)
     files.write_text(run.metrics, json.dumps(lines[0]) + '\n{"round": 2, "ima')
     evaluator = NoEvaluator()
-    Federation(run.settings(), run, experiment_of(run), evaluator).conclude()
+    Federation(run.settings(), run, experiment_of(run), evaluator).evaluate_final()
     assert evaluator.evaluated_rounds == [2]
     assert files.read_json_lines(run.metrics) == lines
 
@@ -156,7 +156,7 @@ def test_an_unfinished_run_is_not_concluded(tmp_path: Path) -> None:
     with pytest.raises(FederationError):
         federate(settings, run, app, fail_in(2))
     with pytest.raises(FederationError, match="round 1 of 2 is the last that is complete"):
-        Federation(run.settings(), run, experiment_of(run), NoEvaluator()).conclude()
+        Federation(run.settings(), run, experiment_of(run), NoEvaluator()).evaluate_final()
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +277,7 @@ def test_a_run_that_was_interrupted_and_killed_ends_as_one_that_never_was(tmp_pa
 def test_two_at_once_in_one_run_folder_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "PATIENCE", 0.2)
+    monkeypatch.setattr(lock, "TIMEOUT", 0.2)
     data = write_shards(tmp_path / "data", (40, 24))
     run = RunFolder.at(tmp_path / "run")
     process = start(run, data, "simulate", "faulty_client:slow")

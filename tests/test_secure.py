@@ -367,7 +367,7 @@ def test_a_round_of_two_is_not_begun(tmp_path: Path) -> None:
         "federation.join_timeout=1",
     )
     del tried.grid.nodes[998]
-    with pytest.raises(FederationError, match="takes 3 hospitals, and 2 have joined"):
+    with pytest.raises(FederationError, match="needs 3 hospitals, and 2 have joined"):
         tried.train()
     assert all(not stage for _, stage, _ in tried.replies)
 
@@ -409,7 +409,7 @@ def other_dtype(content: RecordDict) -> None:
         ),
         (lambda content: content.array_records["masked"].pop("factor"), "other masked arrays"),
         (other_dtype, "no masked array of the shape"),
-        (lambda content: content.config_records["facts"].pop("images"), "does not tell"),
+        (lambda content: content.config_records["facts"].pop("images"), "does not report"),
     ],
 )
 def test_an_answer_that_must_not_count_is_left_out_before_the_sum(
@@ -418,7 +418,7 @@ def test_an_answer_that_must_not_count_is_left_out_before_the_sum(
     more = ("federation.secure=true", "federation.min_hospitals=2")
     tried = Tried(tmp_path, *more, answer=tamper(0, Stage.COLLECT_MASKED_VECTORS, change)).train()
     assert (
-        f"in round 1 hospital 1 ('alpha') {'answered' if 'masked' in words else words.split()[0]}"
+        f"in round 1 hospital 1 ('alpha') {'replied' if 'masked' in words else words.split()[0]}"
         in tried.remarks
     )
     assert words in tried.remarks
@@ -449,7 +449,7 @@ def swap_shares(content: RecordDict) -> None:
         (
             Stage.UNMASK,
             lambda content: content.config_records["keys"].update({"shares": [b"", b"", b""]}),
-            "a hospital's answer does not fit",
+            "a hospital's reply violates",
         ),
         (Stage.UNMASK, swap_shares, "secure aggregation failed|out of range"),
     ],
@@ -495,7 +495,7 @@ def test_numbers_that_were_cut_off_are_told_as_a_sum_and_in_the_hospital_s_own_l
     tmp_path: Path,
 ) -> None:
     tried = Tried(tmp_path, "federation.secure=true", "federation.secure_range=0.001").train()
-    assert "numbers of a hospital's change were cut off" in tried.remarks
+    assert "numbers of a hospital's change were clipped" in tried.remarks
     logs = [path.read_text() for path in tmp_path.rglob("client.log")]
     assert any("numbers changed by more than federation.secure_range" in text for text in logs)
 

@@ -228,8 +228,8 @@ def test_damaged_checkpoint_is_put_aside_and_the_round_before_is_used(tmp_path: 
     texts: list[str] = []
     train_standalone(job, lambda event: texts.append(str(event.get("text", ""))))
     assert (
-        "round-00002.safetensors is damaged and now round-00002.safetensors.damaged: going on "
-        "from round 1" in texts
+        "round-00002.safetensors is damaged and renamed to round-00002.safetensors.damaged: "
+        "resuming from round 1" in texts
     )
     assert job.run.checkpoint(3).read_bytes() == whole.run.checkpoint(3).read_bytes()
 
@@ -237,7 +237,7 @@ def test_damaged_checkpoint_is_put_aside_and_the_round_before_is_used(tmp_path: 
 def test_second_process_in_one_folder_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "PATIENCE", 0.2)
+    monkeypatch.setattr(lock, "TIMEOUT", 0.2)
     (job,) = comparison(
         tmp_path / "study", small(write_shards(tmp_path / "data", (40,)), hospitals=1)
     )[0].jobs

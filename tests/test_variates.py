@@ -29,7 +29,7 @@ ALIKE = (ON, "federation.local_images=equal", "training.kimg=0.96")
 PARTS = ("generator", "discriminator")
 
 
-def mean_of(models: list[dict[str, np.ndarray]], weights: np.ndarray) -> dict[str, np.ndarray]:
+def mean_metrics(models: list[dict[str, np.ndarray]], weights: np.ndarray) -> dict[str, np.ndarray]:
     return {
         key: sum(w * model[key] for w, model in zip(weights, models, strict=True)).astype(
             np.float32
@@ -146,7 +146,7 @@ def test_corrections_go_on_after_a_restart() -> None:
             for hospital in hospitals:
                 hospital.load_parameters(sent)
                 hospital.train(8)
-            sent = mean_of(
+            sent = mean_metrics(
                 [hospital.get_parameters(PARTS) for hospital in hospitals], np.array([0.5, 0.5])
             )
             if restart and number == 1:

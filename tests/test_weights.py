@@ -23,7 +23,7 @@ from fedgan.runs.compatibility import check_compatibility
 from fedgan.training.checkpoint import load_generator, load_tensors
 from fedgan.training.ema import ema_decay
 from server.aggregation.strategies import aggregate, make_strategy
-from server.aggregation.weights import columns, shares
+from server.aggregation.weights import holder_weights, mean_weights
 from server.records import to_record
 
 EMBED = "generator/mapping.embed.weight"
@@ -147,7 +147,7 @@ def test_a_label_s_row_is_its_holders_own(rule: str, tmp_path: Path) -> None:
     settings = settings_of(tmp_path, f"federation.weights={rule}", "federation.label_rows=true")
     moved = merged(settings, sent, [70, 20, 10], changes)
     for key, weights in (
-        (EMBED, shares(np.array([70.0, 20.0, 10.0]), rule)),
+        (EMBED, mean_weights(np.array([70.0, 20.0, 10.0]), rule)),
         ("ema/mapping.embed.weight", np.array([0.7, 0.2, 0.1])),
     ):
         for label in range(3):
@@ -159,7 +159,7 @@ def test_a_label_s_row_is_its_holders_own(rule: str, tmp_path: Path) -> None:
 
 
 def test_columns_that_nobody_moved_keep_their_weights() -> None:
-    found = columns([np.zeros((2, 1)), np.zeros((2, 1))], np.array([0.25, 0.75]))
+    found = holder_weights([np.zeros((2, 1)), np.zeros((2, 1))], np.array([0.25, 0.75]))
     assert [row.tolist() for row in found] == [[[0.25]], [[0.75]]]
 
 

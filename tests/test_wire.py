@@ -24,8 +24,7 @@ from fedgan.runs.participants import Member
 from fedgan.training.checkpoint import load_tensors
 from fedgan.training.trainer import Trainer
 from server.aggregation.weights import is_average
-from server.records import check_reply, to_record
-from server.wire import inward, outward, outward_bytes
+from server.records import check_reply, decode_replies, encode_messages, encoded_bytes, to_record
 
 SHARE = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # relative rounding error
 STEP = {"fp16": 2.0**-25, "bf16": 2.0**-134}  # half the smallest number
@@ -234,13 +233,13 @@ def test_server_refuses_to_send_an_unrepresentable_model(tmp_path: Path) -> None
     settings = tiny(tmp_path, "federation.wire=fp16")
     master = {"ema/big": np.array([1e6], np.float32), "ema/w": np.ones(3, np.float32)}
     with pytest.raises(FederationError, match="'ema/big' holds a number beyond"):
-        outward(settings, [message(master)], master)
-    sent = outward(settings, [message({"ema/w": master["ema/w"]})], {"ema/w": master["ema/w"]})[0]
+        encode_messages(settings, [message(master)], master)
+    sent = encode_messages(settings, [message({"ema/w": master["ema/w"]})], {"ema/w": master["ema/w"]})[0]
     assert sent.content.array_records["arrays"]["ema/w"].numpy().dtype == np.float16
     assert dict(sent.content.config_records["config"]) == {"round": 3}
     assert (sent.metadata.dst_node_id, sent.metadata.message_type) == (100, "train")
-    assert outward_bytes(settings, master) == 8
-    back = inward(
+    assert encoded_bytes(settings, master) == 8
+    back = decode_replies(
         settings, [reply({"ema/w": np.full(3, 2, np.float16)})], {"ema/w": master["ema/w"]}
     )[0]
     assert back.content.array_records["arrays"]["ema/w"].numpy().tolist() == [2, 2, 2]

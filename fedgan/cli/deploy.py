@@ -238,7 +238,7 @@ def register(
     console.emit(
         {"changes": lines},
         as_json,
-        "\n".join(lines) or "the SuperLink agrees with the list: nothing to do",
+        "\n".join(lines) or "the SuperLink matches the list: nothing to do",
     )
 
 

@@ -184,7 +184,8 @@ def _check_client_level_dp(settings: Settings) -> None:
         )
     if settings.training.learning_rate == 0:
         raise ConfigError(
-            "privacy.client_level clips updates, and training.learning_rate = 0 makes none: raise it"
+            "privacy.client_level clips updates, and training.learning_rate = 0 makes none: "
+            "raise it"
         )
 
 

@@ -1,4 +1,4 @@
-"""One process at a time in a run folder, whoever started it: `fedgan`, or `flwr run .`."""
+"""An exclusive lock on a run folder, for `fedgan` and `flwr run .` alike."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from fedgan.errors import ConfigError
 from fedgan.run_folder import RunFolder
 
 LOCK = ".lock"
-PATIENCE = 10.0
+TIMEOUT = 10.0  # seconds: the engine of a killed run needs a moment to end
 
 
 @contextlib.contextmanager
 def locked(run: RunFolder) -> Iterator[int]:
-    """Hold the run folder for this process and its engine. Raises `ConfigError` when another process holds it.
+    """Lock the run folder. Raises `ConfigError` when another process holds the lock.
 
-    The lock is the system's (flock) and passed on to the engine: it ends with the last of the two, however they end.
-    Yields the file descriptor that holds it.
+    The lock is the system's (flock). The engine inherits it, so it ends with the last of the two
+    processes, however they end. Yields its file descriptor.
     """
-    place = run.path / LOCK
+    path = run.path / LOCK
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        handle = _take(place)
+        handle = _acquire(path)
     except OSError as error:
         raise files.storage_error(run.path, error) from error
     if handle is None:
@@ -35,22 +35,21 @@ def locked(run: RunFolder) -> Iterator[int]:
     try:
         yield handle
     finally:
-        place.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            run.path.rmdir()  # only where nothing was written
+            run.path.rmdir()  # succeeds only where nothing was written
         os.close(handle)
 
 
-def _take(place: Path) -> int | None:
-    """An open file that holds the lock, or None when others keep it. The engine of a killed run needs a moment to end."""
-    end = time.monotonic() + PATIENCE
+def _acquire(path: Path) -> int | None:
+    """An open file that holds the lock; None after the timeout."""
+    end = time.monotonic() + TIMEOUT
     while True:
-        handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(
-                os.fstat(handle), os.stat(place)
-            ):  # not a file that its holder has just removed
+            # not a file that its holder has just removed
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle
         os.close(handle)
         if time.monotonic() > end:
@@ -58,7 +57,7 @@ def _take(place: Path) -> int | None:
         time.sleep(0.1)
 
 
-def sweep(run: RunFolder) -> None:
+def remove_temporary_files(run: RunFolder) -> None:
     """Remove temporary files that a killed process left in the run folder."""
     for path in run.path.rglob(".*.part"):
         path.unlink(missing_ok=True)

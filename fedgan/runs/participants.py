@@ -46,7 +46,7 @@ class Member:
         return hospital_label(self.number, self.name)
 
     def participant(self, joined: int) -> Participant:
-        """The entry of this hospital in the checkpoints of a run that it joins after `joined` rounds."""
+        """The checkpoint entry of this hospital, which joins after `joined` rounds."""
         return Participant(
             self.number, self.name, self.images, self.units, joined, self.label_counts
         )

@@ -100,7 +100,7 @@ def initial_state(settings: Settings, members: Sequence[Member]) -> State:
 
 
 def keeps_average(settings: Settings) -> bool:
-    """Whether the server averages the rounds' generators, as the hospitals' averages do not travel."""
+    """Whether the server keeps the generator's average, as the hospitals' do not travel."""
     return "ema" not in settings.federation.exchange
 
 

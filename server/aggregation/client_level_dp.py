@@ -81,7 +81,7 @@ def equalize_weights(replies: Sequence[Message]) -> list[Message]:
 def record_round(
     settings: Settings, run: RunFolder, experiment: str, hospitals: int
 ) -> dict[str, Any]:
-    """Enter one release of the mean over `hospitals` updates in the run's ledger, before it happens.
+    """Enter one release of the mean over `hospitals` updates in the run's ledger beforehand.
 
     Returns the entry of the round's line: epsilon (None: infinite) at delta over all releases,
     repeated rounds included.

@@ -95,7 +95,7 @@ def disclosure_note(settings: Settings) -> str:
 
 @dataclass
 class MaskedReplies(Replies):
-    """The replies of a round and the model of their sum (None: no sum). `clipped`: numbers clipped."""
+    """The replies of a round and the model of their sum. `clipped`: count of clipped numbers."""
 
     model: dict[str, np.ndarray] | None = None
     clipped: float = 0.0
@@ -159,9 +159,7 @@ def send_and_receive_masked(grid: Grid, task: SecureRound) -> MaskedReplies:
             return found
 
 
-def mean_to_sum(
-    mean: Sequence[np.ndarray], keys: Sequence[str], total: float
-) -> list[np.ndarray]:
+def mean_to_sum(mean: Sequence[np.ndarray], keys: Sequence[str], total: float) -> list[np.ndarray]:
     """The plain mean of changes times their `total` weight.
 
     Running averages, and the count of clipped numbers at the end, keep the mean.
@@ -306,15 +304,21 @@ class Relay:
         )
         if is_training:
             return self._collect(found)
-        for node in [node for node, reply in found.received.items() if not _follows_protocol(stage, reply)]:
+        for node in [
+            node for node, reply in found.received.items() if not _follows_protocol(stage, reply)
+        ]:
             del found.received[node]
             found.failures[node] = "its reply violates the protocol of secure aggregation"
         if not has_masks and found.failures:
             self.lost = {node: _before_masks(why) for node, why in found.failures.items()}
             raise _Halted
         if len(found.received) < self.task.min_replies:
-            reasons = {member: found.failures.get(member.node, NOT_AWAITED) for member in self.members}
-            listed = "; ".join(f"{who}: {why}" for who, why in reasons.items() if why != NOT_AWAITED)
+            reasons = {
+                member: found.failures.get(member.node, NOT_AWAITED) for member in self.members
+            }
+            listed = "; ".join(
+                f"{who}: {why}" for who, why in reasons.items() if why != NOT_AWAITED
+            )
             raise FederationError(
                 "the sum of the masked changes cannot be read: unmasking takes "
                 f"{self.task.min_replies} hospitals ({listed})"

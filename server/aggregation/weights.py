@@ -21,7 +21,7 @@ the length of Adam's steps does not depend on the gradient's and similar hospita
 steps. `damped` divides the sum by the root of 1 / Σ q², the effective number of hospitals: K for K
 hospitals of equal steps (the geometric mean of mean and sum), 1 for one. This heuristic was
 measured (docs/federation.md) and depends on sizes only: equally large hospitals are damped equally
-whether they are similar or not, and so is what only one hospital moves (its own label or condition).
+whether they are similar or not, and so is what only one hospital moves (a label of its own).
 
 Running averages (`ema`, the generator's w_avg) are always averaged by size, without a server
 optimiser; under `federation.secure` with the weights under the mask.
@@ -44,9 +44,9 @@ import numpy as np
 from flwr.app import Message
 
 from fedgan.config import Settings
+from fedgan.models.families import LABEL_EMBEDDING
 from fedgan.runs.compatibility import SUMS
 from fedgan.training.ema import AVERAGE, SOURCE
-from fedgan.models.families import LABEL_EMBEDDING
 from server.records import ARRAYS, METRICS, WEIGHT, model_of, to_record
 
 
@@ -87,7 +87,7 @@ def apply_weights(
 
 
 def hospital_weights(settings: Settings, sizes: np.ndarray) -> np.ndarray:
-    """The weights w (K,) of hospitals with `sizes` images; 'sum' and 'damped' do not add up to 1."""
+    """The weights w (K,) of hospitals with `sizes` images; 'sum', 'damped': no mean."""
     federation = settings.federation
     if federation.weights not in SUMS:
         return mean_weights(sizes, federation.weights)

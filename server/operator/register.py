@@ -1,9 +1,10 @@
-"""Makes a SuperLink agree with the registration list of `fedgan keys`: who may take part, and who no longer.
+"""Register and unregister the hospitals of `fedgan keys` at a SuperLink.
 
     python -m server.operator.register --keys keys --superlink superlink:8000
 
-It asks the SuperLink first which keys it knows, so it may run as often as one likes: after each `fedgan keys`, `rotate`
-and `revoke`. It speaks to the control API as `flwr supernode register` does, which does not tell whose key a node has.
+It compares the registration list with the SuperLink's keys, so it can run any number of times:
+after each `fedgan keys`, `rotate` and `revoke`. It uses the control API of `flwr supernode
+register`, whose own output does not tell which key a node has.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ from flwr.supercore.control import ControlHttpClient
 from fedgan.deployment.key_folder import KeyFolder
 from fedgan.deployment.registrations import Registration
 from fedgan.errors import ConfigError, FederationError, FedganError
-from server.operator.superlink import UNREGISTERED, reach
+from server.operator.superlink import UNREGISTERED, wait_until_healthy
 
-WAIT = 120.0  # seconds for a SuperLink that was started at the same time
+TIMEOUT = 120.0  # seconds for a SuperLink that starts at the same time
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What makes the SuperLink agree: hospitals to let in, with their keys in PEM, and nodes to let go, with their names."""
+    """Hospitals to register (name, key in PEM) and nodes to unregister (name, node id)."""
 
     register: tuple[tuple[str, bytes], ...]
     unregister: tuple[tuple[str, int], ...]
 
 
-def changes(keys: KeyFolder, known: Mapping[bytes, int]) -> Changes:
-    """Hold the list against the keys that the SuperLink knows, PEM to node id. Raises `ConfigError` for an unreadable key.
+def find_changes(keys: KeyFolder, known: Mapping[bytes, int]) -> Changes:
+    """Compare the list with the SuperLink's keys, PEM to node id.
 
-    A key that stands on no list is left alone: somebody has registered it by hand.
+    Keys that are on no list are left alone: they were registered by hand. Raises `ConfigError` for
+    an unreadable key.
     """
     rows = [(row, _pem(keys, row)) for row in keys.registrations()]
     return Changes(
@@ -51,7 +53,7 @@ def changes(keys: KeyFolder, known: Mapping[bytes, int]) -> Changes:
 
 
 def _pem(keys: KeyFolder, row: Registration) -> bytes:
-    """A hospital's public key as Flower keeps it."""
+    """A hospital's public key in PEM, as Flower stores it."""
     path = keys.path / row.public_key
     try:
         key = serialization.load_ssh_public_key(path.read_bytes())
@@ -59,7 +61,7 @@ def _pem(keys: KeyFolder, row: Registration) -> bytes:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError(
-            f"{path} is no public key: make a new one with fedgan keys rotate {row.name}"
+            f"{path} is no public key: create a new one with fedgan keys rotate {row.name}"
         ) from error
     return key.public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -67,37 +69,37 @@ def _pem(keys: KeyFolder, row: Registration) -> bytes:
 
 
 def known_keys(control: ControlHttpClient) -> dict[bytes, int]:
-    """The keys that the SuperLink lets in, PEM to node id."""
+    """The keys that the SuperLink accepts, PEM to node id."""
     nodes = control.ListNodes(ListNodesRequest()).nodes_info
     return {
         bytes(node.public_key): int(node.node_id) for node in nodes if node.status != UNREGISTERED
     }
 
 
-def agree(keys: KeyFolder, control: ControlHttpClient) -> list[str]:
-    """Register and unregister what differs; a line for each. Whoever is no longer wanted goes first."""
-    wanted = changes(keys, known_keys(control))
+def apply_changes(keys: KeyFolder, control: ControlHttpClient) -> list[str]:
+    """Unregister, then register what differs; one line per change."""
+    changes = find_changes(keys, known_keys(control))
     lines = []
-    for name, node in wanted.unregister:
+    for name, node in changes.unregister:
         control.UnregisterNode(UnregisterNodeRequest(node_id=node))
         lines.append(f"unregistered {name}: its key is revoked")
-    for name, pem in wanted.register:
+    for name, pem in changes.register:
         control.RegisterNode(RegisterNodeRequest(public_key=pem, name=name))
         lines.append(f"registered {name}")
     return lines
 
 
-def register(keys: KeyFolder, superlink: str, seconds: float) -> list[str]:
-    """Wait so many seconds for a SuperLink and make it agree with the list; a line for each change.
+def register(keys: KeyFolder, superlink: str, timeout: float) -> list[str]:
+    """Apply the list to a SuperLink that is healthy within `timeout` seconds; one line per change.
 
-    Raises `FederationError` where it cannot be reached, is not to be trusted, or refuses.
+    Raises `FederationError` where it cannot be reached, is not trusted, or refuses.
     """
-    reach(superlink, keys.authority, seconds)
+    wait_until_healthy(superlink, keys.authority, timeout)
     control = ControlHttpClient.from_server_address(
         superlink, False, keys.authority.read_bytes(), []
     )
     try:
-        return agree(keys, control)
+        return apply_changes(keys, control)
     except httpx.HTTPError as error:
         raise FederationError(f"the SuperLink at {superlink} refused: {error}") from error
     finally:
@@ -105,7 +107,7 @@ def register(keys: KeyFolder, superlink: str, seconds: float) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m server.operator.register", description="Register the keys of hospitals."
     )
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=Path,
         default=Path("keys"),
         metavar="DIR",
-        help="the folder that fedgan keys made",
+        help="the folder of fedgan keys",
     )
     parser.add_argument(
         "--superlink",
@@ -125,9 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--wait",
         type=float,
-        default=WAIT,
+        default=TIMEOUT,
         metavar="SECONDS",
-        help="how long it may take to come up",
+        help="how long it may take to start",
     )
     options = parser.parse_args(arguments)
     try:
@@ -135,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FedganError as error:
         print(f"register: {error}", file=sys.stderr)
         return error.exit_code
-    print("\n".join(lines) or "the SuperLink agrees with the list: nothing to do")
+    print("\n".join(lines) or "the SuperLink matches the list: nothing to do")
     return 0
 
 

@@ -1,7 +1,8 @@
-"""The operator's side of a running federation: reach its SuperLink, submit a run, follow it to its real end.
+"""The operator's access to a SuperLink: check it, submit a run, read its status and its log.
 
-Only the control API tells all of this: `flwr run --stream` ends with 0 whatever became of the run, `flwr log` begins anew after
-each broken connection, `flwr supernode ls` knows no names. What builds and submits the app is `flwr run`.
+Only the control API has all of this: `flwr run --stream` exits with 0 whatever happened to the run,
+`flwr log` begins again after each broken connection, `flwr supernode ls` has no names. `flwr run`
+builds and submits the app.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ from flwr.supercore.control import ControlHttpClient
 from fedgan.errors import ConfigError, FederationError, MachineError
 
 POLL = 1.0
-PROBE_SECONDS = 5.0  # one look at /health
+PROBE_SECONDS = 5.0  # for one request to /health
 SUBMIT_SECONDS = 180.0
-UNREGISTERED = "unregistered"  # Flower's status of a node that was let go
+UNREGISTERED = "unregistered"  # Flower's status of a removed node
 REPOSITORY = Path(__file__).resolve().parents[2]
-CONNECTION = "federation"  # its name in Flower's own configuration, which is made for one command
-# What OpenSSL says of a certificate, and what the operator can do about it.
-DISTRUST = {
-    "certificate has expired": "its certificate has expired: fedgan keys rotate server, then restart SuperLink and proxy",
+CONNECTION = "federation"  # its name in the temporary Flower configuration of one command
+CERTIFICATE_ADVICE = {  # by OpenSSL's words
+    "certificate has expired": "its certificate has expired: fedgan keys rotate server, then "
+    "restart SuperLink and proxy",
     "not yet valid": "its certificate is not yet valid: set this machine's clock",
-    "mismatch": "its certificate is for other names: fedgan keys rotate server --host NAME, or call it by a name that it has",
+    "mismatch": "its certificate is for other names: fedgan keys rotate server --host NAME, or "
+    "address it by a name that it has",
 }
 NO_TLS = (
     "WRONG_VERSION_NUMBER",
@@ -54,14 +56,14 @@ NO_TLS = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run as the SuperLink knows it: `status` is pending, starting, running or finished."""
+    """A run at the SuperLink: `status` is pending, starting, running or finished."""
 
     number: int
     status: str
     sub_status: str = ""  # of a finished run: completed, failed or stopped
     details: str = ""
     submitted: str = ""
-    config: Mapping[str, Any] = field(default_factory=dict)  # what it was submitted with
+    config: Mapping[str, Any] = field(default_factory=dict)  # the submitted run-config
 
     @property
     def over(self) -> bool:
@@ -69,7 +71,7 @@ class Run:
 
     @property
     def completed(self) -> bool:
-        """Nothing else is success."""
+        """Whether it succeeded."""
         return (self.status, self.sub_status) == ("finished", "completed")
 
     @property
@@ -78,7 +80,7 @@ class Run:
 
     @property
     def output(self) -> str:
-        """Its run folder, on the ServerApp's disk."""
+        """Its run folder on the ServerApp's disk."""
         return str(self.config.get("output", ""))
 
 
@@ -92,15 +94,16 @@ class Node:
 
 
 class SuperLink:
-    """The control API of one SuperLink at `address` (HOST:PORT), known by the certificate in `authority`. Use as a context.
+    """The control API of the SuperLink at `address` (HOST:PORT), trusted by `authority`.
 
-    Every call but `log` is answered or fails within half a minute. Raises `FederationError` where the SuperLink refuses, and
-    lets `httpx.RequestError` through where it cannot be reached, so that a caller may try again.
+    A context manager. Every call but `log` returns or fails within half a minute. Raises
+    `FederationError` where the SuperLink refuses; `httpx.RequestError` where it cannot be reached,
+    so that a caller can retry.
     """
 
     def __init__(self, address: str, authority: Path) -> None:
         self.address, self.authority = address, authority
-        trusting(authority)  # before anything else fails over it
+        tls_context(authority)  # fails first, with a clear error
         self._control = ControlHttpClient.from_server_address(
             address, False, authority.read_bytes(), []
         )
@@ -112,19 +115,19 @@ class SuperLink:
         self._control.close()
 
     def run(self, number: int) -> Run:
-        """One run. Raises `FederationError` where there is none of that number."""
+        """One run. Raises `FederationError` where there is no run of that number."""
         with self._refusals():
             found = self._control.ListRuns(ListRunsRequest(run_id=number)).run_dict
         return _run(found[number])
 
     def runs(self) -> list[Run]:
-        """The newest twenty, the newest first."""
+        """The newest twenty runs, newest first."""
         with self._refusals():
             found = self._control.ListRuns(ListRunsRequest()).run_dict
         return sorted(map(_run, found.values()), key=lambda run: run.submitted, reverse=True)
 
     def stop(self, number: int) -> None:
-        """Stop a run. Raises `FederationError` where it is over."""
+        """Stop a run. Raises `FederationError` where it is already over."""
         with self._refusals():
             if not self._control.StopRun(StopRunRequest(run_id=number)).success:
                 raise FederationError(
@@ -132,7 +135,7 @@ class SuperLink:
                 )
 
     def nodes(self) -> list[Node]:
-        """Every hospital that is let in, by name."""
+        """Every registered hospital, by name."""
         with self._refusals():
             found = self._control.ListNodes(ListNodesRequest()).nodes_info
         rows = [
@@ -143,9 +146,9 @@ class SuperLink:
         return sorted(rows, key=lambda row: (row.name, row.number))
 
     def log(self, number: int, after: float) -> Iterator[tuple[str, float]]:
-        """Pieces of the log of a run, written after a moment, each with its own moment, until the run's end.
+        """Pieces of a run's log after a timestamp, each with its own timestamp, to the run's end.
 
-        Pieces end anywhere. Waits without end for the next one: read it in a thread.
+        Pieces end anywhere. The wait for the next one has no limit: read it in a thread.
         """
         with self._refusals():
             for piece in self._control.StreamLogs(
@@ -154,9 +157,9 @@ class SuperLink:
                 yield str(piece.log_output), float(piece.latest_timestamp)
 
     def submit(self, config: Mapping[str, str | bool], app: Path = REPOSITORY) -> int:
-        """Start a run of the app with a run-config; returns its number. Raises `FederationError` with Flower's reason."""
+        """Start a run of the app; returns its number. `FederationError` has Flower's reason."""
         command = Path(sys.executable).with_name("flwr")
-        words = [
+        flwr_run = [
             str(command) if command.is_file() else shutil.which("flwr") or "flwr",
             "run",
             str(app),
@@ -170,54 +173,55 @@ class SuperLink:
             Path(home, "config.toml").write_text(
                 tomli_w.dumps({"superlink": {CONNECTION: connection}}), encoding="utf-8"
             )
-            given = Path(home, "run.toml")
-            given.write_text(tomli_w.dumps(dict(config)), encoding="utf-8")
-            own = {
+            run_config = Path(home, "run.toml")
+            run_config.write_text(tomli_w.dumps(dict(config)), encoding="utf-8")
+            environment = {
                 "FLWR_HOME": home,
                 "FLWR_TELEMETRY_ENABLED": "0",
                 "FLWR_DISABLE_UPDATE_CHECK": "1",
             }
             try:
                 done = subprocess.run(
-                    [*words, "--format", "json", "-c", str(given)],
-                    env=dict(os.environ) | own,
+                    [*flwr_run, "--format", "json", "-c", str(run_config)],
+                    env=dict(os.environ) | environment,
                     capture_output=True,
                     text=True,
                     timeout=SUBMIT_SECONDS,
                 )
             except FileNotFoundError:
                 raise MachineError(
-                    "there is no command flwr: pip install -e . in the repository (see fedgan doctor)"
+                    "the command flwr is missing: pip install -e . in the repository (see fedgan "
+                    "doctor)"
                 ) from None
             except subprocess.TimeoutExpired:
                 raise FederationError(
-                    f"flwr run did not end within {SUBMIT_SECONDS:.0f} s; whether the SuperLink took the run, "
-                    "fedgan deploy status tells"
+                    f"flwr run did not end within {SUBMIT_SECONDS:.0f} s; fedgan deploy status "
+                    "shows whether the SuperLink accepted the run"
                 ) from None
         return _submitted(done.stdout, done.stderr)
 
     @contextlib.contextmanager
     def _refusals(self) -> Iterator[None]:
-        """Turn what the SuperLink answers to a request that it refuses into `FederationError`."""
+        """Convert a refusal of the SuperLink into `FederationError`."""
         try:
             yield
         except httpx.HTTPStatusError as error:
             if error.response.status_code >= 500:
                 raise httpx.RequestError(
-                    f"it answered {error.response.status_code}"
-                ) from error  # it comes up, or goes down
+                    f"it replied {error.response.status_code}"
+                ) from error  # it starts or stops
             raise FederationError(
                 f"the SuperLink at {self.address} refused: {_reason(error.response)}"
             ) from error
 
 
-def reach(address: str, authority: Path, seconds: float) -> None:
-    """Return when the SuperLink is healthy, within so many seconds.
+def wait_until_healthy(address: str, authority: Path, timeout: float) -> None:
+    """Return when the SuperLink is healthy, within `timeout` seconds.
 
-    Raises `FederationError` where nobody answers in that time, and at once where its certificate is not to be trusted or it
-    speaks no TLS, `ConfigError` where `authority` cannot be read or `address` is none.
+    Raises `FederationError` where it does not reply in that time, and at once for an untrusted
+    certificate or no TLS; `ConfigError` for an unreadable `authority` or an invalid `address`.
     """
-    context, end = trusting(authority), time.monotonic() + seconds
+    context, end = tls_context(authority), time.monotonic() + timeout
     if not address.rpartition(":")[2].isdigit() or "/" in address:
         raise ConfigError(
             f"'{address}' is no address of a SuperLink: write HOST:PORT, e.g. superlink:8000"
@@ -235,39 +239,44 @@ def reach(address: str, authority: Path, seconds: float) -> None:
         except httpx.HTTPError as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise FederationError(
-                    f"the SuperLink at {address} is not trusted: {_distrust(str(error), authority)}"
+                    f"the SuperLink at {address} is not trusted: "
+                    f"{_certificate_advice(str(error), authority)}"
                 ) from error
             if any(word in str(error) for word in NO_TLS):
                 raise FederationError(
-                    f"what answers at {address} does not speak TLS: it is no SuperLink of a deployment"
+                    f"the server at {address} does not use TLS: it is no SuperLink of a deployment"
                 ) from error
             if time.monotonic() > end:
                 raise FederationError(
-                    f"no SuperLink answers at {address} (waited {seconds:.0f} s: {error}): is it running, "
-                    "and is this machine in its network?"
+                    f"no SuperLink replies at {address} (waited {timeout:.0f} s: {error}): is it "
+                    "running, and is this machine in its network?"
                 ) from error
         time.sleep(POLL)
 
 
-def trusting(authority: Path) -> ssl.SSLContext:
-    """TLS that trusts one authority alone. Raises `ConfigError` where its certificate cannot be read."""
+def tls_context(authority: Path) -> ssl.SSLContext:
+    """TLS that trusts one authority only. Raises `ConfigError` for an unreadable certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(cafile=str(authority))
     except OSError as error:  # SSLError too
         raise ConfigError(
-            f"cannot read the certificate {authority}: give --ca, or make keys with fedgan keys NAME..."
+            f"cannot read the certificate {authority}: give --ca, or create keys with fedgan keys "
+            "NAME..."
         ) from error
     return context
 
 
-def _distrust(text: str, authority: Path) -> str:
-    default = f"{authority} has not signed its certificate: give the ca.crt of the keys that it was started with"
-    return next((advice for words, advice in DISTRUST.items() if words in text), default)
+def _certificate_advice(text: str, authority: Path) -> str:
+    default = (
+        f"{authority} has not signed its certificate: give the ca.crt of the keys that it was "
+        "started with"
+    )
+    return next((advice for words, advice in CERTIFICATE_ADVICE.items() if words in text), default)
 
 
 def _reason(response: httpx.Response) -> str:
-    """What Flower says in an answer that is an error."""
+    """Flower's reason in an error response."""
     try:
         found = response.json()
         return " ".join(str(found[key]) for key in ("detail", "extra") if key in found) or str(
@@ -294,22 +303,27 @@ def _run(found: Any) -> Run:
 
 
 def _submitted(stdout: str, stderr: str) -> int:
-    """The number of the run that `flwr run --format json` says it has started."""
+    """The run's number from the output of `flwr run --format json`."""
     with contextlib.suppress(ValueError, KeyError, TypeError):
         found = json.loads(stdout[stdout.index("{") :])
         if found.get("success"):
             return int(found["run-id"])
-        raise FederationError(f"the SuperLink took no run: {found.get('error-message') or found}")
+        raise FederationError(
+            f"the SuperLink refused the run: {found.get('error-message') or found}"
+        )
     lines = (stderr or stdout).strip().splitlines()
-    raise FederationError(f"flwr run gave no run: {lines[-1] if lines else 'it said nothing'}")
+    raise FederationError(f"flwr run started no run: {lines[-1] if lines else 'no output'}")
 
 
 @contextlib.contextmanager
-def connected(address: str, authority: Path, seconds: float) -> Iterator[SuperLink]:
-    """A SuperLink that was healthy just now. Raises as `reach`, and `FederationError` where it goes away meanwhile."""
-    reach(address, authority, seconds)
+def connected(address: str, authority: Path, timeout: float) -> Iterator[SuperLink]:
+    """A healthy SuperLink.
+
+    Raises as `wait_until_healthy`, and `FederationError` where the connection is lost later.
+    """
+    wait_until_healthy(address, authority, timeout)
     try:
         with SuperLink(address, authority) as link:
             yield link
     except httpx.RequestError as error:
-        raise FederationError(f"the SuperLink at {address} answers no more: {error}") from error
+        raise FederationError(f"the SuperLink at {address} no longer replies: {error}") from error

@@ -30,11 +30,11 @@ from fedgan.evaluation.features import check_features
 from fedgan.redact import redact
 from fedgan.runs.compatibility import check_compatibility
 from fedgan.runs.evaluator import evaluation_device
-from fedgan.runs.lock import locked, sweep
+from fedgan.runs.lock import locked, remove_temporary_files
 from fedgan.runs.preparation import (
     check_evaluation,
     data_key,
-    evaluation_guests,
+    open_evaluation_root,
     is_prepared,
     open_prepared,
     prepare_run,
@@ -75,7 +75,7 @@ def compare(
     sizes = {f"hospital-{number + 1}": 1 for number in range(settings.federation.hospitals)}
     plan(settings, folder, sizes, Path())
     with locked(folder):
-        sweep(folder)
+        remove_temporary_files(folder)
         settings = prepare(settings, folder, on_event)
         arms, hospitals = plan_of(settings, folder), open_prepared(settings, folder)
         for arm in arms:
@@ -113,7 +113,7 @@ def prepare(settings: Settings, folder: ComparisonFolder, on_event: OnEvent) -> 
     if is_prepared(folder):
         check_features(settings.evaluation.features)
         hospitals = open_prepared(settings, folder)
-        check_evaluation(settings, hospitals, evaluation_guests(settings))
+        check_evaluation(settings, hospitals, open_evaluation_root(settings))
         if describe_hospitals(hospitals, data_key(folder)) != folder.read_json(folder.hospitals):
             raise ConfigError(
                 f"{folder.path} was prepared with other images than its shards hold now: give "

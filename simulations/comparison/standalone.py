@@ -21,7 +21,7 @@ from fedgan.config import Settings
 from fedgan.data.federation import Hospital
 from fedgan.machine import peak_memory, usable_cores
 from fedgan.run_folder import RunFolder
-from fedgan.runs.lock import locked, sweep
+from fedgan.runs.lock import locked, remove_temporary_files
 from fedgan.runs.participants import Participant
 from fedgan.runs.preparation import (
     experiment_of,
@@ -43,7 +43,7 @@ from fedgan.training.checkpoint import load_tensors
 from fedgan.training.start import begin_training
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
-from server.metrics import mean_of, plain_numbers
+from server.metrics import finite_numbers, mean_metrics
 from simulations.comparison.arm import POOLED, FederatedStart, Job, pool_training_images
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -56,7 +56,7 @@ def train_standalone(job: Job, on_event: OnEvent) -> None:
     """Do the remaining rounds of a job. Raises what the Trainer raises; whole rounds stay."""
     run = job.run
     with locked(run):
-        sweep(run)
+        remove_temporary_files(run)
         if not is_prepared(run):
             prepare_run(job.settings, run, on_event)
         settings = run.settings()
@@ -201,7 +201,7 @@ def _train_round(job: Job, trainer: Trainer, before: State, on_event: OnEvent) -
         "images_seen": trainer.images_seen,
         "threads": torch.get_num_threads(),
         "peak_memory_bytes": float(peak_memory()),
-        **plain_numbers(means),
+        **finite_numbers(means),
         "images": int(means["images"]),
         **({"exhausted": 1.0} if trainer.exhausted else {}),
     }
@@ -222,7 +222,7 @@ def _train_round(job: Job, trainer: Trainer, before: State, on_event: OnEvent) -
         "images_seen": after.images_seen,
         "wall_seconds": after.wall_seconds,
         "bytes_exchanged": 0,
-        "mean": mean_of([row]),
+        "mean": mean_metrics([row]),
         "hospitals": [row],
     }
     if trainer.exhausted:

@@ -11,7 +11,7 @@ from fedgan.data.federation import open_hospital
 from fedgan.data.phantoms import write_phantoms
 from fedgan.data.shard import Shard
 from fedgan.runs.preparation import check_evaluation
-from server.operator import phantom_volumes as shards
+from server.operator import phantom_volumes
 
 SCENARIO = Path(__file__).resolve().parent.parent / "simulations" / "three_hospitals.toml"
 SMALL = ["data.phantom_images=120", "data.resolution=16"]
@@ -27,7 +27,7 @@ def volumes(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Pat
     root = tmp_path_factory.mktemp("volumes")
     (root / "hospitals").mkdir()
     (root / "reference").mkdir()
-    assert len(shards.fill(settings, root / "hospitals", root / "reference")) == 6
+    assert len(phantom_volumes.write_volumes(settings, root / "hospitals", root / "reference")) == 6
     return root
 
 
@@ -64,16 +64,18 @@ def test_what_is_there_stays_and_what_was_cut_short_is_drawn_again(
     reference = volumes / "reference"
     before = (volumes / "hospitals" / "1" / "images.npy").stat().st_mtime_ns
     (volumes / "hospitals" / "2" / "card.json").unlink()
-    assert shards.fill(settings, volumes / "hospitals", reference) == [volumes / "hospitals" / "2"]
+    assert phantom_volumes.write_volumes(settings, volumes / "hospitals", reference) == [
+        volumes / "hospitals" / "2"
+    ]
     assert (volumes / "hospitals" / "1" / "images.npy").stat().st_mtime_ns == before
-    assert shards.fill(settings, volumes / "hospitals", reference) == []
+    assert phantom_volumes.write_volumes(settings, volumes / "hospitals", reference) == []
     assert not list(reference.glob(".*"))
 
 
 def test_a_scenario_that_is_not_there_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = shards.main(
+    code = phantom_volumes.main(
         [str(tmp_path / "none.toml"), "--hospitals", str(tmp_path), "--reference", str(tmp_path)]
     )
     assert code == 2
