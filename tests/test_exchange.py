@@ -385,7 +385,7 @@ def test_one_failure_does_not_end_the_wait_with_a_quorum() -> None:
         return error_reply(message, "broken") if number == 2 else answer({}, message)
 
     found = send_and_receive(
-        grid(3, fault), [1000, 999, 998], lambda node, left: request(node), timeout=60, enough=2
+        grid(3, fault), [1000, 999, 998], lambda node, left: request(node), timeout=60, min_replies=2
     )
     assert sorted(found.received) == [999, 1000]
 
@@ -451,9 +451,9 @@ def test_wait_for_hospitals_is_bounded(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 40, 24)), "federation.join_timeout=1")
     config = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
     with pytest.raises(FederationError, match="2 of 3 hospitals came online within 1 s"):
-        introduce(grid(2), settings, config)
+        wait_for_members(grid(2), settings, config)
     with pytest.raises(ConfigError, match="4 nodes for"):
-        introduce(grid(4), settings, config)
+        wait_for_members(grid(4), settings, config)
 
 
 def test_quorum_starts_without_an_absent_hospital(tmp_path: Path) -> None:
@@ -463,7 +463,7 @@ def test_quorum_starts_without_an_absent_hospital(tmp_path: Path) -> None:
         "federation.min_hospitals=2",
     )
     config = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
-    members, problems = introduce(grid(2), settings, config)
+    members, problems = wait_for_members(grid(2), settings, config)
     assert ([member.number for member in members], problems) == ([0, 1], [])
 
 
@@ -508,7 +508,7 @@ def test_invalid_introduction_is_refused(key: str, value: Any, tmp_path: Path) -
 def test_hospitals_are_sorted_by_number(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 40, 24)))
     config = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
-    members, _ = introduce(grid(3), settings, config)
+    members, _ = wait_for_members(grid(3), settings, config)
     assert [(one.number, one.name, one.images) for one in members] == [
         (0, "beta", 20),
         (1, "gamma", 12),

@@ -215,10 +215,10 @@ def test_reply_is_checked_against_the_dtype_of_the_wire() -> None:
     check_reply(member, reply({"ema/w": np.ones(3, np.float16)}), sent, "fp16")
     check_reply(member, reply({"ema/w": np.full(3, 0x3F80, np.uint16)}), sent, "bf16")
     with pytest.raises(
-        FederationError, match=r"'ema/w' as float32 \(3,\), sent was float16 \(3,\)"
+        FederationError, match=r"'ema/w' with float32 \(3,\), expected float16 \(3,\)"
     ):
         check_reply(member, reply(sent), sent, "fp16")
-    with pytest.raises(FederationError, match=r"'ema/w' as uint16 \(2,\), sent was uint16 \(3,\)"):
+    with pytest.raises(FederationError, match=r"'ema/w' with uint16 \(2,\), expected uint16 \(3,\)"):
         check_reply(member, reply({"ema/w": np.ones(2, np.uint16)}), sent, "bf16")
     for wire, bad in (
         ("fp16", np.float16(np.inf)),
