@@ -279,7 +279,7 @@ def test_rounds_hospitals_and_remarks_are_shown(
         ),
         line(
             event="note",
-            text="hospital 2 'beta' failed in round 1: is not online; the round goes on without it",
+            text="hospital 2 'beta' failed in round 1: is not online; the round continues without it",
         ),
         "INFO : of Flower's own\n",
         line(event="round_end", round=1, rounds=2, line=numbers),
@@ -288,7 +288,7 @@ def test_rounds_hospitals_and_remarks_are_shown(
     _, _, said = deploy(FakeLink([RUNNING, COMPLETED], [log]), "run", str(scenario))
     assert "hospitals online: alpha\n" in said
     assert "hospitals alpha: rounds 1 to 2, 1000 images in all\n" in said
-    assert "the round goes on without it\n" in said
+    assert "the round continues without it\n" in said
     assert "round 1/2  0.5 kimg  loss_g 0.500" in said
     assert "of Flower's own" not in said
     code, out, _ = deploy(FakeLink([COMPLETED], [log]), "logs")

@@ -155,7 +155,7 @@ def test_an_unfinished_run_is_not_concluded(tmp_path: Path) -> None:
     run = RunFolder.at(tmp_path / "run")
     with pytest.raises(FederationError):
         federate(settings, run, app, fail_in(2))
-    with pytest.raises(FederationError, match="round 1 of 2 is the last that is complete"):
+    with pytest.raises(FederationError, match="round 1 of 2 is the last complete one"):
         Federation(run.settings(), run, experiment_of(run), NoEvaluator()).evaluate_final()
 
 
