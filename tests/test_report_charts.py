@@ -239,7 +239,9 @@ def test_single_values_are_small_marks_below_their_mean() -> None:
         (0.5, 1.0),
     )
     (mark,) = marks(svg, "path", "mark")
-    x, y = map(float, re.match(r"M([\d.]+) ([\d.]+)", mark.get("d", "")).groups())  # type: ignore[union-attr]
+    start = re.match(r"M([\d.]+) ([\d.]+)", mark.get("d", ""))
+    assert start is not None
+    x, y = map(float, start.groups())
     singles = [
         (float(e.get("cx", 0)), float(e.get("cy", 0)), float(e.get("r", 0)))
         for e in marks(svg, "circle", "single")
