@@ -12,7 +12,7 @@ import typer
 
 from fedgan import files
 from fedgan.cli import console
-from fedgan.cli.runs import checkpoint_of, runner
+from fedgan.cli.runs import checkpoint_of
 from fedgan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -116,7 +116,6 @@ def audit(
         )
     if output is not None:
         console.refuse_existing(output, "the audit")
-    runner()  # raises a clear error without the repository
     from fedgan.audit.audit import audit_hospitals, audit_report
     from fedgan.audit.subject import AuditSettings
     from fedgan.runs.lock import locked

@@ -100,8 +100,8 @@ def run(
     The scenario is read here; folders that it names are the server's. A folder that holds this very run is gone on with.
     """
     settings = load_scenario(scenario, overrides or [])
-    with _repository():
-        from fedgan.runs.compatibility import check_deployable
+    from fedgan.runs.compatibility import check_deployable
+
     check_deployable(settings)
     place = _absolute(output or f"{RUNS}/{folder_name(settings.name)}")
     config: dict[str, str | bool] = {

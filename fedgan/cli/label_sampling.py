@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from fedgan.apportion import apportion
 from fedgan.cli import console, labels
-from fedgan.cli.runs import runner
 from fedgan.config import from_dict
 from fedgan.errors import ConfigError, DataError
 
@@ -197,7 +196,6 @@ def _training_labels(checkpoint: Path, names: tuple[str, ...], exclusive: bool) 
             "the label mix is in the run folder: give the run folder, or use --label, --vector or "
             "--labels-from SHARD"
         )
-    runner()
     from fedgan.runs.preparation import open_prepared
 
     return np.concatenate(

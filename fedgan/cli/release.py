@@ -211,10 +211,7 @@ def filtered_release(
     """
     from fedgan.audit.release_filter import ReleaseFilter, check_release_filter, distance_thresholds
     from fedgan.cli.audit import open_run_hospitals
-    from fedgan.cli.runs import runner
     from fedgan.evaluation.sampling import draw_latents, generate_images
-
-    runner()  # raises a clear error without the repository
     from fedgan.runs.evaluator import evaluation_device
 
     settings = run.settings()
