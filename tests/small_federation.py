@@ -29,7 +29,7 @@ LABELS = ("dark", "bright")
 def write_shards(
     root: Path, sizes: Sequence[int], resolution: int = 16, names: Sequence[str] = NAMES
 ) -> Path:
-    """A shard for each size: images of two classes, darker and brighter noise, every second image of each class held out."""
+    """Write one shard per size: dark and bright noise; half of each class is held out."""
     for number, size in enumerate(sizes):
         rng = np.random.default_rng(number)
         labels = np.eye(2, dtype=np.uint8)[np.arange(size) % 2]
@@ -55,7 +55,7 @@ def write_shards(
 def tiny(
     root: Path, *overrides: str, hospitals: int = 3, rounds: int = 3, kimg: float = 0.2
 ) -> Settings:
-    """Settings of a federation that trains in a blink."""
+    """Settings of a federation that trains within seconds."""
     tree: dict[str, Any] = {
         "name": "tiny",
         "data": {"root": str(root), "resolution": 16},
@@ -80,7 +80,7 @@ def tiny(
 
 
 class NoEvaluator:
-    """An evaluator that does nothing but record the rounds."""
+    """An evaluator that only records the evaluated rounds."""
 
     def __init__(self) -> None:
         self.evaluated_rounds: list[int] = []
@@ -100,11 +100,12 @@ class NoEvaluator:
 
 
 class LocalGrid:
-    """Flower's Grid in one process: each message is answered by the ClientApp at once.
+    """Flower's Grid in one process: the ClientApp handles each message at once.
 
-    `own(number)` is a deployed hospital's node-config; without it hospitals are simulated on the server's machine.
-    `fault(number, message)` may return a reply in the place of the hospital's, or raise `LookupError` for no answer.
-    Replies come in the reverse order of the hospitals.
+    `node_config(number)` is a deployed hospital's node-config; without it hospitals are simulated
+    on the server's machine. `fault(number, message)` may return a reply that replaces the
+    hospital's, or raise `LookupError` for no reply. Replies arrive in the reverse order of the
+    hospitals.
     """
 
     def __init__(
@@ -112,17 +113,16 @@ class LocalGrid:
         hospitals: int,
         app: ClientApp,
         fault: Callable[[int, Message], Message | None] | None = None,
-        own: Callable[[int], dict[str, str]] | None = None,
+        node_config: Callable[[int], dict[str, str]] | None = None,
     ) -> None:
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
-        self.own = own
+        self.node_config = node_config
         self.nodes = {1000 - number: number for number in range(hospitals)}
         self.app, self.fault = app, fault
         self.replies: dict[str, Message] = {}
         self.sent: list[Message] = []
-        self.states = {
-            node: RecordDict() for node in self.nodes
-        }  # what a SuperNode keeps between two messages
+        # the state that a SuperNode keeps between two messages
+        self.states = {node: RecordDict() for node in self.nodes}
 
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)
@@ -133,16 +133,16 @@ class LocalGrid:
             ids.append(str(uuid.uuid4()))
             message.metadata.__dict__["_message_id"] = ids[-1]
             self.sent.append(message)
-            self._answer(copy.deepcopy(message), ids[-1])
+            self._deliver(copy.deepcopy(message), ids[-1])
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         return [self.replies.pop(key) for key in reversed(list(message_ids)) if key in self.replies]
 
-    def _answer(self, message: Message, key: str) -> None:
+    def _deliver(self, message: Message, key: str) -> None:
         number = self.nodes[message.metadata.dst_node_id]
         node: Any = {"partition-id": number, "num-partitions": len(self.nodes)} | (
-            self.own(number) if self.own else {}
+            self.node_config(number) if self.node_config else {}
         )
         state = self.states[message.metadata.dst_node_id]
         context = Context(
@@ -156,17 +156,17 @@ class LocalGrid:
             reply = self.fault(number, message) if self.fault else None
         except LookupError:
             return
-        with mock.patch.dict(os.environ, {SIMULATION: "0" if self.own else "1"}):
+        with mock.patch.dict(os.environ, {SIMULATION: "0" if self.node_config else "1"}):
             self.replies[key] = reply or self.app(message, context)
 
 
 def error_reply(message: Message, reason: str, code: int = 0) -> Message:
-    """What a node answers that failed with `reason`."""
+    """The error reply of a node that failed with `reason`."""
     return Message(Error(code, reason), reply_to=message)
 
 
 def federate(settings: Settings, run: RunFolder, app: ClientApp, fault: Any = None) -> Federation:
-    """Train all rounds that are left, in this process."""
+    """Train the remaining rounds in this process."""
     if not is_prepared(run):
         prepare_run(settings, run)
     federation = Federation(run.settings(), run, experiment_of(run), NoEvaluator())
@@ -175,28 +175,30 @@ def federate(settings: Settings, run: RunFolder, app: ClientApp, fault: Any = No
 
 
 def processes_of(run: Path) -> set[int]:
-    """Session ids of the engines that work on `run` (each leads a session of its own)."""
+    """Session ids of the engines that work on `run`; each leads its own session."""
     return {
-        pid for pid, words, _ in _processes() if "simulations.engine" in words and str(run) in words
+        pid
+        for pid, arguments, _ in _processes()
+        if "simulations.engine" in arguments and str(run) in arguments
     }
 
 
 def alive_in(sessions: set[int]) -> list[int]:
-    """Processes of those sessions that still run."""
+    """Running processes of these sessions."""
     return [pid for pid, _, session in _processes() if session in sessions]
 
 
 def _processes() -> list[tuple[int, list[str], int]]:
-    """(pid, command line, session id) of all processes but the dead that nobody has buried."""
+    """(pid, command line, session id) of all processes except zombies."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            arguments = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
             state, _, _, session = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:4]
         except OSError:
             continue
         if state != "Z" and int(entry.name) != os.getpid():
-            found.append((int(entry.name), words, int(session)))
+            found.append((int(entry.name), arguments, int(session)))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import pytest
@@ -33,7 +34,7 @@ def test_no_count_is_below_the_minimum(extra: int, weights: list[int]) -> None:
     assert sum(counts) == total
     assert min(counts) >= 1
     assert all(count <= max(1, share + 1) for count, share in zip(counts, exact, strict=True))
-    for heavy, light in zip(weights, weights[1:], strict=False):
+    for heavy, light in itertools.pairwise(weights):
         first, second = counts[weights.index(heavy)], counts[weights.index(light)]
         assert heavy < light or first >= second
 

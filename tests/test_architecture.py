@@ -1,4 +1,4 @@
-"""The arrows of docs/architecture.md, held over every import statement of the house, lazy ones too."""
+"""The layers of docs/architecture.md, checked for every import statement, lazy ones included."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-HOUSE = ("fedgan", "client", "server", "simulations")
-GROUND = {
+PACKAGES = ("fedgan", "client", "server", "simulations")
+BASE_MODULES = {
     "apportion",
     "comparison_folder",
     "config",
@@ -23,27 +23,27 @@ GROUND = {
     "redact",
     "run_folder",
 }
-FOREIGN = {"flwr", "ray", "opacus", "typer", "rich", "click"}
+CLI_ONLY = {"flwr", "ray", "opacus", "typer", "rich", "click"}
 
-# room → rooms that it may import (beside itself)
-OUTSIDE = {
+# layer → layers that it may import, besides itself
+PACKAGE_IMPORTS = {
     "fedgan": set(),
     "client": {"fedgan"},
     "server": {"fedgan"},
     "simulations": {"fedgan", "server", "client"},
 }
-INSIDE = {
-    "ground": set(),
-    "models": {"ground"},
-    "data": {"ground"},
-    "deployment": {"ground"},
-    "exchange": {"ground", "models", "data"},
-    "privacy": {"ground", "models", "data"},
-    "training": {"ground", "models", "data", "exchange", "privacy"},
-    "evaluation": {"ground", "models", "data", "exchange", "privacy", "training"},
-    "audit": {"ground", "models", "data", "exchange", "privacy", "training", "evaluation"},
+LAYER_IMPORTS = {
+    "base": set(),
+    "models": {"base"},
+    "data": {"base"},
+    "deployment": {"base"},
+    "exchange": {"base", "models", "data"},
+    "privacy": {"base", "models", "data"},
+    "training": {"base", "models", "data", "exchange", "privacy"},
+    "evaluation": {"base", "models", "data", "exchange", "privacy", "training"},
+    "audit": {"base", "models", "data", "exchange", "privacy", "training", "evaluation"},
     "runs": {
-        "ground",
+        "base",
         "models",
         "data",
         "deployment",
@@ -53,7 +53,7 @@ INSIDE = {
         "evaluation",
     },
     "report": {
-        "ground",
+        "base",
         "models",
         "data",
         "exchange",
@@ -87,73 +87,73 @@ def imports_of(source: str, module: str, is_package: bool) -> Iterator[str]:
             )
 
 
-def room_of(name: str) -> tuple[str, str]:
-    """Top-level room and room inside fedgan: `fedgan.data.shard` → fedgan, data; `fedgan.files` → fedgan, ground."""
+def layer_of(name: str) -> tuple[str, str]:
+    """Package, and layer in fedgan: `fedgan.data.shard` → fedgan, data; `fedgan.files` → base."""
     top, _, rest = name.partition(".")
     inner = rest.partition(".")[0]
-    return top, ("ground" if inner in GROUND or not inner else inner) if top == "fedgan" else ""
+    return top, ("base" if inner in BASE_MODULES or not inner else inner) if top == "fedgan" else ""
 
 
-def offence(module: str, imported: str) -> str:
-    """What is wrong with `module` importing `imported`; '' when nothing is."""
-    (here, inside), (there, target) = room_of(module), room_of(imported)
+def violation(module: str, imported: str) -> str:
+    """Why `module` must not import `imported`; '' if it may."""
+    (here, inside), (there, target) = layer_of(module), layer_of(imported)
     if (here, inside) == ("fedgan", "cli"):
         return ""
     if (inside, there) == ("privacy", "opacus"):
-        return ""  # the accountant's, imported where it is used
-    if here == "fedgan" and there in FOREIGN:
+        return ""  # the accountant, imported where it is used
+    if here == "fedgan" and there in CLI_ONLY:
         return f"{module} imports {imported}: only fedgan/cli may"
-    if there not in HOUSE:
+    if there not in PACKAGES:
         return ""
     if (there, target) == ("fedgan", "cli"):
         return f"{module} imports {imported}: nothing may import the command line"
     if here != there:
         return (
             ""
-            if there in OUTSIDE[here] and (here, target) != ("client", "runs")
-            else f"{module} imports {imported}: no arrow leads from {here} to {there}"
+            if there in PACKAGE_IMPORTS[here] and (here, target) != ("client", "runs")
+            else f"{module} imports {imported}: {here} must not import {there}"
         )
-    if here == "fedgan" and target not in INSIDE[inside] | {inside}:
-        # `from fedgan import __version__` names no room
+    if here == "fedgan" and target not in LAYER_IMPORTS[inside] | {inside}:
+        # `from fedgan import __version__` names no layer
         return (
-            f"{module} imports {imported}: no arrow leads from {inside} to {target}"
-            if target in INSIDE
+            f"{module} imports {imported}: {inside} must not import {target}"
+            if target in LAYER_IMPORTS
             else ""
         )
     return ""
 
 
 def modules() -> list[tuple[str, Path]]:
-    """Every module of the house as (dotted name, file)."""
+    """Every module as (dotted name, file)."""
     found = []
-    for room in HOUSE:
-        for path in sorted((ROOT / room).rglob("*.py")):
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
     return found
 
 
-def test_all_imports_follow_the_arrows() -> None:
-    offences = [
+def test_all_imports_follow_the_layers() -> None:
+    violations = [
         problem
         for module, path in modules()
         for imported in imports_of(
             path.read_text(encoding="utf-8"), module, path.name == "__init__.py"
         )
-        if (problem := offence(module, imported))
+        if (problem := violation(module, imported))
     ]
-    assert not offences, "\n".join(offences)
+    assert not violations, "\n".join(violations)
 
 
-def test_every_room_inside_the_library_is_in_the_table() -> None:
-    rooms = {
+def test_every_layer_of_the_library_is_in_the_table() -> None:
+    layers = {
         path.name
         for path in (ROOT / "fedgan").iterdir()
         if path.is_dir() and (path / "__init__.py").is_file()
     }
     files = {path.stem for path in (ROOT / "fedgan").glob("*.py")} - {"__init__"}
-    assert rooms - {"cli"} <= set(INSIDE)
-    assert files <= GROUND
+    assert layers - {"cli"} <= set(LAYER_IMPORTS)
+    assert files <= BASE_MODULES
 
 
 @pytest.mark.parametrize(
@@ -174,9 +174,9 @@ def test_every_room_inside_the_library_is_in_the_table() -> None:
         ("client.app", "import fedgan.runs.budget"),
     ],
 )
-def test_the_check_finds_a_wrong_arrow(module: str, source: str) -> None:
+def test_import_check_finds_a_wrong_import(module: str, source: str) -> None:
     assert any(
-        offence(module, imported) for imported in imports_of(source, module, is_package=False)
+        violation(module, imported) for imported in imports_of(source, module, is_package=False)
     )
 
 
@@ -194,11 +194,11 @@ def test_the_check_finds_a_wrong_arrow(module: str, source: str) -> None:
         ("fedgan.cli.runs", "import simulations.runner, rich, typer"),
     ],
 )
-def test_the_check_lets_a_right_arrow_pass(module: str, source: str) -> None:
+def test_import_check_accepts_an_allowed_import(module: str, source: str) -> None:
     assert not [
         problem
         for imported in imports_of(source, module, is_package=False)
-        if (problem := offence(module, imported))
+        if (problem := violation(module, imported))
     ]
 
 
@@ -219,7 +219,7 @@ print("fedgan.training.trainer" in sys.modules, "fedgan.report.run.report" in sy
 """
 
 
-def test_the_library_works_where_flower_and_ray_are_absent() -> None:
+def test_library_imports_without_flower_and_ray() -> None:
     done = subprocess.run(
         [sys.executable, "-c", BLOCK], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -227,9 +227,12 @@ def test_the_library_works_where_flower_and_ray_are_absent() -> None:
     assert done.stdout.split() == ["True", "True"]
 
 
-def test_the_command_line_starts_without_the_heavy_packages() -> None:
+def test_cli_starts_without_heavy_packages() -> None:
     heavy = "torch numpy flwr ray scipy sklearn PIL rich"
-    code = f"import sys, fedgan.cli; print([name for name in {heavy.split()!r} if name in sys.modules])"
+    code = (
+        "import sys, fedgan.cli; "
+        f"print([name for name in {heavy.split()!r} if name in sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

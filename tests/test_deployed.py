@@ -56,7 +56,7 @@ def test_a_deployment_trains_the_very_model_of_the_simulation(tmp_path: Path) ->
     settings = run.settings()
     evaluator = Evaluator(settings, run, evaluation_hospitals(settings, run))
     federation = Federation(settings, run, experiment_of(run), evaluator, reconnecting=True)
-    federation.train(LocalGrid(3, client_app, own=own_place(tmp_path)))  # type: ignore[arg-type]
+    federation.train(LocalGrid(3, client_app, node_config=own_place(tmp_path)))  # type: ignore[arg-type]
     assert run.checkpoint(2).read_bytes() == simulated.checkpoint(2).read_bytes()
     assert not (run.path / "hospitals").exists()
     assert [(row["name"], row["images"]) for row in json.loads(run.hospitals.read_text())] == [
@@ -77,7 +77,7 @@ def test_flower_s_server_federates_a_deployment_to_its_evaluation(tmp_path: Path
     words: Any = {"scenario": str(scenario.config), "output": str(run.path), "deployed": True}
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=words)
     main_function: Any = main
-    main_function(LocalGrid(3, client_app, own=own_place(tmp_path)), context)
+    main_function(LocalGrid(3, client_app, node_config=own_place(tmp_path)), context)
     assert json.loads(run.evaluation.read_text())["round"] == 2
     assert is_deployed(run)
     page = run.report.read_text()

@@ -1,4 +1,4 @@
-"""Sampling, the classifiers' recipe, and the central evaluator with generators whose worth is known."""
+"""Sampling, classifier training, and the central evaluator with generators of known quality."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def _draw(labels, rng):
-    """A bright band for each label, at a height of its own; grey level, position and noise vary."""
+def _render(labels, rng):
+    """One bright band per label at its own height; grey level, position and noise vary."""
     images = 90 + 15 * rng.normal(size=(len(labels), 1, SIDE, SIDE))
     for row, vector in enumerate(labels):
         for k in np.flatnonzero(vector):
@@ -76,18 +76,18 @@ def _data(count, seed, name="somewhere", exclusive=True, label_names=NAMES):
         labels = (rng.random((count, CLASSES)) < 0.35).astype(np.uint8)
     patients = np.array([f"p{row // 2}" for row in range(count)])
     return ImageDataset(
-        name, _draw(labels, rng), labels, label_names, exclusive, patients, np.full(count, name)
+        name, _render(labels, rng), labels, label_names, exclusive, patients, np.full(count, name)
     )
 
 
 class _Generator(torch.nn.Module):
-    """Shows real images: of the class that was asked for, or of any (`heeds` is False). z chooses among them."""
+    """A fake generator of real images, of the given label if `is_conditional`; z selects one."""
 
     z_dim, label_dim = 4, CLASSES
 
-    def __init__(self, dataset, heeds=True, broken=False):
+    def __init__(self, dataset, is_conditional=True, diverges=False):
         super().__init__()
-        self.heeds, self.broken, self.labels = heeds, broken, dataset.labels
+        self.is_conditional, self.diverges, self.labels = is_conditional, diverges, dataset.labels
         self.images = to_float(
             torch.from_numpy(np.asarray(dataset.images[np.arange(len(dataset))]))
         )
@@ -100,12 +100,12 @@ class _Generator(torch.nn.Module):
         for pick, vector in zip(choice, c.numpy(), strict=True):
             fitting = (
                 np.flatnonzero((self.labels == vector).all(1))
-                if self.heeds
+                if self.is_conditional
                 else np.arange(len(self.labels))
             )
             rows.append(fitting[pick % len(fitting)] if len(fitting) else 0)
         images = self.images[rows].clone()
-        if self.broken:
+        if self.diverges:
             images[-1, 0, 0, 0] = float("nan")
         return images
 
@@ -127,26 +127,26 @@ def _hospitals(**kind):
     ]
 
 
-# --- sampling ------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 4), st.integers(1, 200))
 def test_synthetic_labels_are_real_vectors_in_real_proportions(seed, real, labels, count):
     vectors = (np.random.default_rng(seed).random((real, labels)) < 0.4).astype(np.uint8)
-    drawn = synthetic_labels(vectors, count, seed)
-    assert drawn.shape == (count, labels)
+    sampled = synthetic_labels(vectors, count, seed)
+    assert sampled.shape == (count, labels)
     distinct, occurs = np.unique(vectors, axis=0, return_counts=True)
-    assert {tuple(row) for row in drawn} <= {tuple(row) for row in distinct}
+    assert {tuple(row) for row in sampled} <= {tuple(row) for row in distinct}
     if len(distinct) <= count:
         for vector, share in zip(distinct, occurs / real, strict=True):
-            have = (drawn == vector).all(1).sum()
-            assert have >= 1
-            assert have <= max(1, np.ceil(share * count))
-            assert have >= np.floor(share * count) - len(distinct)
+            occurrences = (sampled == vector).all(1).sum()
+            assert occurrences >= 1
+            assert occurrences <= max(1, np.ceil(share * count))
+            assert occurrences >= np.floor(share * count) - len(distinct)
 
 
-def test_synthetic_labels_are_exactly_proportional_where_they_can_be_and_keep_a_rare_class():
+def test_synthetic_labels_are_proportional_and_keep_a_rare_class():
     labels = np.eye(3, dtype=np.uint8)[np.repeat([0, 1, 2], [60, 30, 10])]
     assert synthetic_labels(labels, 50, 0).sum(0).tolist() == [30, 15, 5]
     rare = np.eye(2, dtype=np.uint8)[np.repeat([0, 1], [9999, 1])]
@@ -154,45 +154,44 @@ def test_synthetic_labels_are_exactly_proportional_where_they_can_be_and_keep_a_
     assert synthetic_labels(np.zeros((5, 0), np.uint8), 7, 0).shape == (7, 0)
 
 
-def test_every_grey_level_survives_the_way_through_floats():
+def test_grey_levels_survive_the_conversion_to_floats():
     levels = torch.arange(256, dtype=torch.uint8)
     np.testing.assert_array_equal(to_uint8(to_float(levels)), levels.numpy())
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
-def test_images_depend_on_the_seed_but_not_on_the_batch():
+def test_generated_images_depend_on_the_seed_not_on_the_batch():
     data = _data(60, 0)
     generator = _Generator(data).train()
     first = generate_images(generator, data.labels, seed=1, psi=0.7, batch=64)
     np.testing.assert_array_equal(first, generate_images(generator, data.labels, seed=1, batch=7))
     assert (first != generate_images(generator, data.labels, seed=2)).any()
-    assert generator.calls[0] == (60, 0.7, "const", False)  # evaluated without random noise …
-    assert generator.training  # … and handed back as it was
+    assert generator.calls[0] == (60, 0.7, "const", False)  # evaluation mode, constant noise
+    assert generator.training  # the mode is restored
 
 
 @pytest.mark.parametrize("names", [NAMES, ()])
-def test_the_networks_themselves_can_be_sampled(names):
+def test_stylegan2_generator_can_be_sampled(names):
     generator = Generator(ModelSettings(z_dim=8, w_dim=8, channel_max=8), SIDE, 3, len(names))
     labels = np.eye(3, dtype=np.uint8)[[0, 1, 2, 0, 1]][:, : len(names)]
     images = generate_images(generator, labels, seed=0, psi=0.5)
     assert images.shape == (5, 3, SIDE, SIDE)
     assert len({image.tobytes() for image in images}) == 5
     again = generate_images(generator, labels, seed=0, psi=0.5, batch=2)
-    assert (
-        np.abs(again.astype(int) - images).max() <= 1
-    )  # sums of another batch size round otherwise
+    # sums of another batch size round differently
+    assert np.abs(again.astype(int) - images).max() <= 1
     assert sample_grid(generator, names, True).size[0] > 8 * SIDE
 
 
-def test_images_that_are_not_finite_are_one_clear_error():
+def test_generated_images_that_are_not_finite_are_an_error():
     data = _data(20, 0)
-    generator = _Generator(data, broken=True).train()
+    generator = _Generator(data, diverges=True).train()
     with pytest.raises(FedganError, match=r"not finite.*diverged"):
         generate_images(generator, data.labels, seed=0)
     assert generator.training
 
 
-def test_labels_and_images_that_do_not_fit_are_refused():
+def test_labels_and_images_of_wrong_shapes_are_refused():
     data = _data(20, 0)
     with pytest.raises(FedganError, match="do not fit a generator of 3 labels"):
         generate_images(_Generator(data), np.zeros((4, 2)), seed=0)
@@ -201,100 +200,97 @@ def test_labels_and_images_that_do_not_fit_are_refused():
         synthetic_dataset(_Generator(data), larger, 8, seed=0)
 
 
-# --- grids ---------------------------------------------------------------------------------------
+# --- grids ----------------------------------------------------------------------------------------
 
 
-def test_rows_of_a_grid_are_classes_or_single_findings_or_one_block():
-    assert [text for text, _ in grid_rows(NAMES, True)] == list(NAMES)
+def test_grid_rows_are_classes_single_findings_or_one_block():
+    assert [name for name, _ in grid_rows(NAMES, True)] == list(NAMES)
     findings = grid_rows(NAMES, False)
-    assert [text for text, _ in findings] == ["no finding", *NAMES]
+    assert [name for name, _ in findings] == ["no finding", *NAMES]
     assert [int(vector.sum()) for _, vector in findings] == [0, 1, 1, 1]
-    assert [text for text, _ in grid_rows(("No_Finding", "mass"), False)] == ["No_Finding", "mass"]
-    assert {text for text, _ in grid_rows((), True)} == {""}
+    assert [name for name, _ in grid_rows(("No_Finding", "mass"), False)] == ["No_Finding", "mass"]
+    assert {name for name, _ in grid_rows((), True)} == {""}
 
 
-def test_a_column_of_the_grid_is_one_latent_and_rounds_share_latents():
-    class _ShowsLatent(torch.nn.Module):
+def test_grid_columns_share_one_latent_over_rows_and_rounds():
+    class _LatentImage(torch.nn.Module):
         z_dim, label_dim = 2, CLASSES
 
         def forward(self, z, c, psi=1.0, noise="random"):
             return torch.tanh(z[:, :1, None, None]).expand(-1, 1, SIDE, SIDE)
 
-    picture = np.asarray(sample_grid(_ShowsLatent(), NAMES, True, columns=4, seed=3))
+    image = np.asarray(sample_grid(_LatentImage(), NAMES, True, columns=4, seed=3))
     cell = 4 * SIDE
     pixels = np.array(
         [
-            [picture[r * (cell + 2) + 5, -1 - (3 - c) * (cell + 2) - 5, 0] for c in range(4)]
+            [image[r * (cell + 2) + 5, -1 - (3 - c) * (cell + 2) - 5, 0] for c in range(4)]
             for r in range(CLASSES)
         ]
     )
     np.testing.assert_array_equal(pixels, np.repeat(pixels[:1], CLASSES, axis=0))
     assert len(set(pixels[0])) == 4
     np.testing.assert_array_equal(
-        picture, np.asarray(sample_grid(_ShowsLatent(), NAMES, True, columns=4, seed=3))
+        image, np.asarray(sample_grid(_LatentImage(), NAMES, True, columns=4, seed=3))
     )
 
 
-def test_the_real_grid_has_the_layout_of_the_sample_grid_and_blanks_where_images_lack():
+def test_real_grid_has_the_sample_grid_layout_with_blank_cells():
     data = _data(30, 1)
-    few = data.take(np.r_[0, 1, 2])  # one image a class
+    few = data.take(np.r_[0, 1, 2])  # one image per class
     sampled, real = sample_grid(_Generator(data), NAMES, True), real_grid(few)
     assert real.size == sampled.size
     assert np.asarray(real)[5, -5].tolist() == [235, 235, 235]
 
 
-def test_the_real_grid_of_findings_takes_pure_cases_first():
+def test_real_grid_shows_images_of_a_single_finding_first():
     labels = np.array([[1, 1], [1, 0], [1, 1]], np.uint8)
     images = np.stack([np.full((1, SIDE, SIDE), value, np.uint8) for value in (10, 200, 20)])
     data = ImageDataset("x", images, labels, ("mass", "nodule"), False)
-    picture = np.asarray(real_grid(data, columns=3))
-    assert (
-        picture[64 + 2 + 10, 116 + 10, 0] == 200
-    )  # second row: 'mass' alone comes before the mixed cases
+    image = np.asarray(real_grid(data, columns=3))
+    # second row: 'mass' alone comes before the mixed cases
+    assert image[64 + 2 + 10, 116 + 10, 0] == 200
 
 
-def test_a_grid_is_a_png_for_every_kind_of_data():
+def test_grid_is_a_png_for_every_kind_of_data():
     unconditional = ImageDataset(
         "u", np.zeros((9, 3, 64, 64), np.uint8), np.zeros((9, 0), np.uint8), ()
     )
     for data in (_data(12, 0), _data(12, 0, exclusive=False), unconditional):
-        picture = Image.open(io.BytesIO(png_bytes(real_grid(data))))
-        assert picture.format == "PNG"
-        assert picture.size[0] > 8 * 64
+        image = Image.open(io.BytesIO(png_bytes(real_grid(data))))
+        assert image.format == "PNG"
+        assert image.size[0] > 8 * 64
 
 
-# --- the classifiers' recipe ---------------------------------------------------------------------
+# --- classifier training --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "features"), [("small-cnn", 128), ("resnet18", 512)])
 @pytest.mark.parametrize(("channels", "side"), [(1, 16), (3, 32), (1, 128)])
-def test_classifiers_take_every_size(name, features, channels, side):
+def test_classifiers_accept_every_image_size(name, features, channels, side):
     classifier = build_classifier(name, channels, side, 5).eval()
     images = torch.zeros(2, channels, side, side)
     assert classifier.features(images).shape == (2, features)
     assert classifier(images).shape == (2, 5)
 
 
-def test_an_unknown_classifier_is_a_config_error():
+def test_unknown_classifier_is_a_config_error():
     with pytest.raises(ConfigError, match="small-cnn, resnet18"):
         build_classifier("vit", 1, 32, 2)
 
 
 def test_class_weights_balance_the_classes():
-    exclusive = np.eye(4, dtype=np.uint8)[
-        np.repeat([0, 1, 2], [60, 30, 10])
-    ]  # the fourth class never occurs
+    # the fourth class never occurs
+    exclusive = np.eye(4, dtype=np.uint8)[np.repeat([0, 1, 2], [60, 30, 10])]
     weights = class_weights(exclusive, True).numpy()
     np.testing.assert_allclose(weights, [100 / 180, 100 / 90, 100 / 30, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(
-        (weights * exclusive.sum(0))[:3], 100 / 3, rtol=1e-6
-    )  # each class weighs the same in all
+    # equal total weight per class
+    np.testing.assert_allclose((weights * exclusive.sum(0))[:3], 100 / 3, rtol=1e-6)
     findings = np.array([[1, 0], [0, 0], [0, 0], [1, 0], [1, 1]], np.uint8)
     np.testing.assert_allclose(class_weights(findings, False), [2 / 3, 4.0])
     assert class_weights(np.eye(2, dtype=np.uint8)[[0] * 9999 + [1]], True).max() == 100.0
 
 
-def test_the_loss_is_the_weighted_one():
+def test_classification_loss_equals_the_weighted_formula():
     rng = np.random.default_rng(0)
     logits, weights = (
         torch.from_numpy(rng.normal(size=(6, 3))),
@@ -302,16 +298,16 @@ def test_the_loss_is_the_weighted_one():
     )
     truth = torch.tensor([0, 1, 2, 0, 0, 1])
     labels = functional.one_hot(truth, 3).double()
-    each, carried = -logits.log_softmax(1)[range(6), truth], weights[truth]
+    each, row_weights = -logits.log_softmax(1)[range(6), truth], weights[truth]
     assert classification_loss(logits, labels, weights, True) == pytest.approx(
-        float((each * carried).sum() / carried.sum())
+        float((each * row_weights).sum() / row_weights.sum())
     )
     p = logits.sigmoid()
     each = -(weights * labels * p.log() + (1 - labels) * (1 - p).log())
     assert classification_loss(logits, labels, weights, False) == pytest.approx(float(each.mean()))
 
 
-def test_training_uses_the_weights_of_its_own_labels(monkeypatch):
+def test_classifier_training_uses_class_weights_of_its_labels(monkeypatch):
     rng = np.random.default_rng(0)
     labels = np.eye(2, dtype=np.uint8)[np.repeat([0, 1], [190, 10])]
     images = np.clip(
@@ -327,7 +323,7 @@ def test_training_uses_the_weights_of_its_own_labels(monkeypatch):
     assert weighted > probabilities(train_classifier(data, 12, 0), data)[:, 1].mean() + 0.1
 
 
-def test_augmentation_shifts_whole_images_and_repeats_edges():
+def test_augmentation_shifts_images_and_repeats_edges():
     rows, columns = np.mgrid[0:32, 0:32]
     images = torch.from_numpy((8 * rows % 256 + columns).astype(np.uint8))[None, None].repeat(
         40, 2, 1, 1
@@ -353,7 +349,7 @@ def test_augmentation_shifts_whole_images_and_repeats_edges():
     assert {flip for flip, _, _ in seen} == {False, True}
 
 
-def test_training_is_deterministic_by_seed_and_leaves_the_global_generator_alone():
+def test_classifier_training_depends_only_on_its_seed():
     data = _data(70, 0)
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -363,19 +359,19 @@ def test_training_is_deterministic_by_seed_and_leaves_the_global_generator_alone
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-def test_steps_follow_the_real_images_and_the_rate_ends_near_zero():
+def test_training_steps_follow_the_images_and_the_rate_ends_near_zero():
     assert training_steps(640, 12) == 120
     assert training_steps(1, 1) == 1
     assert max(cycle(step / 100) for step in range(100)) == pytest.approx(1.0)
     assert cycle(0.99) < 0.01
 
 
-def test_an_empty_dataset_cannot_train():
+def test_training_on_an_empty_dataset_is_a_data_error():
     with pytest.raises(DataError, match="no image to train"):
         train_classifier(_data(5, 0).take(np.empty(0, int)), 2, 0)
 
 
-# --- evaluation ----------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -385,15 +381,17 @@ def real():
 
 
 def _released(data):
-    """Real images as if a generator had made them: of nobody."""
+    """Real images without patients and institutions, like generated ones."""
     return dataclasses.replace(data, patients=np.empty(0, str), institutions=np.empty(0, str))
 
 
-def test_copies_of_real_images_are_worth_as_much_and_images_of_any_class_nothing(real):
+def test_utility_is_high_for_copies_and_chance_for_random_labels(real):
     copies = synthetic_dataset(_Generator(real.train), real.train, 200, seed=0)
     good = evaluate_synthetic(real, copies).numbers
-    careless = synthetic_dataset(_Generator(real.train, heeds=False), real.train, 200, seed=0)
-    bad = evaluate_synthetic(real, careless).numbers
+    unconditional = synthetic_dataset(
+        _Generator(real.train, is_conditional=False), real.train, 200, seed=0
+    )
+    bad = evaluate_synthetic(real, unconditional).numbers
     assert good["utility"]["real"]["macro_auc"] > 0.9
     assert good["utility"]["synthetic"]["macro_auc"] > good["utility"]["real"]["macro_auc"] - 0.05
     assert bad["utility"]["real"] == good["utility"]["real"]
@@ -412,7 +410,7 @@ def test_copies_of_real_images_are_worth_as_much_and_images_of_any_class_nothing
     assert worse["frechet_reference"] == good["fidelity"]["frechet_reference"]
 
 
-def test_test_images_and_labels_never_reach_a_classifier(real):
+def test_classifiers_do_not_depend_on_test_images(real):
     rng = np.random.default_rng(0)
     shuffled = dataclasses.replace(
         real.test, labels=rng.permutation(real.test.labels), images=255 - real.test.images
@@ -420,11 +418,11 @@ def test_test_images_and_labels_never_reach_a_classifier(real):
     other = RealReference(real.train, real.val, shuffled, QUICK, seed=0)
     assert other.metrics["macro_auc"] != real.metrics["macro_auc"]
     for number in range(QUICK.seeds):
-        ours, theirs = real.classifier(number).state_dict(), other.classifier(number).state_dict()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        first, second = real.classifier(number).state_dict(), other.classifier(number).state_dict()
+        assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_class_without_test_images_is_null_with_a_note(real):
+def test_class_without_test_images_is_null_with_a_note(real):
     keep = real.test.take(np.flatnonzero(real.test.labels[:, 2] == 0))
     short = RealReference(real.train, real.val, keep, dataclasses.replace(QUICK, epochs=1, seeds=1))
     result = evaluate_synthetic(short, _released(real.train)).numbers
@@ -434,20 +432,20 @@ def test_a_class_without_test_images_is_null_with_a_note(real):
     assert any("'gamma' has no positive image" in note for note in result["notes"])
 
 
-def test_images_without_classes_have_no_utility_and_say_so(real):
+def test_images_without_labels_have_no_utility_and_a_note(real):
     def bare(data):
         return dataclasses.replace(data, labels=np.zeros((len(data), 0), np.uint8), label_names=())
 
     nothing = RealReference(bare(real.train), bare(real.val), bare(real.test), QUICK)
-    judged = evaluate_synthetic(nothing, bare(real.train))
-    result = judged.numbers
-    assert judged.scores is None
+    evaluated = evaluate_synthetic(nothing, bare(real.train))
+    result = evaluated.numbers
+    assert evaluated.scores is None
     assert result["utility"] is None
     assert result["fidelity"] is None
     assert len(result["notes"]) == 2
 
 
-def test_an_evaluator_without_real_images_is_a_data_error(real):
+def test_reference_without_real_images_is_a_data_error(real):
     with pytest.raises(DataError, match="no real training image"):
         RealReference(real.train.take(np.empty(0, int)), real.val, real.test, QUICK)
 
@@ -460,7 +458,7 @@ def test_pooled_hospitals_keep_their_institutions():
     assert pooled.patients.tolist() == [*first.patients, "", "", "", ""]
 
 
-# --- the central evaluator -----------------------------------------------------------------------
+# --- the central evaluator ------------------------------------------------------------------------
 
 
 FACTS = {
@@ -479,13 +477,13 @@ def _evaluator(tmp_path, hospitals, **changes):
     return Evaluator(settings, RunFolder.at(tmp_path / "run"), hospitals)
 
 
-def test_a_run_is_evaluated_from_its_first_picture_to_its_last_number(tmp_path, monkeypatch):
-    trained = []
+def test_evaluator_writes_samples_round_and_final_metrics(tmp_path, monkeypatch):
+    training_sets = []
     monkeypatch.setattr(
         reference,
         "train_classifier",
-        lambda data, *rest, **how: (
-            trained.append(data.name) or train_classifier(data, *rest, **how)
+        lambda data, *rest, **options: (
+            training_sets.append(data.name) or train_classifier(data, *rest, **options)
         ),
     )
     hospitals = _hospitals()
@@ -500,11 +498,10 @@ def test_a_run_is_evaluated_from_its_first_picture_to_its_last_number(tmp_path, 
     assert first["fidelity"] == second["fidelity"]  # the same latents in every round
     assert first["fidelity"]["split"] == "val"
     assert first["fidelity"]["images"] == min(len(evaluator.reference.val), QUICK.images)
-    assert trained == ["train"]
+    assert training_sets == ["train"]
     result = evaluator.evaluate_final(generator, FACTS)
-    assert (
-        sorted(trained) == ["synthetic"] * 2 + ["train"] * 2
-    )  # the real classifiers are trained once
+    # classifiers on real images are trained once
+    assert sorted(training_sets) == ["synthetic"] * 2 + ["train"] * 2
     assert result == json.loads(evaluator.run.evaluation.read_text())
     assert FACTS.items() <= result.items()
     assert result["label_names"] == list(NAMES)
@@ -519,14 +516,14 @@ def test_a_run_is_evaluated_from_its_first_picture_to_its_last_number(tmp_path, 
         "images",
         "reference_images",
     } <= set(result["fidelity"])
-    pictures = sorted(path.name for path in evaluator.run.samples.iterdir())
-    assert pictures == ["final.png", "real.png", "round-00005.png", "round-00010.png"]
+    samples = sorted(path.name for path in evaluator.run.samples.iterdir())
+    assert samples == ["final.png", "real.png", "round-00005.png", "round-00010.png"]
     assert (evaluator.run.samples / "round-00005.png").read_bytes() == (
         evaluator.run.samples / "final.png"
     ).read_bytes()
 
 
-def test_merged_labels_are_the_classifiers_alone_and_the_generator_keeps_its_own(tmp_path):
+def test_label_map_merges_labels_for_the_classifiers_only(tmp_path):
     hospitals = _hospitals()
     evaluator = _evaluator(tmp_path, hospitals, epochs=3, seeds=1, label_map="alpha=alpha,*=other")
     generator = _Generator(hospitals[0].train)
@@ -535,11 +532,11 @@ def test_merged_labels_are_the_classifiers_alone_and_the_generator_keeps_its_own
     assert set(result["utility"]["synthetic"]["per_class"]) == {"alpha", "other"}
     positives = sum(int((hospital.test.labels[:, 0] == 0).sum()) for hospital in hospitals)
     assert result["utility"]["real"]["per_class"]["other"]["positives"] == positives
-    # The generator was asked for each of its three classes: its fake reads labels of three columns.
+    # the generator still receives labels of three columns
     assert evaluator.train.label_names == NAMES
 
 
-def test_findings_are_evaluated_as_well(tmp_path):
+def test_multi_label_findings_are_evaluated(tmp_path):
     hospitals = _hospitals(exclusive=False)
     evaluator = _evaluator(tmp_path, hospitals, epochs=2, seeds=1)
     evaluator.write_real_samples()
@@ -548,9 +545,7 @@ def test_findings_are_evaluated_as_well(tmp_path):
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_the_full_suite_has_every_figure_and_the_quick_one_the_same_without_the_costly(
-    exclusive, tmp_path
-):
+def test_full_suite_has_every_metric_and_quick_the_cheap_ones(exclusive, tmp_path):
     hospitals = _hospitals(exclusive=exclusive)
     generator = Generator(
         ModelSettings(z_dim=8, w_dim=8, channel_base=64, channel_max=8), SIDE, 1, CLASSES
@@ -563,18 +558,18 @@ def test_the_full_suite_has_every_figure_and_the_quick_one_the_same_without_the_
     )
     assert (quick["suite"], full["suite"]) == ("quick", "full")
     groups = [*NAMES] if exclusive else [*NAMES, "no finding"]
-    worth, fidelity = full["utility"], full["fidelity"]
-    assert worth["train_images"] == 360
-    assert [(row["share"], row["synthetic_images"]) for row in worth["mixed"]] == [
+    utility, fidelity = full["utility"], full["fidelity"]
+    assert utility["train_images"] == 360
+    assert [(row["share"], row["synthetic_images"]) for row in utility["mixed"]] == [
         (0.5, 180),
         ("all", 200),
     ]
     assert any(
         note.startswith("Real + 1 × synthetic was not measured: ") for note in full["notes"]
-    )  # 360 were needed
-    assert "per_institution" not in worth["majority"]
-    assert worth["majority"]["macro_auc"] == 0.5
-    assert 0 <= worth["real_on_synthetic"]["macro_auc"] <= 1
+    )  # 360 are required
+    assert "per_institution" not in utility["majority"]
+    assert utility["majority"]["macro_auc"] == 0.5
+    assert 0 <= utility["real_on_synthetic"]["macro_auc"] <= 1
     assert list(fidelity["per_class"]) == groups
     assert set(fidelity["per_hospital"]) == {"north", "south"}
     assert list(fidelity["ms_ssim"])[:CLASSES] == list(NAMES)
@@ -586,31 +581,31 @@ def test_the_full_suite_has_every_figure_and_the_quick_one_the_same_without_the_
     assert quick["label_fidelity"] is None
     assert not {"mixed", "real_on_synthetic"} & set(quick["utility"])
     assert not {"per_class", "per_hospital", "ms_ssim", "path_length"} & set(quick["fidelity"])
-    assert {key: worth[key] for key in quick["utility"]} == quick["utility"]
+    assert {key: utility[key] for key in quick["utility"]} == quick["utility"]
     assert {key: fidelity[key] for key in quick["fidelity"]} == quick["fidelity"]
 
 
-def test_a_hospital_is_compared_in_its_own_mix_without_an_image_taken_twice_and_what_that_costs_is_noted(
+def test_hospital_label_mix_uses_no_image_twice_and_notes_deviations(
     real,
 ):
     made = _released(real.train)
-    lacking = made.take(
+    scarce = made.take(
         np.flatnonzero((made.labels[:, 0] == 0) | (np.cumsum(made.labels[:, 0]) <= 6))
     )  # six of the first class
     features = np.random.default_rng(0).normal(size=(len(made), real.held_out_features.shape[1]))
-    fair, few = [], []
-    evaluate._by_hospital(real, made, features, fair)
-    found = evaluate._by_hospital(real, lacking, features[: len(lacking)], few)
-    assert not any("in its mix of labels" in note for note in fair)
-    assert any("there are no more in its mix of labels" in note for note in few)
-    assert any("would need other labels" in note for note in few)
+    sufficient_notes, scarce_notes = [], []
+    evaluate._by_hospital(real, made, features, sufficient_notes)
+    found = evaluate._by_hospital(real, scarce, features[: len(scarce)], scarce_notes)
+    assert not any("in its mix of labels" in note for note in sufficient_notes)
+    assert any("there are no more in its mix of labels" in note for note in scarce_notes)
+    assert any("would need other labels" in note for note in scarce_notes)
     assert all(numbers["images"] <= 100 for numbers in found.values())
 
 
 @pytest.mark.parametrize(
-    ("names", "further"), [(NAMES, ["no finding"]), (("alpha", "Normal", "gamma"), [])]
+    ("names", "more_classes"), [(NAMES, ["no finding"]), (("alpha", "Normal", "gamma"), [])]
 )
-def test_images_without_a_finding_are_a_class_unless_a_label_says_so(real, names, further):
+def test_images_without_findings_form_a_class_if_no_label_exists(real, names, more_classes):
     def findings(data):
         labels = data.labels * (np.arange(len(data)) % 3 > 0)[:, None]
         return dataclasses.replace(
@@ -620,37 +615,37 @@ def test_images_without_a_finding_are_a_class_unless_a_label_says_so(real, names
     other = RealReference(findings(real.train), findings(real.val), findings(real.test), QUICK)
     made, features = findings(_released(real.train)), np.random.default_rng(1).normal(size=(240, 4))
     vars(other)["held_out_features"] = np.random.default_rng(2).normal(size=(240, 4))
-    assert list(evaluate._by_class(other, made, features, [])) == [*names, *further]
-    assert list(evaluate._ms_ssim(other, made, [])) == [*names, *further]
+    assert list(evaluate._by_class(other, made, features, [])) == [*names, *more_classes]
+    assert list(evaluate._ms_ssim(other, made, [])) == [*names, *more_classes]
 
 
-def test_a_diverged_generator_leaves_the_evaluation_as_it_was(tmp_path):
+def test_diverged_generator_leaves_the_evaluation_unchanged(tmp_path):
     hospitals = _hospitals()
     evaluator = _evaluator(tmp_path, hospitals)
     evaluator.run.path.mkdir(parents=True)
     evaluator.run.evaluation.write_text("before")
-    for look in (
-        lambda broken: evaluator.evaluate_round(broken, 1, 16),
-        lambda broken: evaluator.evaluate_final(broken, FACTS),
+    for run_evaluation in (
+        lambda generator: evaluator.evaluate_round(generator, 1, 16),
+        lambda generator: evaluator.evaluate_final(generator, FACTS),
     ):
         with pytest.raises(FedganError, match="not finite"):
-            look(_Generator(hospitals[0].train, broken=True))
+            run_evaluation(_Generator(hospitals[0].train, diverges=True))
     assert evaluator.run.evaluation.read_text() == "before"
     assert not evaluator.run.samples.exists()
 
 
-def test_a_missing_extractor_fails_before_training_begins(tmp_path):
+def test_missing_extractor_fails_before_the_training(tmp_path):
     evaluator = _evaluator(tmp_path, _hospitals(), features=str(tmp_path / "none.npz"))
     with pytest.raises(ConfigError, match=r"evaluation\.features"):
         evaluator.write_real_samples()
 
 
-def test_no_hospital_is_a_data_error(tmp_path):
+def test_evaluator_without_a_hospital_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="no hospital"):
         _evaluator(tmp_path, [])
 
 
-def test_a_small_validation_split_gives_way_to_training_images_but_never_to_test_images(tmp_path):
+def test_small_validation_split_is_replaced_by_training_images(tmp_path):
     hospitals = _hospitals()
     hospitals = [dataclasses.replace(one, val=one.val.take(np.arange(4))) for one in hospitals]
     evaluator = _evaluator(tmp_path, hospitals, epochs=1)

@@ -62,7 +62,7 @@ def request(node: int = 100, **config: object) -> Message:
     return message
 
 
-def answer(arrays: dict[str, np.ndarray], to: Message | None = None) -> Message:
+def reply_with(arrays: dict[str, np.ndarray], to: Message | None = None) -> Message:
     content = {
         "arrays": ArrayRecord({k: Array(v) for k, v in arrays.items()}),
         "metrics": MetricRecord({"num_examples": 5}),
@@ -308,7 +308,7 @@ def test_each_hospital_receives_its_own_number_of_images() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arrays", "word"),
+    ("arrays", "text"),
     [
         ({"ema/w": np.ones(4, np.float32)}, "expected float32"),
         ({"ema/w": np.ones(3, np.float64)}, "with float64"),
@@ -316,15 +316,15 @@ def test_each_hospital_receives_its_own_number_of_images() -> None:
         ({"ema/w": np.array([1, np.nan, 2], np.float32)}, "not finite"),
     ],
 )
-def test_reply_with_wrong_arrays_is_refused(arrays: dict[str, np.ndarray], word: str) -> None:
-    with pytest.raises(FederationError, match=rf"hospital 1 \('clinic-0'\) .*{word}"):
-        check_reply(member(0), answer(arrays), {"ema/w": np.ones(3, np.float32)})
+def test_reply_with_wrong_arrays_is_refused(arrays: dict[str, np.ndarray], text: str) -> None:
+    with pytest.raises(FederationError, match=rf"hospital 1 \('clinic-0'\) .*{text}"):
+        check_reply(member(0), reply_with(arrays), {"ema/w": np.ones(3, np.float32)})
 
 
 def test_valid_reply_passes_the_check() -> None:
     sent = {"ema/w": np.ones(3, np.float32)}
-    check_reply(member(0), answer(sent), sent)
-    assert array_bytes(answer(sent)) == 12
+    check_reply(member(0), reply_with(sent), sent)
+    assert array_bytes(reply_with(sent)) == 12
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_valid_reply_passes_the_check() -> None:
 )
 def test_failure_reasons_are_shown_only_if_listed(reason: str, code: int, shown: str) -> None:
     def fault(number: int, message: Message) -> Message | None:
-        return error_reply(message, reason, code) if number == 1 else answer({}, message)
+        return error_reply(message, reason, code) if number == 1 else reply_with({}, message)
 
     found = send_and_receive(
         grid(2, fault), [1000, 999], lambda node, left: request(node), timeout=60
@@ -359,7 +359,7 @@ def test_late_hospitals_are_reported() -> None:
     def fault(number: int, message: Message) -> Message | None:
         if number:
             raise LookupError
-        return answer({}, message)
+        return reply_with({}, message)
 
     found = send_and_receive(
         grid(3, fault), [1000, 999, 998], lambda node, left: request(node), timeout=0.3
@@ -382,10 +382,14 @@ def test_wait_ends_when_too_few_hospitals_can_reply() -> None:
 
 def test_one_failure_does_not_end_the_wait_with_a_quorum() -> None:
     def fault(number: int, message: Message) -> Message | None:
-        return error_reply(message, "broken") if number == 2 else answer({}, message)
+        return error_reply(message, "broken") if number == 2 else reply_with({}, message)
 
     found = send_and_receive(
-        grid(3, fault), [1000, 999, 998], lambda node, left: request(node), timeout=60, min_replies=2
+        grid(3, fault),
+        [1000, 999, 998],
+        lambda node, left: request(node),
+        timeout=60,
+        min_replies=2,
     )
     assert sorted(found.received) == [999, 1000]
 
@@ -398,7 +402,7 @@ def test_reconnected_hospital_receives_the_request_again() -> None:
         return (
             error_reply(message, "Node Unavailable", 5)
             if tries.count(1) == 1 and number == 1
-            else answer({}, message)
+            else reply_with({}, message)
         )
 
     found = send_and_receive(
@@ -435,13 +439,13 @@ def test_client_errors_are_not_retried_and_dead_processes_a_few_times() -> None:
 
 
 def test_absent_hospital_receives_no_request() -> None:
-    nobody = grid(1)
-    nobody.nodes = {}
+    empty_grid = grid(1)
+    empty_grid.nodes = {}
     found = send_and_receive(
-        nobody, [1000], lambda node, left: request(node), timeout=0.3, reconnecting=True
+        empty_grid, [1000], lambda node, left: request(node), timeout=0.3, reconnecting=True
     )
     assert found.failures == {1000: OFFLINE}
-    assert nobody.sent == []
+    assert empty_grid.sent == []
 
 
 # --- introductions --------------------------------------------------------------------------------
@@ -556,7 +560,7 @@ def test_two_hospitals_of_one_name_are_refused(tmp_path: Path) -> None:
     first, other = member(0, name="xrays"), member(1, name="xrays")
     with pytest.raises(FederationError, match="give each shard a unique name"):
         check_members([first, other], 2)
-    there = Roster(
+    roster = Roster(
         tiny(tmp_path),
         RunFolder.at(tmp_path / "run"),
         {},
@@ -568,5 +572,5 @@ def test_two_hospitals_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         FederationError, match=r"hospital 2 \('xrays'\) has the name of another hospital"
     ):
-        there._admit(other, state)
-    assert (len(state.participants), list(there.members)) == (1, [0])
+        roster._admit(other, state)
+    assert (len(state.participants), list(roster.members)) == (1, [0])

@@ -1,4 +1,4 @@
-"""Whole runs through the real Flower and Ray."""
+"""Whole runs through Flower and Ray, and checks before the start."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from faulty_client import with_fault  # noqa: F401 - fails early where the module that Ray has to import is missing
+from faulty_client import with_fault  # noqa: F401 - Ray imports this module
 from small_federation import alive_in, federate, processes_of, tiny, write_shards
 
 from client.app import app
@@ -45,7 +45,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-class Watch:
+class EventRecorder:
     """Collects the events of a run, and the sessions of its processes."""
 
     def __init__(self, run: RunFolder) -> None:
@@ -59,10 +59,10 @@ class Watch:
         return [event for event in self.events if event["event"] == name]
 
 
-# --- before anything is started --------------------------------------------------------------------
+# --- before the start -----------------------------------------------------------------------------
 
 
-def test_a_folder_that_holds_a_run_is_not_begun_again(tmp_path: Path) -> None:
+def test_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     run = RunFolder.at(tmp_path / "run")
     settings = tiny(tmp_path)
     run.write_settings(settings)
@@ -70,31 +70,29 @@ def test_a_folder_that_holds_a_run_is_not_begun_again(tmp_path: Path) -> None:
         runner.simulate(settings, run)
 
 
-def test_a_run_that_is_in_use_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "TIMEOUT", 0.2)
     run = RunFolder.at(tmp_path / "run")
     run.write_settings(tiny(tmp_path))
     with lock.locked(run), pytest.raises(ConfigError, match="in use by another fedgan"):
         runner.resume(run)
     with lock.locked(run):
-        pass  # free again
+        pass  # the lock is free again
 
 
-def test_bad_data_leaves_no_folder(tmp_path: Path) -> None:
+def test_missing_data_leaves_no_run_folder(tmp_path: Path) -> None:
     run = RunFolder.at(tmp_path / "run")
     with pytest.raises(DataError, match="no data at"):
         runner.simulate(tiny(tmp_path / "nowhere"), run)
     assert not run.path.exists()
 
 
-def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+def test_resume_of_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run folder"):
         runner.resume(RunFolder.at(tmp_path))
 
 
-def test_temporary_files_of_a_killed_run_are_swept(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     run = RunFolder.at(tmp_path)
     (run.checkpoints / "x").mkdir(parents=True)
     (run.checkpoints / ".round-00001.json.abc.part").touch()
@@ -105,7 +103,7 @@ def test_temporary_files_of_a_killed_run_are_swept(tmp_path: Path) -> None:
     ]
 
 
-def test_what_would_fail_after_the_training_is_refused_before_anything_is_written(
+def test_invalid_evaluation_or_device_fails_before_any_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -120,14 +118,14 @@ def test_what_would_fail_after_the_training_is_refused_before_anything_is_writte
         (f"evaluation.root={tmp_path / 'small'}", DataError, "images of 16 pixels"),
         ("evaluation.label_map='dark=a'", DataError, "no rule for 'bright'"),
     ]
-    for override, kind, words in cases:
+    for override, kind, text in cases:
         run = RunFolder.at(tmp_path / "run")
-        with pytest.raises(kind, match=words):
+        with pytest.raises(kind, match=text):
             runner.simulate(tiny(data, "data.resolution=32", override, hospitals=2), run)
         assert not run.path.exists(), override
 
 
-def test_the_evaluator_s_shards_have_the_hospitals_labels(tmp_path: Path) -> None:
+def test_evaluation_shards_with_other_labels_are_refused(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2)
     hospitals = open_hospitals(settings)
     check_evaluation(settings, hospitals, hospitals)
@@ -138,7 +136,7 @@ def test_the_evaluator_s_shards_have_the_hospitals_labels(tmp_path: Path) -> Non
         check_evaluation(settings, hospitals, renamed)
 
 
-def test_the_evaluator_is_given_no_patient_of_the_training(tmp_path: Path) -> None:
+def test_evaluation_shards_with_training_patients_are_refused(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (16, 16)), hospitals=2)
     hospitals = open_hospitals(settings)
     known = [dataclasses.replace(hospitals[0], test=hospitals[0].train), hospitals[1]]
@@ -149,7 +147,7 @@ def test_the_evaluator_is_given_no_patient_of_the_training(tmp_path: Path) -> No
     assert "alpha-" not in str(caught.value)
 
 
-def test_a_run_that_cannot_be_prepared_again_keeps_its_config(tmp_path: Path) -> None:
+def test_failed_preparation_keeps_the_config(tmp_path: Path) -> None:
     run = RunFolder.at(tmp_path / "run")
     settings = tiny(tmp_path / "data", hospitals=2)
     run.write_settings(settings)
@@ -157,20 +155,20 @@ def test_a_run_that_cannot_be_prepared_again_keeps_its_config(tmp_path: Path) ->
         with pytest.raises(DataError, match="no data at"):
             prepare()
         assert run.settings() == settings
-    drawn = tiny(
+    phantoms = tiny(
         tmp_path,
         "data.root=''",
         "evaluation.label_map='x=y'",
         "data.phantom_images=64",
         hospitals=2,
     )
-    run.write_settings(drawn)
+    run.write_settings(phantoms)
     with pytest.raises(FedganError, match="label"):
-        prepare_run(drawn, run)
+        prepare_run(phantoms, run)
     assert [path.name for path in run.path.iterdir()] == ["config.toml"]
 
 
-def test_the_engine_and_its_children_send_no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_disables_flower_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
     code = (
         "import server.federation, flwr.supercore.telemetry as t; print(t.FLWR_TELEMETRY_ENABLED)"
@@ -186,7 +184,7 @@ def test_the_engine_and_its_children_send_no_telemetry(monkeypatch: pytest.Monke
     assert done.stdout.split() == ["0"], done.stderr
 
 
-def test_a_run_is_complete_with_the_evaluation_of_its_last_round(tmp_path: Path) -> None:
+def test_run_is_complete_after_the_evaluation_of_its_last_round(tmp_path: Path) -> None:
     settings, run = tiny(tmp_path, rounds=3), RunFolder.at(tmp_path)
     for number in (2, 3):
         for path in (run.checkpoint(number), run.checkpoint(number).with_suffix(".json")):
@@ -199,31 +197,33 @@ def test_a_run_is_complete_with_the_evaluation_of_its_last_round(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("kind", "advised"),
+    ("kind", "has_advice"),
     [("ConfigError", False), ("MachineError", False), ("FederationError", True)],
 )
-def test_resuming_is_advised_where_it_can_help(kind: str, advised: bool, tmp_path: Path) -> None:
+def test_error_advises_to_resume_only_where_it_can_help(
+    kind: str, has_advice: bool, tmp_path: Path
+) -> None:
     failed = {"event": "failed", "kind": kind, "message": "why"}
     with pytest.raises(FedganError, match="why") as caught:
         runner._check_last_event(RunFolder.at(tmp_path), failed, 1, 0.0)
     assert type(caught.value).__name__ == kind
     assert "flower.log" in str(caught.value)
-    assert ("fedgan resume" in str(caught.value)) == advised
+    assert ("fedgan resume" in str(caught.value)) == has_advice
 
 
-def test_a_second_look_is_no_run_to_go_on_with(tmp_path: Path) -> None:
-    look = RunFolder.at(tmp_path / "look")
-    look.write_settings(tiny(tmp_path))
-    files.write_json(look.evaluated_run, {"run": "/runs/first"})
+def test_resume_of_a_repeated_evaluation_is_refused(tmp_path: Path) -> None:
+    repeated = RunFolder.at(tmp_path / "repeated")
+    repeated.write_settings(tiny(tmp_path))
+    files.write_json(repeated.evaluated_run, {"run": "/runs/first"})
     with pytest.raises(ConfigError, match="repeated evaluation of /runs/first"):
-        runner.resume(look)
+        runner.resume(repeated)
 
 
-# --- with Flower and Ray ---------------------------------------------------------------------------
+# --- with Flower and Ray --------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_one_hospital_with_all_data_is_centralised_training(tmp_path: Path) -> None:
+def test_federation_of_one_hospital_equals_centralized_training(tmp_path: Path) -> None:
     settings = tiny(write_shards(tmp_path / "data", (40,)), hospitals=1, rounds=3, kimg=0.1)
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)  # without Ray, which gives the same bytes (tests/test_resume.py)
@@ -249,14 +249,14 @@ def test_one_hospital_with_all_data_is_centralised_training(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_three_hospitals_from_shards_to_evaluation(tmp_path: Path) -> None:
+def test_run_of_three_hospitals_from_shards_to_evaluation(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "data", (40, 32, 24))
     settings = tiny(shards, "evaluation.every=1", "evaluation.show_real=all", rounds=2, kimg=0.1)
     run = RunFolder.at(tmp_path / "run")
-    watch = Watch(run)
-    runner.simulate(settings, run, watch)
+    recorder = EventRecorder(run)
+    runner.simulate(settings, run, recorder)
 
-    # the mean is that of the hospitals' models
+    # the model is the mean of the hospitals' models
     tensors, meta = load_tensors(run.checkpoint(2))
     states = [
         load_tensors(run.hospital_state(name) / "state-00002.safetensors")[0]
@@ -271,7 +271,7 @@ def test_three_hospitals_from_shards_to_evaluation(tmp_path: Path) -> None:
         np.testing.assert_allclose(tensor.numpy(), mean, rtol=1e-6, atol=1e-7)
     assert load_generator(run.checkpoint(2))[1]["label_names"] == ["dark", "bright"]
 
-    # what the run folder says
+    # files of the run folder
     lines = files.read_json_lines(run.metrics)
     assert [line["round"] for line in lines] == [1, 2]
     assert [row["name"] for row in lines[0]["hospitals"]] == ["alpha", "beta", "gamma"]
@@ -296,18 +296,18 @@ def test_three_hospitals_from_shards_to_evaluation(tmp_path: Path) -> None:
     assert [row["name"] for row in run.read_json(run.hospitals)] == ["alpha", "beta", "gamma"]
     assert run.settings() == settings
 
-    # events, and what is left behind
-    names = [event["event"] for event in watch.events]
+    # events and remaining processes
+    names = [event["event"] for event in recorder.events]
     assert names[0] == "preparing"
     assert names[-1] == "finished"
-    assert len(watch.named("round_end")) == len(watch.named("round_start")) == 2
-    assert {event["hospital"] for event in watch.named("progress")} <= {"alpha", "beta", "gamma"}
-    assert watch.sessions, "the engine was seen while it ran"
-    assert alive_in(watch.sessions) == []
+    assert len(recorder.named("round_end")) == len(recorder.named("round_start")) == 2
+    assert {event["hospital"] for event in recorder.named("progress")} <= {"alpha", "beta", "gamma"}
+    assert recorder.sessions, "the engine was seen while it ran"
+    assert alive_in(recorder.sessions) == []
     assert not list(run.path.rglob("*.part"))
 
-    # nothing is left to do
-    again = Watch(run)
+    # a complete run is not resumed
+    again = EventRecorder(run)
     runner.resume(run, again)
     assert [event["event"] for event in again.events] == ["complete"]
     assert "is complete" in again.events[0]["message"]
@@ -324,22 +324,22 @@ def test_three_hospitals_from_shards_to_evaluation(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_hospital_that_fails_fails_the_run_by_name(
+def test_failed_hospital_fails_the_run_and_is_named(
     fault: str, message: str, tmp_path: Path
 ) -> None:
     settings = tiny(write_shards(tmp_path / "data", (40, 32, 24)), rounds=3, kimg=0.06)
     run = RunFolder.at(tmp_path / "run")
-    watch = Watch(run)
+    recorder = EventRecorder(run)
     with pytest.raises(FederationError) as caught:
-        runner.simulate(settings, run, watch, client=f"faulty_client:{fault}")
+        runner.simulate(settings, run, recorder, client=f"faulty_client:{fault}")
     first, second = str(caught.value).splitlines()
     assert first == message
     assert f"fedgan resume {run.path}" in second
     assert caught.value.exit_code == 5
     assert run.last_round() == 1
     assert not run.evaluation.exists()
-    assert not watch.named("finished")
-    assert alive_in(watch.sessions) == []
+    assert not recorder.named("finished")
+    assert alive_in(recorder.sessions) == []
     if fault == "raises":
         assert str(run.hospital_state("beta") / "client.log") in second
         assert "patient-0017" in (run.hospital_state("beta") / "client.log").read_text()

@@ -1,4 +1,4 @@
-"""`flwr run .` in the repository, as Flower's users type it."""
+"""`flwr run .` in the repository."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
         ),
     ],
 )
-def test_overrides_are_separated_before_the_next_key(text: str, parts: list[str]) -> None:
+def test_overrides_are_split_before_the_next_key(text: str, parts: list[str]) -> None:
     assert split_overrides(text) == parts
 
 
-def test_a_scenario_is_found_in_the_copy_of_the_app(
+def test_find_run_finds_scenarios_and_existing_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -66,9 +66,7 @@ def test_a_scenario_is_found_in_the_copy_of_the_app(
         find_run({"scenario": "nowhere.toml"})
 
 
-def test_flower_s_server_leaves_a_run_alone_that_another_works_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_server_app_refuses_a_run_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "TIMEOUT", 0.2)
     run = RunFolder.at(tmp_path / "run")
     context: Any = SimpleNamespace(run_config={"output": str(run.path)})
@@ -77,8 +75,8 @@ def test_flower_s_server_leaves_a_run_alone_that_another_works_on(
     assert not run.config.exists()
 
 
-def in_home(home: Path) -> list[int]:
-    """Processes whose environment names this FLWR_HOME: Flower's daemon and what it started."""
+def flower_processes(home: Path) -> list[int]:
+    """Processes with this FLWR_HOME: Flower's daemon and its children."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
@@ -105,9 +103,11 @@ def test_flwr_run_trains_and_evaluates(tmp_path: Path) -> None:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     tiny = (
-        f"data.root={data} data.resolution=16 model.z_dim=4 model.w_dim=8 model.channel_base=64 model.channel_max=8 "
+        f"data.root={data} data.resolution=16 "
+        "model.z_dim=4 model.w_dim=8 model.channel_base=64 model.channel_max=8 "
         "training.kimg=0.03 training.batch_size=4 federation.hospitals=2 federation.rounds=2 "
-        "evaluation.every=0 evaluation.images=16 evaluation.seeds=1 evaluation.epochs=1 evaluation.bootstrap=10"
+        "evaluation.every=0 evaluation.images=16 evaluation.seeds=1 evaluation.epochs=1 "
+        "evaluation.bootstrap=10"
     )
     output = tmp_path / "run"
     command = [
@@ -120,7 +120,7 @@ def test_flwr_run_trains_and_evaluates(tmp_path: Path) -> None:
     ]
     command += ["-c", f'overrides="{tiny}" output="{output}"']
     try:
-        begun = subprocess.run(
+        finished = subprocess.run(
             command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=600
         )
         listed = subprocess.run(
@@ -132,15 +132,15 @@ def test_flwr_run_trains_and_evaluates(tmp_path: Path) -> None:
             timeout=60,
         )
         assert json.loads(listed.stdout)["runs"][0]["status"] == "finished:completed", (
-            begun.stdout + begun.stderr
+            finished.stdout + finished.stderr
         )
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in in_home(home):
+            for pid in flower_processes(home):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             time.sleep(1)
     run = RunFolder.at(output)
     assert run.last_round() == 2
     assert run.read_json(run.evaluation)["arm"] == "federated"
-    assert str(run.path) in begun.stdout
+    assert str(run.path) in finished.stdout

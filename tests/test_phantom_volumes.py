@@ -1,4 +1,4 @@
-"""Phantoms in the volumes of containers: what a simulation draws for the hospitals, other patients for the evaluator."""
+"""Phantoms in container volumes: a simulation's shards, and other patients for the evaluator."""
 
 from __future__ import annotations
 
@@ -31,34 +31,38 @@ def volumes(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return root
 
 
-def test_hospitals_find_the_shards_that_a_simulation_draws(
+def test_hospital_volumes_hold_the_shards_of_a_simulation(
     settings: Settings, volumes: Path, tmp_path: Path
 ) -> None:
-    drawn = write_phantoms(tmp_path / "simulated", "lesions", 120, 16, 3, settings.data_seed)
-    for number, path in enumerate(drawn, 1):
+    simulated = write_phantoms(tmp_path / "simulated", "lesions", 120, 16, 3, settings.data_seed)
+    for number, path in enumerate(simulated, 1):
         assert (
             Shard.open(volumes / "hospitals" / str(number), verify=True).card
             == Shard.open(path).card
         )
 
 
-def test_the_evaluators_phantoms_are_other_patients_of_the_same_scanners(
+def test_reference_volumes_hold_other_patients_of_the_same_scanners(
     settings: Settings, volumes: Path
 ) -> None:
     hospitals = [
         open_hospital(settings, volumes / "hospitals" / str(number)) for number in (1, 2, 3)
     ]
-    guests = [open_hospital(settings, path) for path in sorted((volumes / "reference").iterdir())]
-    check_evaluation(settings, hospitals, guests)
-    assert {guest.name for guest in guests} == {
+    reference_hospitals = [
+        open_hospital(settings, path) for path in sorted((volumes / "reference").iterdir())
+    ]
+    check_evaluation(settings, hospitals, reference_hospitals)
+    assert {reference_hospital.name for reference_hospital in reference_hospitals} == {
         f"reference-{hospital.name}" for hospital in hospitals
     }
     assert not {bytes(image) for hospital in hospitals for image in hospital.train.images[:]} & {
-        bytes(image) for guest in guests for image in guest.test.images[:]
+        bytes(image)
+        for reference_hospital in reference_hospitals
+        for image in reference_hospital.test.images[:]
     }
 
 
-def test_what_is_there_stays_and_what_was_cut_short_is_drawn_again(
+def test_incomplete_shards_are_generated_again_and_others_kept(
     settings: Settings, volumes: Path
 ) -> None:
     reference = volumes / "reference"
@@ -72,7 +76,7 @@ def test_what_is_there_stays_and_what_was_cut_short_is_drawn_again(
     assert not list(reference.glob(".*"))
 
 
-def test_a_scenario_that_is_not_there_is_named(
+def test_missing_scenario_is_an_error_that_names_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = phantom_volumes.main(

@@ -1,4 +1,4 @@
-"""The SuperLink is made to agree with the registration list: by what it answers, not by what was done before."""
+"""Registration: the SuperLink's keys are synchronised with the registration list."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from server.operator import register
 
 @dataclass
 class SuperLink:
-    """The control API of a SuperLink as far as it is used here; like Flower it takes no key twice, not even one let go."""
+    """The control API of a SuperLink; like Flower it accepts no key twice, even after removal."""
 
     nodes: list[SimpleNamespace] = field(default_factory=list)
 
@@ -57,7 +57,7 @@ def keys(tmp_path: Path) -> KeyFolder:
     return KeyFolder.create(tmp_path / "keys", ["north", "south"], [], 365, now())
 
 
-def test_every_key_is_registered_under_its_hospitals_name_and_only_once(keys: KeyFolder) -> None:
+def test_every_key_is_registered_once_under_its_hospital_name(keys: KeyFolder) -> None:
     superlink = SuperLink()
     assert register.apply_changes(keys, superlink) == ["registered north", "registered south"]
     assert superlink.admitted == ["north", "south"]
@@ -65,7 +65,7 @@ def test_every_key_is_registered_under_its_hospitals_name_and_only_once(keys: Ke
     assert register.apply_changes(keys, superlink) == []
 
 
-def test_a_revoked_key_is_let_go_and_a_rotated_one_replaced(keys: KeyFolder) -> None:
+def test_revoked_key_is_removed_and_rotated_key_replaced(keys: KeyFolder) -> None:
     superlink = SuperLink()
     register.apply_changes(keys, superlink)
     keys.revoke("south", now())
@@ -79,21 +79,21 @@ def test_a_revoked_key_is_let_go_and_a_rotated_one_replaced(keys: KeyFolder) -> 
     assert register.apply_changes(keys, superlink) == []
 
 
-def test_a_key_that_was_revoked_before_it_was_ever_registered_is_not(keys: KeyFolder) -> None:
+def test_key_revoked_before_registration_is_not_registered(keys: KeyFolder) -> None:
     superlink = SuperLink()
     keys.revoke("north", now())
     assert register.apply_changes(keys, superlink) == ["registered south"]
 
 
-def test_a_key_on_no_list_is_left_alone(keys: KeyFolder) -> None:
+def test_key_outside_the_list_is_kept(keys: KeyFolder) -> None:
     superlink = SuperLink(
-        [SimpleNamespace(public_key=b"by hand", node_id=7, name="guest", status="online")]
+        [SimpleNamespace(public_key=b"by hand", node_id=7, name="manual", status="online")]
     )
     register.apply_changes(keys, superlink)
-    assert superlink.admitted == ["guest", "north", "south"]
+    assert superlink.admitted == ["manual", "north", "south"]
 
 
-def test_a_damaged_public_key_is_named_before_anything_is_changed(keys: KeyFolder) -> None:
+def test_damaged_public_key_is_an_error_before_any_change(keys: KeyFolder) -> None:
     superlink = SuperLink()
     (keys.hospital("south") / "node.pub").write_text("nothing")
     with pytest.raises(ConfigError, match="fedgan keys rotate south"):
@@ -101,7 +101,7 @@ def test_a_damaged_public_key_is_named_before_anything_is_changed(keys: KeyFolde
     assert superlink.nodes == []
 
 
-def test_a_superlink_that_does_not_come_up_is_waited_for_no_longer_than_asked(
+def test_wait_for_an_absent_superlink_is_bounded(
     keys: KeyFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = register.main(["--keys", str(keys.path), "--superlink", "127.0.0.1:9", "--wait", "0.1"])
@@ -111,7 +111,7 @@ def test_a_superlink_that_does_not_come_up_is_waited_for_no_longer_than_asked(
     )
 
 
-def test_a_folder_without_keys_is_told_how_to_get_some(
+def test_folder_without_keys_names_the_command_that_creates_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert register.main(["--keys", str(tmp_path)]) == 2

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or damaged goes on as if nothing had been, or says why it cannot."""
+"""Stopped, killed or damaged runs: resume to the same bytes, or a clear error."""
 
 from __future__ import annotations
 
@@ -48,13 +48,14 @@ def small(tmp_path: Path, *overrides: str, rounds: int = 3) -> Settings:
     )
 
 
-def same_end(one: RunFolder, other: RunFolder, last: int) -> bool:
-    """Whether two runs end in the same bytes of model and states, and in the same numbers round by round."""
+def end_alike(one: RunFolder, other: RunFolder, last: int) -> bool:
+    """Whether two runs end in the same bytes of model and states, and in the same round metrics."""
     pairs = [(one.checkpoint(last), other.checkpoint(last))]
     for path in sorted(one.path.glob(f"hospitals/*/state-{last:05d}.safetensors")):
         pairs.append((path, other.path / path.relative_to(one.path)))
     lines = [
-        [_timeless(line) for line in files.read_json_lines(run.metrics)] for run in (one, other)
+        [_without_times(line) for line in files.read_json_lines(run.metrics)]
+        for run in (one, other)
     ]
     return (
         len(pairs) > 1
@@ -63,11 +64,12 @@ def same_end(one: RunFolder, other: RunFolder, last: int) -> bool:
     )
 
 
-def _timeless(line: dict[str, Any]) -> dict[str, Any]:
-    """A line without what a clock and the evaluator said."""
-    spent = ("seconds", "core_seconds", "peak_memory_bytes")
+def _without_times(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics without times and evaluation."""
+    measured = ("seconds", "core_seconds", "peak_memory_bytes")
     rows = [
-        {key: value for key, value in row.items() if key not in spent} for row in line["hospitals"]
+        {key: value for key, value in row.items() if key not in measured}
+        for row in line["hospitals"]
     ]
     return {
         key: value
@@ -87,10 +89,10 @@ def fail_in(round_number: int) -> Any:
     return fault
 
 
-# --- without Ray -----------------------------------------------------------------------------------
+# --- without Ray ----------------------------------------------------------------------------------
 
 
-def test_a_run_that_failed_twice_ends_as_one_that_never_did(tmp_path: Path) -> None:
+def test_run_that_failed_twice_ends_like_an_unbroken_run(tmp_path: Path) -> None:
     settings = small(tmp_path, rounds=3)
     whole, broken = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "broken")
     federate(settings, whole, app)
@@ -98,10 +100,10 @@ def test_a_run_that_failed_twice_ends_as_one_that_never_did(tmp_path: Path) -> N
         with pytest.raises(FederationError, match=f"in round {round_number}"):
             federate(settings, broken, app, fail_in(round_number))
     federate(settings, broken, app)
-    assert same_end(whole, broken, 3)
+    assert end_alike(whole, broken, 3)
 
 
-def test_a_server_that_lost_its_last_rounds_goes_back(tmp_path: Path) -> None:
+def test_server_repeats_rounds_whose_checkpoints_are_lost(tmp_path: Path) -> None:
     settings = small(tmp_path, rounds=3)
     whole, back = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "back")
     federate(settings, whole, app)
@@ -110,26 +112,27 @@ def test_a_server_that_lost_its_last_rounds_goes_back(tmp_path: Path) -> None:
         back.checkpoint(number).unlink()
         back.checkpoint(number).with_suffix(".json").unlink()
     federate(settings, back, app)
-    assert same_end(whole, back, 3)
+    assert end_alike(whole, back, 3)
 
 
-def test_a_damaged_checkpoint_says_so_and_the_round_before_serves(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_renamed_and_the_previous_one_used(tmp_path: Path) -> None:
     settings = small(tmp_path, rounds=2)
     whole, run = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "run")
     federate(settings, whole, app)
     federate(settings, run, app)
     path = run.checkpoint(2)
     path.write_bytes(path.read_bytes()[:-1])
-    said: list[str] = []
-    load_state(run, experiment_of(run), lambda event: said.append(event["text"]))
-    assert said == [
-        "round-00002.safetensors is damaged and renamed to round-00002.safetensors.damaged: resuming from round 1"
+    warnings: list[str] = []
+    load_state(run, experiment_of(run), lambda event: warnings.append(event["text"]))
+    assert warnings == [
+        "round-00002.safetensors is damaged and renamed to round-00002.safetensors.damaged: "
+        "resuming from round 1"
     ]
     federate(settings, run, app)
-    assert same_end(whole, run, 2)
+    assert end_alike(whole, run, 2)
 
 
-def test_a_run_without_a_sound_checkpoint_is_an_error(tmp_path: Path) -> None:
+def test_run_without_an_intact_checkpoint_is_an_error(tmp_path: Path) -> None:
     run = RunFolder.at(tmp_path / "run")
     federate(small(tmp_path, rounds=1), run, app)
     for number in (0, 1):
@@ -138,7 +141,7 @@ def test_a_run_without_a_sound_checkpoint_is_an_error(tmp_path: Path) -> None:
         load_state(run, experiment_of(run))
 
 
-def test_a_round_whose_line_was_lost_gets_it_with_its_evaluation(tmp_path: Path) -> None:
+def test_lost_metrics_line_is_restored_with_its_evaluation(tmp_path: Path) -> None:
     settings = small(tmp_path, "evaluation.every=1", rounds=2)
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
@@ -150,7 +153,7 @@ def test_a_round_whose_line_was_lost_gets_it_with_its_evaluation(tmp_path: Path)
     assert files.read_json_lines(run.metrics) == lines
 
 
-def test_an_unfinished_run_is_not_concluded(tmp_path: Path) -> None:
+def test_final_evaluation_of_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     settings = small(tmp_path, rounds=2)
     run = RunFolder.at(tmp_path / "run")
     with pytest.raises(FederationError):
@@ -159,7 +162,7 @@ def test_an_unfinished_run_is_not_concluded(tmp_path: Path) -> None:
         Federation(run.settings(), run, experiment_of(run), NoEvaluator()).evaluate_final()
 
 
-def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = small(tmp_path, rounds=2)
     run = RunFolder.at(tmp_path / "run")
     prepare_run(settings, run)
@@ -180,25 +183,26 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
     assert run.last_round() == 2
 
 
-# --- with Flower and Ray ---------------------------------------------------------------------------
+# --- with Flower and Ray --------------------------------------------------------------------------
 
 SCRIPT = """
 import json, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background of a shell
+# also where the tests run as a shell's background job
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from fedgan.run_folder import RunFolder
 from simulations import runner
 run, data, verb, client = RunFolder.at(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
-tell = lambda event: print(json.dumps(event), flush=True)
+on_event = lambda event: print(json.dumps(event), flush=True)
 if verb == "simulate":
     from small_federation import tiny
-    runner.simulate(tiny(data, hospitals=2, rounds=3, kimg=0.06), run, tell, client)
+    runner.simulate(tiny(data, hospitals=2, rounds=3, kimg=0.06), run, on_event, client)
 else:
-    runner.resume(run, tell, client)
+    runner.resume(run, on_event, client)
 """
 
 
 def start(run: RunFolder, data: Path, verb: str, client: str) -> subprocess.Popen[str]:
-    """The simulation in a process of its own; events are lines of its standard output."""
+    """Start a simulation in its own process; events are lines of its standard output."""
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     command = [sys.executable, "-c", SCRIPT, str(run.path), str(data), verb, client]
     environ = os.environ | {"PYTHONPATH": path}
@@ -210,7 +214,7 @@ def start(run: RunFolder, data: Path, verb: str, client: str) -> subprocess.Pope
 def stop_in_round(
     process: subprocess.Popen[str], run: RunFolder, round_number: int, number: signal.Signals
 ) -> set[int]:
-    """Wait until hospitals train a round, send the signal, wait for the end; the sessions that the run had."""
+    """Send a signal while a round trains and wait for the end; return the engine's sessions."""
     assert process.stdout
     with watchdog(process):
         for line in process.stdout:
@@ -219,7 +223,7 @@ def stop_in_round(
                 break
         else:
             pytest.fail(f"the run ended before round {round_number}")
-        time.sleep(1.5)  # into the hospitals' work
+        time.sleep(1.5)  # until the hospitals train
         sessions = processes_of(run.path)
         assert sessions
         process.send_signal(number)
@@ -228,8 +232,8 @@ def stop_in_round(
     return sessions
 
 
-def gone(sessions: set[int], seconds: float = 10) -> bool:
-    """Whether all processes of the sessions end within some seconds."""
+def are_gone(sessions: set[int], seconds: float = 10) -> bool:
+    """Whether all processes of the sessions end in time."""
     end = time.monotonic() + seconds
     while alive_in(sessions):
         if time.monotonic() > end:
@@ -239,30 +243,29 @@ def gone(sessions: set[int], seconds: float = 10) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_interrupted_and_killed_ends_as_one_that_never_was(tmp_path: Path) -> None:
+def test_interrupted_and_killed_run_ends_like_an_unbroken_run(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", (40, 24))
     whole, broken = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "broken")
-    federate(
-        tiny(data, hospitals=2, rounds=3, kimg=0.06), whole, app
-    )  # without Ray: the same bytes
+    # without Ray: the same bytes
+    federate(tiny(data, hospitals=2, rounds=3, kimg=0.06), whole, app)
 
-    # Ctrl-C in round 2, in which every hospital sleeps for some seconds first
+    # Ctrl-C in round 2, in which every hospital sleeps first
     process = start(broken, data, "simulate", "faulty_client:slow")
     sessions = stop_in_round(process, broken, 2, signal.SIGINT)
     assert process.returncode in (130, -signal.SIGINT)
-    assert gone(sessions, seconds=0)
+    assert are_gone(sessions, seconds=0)
     assert broken.last_round() == 1
 
-    # kill -9 in round 2 again: nobody is left to clean up but the engine itself
+    # kill -9 in round 2 again: only the engine itself can clean up
     process = start(broken, data, "resume", "faulty_client:slow")
     sessions = stop_in_round(process, broken, 2, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert gone(sessions)
+    assert are_gone(sessions)
     assert broken.last_round() == 1
     assert not broken.evaluation.exists()
 
     runner.resume(broken)
-    assert same_end(whole, broken, 3)
+    assert end_alike(whole, broken, 3)
     assert (
         load_tensors(broken.checkpoint(3))[1]["images_seen"]
         == load_tensors(whole.checkpoint(3))[1]["images_seen"]
@@ -274,7 +277,7 @@ def test_a_run_that_was_interrupted_and_killed_ends_as_one_that_never_was(tmp_pa
 
 
 @pytest.mark.slow
-def test_two_at_once_in_one_run_folder_are_refused(
+def test_second_process_in_one_run_folder_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "TIMEOUT", 0.2)
@@ -294,4 +297,4 @@ def test_two_at_once_in_one_run_folder_are_refused(
         process.kill()
         process.wait()
         process.stdout.close()  # type: ignore[union-attr]
-    assert gone(sessions)
+    assert are_gone(sessions)

@@ -1,4 +1,4 @@
-"""Strategies are Flower's own, aggregate what they say, and go on after a restart."""
+"""Strategies: Flower's classes, their formulas, server state over a restart, round budgets."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def local_models(
     ]
 
 
-# --- what the classes do ---------------------------------------------------------------------------
+# --- aggregation ----------------------------------------------------------------------------------
 
 
-def test_every_name_has_its_flower_class() -> None:
+def test_every_strategy_has_a_flower_class() -> None:
     assert set(CLASSES) == set(STRATEGIES)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_round_aggregates_as_the_strategy_says(name: str, tmp_path: Path) -> None:
+def test_round_equals_the_formula_of_the_strategy(name: str, tmp_path: Path) -> None:
     settings = tiny(
         write_shards(tmp_path / "data", (48, 24, 16)), *overrides(name), rounds=1, kimg=0.012
     )
@@ -91,20 +91,18 @@ def test_a_round_aggregates_as_the_strategy_says(name: str, tmp_path: Path) -> N
         stack = np.stack([np.asarray(model[key], np.float64) for model in locals_])
         mean = np.tensordot(weights, stack, 1)
         match name:
-            case "fedavg" | "fedprox" | "fedavgm":  # momentum begins with the second round
+            case "fedavg" | "fedprox" | "fedavgm":  # momentum starts in round 2
                 expected = mean
             case "fedmedian":
                 expected = np.median(stack, axis=0)
-            case "fedtrimmedavg":  # one of three is cut from each end
+            case "fedtrimmedavg":  # removes one of three at each end
                 expected = np.sort(stack, axis=0)[1]
-            case "multikrum":  # nobody is malicious: the mean of all
+            case "multikrum":  # malicious = 0: the mean of all
                 expected = mean
             case "krum":
                 expected = next(model for model in stack if np.allclose(model, array, atol=1e-6))
-            case "fedadam" | "fedyogi" if key.startswith("ema/") or key.endswith(
-                "w_avg"
-            ):  # averages already
-                expected = mean
+            case "fedadam" | "fedyogi" if key.startswith("ema/") or key.endswith("w_avg"):
+                expected = mean  # averages are not optimised
             case "fedadam" | "fedyogi":
                 delta = mean - before[key]
                 m, v = 0.1 * delta, 0.01 * delta**2
@@ -114,7 +112,7 @@ def test_a_round_aggregates_as_the_strategy_says(name: str, tmp_path: Path) -> N
         np.testing.assert_allclose(array, expected, rtol=1e-5, atol=2e-6)
 
 
-def test_krum_takes_one_hospital_whole(tmp_path: Path) -> None:
+def test_krum_selects_the_whole_model_of_one_hospital(tmp_path: Path) -> None:
     settings = tiny(
         write_shards(tmp_path / "data", (48, 24, 16)), *overrides("krum"), rounds=1, kimg=0.012
     )
@@ -128,17 +126,17 @@ def test_krum_takes_one_hospital_whole(tmp_path: Path) -> None:
     assert sum(same) == 1
 
 
-def five_answers(sent: np.ndarray, seed: int) -> tuple[list[Message], np.ndarray]:
-    """One hospital that turned round, then four that agree but for a little; and what each changed."""
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = (
-        1  # Flower makes no message without
-    )
+def five_replies(sent: np.ndarray, seed: int) -> tuple[list[Message], np.ndarray]:
+    """Replies and changes: one reversed update, then four that nearly agree."""
+    # Flower makes no message without a task identity
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     rng = np.random.default_rng(seed)
-    way = rng.standard_normal(sent.shape) * 0.01
+    honest_change = rng.standard_normal(sent.shape) * 0.01
     changes = np.stack(
-        [-way] + [way + rng.standard_normal(sent.shape) * 0.001 for _ in range(4)]
+        [-honest_change]
+        + [honest_change + rng.standard_normal(sent.shape) * 0.001 for _ in range(4)]
     ).astype(np.float32)
-    answers = [
+    replies = [
         Message(
             RecordDict(
                 {
@@ -151,26 +149,26 @@ def five_answers(sent: np.ndarray, seed: int) -> tuple[list[Message], np.ndarray
         )
         for node, change in enumerate(changes)
     ]
-    return answers, changes
+    return replies, changes
 
 
 @pytest.mark.parametrize("name", ["krum", "multikrum"])
 @pytest.mark.parametrize("hospitals", [5, 6], ids=["all", "one-absent"])
-def test_krum_leaves_out_who_turned_round_however_large_the_weights_and_whoever_is_absent(
+def test_krum_excludes_a_reversed_update_of_large_weights(
     name: str, hospitals: int, tmp_path: Path
 ) -> None:
-    """StyleGAN2's mapping networks hold weights of standard deviation 100, and a round changes them by hundredths."""
+    """Mapping networks hold weights of standard deviation 100; a round changes them by 0.01."""
     sent = (np.random.default_rng(1).standard_normal((256, 256)) * 100).astype(np.float32)
     settings = tiny(
         tmp_path, f"federation.strategy={name}", "federation.malicious=1", hospitals=hospitals
     )
     strategy = make_strategy(settings)
-    for seed in range(8):  # a choice by chance is right once in a while
-        answers, changes = five_answers(sent, seed)
-        set_expected_hospitals(strategy, len(answers))
-        made = aggregate(strategy, settings, 1, answers, {"w": sent})
-        assert made is not None
-        change = made["w"] - sent
+    for seed in range(8):  # a random choice is sometimes right
+        replies, changes = five_replies(sent, seed)
+        set_expected_hospitals(strategy, len(replies))
+        aggregated = aggregate(strategy, settings, 1, replies, {"w": sent})
+        assert aggregated is not None
+        change = aggregated["w"] - sent
         if name == "krum":
             assert any(np.allclose(change, honest, atol=1e-4) for honest in changes[1:])
         else:
@@ -178,7 +176,7 @@ def test_krum_leaves_out_who_turned_round_however_large_the_weights_and_whoever_
 
 
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedyogi"])
-def test_moments_of_the_server_survive_a_restart(name: str, tmp_path: Path) -> None:
+def test_server_moments_survive_a_restart(name: str, tmp_path: Path) -> None:
     settings = tiny(
         write_shards(tmp_path / "data", (24, 16)),
         *overrides(name),
@@ -204,7 +202,7 @@ def test_moments_of_the_server_survive_a_restart(name: str, tmp_path: Path) -> N
     assert all(tensors[key].equal(other[key]) for key in tensors)
 
 
-def test_moments_have_no_place_in_a_strategy_without_memory(tmp_path: Path) -> None:
+def test_moments_are_refused_by_a_strategy_without_state(tmp_path: Path) -> None:
     adam = make_strategy(tiny(tmp_path, *overrides("fedadam")))
     adam.m_t, adam.v_t = {"ema/w": np.ones(2, np.float32)}, {"ema/w": np.full(2, 3, np.float32)}
     state = strategy_state(adam)
@@ -217,7 +215,7 @@ def test_moments_have_no_place_in_a_strategy_without_memory(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("override", "word"),
+    ("override", "text"),
     [
         (["federation.strategy=fedprox"], "proximal_mu"),
         (["training.proximal_mu=0.01"], "choose federation.strategy = 'fedprox'"),
@@ -241,18 +239,20 @@ def test_moments_have_no_place_in_a_strategy_without_memory(tmp_path: Path) -> N
         (['federation.exchange=["discriminator"]'], "neither generator nor ema"),
     ],
 )
-def test_settings_that_a_strategy_cannot_serve_are_refused(
-    override: list[str], word: str, tmp_path: Path
+def test_strategy_refuses_incompatible_settings(
+    override: list[str], text: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=word):
+    with pytest.raises(ConfigError, match=text):
         check_compatibility(tiny(tmp_path, *override))
 
 
-# --- the budget ------------------------------------------------------------------------------------
+# --- the budget -----------------------------------------------------------------------------------
 
 
 @given(kimg=st.floats(0.001, 500), rounds=st.integers(1, 300), batch=st.integers(1, 64))
-def test_rounds_add_up_to_the_budget_in_whole_batches(kimg: float, rounds: int, batch: int) -> None:
+def test_round_budgets_sum_to_whole_batches_of_the_budget(
+    kimg: float, rounds: int, batch: int
+) -> None:
     totals = images_per_round(kimg, rounds, batch)
     assert len(totals) == rounds
     assert 0 <= sum(totals) - round(kimg * 1000) < batch
@@ -266,7 +266,7 @@ def test_rounds_add_up_to_the_budget_in_whole_batches(kimg: float, rounds: int, 
     batch=st.integers(1, 64),
     equal=st.booleans(),
 )
-def test_shares_of_hospitals_add_up_without_drift(
+def test_hospital_budgets_sum_to_the_rounds_without_drift(
     sizes: list[int], batches: list[int], batch: int, equal: bool
 ) -> None:
     totals = [count * batch for count in batches]
@@ -280,7 +280,7 @@ def test_shares_of_hospitals_add_up_without_drift(
     assert np.abs(done - exact).max() < 2 * batch
 
 
-def test_means_are_weighted_by_the_images_of_the_round() -> None:
+def test_mean_metrics_are_weighted_by_images() -> None:
     rows = [
         {"images": 30, "loss_g": 1.0, "r1": 0.5},
         {"images": 10, "loss_g": 3.0},

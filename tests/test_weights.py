@@ -1,4 +1,4 @@
-"""federation.weights and federation.label_rows: how far each hospital's change moves the model."""
+"""federation.weights and federation.label_rows: the weight of each hospital's change."""
 
 from __future__ import annotations
 
@@ -29,10 +29,9 @@ from server.records import to_record
 EMBED = "generator/mapping.embed.weight"
 
 
-def answers_of(sizes: list[int], models: list[dict[str, np.ndarray]]) -> list[Message]:
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = (
-        1  # Flower makes no message without
-    )
+def replies_of(sizes: list[int], models: list[dict[str, np.ndarray]]) -> list[Message]:
+    # Flower makes no message without a task identity
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     return [
         Message(
             RecordDict(
@@ -45,30 +44,30 @@ def answers_of(sizes: list[int], models: list[dict[str, np.ndarray]]) -> list[Me
     ]
 
 
-def merged(
+def model_change(
     settings: Settings,
     sent: dict[str, np.ndarray],
     sizes: list[int],
     changes: list[dict[str, np.ndarray]],
 ):  # type: ignore[no-untyped-def]
-    """What the model moves by."""
+    """The change of the model by one aggregation."""
     models = [
         {key: (sent[key] + change[key]).astype(np.float32) for key in sent} for change in changes
     ]
-    made = aggregate(make_strategy(settings), settings, 1, answers_of(sizes, models), sent)
-    assert made is not None
-    return {key: made[key] - sent[key] for key in sent}
+    aggregated = aggregate(make_strategy(settings), settings, 1, replies_of(sizes, models), sent)
+    assert aggregated is not None
+    return {key: aggregated[key] - sent[key] for key in sent}
 
 
 def settings_of(root: Path, *overrides: str, hospitals: int = 3) -> Settings:
     return tiny(root, *overrides, hospitals=hospitals)
 
 
-# --- the algebra -----------------------------------------------------------------------------------
+# --- the algebra ----------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=5), st.integers(0, 2**31))
-def test_every_rule_moves_the_model_by_its_own_weights(sizes: list[int], seed: int) -> None:
+def test_weights_equal_the_formula_of_each_rule(sizes: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     sent = {
         "generator/w": rng.standard_normal((3, 4)).astype(np.float32),
@@ -78,16 +77,16 @@ def test_every_rule_moves_the_model_by_its_own_weights(sizes: list[int], seed: i
         {key: rng.standard_normal(array.shape) for key, array in sent.items()} for _ in sizes
     ]
     n = np.array(sizes, float)
-    wanted = {
+    expected = {
         "size": n / n.sum(),
         "root": np.sqrt(n) / np.sqrt(n).sum(),
         "equal": np.full(len(n), 1 / len(n)),
         "sum": n * 0 + 1,
     }
-    wanted["damped"] = n * 0 + math.hypot(*n) / n.sum()
-    for rule, weights in wanted.items():
+    expected["damped"] = n * 0 + math.hypot(*n) / n.sum()
+    for rule, weights in expected.items():
         settings = settings_of(Path(), f"federation.weights={rule}", hospitals=len(sizes))
-        moved = merged(settings, sent, sizes, changes)
+        moved = model_change(settings, sent, sizes, changes)
         by_rule = sum(w * change["generator/w"] for w, change in zip(weights, changes, strict=True))
         np.testing.assert_allclose(moved["generator/w"], by_rule, atol=1e-5)
         average = sum(
@@ -98,28 +97,28 @@ def test_every_rule_moves_the_model_by_its_own_weights(sizes: list[int], seed: i
 
 
 @pytest.mark.parametrize(
-    "words", [(), ("federation.local_images=equal",), ("federation.batch=shared",)]
+    "overrides", [(), ("federation.local_images=equal",), ("federation.batch=shared",)]
 )
-def test_a_damped_sum_counts_the_hospitals_by_their_steps(
-    words: tuple[str, ...], tmp_path: Path
+def test_damped_sum_weighs_hospitals_by_their_steps(
+    overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Sixteen hospitals that take as many steps count as sixteen, and one of them with all the images as nearly one."""
+    """16 changes sum to √16 = 4 with equal steps, to 15.8 with nearly all steps in one hospital."""
     sizes = [10_000] + [10] * 15
     settings = settings_of(
         tmp_path,
         "federation.weights=damped",
         "training.batch_size=16",
         "training.kimg=1",
-        *words,
+        *overrides,
         hospitals=16,
     )
     sent = {"generator/w": np.zeros(3, np.float32)}
-    moved = merged(settings, sent, sizes, [{"generator/w": np.ones(3)}] * 16)["generator/w"]
-    np.testing.assert_allclose(moved, 4 if words else 16 / 1.015, rtol=1e-4)
+    moved = model_change(settings, sent, sizes, [{"generator/w": np.ones(3)}] * 16)["generator/w"]
+    np.testing.assert_allclose(moved, 4 if overrides else 16 / 1.015, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rule", ["size", "root", "equal", "sum", "damped"])
-def test_one_hospital_is_itself_to_the_bit(rule: str, tmp_path: Path) -> None:
+def test_model_of_a_single_hospital_is_kept_bit_for_bit(rule: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sent = {"generator/w": (rng.standard_normal((64, 64)) * 100).astype(np.float32)}
     model = {
@@ -127,14 +126,16 @@ def test_one_hospital_is_itself_to_the_bit(rule: str, tmp_path: Path) -> None:
         + rng.standard_normal((64, 64)).astype(np.float32) * 0.001
     }
     settings = settings_of(tmp_path, f"federation.weights={rule}", hospitals=1)
-    made = aggregate(make_strategy(settings), settings, 1, answers_of([7], [dict(model)]), sent)
-    assert made is not None
-    assert made["generator/w"].tobytes() == model["generator/w"].tobytes()
+    aggregated = aggregate(
+        make_strategy(settings), settings, 1, replies_of([7], [dict(model)]), sent
+    )
+    assert aggregated is not None
+    assert aggregated["generator/w"].tobytes() == model["generator/w"].tobytes()
 
 
 @pytest.mark.parametrize("rule", ["size", "root", "equal"])
-def test_a_label_s_row_is_its_holders_own(rule: str, tmp_path: Path) -> None:
-    """Hospitals of 70, 20 and 10 images; label 0 is the first's alone, 1 the last two's, 2 everybody's, 3 nobody's."""
+def test_label_rows_average_only_the_holders_of_the_label(rule: str, tmp_path: Path) -> None:
+    """70, 20 and 10 images; labels held by the first, the last two, all, and no hospital."""
     held = np.array([[1, 0, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0]])
     sent = {EMBED: np.random.default_rng(3).standard_normal((5, 4)).astype(np.float32)}
     sent["ema/mapping.embed.weight"] = sent[EMBED] + 1
@@ -142,10 +143,10 @@ def test_a_label_s_row_is_its_holders_own(rule: str, tmp_path: Path) -> None:
         {EMBED: np.random.default_rng(number).standard_normal((5, 4)) * row}
         for number, row in enumerate(held)
     ]
-    for change in changes:  # an average moves everywhere: towards the model that arrived
+    for change in changes:  # an average changes in every row
         change["ema/mapping.embed.weight"] = change[EMBED] * 0.1 + 0.01
     settings = settings_of(tmp_path, f"federation.weights={rule}", "federation.label_rows=true")
-    moved = merged(settings, sent, [70, 20, 10], changes)
+    moved = model_change(settings, sent, [70, 20, 10], changes)
     for key, weights in (
         (EMBED, mean_weights(np.array([70.0, 20.0, 10.0]), rule)),
         ("ema/mapping.embed.weight", np.array([0.7, 0.2, 0.1])),
@@ -158,13 +159,13 @@ def test_a_label_s_row_is_its_holders_own(rule: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(moved[key][:, label], expected, atol=1e-5)
 
 
-def test_columns_that_nobody_moved_keep_their_weights() -> None:
+def test_holder_weights_of_unchanged_columns_are_kept() -> None:
     found = holder_weights([np.zeros((2, 1)), np.zeros((2, 1))], np.array([0.25, 0.75]))
     assert [row.tolist() for row in found] == [[[0.25]], [[0.75]]]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "word"),
+    ("overrides", "text"),
     [
         (["federation.weights=sum", "federation.strategy=fedmedian"], "takes none"),
         (["federation.label_rows=true", "federation.strategy=krum"], "takes none"),
@@ -185,17 +186,17 @@ def test_columns_that_nobody_moved_keep_their_weights() -> None:
         (["federation.strategy=fedavgm", "federation.server_momentum=0"], "server_momentum > 0"),
     ],
 )
-def test_weights_are_refused_where_they_could_not_hold(
-    overrides: list[str], word: str, tmp_path: Path
+def test_weights_are_refused_with_incompatible_settings(
+    overrides: list[str], text: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=word):
+    with pytest.raises(ConfigError, match=text):
         check_compatibility(settings_of(tmp_path, *overrides, hospitals=5))
 
 
-# --- in a federation -------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------
 
 
-def test_a_federation_adds_up_what_its_hospitals_changed(tmp_path: Path) -> None:
+def test_sum_adds_the_changes_of_all_hospitals(tmp_path: Path) -> None:
     settings = tiny(
         write_shards(tmp_path / "data", (48, 24, 16)),
         "federation.weights=sum",
@@ -217,8 +218,8 @@ def test_a_federation_adds_up_what_its_hospitals_changed(tmp_path: Path) -> None
             np.testing.assert_allclose(after[key].numpy(), expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_an_average_that_does_not_travel_is_the_server_s(tmp_path: Path) -> None:
-    """It moves towards each round's generator as a Trainer's does in a step of so many images, and is the one that is judged."""
+def test_server_computes_an_ema_that_is_not_exchanged(tmp_path: Path) -> None:
+    """It is updated like a Trainer's EMA in one step of a round's images, and is evaluated."""
     settings = tiny(
         write_shards(tmp_path / "data", (24, 16)),
         'federation.exchange=["generator","discriminator"]',
@@ -244,20 +245,19 @@ def test_an_average_that_does_not_travel_is_the_server_s(tmp_path: Path) -> None
                 now if key.endswith("w_avg") else decay * average[key] + (1 - decay) * now
             )
             np.testing.assert_allclose(tensors[key].numpy(), average[key], rtol=1e-5, atol=1e-6)
-    judged = load_generator(run.checkpoint(2))[0].state_dict()
+    evaluated = load_generator(run.checkpoint(2))[0].state_dict()
     assert all(
-        np.array_equal(judged[key.removeprefix("ema/")].numpy(), states[2][0][key].numpy())
+        np.array_equal(evaluated[key.removeprefix("ema/")].numpy(), states[2][0][key].numpy())
         for key in average
     )
     numbers = sum(
         tensor.numel() for key, tensor in states[2][0].items() if not key.startswith("ema/")
     )
-    assert (
-        states[2][1]["bytes_exchanged"] == 2 * 2 * 2 * 4 * numbers
-    )  # rounds, hospitals, directions, float32
+    # rounds, hospitals, directions, bytes of float32
+    assert states[2][1]["bytes_exchanged"] == 2 * 2 * 2 * 4 * numbers
 
 
-def test_the_server_s_average_survives_a_restart(tmp_path: Path) -> None:
+def test_server_ema_survives_a_restart(tmp_path: Path) -> None:
     root = write_shards(tmp_path / "data", (24, 16))
     settings = tiny(root, 'federation.exchange=["generator"]', hospitals=2, rounds=3, kimg=0.048)
     whole, broken = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "broken")
@@ -278,7 +278,7 @@ def test_the_server_s_average_survives_a_restart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["fedavgm", "fedadam", "fedyogi"])
-def test_no_server_optimiser_steps_beyond_a_running_average(name: str, tmp_path: Path) -> None:
+def test_server_optimizers_keep_the_ema_between_the_hospitals(name: str, tmp_path: Path) -> None:
     settings = tiny(
         write_shards(tmp_path / "data", (24, 16)),
         f"federation.strategy={name}",
@@ -288,14 +288,14 @@ def test_no_server_optimiser_steps_beyond_a_running_average(name: str, tmp_path:
     )
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
-    merged = load_tensors(run.checkpoint(3))[0]
+    final = load_tensors(run.checkpoint(3))[0]
     states = [
         load_tensors(run.hospital_state(name) / "state-00003.safetensors")[0]
         for name in ("alpha", "beta")
     ]
-    for key in filter(lambda key: key.startswith("ema/"), merged):
+    for key in filter(lambda key: key.startswith("ema/"), final):
         low, high = (
             torch.minimum(*(state[key] for state in states)),
             torch.maximum(*(state[key] for state in states)),
         )
-        assert ((merged[key] >= low - 1e-5) & (merged[key] <= high + 1e-5)).all()
+        assert ((final[key] >= low - 1e-5) & (final[key] <= high + 1e-5)).all()

@@ -1,4 +1,4 @@
-"""federation.control_variates: what a hospital's steps are corrected by."""
+"""federation.control_variates: corrections of the hospitals' steps."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fedgan.models.stylegan2.generator import Generator
 from fedgan.run_folder import RunFolder
 from fedgan.runs.compatibility import check_compatibility
 from fedgan.training.checkpoint import load_tensors
-from fedgan.training.trainer import Trainer
 from fedgan.training.control_variates import ControlVariates
+from fedgan.training.trainer import Trainer
 
 ON = "federation.control_variates=true"
-ALIKE = (ON, "federation.local_images=equal", "training.kimg=0.96")
+COMPATIBLE = (ON, "federation.local_images=equal", "training.kimg=0.96")
 PARTS = ("generator", "discriminator")
 
 
-def mean_metrics(models: list[dict[str, np.ndarray]], weights: np.ndarray) -> dict[str, np.ndarray]:
+def mean_model(models: list[dict[str, np.ndarray]], weights: np.ndarray) -> dict[str, np.ndarray]:
     return {
         key: sum(w * model[key] for w, model in zip(weights, models, strict=True)).astype(
             np.float32
@@ -44,10 +44,10 @@ def mean_metrics(models: list[dict[str, np.ndarray]], weights: np.ndarray) -> di
     sizes=st.lists(st.integers(1, 9), min_size=4, max_size=4),
     curvatures=st.lists(st.floats(0.5, 2.0), min_size=4, max_size=4),
 )
-def test_hospitals_that_pull_apart_meet_at_the_optimum_of_all(
+def test_corrections_lead_to_the_optimum_of_all_hospitals(
     optima: list[float], sizes: list[int], curvatures: list[float]
 ) -> None:
-    """Quadratics a_i (w - b_i)² / 2: without corrections long rounds of few hospitals end elsewhere than Σ p a b / Σ p a."""
+    """Quadratics a_i (w - b_i)² / 2 with the optimum Σ p a b / Σ p a."""
     share = np.array(sizes[: len(optima)], float) / sum(sizes[: len(optima)])
     a = np.array(curvatures[: len(optima)])
     best = float((share * a) @ optima / (share @ a))
@@ -55,9 +55,9 @@ def test_hospitals_that_pull_apart_meet_at_the_optimum_of_all(
     variates, x, steps = [ControlVariates() for _ in optima], 5.0, 4
     for _ in range(100):
         for net, control in zip(nets, variates, strict=True):
-            made = [net.weight.detach().clone()]
+            trained = [net.weight.detach().clone()]
             nn.init.constant_(net.weight, x)
-            control.update("net", made, net)
+            control.update("net", trained, net)
         for net, control, slope, optimum in zip(nets, variates, a, optima, strict=True):
             for _ in range(steps):
                 with torch.no_grad():
@@ -65,14 +65,12 @@ def test_hospitals_that_pull_apart_meet_at_the_optimum_of_all(
                 control.apply({"net": net}, 1 / steps)
         x = float(share @ [net.weight.item() for net in nets])
         total = share @ [control.corrections["net"][0].item() for control in variates]
-        assert abs(total) < 1e-9, (
-            "corrections move hospitals against each other, and the mean not at all"
-        )
+        assert abs(total) < 1e-9, "corrections must cancel out in the mean"
     assert x == pytest.approx(best, abs=1e-3)
 
 
-def test_without_corrections_they_do_not_meet_there() -> None:
-    """The algebra above would prove nothing if the mean of long rounds were right as it is."""
+def test_mean_without_corrections_misses_the_optimum() -> None:
+    """Control for the test above: the plain mean of long rounds is biased."""
     x, a, optima = 5.0, np.array([2.0, 0.5]), np.array([1.0, -1.0])
     for _ in range(100):
         x = float(
@@ -86,12 +84,12 @@ def test_without_corrections_they_do_not_meet_there() -> None:
     assert abs(x - (a @ optima) / a.sum()) > 0.05
 
 
-def test_a_round_adds_the_whole_correction_however_many_steps_it_has() -> None:
+def test_round_adds_the_whole_correction_for_any_number_of_steps() -> None:
     trainer = Trainer(tiny_settings(ON, "training.learning_rate=1e-12"), tiny_dataset())
     trainer.load_parameters(trainer.get_parameters(PARTS))
     trainer.train(24)
-    made = trainer.get_parameters(PARTS)
-    sent = {key: array + np.float32(0.25) for key, array in made.items()}
+    trained = trainer.get_parameters(PARTS)
+    sent = {key: array + np.float32(0.25) for key, array in trained.items()}
     trainer.load_parameters(sent)
     trainer.train(40)
     parameters = {
@@ -102,7 +100,7 @@ def test_a_round_adds_the_whole_correction_however_many_steps_it_has() -> None:
             np.testing.assert_allclose(array, sent[key] + 0.25, atol=1e-4, err_msg=key)
 
 
-def test_the_first_model_that_arrives_corrects_nothing() -> None:
+def test_first_received_model_gives_no_correction() -> None:
     trainer = Trainer(tiny_settings(ON), tiny_dataset())
     trainer.load_parameters(
         {key: array + np.float32(1) for key, array in trainer.get_parameters(PARTS).items()}
@@ -112,7 +110,7 @@ def test_the_first_model_that_arrives_corrects_nothing() -> None:
         assert not any(correction.any() for correction in corrections)
 
 
-def test_who_goes_on_without_the_setting_goes_on_without_corrections() -> None:
+def test_corrections_are_dropped_when_the_setting_is_off() -> None:
     trainer = Trainer(tiny_settings(ON), tiny_dataset())
     for _ in range(2):
         trainer.load_parameters(
@@ -123,19 +121,19 @@ def test_who_goes_on_without_the_setting_goes_on_without_corrections() -> None:
         Trainer(tiny_settings(), tiny_dataset()),
         Trainer(tiny_settings(ON), tiny_dataset()),
     )
-    for other in (plain, corrected):
-        other.load_state_dict(state)
+    for resumed in (plain, corrected):
+        resumed.load_state_dict(state)
     assert not plain.exchange.control_variates.corrections
     corrected.load_parameters(
         trainer.get_parameters(PARTS)
         | {key: array + 1 for key, array in trainer.get_parameters(PARTS).items()}
     )
-    for part in PARTS:  # a state is not changed by who loads it
+    for part in PARTS:  # loading does not change the state
         kept = state[0][f"variates/{part}/000"]
         torch.testing.assert_close(kept, torch.ones_like(kept), atol=1e-3, rtol=0)
 
 
-def test_corrections_go_on_after_a_restart() -> None:
+def test_corrections_survive_a_restart() -> None:
     def rounds(restart: bool) -> dict[str, np.ndarray]:
         hospitals = [
             Trainer(tiny_settings(ON), tiny_dataset(seed=number), stream=number)
@@ -146,7 +144,7 @@ def test_corrections_go_on_after_a_restart() -> None:
             for hospital in hospitals:
                 hospital.load_parameters(sent)
                 hospital.train(8)
-            sent = mean_metrics(
+            sent = mean_model(
                 [hospital.get_parameters(PARTS) for hospital in hospitals], np.array([0.5, 0.5])
             )
             if restart and number == 1:
@@ -164,7 +162,7 @@ def test_corrections_go_on_after_a_restart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "why"),
+    ("override", "text"),
     [
         ("federation.weights=sum", "takes no mean"),
         ("federation.weights=damped", "takes no mean"),
@@ -181,17 +179,17 @@ def test_corrections_go_on_after_a_restart() -> None:
         ("privacy.client_level=server", "may stop"),
     ],
 )
-def test_settings_under_which_corrections_do_not_cancel_out_are_refused(
-    other: str, why: str
-) -> None:
-    with pytest.raises(ConfigError, match=f"control_variates.*{why}"):
-        check_compatibility(tiny_settings(*ALIKE, other))
-    check_compatibility(tiny_settings(*ALIKE))
+def test_settings_whose_corrections_do_not_cancel_are_refused(override: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=f"control_variates.*{text}"):
+        check_compatibility(tiny_settings(*COMPATIBLE, override))
+    check_compatibility(tiny_settings(*COMPATIBLE))
     check_compatibility(tiny_settings(ON, "federation.batch=shared", "training.kimg=1"))
 
 
-def test_hospitals_of_a_federation_correct_by_what_came_of_their_last_round(tmp_path: Path) -> None:
-    settings = tiny(write_shards(tmp_path / "data", (24, 16, 16)), *ALIKE, rounds=2, kimg=0.072)
+def test_corrections_equal_the_mean_minus_the_own_last_model(tmp_path: Path) -> None:
+    settings = tiny(
+        write_shards(tmp_path / "data", (24, 16, 16)), *COMPATIBLE, rounds=2, kimg=0.072
+    )
     run = RunFolder.at(tmp_path / "run")
     federate(settings, run, app)
     sent = load_tensors(run.checkpoint(1))[0]
@@ -204,11 +202,15 @@ def test_hospitals_of_a_federation_correct_by_what_came_of_their_last_round(tmp_
     ]
     for hospital in ("alpha", "beta", "gamma"):
         folder = run.hospital_state(hospital)
-        own, then = (
+        own, corrected = (
             load_tensors(folder / f"state-0000{number}.safetensors")[0] for number in (1, 2)
         )
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             key = f"generator/{name}"
             moved = (sent[key].reshape(own[key].shape) - own[key]).reshape(-1)
-            torch.testing.assert_close(then[f"variates/generator/{place:03d}"].reshape(-1), moved)
-        assert any(then[f"variates/generator/{place:03d}"].any() for place in range(len(names)))
+            torch.testing.assert_close(
+                corrected[f"variates/generator/{index:03d}"].reshape(-1), moved
+            )
+        assert any(
+            corrected[f"variates/generator/{index:03d}"].any() for index in range(len(names))
+        )

@@ -1,4 +1,4 @@
-"""Differential privacy of whole hospitals by Flower's wrappers: what is clipped, how much noise, and what it costs."""
+"""Client-level DP by Flower's wrappers: clipping, noise, privacy cost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HOSPITALS = 3
 
 @pytest.fixture(autouse=True)
 def identity() -> None:
-    """Messages can be made only where Flower knows a task."""
+    """Set the task identity that Flower's Message needs."""
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
 
@@ -61,15 +61,15 @@ def arrays(rng: np.random.Generator, scale: float) -> dict[str, np.ndarray]:
 
 
 def reply(model: dict[str, np.ndarray], weight: int = 5) -> Message:
-    question = Message(RecordDict({"config": ConfigRecord()}), 1, "train")
-    question.metadata.__dict__["_message_id"] = "question"
+    request = Message(RecordDict({"config": ConfigRecord()}), 1, "train")
+    request.metadata.__dict__["_message_id"] = "request"
     records = {"arrays": ArrayRecord({key: Array(value) for key, value in model.items()})}
     return Message(
-        RecordDict(records | {"metrics": MetricRecord({"num_examples": weight})}), reply_to=question
+        RecordDict(records | {"metrics": MetricRecord({"num_examples": weight})}), reply_to=request
     )  # type: ignore[arg-type]
 
 
-def moved(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
     return math.sqrt(
         sum(float(np.square(one[key].astype(float) - other[key]).sum()) for key in one)
     )
@@ -78,35 +78,33 @@ def moved(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
 def aggregate(
     settings: Settings,
     sent: dict[str, np.ndarray],
-    answers: list[dict[str, np.ndarray]],
+    models: list[dict[str, np.ndarray]],
     weights: tuple[int, ...] = (),
 ) -> dict[str, np.ndarray]:
-    """What the server makes of these answers."""
+    """The aggregated model of these replies."""
     strategy: Any = make_strategy(settings)
-    set_expected_hospitals(strategy, len(answers))
+    set_expected_hospitals(strategy, len(models))
     members: Any = MemberGrid([])
-    members.get_node_ids = lambda: list(range(len(answers)))
+    members.get_node_ids = lambda: list(range(len(models)))
     list(strategy.configure_train(1, to_record(sent), ConfigRecord(), members))
     replies = [
         reply(model, weight)
-        for model, weight in zip(answers, weights or (1,) * len(answers), strict=True)
+        for model, weight in zip(models, weights or (1,) * len(models), strict=True)
     ]
     record, _ = strategy.aggregate_train(1, equalize_weights(replies))
     return {key: array.numpy() for key, array in record.items()}
 
 
 def shifted(sent: dict[str, np.ndarray], update: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The model of a hospital, in another order of its arrays."""
+    """The model of a hospital, with its arrays in reverse order."""
     return {key: sent[key] + update[key] for key in reversed(list(sent))}
 
 
-# --- the mechanism ---------------------------------------------------------------------------------
+# --- the mechanism --------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 10_000), st.floats(0.01, 100.0), st.sampled_from([0.1, 1.0, 10.0]))
-def test_one_hospital_moves_the_sum_by_no_more_than_the_clip(
-    seed: int, size: float, clip: float
-) -> None:
+def test_sensitivity_of_the_sum_is_bounded_by_the_clip(seed: int, size: float, clip: float) -> None:
     rng = np.random.default_rng(seed)
     settings = settings_of(
         "privacy.client_level=server",
@@ -115,85 +113,84 @@ def test_one_hospital_moves_the_sum_by_no_more_than_the_clip(
     )
     sent = arrays(rng, 1.0)
     others = [shifted(sent, arrays(rng, 0.01)) for _ in range(HOSPITALS - 1)]
-    tiny_step = shifted(sent, arrays(rng, 1e-6))  # a hospital that does next to nothing
+    tiny_step = shifted(sent, arrays(rng, 1e-6))  # a hospital with almost no change
     with_it = aggregate(
         settings, sent, [shifted(sent, arrays(rng, size)), *others], weights=(1000, 1, 1)
     )
     without = aggregate(settings, sent, [tiny_step, *others], weights=(1, 1, 1))
-    reach = HOSPITALS * moved(with_it, without)
-    assert reach <= clip * 1.001 + 1e-3
-    assert reach > 0.9 * min(clip, size) - 1e-3
+    sensitivity = HOSPITALS * distance(with_it, without)
+    assert sensitivity <= clip * 1.001 + 1e-3
+    assert sensitivity > 0.9 * min(clip, size) - 1e-3
 
 
-@pytest.mark.parametrize("where", ["server", "client"])
-def test_the_noise_has_the_standard_deviation_that_was_told_also_when_a_hospital_has_left(
-    where: str,
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_noise_has_the_configured_deviation_with_an_absent_hospital(
+    side: str,
 ) -> None:
     clip, noise = 0.5, 4.0
-    words = (
-        f"privacy.client_level={where}",
+    overrides = (
+        f"privacy.client_level={side}",
         f"privacy.client_noise_multiplier={noise}",
         f"privacy.client_clip={clip}",
     )
     sent = {"generator/w": np.zeros((300, 400), np.float32), "ema/one": np.zeros(1, np.float32)}
     update = {key: np.full(value.shape, 1e-6, np.float32) for key, value in sent.items()}
     for hospitals in (3, 2):
-        found = aggregate(settings_of(*words), sent, [shifted(sent, update)] * hospitals)
+        found = aggregate(settings_of(*overrides), sent, [shifted(sent, update)] * hospitals)
         assert found["generator/w"].std() == pytest.approx(noise * clip / hospitals, rel=0.01)
         assert abs(found["generator/w"].mean()) < 0.02
-    drawn = []
+    noises = []
     for _ in range(2):
-        np.random.seed(0)  # whoever seeds numpy's generator does not learn the noise
-        drawn.append(
-            aggregate(settings_of(*words), sent, [shifted(sent, update)] * 3)["generator/w"]
+        np.random.seed(0)  # the noise does not depend on numpy's seed
+        noises.append(
+            aggregate(settings_of(*overrides), sent, [shifted(sent, update)] * 3)["generator/w"]
         )
-    assert not np.array_equal(*drawn)
+    assert not np.array_equal(*noises)
 
 
-def test_an_array_without_a_dimension_is_refused_because_it_would_escape() -> None:
+def test_array_without_a_dimension_is_refused() -> None:
     with pytest.raises(
         FederationError, match="'a' has no dimension and would escape Flower's clipping"
     ):
         equalize_weights([reply({"a": np.array(3, np.float32), "b": np.ones(2, np.float32)})])
 
 
-def visit(
+def clipped_reply(
     sent: dict[str, np.ndarray], model: dict[str, np.ndarray], clip: float | None
 ) -> dict[str, np.ndarray]:
-    """What leaves a hospital that was sent one model and has made another."""
+    """The arrays that leave a hospital after clipping."""
     config = ConfigRecord({} if clip is None else {CLIPPING_NORM: clip})
     message = Message(RecordDict({"arrays": to_record(sent), "config": config}), 1, "train")
-    message.metadata.__dict__["_message_id"] = "question"
-    answer = RecordDict({"arrays": to_record(model), "metrics": MetricRecord({"num_examples": 5})})
+    message.metadata.__dict__["_message_id"] = "request"
+    content = RecordDict({"arrays": to_record(model), "metrics": MetricRecord({"num_examples": 5})})
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
-    found = clip_update(message, context, lambda question, _: Message(answer, reply_to=question))
+    found = clip_update(message, context, lambda request, _: Message(content, reply_to=request))
     assert not found.has_error()
     return {key: array.numpy() for key, array in found.content.array_records["arrays"].items()}
 
 
-def test_a_hospital_clips_its_own_update_where_it_is_asked_to() -> None:
+def test_hospital_clips_its_update_on_request() -> None:
     rng = np.random.default_rng(3)
-    sent, update = (
-        arrays(rng, 100.0),
-        arrays(rng, 2.0),
-    )  # some of StyleGAN2's weights have a standard deviation of 100
+    # some weights of StyleGAN2 have a standard deviation of 100
+    sent, update = arrays(rng, 100.0), arrays(rng, 2.0)
     model = shifted(sent, update)
-    clipped = visit(sent, model, 1.0)
-    assert moved(clipped, sent) == pytest.approx(1.0, rel=1e-2)
-    direction = {key: (clipped[key] - sent[key]) * moved(model, sent) for key in sent}
-    assert moved(direction, update) < 0.05 * moved(model, sent)
-    assert moved(visit(sent, model, None), model) == 0
-    assert moved(visit(sent, sent, 1.0), sent) == 0  # nothing changed: Flower would divide by zero
+    clipped = clipped_reply(sent, model, 1.0)
+    assert distance(clipped, sent) == pytest.approx(1.0, rel=1e-2)
+    direction = {key: (clipped[key] - sent[key]) * distance(model, sent) for key in sent}
+    assert distance(direction, update) < 0.05 * distance(model, sent)
+    assert distance(clipped_reply(sent, model, None), model) == 0
+    # no change: Flower would divide by zero
+    assert distance(clipped_reply(sent, sent, 1.0), sent) == 0
 
 
-def test_the_wrappers_are_flower_s_own_round_a_plain_mean() -> None:
+def test_client_level_dp_uses_flower_s_wrappers_of_fedavg_alone() -> None:
     kinds = {
         "server": flower.DifferentialPrivacyServerSideFixedClipping,
         "client": flower.DifferentialPrivacyClientSideFixedClipping,
         "none": flower.FedAvg,
     }
-    for where, kind in kinds.items():
-        assert type(make_strategy(settings_of(f"privacy.client_level={where}"))) is kind
+    for side, kind in kinds.items():
+        assert type(make_strategy(settings_of(f"privacy.client_level={side}"))) is kind
     for strategy in ("fedadam", "fedmedian", "krum"):
         with pytest.raises(ConfigError, match="computes another result"):
             check_compatibility(
@@ -205,16 +202,16 @@ def test_the_wrappers_are_flower_s_own_round_a_plain_mean() -> None:
         check_compatibility(settings_of("privacy.client_level=server", "training.learning_rate=0"))
 
 
-# --- what it costs ---------------------------------------------------------------------------------
+# --- privacy cost ---------------------------------------------------------------------------------
 
 
-def test_every_release_is_one_gaussian_mechanism_and_is_never_forgotten(tmp_path: Path) -> None:
+def test_every_release_is_one_gaussian_mechanism_of_the_ledger(tmp_path: Path) -> None:
     settings = settings_of("privacy.client_level=server", "privacy.client_noise_multiplier=5")
-    run, told = RunFolder.at(tmp_path), list[dict[str, Any]]()
+    run, records = RunFolder.at(tmp_path), list[dict[str, Any]]()
     for _ in range(4):
-        told.append(record_round(settings, run, "x", 3))
-    assert [row["releases"] for row in told] == [1, 2, 3, 4]
-    for row in told:
+        records.append(record_round(settings, run, "x", 3))
+    assert [row["releases"] for row in records] == [1, 2, 3, 4]
+    for row in records:
         assert row["epsilon"] == pytest.approx(
             epsilon_of([Mechanism(5.0, 1.0, row["releases"])], 1e-5), rel=1e-6
         )
@@ -222,7 +219,7 @@ def test_every_release_is_one_gaussian_mechanism_and_is_never_forgotten(tmp_path
         assert row["epsilon"] == pytest.approx(
             gaussian(5 / math.sqrt(row["releases"]), 1e-5), rel=0.03
         )
-    assert told[0]["delta"] == 1e-5
+    assert records[0]["delta"] == 1e-5
     assert (
         record_round(
             settings_of("privacy.client_level=server", "privacy.client_noise_multiplier=0"),
@@ -252,7 +249,7 @@ def gaussian(noise: float, delta: float) -> float:
     return high
 
 
-def test_the_remark_tells_what_the_figures_mean() -> None:
+def test_noise_statement_explains_epsilon_and_noise() -> None:
     text = noise_statement(
         settings_of("privacy.client_level=server", "privacy.client_noise_multiplier=2", rounds=5),
         1_000_000,
@@ -263,19 +260,19 @@ def test_the_remark_tells_what_the_figures_mean() -> None:
     assert "delta = 1/3 would allow the full disclosure of one hospital" in text
 
 
-@pytest.mark.parametrize("where", ["server", "client"])
-def test_a_run_with_hidden_hospitals_clips_and_adds_noise_and_reports_what_it_cost(
-    where: str, tmp_path: Path
+@pytest.mark.parametrize("side", ["server", "client"])
+def test_client_level_dp_run_clips_adds_noise_and_reports_epsilon(
+    side: str, tmp_path: Path
 ) -> None:
     clip, noise, data = 0.5, 3.0, write_shards(tmp_path / "data", (40, 24, 16))
-    words = (
-        f"privacy.client_level={where}",
+    overrides = (
+        f"privacy.client_level={side}",
         f"privacy.client_clip={clip}",
         "privacy.client_noise_multiplier=",
     )
     change, lines = {}, {}
     for multiplier in (0.0, noise):
-        settings = settings_of(*words[:2], f"{words[2]}{multiplier}", data=data, rounds=1)
+        settings = settings_of(*overrides[:2], f"{overrides[2]}{multiplier}", data=data, rounds=1)
         run = RunFolder.at(tmp_path / f"run-{multiplier}")
         federate(settings, run, app)
         begin, end = (load_tensors(run.checkpoint(number))[0] for number in (0, 1))
@@ -283,25 +280,29 @@ def test_a_run_with_hidden_hospitals_clips_and_adds_noise_and_reports_what_it_co
             [(end[key] - begin[key]).numpy().ravel() for key in begin]
         )
         (lines[multiplier],) = files.read_json_lines(run.metrics)
-    assert (
-        0.1 * clip < np.linalg.norm(change[0.0]) < 1.01 * clip
-    )  # three updates, none of them longer than 0.5
+    # the mean of three updates of at most the clip's length
+    assert 0.1 * clip < np.linalg.norm(change[0.0]) < 1.01 * clip
     assert change[noise].std() == pytest.approx(noise * clip / 3, rel=0.1)
     assert lines[0.0]["client_level_dp"]["epsilon"] is None
-    told = lines[noise]["client_level_dp"]
-    assert (told["releases"], told["hospitals"], told["clip"], told["noise_multiplier"]) == (
+    reported = lines[noise]["client_level_dp"]
+    assert (
+        reported["releases"],
+        reported["hospitals"],
+        reported["clip"],
+        reported["noise_multiplier"],
+    ) == (
         1,
         3,
         clip,
         noise,
     )
-    assert told["epsilon"] == pytest.approx(
+    assert reported["epsilon"] == pytest.approx(
         epsilon_of(Ledger(run.path / LEDGER).mechanisms(), 1e-5)
     )
     assert all("loss_g" not in row for line in lines.values() for row in line["hospitals"])
 
 
-def test_a_round_of_hidden_hospitals_that_is_done_again_counts_twice_and_the_remark_comes_once(
+def test_repeated_round_counts_twice_and_the_note_appears_once(
     tmp_path: Path,
 ) -> None:
     settings = settings_of(
@@ -313,11 +314,11 @@ def test_a_round_of_hidden_hospitals_that_is_done_again_counts_twice_and_the_rem
     federation = federate(settings, run, app)
     run.checkpoint(2).unlink()
     run.checkpoint(2).with_suffix(".json").unlink()
-    told: list[dict[str, Any]] = []
-    Federation(run.settings(), run, experiment_of(run), federation.evaluator, told.append).train(
+    events: list[dict[str, Any]] = []
+    Federation(run.settings(), run, experiment_of(run), federation.evaluator, events.append).train(
         LocalGrid(3, app)
     )  # type: ignore[arg-type]
-    assert [event["event"] for event in told].count("note") == 1
+    assert [event["event"] for event in events].count("note") == 1
     assert [line["client_level_dp"]["releases"] for line in files.read_json_lines(run.metrics)] == [
         1,
         3,

@@ -218,7 +218,9 @@ def test_reply_is_checked_against_the_dtype_of_the_wire() -> None:
         FederationError, match=r"'ema/w' with float32 \(3,\), expected float16 \(3,\)"
     ):
         check_reply(member, reply(sent), sent, "fp16")
-    with pytest.raises(FederationError, match=r"'ema/w' with uint16 \(2,\), expected uint16 \(3,\)"):
+    with pytest.raises(
+        FederationError, match=r"'ema/w' with uint16 \(2,\), expected uint16 \(3,\)"
+    ):
         check_reply(member, reply({"ema/w": np.ones(2, np.uint16)}), sent, "bf16")
     for wire, bad in (
         ("fp16", np.float16(np.inf)),
@@ -234,7 +236,9 @@ def test_server_refuses_to_send_an_unrepresentable_model(tmp_path: Path) -> None
     master = {"ema/big": np.array([1e6], np.float32), "ema/w": np.ones(3, np.float32)}
     with pytest.raises(FederationError, match="'ema/big' holds a number beyond"):
         encode_messages(settings, [message(master)], master)
-    sent = encode_messages(settings, [message({"ema/w": master["ema/w"]})], {"ema/w": master["ema/w"]})[0]
+    sent = encode_messages(
+        settings, [message({"ema/w": master["ema/w"]})], {"ema/w": master["ema/w"]}
+    )[0]
     assert sent.content.array_records["arrays"]["ema/w"].numpy().dtype == np.float16
     assert dict(sent.content.config_records["config"]) == {"round": 3}
     assert (sent.metadata.dst_node_id, sent.metadata.message_type) == (100, "train")
