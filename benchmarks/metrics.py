@@ -11,7 +11,6 @@ float32 products, measured in the same run, over the time of the metrics.
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 
 from fedgan.evaluation.metrics.kernel_distance import kernel_distance
 from fedgan.evaluation.metrics.prdc import prdc
+from fedgan.machine import peak_memory
 
 MATRICES = 5
 ROWS = 1024  # of one reference product: enough for the best rate
@@ -42,48 +42,42 @@ def product_rate(images: int, width: int) -> float:
     """Operations per second of a float32 product (ROWS, width) × (width, images)."""
     a, b, out = torch.rand(ROWS, width), torch.rand(images, width), torch.empty(ROWS, images)
     torch.mm(a, b.t(), out=out)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(4):
         torch.mm(a, b.t(), out=out)
-    return 4 * 2.0 * ROWS * images * width / (time.perf_counter() - begun)
-
-
-def peak_megabytes() -> float:
-    """Peak memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return 4 * 2.0 * ROWS * images * width / (time.perf_counter() - start)
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    begun = time.perf_counter()
-    found = function(*arguments)
-    return time.perf_counter() - begun, found
+    """Seconds of a call, and its result."""
+    start = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - start, result
 
 
 def measure(images: int = 10_000, width: int = 512) -> dict[str, Any]:
     """Medians over `REPEATS` alternations of bare products and metrics."""
     real, synthetic = features(images, width, 0.0, 1), features(images, width, 0.03, 2)
     product_rate(256, width)  # exclude the memory of the libraries' first use
-    before = peak_megabytes()
-    kernel, manifold, rates = [], [], []
+    before = peak_memory()
+    kernel_times, prdc_times, rates = [], [], []
     scores: dict[str, float] = {}
     for repeat in range(REPEATS):
         seconds, value = timed(kernel_distance, real, synthetic)
-        kernel.append(seconds)
+        kernel_times.append(seconds)
         seconds, scores = timed(prdc, real, synthetic)
-        manifold.append(seconds)
+        prdc_times.append(seconds)
         if repeat == 0:
-            memory = peak_megabytes() - before
+            memory = (peak_memory() - before) / 2**20
         rates.append(product_rate(images, width))
-    total, rate = (
-        statistics.median(map(sum, zip(kernel, manifold, strict=True))),
-        statistics.median(rates),
-    )
+    total = statistics.median(map(sum, zip(kernel_times, prdc_times, strict=True)))
+    rate = statistics.median(rates)
     return {
         "images": images,
         "features": width,
         "threads": torch.get_num_threads(),
-        "kernel_seconds": statistics.median(kernel),
-        "manifold_seconds": statistics.median(manifold),
+        "kernel_seconds": statistics.median(kernel_times),
+        "prdc_seconds": statistics.median(prdc_times),
         "seconds": total,
         "memory_mb": memory,
         "product_gflops": rate / 1e9,

@@ -110,6 +110,8 @@ def test_help_of_each_verb_has_arguments_and_an_example(
     assert code == 0
     assert f"Example: fedgan {' '.join(arguments)}" in " ".join(out.split())
     assert "\\[" not in out
+    commands = out.partition("Commands:")[2].partition("Example:")[0]
+    assert "..." not in commands, "a summary is longer than its line"
     described = out.partition("Arguments:")[2].partition("Options:")[0].splitlines()
     assert all(
         len(line.split()) > 2 for line in described if line.startswith("  ") and line[2] != " "
@@ -902,10 +904,10 @@ def test_forecast_is_images_over_rate() -> None:
     measured = probe.Measured(
         images_per_second=100.0, classifier_images_per_second=1000.0, memory=0, device="cpu"
     )
-    seconds = probe.predict(settings, measured, sizes=(500, 300, 200), slots=2)
+    seconds = probe.predict(settings, measured, sizes=(500, 300, 200), parallel=2)
     assert seconds["training"] == pytest.approx(20_000 * 0.5 / 100)
     assert seconds["evaluation"] == pytest.approx(2 * 2 * 12 * 1000 / 1000)
-    assert seconds["all"] == pytest.approx(
+    assert seconds["total"] == pytest.approx(
         seconds["training"] + seconds["evaluation"] + probe.START_SECONDS
     )
 
@@ -914,7 +916,7 @@ def test_forecast_is_images_over_rate() -> None:
 def test_probe_measures_a_real_training() -> None:
     model = ModelSettings(z_dim=8, w_dim=8, channel_base=64, channel_max=8)
     settings = Settings(model=model, data=DataSettings(resolution=16))
-    measured = probe.measure(settings, channels=1, labels=2, exclusive=True, at_once=2, threads=1)
+    measured = probe.measure(settings, channels=1, labels=2, exclusive=True, parallel=2, threads=1)
     assert measured.images_per_second > 1
     assert measured.classifier_images_per_second > 1
     assert measured.memory > 2**26
@@ -923,7 +925,7 @@ def test_probe_measures_a_real_training() -> None:
 def test_failed_probe_is_a_machine_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", shutil.which("false") or "/bin/false")
     with pytest.raises(MachineError, match="the training probe failed"):
-        probe.measure(Settings(), 3, 7, True, at_once=1, threads=1)
+        probe.measure(Settings(), 3, 7, True, parallel=1, threads=1)
 
 
 # --- the real thing -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`fedgan deploy` at its boundary to Flower: what it submits, what it follows, and what it makes of every way to fail."""
+"""`fedgan deploy` at its boundary to Flower: submissions, logs, and every kind of failure."""
 
 from __future__ import annotations
 
@@ -41,18 +41,22 @@ FAILED = replace(
 )
 STOPPED = replace(RUNNING, status="finished", sub_status="stopped")
 GONE = httpx.ConnectError("connection refused")
-HANGS = object()  # in a log: nothing comes any more, and no error either
+HANGS = object()  # in a log: no more lines and no error
 
 
 class FakeLink:
-    """A SuperLink by script: `states` answers one look after another, the last for ever; `logs` one stream after another."""
+    """A SuperLink with scripted replies.
+
+    Each status request returns the next of `states`, then always the last; each log request
+    streams the next of `logs`.
+    """
 
     address = "superlink:8000"
 
     def __init__(self, states: list[Run | BaseException], logs: list[list[Any]]) -> None:
         self.states, self.logs = states, logs
         self.submitted: list[dict[str, Any]] = []
-        self.asked: list[float] = []  # the moments after which logs were asked for
+        self.requested_after: list[float] = []  # timestamps of the log requests
         self.stopped: list[int] = []
 
     def nodes(self) -> list[Node]:
@@ -75,7 +79,7 @@ class FakeLink:
         return 7
 
     def log(self, number: int, after: float) -> Iterator[tuple[str, float]]:
-        self.asked.append(after)
+        self.requested_after.append(after)
         for moment, piece in enumerate(self.logs.pop(0) if self.logs else [], int(after) + 1):
             if piece is HANGS:
                 threading.Event().wait(60)
@@ -85,70 +89,71 @@ class FakeLink:
 
 
 @pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+def shorten_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "LAST_LINES", 0.3)
     monkeypatch.setattr(follow, "__defaults__", (follow.__defaults__[0], 0.5, 0.05))  # type: ignore[index]
     monkeypatch.delenv(events.FORMAT, raising=False)
 
 
 def followed(link: FakeLink) -> tuple[Run, list[str], list[str]]:
-    """How the run ended, the lines that came, and what was said of the connection."""
-    lines, said = list[str](), list[str]()
-    return follow(link, 7, lines.append, said.append), lines, said
+    """The finished run, the lines of its log, and the notes on the connection."""
+    lines, notes = list[str](), list[str]()
+    return follow(link, 7, lines.append, notes.append), lines, notes
 
 
-def test_lines_come_whole_once_and_in_order_wherever_the_log_is_cut() -> None:
+def test_follow_joins_pieces_to_lines_in_order() -> None:
     link = FakeLink([RUNNING, RUNNING, COMPLETED], [["on", "e\ntw", "o\n\nthr", "ee\nfour"]])
     assert followed(link) == (COMPLETED, ["one", "two", "", "three", "four"], [])
 
 
-def test_a_log_that_breaks_off_is_read_on_from_where_it_was() -> None:
+def test_follow_continues_a_broken_log_after_its_last_piece() -> None:
     broken = httpx.RemoteProtocolError("peer closed connection")
     link = FakeLink(
         [RUNNING, RUNNING, COMPLETED],
         [["one\nt", "w", broken], [ValueError("truncated frame")], ["o\nthree\n"]],
     )
     assert followed(link) == (COMPLETED, ["one", "two", "three"], [])
-    assert link.asked == [0.0, 2.0, 2.0]
+    assert link.requested_after == [0.0, 2.0, 2.0]
 
 
-def test_a_log_that_ends_before_its_run_is_asked_for_again() -> None:
+def test_follow_requests_a_log_again_that_ends_before_its_run() -> None:
     link = FakeLink([RUNNING, RUNNING, COMPLETED], [["one\n"], ["two\n"], ["three\n"]])
     assert followed(link)[:2] == (COMPLETED, ["one", "two", "three"])
 
 
-def test_a_superlink_that_restarts_is_waited_for_and_its_dead_connection_forgotten() -> None:
+def test_follow_waits_for_a_restarting_superlink_and_reconnects() -> None:
     link = FakeLink([RUNNING, GONE, GONE, RUNNING, COMPLETED], [["one\n", HANGS], ["two\n"]])
-    run, lines, said = followed(link)
+    run, lines, notes = followed(link)
     assert (run, lines) == (COMPLETED, ["one", "two"])
-    assert [text.partition(" (")[0] for text in said] == [
+    assert [text.partition(" (")[0] for text in notes] == [
         "no reply from the SuperLink",
         "the SuperLink replies again",
     ]
 
 
-def test_a_superlink_that_stays_away_is_given_up() -> None:
-    with pytest.raises(FederationError, match="what became of run 7 is not known"):
+def test_follow_fails_for_a_superlink_that_stays_unreachable() -> None:
+    with pytest.raises(FederationError, match="the state of run 7 is unknown"):
         followed(FakeLink([RUNNING, GONE], [["one\n"]]))
 
 
-def test_a_run_is_over_when_its_status_says_so_also_where_the_log_hangs() -> None:
+def test_follow_ends_with_the_run_even_if_the_log_hangs() -> None:
     assert followed(FakeLink([RUNNING, FAILED], [["one\n", HANGS]]))[:2] == (FAILED, ["one"])
 
 
-def test_a_run_that_nobody_knows_is_an_error_at_once() -> None:
+def test_follow_fails_at_once_for_an_unknown_run() -> None:
     with pytest.raises(FederationError, match="no such run"):
         followed(FakeLink([RUNNING], [[FederationError("no such run")]]))
 
 
-# --- the commands ---------------------------------------------------------------------------------
+# --- the commands ---
 
 
 @pytest.fixture
 def scenario(tmp_path: Path) -> Path:
     path = tmp_path / "study.toml"
     path.write_text(
-        'name = "small study"\n[data]\nroot = "my/data"\n[training]\nkimg = 1\n[federation]\nrounds = 2\n'
+        'name = "small study"\ndata = {root = "my/data"}\n'
+        "training = {kimg = 1}\nfederation = {rounds = 2}\n"
     )
     return path
 
@@ -157,15 +162,15 @@ def scenario(tmp_path: Path) -> Path:
 def deploy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """`fedgan deploy WORDS` against a FakeLink."""
+    """Runs `fedgan deploy ARGUMENTS` against a FakeLink."""
 
-    def run(link: FakeLink, *words: str) -> tuple[int, str, str]:
+    def run(link: FakeLink, *arguments: str) -> tuple[int, str, str]:
         @contextlib.contextmanager
         def connected(*_: Any) -> Iterator[FakeLink]:
             yield link
 
         monkeypatch.setattr(superlink, "connected", connected)
-        code = main(["deploy", *words])
+        code = main(["deploy", *arguments])
         return code, *capsys.readouterr()
 
     return run
@@ -179,19 +184,20 @@ def failed(kind: str, message: str) -> str:
     return line(event="failed", kind=kind, message=message)
 
 
-LATE = failed("FederationError", "hospital 2 'beta' did not answer\nmore of it")
+LATE = failed("FederationError", "hospital 2 'beta' did not reply\nmore of it")
 FINISHED = line(event="finished", run="/runs/tiny", report="/runs/tiny/report.html")
 
 
 @pytest.mark.parametrize(
-    ("ending", "log", "code", "words"),
+    ("last_state", "log", "code", "text"),
     [
         (COMPLETED, [FINISHED], 0, ""),
         (
             FAILED,
             [LATE],
             5,
-            "'beta' did not answer\nsee: fedgan deploy logs 7; go on with: fedgan deploy resume /runs/tiny",
+            "'beta' did not reply\nsee: fedgan deploy logs 7; "
+            "continue with: fedgan deploy resume /runs/tiny",
         ),
         (FAILED, [failed("DataError", "no test images")], 3, "fedgan: no test images"),
         (
@@ -218,21 +224,21 @@ FINISHED = line(event="finished", run="/runs/tiny", report="/runs/tiny/report.ht
         (FAILED, ['{"event": "failed"\n', '{"event": 3}\n'], 5, "No heartbeat"),
     ],
 )
-def test_the_exit_status_is_the_run_s(
-    ending: Run,
+def test_run_returns_the_exit_code_of_the_run(
+    last_state: Run,
     log: list[str],
     code: int,
-    words: str,
+    text: str,
     scenario: Path,
     deploy: Callable[..., tuple[int, str, str]],
 ) -> None:
-    found, out, said = deploy(FakeLink([RUNNING, ending], [log]), "run", str(scenario))
+    found, out, err = deploy(FakeLink([RUNNING, last_state], [log]), "run", str(scenario))
     assert found == code
-    assert words in said
+    assert text in err
     assert ("report      /runs/tiny/report.html" in out) == (code == 0)
 
 
-def test_what_is_submitted_needs_no_file_of_the_operator_s(
+def test_submitted_config_needs_no_file_of_the_operator(
     scenario: Path,
     deploy: Callable[..., tuple[int, str, str]],
     tmp_path: Path,
@@ -253,23 +259,23 @@ def test_what_is_submitted_needs_no_file_of_the_operator_s(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("options", "error"),
     [
         (["--set", "training.kimg=many"], "training.kimg"),
         (["--set", "data.partition=iid"], "a server cannot partition data"),
         (["--output", "runs/here"], "'runs/here' is no absolute path on the server's disk"),
     ],
 )
-def test_a_scenario_that_cannot_run_is_not_submitted(
-    words: list[str], said: str, scenario: Path, deploy: Callable[..., tuple[int, str, str]]
+def test_invalid_scenario_is_not_submitted(
+    options: list[str], error: str, scenario: Path, deploy: Callable[..., tuple[int, str, str]]
 ) -> None:
     link = FakeLink([COMPLETED], [])
-    code, _, text = deploy(link, "run", str(scenario), *words)
+    code, _, err = deploy(link, "run", str(scenario), *options)
     assert (code, link.submitted) == (2, [])
-    assert said in text
+    assert error in err
 
 
-def test_rounds_hospitals_and_remarks_are_shown(
+def test_run_shows_rounds_hospitals_and_notes(
     scenario: Path, deploy: Callable[..., tuple[int, str, str]]
 ) -> None:
     numbers = {"round": 1, "images_seen": 500, "mean": {"loss_g": 0.5}}
@@ -279,18 +285,18 @@ def test_rounds_hospitals_and_remarks_are_shown(
         ),
         line(
             event="note",
-            text="hospital 2 'beta' failed in round 1: is not online; the round continues without it",
+            text="hospital 2 'beta' is not online; the round continues without it",
         ),
         "INFO : of Flower's own\n",
         line(event="round_end", round=1, rounds=2, line=numbers),
         FINISHED,
     ]
-    _, _, said = deploy(FakeLink([RUNNING, COMPLETED], [log]), "run", str(scenario))
-    assert "hospitals online: alpha\n" in said
-    assert "hospitals alpha: rounds 1 to 2, 1000 images in all\n" in said
-    assert "the round continues without it\n" in said
-    assert "round 1/2  0.5 kimg  loss_g 0.500" in said
-    assert "of Flower's own" not in said
+    _, _, err = deploy(FakeLink([RUNNING, COMPLETED], [log]), "run", str(scenario))
+    assert "hospitals online: alpha\n" in err
+    assert "hospitals alpha: rounds 1 to 2, 1000 images in total\n" in err
+    assert "the round continues without it\n" in err
+    assert "round 1/2  0.5 kimg  loss_g 0.500" in err
+    assert "of Flower's own" not in err
     code, out, _ = deploy(FakeLink([COMPLETED], [log]), "logs")
     assert code == 0
     assert "of Flower's own\nround 1/2  0.5 kimg" in out
@@ -303,19 +309,19 @@ def test_rounds_hospitals_and_remarks_are_shown(
     ]
 
 
-def test_ctrl_c_leaves_the_run_alone(
+def test_ctrl_c_does_not_stop_the_run(
     scenario: Path, deploy: Callable[..., tuple[int, str, str]]
 ) -> None:
     link = FakeLink([RUNNING, KeyboardInterrupt()], [["one\n"]])
-    code, _, said = deploy(link, "run", str(scenario))
+    code, _, err = deploy(link, "run", str(scenario))
     assert (code, link.stopped) == (130, [])
     assert (
-        "run 7 goes on without this command; look at it: fedgan deploy logs 7; stop it: fedgan deploy stop 7"
-        in said
+        "run 7 continues without this command; "
+        "log: fedgan deploy logs 7; stop: fedgan deploy stop 7" in err
     )
 
 
-def test_detached_resumed_stopped(
+def test_detach_resume_stop_and_status(
     scenario: Path, deploy: Callable[..., tuple[int, str, str]]
 ) -> None:
     link = FakeLink([RUNNING, STOPPED], [])
@@ -330,26 +336,27 @@ def test_detached_resumed_stopped(
     }
     code, out, _ = deploy(link, "stop", "7")
     assert (code, link.stopped) == (0, [7])
-    assert "run 7 is finished:stopped; go on with: fedgan deploy resume /runs/tiny" in out
+    assert "run 7 is finished:stopped; continue with: fedgan deploy resume /runs/tiny" in out
     assert deploy(FakeLink([COMPLETED], []), "stop")[0] == 2
     code, out, _ = deploy(FakeLink([FAILED], []), "status", "7")
     assert "beta      offline" in out
     assert "7: No heartbeat received" in out
 
 
-# --- what Flower's own command says ------------------------------------------------------------------
+# --- the submission by Flower's command ---
 
 
 @pytest.fixture
 def flwr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], SuperLink]:
-    """A SuperLink whose `flwr` is a shell script; what it was given lies in `given` beside it."""
+    """A SuperLink whose `flwr` is a shell script that copies its input to `given`."""
     keys = KeyFolder.create(tmp_path / "keys", ["alpha"], [], 30, certificates.now())
 
     def make(script: str) -> SuperLink:
         path = tmp_path / "bin" / "flwr"
         path.parent.mkdir(exist_ok=True)
         path.write_text(
-            f'#!/bin/sh\ncp -r "$FLWR_HOME" {tmp_path}/given\necho "$@" > {tmp_path}/words\n{script}\n'
+            f'#!/bin/sh\ncp -r "$FLWR_HOME" {tmp_path}/given\n'
+            f'echo "$@" > {tmp_path}/arguments\n{script}\n'
         )
         path.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(path.with_name("python")))
@@ -358,7 +365,7 @@ def flwr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Sup
     return make
 
 
-def test_flower_s_command_is_given_the_connection_and_the_run_config(
+def test_flwr_run_gets_the_connection_and_the_run_config(
     flwr: Callable[[str], SuperLink], tmp_path: Path
 ) -> None:
     config = {
@@ -375,36 +382,36 @@ def test_flower_s_command_is_given_the_connection_and_the_run_config(
         "address": "superlink:8000",
         "root-certificates": str(tmp_path / "keys/ca.crt"),
     }
-    words = (tmp_path / "words").read_text().split()
-    assert not Path(words[-1]).exists(), "the connection was left behind"
-    assert words[:3] == ["run", str(tmp_path), "federation"]
+    arguments = (tmp_path / "arguments").read_text().split()
+    assert not Path(arguments[-1]).exists(), "the temporary configuration still exists"
+    assert arguments[:3] == ["run", str(tmp_path), "federation"]
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "text"),
     [
         (
-            """echo '{"success": false, "error-message": "[code: 15] Invalid run configuration"}'; exit 1""",
+            """echo '{"success": false, "error-message": "[code: 15] Invalid"}'; exit 1""",
             "code: 15",
         ),
         ("""echo '{"success": false, "run-id": null}'""", "refused the run"),
         ("echo 'Connection refused' >&2; exit 1", "flwr run started no run: Connection refused"),
         ("echo '{broken'", "flwr run started no run"),
-        ("exit 0", "it said nothing"),
+        ("exit 0", "no output"),
         ("exec sleep 20", "did not end within 0 s"),
     ],
 )
-def test_a_submission_that_failed_is_an_error_whatever_the_exit_status(
-    script: str, said: str, flwr: Callable[[str], SuperLink], monkeypatch: pytest.MonkeyPatch
+def test_failed_submission_is_an_error_with_any_exit_code(
+    script: str, text: str, flwr: Callable[[str], SuperLink], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "sleep" in script:
         monkeypatch.setattr(superlink, "SUBMIT_SECONDS", 0.3)
     with pytest.raises(FederationError) as caught:
         flwr(script).submit({"deployed": True})
-    assert said in str(caught.value)
+    assert text in str(caught.value)
 
 
-# --- whom to trust ------------------------------------------------------------------------------------
+# --- the certificate of the SuperLink ---
 
 
 class Healthy(http.server.BaseHTTPRequestHandler):
@@ -418,7 +425,7 @@ class Healthy(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(keys: KeyFolder | None) -> Iterator[str]:
-    """The address of a server with this folder's certificate, or without TLS."""
+    """Run a server with the certificate of `keys`, or without TLS; yields its address."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy)
     if keys:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -434,13 +441,14 @@ def serving(keys: KeyFolder | None) -> Iterator[str]:
         server.server_close()
 
 
-def keys_made(path: Path, days_ago: int) -> KeyFolder:
+def create_keys(path: Path, days_ago: int) -> KeyFolder:
     return KeyFolder.create(path, ["alpha"], [], 30, certificates.now() - timedelta(days=days_ago))
 
 
-def test_a_superlink_is_trusted_by_its_own_authority_alone(tmp_path: Path) -> None:
+def test_superlink_is_trusted_by_its_own_authority_only(tmp_path: Path) -> None:
     keys, others, old = (
-        keys_made(tmp_path / name, days) for name, days in (("keys", 0), ("others", 0), ("old", 31))
+        create_keys(tmp_path / name, days)
+        for name, days in (("keys", 0), ("others", 0), ("old", 31))
     )
     with serving(keys) as address:
         wait_until_healthy(address, keys.authority, 5.0)
@@ -455,8 +463,8 @@ def test_a_superlink_is_trusted_by_its_own_authority_alone(tmp_path: Path) -> No
         wait_until_healthy(address, keys.authority, 60.0)
 
 
-def test_a_superlink_that_is_not_there_is_waited_for_not_for_ever(tmp_path: Path) -> None:
-    keys = keys_made(tmp_path / "keys", 0)
+def test_unreachable_superlink_is_an_error_after_the_timeout(tmp_path: Path) -> None:
+    keys = create_keys(tmp_path / "keys", 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -469,20 +477,20 @@ def test_a_superlink_that_is_not_there_is_waited_for_not_for_ever(tmp_path: Path
         wait_until_healthy(address, tmp_path / "nowhere.crt", 60.0)
 
 
-# --- the ServerApp's side -----------------------------------------------------------------------------
+# --- the ServerApp ---
 
 
-def test_events_are_lines_that_hold_nothing_else() -> None:
+def test_events_survive_a_line_and_other_lines_are_no_events() -> None:
     event = {"event": "evaluated", "round": 2, "text": 'a "quoted"\nline', "result": {"much": 1}}
-    told = events.from_line(events.as_line(event))
-    assert told
-    assert told.pop("time")[-6:] == "+00:00"
-    assert told == {"event": "evaluated", "round": 2, "text": 'a "quoted"\nline'}
+    parsed = events.from_line(events.as_line(event))
+    assert parsed
+    assert parsed.pop("time")[-6:] == "+00:00"
+    assert parsed == {"event": "evaluated", "round": 2, "text": 'a "quoted"\nline'}
     for other in ("", "INFO : x", '{"event": ', '{"event": 3}', "[1]", '{"round": 1}'):
         assert events.from_line(other) is None
 
 
-def test_progress_is_json_where_the_environment_asks(
+def test_progress_is_json_with_fedgan_log_json(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(events.FORMAT, "json")
@@ -491,7 +499,7 @@ def test_progress_is_json_where_the_environment_asks(
     assert json.loads(capsys.readouterr().err)["text"] == "one"
 
 
-def test_a_folder_goes_on_with_its_own_settings_or_not_at_all(
+def test_run_folder_is_continued_with_its_own_settings_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDGAN_REFERENCE", str(tmp_path / "reference"))
@@ -511,15 +519,15 @@ def test_a_folder_goes_on_with_its_own_settings_or_not_at_all(
         server_app.find_run(given | {"settings": json.dumps(to_dict(replace(settings, seed=1)))})
 
 
-def test_the_serverapp_says_why_it_failed(
+def test_serverapp_prints_the_reason_of_its_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = {"settings": '{"trainings": {}}', "output": str(tmp_path / "run"), "deployed": True}
-    context: Any = SimpleNamespace(run_config=words)
+    config = {"settings": '{"trainings": {}}', "output": str(tmp_path / "run"), "deployed": True}
+    context: Any = SimpleNamespace(run_config=config)
     main_function: Any = server_app.main
     with pytest.raises(ConfigError, match="unknown key 'trainings'"):
         main_function(None, context)
-    told = [
+    printed = [
         found for row in capsys.readouterr().out.splitlines() if (found := events.from_line(row))
     ]
-    assert [(event["event"], event["kind"]) for event in told] == [("failed", "ConfigError")]
+    assert [(event["event"], event["kind"]) for event in printed] == [("failed", "ConfigError")]

@@ -1,4 +1,4 @@
-"""A federation whose server opens no hospital's shard: the same model as simulated, and what it asks of the scenario."""
+"""A server without access to shards trains the model of the simulation; its checks of settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = (48, 32, 24)
 
 
 def deployed(tmp_path: Path, *overrides: str) -> Settings:
-    """Settings of a deployment; the evaluator's real images are other patients' than the hospitals'."""
+    """Settings of a deployment whose evaluator has a shard of its own, 'delta'."""
     write_shards(tmp_path / "reference", (40,), names=("delta",))
     return tiny(
         tmp_path / "nowhere",
@@ -40,15 +40,15 @@ def deployed(tmp_path: Path, *overrides: str) -> Settings:
     )
 
 
-def own_place(tmp_path: Path) -> Any:
-    """The node-config of each hospital."""
+def node_config(tmp_path: Path) -> Any:
+    """Node-config of each hospital by number."""
     folders = {"data-root": "data", "state-dir": "state"}
     return lambda number: {
         key: str(tmp_path / folder / NAMES[number]) for key, folder in folders.items()
     }
 
 
-def test_a_deployment_trains_the_very_model_of_the_simulation(tmp_path: Path) -> None:
+def test_deployment_trains_the_same_model_as_the_simulation(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES)
     simulated, run = RunFolder.at(tmp_path / "simulated"), RunFolder.at(tmp_path / "deployed")
     federate(tiny(data, rounds=2, kimg=0.072), simulated, client_app)
@@ -56,7 +56,7 @@ def test_a_deployment_trains_the_very_model_of_the_simulation(tmp_path: Path) ->
     settings = run.settings()
     evaluator = Evaluator(settings, run, evaluation_hospitals(settings, run))
     federation = Federation(settings, run, experiment_of(run), evaluator, reconnecting=True)
-    federation.train(LocalGrid(3, client_app, node_config=own_place(tmp_path)))  # type: ignore[arg-type]
+    federation.train(LocalGrid(3, client_app, node_config=node_config(tmp_path)))  # type: ignore[arg-type]
     assert run.checkpoint(2).read_bytes() == simulated.checkpoint(2).read_bytes()
     assert not (run.path / "hospitals").exists()
     assert [(row["name"], row["images"]) for row in json.loads(run.hospitals.read_text())] == [
@@ -69,19 +69,18 @@ def test_a_deployment_trains_the_very_model_of_the_simulation(tmp_path: Path) ->
     )
 
 
-def test_flower_s_server_federates_a_deployment_to_its_evaluation(tmp_path: Path) -> None:
+def test_serverapp_trains_and_evaluates_a_deployment(tmp_path: Path) -> None:
     write_shards(tmp_path / "data", SIZES)
     settings, run = deployed(tmp_path, "evaluation.suite=quick"), RunFolder.at(tmp_path / "run")
     scenario = RunFolder.at(tmp_path / "scenario")
     scenario.write_settings(settings)
-    words: Any = {"scenario": str(scenario.config), "output": str(run.path), "deployed": True}
-    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=words)
+    config: Any = {"scenario": str(scenario.config), "output": str(run.path), "deployed": True}
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     main_function: Any = main
-    main_function(LocalGrid(3, client_app, node_config=own_place(tmp_path)), context)
+    main_function(LocalGrid(3, client_app, node_config=node_config(tmp_path)), context)
     assert json.loads(run.evaluation.read_text())["round"] == 2
     assert is_deployed(run)
-    page = run.report.read_text()
-    assert "gamma" in page
+    assert "gamma" in run.report.read_text()
     with pytest.raises(ConfigError, match="trained by deployed hospitals"):
         runner.resume(run)
     context.run_config["deployed"] = False
@@ -90,23 +89,23 @@ def test_flower_s_server_federates_a_deployment_to_its_evaluation(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "error"),
     [
         (["evaluation.root="], "evaluation.root is empty: in a deployment"),
         (["data.partition=iid"], "a server cannot partition data"),
         (["federation.strategy=krum", "federation.malicious=1"], "5 hospitals"),
     ],
 )
-def test_what_a_deployment_cannot_serve_is_refused(
-    overrides: list[str], words: str, tmp_path: Path
+def test_settings_that_a_deployment_cannot_use_are_errors(
+    overrides: list[str], error: str, tmp_path: Path
 ) -> None:
     run = RunFolder.at(tmp_path / "run")
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=error):
         prepare_deployed(deployed(tmp_path, *overrides), run)
     assert not run.path.exists()
 
 
-def test_the_evaluator_s_images_must_be_the_hospitals_kind(tmp_path: Path) -> None:
+def test_evaluator_rejects_labels_that_differ_from_the_hospitals(tmp_path: Path) -> None:
     prepare_deployed(deployed(tmp_path), run := RunFolder.at(tmp_path / "run"))
     evaluator = Evaluator(run.settings(), run, evaluation_hospitals(run.settings(), run))
     evaluator.check_compatible(("dark", "bright"), True, 1, 16)

@@ -1,4 +1,4 @@
-"""An upper bound for tests that wait for another process."""
+"""Time limit for tests that wait for another process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def watchdog(process: subprocess.Popen[str], seconds: float = 180) -> Iterator[None]:
-    """Fail, and kill the process group that `process` leads (`start_new_session`), when the block takes longer."""
-    late = threading.Event()
+    """Kill the process group of `process` (`start_new_session`) and fail after `seconds`."""
+    is_late = threading.Event()
 
     def end() -> None:
-        late.set()
+        is_late.set()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
@@ -26,4 +26,4 @@ def watchdog(process: subprocess.Popen[str], seconds: float = 180) -> Iterator[N
         yield
     finally:
         timer.cancel()
-        assert not late.is_set(), f"the process was still at work after {seconds:g} s"
+        assert not is_late.is_set(), f"the process was still running after {seconds:g} s"

@@ -100,7 +100,7 @@ def audit(
     ] = None,
     as_json: console.Json = False,
 ) -> None:
-    """Attack a finished run like an outsider: copies, membership, projection.
+    """Attack a finished run: copies, membership, projection.
 
     Writes audit.json: numbers only, each beside the same figure for held-out real images. It is
     valid only if its controls passed. Pictures of the nearest pairs stay in the hospital's folder.

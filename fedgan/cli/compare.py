@@ -42,9 +42,10 @@ def compare(
     ] = None,
     as_json: console.Json = False,
 ) -> None:
-    """Train every arm of a scenario at one budget, evaluate all alike, and write the report.
+    """Train and evaluate every arm of a scenario at one budget.
 
-    Finished arms are kept: the same command continues a stopped comparison, and adds seeds or arms.
+    Writes the report. Finished arms are kept: the same command continues a stopped comparison, and
+    adds seeds or arms.
     """
     from fedgan.comparison_folder import ComparisonFolder
 

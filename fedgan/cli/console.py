@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +41,16 @@ def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
 def note(text: str) -> None:
     """Print a line on stderr."""
     typer.echo(text, err=True)
+
+
+def table_lines(rows: Sequence[tuple[str, ...]], indent: str = "") -> list[str]:
+    """Rows as lines of aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        indent
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 @contextlib.contextmanager

@@ -59,7 +59,10 @@ def phantoms(
     ] = 0,
     as_json: console.Json = False,
 ) -> None:
-    """Generate phantoms with known labels; hospitals differ in scanner, label mix and size."""
+    """Generate phantoms with known labels.
+
+    Hospitals differ in scanner, label mix and size.
+    """
     from fedgan.data.phantoms import write_phantoms
     from fedgan.data.shard import Shard, staged_folder
 
@@ -99,9 +102,10 @@ def show(
     ] = 0,
     as_json: console.Json = False,
 ) -> None:
-    """Show images per class, institution and split, with warnings and a contact sheet.
+    """Count the images of shards; draw a contact sheet.
 
-    The sheet shows real images: keep it where the shards may be kept.
+    Counts images per class, institution and split, and prints warnings. The sheet shows real
+    images: keep it where the shards may be kept.
     """
     from fedgan.data.contact_sheet import write_contact_sheet
     from fedgan.data.federation import find_shards

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedgan.data.shard import Shard
 
 app = typer.Typer(
-    help="Import images: one shard per institution, side by side in one folder.",
+    help="Import images, one shard per institution.",
     epilog="Example: fedgan data import npz chest.npz --output data/chest",
     rich_markup_mode=None,
     no_args_is_help=True,

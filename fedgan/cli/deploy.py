@@ -1,11 +1,11 @@
-"""`fedgan deploy`: hand a scenario to a federation that runs, and watch, stop or go on with what becomes of it."""
+"""`fedgan deploy`: submit a scenario to deployed hospitals; watch, stop or resume its run."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,11 +21,13 @@ from fedgan.errors import ConfigError, FederationError, FedganError, MachineErro
 if TYPE_CHECKING:
     from server.operator.superlink import Run, SuperLink
 
-RUNS = "/runs"  # where the ServerApp's container keeps run folders
+RUNS = "/runs"  # the run folders in the ServerApp's container
+RunConfig = Mapping[str, str | bool]
 
 app = typer.Typer(
-    help="Run a scenario on a federation of hospitals that are elsewhere, and watch, stop or continue it.",
-    epilog="Example: fedgan deploy run simulations/three_hospitals.toml --superlink superlink:8000 --ca keys/ca.crt",
+    help="Run a scenario on deployed hospitals; watch, stop or resume it.",
+    epilog="Example: fedgan deploy run simulations/three_hospitals.toml "
+    "--superlink superlink:8000 --ca keys/ca.crt",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -36,7 +38,7 @@ Address = Annotated[
         "--superlink",
         metavar="HOST:PORT",
         envvar="FEDGAN_SUPERLINK",
-        help="The SuperLink's own address.",
+        help="Address of the SuperLink, not of the proxy.",
     ),
 ]
 Authority = Annotated[
@@ -45,17 +47,12 @@ Authority = Annotated[
         "--ca",
         metavar="FILE",
         envvar="FEDGAN_CA",
-        help="The certificate that the SuperLink is known by.",
+        help="Certificate of the authority that signed the SuperLink's.",
     ),
 ]
 Wait = Annotated[
     float,
-    typer.Option(
-        "--wait",
-        metavar="SECONDS",
-        min=0,
-        help="How long a SuperLink may take that is being started.",
-    ),
+    typer.Option("--wait", metavar="SECONDS", min=0, help="Time for the SuperLink to start."),
 ]
 Output = Annotated[
     str | None,
@@ -67,25 +64,28 @@ Output = Annotated[
     ),
 ]
 Detach = Annotated[
-    bool, typer.Option("--detach", help="Come back as soon as the SuperLink has the run.")
+    bool, typer.Option("--detach", help="Return when the SuperLink has accepted the run.")
 ]
 Number = Annotated[
     int | None,
     typer.Argument(
-        metavar="[NUMBER]", help="A run as the SuperLink numbers it. [default: the newest]"
+        metavar="[NUMBER]", help="Number of the run at the SuperLink. [default: the newest]"
     ),
 ]
 LOCAL, CA = "localhost:8000", Path("keys/ca.crt")
 
 
 @app.command(
-    epilog="Example: fedgan deploy run simulations/three_hospitals.toml --set training.kimg=10 --output /runs/short\n\n"
+    epilog="Example: fedgan deploy run simulations/three_hospitals.toml --set training.kimg=10 "
+    "--output /runs/short\n\n"
     "Example: fedgan deploy run study.toml --detach --json",
 )
 def run(
     scenario: Annotated[
         Path,
-        typer.Argument(metavar="SCENARIO.toml", help="The study, as `fedgan simulate` takes it."),
+        typer.Argument(
+            metavar="SCENARIO.toml", help="Scenario, e.g. simulations/three_hospitals.toml."
+        ),
     ],
     overrides: Overrides = None,
     output: Output = None,
@@ -95,23 +95,25 @@ def run(
     detach: Detach = False,
     as_json: console.Json = False,
 ) -> None:
-    """Submit a scenario, show its rounds, and end with the exit status that the run has.
+    """Submit a scenario and show its rounds.
 
-    The scenario is read here; folders that it names are the server's. A folder that holds this very run is gone on with.
+    Returns the run's exit code. The scenario is read on this machine; its paths are on the server's
+    disk. A run folder with the same settings is continued.
     """
     settings = load_scenario(scenario, overrides or [])
     from fedgan.runs.compatibility import check_deployable
 
     check_deployable(settings)
-    place = _absolute(output or f"{RUNS}/{folder_name(settings.name)}")
-    config: dict[str, str | bool] = {
+    folder = _absolute(output or f"{RUNS}/{folder_name(settings.name)}")
+    config: RunConfig = {
         "settings": json.dumps(to_dict(settings)),
-        "output": place,
+        "output": folder,
         "deployed": True,
     }
     with _connected(superlink, ca, wait) as link:
         console.note(
-            f"{settings.name}: {settings.training.kimg:g} kimg in {settings.federation.rounds} rounds → {place}"
+            f"{settings.name}: {settings.training.kimg:g} kimg in "
+            f"{settings.federation.rounds} rounds → {folder}"
         )
         _submit(link, config, detach, as_json)
 
@@ -127,8 +129,8 @@ def resume(
     detach: Detach = False,
     as_json: console.Json = False,
 ) -> None:
-    """Continue a deployed run that was stopped or has failed, from its last whole round."""
-    config: dict[str, str | bool] = {
+    """Continue a stopped or failed run from its last complete round."""
+    config: RunConfig = {
         "scenario": "",
         "settings": "",
         "output": _absolute(run_path),
@@ -146,24 +148,22 @@ def status(
     wait: Wait = 15.0,
     as_json: console.Json = False,
 ) -> None:
-    """Show the hospitals and the runs that the SuperLink knows."""
+    """Show the registered hospitals, and the runs or one run."""
     with _connected(superlink, ca, wait) as link:
         nodes, runs = link.nodes(), link.runs() if number is None else [link.run(number)]
-    hospitals = _columns([("hospital", "is")] + [(node.name, node.status) for node in nodes])
-    lines = hospitals if nodes else ["no hospital is registered: fedgan deploy register"]
-    lines += [
-        "",
-        *_columns(
-            [("run", "is", "since", "folder")]
-            + [(str(r.number), r.text, r.submitted, r.output) for r in runs]
-        ),
-    ]
-    lines += [f"{row.number}: {row.details}" for row in runs if row.details]
-    told = {
+    lines = ["no hospital is registered: fedgan deploy register"]
+    if nodes:
+        rows = [(node.name, node.status) for node in nodes]
+        lines = console.table_lines([("hospital", "status"), *rows])
+    table = [("run", "status", "since", "folder")]
+    table += [(str(run.number), run.text, run.submitted, run.output) for run in runs]
+    lines += ["", *console.table_lines(table)]
+    lines += [f"{run.number}: {run.details}" for run in runs if run.details]
+    result = {
         "hospitals": [{"name": node.name, "status": node.status} for node in nodes],
-        "runs": list(map(_told, runs)),
+        "runs": [_summary(run) for run in runs],
     }
-    console.emit(told, as_json, "\n".join(lines))
+    console.emit(result, as_json, "\n".join(lines))
 
 
 @app.command(
@@ -176,27 +176,23 @@ def logs(
     wait: Wait = 15.0,
     as_json: console.Json = False,
 ) -> None:
-    """Show a run's log from its beginning to the run's end, and end with its exit status; --json: its events, a line each."""
+    """Show a run's log until the run ends.
+
+    Returns the run's exit code. With --json one event per line.
+    """
     from fedgan.cli.progress import Progress
 
-    progress, ending = Progress(is_quiet=True), dict[str, Any]()
+    progress = Progress(is_quiet=True)
 
-    def show(line: str) -> None:
-        event = events.from_line(line)
-        if event and event["event"] in ("finished", "failed"):
-            ending.update(event)
+    def show(line: str, event: events.Event | None) -> None:
         if as_json and event:
             typer.echo(events.as_line(event))
         elif not as_json and (text := progress.as_text(event) if event else line):
             typer.echo(text)
 
     with _connected(superlink, ca, wait) as link:
-        which = _chosen(link, number).number
-        from server.operator.follow import follow
-
-        with _left_alone(which):
-            found = follow(link, which, show, console.note)
-    _check(found, ending)
+        run, last_event = _follow(link, _find_run(link, number).number, show, console.note)
+    _raise_failure(run, last_event)
 
 
 @app.command(epilog="Example: fedgan deploy stop")
@@ -207,34 +203,32 @@ def stop(
     wait: Wait = 15.0,
     as_json: console.Json = False,
 ) -> None:
-    """Stop a run; whole rounds are kept."""
+    """Stop a run; its complete rounds are kept."""
     with _connected(superlink, ca, wait) as link:
-        chosen = _chosen(link, number)
-        if chosen.over:
-            raise ConfigError(
-                f"run {chosen.number} is over ({chosen.text}): there is nothing to stop"
-            )
-        link.stop(chosen.number)
-        after = link.run(chosen.number)
-    advice = f"; go on with: fedgan deploy resume {after.output}" if after.output else ""
-    console.emit(_told(after), as_json, f"run {after.number} is {after.text}{advice}")
+        run = _find_run(link, number)
+        if run.over:
+            raise ConfigError(f"run {run.number} has already ended ({run.text})")
+        link.stop(run.number)
+        run = link.run(run.number)
+    advice = f"; continue with: fedgan deploy resume {run.output}" if run.output else ""
+    console.emit(_summary(run), as_json, f"run {run.number} is {run.text}{advice}")
 
 
 @app.command(epilog="Example: fedgan deploy register --keys keys --superlink superlink:8000")
 def register(
     keys: Annotated[
-        Path, typer.Option("--keys", metavar="DIR", help="The folder that `fedgan keys` made.")
+        Path, typer.Option("--keys", metavar="DIR", help="The folder of `fedgan keys`.")
     ] = Path("keys"),
     superlink: Address = LOCAL,
     wait: Wait = 15.0,
     as_json: console.Json = False,
 ) -> None:
-    """Take the list of keys to the SuperLink: let in who is new, let go who is revoked."""
+    """Register new keys at the SuperLink and unregister revoked keys."""
     from fedgan.deployment.key_folder import KeyFolder
 
     with _repository():
-        from server.operator.register import register as agree
-    lines = agree(KeyFolder.open(keys), superlink, wait)
+        from server.operator.register import register as register_keys
+    lines = register_keys(KeyFolder.open(keys), superlink, wait)
     console.emit(
         {"changes": lines},
         as_json,
@@ -242,134 +236,140 @@ def register(
     )
 
 
-# --- what the verbs share ------------------------------------------------------------------------
+# --- shared by the commands ---
 
 
-def _submit(link: SuperLink, config: Mapping[str, str | bool], detach: bool, as_json: bool) -> None:
-    """Submit, and unless told to come back at once, follow the run and end as it ends."""
-    here = [node.name for node in link.nodes() if node.status == "online"]
-    console.note(f"hospitals online: {', '.join(here) or 'none yet'}")
+def _submit(link: SuperLink, config: RunConfig, detach: bool, as_json: bool) -> None:
+    """Submit a run and, unless `detach`, show its progress until it ends."""
+    online = [node.name for node in link.nodes() if node.status == "online"]
+    console.note(f"hospitals online: {', '.join(online) or 'none yet'}")
     try:
         number = link.submit(config)
     except KeyboardInterrupt:
         raise console.Interrupted(
-            "stopped while the run was being submitted; whether the SuperLink has it: fedgan deploy status"
+            "stopped during the submission; fedgan deploy status shows whether the SuperLink "
+            "accepted the run"
         ) from None
     console.note(
-        f"run {number}; look at it: fedgan deploy logs {number}; stop it: fedgan deploy stop {number}"
+        f"run {number}; log: fedgan deploy logs {number}; stop: fedgan deploy stop {number}"
     )
     if detach:
         console.emit({"run": number, "output": config["output"]}, as_json, str(number))
         return
     from fedgan.cli.progress import Progress
-    from server.operator.follow import follow
 
-    ending = dict[str, Any]()
-    with _left_alone(number), Progress() as progress:
+    with Progress() as progress:
 
-        def show(line: str) -> None:
-            event = events.from_line(line)
-            if event and event["event"] in ("finished", "failed"):
-                ending.update(event)
+        def show(line: str, event: events.Event | None) -> None:
             if event:
                 progress.on_event(event)
 
-        found = follow(
-            link, number, show, lambda text: progress.on_event({"event": "note", "text": text})
-        )
-    _check(found, ending)
-    page = ending.get("report") or ""
-    told = _told(found) | {"report": page}
-    where = f"on the server's disk:\nrun         {found.output}" + (
-        f"\nreport      {page}" if page else ""
-    )
-    console.emit(told, as_json, f"run {number} is complete, {where}")
+        def show_note(text: str) -> None:
+            progress.on_event({"event": "note", "text": text})
+
+        run, last_event = _follow(link, number, show, show_note)
+    _raise_failure(run, last_event)
+    report = last_event.get("report") or ""
+    lines = [
+        f"run {number} is complete; on the server's disk:",
+        f"run         {run.output}",
+        *([f"report      {report}"] if report else []),
+    ]
+    console.emit(_summary(run) | {"report": report}, as_json, "\n".join(lines))
 
 
-def _check(run: Run, ending: Mapping[str, Any]) -> None:
-    """Raise what ended a run, unless it is complete; its exit code is the one that the ServerApp's error has."""
+def _follow(
+    link: SuperLink,
+    number: int,
+    show: Callable[[str, events.Event | None], None],
+    on_loss: Callable[[str], None],
+) -> tuple[Run, events.Event]:
+    """Show each line of a run's log, with its event, until the run ends; Ctrl-C does not stop it.
+
+    Returns the run and its last event "finished" or "failed", or an empty one.
+    """
+    from server.operator.follow import follow
+
+    last_event = events.Event()
+
+    def on_line(line: str) -> None:
+        event = events.from_line(line)
+        if event and event["event"] in ("finished", "failed"):
+            last_event.update(event)
+        show(line, event)
+
+    try:
+        return follow(link, number, on_line, on_loss), last_event
+    except KeyboardInterrupt:
+        raise console.Interrupted(
+            f"run {number} continues without this command; "
+            f"log: fedgan deploy logs {number}; stop: fedgan deploy stop {number}"
+        ) from None
+
+
+def _raise_failure(run: Run, last_event: events.Event) -> None:
+    """Raise the error of an incomplete run, with the exit code of the ServerApp's error."""
     if run.completed:
         return
-    look = f"see: fedgan deploy logs {run.number}"
-    advice = f"{look}; go on with: fedgan deploy resume {run.output}" if run.output else look
+    log = f"see: fedgan deploy logs {run.number}"
+    advice = f"{log}; continue with: fedgan deploy resume {run.output}" if run.output else log
     if run.sub_status == "stopped":
         raise FederationError(f"run {run.number} was stopped\n{advice}")
-    if ending.get("event") != "failed":
-        raise FederationError(
-            f"run {run.number} is {run.text}: {run.details or 'the ServerApp gave no reason'}\n{advice}"
-        )
-    name, message = (
-        str(ending.get("kind")),
-        (str(ending.get("message")).strip().splitlines() or ["no reason given"])[0],
-    )
+    if last_event.get("event") != "failed":
+        reason = run.details or "the ServerApp gave no reason"
+        raise FederationError(f"run {run.number} is {run.text}: {reason}\n{advice}")
+    name = str(last_event.get("kind"))
+    message = (str(last_event.get("message")).strip().splitlines() or ["no message"])[0]
     kind = getattr(fedgan.errors, name, None)
     if isinstance(kind, type) and issubclass(kind, FedganError):
-        mended_first = issubclass(
-            kind, ConfigError | MachineError
-        )  # resuming alone would fail in the same way
-        raise kind(f"{message}\n{look if mended_first else advice}")
+        needs_fix = issubclass(kind, ConfigError | MachineError)  # resuming would fail again
+        raise kind(f"{message}\n{log if needs_fix else advice}")
     raise FederationError(f"the ServerApp failed with {name}: {message}\n{advice}")
 
 
-def _chosen(link: SuperLink, number: int | None) -> Run:
-    """The run of that number, or the newest."""
+def _find_run(link: SuperLink, number: int | None) -> Run:
+    """The run with this number, or the newest. Raises `ConfigError` where there is no run."""
     if number is not None:
         return link.run(number)
     runs = link.runs()
     if not runs:
         raise ConfigError(
-            f"the SuperLink at {link.address} knows no run: begin one with fedgan deploy run SCENARIO.toml"
+            f"the SuperLink at {link.address} has no run: "
+            "start one with fedgan deploy run SCENARIO.toml"
         )
     return runs[0]
 
 
 def _absolute(output: str) -> str:
+    """Return `output`. Raises `ConfigError` for a relative path."""
     if not output.startswith("/"):
         raise ConfigError(
-            f"'{output}' is no absolute path on the server's disk: write e.g. {RUNS}/{folder_name(output)}"
+            f"'{output}' is no absolute path on the server's disk: "
+            f"write e.g. {RUNS}/{folder_name(output)}"
         )
     return output
 
 
-def _told(run: Run) -> dict[str, Any]:
-    """A run for programs: without what it was submitted with."""
+def _summary(run: Run) -> dict[str, Any]:
+    """A run as JSON, without its settings."""
     row = dataclasses.asdict(dataclasses.replace(run, config={}))
     return {key: value for key, value in row.items() if key != "config"} | {"output": run.output}
 
 
-def _columns(table: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
-
-
-@contextlib.contextmanager
-def _left_alone(number: int) -> Iterator[None]:
-    """Ctrl-C ends this command and not the run; says how to come back."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise console.Interrupted(
-            f"run {number} goes on without this command; look at it: fedgan deploy logs {number}; "
-            f"stop it: fedgan deploy stop {number}"
-        ) from None
-
-
 @contextlib.contextmanager
 def _repository() -> Iterator[None]:
-    """For imports of what only the repository has. Raises `MachineError` in an installed wheel."""
+    """Imports that need the repository. Raises `MachineError` where only the wheel is installed."""
     try:
         yield
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "server":
-            raise  # a package such as flwr is missing: that has its own message
+            raise  # a missing package such as flwr has its own message
         raise MachineError(REPOSITORY) from None
 
 
 @contextlib.contextmanager
 def _connected(address: str, authority: Path, seconds: float) -> Iterator[SuperLink]:
+    """A healthy SuperLink."""
     with _repository():
         from server.operator.superlink import connected
     with connected(address, authority, seconds) as link:

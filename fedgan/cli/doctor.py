@@ -1,4 +1,4 @@
-"""`fedgan doctor`: is this machine ready, and how long will a scenario take on it?"""
+"""`fedgan doctor`: check this machine and forecast the time of a scenario."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedgan.config import Settings, load_scenario
 from fedgan.errors import FedganError, MachineError
 from fedgan.machine import share_cores, usable_cores
 
-# distribution → module; what `pip install -e .` brings
+# distribution → module, of `pip install -e .`
 PACKAGES = {
     "flwr": "flwr",
     "ray": "ray",
@@ -38,14 +38,14 @@ PACKAGES = {
     "cryptography": "cryptography",
 }
 GIB = 2**30
-LEAST_DISK = GIB
-LEAST_MEMORY = 2 * GIB
+MIN_DISK = GIB
+MIN_MEMORY = 2 * GIB
 FLOWER_PORT = 39091  # where `flwr run .` looks for a local SuperLink
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor's answer."""
+    """Result of one check: `found`, and how to fix a problem."""
 
     name: str
     status: Literal["ok", "warning", "failed"]
@@ -66,15 +66,15 @@ def doctor(
         typer.Option(
             "--keys",
             metavar="DIR",
-            help="A folder of fedgan keys, or a hospital's part. [default: keys, if there]",
+            help="A key folder, or a hospital's part of it. [default: keys, if it exists]",
         ),
     ] = None,
     as_json: console.Json = False,
 ) -> None:
-    """Check this machine, and tell how long a scenario takes on it.
+    """Check this machine and forecast a scenario's time.
 
-    Python, packages, processor, memory, GPU, disk, ports, keys and certificates, and five seconds of training.
-    Exit code 7 when something is missing.
+    Checks Python, packages, CPU, memory, GPU, disk, ports, keys and certificates, and trains for
+    five seconds. Exit code 7 when a check fails.
     """
     path = scenario or shipped_scenario("three_hospitals")
     settings = load_scenario(path, overrides or []) if path else Settings()
@@ -90,7 +90,7 @@ def doctor(
     ]
     result: dict[str, Any] = {"scenario": settings.name}
     if not any(check.status == "failed" for check in checks):
-        console.note(f"training for five seconds as {settings.name} would ...")
+        console.note(f"training for five seconds with the settings of {settings.name} ...")
         outcome, forecast = training_check(settings)
         checks.append(outcome)
         result["forecast"] = forecast
@@ -103,12 +103,12 @@ def doctor(
 
 def python_check() -> Check:
     """Python 3.11 or newer."""
-    if sys.version_info < (3, 11):  # noqa: UP036 - the doctor is there for machines that are not as they should be
+    if sys.version_info < (3, 11):  # noqa: UP036 - a machine may have an older Python
         return Check(
             "Python",
             "failed",
             platform.python_version(),
-            "install Python 3.11 or newer and make the .venv anew",
+            "install Python 3.11 or newer and create the .venv again",
         )
     return Check(
         "Python", "ok", f"{platform.python_version()} at {console.shown(Path(sys.prefix))}"
@@ -116,7 +116,7 @@ def python_check() -> Check:
 
 
 def package_checks() -> list[Check]:
-    """Every package with its version, each imported once, because a package can be there and not work."""
+    """Version of every package; each is imported, because an installed package can be broken."""
     checks = []
     for distribution, module in PACKAGES.items():
         fix = "pip install -e . in the repository"
@@ -127,47 +127,39 @@ def package_checks() -> list[Check]:
             checks.append(Check(distribution, "failed", "missing", fix))
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
-            again = f"pip install --force-reinstall {'torch torchvision' if module.startswith('torch') else distribution}"
-            checks.append(
-                Check(
-                    distribution, "failed", f"{version}, but it cannot be imported: {reason}", again
-                )
-            )
+            found = f"{version}, but it cannot be imported: {reason}"
+            packages = "torch torchvision" if module.startswith("torch") else distribution
+            fix = f"pip install --force-reinstall {packages}"
+            checks.append(Check(distribution, "failed", found, fix))
         else:
             checks.append(Check(distribution, "ok", version))
     return checks
 
 
 def cpu_check() -> Check:
-    """Cores that this process may use, and the vector instructions of training."""
+    """Usable cores and vector instructions."""
     import torch
 
     flags = _cpu_flags()
-    native = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
-    bf16 = "bf16 native" if native else "bf16 not native"
-    return Check(
-        "CPU",
-        "ok",
-        f"{usable_cores()} cores, {torch.backends.cpu.get_cpu_capability()}, {bf16 if flags else 'bf16 unknown'}",
-    )
+    is_native = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    bf16 = ("bf16 native" if is_native else "bf16 not native") if flags else "bf16 unknown"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return Check("CPU", "ok", f"{usable_cores()} cores, {capability}, {bf16}")
 
 
 def memory_check() -> Check:
-    """Memory that is free now."""
+    """Free memory."""
     free = _free_memory()
     if free is None:
         return Check("memory", "ok", "unknown on this system")
-    status: Literal["ok", "failed"] = "ok" if free >= LEAST_MEMORY else "failed"
-    return Check(
-        "memory",
-        status,
-        f"{free / GIB:.1f} GiB free",
-        "" if status == "ok" else "close other programs: 2 GiB are needed",
-    )
+    found = f"{free / GIB:.1f} GiB free"
+    if free < MIN_MEMORY:
+        return Check("memory", "failed", found, "close other programs: 2 GiB are needed")
+    return Check("memory", "ok", found)
 
 
 def gpu_check(settings: Settings) -> Check:
-    """The GPU, where there is one; it fails only where the scenario asks for one."""
+    """The GPU; a missing one fails only where the scenario requires it."""
     import torch
 
     if torch.cuda.is_available():
@@ -175,37 +167,33 @@ def gpu_check(settings: Settings) -> Check:
         return Check(
             "GPU",
             "ok",
-            f"{card.name}, {card.total_memory / GIB:.0f} GiB, {torch.cuda.device_count()} in all",
+            f"{card.name}, {card.total_memory / GIB:.0f} GiB, {torch.cuda.device_count()} in total",
         )
     if settings.training.device == "cuda":
         return Check(
-            "GPU", "failed", "none", "the scenario asks for one: --set training.device=auto"
+            "GPU", "failed", "none", "the scenario requires one: --set training.device=auto"
         )
     return Check("GPU", "ok", "none; training runs on the CPU")
 
 
-def disk_check(place: Path) -> Check:
-    """Free space where runs are written."""
-    free = shutil.disk_usage(place).free
-    if not os.access(place, os.W_OK):
+def disk_check(folder: Path) -> Check:
+    """Free space in the folder of the runs."""
+    free = shutil.disk_usage(folder).free
+    if not os.access(folder, os.W_OK):
         return Check(
             "disk",
             "failed",
             "this folder cannot be written",
             "run in another folder, or give --output",
         )
-    if free < LEAST_DISK:
-        return Check(
-            "disk",
-            "failed",
-            f"{free / GIB:.1f} GiB free",
-            "free some space: a run needs about 1 GiB",
-        )
-    return Check("disk", "ok", f"{free / GIB:.1f} GiB free")
+    found = f"{free / GIB:.1f} GiB free"
+    if free < MIN_DISK:
+        return Check("disk", "failed", found, "free some space: a run needs about 1 GiB")
+    return Check("disk", "ok", found)
 
 
 def port_checks() -> list[Check]:
-    """Loopback ports: Ray needs some free ones; the port of `flwr run .` may be taken."""
+    """Loopback ports: Ray needs free ones, and `flwr run .` one that no other program uses."""
     checks = []
     try:
         with socket.create_server(("127.0.0.1", 0)):
@@ -217,20 +205,23 @@ def port_checks() -> list[Check]:
                 "loopback",
                 "failed",
                 found,
-                "Flower's simulation needs them: allow it in the firewall or sandbox",
+                "Flower's simulation needs them: allow them in the firewall or sandbox",
             )
         )
-    with socket.socket() as knock:
-        knock.settimeout(0.5)
-        taken = knock.connect_ex(("127.0.0.1", FLOWER_PORT)) == 0
-    if taken:
-        mend = "`flwr run .` would talk to that program: stop it, or set FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"
-        checks.append(Check(f"port {FLOWER_PORT}", "warning", "taken", mend))
+    with socket.socket() as client:
+        client.settimeout(0.5)
+        is_in_use = client.connect_ex(("127.0.0.1", FLOWER_PORT)) == 0
+    if is_in_use:
+        fix = (
+            "`flwr run .` would connect to that program: stop it, or set "
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"
+        )
+        checks.append(Check(f"port {FLOWER_PORT}", "warning", "in use", fix))
     return checks
 
 
 def key_checks(folder: Path | None) -> list[Check]:
-    """Certificates' days and what is wrong with a folder of keys; nothing where none is named and ./keys is none."""
+    """Days left and problems of a key folder; empty without `folder` and without ./keys."""
     from fedgan.deployment import certificates, key_inspection
 
     if folder is None and not key_inspection.has_keys(Path("keys")):
@@ -243,42 +234,41 @@ def key_checks(folder: Path | None) -> list[Check]:
         Check("keys", "failed" if problem.grave else "warning", problem.found, problem.fix)
         for problem in inspection.problems
     ]
-    return [
-        *(
-            []
-            if any(problem.grave for problem in inspection.problems)
-            else [Check("keys", "ok", inspection.found)]
-        ),
-        *problems,
-    ]
+    if any(problem.grave for problem in inspection.problems):
+        return problems
+    return [Check("keys", "ok", inspection.found), *problems]
 
 
 def training_check(settings: Settings) -> tuple[Check, dict[str, Any] | None]:
-    """Train for five seconds as the scenario would, and forecast its time. Errors become a failed check."""
+    """Train for five seconds with the scenario's settings, and forecast its time.
+
+    An error is a failed check.
+    """
     try:
-        looks = _images_of(settings)
-        threads, slots = share_cores(settings.federation.threads, settings.federation.participants)
+        data = _describe_data(settings)
+        threads, parallel = share_cores(
+            settings.federation.threads, settings.federation.participants
+        )
         measured = probe.measure(
-            settings, looks.channels, looks.labels, looks.exclusive, slots, threads
+            settings, data.channels, data.labels, data.exclusive, parallel, threads
         )
     except FedganError as error:
         return Check("training", "failed", str(error)), None
-    seconds = probe.predict(settings, measured, looks.sizes, slots)
+    seconds = probe.predict(settings, measured, data.sizes, parallel)
+    times = {name: _duration(value) for name, value in seconds.items()}
     found = (
-        f"{measured.images_per_second:.0f} images/s a hospital on {measured.device}, {slots} at once, "
-        f"{measured.memory / 2**20:.0f} MiB each\n{'':24}{settings.name} takes about {_minutes(seconds['all'])}: training "
-        f"{_minutes(seconds['training'])}, evaluation {_minutes(seconds['evaluation'])}, start {seconds['start']:.0f} s"
+        f"{measured.images_per_second:.0f} images/s per hospital on {measured.device}, "
+        f"{parallel} in parallel, {measured.memory / 2**20:.0f} MiB each\n{'':24}"
+        f"{settings.name} takes about {times['total']}: training {times['training']}, "
+        f"evaluation {times['evaluation']}, start {times['start']}"
     )
-    return Check("training", "ok", found), {
-        **asdict(measured),
-        "at_once": slots,
-        "seconds": seconds,
-    }
+    forecast = {**asdict(measured), "parallel": parallel, "seconds": seconds}
+    return Check("training", "ok", found), forecast
 
 
 @dataclass(frozen=True)
-class Looks:
-    """What the scenario's images are like, and how many training images each hospital has, largest first."""
+class DataShape:
+    """Shape of a scenario's images and labels, and training images per hospital."""
 
     channels: int
     labels: int
@@ -286,13 +276,13 @@ class Looks:
     sizes: tuple[int, ...]
 
 
-def _images_of(settings: Settings) -> Looks:
+def _describe_data(settings: Settings) -> DataShape:
     if settings.data.root:
         from fedgan.data.federation import open_hospitals
 
         hospitals = open_hospitals(settings)
         first = hospitals[0].train
-        return Looks(
+        return DataShape(
             first.channels,
             first.label_dim,
             first.exclusive,
@@ -304,7 +294,7 @@ def _images_of(settings: Settings) -> Looks:
     lesions = settings.data.phantoms == "lesions"
     sizes = hospital_sizes(settings.data.phantom_images, settings.federation.hospitals)
     train = tuple(round(0.7 * size) for size in sizes)
-    return Looks(
+    return DataShape(
         3 if lesions else 1, len(LESION_LABELS if lesions else CHEST_LABELS), lesions, train
     )
 
@@ -325,7 +315,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _free_memory() -> int | None:
-    """Bytes of memory that can still be had: the system's, or what is left of a container's limit."""
+    """Free memory in bytes, of the system or of the container's limit; None where unknown."""
     try:
         rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(rows["MemAvailable"].split()[0]) * 1024
@@ -346,7 +336,7 @@ def _line(check: Check) -> str:
     )
 
 
-def _minutes(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -41,7 +41,7 @@ class _CreateByDefault(TyperGroup):
 
 app = typer.Typer(
     cls=_CreateByDefault,
-    help="Make, renew and revoke the keys and certificates of a federation.\n\n"
+    help="Create, rotate and revoke the keys of a federation.\n\n"
     "`fedgan keys NAME...` is short for `fedgan keys create NAME...`.",
     epilog="Example: fedgan keys hospital1 hospital2 hospital3 --host fl.example.org",
     no_args_is_help=True,
@@ -83,9 +83,10 @@ def create(
     days: Days = None,
     as_json: console.Json = False,
 ) -> None:
-    """Make an authority, the server's certificate and a key per hospital, or add hospitals.
+    """Create the keys of a federation, or add hospitals to it.
 
-    In an existing key folder, only the new hospitals' keys are made.
+    Creates an authority, the server's certificate and a key per hospital; in an existing key
+    folder only the new hospitals' keys.
     """
     from fedgan.deployment.certificates import now
     from fedgan.deployment.key_folder import KeyFolder
@@ -127,9 +128,10 @@ def rotate(
     days: Days = None,
     as_json: console.Json = False,
 ) -> None:
-    """Make a new key for a hospital and revoke its old one, or a new server certificate.
+    """Replace a hospital's key or the server's certificate.
 
-    The server's new certificate keeps the names of the old one; --host adds more.
+    A hospital's old key is revoked. The server's new certificate keeps the names of the old one;
+    --host adds more.
     """
     from fedgan.deployment.certificates import now
     from fedgan.deployment.key_folder import KeyFolder
@@ -166,7 +168,10 @@ def revoke(
     output: Folder = Path("keys"),
     as_json: console.Json = False,
 ) -> None:
-    """Revoke a hospital's key; the server refuses it after the next registration."""
+    """Revoke a hospital's key.
+
+    The server refuses it after the next `fedgan deploy register`.
+    """
     from fedgan.deployment.certificates import now
     from fedgan.deployment.key_folder import KeyFolder
 
@@ -184,7 +189,7 @@ def list_keys(
     keys: Folder = Path("keys"),
     as_json: console.Json = False,
 ) -> None:
-    """List certificates and keys: fingerprint, creation, expiry and revocation."""
+    """List certificates and keys with their dates."""
     from fedgan.deployment.key_folder import KeyFolder
 
     summary = _summary(KeyFolder.open(keys))
@@ -197,16 +202,9 @@ def list_keys(
         table.append(
             (row["name"], row["fingerprint"], row["created"][:10], "", (row["revoked"] or "")[:10])
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
-    console.emit(
-        summary,
-        as_json,
-        "\n".join([*lines, f"the server's names: {', '.join(summary[SERVER]['hosts'])}"]),
-    )
+    lines = console.table_lines(table)
+    lines.append(f"the server's names: {', '.join(summary[SERVER]['hosts'])}")
+    console.emit(summary, as_json, "\n".join(lines))
 
 
 # --- shared by the commands ---
@@ -241,7 +239,7 @@ def _server_line(folder: KeyFolder) -> str:
 def _registration_steps(
     folder: KeyFolder, admitted: Sequence[Registration], refused: Sequence[Registration]
 ) -> list[str]:
-    """How to apply changes to a running federation."""
+    """Steps that apply changes to a running federation."""
     lines = ["to apply this to a running federation: `fedgan deploy register`, or by hand:"]
     lines += [
         "  flwr supernode unregister NODE_ID SUPERLINK   (NODE_ID: printed at registration)"

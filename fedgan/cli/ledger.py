@@ -44,7 +44,7 @@ def ledger(
     ] = None,
     as_json: console.Json = False,
 ) -> None:
-    """Show releases and spent ε of a hospital's images, and verify the ledger."""
+    """Verify a hospital's ledger; show its releases and spent ε."""
     if delta is not None and not 0 < delta < 1:
         raise ConfigError(
             f"--delta {delta:g}: epsilon is defined for 0 < delta < 1 only, "
@@ -192,12 +192,7 @@ def _text(account: dict[str, Any]) -> str:
                 f"{row['delta']:.3g}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines += [
-        "  "
-        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
+    lines += console.table_lines(table, indent="  ")
     runs, entries = account["runs"], account["entries"]
     count = f"{entries} {'entry' if entries == 1 else 'entries'}"
     count += f" of {runs} {'run' if runs == 1 else 'runs'}"

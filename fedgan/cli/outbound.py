@@ -108,13 +108,7 @@ def _contents(entries: list[Entry]) -> dict[str, dict[str, Any]]:
 
 def _text(summary: dict[str, Any]) -> str:
     table = [COLUMNS, *(_row(message) for message in summary["messages"])]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [summary["path"]]
-    lines += [
-        "  "
-        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    ]
+    lines = [summary["path"], *console.table_lines(table, indent="  ")]
     totals = summary["totals"]
     errors = f" (errors: {totals['errors']})" if totals["errors"] else ""
     lines.append(f"  total: {totals['messages']:,} messages{errors}, {totals['bytes']:,} bytes")

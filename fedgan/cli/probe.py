@@ -1,7 +1,8 @@
-"""Five seconds of training, to tell how long a scenario will take on this machine.
+"""Measure the speed of training for five seconds, and forecast the time of a scenario.
 
-As many processes as would train at once run side by side, because they share caches and memory bandwidth.
-Each is `python -m fedgan.cli.probe`: it reads a `Probe` as JSON from stdin and writes what it measured to stdout.
+As many processes run in parallel as in the scenario, because they share caches and memory
+bandwidth. Each is `python -m fedgan.cli.probe`: it reads a `Probe` as JSON from stdin and writes
+its rates as JSON to stdout.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from typing import Any
 
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.errors import MachineError
+from fedgan.machine import peak_memory
 
 SECONDS = 5.0
 CLASSIFIER_SECONDS = 1.5
 TIMEOUT = 180.0
 IMAGES = 64
 START_SECONDS = 20.0  # Flower and Ray, from the command to the first round
-TYPICAL_P = 0.3  # ADA augments most of the time, so the probe must too
+TYPICAL_P = 0.3  # of ADA
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the scenario's images look like; their content does not matter to speed."""
+    """Settings and shape of the data; the speed does not depend on the images' content."""
 
     settings: dict[str, Any]
     channels: int
@@ -40,132 +42,125 @@ class Probe:
 
 @dataclass(frozen=True)
 class Measured:
-    """Rates of one hospital (while the others train too) and of the classifiers of all processes; bytes of a process."""
+    """Rates and memory of training on this machine."""
 
-    images_per_second: float
-    classifier_images_per_second: float
-    memory: int
+    images_per_second: float  # of one hospital while the others train
+    classifier_images_per_second: float  # of all processes together
+    memory: int  # peak bytes of a process
     device: str
 
 
 def measure(
-    settings: Settings, channels: int, labels: int, exclusive: bool, at_once: int, threads: int
+    settings: Settings, channels: int, labels: int, exclusive: bool, parallel: int, threads: int
 ) -> Measured:
-    """Train `at_once` hospitals side by side for five seconds. Raises `MachineError` when a process fails."""
-    question = json.dumps(
+    """Train `parallel` hospitals in parallel for five seconds.
+
+    Raises `MachineError` when a process fails.
+    """
+    request = json.dumps(
         dataclasses.asdict(Probe(to_dict(settings), channels, labels, exclusive, threads))
     )
     command = [sys.executable, "-m", "fedgan.cli.probe"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    children = [subprocess.Popen(command, text=True, **pipes) for _ in range(at_once)]  # type: ignore[call-overload]
+    children = [subprocess.Popen(command, text=True, **pipes) for _ in range(parallel)]  # type: ignore[call-overload]
     try:
-        for child in children:  # all begin before the first is waited for
-            with contextlib.suppress(
-                BrokenPipeError
-            ):  # it is dead already: its exit status tells below
-                child.stdin.write(question)
+        for child in children:  # all start before the first is awaited
+            with contextlib.suppress(BrokenPipeError):  # it has ended; its exit code is read below
+                child.stdin.write(request)
                 child.stdin.close()
             child.stdin = None
-        answers = []
+        results = []
         for child in children:
-            out, complaint = child.communicate(timeout=TIMEOUT)
+            output, errors = child.communicate(timeout=TIMEOUT)
             if child.returncode:
-                raise MachineError(
-                    f"the training probe failed: {(complaint.strip().splitlines() or ['killed'])[-1]}"
-                )
-            answers.append(json.loads(out))
+                reason = (errors.strip().splitlines() or ["killed"])[-1]
+                raise MachineError(f"the training probe failed: {reason}")
+            results.append(json.loads(output))
     except subprocess.TimeoutExpired:
         raise MachineError(
-            f"the training probe gave no answer in {TIMEOUT:.0f} s: lower model.* or data.resolution"
+            f"the training probe did not end within {TIMEOUT:.0f} s: "
+            "lower model.* or data.resolution"
         ) from None
     finally:
         for child in children:
             child.kill()
             child.wait()
     return Measured(
-        images_per_second=sum(answer["images_per_second"] for answer in answers) / at_once,
-        classifier_images_per_second=sum(
-            answer["classifier_images_per_second"] for answer in answers
-        ),
-        memory=max(answer["memory"] for answer in answers),
-        device=answers[0]["device"],
+        images_per_second=sum(row["images_per_second"] for row in results) / parallel,
+        classifier_images_per_second=sum(row["classifier_images_per_second"] for row in results),
+        memory=max(row["memory"] for row in results),
+        device=results[0]["device"],
     )
 
 
-def busiest_share(shares: Sequence[float], slots: int) -> float:
-    """Share of a round's images that the busiest of `slots` places works through; hospitals start in order as places get free."""
-    loads = [0.0] * slots
+def busiest_share(shares: Sequence[float], workers: int) -> float:
+    """Share of a round's images of the busiest worker; each hospital goes to the first free one."""
+    loads = [0.0] * workers
     for share in shares:
         loads[loads.index(min(loads))] += share
     return max(loads)
 
 
 def predict(
-    settings: Settings, measured: Measured, sizes: Sequence[int], slots: int
+    settings: Settings, measured: Measured, sizes: Sequence[int], parallel: int
 ) -> dict[str, float]:
-    """Seconds that the scenario will take: `start`, `training`, `evaluation`, `all`. `sizes`: training images a hospital."""
+    """Forecast a scenario's seconds: `start`, `training`, `evaluation`, `total`.
+
+    `sizes`: training images per hospital.
+    """
     weights = (
         [1.0] * len(sizes)
         if settings.federation.local_images == "equal"
         else [float(size) for size in sizes]
     )
-    share = busiest_share([weight / sum(weights) for weight in weights], slots)
+    share = busiest_share([weight / sum(weights) for weight in weights], parallel)
     training = settings.training.kimg * 1000 * share / measured.images_per_second
-    shown = (
-        2 * settings.evaluation.seeds * settings.evaluation.epochs * sum(sizes)
-    )  # a real and a synthetic classifier a seed
-    evaluation = (
-        shown / measured.classifier_images_per_second
-        if measured.classifier_images_per_second
-        else 0.0
-    )
+    classifiers = 2 * settings.evaluation.seeds  # on real and on synthetic images
+    images = classifiers * settings.evaluation.epochs * sum(sizes)
+    rate = measured.classifier_images_per_second
+    evaluation = images / rate if rate else 0.0
     return {
         "start": START_SECONDS,
         "training": training,
         "evaluation": evaluation,
-        "all": START_SECONDS + training + evaluation,
+        "total": START_SECONDS + training + evaluation,
     }
 
 
-# --- the child -----------------------------------------------------------------------------------
+# --- one process of the probe ---
 
 
-def _answer(probe: Probe) -> dict[str, Any]:
-    """Train on random images and measure. torch is imported here, so that only the child pays for it."""
-    import resource
-
+def _measure_one(probe: Probe) -> dict[str, Any]:
+    """Train on random images and measure. Only this process imports torch."""
     import torch
 
     torch.set_num_threads(probe.threads)
-    given = from_dict(probe.settings)
-    p = max(given.augment.p, TYPICAL_P)
-    settings = given if given.augment.mode == "none" else _with(given, "augment", mode="fixed", p=p)
+    settings = from_dict(probe.settings)
+    if settings.augment.mode != "none":
+        p = max(settings.augment.p, TYPICAL_P)
+        augment = dataclasses.replace(settings.augment, mode="fixed", p=p)
+        settings = dataclasses.replace(settings, augment=augment)
     dataset = _random_images(probe, settings.data.resolution)
 
     from fedgan.training.trainer import Trainer, resolve_device
 
     trainer = Trainer(settings, dataset, resolve_device(settings.training.device).type)
-    trainer.train(
-        settings.training.batch_size
-    )  # the first step is slow: memory, threads, oneDNN's kernels
+    trainer.train(settings.training.batch_size)  # warm up memory, threads and oneDNN's kernels
     images, seconds, steps = 0.0, 0.0, 0
-    whole = (
-        settings.training.r1_interval
-    )  # regularisation is lazy: only whole cycles show its true share
-    while seconds < SECONDS or (steps % whole and seconds < 3 * SECONDS):
+    cycle = settings.training.r1_interval  # lazy regularisation: measure complete cycles
+    while seconds < SECONDS or (steps % cycle and seconds < 3 * SECONDS):
         done = trainer.train(settings.training.batch_size)
         images, seconds, steps = images + done["images"], seconds + done["seconds"], steps + 1
     return {
         "images_per_second": images / seconds,
         "classifier_images_per_second": _classifier_rate(dataset),
-        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024),
+        "memory": peak_memory(),
         "device": trainer.device.type,
     }
 
 
 def _classifier_rate(dataset: Any) -> float:
-    """Images a second of the evaluator's classifier; 0 where there are no labels to train it on."""
+    """Images per second of the evaluator's classifier; 0 without labels."""
     if not dataset.label_dim:
         return 0.0
     from fedgan.evaluation.classification import BATCH, train_classifier
@@ -194,11 +189,5 @@ def _random_images(probe: Probe, resolution: int) -> Any:
     )
 
 
-def _with(settings: Settings, section: str, **values: Any) -> Settings:
-    return dataclasses.replace(
-        settings, **{section: dataclasses.replace(getattr(settings, section), **values)}
-    )
-
-
 if __name__ == "__main__":
-    print(json.dumps(_answer(Probe(**json.load(sys.stdin)))))
+    print(json.dumps(_measure_one(Probe(**json.load(sys.stdin)))))
