@@ -4,9 +4,10 @@
         -c 'scenario="simulations/three_hospitals.toml" overrides="training.kimg=10" \\
             output="/abs/runs/x"'
 
-With `deployed=true` the hospitals are machines of their own (docs/deployment.md): the server opens
-no shard, waits for hospitals that reconnect, evaluates on `evaluation.root` (or FEDGAN_REFERENCE
-where that is empty), and prints events as JSON lines for `fedgan deploy` (fedgan/events.py).
+With `deployed=true` the hospitals are machines of their own (docs/guides/deploy.md): the server
+opens no shard, waits for hospitals that reconnect, evaluates on `evaluation.root` (or
+FEDGAN_REFERENCE where that is empty), and prints events as JSON lines for `fedgan deploy`
+(fedgan/events.py).
 `settings`, a whole scenario as JSON, replaces `scenario` and `overrides`: the operator's files are
 not on this machine.
 

@@ -258,7 +258,7 @@ def read_member(node: int, reply: Message, settings: Settings) -> Member:
         number = f" (partition-id {facts['number']})" if _is_integer(facts.get("number")) else ""
         raise FederationError(
             f"a hospital{number} introduces itself with an impossible {invalid[0]}: "
-            "see docs/deployment.md"
+            "see docs/guides/deploy.md"
         )
     values = dict[str, Any]({key: given[key] for key in validators})
     for key in ("label_names", "label_counts"):

@@ -1,4 +1,4 @@
-"""The layers of docs/architecture.md, checked for every import statement, lazy ones included."""
+"""Every import, also a lazy one, follows the layers of docs/explanation/architecture.md."""
 
 from __future__ import annotations
 

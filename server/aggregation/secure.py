@@ -89,7 +89,7 @@ def disclosure_note(settings: Settings) -> str:
     return (
         "federation.secure: this server sees only the sum of the hospitals' changes, as long as it "
         f"follows the protocol. It cannot detect a hostile update{blind if limit else ''}. "
-        "What it hides and what not: docs/federation.md"
+        "What it hides and what not: docs/explanation/secure.md"
     )
 
 

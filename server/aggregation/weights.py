@@ -20,8 +20,9 @@ one after the other. It overshoots in long rounds, and in short rounds of simila
 the length of Adam's steps does not depend on the gradient's and similar hospitals take the same
 steps. `damped` divides the sum by the root of 1 / Σ q², the effective number of hospitals: K for K
 hospitals of equal steps (the geometric mean of mean and sum), 1 for one. This heuristic was
-measured (docs/federation.md) and depends on sizes only: equally large hospitals are damped equally
-whether they are similar or not, and so is what only one hospital moves (a label of its own).
+measured (docs/results/federation.md) and depends on sizes only: equally large hospitals are damped
+equally whether they are similar or not, and so is what only one hospital moves (a label of its
+own).
 
 Running averages (`ema`, the generator's w_avg) are always averaged by size, without a server
 optimiser; under `federation.secure` with the weights under the mask.

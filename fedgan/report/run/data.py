@@ -29,7 +29,7 @@ _HARMFUL = re.compile(
 
 @dataclass(frozen=True)
 class RunData:
-    """The content of a run folder (docs/architecture.md); a missing file gives an empty dict."""
+    """The content of a run folder (docs/reference/files.md); a missing file gives an empty dict."""
 
     settings: Settings
     environment: Tree
