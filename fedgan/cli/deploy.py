@@ -206,7 +206,7 @@ def stop(
     """Stop a run; its complete rounds are kept."""
     with _connected(superlink, ca, wait) as link:
         run = _find_run(link, number)
-        if run.over:
+        if run.is_over:
             raise ConfigError(f"run {run.number} has already ended ({run.text})")
         link.stop(run.number)
         run = link.run(run.number)
@@ -309,7 +309,7 @@ def _follow(
 
 def _raise_failure(run: Run, last_event: events.Event) -> None:
     """Raise the error of an incomplete run, with the exit code of the ServerApp's error."""
-    if run.completed:
+    if run.is_complete:
         return
     log = f"see: fedgan deploy logs {run.number}"
     advice = f"{log}; continue with: fedgan deploy resume {run.output}" if run.output else log

@@ -64,7 +64,7 @@ def follow(
             continue
         if lost_since is not None:
             on_loss("the SuperLink replies again")
-        if run.over:
+        if run.is_over:
             if lost_since is not None or reader.is_broken:
                 reader = reader.restart()
             reader.read_lines(on_line, LAST_LINES, to_the_end=True)

@@ -66,11 +66,11 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)  # the submitted run-config
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         return self.status == "finished"
 
     @property
-    def completed(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether it succeeded."""
         return (self.status, self.sub_status) == ("finished", "completed")
 
