@@ -589,9 +589,9 @@ def test_hospital_label_mix_uses_no_image_twice_and_notes_deviations(
     real,
 ):
     made = _released(real.train)
-    scarce = made.take(
-        np.flatnonzero((made.labels[:, 0] == 0) | (np.cumsum(made.labels[:, 0]) <= 6))
-    )  # six of the first class
+    # six images of the first class
+    keep = (made.labels[:, 0] == 0) | (np.cumsum(made.labels[:, 0]) <= 6)
+    scarce = made.take(np.flatnonzero(keep))
     features = np.random.default_rng(0).normal(size=(len(made), real.held_out_features.shape[1]))
     sufficient_notes, scarce_notes = [], []
     evaluate._by_hospital(real, made, features, sufficient_notes)

@@ -90,9 +90,8 @@ def test_only_exchanged_parts_travel_and_bytes_are_counted(tmp_path: Path) -> No
     tensors, meta = load_tensors(run.checkpoint(2))
     assert {key.split("/")[0] for key in tensors} == {"ema"}
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    assert (
-        meta["bytes_exchanged"] == 2 * 2 * 2 * 4 * numbers
-    )  # rounds, hospitals, directions, float32
+    # rounds, hospitals, directions, bytes of float32
+    assert meta["bytes_exchanged"] == 2 * 2 * 2 * 4 * numbers
     states = [
         load_tensors(run.hospital_state(name) / "state-00002.safetensors")[0]
         for name in ("alpha", "beta")
@@ -263,9 +262,8 @@ def test_server_paths_are_used_only_in_a_simulation(
         == tmp_path / "run" / "hospitals" / "beta"
     )
     monkeypatch.delenv(SIMULATION)
-    monkeypatch.setitem(
-        sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True)
-    )  # an actor of `flwr run`
+    # an actor of `flwr run`
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
     assert find_local_hospital(train_request, {"partition-id": 1}).hospital.name == "alpha"
 
 

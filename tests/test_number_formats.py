@@ -359,10 +359,8 @@ def test_sixteen_bit_wires_halve_the_counted_bytes(tmp_path: Path) -> None:
         )
         counted[wire] = [line["bytes_exchanged"] for line in files.read_json_lines(run.metrics)]
     numbers = sum(array.size for array in arrays_of(run, 2).values())
-    assert counted["fp32"] == [
-        16 * numbers,
-        32 * numbers,
-    ]  # two hospitals, two directions, four bytes
+    # two hospitals, two directions, four bytes
+    assert counted["fp32"] == [16 * numbers, 32 * numbers]
     assert counted["fp16"] == counted["bf16"] == [8 * numbers, 16 * numbers]
 
 

@@ -336,7 +336,7 @@ def test_length_check_is_off_where_it_does_not_apply() -> None:
 
 
 class LateGrid(LocalGrid):
-    """A grid on which the last hospital comes online after the first request of round 1."""
+    """A grid on which the last hospital comes online when round 1 is sent."""
 
     def __init__(self) -> None:
         super().__init__(3, app)

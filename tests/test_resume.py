@@ -187,7 +187,7 @@ def test_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.Monkey
 
 SCRIPT = """
 import json, signal, sys
-# also where the tests run as a shell's background job
+# a shell's background jobs ignore SIGINT
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from fedgan.run_folder import RunFolder
 from simulations import runner
