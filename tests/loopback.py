@@ -37,6 +37,13 @@ from unittest import mock
 import pytest
 
 MARK, NAME = "FEDGAN_LOOPBACK", "FEDGAN_LOOPBACK_NAME"
+PRELOAD = "FEDGAN_LOOPBACK_PRELOAD"  # of loopback_site/sitecustomize.py
+HEARTBEAT, TASK_HEARTBEAT = "FEDGAN_LOOPBACK_HEARTBEAT", "FEDGAN_LOOPBACK_TASK_HEARTBEAT"
+# What the app's tasks spend their start on; a SuperExec imports it once.
+PRELOADED = {
+    "clientapp": "torch torch._dynamo safetensors.torch",
+    "serverapp": "torch torch._dynamo torchvision safetensors.torch scipy.stats PIL.Image",
+}
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROXY_CONFIGURATION = REPOSITORY / "deploy" / "haproxy.cfg"
 BIN = Path(sys.executable).parent
@@ -74,6 +81,7 @@ class Deployment:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.node_ids: dict[str, int] = {}  # of the registered hospitals
         self.seconds: dict[str, float] = {}  # duration of the stages of the start
+        self.heartbeats: dict[str, dict[str, str]] = {}  # HEARTBEAT and TASK_HEARTBEAT of processes
         self.keys = make_keys(folder / "keys", [*hospitals, *outsiders])
         names = ["superlink", "proxy", "recorder", *(f"node-{i}" for i in self.numbers)]
         self.ports = dict(zip(names, free_ports(len(names)), strict=True))
@@ -236,6 +244,8 @@ class Deployment:
         """Wait until these hospitals (default: all) are online at the SuperLink."""
         wanted = set(hospitals or self.hospitals)
         logs = [f"node-{self.hospitals.index(hospital) + 1}" for hospital in sorted(wanted)]
+        for log in logs:  # cheaper than asking the SuperLink
+            self.wait_log(log, "SuperNode ID", seconds)
         self.wait(
             f"{sorted(wanted)} online",
             lambda: wanted <= self.online(),
@@ -243,6 +253,7 @@ class Deployment:
             "superlink",
             "proxy",
             *logs,
+            every=0.5,
         )
 
     def online(self) -> set[str]:
@@ -363,17 +374,21 @@ class Deployment:
 
     def environment_of(self, name: str) -> dict[str, str]:
         """Environment of a process that belongs to the deployment and is ended with it."""
-        paths = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
+        tests = REPOSITORY / "tests"
+        paths = [str(tests / "loopback_site"), str(REPOSITORY), str(tests)]
+        paths.append(os.environ.get("PYTHONPATH", ""))
         own = {
             MARK: str(self.folder),
             NAME: name,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            PRELOAD: PRELOADED.get(name.partition("-")[0], "") if self.app == REPOSITORY else "",
             "OMP_NUM_THREADS": "1",
         }
         addresses = (self.ports["proxy"], self.ports["superlink"])
         proxy = proxy_environment(self.keys, *addresses) if name == "proxy" else {}
-        return dict(os.environ) | QUIET | self.environment | own | proxy
+        beats = self.heartbeats.get(name, {})
+        return dict(os.environ) | QUIET | self.environment | own | beats | proxy
 
     def _write_operator(self) -> None:
         operator = self.folder / "operator"

@@ -1,9 +1,8 @@
-"""A federation of real processes in which nearly everything dies once, and the model that comes of it."""
+"""A deployment in which nearly every process dies once, and the model that results."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Message
-from loopback import HOST, deployment
+from loopback import HEARTBEAT, HOST, TASK_HEARTBEAT, Deployment, deployment, needs_haproxy
 from small_federation import NAMES, LocalGrid, NoEvaluator, error_reply, tiny, write_shards
 
 from client.app import app as client_app
@@ -24,7 +23,18 @@ from server.federation import Federation
 
 SIZES, HOSPITALS = (48, 32, 24), NAMES[:3]
 ALPHA, BETA, GAMMA = HOSPITALS
-WAIT = 240
+ROUNDS, ROUND_TIMEOUT = 3, 35
+WAIT = 240  # seconds at most: every wait ends with an event
+# Seconds between heartbeats: deaths that are noticed soon, and absences that are tolerated.
+SHORT, LONG = "5", "20"
+HEARTBEATS = {
+    "superlink": {TASK_HEARTBEAT: LONG},
+    "serverapp": {HEARTBEAT: SHORT},
+    "node-1": {HEARTBEAT: SHORT, TASK_HEARTBEAT: LONG},
+    "node-2": {HEARTBEAT: LONG, TASK_HEARTBEAT: SHORT},
+    "node-3": {HEARTBEAT: LONG, TASK_HEARTBEAT: LONG},
+    **{f"clientapp-{number}": {HEARTBEAT: SHORT} for number in (1, 2, 3)},
+}
 
 
 def round_of(message: Message) -> int:
@@ -35,162 +45,159 @@ def rounds_of(run: RunFolder) -> list[dict[str, Any]]:
     return files.read_json_lines(run.metrics) if run.metrics.is_file() else []
 
 
+class SlowTask:
+    """A message that a hospital begins to work on, and finishes when released.
+
+    `number` counts the messages of the hospital, from 1 on (tests/loopback_site).
+    """
+
+    def __init__(self, federation: Deployment, hospital: str, number: int) -> None:
+        self.federation = federation
+        self.name = f"clientapp-{federation.hospitals.index(hospital) + 1}"
+        folder = federation.folder / self.name
+        folder.mkdir(exist_ok=True)
+        self.slow, self.waiting = folder / "slow", folder / "waiting"
+        self.waiting.unlink(missing_ok=True)
+        files.write_text(self.slow, str(number))
+
+    def wait(self) -> None:
+        """Wait until the hospital works on the message."""
+        self.federation.wait(f"{self.name} to begin", self.waiting.exists, WAIT, self.name)
+
+    def release(self) -> None:
+        self.slow.unlink()
+
+
 @pytest.mark.slow
-def test_what_dies_comes_back_and_nothing_that_counted_is_lost(
+@needs_haproxy
+def test_run_survives_the_death_of_every_process(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shards(tmp_path / "data", SIZES)
     write_shards(tmp_path / "reference", (40,), names=("delta",))
-    waits = (
-        "min_hospitals=2",
-        "join_timeout=1",
-        "round_timeout=50",
-        "exchange=['generator']",
-    )  # few arrays: a request each
-    more = (
-        f"evaluation.root={tmp_path / 'reference'}",
-        "evaluation.suite=quick",
-        *(f"federation.{wait}" for wait in waits),
+    rules = (
+        "federation.min_hospitals=1",
+        "federation.join_timeout=1",
+        f"federation.round_timeout={ROUND_TIMEOUT}",
+        "federation.exchange=['generator']",
     )
-    settings = tiny(tmp_path / "nowhere", *more, rounds=4, kimg=0.144)
+    evaluation = (f"evaluation.root={tmp_path / 'reference'}", "evaluation.suite=quick")
+    size: dict[str, Any] = {"rounds": ROUNDS, "kimg": 0.036 * ROUNDS}
     scenario, run = RunFolder.at(tmp_path / "scenario"), RunFolder.at(tmp_path / "run")
-    scenario.write_settings(settings)
-    place = tmp_path / "deployment"
-    place.mkdir()
+    scenario.write_settings(tiny(tmp_path / "nowhere", *evaluation, *rules, **size))
+    (tmp_path / "deployment").mkdir()
 
-    def own(index: int) -> dict[str, Any]:
+    def node_config(index: int) -> dict[str, Any]:
         folders = {"data-root": "data", "state-dir": "state"}
         return {"partition-id": index} | {
             key: str(tmp_path / folder / HOSPITALS[index]) for key, folder in folders.items()
         }
 
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "faulty_site"))
-    with deployment(place, hospitals=HOSPITALS, node_config=own, start=False) as federation:
+    with deployment(
+        tmp_path / "deployment", hospitals=HOSPITALS, node_config=node_config, start=False
+    ) as federation:
+        federation.heartbeats = dict(HEARTBEATS)
         monkeypatch.setenv("FEDGAN_SUPERLINK", f"{HOST}:{federation.ports['superlink']}")
         monkeypatch.setenv("FEDGAN_CA", str(federation.keys / "ca.crt"))
 
-        def ended(number: int) -> bool:
-            return len(rounds_of(run)) >= number
+        def deploy(*words: str, code: int = 0) -> str:
+            """Output of `fedgan deploy`, or its error."""
+            capsys.readouterr()
+            found = main(["deploy", *words])
+            out, err = capsys.readouterr()
+            assert found == code, err
+            return err if code else out
 
-        def slow(name: str) -> Path:
-            """While this lies there, a ClientApp of the SuperExec hangs (tests/faulty_site)."""
-            return federation.folder / name / "slow"
+        def wait_round(number: int) -> None:
+            federation.wait(f"round {number}", lambda: len(rounds_of(run)) >= number, WAIT)
 
-        def started(number: int) -> int:
-            """How many ClientApps a hospital has started: one for each message."""
-            return (
-                federation.log(f"clientapp-{number}")
-                .read_text()
-                .count("Start `flwr-clientapp` process")
-            )
-
-        def begun(number: int, messages: int) -> None:
-            """Wait until a hospital works on that message: its process has begun, and has yet to import torch."""
-            what = f"hospital {number} to begin its message {messages}"
-            federation.wait(
-                what,
-                lambda: started(number) >= messages,
-                WAIT,
-                f"clientapp-{number}",
-                f"node-{number}",
-            )
-
-        # --- gamma is absent; the ClientApp of beta dies in round 1, and is asked again
+        # --- round 1: gamma is absent, alpha's SuperNode dies, and beta's ClientApp
+        alpha, beta = (SlowTask(federation, hospital, 2) for hospital in (ALPHA, BETA))
         federation.start_all(absent=[GAMMA])
-        capsys.readouterr()
-        words = ["deploy", "run", str(scenario.config), "--output", str(run.path), "--detach"]
-        assert main(words) == 0, capsys.readouterr().err
-        submitted = int(capsys.readouterr().out)
-        federation.wait("the run folder", run.checkpoint(0).is_file, WAIT, "serverapp", "superlink")
-        slow("clientapp-2").touch()  # Flower never notices one that dies before its first heartbeat
-        begun(2, 2)  # after its introduction
-        time.sleep(4)
-        federation.kill_task("clientapp-2")
-        slow("clientapp-2").unlink()
-        federation.start_hospital(GAMMA)
-        federation.wait("round 1", lambda: ended(1), WAIT)
-        assert started(2) == 3
-
-        # --- the SuperNode of alpha dies in round 2, and comes back when the SuperLink has noticed
-        begun(1, 3)
+        words = ("--output", str(run.path), "--detach")
+        submitted = int(deploy("run", str(scenario.config), *words))
+        alpha.wait()
         federation.kill("node-1")
+        beta.wait()
+        federation.kill_task("clientapp-2")
+        beta = SlowTask(federation, BETA, 4)  # after the second message of round 1
+        gamma = SlowTask(federation, GAMMA, 2)
+        federation.start_hospital(GAMMA)
+        federation.heartbeats["node-1"] = HEARTBEATS["node-3"]
+        what = "the SuperLink to miss alpha"
+        federation.wait(what, lambda: ALPHA not in federation.online(), WAIT, every=2.0)
         federation.restart_until_activated("node-1")
-        federation.wait("round 2", lambda: ended(2), WAIT)
+        wait_round(1)
+        alpha.release()
 
-        # --- gamma is too slow in round 3
-        slow("clientapp-3").touch()
-        federation.wait("round 3", lambda: ended(3), WAIT)
-        slow("clientapp-3").unlink()
-
-        # --- the ServerApp dies in round 4
-        begun(2, 6)
-        federation.kill_task("serverapp")
-        federation.wait(
-            "the SuperLink to notice",
-            lambda: federation.status(submitted) == "finished:failed",
-            WAIT,
-            every=1.0,
-        )
-        assert main(["deploy", "logs", str(submitted)]) != 0
-        assert f"fedgan deploy resume {run.path}" in capsys.readouterr().err
-        assert main(["deploy", "resume", str(run.path), "--detach"]) == 0, capsys.readouterr().err
-        resumed = int(capsys.readouterr().out)
-
-        # --- and in the same round, begun anew, the filter and the SuperLink
-        begun(2, 8)  # after one more introduction
+        # --- round 2: gamma is too slow, the proxy dies, and the SuperLink
+        for task in (beta, gamma):
+            task.wait()
         federation.kill("proxy")
         assert federation.health("proxy") is None
         federation.start("proxy")
-        federation.wait("the filter", lambda: federation.health("proxy") == 200, WAIT, "proxy")
+        federation.wait_healthy("proxy")
         federation.kill("superlink")
-        federation.wait(
-            "the filter to miss the SuperLink",
-            lambda: federation.health("proxy") == 503,
-            WAIT,
-            "proxy",
-        )
+        what = "the proxy to miss the SuperLink"
+        federation.wait(what, lambda: federation.health("proxy") == 503, WAIT, "proxy")
+        federation.wait_log("proxy", "status=503 end=SC", WAIT)  # a hospital's request
+        federation.heartbeats["superlink"] = {TASK_HEARTBEAT: SHORT}
         federation.start("superlink")
+        federation.wait_healthy("proxy", WAIT)
+        beta.release()
+        beta = SlowTask(federation, BETA, 5)
+        wait_round(2)
+        gamma.release()
+
+        # --- round 3: the ServerApp dies
+        beta.wait()
+        federation.kill_task("serverapp")
+        beta.release()
+        what = "the SuperLink to miss the ServerApp"
+        status = federation.status
+        federation.wait(what, lambda: status(submitted) == "finished:failed", WAIT, every=1.0)
+        assert f"fedgan deploy resume {run.path}" in deploy("logs", str(submitted), code=5)
+        resumed = int(deploy("resume", str(run.path), "--detach"))
         assert federation.wait_finished(resumed, WAIT) == "finished:completed", federation.tails()
-        assert "status=502" in federation.log("proxy").read_text()
 
-    # --- who is missing is named with the reason, and nobody else is missing
+    # --- exactly the missing hospitals are named, with the reason
     lines = rounds_of(run)
-    assert [line["round"] for line in lines] == [1, 2, 3, 4]
-    here = [[row["name"] for row in line["hospitals"]] for line in lines]
+    assert [line["round"] for line in lines] == [1, 2, 3]
+    present = [[row["name"] for row in line["hospitals"]] for line in lines]
     absences = [{row["name"]: row["why"] for row in line.get("absent", [])} for line in lines]
-    assert here[0] == [ALPHA, BETA]  # beta was asked again; nobody knew of gamma
-    assert absences[1].keys() <= {ALPHA}  # asked again in time, or not
-    assert set(absences[1].values()) <= {"is not online", "did not reply in time"}
-    assert absences[2] == {GAMMA: "did not reply in time"}
-    assert [absences[place] for place in (0, 3)] == [{}, {}]
-    assert all(
-        set(names) | set(gone) == set(HOSPITALS)
-        for names, gone in zip(here[1:], absences[1:], strict=True)
-    )
+    assert BETA in present[0]  # its second ClientApp has answered; gamma is not known yet
+    assert absences[0].keys() <= {ALPHA}  # back in time, or not
+    assert set(absences[0].values()) <= {"is not online", "did not reply in time"}
+    assert absences[1:] == [{GAMMA: "did not reply in time"}, {}]
+    expected = [{ALPHA, BETA}, set(HOSPITALS), set(HOSPITALS)]
+    named = [set(names) | set(gone) for names, gone in zip(present, absences, strict=True)]
+    assert named == expected
     (log,) = (tmp_path / "state" / GAMMA).rglob("client.log")
-    told = log.read_text()
-    assert "the reply of round 3 did not count (missing: did not reply in time)" in told
-    assert json.loads(run.evaluation.read_text())["round"] == 4
+    text = "the reply of round 2 did not count (missing: did not reply in time)"
+    assert text in log.read_text()
+    assert json.loads(run.evaluation.read_text())["round"] == ROUNDS
 
-    # --- and the model is that of a federation in which nobody died, but these were missing from these rounds
+    # --- the model is that of a federation without deaths in which they were missing
     replayed = RunFolder.at(tmp_path / "replayed")
-    same = tiny(tmp_path / "data", *(f"federation.{wait}" for wait in waits), rounds=4, kimg=0.144)
-    prepare_run(same, replayed)
+    prepare_run(tiny(tmp_path / "data", *rules, **size), replayed)
     again = Federation(
         replayed.settings(), replayed, experiment_of(replayed), NoEvaluator(), reconnecting=True
     )
-    again.train(Replay(here))  # type: ignore[arg-type]
-    expected, got = (load_tensors(each.checkpoint(4))[0] for each in (replayed, run))
-    assert expected.keys() == got.keys()
-    assert [key for key, tensor in expected.items() if not torch.equal(tensor, got[key])] == []
+    again.train(Replay(present))  # type: ignore[arg-type]
+    expected_model, model = (load_tensors(each.checkpoint(ROUNDS))[0] for each in (replayed, run))
+    assert expected_model.keys() == model.keys()
+    differing = [
+        key for key, tensor in expected_model.items() if not torch.equal(tensor, model[key])
+    ]
+    assert differing == []
 
 
 class Replay(LocalGrid):
-    """A grid on which hospitals are there in the rounds that name them, and otherwise fail; gamma is online from round 1 on."""
+    """A grid whose hospitals fail in the rounds where they were missing; gamma joins in round 1."""
 
-    def __init__(self, here: list[list[str]]) -> None:
-        super().__init__(len(HOSPITALS), client_app, self._absent)
-        self.here = here
+    def __init__(self, present: list[list[str]]) -> None:
+        super().__init__(len(HOSPITALS), client_app, self._fail_if_missing)
+        self.present = present
         self.later = {998: self.nodes.pop(998)}
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
@@ -199,11 +206,9 @@ class Replay(LocalGrid):
             self.nodes |= self.later
         return super().push_messages(messages)
 
-    def _absent(self, number: int, message: Message) -> Message | None:
-        asked = round_of(message)
-        there = not asked or HOSPITALS[number] in self.here[asked - 1]
-        return (
-            None
-            if there
-            else error_reply(message, f"hospital: DataError while training round {asked}")
-        )
+    def _fail_if_missing(self, number: int, message: Message) -> Message | None:
+        current = round_of(message)
+        if not current or HOSPITALS[number] in self.present[current - 1]:
+            return None
+        reason = f"hospital: DataError while training round {current}"
+        return error_reply(message, reason)
