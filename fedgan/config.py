@@ -679,7 +679,8 @@ def _set(owner: T, name: str, text: str, key: str) -> T:
         value = text.strip()
     if typing.get_origin(hint) is tuple and not isinstance(value, list):
         value = [part.strip() for part in str(value).split(",")] if value != "" else []
-    return dataclasses.replace(owner, **{name: _coerce(value, hint, item, key)})  # type: ignore[type-var]
+    changed = {name: _coerce(value, hint, item, key)}
+    return dataclasses.replace(owner, **changed)  # type: ignore[type-var]
 
 
 def _coerce(value: Any, hint: Any, item: dataclasses.Field[Any], key: str) -> Any:

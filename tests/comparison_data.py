@@ -391,7 +391,13 @@ def make_comparison(
                 "failure": "The generator's images are not finite after round 4.",
                 "evaluation": None,
             }
-            run |= {"cost": {}, "curve": [], "losses": [], "hospital_models": [], "images_seen": None}
+            run |= {
+                "cost": {},
+                "curve": [],
+                "losses": [],
+                "hospital_models": [],
+                "images_seen": None,
+            }
     contribution = None
     if coalitions:
         names = [

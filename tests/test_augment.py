@@ -201,7 +201,7 @@ def test_warp_equals_its_definition(values: dict[str, float], shape: tuple[int, 
         name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()
     }
     fast = AugmentPipe("bg")(image, 1.0, None, values=fixed)
-    plain = plain_warp(image[0, 0].numpy(), plain_map(values, shape[1], shape[0]))  # type: ignore[arg-type]
+    plain = plain_warp(image[0, 0].numpy(), plain_map(values, shape[1], shape[0]))
     np.testing.assert_allclose(fast[0, 0].numpy(), plain, atol=1e-8)
     single = AugmentPipe("bg")(image.float(), 1.0, None, values=fixed)
     np.testing.assert_allclose(single[0, 0].numpy(), plain, atol=1e-4)

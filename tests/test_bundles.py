@@ -108,9 +108,7 @@ def test_model_is_packed_once_for_all_remote_hospitals(
         {"a": Array(np.ones(3, np.float32)), "b": Array(np.zeros((2, 2), np.float32))}
     )
     bundler = Bundler()
-    sent = [
-        bundler.pack(Message(RecordDict({"arrays": record}), node, "train")) for node in (1, 2)
-    ]
+    sent = [bundler.pack(Message(RecordDict({"arrays": record}), node, "train")) for node in (1, 2)]
     assert [list(message.content["arrays"]) for message in sent] == [[BUNDLE], [BUNDLE]]
     assert sent[0].content["arrays"] is sent[1].content["arrays"]
     assert unpack_bundle(sent[0].content.array_records["arrays"][BUNDLE].data)["b"].shape == (2, 2)

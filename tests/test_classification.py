@@ -193,7 +193,7 @@ def test_checks_are_in_the_second_half_of_the_steps():
 
 def test_training_and_validation_never_read_the_test_split():
     real = EvaluationSettings(epochs=1, seeds=1)
-    reference = RealReference(_data(80, 0), _data(20, 1), _Forbidden(), real)  # type: ignore[arg-type]
+    reference = RealReference(_data(80, 0), _data(20, 1), _Forbidden(), real)
     assert not reference.classifier(0).training
     train, validation = split_for_validation(_data(80, 2), 0.2, 0)
     train_classifier(train, 2, 0, validation=validation)

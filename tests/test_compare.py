@@ -127,7 +127,7 @@ def federate(job: Job, on_event: Any, fault: Fault | None) -> None:
         prepare_run(job.settings, job.run)
     settings = job.run.settings()
     federation = Federation(settings, job.run, experiment_of(job.run), NoEvaluator(), on_event)
-    federation.train(LocalGrid(settings.federation.participants, app, fault))  # type: ignore[arg-type]
+    federation.train(LocalGrid(settings.federation.participants, app, fault))
 
 
 def here(patch: pytest.MonkeyPatch, fault: Fault | None = None) -> None:

@@ -91,7 +91,7 @@ class FakeLink:
 @pytest.fixture(autouse=True)
 def shorten_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "LAST_LINES", 0.3)
-    monkeypatch.setattr(follow, "__defaults__", (follow.__defaults__[0], 0.5, 0.05))  # type: ignore[index]
+    monkeypatch.setattr(follow, "__defaults__", (follow.__defaults__[0], 0.5, 0.05))
     monkeypatch.delenv(events.FORMAT, raising=False)
 
 

@@ -56,7 +56,7 @@ def test_deployment_trains_the_same_model_as_the_simulation(tmp_path: Path) -> N
     settings = run.settings()
     evaluator = Evaluator(settings, run, evaluation_hospitals(settings, run))
     federation = Federation(settings, run, experiment_of(run), evaluator, reconnecting=True)
-    federation.train(LocalGrid(3, client_app, node_config=node_config(tmp_path)))  # type: ignore[arg-type]
+    federation.train(LocalGrid(3, client_app, node_config=node_config(tmp_path)))
     assert run.checkpoint(2).read_bytes() == simulated.checkpoint(2).read_bytes()
     assert not (run.path / "hospitals").exists()
     assert [(row["name"], row["images"]) for row in json.loads(run.hospitals.read_text())] == [

@@ -129,7 +129,7 @@ def test_audit_restricts_the_networks_to_one_hospital() -> None:
     generator, discriminator = Generator(MODEL, 16, 1, 2), Discriminator(MODEL, 16, 1, 2)
     assert discriminator.mapping is not None
     for network in (generator, discriminator):
-        network.mapping.hospital_condition.set_label_counts(SHARES, exclusive=True)  # type: ignore[union-attr]
+        network.mapping.hospital_condition.set_label_counts(SHARES, exclusive=True)
     audited = AuditedModel(
         from_dict({}), generator, discriminator, numbers={"alpha": 0, "gamma": 2}
     )
@@ -218,7 +218,7 @@ def test_pooled_images_train_the_columns_of_their_hospitals(tmp_path: Path) -> N
     data = pool_hospitals([(hospital.name, hospital.train) for hospital in hospitals], "both")
     places = np.repeat([0, 1], [len(hospital.train) for hospital in hospitals])
     trainer = Trainer(settings, data, hospital_of_row=places)
-    before = trainer.step.generator.mapping.embed.weight.detach().clone()  # type: ignore[union-attr]
+    before = trainer.step.generator.mapping.embed.weight.detach().clone()
     trainer.train(96)
     after = trainer.step.generator.mapping.embed.weight.detach()  # type: ignore[union-attr]
     assert ((after - before).abs().amax(0)[2:] > 0).tolist() == [True, True, False]

@@ -50,7 +50,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def filled(folder: Path, entries: int = 3, **facts: object) -> Ledger:
     ledger = Ledger(folder / NAME)
     for steps in range(1, entries + 1):
-        assert ledger.reserve(STEP, 10 * steps, **{**FACTS, **facts}) == 10 * steps  # type: ignore[arg-type]
+        assert ledger.reserve(STEP, 10 * steps, **{**FACTS, **facts}) == 10 * steps
     return ledger
 
 
@@ -67,7 +67,7 @@ def test_new_ledger_is_empty_and_creates_no_file(tmp_path: Path) -> None:
 def test_entries_round_trip_with_cumulative_epsilon(tmp_path: Path) -> None:
     entries = filled(tmp_path).entries()
     assert [entry.steps for entry in entries] == [10, 20, 30]
-    assert [entry.epsilon for entry in entries] == sorted(entry.epsilon for entry in entries)  # type: ignore[type-var]
+    assert [entry.epsilon for entry in entries] == sorted(entry.epsilon for entry in entries)
     assert entries[-1].epsilon == epsilon_rdp([Mechanism(1.0, 0.01, 60)], 1e-3)
 
 
@@ -319,7 +319,7 @@ def test_release_without_noise_has_infinite_epsilon(
     tmp_path: Path,
 ) -> None:
     ledger = Ledger(tmp_path / NAME)
-    assert ledger.reserve(Mechanism(0.0, 0.1), 5, **FACTS, max_epsilon=100.0) == 0  # type: ignore[arg-type]
+    assert ledger.reserve(Mechanism(0.0, 0.1), 5, **FACTS, max_epsilon=100.0) == 0
     assert ledger.reserve(Mechanism(0.0, 0.1), 5, **FACTS) == 5  # type: ignore[arg-type]
     assert ledger.entries()[0].epsilon is None
     assert ledger.epsilon(1e-5) == float("inf")
@@ -360,7 +360,7 @@ def test_units_image_and_patient_are_never_composed(tmp_path: Path) -> None:
 def test_pool_reserves_what_every_shard_allows(tmp_path: Path) -> None:
     rich, poor = Ledger(tmp_path / "rich" / NAME), filled(tmp_path / "poor", 3)
     budget = poor.epsilon(1e-3) * 1.02
-    allowed = JointLedger([rich, poor]).reserve(STEP, 500, **FACTS, max_epsilon=budget)  # type: ignore[arg-type]
+    allowed = JointLedger([rich, poor]).reserve(STEP, 500, **FACTS, max_epsilon=budget)
     assert 0 < allowed < 500
     assert rich.entries()[-1].steps == poor.entries()[-1].steps == allowed, (
         "the first was charged no more than was done"

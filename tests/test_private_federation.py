@@ -134,7 +134,7 @@ def trained_rounds(grid: LocalGrid, hospital: int) -> list[int]:
 
 
 def restore_progress(run: RunFolder, grid: LocalGrid) -> None:
-    Federation(run.settings(), run, experiment_of(run), NoEvaluator()).train(grid)  # type: ignore[arg-type]
+    Federation(run.settings(), run, experiment_of(run), NoEvaluator()).train(grid)
 
 
 def mean_model(run: RunFolder, number: int, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -577,7 +577,7 @@ def test_outbound_log_has_the_four_messages_of_a_secure_round(
         r for hospital, stage, r in recorded.replies if (hospital, stage) == (0, Stage.SETUP)
     ]
     assert public["values"].keys() == {"pk1", "pk2"}
-    assert public["bytes"] > sum(len(key) for key in reply.content.config_records["keys"].values())  # type: ignore[arg-type]
+    assert public["bytes"] > sum(len(key) for key in reply.content.config_records["keys"].values())
     assert "PUBLIC KEY" not in str(entries[1])
 
 

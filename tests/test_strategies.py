@@ -189,7 +189,7 @@ def test_server_moments_survive_a_restart(name: str, tmp_path: Path) -> None:
 
     def fault(number: int, message: object) -> object:
         config = message.content.config_records["config"]  # type: ignore[attr-defined]
-        return error_reply(message, "gone") if config.get("round") == 3 and number == 1 else None  # type: ignore[arg-type]
+        return error_reply(message, "gone") if config.get("round") == 3 and number == 1 else None
 
     with pytest.raises(FederationError, match=r"hospital 2 \('beta'\) failed in round 3"):
         federate(settings, broken, app, fault)

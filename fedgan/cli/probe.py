@@ -61,8 +61,8 @@ def measure(
         dataclasses.asdict(Probe(to_dict(settings), channels, labels, exclusive, threads))
     )
     command = [sys.executable, "-m", "fedgan.cli.probe"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    children = [subprocess.Popen(command, text=True, **pipes) for _ in range(parallel)]  # type: ignore[call-overload]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    children = [subprocess.Popen(command, text=True, **pipes) for _ in range(parallel)]
     try:
         for child in children:  # all start before the first is awaited
             with contextlib.suppress(BrokenPipeError):  # it has ended; its exit code is read below

@@ -279,7 +279,8 @@ class RealReference:
             load_into(classifier, tensors, str(path))
         except CheckpointError:  # damaged: train it again
             return None
-        network = classifier.to(device=torch.device(self.device), memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layout = {"device": torch.device(self.device), "memory_format": torch.channels_last}
+        network = classifier.to(**layout)  # type: ignore[call-overload]
         result: Classifier = network.eval()
         return result
 

@@ -1,1 +1,1 @@
-"""A run without Flower: preparation, budget, state of a round, evaluator, lock, rules of settings."""
+"""A run without Flower: preparation, budget, round state, evaluator, rules of settings."""

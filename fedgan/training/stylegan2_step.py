@@ -62,7 +62,8 @@ class StyleGAN2Step:
         self.generator = Generator(settings.model, *shape, init)
         self.discriminator = Discriminator(settings.model, *shape, init)
         for network in (self.generator, self.discriminator):
-            network.to(batches.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            layout = {"device": batches.device, "memory_format": torch.channels_last}
+            network.to(**layout)  # type: ignore[call-overload]
             network.dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
         if private is not None:
             check_modules(self.discriminator, data)

@@ -34,8 +34,8 @@ from fedgan.runs.lock import locked, remove_temporary_files
 from fedgan.runs.preparation import (
     check_evaluation,
     data_key,
-    open_evaluation_root,
     is_prepared,
+    open_evaluation_root,
     open_prepared,
     prepare_run,
     with_absolute_paths,

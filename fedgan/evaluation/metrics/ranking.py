@@ -126,4 +126,5 @@ def _metrics(ranked: Ranking, weights: np.ndarray) -> tuple[np.ndarray, np.ndarr
         reached = (hits * (alarms <= (1.0 - SPECIFICITY) * negatives * (1.0 + ROUNDING))).sum(
             0
         ) / positives
-    return tuple(np.where(defined, values, np.nan) for values in (auc, areas, reached))  # type: ignore[return-value]
+    figures = (np.where(defined, values, np.nan) for values in (auc, areas, reached))
+    return tuple(figures)  # type: ignore[return-value]
