@@ -65,6 +65,7 @@ def measure(
     children = [subprocess.Popen(command, text=True, **pipes) for _ in range(parallel)]
     try:
         for child in children:  # all start before the first is awaited
+            assert child.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # it has ended; its exit code is read below
                 child.stdin.write(request)
                 child.stdin.close()
