@@ -159,15 +159,15 @@ def wait_for_members(
     expected = settings.federation.participants
     needed = set(range(expected)) - set(exhausted)
     minimum = min(settings.federation.min_hospitals or expected, len(needed))
-    members, problems, asked = list[Member](), list[str](), set[int]()
+    members, problems, requested = list[Member](), list[str](), set[int]()
     end = time.monotonic() + settings.federation.join_timeout
     while True:
         nodes = online_nodes(grid, expected)
         # introductions are requested once all are online, or at the end of the time limit
         is_late = time.monotonic() > end
         is_complete = is_late or len(nodes) >= len(needed)
-        if new := [node for node in nodes if node not in asked] if is_complete else []:
-            asked.update(new)
+        if new := [node for node in nodes if node not in requested] if is_complete else []:
+            requested.update(new)
             more, why = request_introductions(
                 grid, settings, config, new, JOIN_SECONDS, minimum == len(needed), reconnecting
             )
@@ -175,7 +175,7 @@ def wait_for_members(
             if why and minimum == len(needed):
                 raise FederationError(f"a hospital could not join: {why[0]}")
         if (
-            len(nodes) == len(asked) == expected
+            len(nodes) == len(requested) == expected
             or needed <= {member.number for member in members}
             or is_late
         ):
@@ -184,7 +184,7 @@ def wait_for_members(
     present = {member.number for member in members} - set(exhausted)
     if len(present) < minimum and not problems:
         raise FederationError(
-            f"{len(asked)} of {expected} hospitals came online within "
+            f"{len(requested)} of {expected} hospitals came online within "
             f"{settings.federation.join_timeout:.0f} s: start the others (flwr run: "
             f"--federation-config 'num-supernodes={expected}'), or lower federation.hospitals or "
             "federation.min_hospitals"
