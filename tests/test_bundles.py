@@ -121,8 +121,8 @@ class Tampering(LocalGrid):
         super().__init__(3, app)
         self.data, self.tampered = data, 0
 
-    def _answer(self, message: Message, key: str) -> None:
-        super()._answer(message, key)
+    def _deliver(self, message: Message, key: str) -> None:
+        super()._deliver(message, key)
         reply, number = self.replies[key], self.nodes[message.metadata.dst_node_id]
         if number == 1 and not reply.has_error() and "arrays" in reply.content.array_records:
             assert list(reply.content["arrays"]) == [BUNDLE]

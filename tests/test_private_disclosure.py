@@ -104,7 +104,7 @@ def capped_nodes(monkeypatch):
     for module in (ledger_module, step_module):  # the exact accountant has tests of its own
         monkeypatch.setattr(module, "epsilon_of", epsilon_rdp, raising=False)
     monkeypatch.setattr(ledger_module, "steps_within", steps_by_rdp)
-    push = LocalGrid._answer
+    push = LocalGrid._deliver
 
     def answer(self, message, key):
         def bind(message, context):
@@ -114,7 +114,7 @@ def capped_nodes(monkeypatch):
         self.app = bind
         push(self, message, key)
 
-    monkeypatch.setattr(LocalGrid, "_answer", answer)
+    monkeypatch.setattr(LocalGrid, "_deliver", answer)
     hospital_module._open_all.cache_clear()
 
 
