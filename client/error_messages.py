@@ -30,7 +30,7 @@ STEPS = (  # N: number of a round
     "checking the reply",
     "writing its outbound log",
 )
-# What a refusal tells the server.
+# What a refusal reports to the server.
 MESSAGE, RECORD, ERROR = (
     "a message that is not listed",
     "a record that is not listed",

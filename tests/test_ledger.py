@@ -482,7 +482,7 @@ def test_ledger_command_fails_in_one_line(
     assert err.count("\n") == 1
     assert "put back the newest copy" in err
     ledger.path.unlink()
-    assert main(["ledger", str(tmp_path / "north")]) == 3, "the head tells that there was one"
+    assert main(["ledger", str(tmp_path / "north")]) == 3, "the head reveals a missing ledger"
     assert "had 3" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     for arguments, code, words in (

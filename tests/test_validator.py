@@ -136,7 +136,7 @@ def test_private_trainer_needs_valid_settings_and_a_ledger(tmp_path):
 # --- layers of D ----------------------------------------------------------------------------------
 
 
-class Judge(nn.Module):
+class Critic(nn.Module):
     """A discriminator with an arbitrary layer in the middle."""
 
     def __init__(self, between: nn.Module) -> None:
@@ -165,12 +165,12 @@ class Mixing(nn.Module):
 )
 def test_layers_with_batch_statistics_are_refused(layer):
     with pytest.raises(ConfigError, match=rf"between \({type(layer).__name__}\).*GroupNorm"):
-        check_modules(Judge(layer), images_of())
+        check_modules(Critic(layer), images_of())
 
 
 def test_layers_that_mix_images_are_refused():
     with pytest.raises(ConfigError, match="other images"):
-        check_modules(Judge(Mixing()), images_of())
+        check_modules(Critic(Mixing()), images_of())
     model = settings_of("model.minibatch_std_group=4", "privacy.noise_multiplier=-1").model
     with pytest.raises(ConfigError, match="minibatch_std_group = 0"):
         check_modules(Discriminator(model, 16, 1, 2), images_of())
@@ -178,7 +178,7 @@ def test_layers_that_mix_images_are_refused():
 
 @pytest.mark.parametrize("layer", [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), nn.LeakyReLU()])
 def test_layers_that_do_not_mix_images_are_accepted(layer):
-    check_modules(Judge(layer), images_of())
+    check_modules(Critic(layer), images_of())
 
 
 @pytest.mark.parametrize("labels", [0, 2])

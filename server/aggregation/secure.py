@@ -85,10 +85,10 @@ def check_plan(settings: Settings, plan: Plan, done: int) -> None:
 def disclosure_note(settings: Settings) -> str:
     """The guarantee of this run's secure aggregation and its cost."""
     limit = settings.federation.max_update_ratio
-    blind = f"; federation.max_update_ratio = {limit:g} cannot check single updates"
+    limit_note = f"; federation.max_update_ratio = {limit:g} cannot check single updates"
     return (
         "federation.secure: this server sees only the sum of the hospitals' changes, as long as it "
-        f"follows the protocol. It cannot detect a hostile update{blind if limit else ''}. "
+        f"follows the protocol. It cannot detect a hostile update{limit_note if limit else ''}. "
         "What it hides and what not: docs/explanation/secure.md"
     )
 
@@ -106,7 +106,7 @@ class SecureRound:
     """The inputs of a secure round.
 
     `make_request`, `min_replies`, `reconnecting`, `on_reply`: as in `send_and_receive`. `check`
-    raises `FederationError` for an invalid reply, `is_aggregated` tells whether a valid one joins
+    raises `FederationError` for an invalid reply, `is_aggregated` returns whether a valid one joins
     the sum.
     """
 

@@ -4,7 +4,7 @@
 
 It compares the registration list with the SuperLink's keys, so it can run any number of times:
 after each `fedgan keys`, `rotate` and `revoke`. It uses the control API of `flwr supernode
-register`, whose own output does not tell which key a node has.
+register`, whose own output does not show which key a node has.
 """
 
 from __future__ import annotations

@@ -290,7 +290,7 @@ def _statistics(
     if not reference.has_classes or len(reference.test) < 2:
         return {
             "answer": "Cost and gain of federation are unknown: the images have no classes that a "
-            "classifier could tell apart.",
+            "classifier could discriminate.",
             "ablation": None,
             "summary": [],
             "comparisons": [],
