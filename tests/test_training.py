@@ -187,6 +187,22 @@ def test_lazy_adam_preserves_the_update_of_an_interval(interval, beta, rate):
     assert first == 0.0
 
 
+def test_lazy_regularisers_are_weighted_by_their_interval(monkeypatch):
+    step = Trainer(tiny_settings("training.r1_gamma=3.0"), tiny_dataset()).step
+    training, penalties = step.training, []
+    monkeypatch.setattr(step, "_update_d", lambda loss: penalties.append(float(loss.detach())))
+    monkeypatch.setattr(step, "_update_g", lambda loss: penalties.append(float(loss.detach())))
+    real, c = step.batches.real(step.streams.host)
+    measured = {"r1": [], "path_length": []}
+    step._d_r1(real, c, measured)
+    expected = 3.0 / 2 * training.r1_interval * float(measured["r1"][0])
+    assert penalties[0] == pytest.approx(expected)
+    monkeypatch.setattr(losses, "path_lengths", lambda images, ws, y: images.sum() * 0 + 2.0)
+    step._g_pl(measured)  # the running mean moves from 0 to 0.02
+    expected = training.path_length_weight * training.path_length_interval * (2.0 - 0.02) ** 2
+    assert penalties[1] == pytest.approx(expected)
+
+
 def test_trainer_corrects_adam_for_lazy_regularisation():
     trainer = Trainer(
         tiny_settings("training.path_length_interval=4", "training.r1_interval=16"), tiny_dataset()
