@@ -1,4 +1,4 @@
-"""ClientApps of failing hospitals: `raises`, `dies`, `slow`."""
+"""ClientApps of failing hospitals: `fails`, `slow`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from client.gate import OutboundGate
 from client.hospital import LocalHospital, TrainRequest
 
 
-def with_fault(
-    fault: Callable[[RequestContext], None], round_number: int, hospital: int | None
-) -> ClientApp:
-    """The real ClientApp with `fault` in one round at one hospital (None: at all)."""
+def with_fault(fault: Callable[[RequestContext, int], None]) -> ClientApp:
+    """The real ClientApp with `fault(context, hospital)` before the training of round 2."""
     app = OutboundGate()
 
     @app.query("hello")
@@ -29,18 +27,20 @@ def with_fault(
         return RequestContext(message, context).reply(work)
 
     def work(context_: RequestContext, request: TrainRequest, local: LocalHospital) -> RecordDict:
-        if request.round == round_number and hospital in (None, local.number):
-            fault(context_)
+        if request.round == 2:
+            fault(context_, local.number)
         return train_round(context_, request, local)
 
     return app
 
 
-def _raise(context_: RequestContext) -> None:
-    context_.step = "training round 2"
-    raise ValueError("/data/secret/patient-0017.png")
+def _fail(context_: RequestContext, hospital: int) -> None:
+    if hospital == 1:
+        context_.step = "training round 2"
+        raise ValueError("/data/secret/patient-0017.png")
+    if hospital == 2:
+        os._exit(9)
 
 
-raises = with_fault(_raise, round_number=2, hospital=1)
-dies = with_fault(lambda context_: os._exit(9), round_number=2, hospital=2)
-slow = with_fault(lambda context_: time.sleep(4), round_number=2, hospital=None)
+fails = with_fault(_fail)
+slow = with_fault(lambda context_, hospital: time.sleep(4))

@@ -22,6 +22,7 @@ import click
 import numpy as np
 import pytest
 from PIL import Image
+from small_federation import alive_in, processes_of
 from watchdog import watchdog
 
 from fedgan import __version__, files
@@ -963,11 +964,14 @@ def test_ctrl_c_in_a_round_exits_130_and_the_run_can_be_resumed(
         for line in stopped.stderr:
             if line.startswith("round 1/4"):
                 break
+        run = RunFolder.at(tmp_path / "run")
+        sessions = processes_of(run.path)
+        assert sessions
         stopped.send_signal(signal.SIGINT)
         rest = stopped.stderr.read()
         assert stopped.wait() == 130, rest
+    assert alive_in(sessions) == []
     assert "continue with: fedgan resume run" in rest
-    run = RunFolder.at(tmp_path / "run")
     assert run.last_round() in (1, 2, 3)
     assert not run.evaluation.exists()
 

@@ -108,10 +108,14 @@ class Attacker:
         )
 
 
-def logged(federation: Deployment, *texts: str) -> bool:
-    """Whether one line of the proxy's log contains all texts."""
-    lines = federation.log("proxy").read_text().splitlines()
-    return any(all(text in line for text in texts) for line in lines)
+def wait_logged(federation: Deployment, *texts: str) -> None:
+    """Wait for a line of the proxy's log that contains all texts; it follows the answer."""
+
+    def logged() -> bool:
+        lines = federation.log("proxy").read_text().splitlines()
+        return any(all(text in line for text in texts) for line in lines)
+
+    federation.wait(f"a line with {texts} in the log of proxy", logged, 30, "proxy")
 
 
 def recorded(federation: Deployment, path: str) -> list[dict[str, Any]]:
@@ -130,7 +134,7 @@ def test_supernode_with_an_unregistered_key_ends_with_an_error(federation: Deplo
     )
     assert done.returncode != 0
     assert "Failed to activate SuperNode" in done.stdout + done.stderr, done.stdout + done.stderr
-    assert logged(federation, "path=/v1/fleet/activate-node status=412 ", "answered 412")
+    wait_logged(federation, "path=/v1/fleet/activate-node status=412 ", "answered 412")
 
 
 def test_unregistered_key_is_refused(federation: Deployment) -> None:
@@ -138,7 +142,7 @@ def test_unregistered_key_is_refused(federation: Deployment) -> None:
     assert stranger.activate().status_code >= 400
     answer = stranger.pull(federation.node_ids["hospital-1"])
     assert answer.status_code == 401
-    assert logged(federation, "path=/v1/fleet/pull-messages status=401 ", "answered 401")
+    wait_logged(federation, "path=/v1/fleet/pull-messages status=401 ", "answered 401")
 
 
 def test_revoked_key_is_refused(federation: Deployment) -> None:
@@ -149,7 +153,7 @@ def test_revoked_key_is_refused(federation: Deployment) -> None:
     federation.unregister("leaver")
     assert leaver.pull(node_id).status_code == 401
     assert leaver.activate().status_code >= 400
-    assert logged(federation, "path=/v1/fleet/activate-node status=412 ", "answered 412")
+    wait_logged(federation, "path=/v1/fleet/activate-node status=412 ", "answered 412")
 
 
 def test_hospital_cannot_act_as_another(federation: Deployment) -> None:
@@ -166,7 +170,7 @@ def test_wrong_clock_is_refused_and_logged(federation: Deployment) -> None:
         node = federation.node_ids["hospital-1"]
         assert hospital.pull(node, headers).status_code == 401
         minute = headers["flwr-timestamp"][:16]
-        assert logged(federation, f'reason="answered 401, signed {minute}"')
+        wait_logged(federation, f'reason="answered 401, signed {minute}"')
 
 
 def test_plain_http_is_refused(federation: Deployment) -> None:
@@ -194,10 +198,10 @@ def test_hospital_cannot_reach_the_control_api(federation: Deployment) -> None:
         "/openapi.json",
     ):
         assert hospital.post(path, content=b"").status_code == 403
-        assert logged(federation, f"path={path} status=403 ", "path not allowed")
+        wait_logged(federation, f"path={path} status=403 ", "path not allowed")
     out = federation.flwr("ls", superlink="through-proxy", fails=True)
     assert "path not allowed" in out or "403" in out, out
-    assert logged(federation, "path=/v1/control/list-runs status=403 ", "path not allowed")
+    wait_logged(federation, "path=/v1/control/list-runs status=403 ", "path not allowed")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +229,7 @@ def test_path_tricks_do_not_reach_the_control_api(federation: Deployment, path: 
             [*words, "--write-out", "%{http_code}", url], capture_output=True, text=True, timeout=30
         )
         assert done.stdout.endswith("403"), done
-    assert logged(federation, f"path={path} status=403")
+    wait_logged(federation, f"path={path} status=403")
 
 
 def test_large_body_is_refused_with_and_without_a_length(federation: Deployment) -> None:
@@ -238,7 +242,7 @@ def test_large_body_is_refused_with_and_without_a_length(federation: Deployment)
         ).status_code
         == 413
     )
-    assert logged(federation, "path=/v1/fleet/push-object status=413")
+    wait_logged(federation, "path=/v1/fleet/push-object status=413")
 
 
 def test_object_names_with_paths_reach_no_files(federation: Deployment) -> None:
@@ -277,7 +281,7 @@ def test_replayed_heartbeat_is_refused_by_the_proxy_alone(
     assert hospital.post("/v1/fleet/send-node-heartbeat", beat, headers).status_code == 403
     # The signature covers the timestamp only, not path and body.
     assert hospital.pull(federation.node_ids["hospital-1"], headers).status_code == 403
-    assert logged(federation, "path=/v1/fleet/pull-messages status=403", "replayed")
+    wait_logged(federation, "path=/v1/fleet/pull-messages status=403", "replayed")
     # Without the proxy the replay passes. If this fails, Flower refuses replays itself.
     assert inside.post("/v1/fleet/send-node-heartbeat", beat, headers).status_code == 200
     assert inside.pull(federation.node_ids["hospital-1"], headers).status_code == 200
@@ -296,7 +300,7 @@ def test_replayed_update_is_refused_and_counts_once(federation: Deployment, tmp_
     anybody = Attacker(federation, "stranger")
     answer = anybody.post(pushes, content=body, headers=headers)
     assert answer.status_code == 403
-    assert logged(federation, f"path={pushes} status=403", "replayed")
+    wait_logged(federation, f"path={pushes} status=403", "replayed")
     # Under a new signature of a hospital, the SuperLink recognizes the update by its id.
     federation.wait_log("node-1", "Sent successfully", 60)
     federation.wait_log("node-2", "Sent successfully", 60)

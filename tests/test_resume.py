@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -186,50 +185,25 @@ def test_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.Monkey
 # --- with Flower and Ray --------------------------------------------------------------------------
 
 SCRIPT = """
-import json, signal, sys
-# a shell's background jobs ignore SIGINT
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import json, sys
 from fedgan.run_folder import RunFolder
 from simulations import runner
-run, data, verb, client = RunFolder.at(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+from small_federation import tiny
+folder, data, client = sys.argv[1:]
 on_event = lambda event: print(json.dumps(event), flush=True)
-if verb == "simulate":
-    from small_federation import tiny
-    runner.simulate(tiny(data, hospitals=2, rounds=3, kimg=0.06), run, on_event, client)
-else:
-    runner.resume(run, on_event, client)
+settings = tiny(data, hospitals=2, rounds=3, kimg=0.06)
+runner.simulate(settings, RunFolder.at(folder), on_event, client)
 """
 
 
-def start(run: RunFolder, data: Path, verb: str, client: str) -> subprocess.Popen[str]:
+def start(run: RunFolder, data: Path, client: str) -> subprocess.Popen[str]:
     """Start a simulation in its own process; events are lines of its standard output."""
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    command = [sys.executable, "-c", SCRIPT, str(run.path), str(data), verb, client]
+    command = [sys.executable, "-c", SCRIPT, str(run.path), str(data), client]
     environ = os.environ | {"PYTHONPATH": path}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environ, start_new_session=True
     )
-
-
-def stop_in_round(
-    process: subprocess.Popen[str], run: RunFolder, round_number: int, number: signal.Signals
-) -> set[int]:
-    """Send a signal while a round trains and wait for the end; return the engine's sessions."""
-    assert process.stdout
-    with watchdog(process):
-        for line in process.stdout:
-            event = json.loads(line)
-            if event["event"] == "round_start" and event["round"] == round_number:
-                break
-        else:
-            pytest.fail(f"the run ended before round {round_number}")
-        time.sleep(1.5)  # until the hospitals train
-        sessions = processes_of(run.path)
-        assert sessions
-        process.send_signal(number)
-        process.stdout.read()
-        process.wait()
-    return sessions
 
 
 def are_gone(sessions: set[int], seconds: float = 10) -> bool:
@@ -243,58 +217,39 @@ def are_gone(sessions: set[int], seconds: float = 10) -> bool:
 
 
 @pytest.mark.slow
-def test_interrupted_and_killed_run_ends_like_an_unbroken_run(tmp_path: Path) -> None:
+def test_killed_run_ends_like_an_unbroken_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = write_shards(tmp_path / "data", (40, 24))
     whole, broken = RunFolder.at(tmp_path / "whole"), RunFolder.at(tmp_path / "broken")
     # without Ray: the same bytes
     federate(tiny(data, hospitals=2, rounds=3, kimg=0.06), whole, app)
 
-    # Ctrl-C in round 2, in which every hospital sleeps first
-    process = start(broken, data, "simulate", "faulty_client:slow")
-    sessions = stop_in_round(process, broken, 2, signal.SIGINT)
-    assert process.returncode in (130, -signal.SIGINT)
-    assert are_gone(sessions, seconds=0)
-    assert broken.last_round() == 1
-
-    # kill -9 in round 2 again: only the engine itself can clean up
-    process = start(broken, data, "resume", "faulty_client:slow")
-    sessions = stop_in_round(process, broken, 2, signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = start(broken, data, "faulty_client:slow")
+    assert process.stdout
+    with watchdog(process):
+        for line in process.stdout:
+            event = json.loads(line)
+            if event["event"] == "round_start" and event["round"] == 2:
+                break
+        else:
+            pytest.fail("the run ended before round 2")
+        # every hospital sleeps before it trains
+        with monkeypatch.context() as patch:
+            patch.setattr(lock, "TIMEOUT", 0.2)
+            with pytest.raises(ConfigError, match="in use by another fedgan"):
+                runner.resume(broken)
+        sessions = processes_of(broken.path)
+        assert sessions
+        process.kill()  # only the engine itself can clean up
+        process.stdout.read()
+        process.wait()
     assert are_gone(sessions)
     assert broken.last_round() == 1
     assert not broken.evaluation.exists()
 
     runner.resume(broken)
     assert end_alike(whole, broken, 3)
-    assert (
-        load_tensors(broken.checkpoint(3))[1]["images_seen"]
-        == load_tensors(whole.checkpoint(3))[1]["images_seen"]
-    )
-    assert (
-        broken.read_json(broken.evaluation)["images_seen"]
-        == load_tensors(whole.checkpoint(3))[1]["images_seen"]
-    )
-
-
-@pytest.mark.slow
-def test_second_process_in_one_run_folder_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lock, "TIMEOUT", 0.2)
-    data = write_shards(tmp_path / "data", (40, 24))
-    run = RunFolder.at(tmp_path / "run")
-    process = start(run, data, "simulate", "faulty_client:slow")
-    try:
-        assert process.stdout
-        with watchdog(process):
-            while not run.environment.is_file():
-                assert process.poll() is None
-                time.sleep(0.1)
-        with pytest.raises(ConfigError, match="in use by another fedgan"):
-            runner.resume(run)
-    finally:
-        sessions = processes_of(run.path)
-        process.kill()
-        process.wait()
-        process.stdout.close()  # type: ignore[union-attr]
-    assert are_gone(sessions)
+    images = load_tensors(whole.checkpoint(3))[1]["images_seen"]
+    assert load_tensors(broken.checkpoint(3))[1]["images_seen"] == images
+    assert broken.read_json(broken.evaluation)["images_seen"] == images

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from fedgan.evaluation.metrics.frechet_distance import checked_features, frechet_distance
 from fedgan.evaluation.metrics.intervals import LEVEL
@@ -112,9 +112,7 @@ def fidelity(
 
 def _table(values: np.ndarray, differences: np.ndarray, references: np.ndarray, n: int) -> Numbers:
     """Means, intervals and reference values from rows (splits, measures) at n images per side."""
-    error = (
-        np.sqrt(np.square(differences).mean(0)) / 2 * student.ppf((1 + LEVEL) / 2, len(differences))
-    )
+    error = np.sqrt(np.square(differences).mean(0)) / 2 * stdtrit(len(differences), (1 + LEVEL) / 2)
     error = np.where(
         [name in SHARES for name in MEASURES], np.maximum(error, RULE_OF_THREE / (2 * n)), error
     )
