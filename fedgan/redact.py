@@ -1,12 +1,15 @@
-"""Remove paths and file names of a machine from text that leaves it: cards, reports, errors."""
+"""Make text safe to pass on: no paths or file names of a machine, no invisible characters."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 REDACTED = "(path not shown)"
+# Control characters (C0, C1), formats (bidi controls, zero-width), lone surrogates, line separators
+_INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _EXTENSIONS = (  # of images and of tables that list them
     r"dcm|dicom|nii|mha|nrrd|png|jpe?g|tiff?|bmp|gif|webp|svs|csv|tsv|xlsx?|npz|npy|zip|gz"
 )
@@ -23,6 +26,28 @@ _FILES = re.compile(
     rf"(?<![\w/.:\\-])~?[/\\]?(?:[\w.+-]+[/\\])*[\w.+-]+\.(?:{_EXTENSIONS})\b(?![/\\]\w)",
     re.IGNORECASE,
 )
+
+
+def is_printable(text: str) -> bool:
+    """Whether a text has no control, bidi or zero-width character, line separator or surrogate."""
+    return not any(unicodedata.category(character) in _INVISIBLE for character in text)
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """A text from outside as one line of at most `limit` characters, cut with an ellipsis.
+
+    Characters for which `is_printable` is false become `\\xNN`, `\\uNNNN` or `\\UNNNNNNNN`.
+    """
+    shown = "".join(map(_escape, text[: limit + 1]))
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def _escape(character: str) -> str:
+    if is_printable(character):
+        return character
+    code = ord(character)
+    form, width = ("x", 2) if code < 0x100 else ("u", 4) if code < 0x10000 else ("U", 8)
+    return f"\\{form}{code:0{width}x}"
 
 
 def redact(value: Any, roots: tuple[str, ...] = ()) -> Any:

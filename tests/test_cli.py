@@ -37,6 +37,7 @@ from fedgan.errors import (
     MachineError,
     StorageError,
 )
+from fedgan.redact import printable
 from fedgan.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1006,3 +1007,17 @@ def test_only_results_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     console.emit({"a": 1}, True, "text")
     out, err = capsys.readouterr()
     assert (json.loads(out), err) == ({"a": 1}, "chatter\n")
+
+
+def test_terminal_gets_no_control_bidi_or_zero_width_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = "né\x1b[31m\x9b\u202e\u200b\u2028\U000e0041"
+    shown = r"né\x1b[31m\x9b\u202e\u200b\u2028\U000e0041"
+    assert printable(text) == shown
+    assert printable("x" * 600_000) == "x" * 299 + "…"
+    console.emit({}, False, f"{text}\nb")
+    console.note(text)
+    console.note("\n".join(console.table_lines([("a\nb", text)])))
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == (f"{shown}\nb\n", f"{shown}\na\\x0ab  {shown}\n")

@@ -289,3 +289,11 @@ def test_folder_names_are_safe_and_stable(name):
     assert "\\" not in folder
     assert not folder.startswith(".")
     assert folder_name(folder) == folder
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x9bb", "\u202eab", "a\u200bb", "a\u2028b"])
+def test_label_names_with_invisible_characters_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=r"has a control, bidi or zero-width character") as caught:
+        make_shard(tmp_path / "shard", label_names=("normal", name, "other"))
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "shard").exists()

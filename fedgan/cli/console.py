@@ -20,6 +20,7 @@ import typer
 
 from fedgan import files
 from fedgan.errors import ConfigError, FedganError, MachineError, StorageError
+from fedgan.redact import printable
 
 if TYPE_CHECKING:
     from fedgan.run_folder import RunFolder
@@ -35,16 +36,22 @@ class Interrupted(KeyboardInterrupt):
 
 def emit(result: dict[str, Any], as_json: bool, text: str) -> None:
     """Print a verb's result on stdout: `text`, or one JSON object."""
-    typer.echo(json.dumps(result, allow_nan=False) if as_json else text)
+    typer.echo(json.dumps(result, allow_nan=False) if as_json else escaped(text))
 
 
 def note(text: str) -> None:
     """Print a line on stderr."""
-    typer.echo(text, err=True)
+    typer.echo(escaped(text), err=True)
+
+
+def escaped(text: str) -> str:
+    """Lines of text without what a terminal would obey: names come from files of others."""
+    return "\n".join(printable(line, sys.maxsize) for line in text.split("\n"))
 
 
 def table_lines(rows: Sequence[tuple[str, ...]], indent: str = "") -> list[str]:
     """Rows as lines of aligned columns."""
+    rows = [tuple(printable(cell, sys.maxsize) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         indent

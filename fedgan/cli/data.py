@@ -164,5 +164,5 @@ def _table(shards: Sequence[Shard]) -> str:
         )
         previous = row.institution
     text = io.StringIO()
-    Console(file=text, width=None if sys.stdout.isatty() else 100).print(table)
+    Console(file=text, width=None if sys.stdout.isatty() else 100, markup=False).print(table)
     return text.getvalue().rstrip()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 
 import fedgan.errors
@@ -188,7 +189,7 @@ def logs(
         if as_json and event:
             typer.echo(events.as_line(event))
         elif not as_json and (text := progress.as_text(event) if event else line):
-            typer.echo(text)
+            typer.echo(console.escaped(click.unstyle(text)))  # Flower colours its lines
 
     with _connected(superlink, ca, wait) as link:
         run, last_event = _follow(link, _find_run(link, number).number, show, console.note)

@@ -124,7 +124,8 @@ class Progress:
         text = self.as_text(event)
         if self.screen:
             if event.get("event") == "note":
-                self.screen.live.console.print(event["text"], highlight=False)
+                text = console.escaped(str(event["text"]))
+                self.screen.live.console.print(text, highlight=False, markup=False)
             self.screen.refresh()
         elif text:
             console.note(text)
@@ -172,7 +173,7 @@ class Screen:
 
         self.state = state
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),

@@ -16,6 +16,7 @@ import numpy as np
 from fedgan.data.dataset import ImageArray
 from fedgan.data.splits import SPLITS
 from fedgan.errors import DataError
+from fedgan.redact import is_printable, printable
 
 FORMAT = "fedgan-shard-1"
 COLUMNS = ("row", "patient", "institution", "split", "source")
@@ -154,6 +155,11 @@ def check_labels(
             f"{where}: labels of {labels.dtype} {labels.shape} for {count} images and "
             f"{len(label_names)} label names: a label is outside the card, or the file is "
             "truncated; import the shard again"
+        )
+    if unsafe := [name for name in label_names if not is_printable(name)]:
+        raise DataError(
+            f"{where}: the label '{printable(unsafe[0])}' has a control, bidi or zero-width "
+            "character: rename the label"
         )
     if len(set(label_names)) != len(label_names):
         raise DataError(f"{where}: the card names a label twice: give each label its own name")
