@@ -82,7 +82,7 @@ def test_folder_has_all_files_for_server_and_hospitals(keys: KeyFolder) -> None:
     )
     rows = json.loads((keys.path / "hospitals.json").read_text())
     assert [set(row) for row in rows] == [
-        {"name", "public_key", "fingerprint", "created", "revoked"}
+        {"name", "public_key", "fingerprint", "created", "revoked", "images"}
     ] * 2
     assert [(row["name"], row["public_key"], row["revoked"]) for row in rows] == [
         (name, f"hospitals/{name}/node.pub", None) for name in NAMES

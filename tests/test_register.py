@@ -79,6 +79,17 @@ def test_revoked_key_is_removed_and_rotated_key_replaced(keys: KeyFolder) -> Non
     assert register.apply_changes(keys, superlink) == []
 
 
+def test_bound_of_images_is_registered_with_the_key(tmp_path: Path) -> None:
+    keys = KeyFolder.create(tmp_path / "keys", ["north=1200", "south"], [], 365, now())
+    superlink = SuperLink()
+    register.apply_changes(keys, superlink)
+    assert superlink.admitted == ["north=1200", "south"]
+    keys.rotate_hospital("north", now())
+    keys.rotate_hospital("south=900", now())
+    register.apply_changes(keys, superlink)
+    assert superlink.admitted == ["north=1200", "south=900"]
+
+
 def test_key_revoked_before_registration_is_not_registered(keys: KeyFolder) -> None:
     superlink = SuperLink()
     keys.revoke("north", now())

@@ -49,7 +49,11 @@ app = typer.Typer(
 )
 
 Names = Annotated[
-    list[str], typer.Argument(metavar="NAME...", help="Hospitals: letters, digits, - and _.")
+    list[str],
+    typer.Argument(
+        metavar="NAME[=IMAGES]...",
+        help="Hospitals: letters, digits, - and _; IMAGES: most training images it may report.",
+    ),
 ]
 Folder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The key folder.")]
 Hosts = Annotated[
@@ -73,7 +77,7 @@ Days = Annotated[
 
 
 @app.command(
-    epilog="Example: fedgan keys create hospital1 hospital2 hospital3 --host fl.example.org\n\n"
+    epilog="Example: fedgan keys create hospital1=1200 hospital2=900 --host fl.example.org\n\n"
     "Example: fedgan keys create hospital4",
 )
 def create(
@@ -114,13 +118,15 @@ def create(
 
 @app.command(
     epilog="Example: fedgan keys rotate hospital1\n\n"
+    "Example: fedgan keys rotate hospital1=2000\n\n"
     "Example: fedgan keys rotate server --host fl.example.org --days 180",
 )
 def rotate(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME|server", help="A hospital, or `server` for the server's certificate."
+            metavar="NAME[=IMAGES]|server",
+            help="A hospital, or `server` for the server's certificate; IMAGES: its new bound.",
         ),
     ],
     output: Folder = Path("keys"),
@@ -151,11 +157,11 @@ def rotate(
             )
         old, new = folder.rotate_hospital(name, now())
         lines = [
-            f"new key in {console.shown(folder.hospital(name))}: {new.fingerprint}",
+            f"new key in {console.shown(folder.hospital(new.name))}: {new.fingerprint}",
             f"revoked: {old.fingerprint}",
         ]
         lines.append(
-            f"give {console.shown(folder.hospital(name))} to the hospital, "
+            f"give {console.shown(folder.hospital(new.name))} to the hospital, "
             "which then restarts its SuperNode"
         )
         lines += _registration_steps(folder, [new], [old])
@@ -193,15 +199,14 @@ def list_keys(
     from fedgan.deployment.key_folder import KeyFolder
 
     summary = _summary(KeyFolder.open(keys))
-    table = [("", "fingerprint", "created", "expires", "revoked")]
+    table = [("", "fingerprint", "created", "expires", "revoked", "images")]
     for label in ("authority", SERVER):
         row = summary[label]
         shown, expires = row["fingerprint"], f"{row['expires'][:10]} ({row['days_left']} days)"
-        table.append((label, f"{shown[:30]}...", row["created"][:10], expires, ""))
+        table.append((label, f"{shown[:30]}...", row["created"][:10], expires, "", ""))
     for row in summary["hospitals"]:
-        table.append(
-            (row["name"], row["fingerprint"], row["created"][:10], "", (row["revoked"] or "")[:10])
-        )
+        dates = (row["created"][:10], "", (row["revoked"] or "")[:10])
+        table.append((row["name"], row["fingerprint"], *dates, str(row["images"] or "")))
     lines = console.table_lines(table)
     lines.append(f"the server's names: {', '.join(summary[SERVER]['hosts'])}")
     console.emit(summary, as_json, "\n".join(lines))
@@ -248,6 +253,6 @@ def _registration_steps(
     for row in admitted:
         lines.append(
             f"  flwr supernode register {console.shown(folder.path / row.public_key)} SUPERLINK "
-            f"--name {row.name}"
+            f"--name {row.node_name}"
         )
     return lines

@@ -54,9 +54,11 @@ class KeyFolder:
     ) -> KeyFolder:
         """Make an authority, a server certificate for `hosts` and `DEFAULT_HOSTS`, a key per name.
 
-        Raises `ConfigError` if `path` is not empty, or a name or host is invalid.
+        A name may state a bound of training images: NAME=IMAGES. Raises `ConfigError` if `path` is
+        not empty, or a name, bound or host is invalid.
         """
-        registrations.check_names(names, ())
+        bounds = [registrations.split_bound(name) for name in names]
+        registrations.check_names([name for name, _ in bounds], ())
         certificates.check_hosts(hosts)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ConfigError(
@@ -67,8 +69,8 @@ class KeyFolder:
             folder._write_authority_and_server([*certificates.DEFAULT_HOSTS, *hosts], days, moment)
             folder._folder("hospitals")
             rows = [
-                _write_hospital(stage / "hospitals" / name, name, folder.authority, moment)
-                for name in names
+                _write_hospital(stage / "hospitals" / name, name, images, folder.authority, moment)
+                for name, images in bounds
             ]
             files.write_text(folder.registration_list, registrations.as_text(rows))
             os.rename(stage, path.resolve())
@@ -114,6 +116,8 @@ class KeyFolder:
 
     def add(self, names: Sequence[str], moment: datetime) -> tuple[Registration, ...]:
         """Make a key for each of the new `names`. An error leaves the folder unchanged."""
+        bounds = [registrations.split_bound(name) for name in names]
+        names = [name for name, _ in bounds]
         with self._locked():
             rows = self.registrations()
             self._folder("hospitals")
@@ -122,7 +126,8 @@ class KeyFolder:
             moved: list[Path] = []
             with _stage(self.path, ".new.", self.path / "hospitals") as stage:
                 new = tuple(
-                    _write_hospital(stage / name, name, self.authority, moment) for name in names
+                    _write_hospital(stage / name, name, images, self.authority, moment)
+                    for name, images in bounds
                 )
                 try:
                     for name in names:
@@ -138,8 +143,9 @@ class KeyFolder:
     def rotate_hospital(self, name: str, moment: datetime) -> tuple[Registration, Registration]:
         """Make a new key for a hospital and revoke its old one; returns (old row, new row).
 
-        This also re-admits a revoked hospital.
+        This also re-admits a revoked hospital. NAME=IMAGES changes its bound of training images.
         """
+        name, images = registrations.split_bound(name)
         with self._locked():
             rows = list(self.registrations())
             index = registrations.newest(rows, name)
@@ -149,7 +155,13 @@ class KeyFolder:
             files.write_bytes(self.path / kept, self._public_key_of(old, self.path / kept))
             private, public = node_keys.new_node_key(name)
             path = f"hospitals/{name}/node.pub"
-            new = Registration(name, path, node_keys.fingerprint(public), moment.isoformat())
+            new = Registration(
+                name,
+                path,
+                node_keys.fingerprint(public),
+                moment.isoformat(),
+                images=images or old.images,
+            )
             rows[index] = old = replace(
                 old, public_key=kept, revoked=old.revoked or moment.isoformat()
             )
@@ -263,7 +275,9 @@ class KeyFolder:
             os.close(handle)
 
 
-def _write_hospital(folder: Path, name: str, authority: Path, moment: datetime) -> Registration:
+def _write_hospital(
+    folder: Path, name: str, images: int | None, authority: Path, moment: datetime
+) -> Registration:
     """Make the folder that a hospital receives."""
     folder.mkdir(mode=0o700)
     private, public = node_keys.new_node_key(name)
@@ -273,7 +287,11 @@ def _write_hospital(folder: Path, name: str, authority: Path, moment: datetime) 
         folder / "ca.crt", certificates.certificate_bytes(certificates.read_certificate(authority))
     )
     return Registration(
-        name, f"hospitals/{name}/node.pub", node_keys.fingerprint(public), moment.isoformat()
+        name,
+        f"hospitals/{name}/node.pub",
+        node_keys.fingerprint(public),
+        moment.isoformat(),
+        images=images,
     )
 
 

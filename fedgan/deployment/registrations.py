@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedgan.errors import ConfigError
+from fedgan.redact import printable
 
 LONGEST_NAME = 63  # a DNS label, because container names are DNS labels
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -24,6 +25,28 @@ class Registration:
     fingerprint: str
     created: str
     revoked: str | None = None
+    images: int | None = None  # the most training images that the hospital may report
+
+    @property
+    def node_name(self) -> str:
+        """The name at the SuperLink: NAME, or NAME=IMAGES. The server reads the bound from it."""
+        return self.name if self.images is None else f"{self.name}={self.images}"
+
+
+def split_bound(text: str) -> tuple[str, int | None]:
+    """Split NAME=IMAGES, the name at the SuperLink or of the command line, into name and bound.
+
+    The bound is None where the text has none. Raises `ConfigError` for one that is no number.
+    """
+    name, equals, images = text.partition("=")
+    if not equals:
+        return name, None
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", images):
+        raise ConfigError(
+            f"'{printable(text)}' states no number of images: write NAME=IMAGES with the most "
+            "training images that the hospital may report, e.g. hospital1=1200"
+        )
+    return name, int(images)
 
 
 def read(path: Path) -> tuple[Registration, ...]:
@@ -84,6 +107,8 @@ def _check_row(row: Registration) -> None:
     texts = (row.name, row.public_key, row.fingerprint, row.created)
     if not all(isinstance(text, str) for text in texts) or not isinstance(row.revoked, str | None):
         raise ValueError("a value that is not text")
+    if row.images is not None and (type(row.images) is not int or row.images < 1):
+        raise ValueError("a bound that is no number of images")
     if (
         not _NAME.fullmatch(row.name)
         or Path(row.public_key).is_absolute()

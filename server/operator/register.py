@@ -31,7 +31,7 @@ TIMEOUT = 120.0  # seconds for a SuperLink that starts at the same time
 
 @dataclass(frozen=True)
 class Changes:
-    """Hospitals to register (name, key in PEM) and nodes to unregister (name, node id)."""
+    """Hospitals to register (name as NAME=IMAGES, key in PEM), nodes to unregister (name, id)."""
 
     register: tuple[tuple[str, bytes], ...]
     unregister: tuple[tuple[str, int], ...]
@@ -45,7 +45,9 @@ def find_changes(keys: KeyFolder, known: Mapping[bytes, int]) -> Changes:
     """
     rows = [(row, _pem(keys, row)) for row in keys.registrations()]
     return Changes(
-        tuple((row.name, pem) for row, pem in rows if row.revoked is None and pem not in known),
+        tuple(
+            (row.node_name, pem) for row, pem in rows if row.revoked is None and pem not in known
+        ),
         tuple(
             (row.name, known[pem]) for row, pem in rows if row.revoked is not None and pem in known
         ),

@@ -86,7 +86,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Node:
-    """A registered hospital; `status` is registered (never seen), online or offline."""
+    """A registered hospital; `status` is registered (never seen), online or offline.
+
+    `name`: as registered, NAME or NAME=IMAGES with the most training images that it may report.
+    """
 
     name: str
     number: int
