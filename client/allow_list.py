@@ -6,7 +6,7 @@ three without training. A message may hold the records below and no other, a rec
 and no other, and every value has one type. Arrays are those that the server sent, that
 `federation.exchange` names and that this hospital's own model has, in its own shapes. An
 introduction holds this hospital's own values and nothing else. An error is one line of listed texts
-(client/error_messages.py). `reference_markdown` renders the list for the docs.
+(fedgan/exchange/error_messages.py). `reference_markdown` renders the list for the docs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key, Stage
 
-from client.error_messages import (
+from client.hospital import LocalHospital, TrainRequest
+from client.key_agreement import ALLOWED, KEYS, check_keys
+from fedgan.config import ModelSettings, Settings
+from fedgan.exchange.error_messages import (
     ARRAY,
     FAILED,
     FOREIGN,
@@ -31,9 +34,6 @@ from client.error_messages import (
     VALUE,
     Refused,
 )
-from client.hospital import LocalHospital, TrainRequest
-from client.key_agreement import ALLOWED, KEYS, check_keys
-from fedgan.config import ModelSettings, Settings
 from fedgan.exchange.masking import CLIPPED, FACTOR
 from fedgan.exchange.number_formats import DTYPES
 from fedgan.exchange.round_metrics import ROUND_METRICS, allowed_metrics

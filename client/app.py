@@ -16,7 +16,6 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from client.allow_list import introduction
-from client.error_messages import reason
 from client.gate import OutboundGate, failure
 from client.hospital import (
     LocalHospital,
@@ -32,6 +31,7 @@ from client.hospital import (
 from client.secure import mask_update
 from client.wire import clip_update, received_model, update_record
 from fedgan.config import PARTS, Settings
+from fedgan.exchange.error_messages import reason
 from fedgan.exchange.round_metrics import reported_metrics
 from fedgan.machine import peak_memory, usable_cores
 from fedgan.privacy.validator import check_private

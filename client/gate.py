@@ -17,7 +17,6 @@ from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.allow_list import checked_content
-from client.error_messages import ERROR, FAILED, REASON, Refused, reason
 from client.hospital import (
     LocalHospital,
     TrainRequest,
@@ -30,6 +29,7 @@ from client.hospital import (
 from client.wire import pack_bundles, unpack_bundles
 from fedgan.errors import HOSPITAL_REASON, ConfigError
 from fedgan.exchange.bundle import BUNDLE
+from fedgan.exchange.error_messages import ERROR, FAILED, REASON, Refused, reason
 from fedgan.exchange.outbound_log import (
     NAME,
     Entry,

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.secure_aggregation.secaggplus_constants import Key, Stage
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes
 
-from client.error_messages import SHAPE, TYPE, VALUE, Refused
+from fedgan.exchange.error_messages import SHAPE, TYPE, VALUE, Refused
 
 KEYS = "keys"  # name of the record
 MAX_BYTES = {Key.CIPHERTEXT_LIST: 1024, Key.SHARE_LIST: 512}  # per item

@@ -1,4 +1,4 @@
-"""Integer parts of a total by the largest remainder method (Hamilton)."""
+"""Integer parts of a total by the largest remainder method (Hamilton), and a limit on shares."""
 
 from __future__ import annotations
 
@@ -40,3 +40,23 @@ def apportion(
         if counts[index] > minimum:
             heapq.heappush(reducible, priority(index))
     return counts
+
+
+def limit_shares(sizes: Sequence[int], max_share: float) -> list[int]:
+    """Reduce the largest `sizes` until none exceeds its limit; the others stay as they are.
+
+    Of n sizes each is limited to s / (s + (n - 1) (1 - s)) of their sum, s being `max_share` from
+    0.5 to 1: to s of two, and to s / (1 - s) times the mean of the others. One size has no limit.
+    """
+    count = len(sizes)
+    if count < 2 or max_share >= 1:
+        return list(sizes)
+    share = max_share / (max_share + (count - 1) * (1 - max_share))
+    rest = sum(sizes)
+    for reduced, size in enumerate(sorted(sizes, reverse=True)):
+        # limit = share * (reduced * limit + rest)
+        limit = math.floor(share * rest / (1 - reduced * share) + 1e-9)
+        if size <= limit:
+            break
+        rest -= size
+    return [min(size, max(1, limit)) for size in sizes]

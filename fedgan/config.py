@@ -273,7 +273,16 @@ class FederationSettings:
         10.0, "Reject updates this many times longer than the median per image; 0: none.", low=0.0
     )
     max_num_examples: int = meaning(
-        1_000_000, "Refuse hospitals that report more training images.", low=1
+        0,
+        "Refuse hospitals that report more training images; 0: more than their key allows.",
+        low=0,
+        high=1_000_000_000,
+    )
+    max_share: float = meaning(
+        0.9,
+        "Largest share of one of two hospitals in images and weight; s of n: s / (s + (n-1)(1-s)).",
+        low=0.5,
+        high=1.0,
     )
     server_learning_rate: float = meaning(
         0.01, "Learning rate of the server's optimiser (fedadam, fedyogi).", low=0.0

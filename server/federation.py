@@ -24,13 +24,15 @@ from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from fedgan.apportion import limit_shares
 from fedgan.config import Settings, to_dict
 from fedgan.errors import FederationError
+from fedgan.redact import printable
 from fedgan.run_folder import RunFolder
 from fedgan.runs.budget import Plan
 from fedgan.runs.compatibility import min_updates
 from fedgan.runs.evaluator import RoundEvaluator
-from fedgan.runs.participants import Member, Participant
+from fedgan.runs.participants import Member, Participant, hospital_label
 from fedgan.runs.round_state import (
     State,
     has_line,
@@ -60,11 +62,13 @@ from server.aggregation.strategies import (
     strategy_state,
 )
 from server.aggregation.update_checks import (
+    check_exhausted,
     check_facts,
     check_update,
     find_too_long,
     update_length,
 )
+from server.aggregation.weights import limit_weights
 from server.metrics import (
     absence_note,
     describe_absence,
@@ -82,7 +86,7 @@ from server.records import (
     to_record,
 )
 from server.requests import NOT_AWAITED, OFFLINE, Replies, send_and_receive
-from server.roster import MemberGrid, Roster, wait_for_members
+from server.roster import MemberGrid, Roster, kind_of, wait_for_members
 
 Event = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -173,9 +177,8 @@ class Federation:
 
     def _join(self, grid: Grid, state: State | None) -> State:
         """Wait for the hospitals; the state to continue from, on disk and in metrics.jsonl."""
-        exhausted = {row["number"] for row in state.exhausted} if state else set()
-        members, absent = wait_for_members(
-            grid, self.settings, self._request_config(), exhausted, self.reconnecting
+        members, refused = wait_for_members(
+            grid, self.settings, self._request_config(), state, self.reconnecting, self._check_kind
         )
         self.roster = Roster(
             self.settings,
@@ -184,12 +187,9 @@ class Federation:
             members,
             self.on_event,
             self.reconnecting,
+            self._check_kind,
+            refused,
         )
-        first = members[0]
-        self.evaluator.check_compatible(
-            first.label_names, first.exclusive, first.channels, first.resolution
-        )
-        self.roster.report_absent(absent)
         if state is None:
             state = initial_state(self.settings, members)
         else:
@@ -205,9 +205,22 @@ class Federation:
             self._evaluate_and_log(state)  # the run may have stopped before it wrote the line
         return state
 
+    def _check_kind(self, member: Member) -> None:
+        """Raise `DataError` where the evaluator cannot use images of this kind."""
+        self.evaluator.check_compatible(*kind_of(member))
+
     def _plan(self, state: State) -> tuple[Plan, float]:
         """The images of all rounds and the lower bound of the noise; its search takes seconds."""
         plan = Plan(self.settings, state.participants)
+        sizes = [row.images for row in state.participants]
+        for row, limit in zip(
+            state.participants, limit_shares(sizes, self.settings.federation.max_share), strict=True
+        ):
+            if limit < row.images:
+                self._note(
+                    f"{hospital_label(row.number, row.name)} has {row.images} of {sum(sizes)} "
+                    f"training images and counts as {limit}: federation.max_share"
+                )
         check_plan(self.settings, plan, state.round)
         return plan, plan.least_noise(self.settings, len(state.label_names))
 
@@ -281,6 +294,7 @@ class Federation:
             "mean": mean_metrics(rows),
             "hospitals": rows,
             **({"absent": absences} if absences else {}),
+            **({"refused": list(refused.values())} if (refused := self.roster.refused) else {}),
             **privacy_cost,
             **exhausted_status(after, self.settings),
         }
@@ -393,7 +407,8 @@ class Federation:
         is_secure = self.settings.federation.secure
 
         def leave_out(hospital: Member | Participant, what: str, why: str) -> None:
-            row = {"name": hospital.name, "number": hospital.number, "what": what, "why": why}
+            row = {"name": hospital.name, "number": hospital.number, "what": what}
+            row["why"] = printable(why)  # a reason may quote the reply
             absences.append(row)
             self.notes[hospital.number] = absence_note(row, number)
 
@@ -438,6 +453,7 @@ class Federation:
             check_facts(member, reply, number, images)
         else:
             check_update(member, reply, state.arrays, number, images, self.settings.federation.wire)
+        check_exhausted(self.settings, member, reply)
 
     def _require_enough(
         self,
@@ -484,6 +500,7 @@ class Federation:
             return state.arrays, {}
         set_expected_hospitals(strategy, len(counted))
         privacy_cost = {}
+        limit_weights(self.settings, counted)
         if self.settings.privacy.client_level != "none":
             counted = equalize_weights(counted)
             entry = record_round(self.settings, self.run, self.experiment, len(counted))

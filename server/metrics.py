@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import Message
 
 from fedgan.config import Settings
-from fedgan.exchange.round_metrics import COUNTS, MEANS
+from fedgan.exchange.round_metrics import COUNTS, MEANS, ROUND_METRICS
 from fedgan.runs.participants import Member, hospital_label
 from fedgan.runs.round_state import State
 from server.aggregation.update_checks import FACTS
@@ -74,11 +74,15 @@ def hospital_metrics(member: Member, reply: Message) -> dict[str, Any]:
 
 
 def finite_numbers(facts: Mapping[str, Any]) -> dict[str, float | None]:
-    """The finite numbers among the facts; an infinite epsilon (no noise) as None, as in JSON."""
+    """The finite numbers of `ROUND_METRICS`; an infinite epsilon (no noise) as None, as in JSON.
+
+    A reply may hold any other name; none of them reaches metrics.jsonl.
+    """
+    listed = {metric.name for metric in ROUND_METRICS}
     found: dict[str, float | None] = {
         key: value
         for key, value in facts.items()
-        if isinstance(value, float) and math.isfinite(value)
+        if key in listed and isinstance(value, float) and math.isfinite(value)
     }
     return found | ({"epsilon": None} if "epsilon" in facts and "epsilon" not in found else {})
 

@@ -17,6 +17,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedgan.errors import HOSPITAL_REASON, FederationError
+from fedgan.exchange.error_messages import REASON
 from server.records import Bundler
 
 POLL = (0.05, 0.5)  # seconds between two polls for replies: at first, and at most
@@ -28,6 +29,7 @@ DIED = ("ActorDied", "WorkerCrashed", "OutOfMemory")  # the same in Ray's words
 LATE = "did not reply in time"
 NOT_AWAITED = "was not waited for"  # because enough replies were no longer possible
 OFFLINE = "is not online"
+PROCESS_DIED = "its process died (killed, or out of memory)"
 BUSY_SECONDS = 120.0  # how long a SuperLink may reply with nothing but errors of its own
 
 T = TypeVar("T")
@@ -129,14 +131,17 @@ def is_client_error(reply: Message) -> bool:
 
 
 def failure_reason(reply: Message) -> str:
-    """The reason of an error reply in one line, without text that a framework put into it."""
+    """The reason of an error reply, in one of the texts of this module or of REASON.
+
+    Any other text may come from a framework or from a hostile hospital and is not passed on.
+    """
     reason = str(reply.error.reason or "") if reply.has_error() else ""
     if any(name in reason for name in DIED) or reply.error.code == CRASHED:
-        return "its process died (killed, or out of memory)"
+        return PROCESS_DIED
     if reply.error.code == UNAVAILABLE:
         return OFFLINE
     if reply.error.code in EXPIRED:
         return LATE
-    if reason.startswith(HOSPITAL_REASON):
+    if REASON.fullmatch(reason):
         return reason.removeprefix(HOSPITAL_REASON)
     return "an error that its own log explains"

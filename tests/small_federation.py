@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.hospital import SIMULATION
@@ -118,6 +119,7 @@ class LocalGrid:
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
         self.node_config = node_config
         self.nodes = {1000 - number: number for number in range(hospitals)}
+        self.names: dict[int, str] = {}  # by node: the name that it is registered with
         self.app, self.fault = app, fault
         self.replies: dict[str, Message] = {}
         self.sent: list[Message] = []
@@ -126,6 +128,9 @@ class LocalGrid:
 
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        return [NodeInfo(node_id=node, name=self.names.get(node, "")) for node in self.nodes]
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []

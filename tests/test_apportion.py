@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgan.apportion import apportion
+from fedgan.apportion import apportion, limit_shares
 
 WEIGHTS = st.lists(st.fractions(0, 1000), min_size=1, max_size=12).filter(any)
 
@@ -56,3 +56,26 @@ def test_ties_minima_and_negative_shares(
     exact: list[float], total: int, options: dict[str, float], counts: list[int]
 ) -> None:
     assert apportion(exact, total, **options) == counts
+
+
+@given(
+    st.lists(st.integers(1, 10**6), min_size=1, max_size=12),
+    st.floats(0.5, 1.0),
+)
+def test_limit_of_shares_holds_and_changes_no_other(sizes: list[int], share: float) -> None:
+    limited = limit_shares(sizes, share)
+    others = len(sizes) - 1
+    limit = share / (share + others * (1 - share))
+    reduced = [after for before, after in zip(sizes, limited, strict=True) if after != before]
+    assert all(after == max(reduced) for after in reduced)
+    assert not reduced or max(limited) == max(reduced)
+    if others:  # at least one image is left to each
+        assert max(limited) <= max(1, limit * sum(limited) + 1)
+
+
+def test_limit_of_shares_of_two_and_of_three() -> None:
+    assert limit_shares([1_000_000, 3000], 0.9) == [27_000, 3000]
+    assert limit_shares([1_000_000, 1000, 2000], 0.9) == [13_500, 1000, 2000]
+    assert limit_shares([9, 1], 0.9) == [9, 1]
+    assert limit_shares([20_000, 10_000, 2000], 0.9) == [20_000, 10_000, 2000]
+    assert limit_shares([1_000_000, 1], 1.0) == [1_000_000, 1]

@@ -27,9 +27,10 @@ from fedgan.runs.participants import Member
 from fedgan.runs.preparation import experiment_of
 from fedgan.runs.round_state import load_state, write_line
 from fedgan.training.checkpoint import load_tensors
+from server.metrics import finite_numbers
 from server.records import array_bytes, check_reply, personalize, to_record
 from server.requests import LATE, MAX_ATTEMPTS, NOT_AWAITED, OFFLINE, send_and_receive
-from server.roster import Roster, check_members, read_member, wait_for_members
+from server.roster import bind_key, find_misfits, kind_of, read_member, wait_for_members
 
 
 @pytest.fixture(autouse=True)
@@ -465,8 +466,8 @@ def test_quorum_starts_without_an_absent_hospital(tmp_path: Path) -> None:
         "federation.min_hospitals=2",
     )
     config = {"settings": json.dumps(to_dict(settings)), "experiment": "e", "run": str(tmp_path)}
-    members, problems = wait_for_members(grid(2), settings, config)
-    assert ([member.number for member in members], problems) == ([0, 1], [])
+    members, refused = wait_for_members(grid(2), settings, config)
+    assert ([member.number for member in members], refused) == ([0, 1], {})
 
 
 @pytest.mark.parametrize(
@@ -476,10 +477,12 @@ def test_quorum_starts_without_an_absent_hospital(tmp_path: Path) -> None:
         ("number", -1),
         ("name", "../../etc"),
         ("name", "a\nb"),
+        ("name", "a\x9bb"),
+        ("name", "a\u202eb"),
+        ("label_names", ["da\u200brk"]),
         ("name", ".."),
         ("name", "x" * 65),
         ("images", 0),
-        ("images", 10**7),
         ("label_names", ["dark", "../x"]),
         ("label_names", "dark"),
         ("resolution", 64),
@@ -519,17 +522,69 @@ def test_hospitals_are_sorted_by_number(tmp_path: Path) -> None:
     assert members[0].label_names == ("dark", "bright")
 
 
-def test_incompatible_hospitals_are_refused() -> None:
+def test_more_images_than_the_key_allows_are_refused(tmp_path: Path) -> None:
+    facts = {"number": 0, "name": "a", "images": 5, "label_names": ["dark"], "exclusive": True}
+    facts |= {"channels": 1, "resolution": 16}
+    reply = Message(RecordDict({"hospital": ConfigRecord(facts)}), reply_to=request())
+    settings = tiny(tmp_path)
+    for registered in ("north", "north=5", "north=many"):
+        assert read_member(7, reply, settings, registered).images == 5
     with pytest.raises(
-        FederationError, match=r"\('clinic-0'\) and hospital 2 \('clinic-1'\) differ"
+        FederationError, match=r"'north' reports 5 training images, and its key .* 4"
     ):
-        check_members([member(0), member(1, resolution=32)], 2)
-    with pytest.raises(FederationError, match="differ in exclusive"):
-        check_members([member(0), member(1, exclusive=False)], 2)
-    with pytest.raises(FederationError, match="partition-id"):
-        check_members([member(0), member(0)], 2)
-    with pytest.raises(FederationError, match="partition-id"):
-        check_members([member(0), member(2)], 2)
+        read_member(7, reply, settings, "north=4")
+    with pytest.raises(FederationError, match=r"federation\.max_num_examples allows 3"):
+        read_member(7, reply, tiny(tmp_path, "federation.max_num_examples=3"), "north=9")
+
+
+@pytest.mark.parametrize(
+    ("members", "misfits", "text"),
+    [
+        ([member(0), member(1), member(2, resolution=32)], [102], "differ in resolution"),
+        ([member(0, label_names=("b",)), member(1), member(2)], [100], "differ in label_names"),
+        ([member(0), member(1, exclusive=False), member(2)], [101], "differ in exclusive"),
+        ([member(0), member(0, node=7), member(1)], [7, 100], "partition-id"),
+        ([member(0, name="x"), member(1, name="x"), member(2)], [100, 101], "unique name"),
+    ],
+    ids=["resolution", "labels of the first", "exclusive", "number", "name"],
+)
+def test_misfit_is_left_out_and_the_others_stay(
+    members: list[Member], misfits: list[int], text: str
+) -> None:
+    found = find_misfits(members)
+    assert sorted(found) == misfits
+    assert all(text in str(error) for error in found.values())
+
+
+def test_number_and_name_belong_to_the_key_that_joined() -> None:
+    joined = [member(0, key="north").participant(0), member(1, key="south").participant(0)]
+    rotated = member(0, node=5, key="north")
+    assert find_misfits([rotated, member(1, key="south")], joined) == {}
+    wrong = {
+        "the number of hospital 1": member(0, key="mallory", name="m"),
+        "the name of another hospital": member(2, key="mallory", name="clinic-0"),
+        "give it partition-id 0 again": member(2, key="north", name="n"),
+        "give it the shard that it began with": member(0, key="north", images=11),
+    }
+    for text, misfit in wrong.items():
+        (error,) = find_misfits([rotated, misfit], joined, kind=kind_of(misfit)).values()
+        assert text in str(error)
+    unbound = [member(0).participant(0)]  # of a run that began without keys
+    assert find_misfits([member(0, name="north", key="north")], unbound) == {}
+
+
+def test_registered_name_holds_whatever_the_introduction_says() -> None:
+    names = {100: "north=9", 101: "south"}
+    bound = bind_key(member(0), names)
+    assert (bound.name, bound.key) == ("north", "north")
+    assert bind_key(member(0), {100: ""}).key == "node 100"
+    with pytest.raises(FederationError, match=r"\('south'\) has the name of another"):
+        bind_key(member(0, name="south"), names)
+
+
+def test_unlisted_numbers_of_a_reply_reach_no_metrics() -> None:
+    facts = {"loss_g": 1.5, "name": 2.0, "\x1b[31m": 3.0, "epsilon": float("inf")}
+    assert finite_numbers(facts) == {"loss_g": 1.5, "epsilon": None}
 
 
 # --- lines ----------------------------------------------------------------------------------------
@@ -552,23 +607,3 @@ def test_log_holds_no_patient_and_no_path(tmp_path: Path, caplog: pytest.LogCapt
         federate(settings, RunFolder.at(tmp_path / "run"), app)
     assert "alpha-" not in caplog.text  # no patient
     assert str(tmp_path) not in caplog.text  # no path
-
-
-def test_two_hospitals_of_one_name_are_refused(tmp_path: Path) -> None:
-    first, other = member(0, name="xrays"), member(1, name="xrays")
-    with pytest.raises(FederationError, match="give each shard a unique name"):
-        check_members([first, other], 2)
-    roster = Roster(
-        tiny(tmp_path),
-        RunFolder.at(tmp_path / "run"),
-        {},
-        [first],
-        lambda event: None,
-        reconnecting=True,
-    )
-    state: Any = SimpleNamespace(participants=[first.participant(0)], phantoms=False, round=3)
-    with pytest.raises(
-        FederationError, match=r"hospital 2 \('xrays'\) has the name of another hospital"
-    ):
-        roster._admit(other, state)
-    assert (len(state.participants), list(roster.members)) == (1, [0])

@@ -32,7 +32,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from small_federation import LocalGrid, NoEvaluator, federate, tiny, write_shards
 
-from client import error_messages as reasons
 from client import hospital as hospital_module
 from client.allow_list import (
     INTRODUCTION,
@@ -42,12 +41,13 @@ from client.allow_list import (
     table_rows,
 )
 from client.app import RequestContext, app
-from client.error_messages import REASON, STEPS, reason
 from client.gate import OutboundGate
 from client.hospital import SIMULATION, find_local_hospital
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.errors import ConfigError, DataError, FederationError
+from fedgan.exchange import error_messages as reasons
 from fedgan.exchange import outbound_log as outbound
+from fedgan.exchange.error_messages import REASON, STEPS, reason
 from fedgan.exchange.outbound_log import NAME, Entry, OutboundLog, values_record
 from fedgan.exchange.round_metrics import COUNTS, MEANS, ROUND_METRICS, allowed_metrics
 from fedgan.privacy.validator import check_private

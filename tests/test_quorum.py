@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -253,6 +254,7 @@ def test_round_with_too_few_replies_fails_and_can_be_resumed(tmp_path: Path) -> 
         (None, {"round": 1}, "replied for round 1, the request was for round 2"),
         (None, {"images": 10**6}, "claims 1000000 images in this round"),
         (None, {"threads": -1}, "does not report"),
+        (None, {"exhausted": 1.0}, "a spent privacy budget in a run without privacy"),
     ],
     ids=[
         "nan",
@@ -265,6 +267,7 @@ def test_round_with_too_few_replies_fails_and_can_be_resumed(tmp_path: Path) -> 
         "replayed",
         "images",
         "threads",
+        "exhausted",
     ],
 )
 def test_invalid_reply_is_named_and_changes_nothing(
@@ -380,6 +383,33 @@ def test_hospital_absent_at_the_start_joins_between_two_rounds(tmp_path: Path) -
     ]
 
 
+class RotatingGrid(LocalGrid):
+    """A grid on which the last hospital has a new key, so a new node, after round 1 was sent."""
+
+    def push_messages(self, messages: Any) -> list[str]:
+        messages = list(messages)
+        ids = super().push_messages(messages)
+        if 998 in self.nodes and any(round_of(message) == 1 for message in messages):
+            self.nodes[500], self.names[500] = self.nodes.pop(998), self.names[998]
+            self.states[500] = RecordDict()
+        return ids
+
+
+def test_hospital_with_a_rotated_key_continues_in_the_run(tmp_path: Path) -> None:
+    settings, run = settings_of(tmp_path, rounds=2), RunFolder.at(tmp_path / "run")
+    prepare_run(settings, run)
+    grid = RotatingGrid(3, app)
+    grid.names = {1000: "north", 999: "south", 998: "east"}
+    federation = Federation(
+        run.settings(), run, experiment_of(run), NoEvaluator(), reconnecting=True
+    )
+    federation.train(grid)  # type: ignore[arg-type]
+    for line in metric_lines(run):
+        assert [row["name"] for row in line["hospitals"]] == ["north", "south", "east"]
+        assert "refused" not in line
+    assert grid.sent[-1].metadata.dst_node_id in grid.nodes
+
+
 def test_hospital_that_returns_with_another_shard_is_refused(tmp_path: Path) -> None:
     settings, run = settings_of(tmp_path, rounds=2), RunFolder.at(tmp_path / "run")
 
@@ -398,11 +428,52 @@ def test_hospital_that_returns_with_another_shard_is_refused(tmp_path: Path) -> 
         path.rmdir()
     write_shards(tmp_path / "data", (64, *SIZES[1:]))
     client_hospital._open_all.cache_clear()  # as in a new process
-    with pytest.raises(
-        FederationError,
-        match=r"hospital 1 \('alpha'\) has 32 training images.*as 'alpha' with 24",
-    ):
-        federate(settings, run, app)
+    federate(settings, run, app)
+    line = metric_lines(run)[1]
+    assert [row["name"] for row in line["hospitals"]] == ["beta", "gamma"]
+    ((refused),) = line["refused"]
+    assert refused["why"].startswith("hospital 1 ('alpha') has 32 training images")
+
+
+def test_stranger_is_left_out_and_named_and_ends_no_run(tmp_path: Path) -> None:
+    """A fourth registered node, where all three hospitals are needed."""
+    settings, run = settings_of(tmp_path, rounds=2), RunFolder.at(tmp_path / "run")
+    settings = dataclasses.replace(
+        settings, federation=dataclasses.replace(settings.federation, min_hospitals=0)
+    )
+    prepare_run(settings, run)
+    grid, events = LocalGrid(4, app), list[dict[str, Any]]()
+    grid.names = {1000: "north", 999: "south=32", 998: "east=24", 997: "stranger"}
+    federation = Federation(
+        run.settings(), run, experiment_of(run), NoEvaluator(), events.append, reconnecting=True
+    )
+    federation.train(grid)  # type: ignore[arg-type]
+    for line in metric_lines(run):
+        assert [row["name"] for row in line["hospitals"]] == ["north", "south", "east"]
+        ((refused),) = line["refused"]
+        assert refused["name"] == "stranger"
+    notes = [event["text"] for event in events if event["event"] == "note"]
+    assert notes == [f"'stranger' did not join: {refused['why']}"]
+    state = load_state(run, experiment_of(run))
+    assert state is not None
+    assert [row.key for row in state.participants] == ["north", "south", "east"]
+
+
+def test_hostile_error_text_reaches_no_line_note_or_request(tmp_path: Path) -> None:
+    hostile = "hospital: \x1b[31mred\n\u202e" * 30_000
+
+    def fault(number: int, message: Message) -> Message | None:
+        is_hostile = (number, round_of(message)) == (1, 1)
+        return error_reply(message, hostile) if is_hostile else None
+
+    run, events = RunFolder.at(tmp_path / "run"), list[dict[str, Any]]()
+    grid = train_with(fault, settings_of(tmp_path, rounds=2), run, events)
+    (absent,) = metric_lines(run)[0]["absent"]
+    assert absent["why"] == "an error that its own log explains"
+    notes = [str(message.content["config"].get("note", "")) for message in grid.sent]
+    texts = [*notes, *(json.dumps(event) for event in events)]
+    assert not any("red" in text.split() or "\x1b" in text or "u001b" in text for text in texts)
+    assert max(map(len, notes)) < 300
 
 
 def test_image_budgets_do_not_change_when_a_hospital_joins() -> None:

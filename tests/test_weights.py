@@ -19,11 +19,12 @@ from client.app import app
 from fedgan.config import Settings
 from fedgan.errors import ConfigError
 from fedgan.run_folder import RunFolder
+from fedgan.runs.budget import make_budget
 from fedgan.runs.compatibility import check_compatibility
 from fedgan.training.checkpoint import load_generator, load_tensors
 from fedgan.training.ema import ema_decay
 from server.aggregation.strategies import aggregate, make_strategy
-from server.aggregation.weights import holder_weights, mean_weights
+from server.aggregation.weights import holder_weights, limit_weights, mean_weights
 from server.records import to_record
 
 EMBED = "generator/mapping.embed.weight"
@@ -299,3 +300,16 @@ def test_server_optimizers_keep_the_ema_between_the_hospitals(name: str, tmp_pat
             torch.maximum(*(state[key] for state in states)),
         )
         assert ((final[key] >= low - 1e-5) & (final[key] <= high + 1e-5)).all()
+
+
+def test_no_hospital_has_more_than_max_share_of_weight_and_images() -> None:
+    """A hospital that claims 1,000,000 images had 0.997 of both."""
+    settings, sizes = tiny(Path("data"), hospitals=2, rounds=4, kimg=4), [1_000_000, 3000]
+    models = [{"generator/w": np.full(2, value, np.float32)} for value in (1.0, 0.0)]
+    replies = replies_of(sizes, models)
+    limit_weights(settings, replies)
+    model = aggregate(make_strategy(settings), settings, 1, replies, models[1])
+    assert model is not None
+    assert model["generator/w"] == pytest.approx(0.9)
+    images = np.sum(make_budget(settings, sizes).images, axis=0)
+    assert images[0] / images.sum() == pytest.approx(0.9, abs=0.01)

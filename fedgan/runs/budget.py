@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedgan.apportion import apportion
+from fedgan.apportion import apportion, limit_shares
 from fedgan.config import Settings
 from fedgan.errors import ConfigError
 from fedgan.privacy.step import noise_multiplier
@@ -31,8 +31,12 @@ class Budget:
 
 
 def make_budget(settings: Settings, sizes: Sequence[int]) -> Budget:
-    """The budget of hospitals with these numbers of training images (`sizes`)."""
+    """The budget of hospitals with these numbers of training images (`sizes`).
+
+    `federation.max_share` limits the share of a hospital.
+    """
     training, federation = settings.training, settings.federation
+    sizes = limit_shares(sizes, federation.max_share)
     totals = images_per_round(training.kimg, federation.rounds, training.batch_size)
     if federation.batch == "each":
         equal = federation.local_images == "equal"

@@ -12,6 +12,8 @@ class Participant:
     `images`: its training images. `units`: its units of privacy (images or patients).
     `joined`: rounds that were complete when it joined; 0 for those that began together.
     `label_counts`: training images per label; empty unless `federation.share_label_counts`.
+    `key`: who may be this hospital: in a deployment the name of its registered key (of an unnamed
+    key the node), in a simulation empty.
     """
 
     number: int
@@ -20,6 +22,7 @@ class Participant:
     units: int = 0
     joined: int = 0
     label_counts: tuple[int, ...] = ()
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Member:
     """A connected hospital with the facts that it was introduced with.
 
     `node`: Flower's node id. `phantoms`: all its images are phantoms. `units`: units of privacy
-    (images or patients), 0 without privacy. `label_counts`: as in `Participant`.
+    (images or patients), 0 without privacy. `label_counts`, `key`: as in `Participant`.
     """
 
     node: int
@@ -41,6 +44,7 @@ class Member:
     phantoms: bool = False
     units: int = 0
     label_counts: tuple[int, ...] = ()
+    key: str = ""
 
     def __str__(self) -> str:
         return hospital_label(self.number, self.name)
@@ -48,7 +52,7 @@ class Member:
     def participant(self, joined: int) -> Participant:
         """The checkpoint entry of this hospital, which joins after `joined` rounds."""
         return Participant(
-            self.number, self.name, self.images, self.units, joined, self.label_counts
+            self.number, self.name, self.images, self.units, joined, self.label_counts, self.key
         )
 
 

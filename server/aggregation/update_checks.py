@@ -64,6 +64,15 @@ def check_facts(member: Member, reply: Message, round_number: int, images: int) 
         )
 
 
+def check_exhausted(settings: Settings, member: Member, reply: Message) -> None:
+    """Raise `FederationError` for a spent privacy budget in a run without one."""
+    if reply.content.config_records[FACTS].get("exhausted") and not settings.privacy.on:
+        raise FederationError(
+            f"{member} reports a spent privacy budget in a run without privacy: it runs another "
+            "version of fedgan"
+        )
+
+
 def _is_count(value: Any) -> bool:
     return (
         isinstance(value, int | float)

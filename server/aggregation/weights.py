@@ -32,6 +32,8 @@ that hold the label only. Adam moves it in one hospital as fast as in all, and a
 that never saw the label would shrink that to the holders' share. The change shows which hospitals
 hold it: a column without a gradient has not moved.
 
+A hospital's size n_k is its own statement: `federation.max_share` limits its share of Σ n before.
+
 No further data leaves a hospital for any of these: the server sees each model. Under
 `federation.secure` it sees a sum in which each hospital has put its weight under the mask: its
 images, or 1 for `equal`, `sum` and `damped`.
@@ -42,8 +44,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Message, MetricRecord
 
+from fedgan.apportion import limit_shares
 from fedgan.config import Settings
 from fedgan.models.families import LABEL_EMBEDDING
 from fedgan.runs.compatibility import SUMS
@@ -85,6 +88,15 @@ def apply_weights(
                 model[key] = (before + factor * change).astype(np.float32)
     for reply, model in zip(replies, models, strict=True):
         reply.content[ARRAYS] = to_record(model)
+
+
+def limit_weights(settings: Settings, replies: Sequence[Message]) -> None:
+    """Reduce `num_examples`, in place, until none exceeds `federation.max_share` of the round."""
+    sizes = [int(size) for size in _sizes(replies)]
+    limited = limit_shares(sizes, settings.federation.max_share)
+    for reply, size, limit in zip(replies, sizes, limited, strict=True):
+        if limit < size:
+            reply.content[METRICS] = MetricRecord({WEIGHT: limit})
 
 
 def hospital_weights(settings: Settings, sizes: np.ndarray) -> np.ndarray:
