@@ -12,7 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
+import re
+import sys
 import tomllib
 import types
 import typing
@@ -41,6 +45,18 @@ PIPES = (
     *("blit", "geom", "color", "filter", "noise", "cutout"),
     *("b", "bg", "bgc", "bgcf", "bgcfn", "bgcfnc"),
 )
+# These may change in a begun run: no model, privacy cost or rule of disclosure depends on them.
+CHANGEABLE = (
+    "training.device",
+    "federation.threads",
+    "federation.wire",
+    "federation.secure_range",
+    "federation.join_timeout",
+    "federation.round_timeout",
+)
+LARGEST = 2**31 - 1  # of a whole number without a bound of its own: numpy and torch hold no more
+MOST_BYTES = 2**16  # of a TOML file
+MOST_DOTS = 4000  # in a TOML file: tomllib needs minutes for a key of many parts
 T = TypeVar("T")
 
 
@@ -71,7 +87,9 @@ class DataSettings:
     phantoms: str = meaning(
         "lesions", "Kind of procedural images when root is empty.", choices=("lesions", "chest")
     )
-    phantom_images: int = meaning(3000, "Number of phantoms over all hospitals.", low=30)
+    phantom_images: int = meaning(
+        3000, "Number of phantoms over all hospitals.", low=30, high=10_000_000
+    )
     label_map: str = meaning(
         "", "Merges labels of the shards, e.g. 'normal=normal,*=abnormal'; empty: no change."
     )
@@ -96,20 +114,27 @@ class ModelSettings:
     """The generator family and the size of its networks."""
 
     family: str = meaning("stylegan2", "Generator family.", choices=FAMILIES)
-    z_dim: int = meaning(128, "Dimension of the latent z.", low=1)
-    w_dim: int = meaning(128, "Dimension of the intermediate latent w.", low=1)
+    z_dim: int = meaning(128, "Dimension of the latent z.", low=1, high=4096)
+    w_dim: int = meaning(128, "Dimension of the intermediate latent w.", low=1, high=4096)
     mapping_layers: int = meaning(
-        2, "Fully connected layers of the generator's mapping network.", low=1
+        2, "Fully connected layers of the generator's mapping network.", low=1, high=64
     )
     channel_base: int = meaning(
-        2048, "Channels at resolution r: min(channel_base / r, channel_max).", low=16
+        2048,
+        "Channels at resolution r: min(channel_base / r, channel_max).",
+        low=16,
+        high=2**18,
     )
-    channel_max: int = meaning(64, "Maximum of channels per layer.", low=4)
+    channel_max: int = meaning(64, "Maximum of channels per layer.", low=4, high=4096)
     minibatch_std_group: int = meaning(
         4, "Group size of the discriminator's minibatch-std layer; 0: no such layer.", low=0
     )
-    d_channel_base: int = meaning(0, "channel_base of the discriminator; 0: channel_base.", low=0)
-    d_channel_max: int = meaning(0, "channel_max of the discriminator; 0: channel_max.", low=0)
+    d_channel_base: int = meaning(
+        0, "channel_base of the discriminator; 0: channel_base.", low=0, high=2**18
+    )
+    d_channel_max: int = meaning(
+        0, "channel_max of the discriminator; 0: channel_max.", low=0, high=4096
+    )
     hospitals: int = meaning(
         0, "Condition networks on the hospital: federation.hospitals, or 0: on labels only.", low=0
     )
@@ -145,11 +170,16 @@ class TrainingSettings:
     """The training loop, the same in every arm."""
 
     kimg: float = meaning(
-        20.0, "Budget: thousands of real images seen, summed over the hospitals.", low=0.001
+        20.0,
+        "Budget: thousands of real images seen, summed over the hospitals.",
+        low=0.001,
+        high=1e9,
     )
-    batch_size: int = meaning(16, "Real images per discriminator step.", low=1)
-    generator_batch: int = meaning(0, "Images per generator step; 0: batch_size.", low=0)
-    d_steps: int = meaning(1, "Discriminator steps per generator step.", low=1)
+    batch_size: int = meaning(16, "Real images per discriminator step.", low=1, high=65_536)
+    generator_batch: int = meaning(
+        0, "Images per generator step; 0: batch_size.", low=0, high=65_536
+    )
+    d_steps: int = meaning(1, "Discriminator steps per generator step.", low=1, high=1000)
     d_accuracy: float = meaning(
         0.0,
         "G waits, up to 16 * d_steps, until D calls this share of its images fake; 0: never.",
@@ -208,10 +238,15 @@ class TrainingSettings:
 class FederationSettings:
     """Participants, rounds, aggregation and what travels."""
 
-    hospitals: int = meaning(3, "Number of hospitals that the data is partitioned over.", low=1)
+    hospitals: int = meaning(
+        3, "Number of hospitals that the data is partitioned over.", low=1, high=1000
+    )
     members: tuple[str, ...] = meaning((), "Names of the hospitals that take part; empty: all.")
     rounds: int = meaning(
-        10, "Rounds; each shows training.kimg / rounds thousand images over all hospitals.", low=1
+        10,
+        "Rounds; each shows training.kimg / rounds thousand images over all hospitals.",
+        low=1,
+        high=100_000,
     )
     strategy: str = meaning(
         "fedavg", "Aggregation, by the name of Flower's strategy.", choices=STRATEGIES
@@ -349,7 +384,9 @@ class PrivacySettings:
         False, "Declares that training.warm_start was trained on public images only."
     )
     r1: bool = meaning(False, "R1 per image inside the clipped loss (4 to 6 times slower).")
-    chunk: int = meaning(64, "Images whose single gradients are in memory at once.", low=1)
+    chunk: int = meaning(
+        64, "Images whose single gradients are in memory at once.", low=1, high=65_536
+    )
     client_level: str = meaning(
         "none",
         "Client-level DP: who clips each hospital's update; the server adds noise to the sum.",
@@ -379,7 +416,9 @@ class EvaluationSettings:
     every: int = meaning(
         5, "Rounds per sample grid and Fréchet distance; 0: at the end only.", low=0
     )
-    images: int = meaning(2000, "Synthetic images in the final evaluation.", low=16)
+    images: int = meaning(
+        2000, "Synthetic images in the final evaluation.", low=16, high=10_000_000
+    )
     suite: str = meaning(
         "full",
         "full: every metric; quick: classifiers (TSTR, TRTR) and distances over all images.",
@@ -394,11 +433,13 @@ class EvaluationSettings:
     label_map: str = meaning(
         "", "Merges labels for the classifiers only, e.g. 'normal=normal,*=abnormal'."
     )
-    seeds: int = meaning(2, "Classifier trainings with different seeds.", low=1)
+    seeds: int = meaning(2, "Classifier trainings with different seeds.", low=1, high=1000)
     epochs: int = meaning(
         12, "Passes per classifier over as many images as the real training split has.", low=1
     )
-    bootstrap: int = meaning(1000, "Resamples of the test images for 95 % intervals.", low=10)
+    bootstrap: int = meaning(
+        1000, "Resamples of the test images for 95 % intervals.", low=10, high=1_000_000
+    )
     features: str = meaning(
         "reference",
         "Extractor: reference (classifier of real images), or weights (.npz, .pth, .safetensors).",
@@ -429,7 +470,7 @@ class ComparisonSettings:
         ("centralized", "federated", "local"),
         "Arms by kind (see docs, Compare), or 'NAME: key=value; …'; ablation: 'NAME < PARENT: …'.",
     )
-    seeds: int = meaning(3, "Trainings per arm, with seeds seed, seed + 1, ….", low=1)
+    seeds: int = meaning(3, "Trainings per arm, with seeds seed, seed + 1, ….", low=1, high=1000)
     margin: float = meaning(
         0.02, "Non-inferiority margin: loss of macro AUC that is tolerated.", low=0.0, high=0.5
     )
@@ -487,32 +528,55 @@ def load_scenario(path: str | Path, overrides: typing.Sequence[str] = ()) -> Set
     """
     path = Path(path)
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = read_toml(path)
     except FileNotFoundError:
         raise ConfigError(
             f"no scenario at {path}: give the path of a TOML file, "
             "e.g. simulations/three_hospitals.toml"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a readable TOML file: {error}") from None
     if "format" in tree:
         check_format(tree.pop("format"), path)
     return from_dict(tree, overrides, source=str(path))
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises `OSError`, and `ValueError` for any content that is no TOML."""
+    with open(path, "rb") as stream:
+        data = stream.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES >> 10} KiB")
+    return _parse_toml(data.decode())
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    if text.count(".") > MOST_DOTS:
+        raise ValueError(f"more than {MOST_DOTS} dots")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def check_format(found: object, path: Path) -> None:
     """Raise `ConfigError` unless a run's config.toml has the format of this version."""
     if found != FORMAT:
         raise ConfigError(
-            f"{path} has format {found or 'none'}, this version of fedgan reads format {FORMAT}: "
-            "use the version that wrote it, or start a new run"
+            f"{path} has format {_shown(found) if found else 'none'}, this version of fedgan "
+            f"reads format {FORMAT}: use the version that wrote it, or start a new run"
         )
 
 
 def from_dict(
     tree: dict[str, Any], overrides: typing.Sequence[str] = (), source: str = "scenario"
 ) -> Settings:
-    """Build validated `Settings` from a nested dict (as TOML gives) and `key=value` overrides."""
+    """Build validated `Settings` from a nested dict (as TOML gives) and `key=value` overrides.
+
+    Raises `ConfigError` for anything else.
+    """
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source} holds no sections and keys of a scenario")
     settings = _build(Settings, tree, "", source)
     for override in overrides:
         settings = _override(settings, override)
@@ -530,6 +594,29 @@ def to_dict(settings: Any) -> dict[str, Any]:
         for item in fields(settings)
         for value in [getattr(settings, item.name)]
     }
+
+
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """The values of a nested dict of settings, by dotted key."""
+    rows: dict[str, Any] = {}
+    for name, value in tree.items():
+        rows |= (
+            {f"{name}.{key}": item for key, item in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    return rows
+
+
+def lasting(tree: dict[str, Any]) -> dict[str, Any]:
+    """The values, by dotted key, that must not change in a begun run: all but `CHANGEABLE`."""
+    return {key: value for key, value in flat(tree).items() if key not in CHANGEABLE}
+
+
+def settings_hash(settings: Settings) -> str:
+    """SHA-256 of the lasting settings as they are read back from a file."""
+    tree = lasting(to_dict(from_dict(to_dict(settings))))
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -646,7 +733,9 @@ def _build(kind: type, tree: dict[str, Any], prefix: str, source: str) -> Any:
     values = {}
     for key, value in tree.items():
         if key not in known:
-            raise ConfigError(f"unknown key '{prefix}{key}' in {source}{_nearest(prefix + key)}")
+            raise ConfigError(
+                f"unknown key {_shown(prefix + key)} in {source}{_nearest(prefix + key)}"
+            )
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, dict):
@@ -663,7 +752,9 @@ def _override(settings: Settings, override: str) -> Settings:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals:
-        raise ConfigError(f"'{override}' is no setting: write key=value, e.g. training.kimg=100")
+        raise ConfigError(
+            f"{_shown(override)} is no setting: write key=value, e.g. training.kimg=100"
+        )
     tables = {
         item.name for item in fields(Settings) if item.default_factory is not dataclasses.MISSING
     }
@@ -674,20 +765,21 @@ def _override(settings: Settings, override: str) -> Settings:
             return dataclasses.replace(settings, **{section: _set(inner, name, text, key)})
     elif not dot and key not in tables and key in {item.name for item in fields(Settings)}:
         return _set(settings, key, text, key)
-    raise ConfigError(f"unknown key '{key}'{_nearest(key)}")
+    raise ConfigError(f"unknown key {_shown(key)}{_nearest(key)}")
 
 
 def _set(owner: T, name: str, text: str, key: str) -> T:
     hint = typing.get_type_hints(type(owner))[name]
     item = next(item for item in fields(owner) if item.name == name)  # type: ignore[arg-type]
     try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = _parse_toml(f"value = {text.strip()}")["value"]
+    except ValueError:
         value = text.strip()  # a bare word is a string: strategy=fedprox
     if hint is str and not isinstance(value, str):
         value = text.strip()
     if typing.get_origin(hint) is tuple and not isinstance(value, list):
-        value = [part.strip() for part in str(value).split(",")] if value != "" else []
+        words = value if isinstance(value, str) else text
+        value = [part.strip() for part in words.split(",")] if words else []
     changed = {name: _coerce(value, hint, item, key)}
     return dataclasses.replace(owner, **changed)  # type: ignore[type-var]
 
@@ -696,7 +788,7 @@ def _coerce(value: Any, hint: Any, item: dataclasses.Field[Any], key: str) -> An
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(
-                f"{key} = {value!r} must be a list, "
+                f"{key} = {_shown(value)} must be a list, "
                 f"e.g. {list(typing.cast(tuple[Any, ...], item.default))!r}"
             )
         inner = typing.get_args(hint)[0]
@@ -707,8 +799,8 @@ def _coerce(value: Any, hint: Any, item: dataclasses.Field[Any], key: str) -> An
 def _scalar(value: Any, hint: Any, item: dataclasses.Field[Any], key: str) -> Any:
     kind = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is int and isinstance(value, str) and value.lstrip("-").isdigit():
+        value = float(value) if abs(value) <= sys.float_info.max else math.inf
+    if kind is int and isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value):
         value = int(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         names = {
@@ -717,20 +809,37 @@ def _scalar(value: Any, hint: Any, item: dataclasses.Field[Any], key: str) -> An
             bool: "true or false",
             str: "a text in quotes",
         }
-        raise ConfigError(f"{key} = {value!r} must be {names[kind]} ({item.metadata['meaning']})")
+        raise ConfigError(
+            f"{key} = {_shown(value)} must be {names[kind]} ({item.metadata['meaning']})"
+        )
     choices, low, high = item.metadata["choices"], item.metadata["low"], item.metadata["high"]
     if choices and value not in choices:
         raise ConfigError(
-            f"{key} = '{value}' must be one of {', '.join(choices)}"
+            f"{key} = {_shown(value)} must be one of {', '.join(choices)}"
             f"{_hint(str(value), list(choices))}"
         )
-    if kind in (int, float):
-        if not math.isfinite(value):
-            raise ConfigError(f"{key} = {value} must be a finite number")
-        if (low is not None and value < low) or (high is not None and value > high):
-            span = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-            raise ConfigError(f"{key} = {value:g} must be {span} ({item.metadata['meaning']})")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{key} = {value} must be a finite number")
+    if kind is int and abs(value) > LARGEST:
+        low, high = -LARGEST if low is None else low, LARGEST if high is None else high
+    if kind in (int, float) and not (
+        (low is None or low <= value) and (high is None or value <= high)
+    ):
+        span = f"at least {low:.10g}" if high is None else f"from {low:.10g} to {high:.10g}"
+        shown = f"{value:g}" if kind is float else _shown(value)
+        raise ConfigError(f"{key} = {shown} must be {span} ({item.metadata['meaning']})")
     return value
+
+
+def _shown(value: object) -> str:
+    """A value in an error message, cut to 80 characters."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a huge number in a list, or a very deep list
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _nearest(key: str) -> str:
@@ -740,5 +849,5 @@ def _nearest(key: str) -> str:
 
 
 def _hint(word: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(word, names, n=1)
+    near = difflib.get_close_matches(word[:80], names, n=1)
     return f"; did you mean '{near[0]}'?" if near else ""

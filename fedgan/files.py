@@ -1,4 +1,4 @@
-"""Atomic writes: a reader sees the old file or the new one, never a part.
+"""Atomic writes and checked reads: a reader sees the old file or the new one, never a part.
 
 An error of the operating system (disk full, no permission) becomes a `StorageError` with the path.
 """
@@ -24,6 +24,8 @@ def _read_umask() -> int:
 
 
 UMASK = _read_umask()  # once, before there are threads: reading sets it for all of them
+MOST_BYTES = 2**25  # of a JSON text: far more than any file of a run, far less than the memory
+MOST_LEVELS = 64  # of a JSON text: deeper ones would exhaust the stack of a recursive function
 
 
 @contextlib.contextmanager
@@ -87,15 +89,57 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
 
 
+def parse_json(data: bytes | str) -> Any:
+    """Parse a JSON text (UTF-8).
+
+    Raises `ValueError`, and nothing else, for any other text, for more than `MOST_BYTES` and for
+    more than `MOST_LEVELS` levels.
+    """
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES >> 20} MiB")
+    try:
+        value = json.loads(data if isinstance(data, str) else data.decode())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file of at most `MOST_BYTES`. Raises `ValueError` for a larger one, or `OSError`."""
+    with open(path, "rb") as stream:
+        data = stream.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES >> 20} MiB")
+    return data
+
+
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines file; lines that are no JSON (a killed writer) are skipped."""
-    path = Path(path)
-    if not path.is_file():
+    """The JSON objects of a JSON-lines file; other lines (a killed writer) are left out."""
+    return [row for row in scan_json_lines(path) if row is not None]
+
+
+def scan_json_lines(path: str | Path) -> list[dict[str, Any] | None]:
+    """One entry per line of a JSON-lines file: its object, or None where it holds none."""
+    if not Path(path).is_file():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    rows: list[dict[str, Any] | None] = []
+    with open(path, "rb") as stream:
+        while line := stream.readline(MOST_BYTES):
+            try:
+                row = parse_json(line)
+            except ValueError:
+                row = None
+            rows.append(row if isinstance(row, dict) else None)
     return rows
 
 

@@ -17,7 +17,6 @@ scenario that is not found there is read from the copy. An `output` that holds a
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 import fedgan.report.html
-from fedgan import events
+from fedgan import events, files
 from fedgan.config import Settings, from_dict, load_scenario
 from fedgan.errors import ConfigError, FedganError
 from fedgan.report.cards import write_cards
@@ -191,6 +190,6 @@ def find_run(config: Mapping[str, Any]) -> tuple[Settings, RunFolder]:
 def given_settings(text: str) -> Settings:
     """Parse the settings that `fedgan deploy` sends. Raises `ConfigError`."""
     try:
-        return from_dict(json.loads(text), source="settings")
+        return from_dict(files.parse_json(text), source="settings")
     except ValueError as error:
         raise ConfigError(f"the run-config's `settings` is no JSON: {error}") from None

@@ -40,6 +40,7 @@ from fedgan.runs.round_state import (
     is_evaluated,
     keeps_average,
     load_state,
+    restore_lines,
     save_state,
     write_line,
 )
@@ -155,7 +156,7 @@ class Federation:
                 f"round {newest} of {self.settings.federation.rounds} is the last complete one: "
                 "resume the run"
             )
-        self._evaluate_and_log(state)
+        self._log_again(state)
         self.on_event({"event": "evaluation", "round": newest, "final": True})
         facts = {
             "arm": "federated",
@@ -202,7 +203,7 @@ class Federation:
                 row["number"]: absence_note(row, state.round)
                 for row in state.line.get("absent", [])
             }
-            self._evaluate_and_log(state)  # the run may have stopped before it wrote the line
+            self._log_again(state)
         return state
 
     def _check_kind(self, member: Member) -> None:
@@ -524,6 +525,18 @@ class Federation:
                 "were clipped, on average: raise federation.secure_range"
             )
         return replies.model
+
+    def _log_again(self, state: State) -> None:
+        """Complete metrics.jsonl: the run may have stopped before it wrote the round's line."""
+
+        def complete(number: int, line: dict[str, Any]) -> dict[str, Any]:
+            if not is_evaluated(self.settings, number):
+                return line
+            generator, _ = load_generator(self.run.checkpoint(number))
+            return line | self.evaluator.evaluate_round(generator, number, line["images_seen"])
+
+        restore_lines(self.run, state.round, self.on_event, complete)
+        self._evaluate_and_log(state)
 
     def _evaluate_and_log(self, state: State, is_new: bool = False) -> None:
         """Evaluate the round where it is due and write its line, unless that is done already.

@@ -38,11 +38,12 @@ from typing import IO, Any
 
 import fedgan.errors
 from client.hospital import SIMULATION
+from fedgan import files
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError, FedganError, MachineError
 from fedgan.run_folder import RunFolder
 from fedgan.runs.lock import locked, remove_temporary_files
-from fedgan.runs.preparation import is_deployed, is_prepared, prepare_run
+from fedgan.runs.preparation import experiment_of, is_deployed, is_prepared, prepare_run
 from fedgan.runs.round_state import has_line, is_over
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -93,8 +94,8 @@ def resume(
 ) -> RunFolder:
     """Continue a stopped, killed or failed run from its last whole round; `evaluate` as above.
 
-    Raises `ConfigError` when there is no run or only a second evaluation of one, and what
-    `simulate` raises.
+    Raises `ConfigError` when there is no run, only a second evaluation of one, or a run whose
+    settings were changed, and what `simulate` raises.
     """
     on_event = on_event or (lambda event: None)
     run.refuse_repeated_evaluation()
@@ -104,13 +105,16 @@ def resume(
             f"{run.path} was trained by deployed hospitals: continue it with `fedgan deploy resume`"
         )
     with locked(run) as lock:
+        begun = is_prepared(run)
+        if begun:
+            experiment_of(run)  # refuses changed settings
         if is_complete(run, settings) if evaluate else is_trained(run, settings):
             rounds = run.last_round()
             text = f"{run.path} is complete: {rounds} rounds and the evaluation are done"
             on_event({"event": "complete", "message": text})
             return run
         remove_temporary_files(run)
-        if not is_prepared(run):
+        if not begun:
             prepare_run(settings, run, on_event, simulated=True)
         _run_engine(run, on_event, client, lock, evaluate)
     return run
@@ -205,8 +209,8 @@ def _forward_events(
 def _emit_progress(run: RunFolder, shown: dict[str, tuple[int, int]], on_event: OnEvent) -> None:
     """Emit the content of the hospitals' progress files where it has changed."""
     for path in sorted(run.path.glob("hospitals/*/progress.json")):
-        with contextlib.suppress(OSError, json.JSONDecodeError, KeyError):
-            found = json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            found = files.parse_json(path.read_bytes())
             progress = (found["round"], found["images"])
             if shown.get(path.parent.name) != progress:
                 shown[path.parent.name] = progress

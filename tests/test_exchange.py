@@ -592,12 +592,20 @@ def test_unlisted_numbers_of_a_reply_reach_no_metrics() -> None:
 
 def test_repeated_round_replaces_its_line_in_metrics(tmp_path: Path) -> None:
     run = RunFolder.at(tmp_path)
+    line = {
+        "images_seen": 4,
+        "wall_seconds": 1.0,
+        "bytes_exchanged": 8,
+        "mean": {},
+        "hospitals": [],
+    }
     for number in (1, 2, 3):
-        write_line(run, {"round": number, "try": 1})
+        write_line(run, {"round": number, **line})
     with open(run.metrics, "a") as stream:
         stream.write('{"round": 4, "tr')
-    write_line(run, {"round": 2, "try": 2})
-    assert files.read_json_lines(run.metrics) == [{"round": 1, "try": 1}, {"round": 2, "try": 2}]
+    again = {"round": 2, **line, "images_seen": 5}
+    write_line(run, again)
+    assert files.read_json_lines(run.metrics) == [{"round": 1, **line}, again]
     assert run.metrics.read_text().count("\n") == 2
 
 

@@ -175,13 +175,13 @@ def _training_labels(checkpoint: Path, names: tuple[str, ...], exclusive: bool) 
 
     run = RunFolder.at(checkpoint.resolve().parent.parent)
     if exclusive:
-        hospitals = run.read_json(run.hospitals)
+        hospitals = run.hospital_rows()
         if not hospitals:
             raise DataError(
                 f"{console.shown(run.path)} has no hospitals.json with the label mix: "
                 "use --label or --vector"
             )
-        if not all(hospital["counts"] for hospital in hospitals):
+        if not all((hospital["counts"] or {}).get("train") for hospital in hospitals):
             raise DataError(
                 f"{console.shown(run.path)} has no counts of images per class of its hospitals: "
                 "use --label"

@@ -164,7 +164,7 @@ class FilteredRelease:
         from fedgan.evaluation.reference import RealReference, pool_hospitals
         from fedgan.runs.evaluator import evaluation_device
 
-        known, filtered = self.run.read_json(self.run.hospitals) or [], self.release_filter
+        known, filtered = self.run.hospital_rows(), self.release_filter
         train, val, test = (
             pool_hospitals(
                 [(hospital.name, getattr(hospital, split)) for hospital in self.hospitals], split

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fedgan import files
 from fedgan.data.dataset import ImageArray
 from fedgan.data.splits import SPLITS
 from fedgan.errors import DataError
@@ -110,7 +111,7 @@ def read_card(path: Path) -> Card:
         )
     file = path / "card.json"
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree = files.parse_json(files.read_bytes(file))
         if tree["format"] != FORMAT:
             raise DataError(
                 f"{file} has the format '{tree['format']}', this version reads '{FORMAT}': import "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fedgan import files
 from fedgan.errors import ConfigError
 from fedgan.redact import printable
 
@@ -52,7 +53,7 @@ def split_bound(text: str) -> tuple[str, int | None]:
 def read(path: Path) -> tuple[Registration, ...]:
     """Read a list, oldest row first. Raises `ConfigError` if it is missing or damaged."""
     try:
-        rows = tuple(Registration(**row) for row in json.loads(path.read_text(encoding="utf-8")))
+        rows = tuple(Registration(**row) for row in files.parse_json(files.read_bytes(path)))
         for row in rows:
             _check_row(row)
     except OSError as error:

@@ -8,7 +8,6 @@ images may be.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -78,7 +77,7 @@ def _entry(data: bytes, images_hash: str, extractor_key: str) -> dict[str, objec
 def _read(path: Path, images_hash: str, extractor_key: str) -> np.ndarray | None:
     """The features of an entry; None if absent, damaged, or of other images or extractor."""
     try:
-        entry = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        entry = files.parse_json(files.read_bytes(path.with_suffix(".json")))
         data = path.read_bytes()
         if entry != _entry(data, images_hash, extractor_key):
             return None

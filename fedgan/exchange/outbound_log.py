@@ -112,7 +112,7 @@ class Entry:
 
 def _parse(line: bytes) -> Entry:
     """Parse one line. Raises `ValueError`, `KeyError` or `TypeError` for anything but an entry."""
-    entry = Entry(**json.loads(line))
+    entry = Entry(**files.parse_json(line))
     texts = (entry.time, entry.experiment, entry.message, entry.sha256)
     if not all(isinstance(text, str) for text in texts) or not isinstance(entry.records, list):
         raise ValueError("a field has the wrong type")

@@ -80,7 +80,7 @@ class Entry:
     @staticmethod
     def parse(line: bytes) -> Entry:
         """Parse a line. Raises `ValueError` or `TypeError` for anything but a valid entry."""
-        entry = Entry(**json.loads(line))
+        entry = Entry(**files.parse_json(line))
         numbers = (entry.noise_multiplier, entry.sample_rate, entry.delta, entry.cost)
         texts = (entry.time, entry.run, entry.kind, entry.unit, entry.data, entry.previous)
         if not all(isinstance(text, str) for text in texts) or type(entry.steps) is not int:
@@ -231,7 +231,7 @@ class Ledger:
     def _head(self) -> tuple[int, str]:
         """(minimum number of entries, hash of the last of them)."""
         try:
-            head = json.loads(self._head_path.read_bytes())
+            head = files.parse_json(self._head_path.read_bytes())
             count, last = head["entries"], head["last"]
             if type(count) is not int or not isinstance(last, str):
                 raise ValueError("wrong type")

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedgan import files
 from fedgan.errors import ConfigError, MachineError
-from fedgan.run_folder import RunFolder
+from fedgan.run_folder import RunFolder, read_lines
 
 FEDERATION = "federation"
 TOTALS = ("images_seen", "wall_seconds", "bytes_exchanged")  # cumulative over the run
@@ -34,7 +34,7 @@ def write_tensorboard(run: RunFolder, folder: Path) -> int:
             "TensorBoard is not installed: pip install 'fedgan[tracking]' "
             "(in the repository: pip install -e '.[tracking]')"
         ) from None
-    lines = files.read_json_lines(run.metrics)
+    lines = read_lines(run)
     if not lines:
         raise ConfigError(f"{run.metrics} has no round yet: there is nothing to export")
     writers: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fedgan.config import Settings
+from fedgan.config import Settings, settings_hash
 from fedgan.data.shard import Shard
 from fedgan.data.shard_files import is_phantom_source
 from fedgan.machine import usable_cores
@@ -24,10 +24,13 @@ PACKAGES = ("flwr", "ray", "torch", "torchvision", "numpy", "scipy", "scikit-lea
 def environment(settings: Settings, shards: Sequence[Path]) -> dict[str, Any]:
     """Describe this machine and the data of `shards`, with a new experiment id.
 
-    The content hash of a private run's real images is null.
+    The content hash of a private run's real images is null. `settings_hash` is the hash of the
+    settings, with which each resume compares config.toml. A comparison's own is not compared: each
+    call gives the scenario anew, and each arm has its own.
     """
     return {
         "experiment": uuid.uuid4().hex[:16],
+        "settings_hash": settings_hash(settings),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "platform": platform.platform(),

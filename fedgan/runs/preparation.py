@@ -10,12 +10,12 @@ import dataclasses
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedgan import files
-from fedgan.config import Settings
+from fedgan.config import Settings, lasting, settings_hash, to_dict
 from fedgan.data.federation import (
     Hospital,
     describe_hospitals,
@@ -26,7 +26,7 @@ from fedgan.data.federation import (
 )
 from fedgan.data.phantoms import write_phantoms
 from fedgan.data.splits import check_disjoint_patients
-from fedgan.errors import ConfigError, DataError, FederationError
+from fedgan.errors import CheckpointError, ConfigError, DataError, FederationError
 from fedgan.evaluation.features import REFERENCE, check_features
 from fedgan.evaluation.reference import merged, pool_hospitals
 from fedgan.privacy.dry_run import check_can_begin
@@ -43,6 +43,7 @@ from fedgan.training.trainer import resolve_device
 # environment variable: a deployment's evaluation.root where the scenario names none
 REFERENCE_ROOT = "FEDGAN_REFERENCE"
 
+MOST_CHANGES = 5  # changed settings in an error message
 OnEvent = Callable[[dict[str, Any]], None]
 
 
@@ -176,7 +177,10 @@ def write_key(run: RunFolder) -> str:
 
 def data_key(run: RunFolder) -> str:
     """The key of a private run's hashes of real images; empty without privacy."""
-    return run.data_key.read_text(encoding="ascii") if run.data_key.is_file() else ""
+    try:
+        return run.data_key.read_text(encoding="ascii") if run.data_key.is_file() else ""
+    except ValueError:
+        raise CheckpointError(f"{run.data_key} is damaged: restore it from a backup") from None
 
 
 def open_prepared(settings: Settings, run: RunFolder) -> list[Hospital]:
@@ -224,18 +228,74 @@ def check_evaluation(
 
 
 def is_prepared(run: RunFolder) -> bool:
-    """Whether the run's preparation is complete."""
-    return run.environment.is_file()
+    """Whether the run's preparation is complete.
+
+    Raises `CheckpointError` for a run that has rounds but no environment.json: to prepare it again
+    would begin it anew in the same folder.
+    """
+    if run.environment.is_file():
+        return True
+    if run.last_round() is not None or run.metrics.exists() or any(run.arms.glob("*/config.toml")):
+        raise CheckpointError(
+            f"{run.environment} is missing, although rounds of this run are done: restore it from "
+            "a backup, or start a new run in another folder"
+        )
+    return False
 
 
 def experiment_of(run: RunFolder) -> str:
-    """The experiment id of a run. Raises `FederationError` for a run that was never prepared."""
-    experiment = (run.read_json(run.environment) or {}).get("experiment")
-    if not experiment:
+    """The experiment id of a run whose config.toml is as it was prepared: nothing trains without.
+
+    Raises `FederationError` for a run that was never prepared, `ConfigError` where config.toml has
+    other settings than were prepared, and `CheckpointError` for a damaged file.
+    """
+    found = run.read_json(run.environment) or {}
+    experiment, expected = found.get("experiment"), found.get("settings_hash")
+    if not experiment or not isinstance(experiment, str):
         raise FederationError(
             f"{run.environment} has no experiment id: this run was never prepared, start it again"
         )
-    return str(experiment)
+    if not isinstance(expected, str):
+        raise CheckpointError(
+            f"{run.environment} has no settings_hash, with which config.toml is compared: restore "
+            "it from a backup, use the version of fedgan that wrote it, or start a new run"
+        )
+    settings = run.settings()
+    if settings_hash(settings) != expected:
+        changed, source = changes_since(run, settings), "a backup"
+        if changed:
+            newest = run.checkpoint(run.last_round() or 0).with_suffix(".json").name
+            source = f'"settings" of checkpoints/{newest}'
+        raise ConfigError(
+            f"{run.config} was changed after the run had begun"
+            f"{': ' * bool(changed)}{changed}; restore it from {source}, or start a new run in "
+            "another folder"
+        )
+    return experiment
+
+
+def changes_since(run: RunFolder, settings: Settings, meta: Mapping[str, Any] | None = None) -> str:
+    """The settings that differ from those of a checkpoint, 'key = new, not old; …'; '' for none.
+
+    `meta`: of the checkpoint; None: of the newest, where it can be read.
+    """
+    if meta is None:
+        try:
+            path = run.checkpoint(run.last_round() or 0).with_suffix(".json")
+            meta = run.read_json(path) or {}
+        except CheckpointError:
+            return ""
+    before, now = meta.get("settings"), lasting(to_dict(settings))
+    if not isinstance(before, dict):
+        return ""
+    old = lasting(before)
+    texts = [
+        f"{key} = {value!r:.60}, not {old.get(key)!r:.60}"
+        for key, value in now.items()
+        if key not in old or old[key] != value
+    ]
+    more = [f"{len(texts) - MOST_CHANGES} more"] if len(texts) > MOST_CHANGES else []
+    return "; ".join([*texts[:MOST_CHANGES], *more])
 
 
 def shards_of(settings: Settings, run: RunFolder) -> Path:

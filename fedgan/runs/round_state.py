@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,35 @@ from fedgan import files
 from fedgan.config import PrivacySettings, Settings, to_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import CheckpointError
-from fedgan.run_folder import RunFolder
+from fedgan.run_folder import RunFolder, is_line, scan_lines
 from fedgan.runs.compatibility import reason_to_end
 from fedgan.runs.participants import Member, Participant
-from fedgan.training.checkpoint import FormatError, load_tensors, save_tensors
+from fedgan.runs.preparation import changes_since
+from fedgan.training.checkpoint import (
+    WRONG,
+    FormatError,
+    load_tensors,
+    save_tensors,
+    settings_of_round,
+)
 from fedgan.training.ema import AVERAGE
 from fedgan.training.trainer import Trainer
 from fedgan.training.warm_start import warm_start
 
 Arrays = dict[str, np.ndarray]
 
+# keys of a checkpoint's JSON that the state takes as they are, and the types of all
+TAKEN = {
+    "images_seen": (int, float),
+    "bytes_exchanged": (int, float),
+    "wall_seconds": (int, float),
+    "line": (dict, type(None)),
+    "exclusive": (bool,),
+    "channels": (int,),
+    "resolution": (int,),
+    "phantoms": (bool,),
+}
+KINDS = TAKEN | {"round": (int,), "participants": (list,), "since": (dict,), "exhausted": (list,)}
 STRATEGY_STATE = "strategy/"  # prefix of the strategy's moments among the tensors
 KEEP_ROUNDS = 3
 
@@ -143,12 +163,15 @@ def load_state(
     """The federation after the newest complete round, or None where there is none.
 
     A damaged checkpoint is renamed (`.damaged`), with a note, and the one before is loaded. Raises
-    `CheckpointError` when all are damaged, for another format, or for another experiment.
+    `CheckpointError` when all are damaged, for another format or experiment, or for other settings
+    than config.toml has.
     """
+    settings = run.settings()
     while (newest := run.last_round()) is not None:
         path = run.checkpoint(newest)
         try:
             tensors, meta = load_tensors(path)
+            state = _state(path, newest, tensors, meta)
         except FormatError:
             raise
         except CheckpointError as error:
@@ -168,36 +191,60 @@ def load_state(
             raise CheckpointError(
                 f"{path} belongs to another experiment than {run.environment}: was it copied here?"
             )
-        return _state(newest, tensors, meta)
+        if changed := changes_since(run, settings, meta):
+            raise CheckpointError(
+                f"{path.with_suffix('.json')} was written with other settings than {run.config} "
+                f"has now: {changed}; restore the one of them that was changed"
+            )
+        return state
     return None
 
 
 def _state(
-    round_number: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]
+    path: Path, round_number: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]
 ) -> State:
+    """The state in a checkpoint. Raises `CheckpointError` for values that no run writes."""
     arrays, average, moments = Arrays(), Arrays(), Arrays()
-    has_average = "ema" not in meta["settings"]["federation"]["exchange"]
-    for key, tensor in tensors.items():
-        if key.startswith(STRATEGY_STATE):
-            moments[key] = tensor.numpy()
-        elif has_average and key.startswith(AVERAGE):
-            average[key] = tensor.numpy()
-        else:
-            arrays[key] = tensor.numpy()
-    same = ("images_seen", "bytes_exchanged", "wall_seconds", "line", "exclusive", "channels")
-    return State(
-        round=round_number,
-        arrays=arrays,
-        moments=moments,
-        average=average,
-        label_names=tuple(meta["label_names"]),
-        participants=[
-            Participant(**row | {"label_counts": tuple(row["label_counts"])})
-            for row in meta["participants"]
-        ],
-        since={int(number): done for number, done in meta["since"].items()},
-        **{key: meta[key] for key in (*same, "resolution", "exhausted", "phantoms")},
-    )
+    try:
+        has_average = "ema" not in settings_of_round(path, meta).federation.exchange
+        for key, tensor in tensors.items():
+            if key.startswith(STRATEGY_STATE):
+                moments[key] = tensor.numpy()
+            elif has_average and key.startswith(AVERAGE):
+                average[key] = tensor.numpy()
+            else:
+                arrays[key] = tensor.numpy()
+        if wrong := [key for key, kinds in KINDS.items() if type(meta[key]) not in kinds]:
+            raise ValueError(f"{wrong[0]} has the wrong type")
+        if meta["round"] != round_number or not (meta["line"] is None or is_line(meta["line"])):
+            raise ValueError("it is of another round")
+        if any(array.dtype != np.float32 for array in (arrays | average).values()):
+            raise ValueError("an array is not float32")
+        return State(
+            round=round_number,
+            arrays=arrays,
+            moments=moments,
+            average=average,
+            label_names=tuple(meta["label_names"]),
+            participants=[
+                Participant(
+                    *(int(row["number"]), str(row["name"]), int(row["images"])),
+                    *(int(row["units"]), int(row["joined"])),
+                    tuple(map(int, row["label_counts"])),
+                )
+                for row in meta["participants"]
+            ],
+            since={int(number): int(done) for number, done in meta["since"].items()},
+            exhausted=[
+                row | {"name": str(row["name"]), "number": int(row["number"])}
+                for row in meta["exhausted"]
+            ],
+            **{key: meta[key] for key in TAKEN},
+        )
+    except WRONG as error:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged ({type(error).__name__}: {error}); use an earlier one"
+        ) from None
 
 
 def is_evaluated(settings: Settings, round_number: int) -> bool:
@@ -213,8 +260,12 @@ def exhausted_in(run: RunFolder) -> list[str]:
     newest = run.last_round()
     if newest is None:
         return []
-    meta = run.read_json(run.checkpoint(newest).with_suffix(".json"))
-    return [row["name"] for row in (meta or {}).get("exhausted", [])]
+    path = run.checkpoint(newest).with_suffix(".json")
+    rows = (run.read_json(path) or {}).get("exhausted", [])
+    try:
+        return [str(row["name"]) for row in rows]
+    except WRONG:
+        raise CheckpointError(f"{path} is damaged: remove it, and resume the run") from None
 
 
 def is_over(run: RunFolder, settings: Settings) -> bool:
@@ -225,9 +276,62 @@ def is_over(run: RunFolder, settings: Settings) -> bool:
     return newest >= settings.federation.rounds or bool(reason_to_end(settings, exhausted_in(run)))
 
 
+# --- metrics.jsonl -------------------------------------------------------------------------------
+
+
 def has_line(run: RunFolder, round_number: int) -> bool:
     """Whether `metrics.jsonl` has a line of this round."""
-    return any(line.get("round") == round_number for line in files.read_json_lines(run.metrics))
+    return round_number in scan_lines(run)[0]
+
+
+def restore_lines(
+    run: RunFolder,
+    newest: int,
+    on_event: Callable[[dict[str, Any]], None],
+    complete: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda number, line: line,
+) -> None:
+    """Restore lines of rounds before `newest` from their checkpoints, and remove damaged lines.
+
+    A note names the lines and rounds. `complete` adds the evaluation, which no checkpoint holds.
+    """
+    lines, damaged = scan_lines(run)
+    restored, lost = list[int](), list[int]()
+    for number in range(1, newest):
+        if number not in lines:
+            try:
+                meta = run.read_json(run.checkpoint(number).with_suffix(".json")) or {}
+            except CheckpointError:
+                meta = {}
+            line: Any = meta.get("line")
+            if is_line(line) and line["round"] == number:
+                lines[number] = complete(number, line)
+            (restored if number in lines else lost).append(number)
+    if not (damaged or restored):
+        return
+    _write_lines(run, lines)
+    texts = [
+        f"{_named(what, numbers)} {then}"
+        for what, numbers, then in (
+            ("line", damaged, "damaged and left out"),
+            ("round", restored, "restored from the checkpoint"),
+            ("round", lost, "lost: no checkpoint holds its line"),
+        )
+        if numbers
+    ]
+    on_event({"event": "note", "text": f"{run.metrics.name}: {'; '.join(texts)}"})
+
+
+def _named(what: str, numbers: Sequence[int]) -> str:
+    """'round 2 is', or 'rounds 2, 3, 5 and 7 more are'."""
+    if len(numbers) == 1:
+        return f"{what} {numbers[0]} is"
+    more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
+    return f"{what}s {', '.join(map(str, numbers[:3]))}{more} are"
+
+
+def _write_lines(run: RunFolder, lines: Mapping[int, dict[str, Any]]) -> None:
+    text = "".join(json.dumps(lines[number]) + "\n" for number in sorted(lines))
+    files.write_text(run.metrics, text)
 
 
 def write_line(run: RunFolder, line: dict[str, Any]) -> None:
@@ -235,7 +339,5 @@ def write_line(run: RunFolder, line: dict[str, Any]) -> None:
 
     The whole file is rewritten: appending after a torn line would lose both.
     """
-    rows = [
-        old for old in files.read_json_lines(run.metrics) if old.get("round", 0) < line["round"]
-    ]
-    files.write_text(run.metrics, "".join(json.dumps(row) + "\n" for row in [*rows, line]))
+    before = {number: old for number, old in scan_lines(run)[0].items() if number < line["round"]}
+    _write_lines(run, before | {line["round"]: line})

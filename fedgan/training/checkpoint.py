@@ -7,7 +7,6 @@ checkpoint is invalid.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,15 @@ from safetensors.torch import save as format_tensors
 from torch import Tensor
 
 from fedgan import files
-from fedgan.config import from_dict
-from fedgan.errors import CheckpointError
+from fedgan.config import Settings, check_resolution, from_dict
+from fedgan.errors import CheckpointError, ConfigError
 from fedgan.models.families import network_classes
 from fedgan.models.hospital_condition import set_label_counts
 
 FORMAT = 2  # of the JSON
+MOST_CHANNELS = 4  # of an image
+# what a value of another type or a tensor of another kind raises
+WRONG = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RuntimeError)
 
 
 class FormatError(CheckpointError):
@@ -45,27 +47,29 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote: (tensors on the CPU, meta).
 
-    Raises `CheckpointError` when a file is missing or truncated, or the two do not belong together.
+    Raises `CheckpointError` when a file is missing or damaged, or the two do not belong together.
+    The tensors are read only where their hash is right.
     """
     side = path.with_suffix(".json")
     for file in (path, side):
         if not file.is_file():
             raise CheckpointError(f"no checkpoint at {path}: {file.name} is missing")
     try:
-        meta = json.loads(side.read_text(encoding="utf-8"))
-        data = path.read_bytes()
-        if not isinstance(meta, dict) or meta.get("sha256") != hashlib.sha256(data).hexdigest():
+        meta = files.parse_json(files.read_bytes(side))
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if not isinstance(meta, dict) or meta.get("sha256") != digest:
             raise CheckpointError(
                 f"checkpoint {path} is damaged: its hash differs from {side.name}; "
                 "use an earlier one"
             )
         if meta.get("format") != FORMAT:
             raise FormatError(
-                f"checkpoint {path} has the format {meta.get('format')}, and this version reads "
+                f"checkpoint {path} has the format {meta.get('format')!r:.40}, this version reads "
                 f"{FORMAT}: use the version of fedgan that wrote it, or train again"
             )
-        return parse_tensors(data), meta
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
+        return parse_tensors(path.read_bytes()), meta
+    except (SafetensorError, OSError, *WRONG) as error:
         raise CheckpointError(
             f"checkpoint {path} is damaged ({error}); use an earlier one"
         ) from None
@@ -103,7 +107,7 @@ def load_into(
 ) -> None:
     """Copy tensors into the parameters and persistent buffers of a module, by name.
 
-    Raises `CheckpointError` when a name or a shape differs; then nothing changes.
+    Raises `CheckpointError` when a name, shape or type differs; then nothing changes.
     """
     own = module.state_dict()
     if missing := sorted(own.keys() ^ tensors.keys()):
@@ -117,6 +121,11 @@ def load_into(
                 f"{where} is of another model: '{name}' is {tuple(tensors[name].shape)} there, "
                 f"{tuple(target.shape)} here; check model.* settings"
             )
+        if target.dtype != tensors[name].dtype:
+            raise CheckpointError(
+                f"{where} is damaged: '{name}' is {tensors[name].dtype}, not {target.dtype}; use "
+                "an earlier one"
+            )
     if not check_only:
         for name, target in own.items():
             target.copy_(tensors[name])
@@ -126,7 +135,8 @@ def load_generator(path: Path, device: str = "cpu") -> tuple[Any, dict[str, Any]
     """The generator of a round's checkpoint (the average where it travels) and its meta.
 
     With `model.hospitals` it samples from the hospitals whose updates are in it: the column of
-    another hospital is still its initialisation.
+    another hospital is still its initialisation. Raises `CheckpointError` for any other file; the
+    network is made only where its shapes are those of the file.
     """
     tensors, meta = load_tensors(path)
     weights = with_prefix(tensors, "ema/") or with_prefix(tensors, "generator/")
@@ -141,26 +151,52 @@ def load_generator(path: Path, device: str = "cpu") -> tuple[Any, dict[str, Any]
             f"{path} is no checkpoint of a round (it lacks '{missing[0]}'): "
             "give one of RUN/checkpoints"
         )
-    settings = from_dict(meta["settings"], source=str(path.with_suffix(".json")))
-    labels = len(meta["label_names"])
-    generator = network_classes(settings.model.family)["generator"](
-        settings.model, meta["resolution"], meta["channels"], labels
-    )
+    settings = settings_of_round(path, meta)
+    make, labels = network_classes(settings.model.family)["generator"], len(meta["label_names"])
+    shape = (settings.model, meta["resolution"], meta["channels"], labels)
+    with torch.device("meta"):  # without memory: a damaged JSON may name huge networks
+        load_into(make(*shape), weights, f"checkpoint {path}", check_only=True)
+    generator = make(*shape)
     load_into(generator, weights, f"checkpoint {path}")
     if settings.model.hospitals:
-        participants = meta.get("participants", [])
-        if not participants or any(
-            len(participant.get("label_counts", ())) != labels for participant in participants
-        ):
+        try:
+            _set_hospitals(generator, meta, labels)
+        except WRONG:
             raise CheckpointError(
                 f"{path} lacks the hospitals' label counts, from which model.hospitals samples: "
                 "give a checkpoint of a round as the run wrote it"
-            )
-        numbers = {int(number) for number in meta.get("since", {})}
-        counts = {
-            participant["number"]: (participant["images"], participant["label_counts"])
-            for participant in participants
-            if not numbers or participant["number"] in numbers
-        }
-        set_label_counts(generator, counts, meta.get("exclusive", True))
+            ) from None
     return generator.eval().requires_grad_(False).to(device), meta
+
+
+def settings_of_round(path: Path, meta: Mapping[str, Any]) -> Settings:
+    """The settings in the meta of a round's checkpoint, whose shape of the images is valid too.
+
+    Raises `CheckpointError` where either is not.
+    """
+    side, names = path.with_suffix(".json"), meta.get("label_names")
+    try:
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ConfigError("its label_names are no list of names")
+        if type(meta.get("channels")) is not int or not 1 <= meta["channels"] <= MOST_CHANNELS:
+            raise ConfigError(f"its channels are no number from 1 to {MOST_CHANNELS}")
+        if type(meta.get("resolution")) is not int:
+            raise ConfigError("its resolution is no number")
+        check_resolution(meta["resolution"], "its resolution")
+        return from_dict(meta.get("settings", {}), source=str(side))
+    except ConfigError as error:
+        raise CheckpointError(f"{side} is damaged ({error}): use an earlier one") from None
+
+
+def _set_hospitals(generator: torch.nn.Module, meta: Mapping[str, Any], labels: int) -> None:
+    """Set the hospitals' label counts. Raises one of `WRONG` where the meta has none."""
+    participants = meta["participants"]
+    if not participants or any(len(row["label_counts"]) != labels for row in participants):
+        raise ValueError("no label counts")
+    numbers = {int(number) for number in meta.get("since", {})}
+    counts = {
+        row["number"]: (row["images"], row["label_counts"])
+        for row in participants
+        if not numbers or row["number"] in numbers
+    }
+    set_label_counts(generator, counts, meta.get("exclusive", True))

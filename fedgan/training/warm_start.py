@@ -13,7 +13,7 @@ from fedgan.errors import CheckpointError
 from fedgan.models.families import LABEL_EMBEDDING
 from fedgan.privacy.validator import check_start
 from fedgan.run_folder import RunFolder
-from fedgan.training.checkpoint import load_tensors, with_prefix
+from fedgan.training.checkpoint import WRONG, load_tensors, with_prefix
 from fedgan.training.trainer import Trainer
 
 
@@ -33,8 +33,13 @@ def warm_start(trainer: Trainer, settings: Settings | None = None) -> None:
         return
     path = checkpoint_of(settings)
     tensors, meta = load_tensors(path)
-    check_start(settings, path, meta)
-    source_labels = [str(name) for name in meta.get("label_names", [])]
+    try:
+        check_start(settings, path, meta)
+        source_labels = [str(name) for name in meta.get("label_names", [])]
+    except WRONG:
+        raise CheckpointError(
+            f"training.warm_start: {path.with_suffix('.json')} is damaged: use another checkpoint"
+        ) from None
     for part, network in trainer.parts.items():
         # A run whose hospitals keep their D has none to start from.
         weights = with_prefix(tensors, f"{part}/")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.data.federation import Hospital
-from fedgan.errors import ConfigError
+from fedgan.errors import CheckpointError, ConfigError
 from fedgan.evaluation.reference import pool_hospitals
 from fedgan.privacy.dry_run import check_can_begin
 from fedgan.run_folder import RunFolder
@@ -224,14 +223,19 @@ def write_job(job: Job, path: Path) -> None:
 
 
 def read_job(path: Path) -> Job:
-    """Read what `write_job` wrote."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    start = found["start"]
-    return Job(
-        Path(found["folder"]),
-        found["kind"],
-        from_dict(found["settings"], source=str(path)),
-        tuple(found["images"]),
-        start and FederatedStart(Path(start["folder"]), start["round"], start["images_seen"]),
-        Path(found["pretraining"]) if found["pretraining"] else None,
-    )
+    """Read what `write_job` wrote. Raises `CheckpointError` for anything else."""
+    try:
+        found = files.parse_json(files.read_bytes(path))
+        start = found["start"]
+        return Job(
+            Path(found["folder"]),
+            found["kind"],
+            from_dict(found["settings"], source=str(path)),
+            tuple(found["images"]),
+            start and FederatedStart(Path(start["folder"]), start["round"], start["images_seen"]),
+            Path(found["pretraining"]) if found["pretraining"] else None,
+        )
+    except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}): remove it, `fedgan compare` writes it again"
+        ) from None

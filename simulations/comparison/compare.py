@@ -40,6 +40,7 @@ from fedgan.runs.preparation import (
     prepare_run,
     with_absolute_paths,
 )
+from fedgan.runs.round_state import restore_lines
 from simulations.comparison.arm import FEDERATION, Arm, Job, Outcome, check_arm, read_job, write_job
 from simulations.comparison.evaluate import (
     is_arm_evaluated,
@@ -114,7 +115,7 @@ def prepare(settings: Settings, folder: ComparisonFolder, on_event: OnEvent) -> 
         check_features(settings.evaluation.features)
         hospitals = open_prepared(settings, folder)
         check_evaluation(settings, hospitals, open_evaluation_root(settings))
-        if describe_hospitals(hospitals, data_key(folder)) != folder.read_json(folder.hospitals):
+        if describe_hospitals(hospitals, data_key(folder)) != folder.hospital_rows():
             raise ConfigError(
                 f"{folder.path} was prepared with other images than its shards hold now: give "
                 "another --output"
@@ -141,10 +142,19 @@ def train_arms(
         _check_same_training(job)
     names = {job.folder: str(job.folder.relative_to(folder.arms)) for job in jobs}
     tasks = [_training_task(job, folder, names) for job in jobs]
+    for job, task in zip(jobs, tasks, strict=True):
+        if task.done:
+            _restore_lines(job, task.name, on_event)
     on_event(_plan_event("training", tasks))
     settings = jobs[0].settings
     run_tasks(tasks, _core_groups(settings, settings.federation.threads, slots), on_event)
     return {job.folder: task.failure for job, task in zip(jobs, tasks, strict=True) if task.failure}
+
+
+def _restore_lines(job: Job, name: str, on_event: OnEvent) -> None:
+    """Complete the metrics of a finished training, of which the comparison reads all rounds."""
+    newest = job.run.last_round() or 0
+    restore_lines(job.run, newest, lambda event: on_event({**event, "task": name}))
 
 
 def is_job_done(job: Job) -> bool:

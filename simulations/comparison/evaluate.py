@@ -140,8 +140,7 @@ def evaluation_key(settings: Settings, arm: Arm, folder: ComparisonFolder) -> st
         checkpoints.append(meta.get("sha256"))
     tree = to_dict(settings)
     del tree["evaluation"]["show_real"]  # changes no figure
-    rows = folder.read_json(folder.hospitals) or []
-    data = [row["content_hash"] or row["content_check"] for row in rows]
+    data = [row.get("content_hash") or row.get("content_check") for row in folder.hospital_rows()]
     if settings.evaluation.root:
         shards = find_shards(settings.evaluation.root)
         data += [Shard.open(path).card.content_hash for path in shards]

@@ -46,7 +46,7 @@ MOST_PLAYERS = 4  # of a Shapley value: 2^n - 2 federations are trained
 
 def plan_of(settings: Settings, folder: ComparisonFolder) -> list[Arm]:
     """All arms of a comparison that was prepared in `folder`."""
-    sizes = {row["name"]: row["images"]["train"] for row in folder.read_json(folder.hospitals)}
+    sizes = {row["name"]: row["images"]["train"] for row in folder.hospital_rows()}
     return plan(settings, folder, sizes, shards_of(settings, folder))
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from fedgan import files
 from fedgan.comparison_folder import FORMAT
 from fedgan.config import to_dict
 from fedgan.data.federation import Hospital
@@ -19,7 +18,7 @@ from fedgan.evaluation.arms import summary as rows
 from fedgan.evaluation.arms.contribution import contribution
 from fedgan.evaluation.arms.paired import bootstrap_auc, compare_arms, standard_families
 from fedgan.privacy.accounting import epsilon_of
-from fedgan.run_folder import RunFolder
+from fedgan.run_folder import RunFolder, read_lines
 from fedgan.runs.preparation import experiment_of, ledger_of
 from simulations.comparison.ablation import overrides_as_dict
 from simulations.comparison.arm import Arm, Job, Outcome
@@ -67,7 +66,7 @@ def assemble(context: EvaluationContext, outcomes: Sequence[Outcome]) -> dict[st
         "exclusive": reference.train.exclusive,
         "resolution": settings.data.resolution,
         "channels": reference.train.channels,
-        "hospitals": folder.read_json(folder.hospitals),
+        "hospitals": folder.hospital_rows(),
         "margin": settings.comparison.margin,
         "images_seen_budget": max(budgets, default=0),
         **found,
@@ -93,7 +92,7 @@ def assemble(context: EvaluationContext, outcomes: Sequence[Outcome]) -> dict[st
 def _entry(context: EvaluationContext, outcome: Outcome) -> Entry:
     """The entry of an arm with one seed; a failed one has its reason and no figures."""
     arm, run, is_done = outcome.arm, outcome.arm.run, outcome.is_done
-    lines = [files.read_json_lines(job.run.metrics) for job in arm.jobs]
+    lines = [read_lines(job.run) for job in arm.jobs]
     evaluation = run.read_json(run.evaluation) if is_done else None
     return {
         "arm": arm.kind,
@@ -124,7 +123,7 @@ def _entry(context: EvaluationContext, outcome: Outcome) -> Entry:
 
 def _public_pretraining(arm: Arm) -> Entry | None:
     """Images and seconds of the training on public phantoms; no figure of the arm has them."""
-    lines = files.read_json_lines(arm.pretraining.run.metrics) if arm.pretraining else []
+    lines = read_lines(arm.pretraining.run) if arm.pretraining else []
     if not lines:
         return None
     last = lines[-1]
@@ -142,7 +141,7 @@ def _hospital_model(context: EvaluationContext, job: Job) -> Entry:
     name = job.members[0]
     train = next(hospital for hospital in context.hospitals if hospital.name == name).train
     found = job.run.read_json(job.run.evaluation) or {}
-    lines = files.read_json_lines(job.run.metrics)
+    lines = read_lines(job.run)
     counts = zip(train.label_names, train.labels.sum(0), strict=True)
     return {
         "hospital": name,
@@ -157,7 +156,7 @@ def _cost(arm: Arm, lines: Lines) -> Entry:
     """Time, memory and traffic of an arm, including the federated rounds that it continues."""
     runs = [list(job) for job in lines]
     for folder, number in {(job.start.folder, job.start.round) for job in arm.jobs if job.start}:
-        before = files.read_json_lines(RunFolder(folder).metrics)
+        before = read_lines(RunFolder(folder))
         runs.append([line for line in before if line["round"] <= number])
     hospitals = [row for run in runs for line in run for row in line["hospitals"]]
     last = [run[-1] for run in runs if run]

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedgan import files
 from fedgan.config import Settings
 from fedgan.data.federation import Hospital
+from fedgan.errors import CheckpointError
 from fedgan.machine import peak_memory, usable_cores
-from fedgan.run_folder import RunFolder
+from fedgan.run_folder import RunFolder, read_lines
 from fedgan.runs.lock import locked, remove_temporary_files
 from fedgan.runs.participants import Participant
 from fedgan.runs.preparation import (
@@ -36,6 +36,7 @@ from fedgan.runs.round_state import (
     exhausted_in,
     has_line,
     load_state,
+    restore_lines,
     save_state,
     write_line,
 )
@@ -105,6 +106,7 @@ def _restore(job: Job, trainer: Trainer, hospitals: Sequence[Hospital], on_event
         trainer.load(_trainer_state(run, state.round))
         if job.start is not None and state.participants:
             trainer.set_hospital(state.participants[0].number)
+        restore_lines(run, state.round, on_event)
         if state.line is not None and not has_line(run, state.round):
             write_line(run, state.line)
         return state
@@ -154,8 +156,13 @@ def continue_federation(
             if not name.startswith(STRATEGY_STATE)
         }
     )
-    lines = [line for line in files.read_json_lines(run.metrics) if line["round"] <= start.round]
+    lines = [line for line in read_lines(run) if line["round"] <= start.round]
     rows = [row for line in lines for row in line["hospitals"] if row["name"] == hospital]
+    if not rows:
+        raise CheckpointError(
+            f"{run.metrics} has no line of {hospital} up to round {start.round}: restore it from a "
+            "backup, or remove this arm's folder"
+        )
     row = rows[-1]  # of an earlier round where this hospital's privacy budget ended before
     trainer.restore_progress(row["images_seen"], row.get("p"))
     number = next(

@@ -21,6 +21,8 @@ from fedgan.run_folder import RunFolder
 
 Tree = dict[str, Any]
 
+MOST_PROBLEMS = 20  # damaged lines that are named
+
 # Control characters, lone surrogates, and marks that change the text direction.
 _HARMFUL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]"
@@ -88,18 +90,14 @@ def load(run: RunFolder) -> RunData:
     """Read a run folder. Raises only `ConfigError`, if `config.toml` cannot be read."""
     problems: list[str] = []
     settings = from_dict(clean(to_dict(run.settings())), source=str(run.config))
-    evaluation = tree(_json(run, run.evaluation, problems))
-    audit = _json(run, run.audit, problems)
-    if audit is not None and not isinstance(audit, dict):
-        problems.append(f"{run.audit.name} is damaged: it contains no audit.")
     return RunData(
         settings=settings,
         environment=tree(_json(run, run.environment, problems)),
         hospitals=tuple(trees(_json(run, run.hospitals, problems))),
         rounds=tuple(_rounds(run, problems)),
-        evaluation=evaluation,
+        evaluation=tree(_json(run, run.evaluation, problems)),
         pictures={path.stem: path for path in sorted(run.samples.glob("*.png"))},
-        audit=tree(audit),
+        audit=tree(_json(run, run.audit, problems)),
         problems=tuple(problems),
     )
 
@@ -154,7 +152,7 @@ def clean(value: Any) -> Any:
 def _json(run: RunFolder, path: Path, problems: list[str]) -> Any:
     try:
         return clean(run.read_json(path))
-    except (FedganError, OSError, ValueError, RecursionError):
+    except FedganError:
         problems.append(
             f"{path.name} is damaged and could not be read; its part of the report is empty."
         )
@@ -164,11 +162,17 @@ def _json(run: RunFolder, path: Path, problems: list[str]) -> Any:
 def _rounds(run: RunFolder, problems: list[str]) -> Iterable[Tree]:
     """One line per round, in order; of a round repeated after a resume, the last line."""
     try:
-        lines = trees(clean(files.read_json_lines(run.metrics)))
-    except (OSError, ValueError, RecursionError):
+        lines = files.scan_json_lines(run.metrics)
+    except OSError:
         problems.append(
             f"{run.metrics.name} is damaged and could not be read; the curves are empty."
         )
         return []
-    newest = {n: line for line in lines if (n := number(line.get("round"))) is not None}
+    problems += [
+        f"{run.metrics.name} is damaged: line {number} is left out."
+        for number, line in enumerate(lines, 1)
+        if line is None
+    ][:MOST_PROBLEMS]
+    rows = trees(clean(lines))
+    newest = {n: line for line in rows if (n := number(line.get("round"))) is not None}
     return [newest[n] for n in sorted(newest)]
