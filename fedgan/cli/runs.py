@@ -96,30 +96,41 @@ def resume(
 
 
 def headline(run: RunFolder) -> dict[str, Any]:
-    """The main numbers of `evaluation.json`; None for a missing one."""
+    """The main numbers of `evaluation.json`; None for a missing one or one of another type."""
+    from fedgan.report.html.format import number
+    from fedgan.report.run.data import dig
+
     evaluation = run.read_json(run.evaluation) or {}
-    utility, fidelity = evaluation.get("utility") or {}, evaluation.get("fidelity") or {}
-    real, synthetic = utility.get("real") or {}, utility.get("synthetic") or {}
+
+    def known(*keys: str) -> Any:
+        value = dig(evaluation, *keys)
+        return value if number(value) is not None else None
+
+    def interval(*keys: str) -> Any:
+        value = dig(evaluation, *keys)
+        return value if isinstance(value, list) and len(value) == 2 else None
+
+    extractor = dig(evaluation, "fidelity", "extractor")
     return {
         "run": str(run.path),
         "report": str(run.report),
-        "images_seen": evaluation.get("images_seen"),
-        "wall_seconds": evaluation.get("wall_seconds"),
-        "bytes_exchanged": evaluation.get("bytes_exchanged"),
-        "real_macro_auc": real.get("macro_auc"),
-        "real_macro_auc_ci": real.get("macro_auc_ci"),
-        "synthetic_macro_auc": synthetic.get("macro_auc"),
-        "synthetic_macro_auc_ci": synthetic.get("macro_auc_ci"),
-        "frechet": fidelity.get("frechet"),
-        "frechet_reference": fidelity.get("frechet_reference"),
-        "extractor": fidelity.get("extractor"),
+        "images_seen": known("images_seen"),
+        "wall_seconds": known("wall_seconds"),
+        "bytes_exchanged": known("bytes_exchanged"),
+        "real_macro_auc": known("utility", "real", "macro_auc"),
+        "real_macro_auc_ci": interval("utility", "real", "macro_auc_ci"),
+        "synthetic_macro_auc": known("utility", "synthetic", "macro_auc"),
+        "synthetic_macro_auc_ci": interval("utility", "synthetic", "macro_auc_ci"),
+        "frechet": known("fidelity", "frechet"),
+        "frechet_reference": known("fidelity", "frechet_reference"),
+        "extractor": extractor if isinstance(extractor, str) else None,
     }
 
 
 def headline_text(numbers: dict[str, Any]) -> str:
     """`headline` as text."""
     lines = []
-    if numbers["images_seen"] is not None:
+    if None not in (numbers[key] for key in ("images_seen", "wall_seconds", "bytes_exchanged")):
         minutes, mebibytes = numbers["wall_seconds"] / 60, numbers["bytes_exchanged"] / 2**20
         lines.append(
             f"trained     {numbers['images_seen'] / 1000:.1f} kimg in {minutes:.1f} min, "
@@ -130,7 +141,7 @@ def headline_text(numbers: dict[str, Any]) -> str:
             low, high = numbers[f"{name}_macro_auc_ci"] or (None, None)
             interval = (
                 f" (95 % interval {low:.3f} to {high:.3f})"
-                if low is not None and high is not None
+                if isinstance(low, float) and isinstance(high, float)
                 else ""
             )
             lines.append(
