@@ -6,14 +6,21 @@ float32 models only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
 from fedgan.config import Settings
 from fedgan.errors import FederationError
-from fedgan.exchange.bundle import BUNDLE, pack_bundle, unpack_bundle
+from fedgan.exchange.bundle import BUNDLE, largest_reply, pack_bundle, unpack_bundle
 from fedgan.exchange.number_formats import DTYPES, pack, restore, unpack, widen
 from fedgan.runs.participants import Member
 
@@ -154,6 +161,11 @@ class Bundler:
         self.bundles: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}
         self.request: bytes | None = None
 
+    def pull(self, grid: Grid, keys: Sequence[str]) -> list[Message]:
+        """The replies that have arrived; those of too many bytes as errors (`is_too_large`)."""
+        with _bounded_pulls(grid, REST + largest_reply(self.request or b"")):
+            return list(grid.pull_messages(keys))
+
     def pack(self, message: Message) -> Message:
         """Replace the arrays of each record by one bundle, in place."""
         for name, record in list(message.content.array_records.items()):
@@ -177,3 +189,85 @@ class Bundler:
         for name in names:
             arrays = unpack_bundle(records[name][BUNDLE].data, self.request)
             reply.content[name] = ArrayRecord({key: Array(array) for key, array in arrays.items()})
+
+
+# --- the size of replies -----------------------------------------------------------------------
+
+REST = 2**20  # bytes of a reply without its bundle: metrics, keys
+OBJECT = 4096  # bytes that each object of a reply counts more: a request of its own
+TOO_LARGE = "replied with more than twice the bytes that it was sent"
+
+
+def is_too_large(reply: Message) -> bool:
+    """Whether a reply was not pulled because of its size."""
+    return reply.has_error() and TOO_LARGE in str(reply.error.reason or "")
+
+
+@contextlib.contextmanager
+def _bounded_pulls(grid: Grid, limit: int) -> Iterator[None]:
+    """Stop pulling a reply at `limit` bytes: Flower would assemble one of any size first.
+
+    Only Flower's grid over HTTP pulls replies in pieces.
+    """
+    client = getattr(grid, "_runtime_client", None)
+    if client is None:
+        yield
+        return
+    grid._client = _BoundedClient(client, limit)
+    try:
+        yield
+    finally:
+        grid._client = client
+
+
+class _BoundedClient:
+    """Flower's client of the SuperLink with a limit of bytes per reply.
+
+    Flower pulls the objects of one reply with several threads, then those of the next reply.
+    """
+
+    def __init__(self, client: Any, limit: int) -> None:
+        self.client, self.limit, self.left = client, limit, limit
+        self.replies: list[tuple[str, set[str]]] = []  # id and objects of replies not yet pulled
+        self.lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+    def PullMessages(self, request: Any) -> Any:
+        """Pull the list of replies with the ids of their objects."""
+        response = self.client.PullMessages(request)
+        self.replies = [
+            (tree.object_id, {each.object_id for each in iterate_object_tree(tree)})
+            for tree in response.message_object_trees
+        ]
+        self.left = self.limit
+        return response
+
+    def PullObject(self, request: Any) -> Any:
+        """Pull an object. Raises `ObjectPullError` where its reply exceeds the limit."""
+        response = self.client.PullObject(request)
+        with self.lock:
+            if not any(request.object_id in objects for _, objects in self.replies):
+                raise ObjectPullError(request.object_id, TOO_LARGE)  # a thread of a refused reply
+            while request.object_id not in self.replies[0][1]:
+                self._next()
+            self.left -= len(response.object_content) + OBJECT
+            if self.left >= 0:
+                return response
+            reply = self._next()
+        self.client.ConfirmMessageReceived(  # the SuperLink deletes what it has
+            ConfirmMessageReceivedRequest(
+                node=request.node, run_id=request.run_id, message_object_id=reply
+            )
+        )
+        raise ObjectPullError(request.object_id, TOO_LARGE)
+
+    def ConfirmMessageReceived(self, request: Any) -> Any:
+        """Confirm that all objects of a reply were pulled."""
+        self._next()
+        return self.client.ConfirmMessageReceived(request)
+
+    def _next(self) -> str:
+        self.left = self.limit
+        return self.replies.pop(0)[0]

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from fedgan.errors import HOSPITAL_REASON, FederationError
 from fedgan.exchange.error_messages import REASON
-from server.records import Bundler
+from server.records import TOO_LARGE, Bundler, is_too_large
 
 POLL = (0.05, 0.5)  # seconds between two polls for replies: at first, and at most
 ONLINE_POLL = 2.0  # seconds between two polls of the online nodes
@@ -81,10 +81,12 @@ def send_and_receive(
                 attempts[node] += 1
                 del unsent[node]
         # --- receive
-        for reply in retry_on_5xx(lambda: grid.pull_messages(list(waiting))) if waiting else ():
+        for reply in retry_on_5xx(lambda: bundler.pull(grid, list(waiting))) if waiting else ():
             # an error about an absent node has the server's own id as its source
             node = waiting.pop(reply.metadata.reply_to_message_id)
-            if not reply.has_error():
+            if is_too_large(reply):
+                found.failures[node] = TOO_LARGE
+            elif not reply.has_error():
                 try:
                     bundler.unpack(reply)
                 except FederationError as error:

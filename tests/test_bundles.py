@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid.http_grid import HttpGrid
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -25,6 +33,7 @@ from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run
 from server.federation import Federation
 from server.records import Bundler
+from server.requests import send_and_receive
 
 NUMBERS = st.sampled_from(
     [np.dtype(kind) for kind in (np.float32, np.float16, np.uint16, np.uint32)]
@@ -112,6 +121,85 @@ def test_model_is_packed_once_for_all_remote_hospitals(
     assert [list(message.content["arrays"]) for message in sent] == [[BUNDLE], [BUNDLE]]
     assert sent[0].content["arrays"] is sent[1].content["arrays"]
     assert unpack_bundle(sent[0].content.array_records["arrays"][BUNDLE].data)["b"].shape == (2, 2)
+
+
+class ObjectStore:
+    """A stand-in for the SuperLink: the runtime API of replies that have arrived."""
+
+    def __init__(self) -> None:
+        self.replies: list[Message] = []
+        self.objects: dict[str, bytes] = {}
+        self.pulled: list[str] = []
+
+    def PullMessages(self, request: Any) -> PullAppMessagesResponse:
+        replies, self.replies = self.replies, []
+        for reply in replies:
+            self.objects |= {
+                key: each.deflate() for key, each in get_all_nested_objects(reply).items()
+            }
+        trees = [get_object_tree(reply) for reply in replies]
+        return PullAppMessagesResponse(
+            messages_list=[message_to_proto(remove_content_from_message(each)) for each in replies],
+            message_object_trees=trees,
+        )
+
+    def PullObject(self, request: Any) -> PullObjectResponse:
+        content = self.objects[request.object_id]
+        self.pulled.append(request.object_id)
+        return PullObjectResponse(object_found=True, object_available=True, object_content=content)
+
+    def ConfirmMessageReceived(self, request: Any) -> None:
+        self.objects.pop(request.message_object_id)
+
+
+class RemoteGrid(HttpGrid):
+    """Flower's own grid of a deployment; `reply(request)` makes a hospital's reply."""
+
+    def __init__(self, reply: Callable[[Message], RecordDict]) -> None:
+        super().__init__(token="t")
+        self._client = self.store = ObjectStore()  # type: ignore[assignment]
+        self._run = SimpleNamespace(run_id=1)  # type: ignore[assignment]
+        self.reply = reply
+
+    def get_node_ids(self) -> list[int]:
+        return [1, 2, 3]
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = message.object_id
+            ids.append(message.object_id)
+            answer = Message(self.reply(message), reply_to=message)
+            answer.metadata.__dict__["_message_id"] = answer.object_id
+            self.store.replies.append(answer)
+        return ids
+
+
+def test_reply_of_any_size_is_not_assembled(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("run_id", "task_id", "node_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+    model = {"x": np.zeros(1000, np.float32)}
+    huge = 64 * 2**20
+
+    def reply(request: Message) -> RecordDict:
+        metrics = MetricRecord({"images": 1})  # the same object in each reply
+        liar = request.metadata.dst_node_id == 2
+        data = np.random.default_rng(0).bytes(huge) if liar else pack_bundle(model)
+        bundle = ArrayRecord({BUNDLE: Array("uint8", (len(data),), BUNDLE, data)})
+        return RecordDict({"arrays": bundle, "metrics": metrics})
+
+    def make_request(node: int, seconds: float) -> Message:
+        arrays = ArrayRecord({"x": Array(model["x"])})
+        return Message(RecordDict({"arrays": arrays}), node, "train", ttl=seconds)
+
+    grid = RemoteGrid(reply)
+    found = send_and_receive(grid, [1, 2, 3], make_request, timeout=60, reconnecting=True)
+    assert found.failures == {2: "replied with more than twice the bytes that it was sent"}
+    for node in (1, 3):
+        assert set(found.received[node].content.array_records["arrays"]) == {"x"}
+    pulled = sum(len(grid.store.objects.get(key, b"")) for key in grid.store.pulled)
+    assert pulled < huge / 2
+    assert grid._client is grid.store
 
 
 class Tampering(LocalGrid):

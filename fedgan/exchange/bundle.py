@@ -38,7 +38,7 @@ def unpack_bundle(data: bytes, request: bytes | None = None) -> dict[str, np.nda
     from safetensors.numpy import load
 
     if request is not None and (
-        len(data) > 2 * len(request) + SLACK
+        len(data) > largest_reply(request)
         or _header_bytes(data) > 2 * _header_bytes(request) + SLACK
     ):
         raise FederationError("a bundle of arrays that is far larger than the one that was sent")
@@ -48,6 +48,11 @@ def unpack_bundle(data: bytes, request: bytes | None = None) -> dict[str, np.nda
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         # without the library's message, which quotes the bytes
         raise FederationError("bytes that are no bundle of arrays") from None
+
+
+def largest_reply(request: bytes) -> int:
+    """Bytes that a bundle may have in reply to `request`."""
+    return 2 * len(request) + SLACK
 
 
 def _header_bytes(data: bytes) -> int:
