@@ -765,7 +765,11 @@ def test_spread_evenly_gives_the_remainder_to_the_first() -> None:
 def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the probe, which takes five seconds."""
     measured = probe.Measured(
-        images_per_second=100.0, classifier_images_per_second=1000.0, memory=2**29, device="cpu"
+        images_per_second=100.0,
+        classifier_images_per_second=1000.0,
+        memory=2**29,
+        device="cpu",
+        update_bytes=12_000_000,
     )
     monkeypatch.setattr(probe, "measure", lambda *arguments, **options: measured)
 
@@ -901,10 +905,26 @@ def test_busiest_share_is_the_longest_worker_of_a_round() -> None:
     assert probe.busiest_share([0.25] * 4, 3) == pytest.approx(0.5)
 
 
+@pytest.mark.usefixtures("quick_probe")
+def test_doctor_derives_the_proxys_bytes_per_minute(
+    fedgan: Run, scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_machine(monkeypatch)
+    _, out, _ = fedgan("doctor", scenario)
+    assert "an update has 12.0 MB" in out
+    assert f"FEDGAN_PROXY_MAX_MINUTE={4 * (3 + 1) * 6 * 2**20}\n" in out
+    proxy = (ROOT / "deploy" / "haproxy.cfg").read_text()
+    assert f"FEDGAN_PROXY_MAX_BODY {doctor.MAX_BODY} " in proxy
+
+
 def test_forecast_is_images_over_rate() -> None:
     settings = Settings()
     measured = probe.Measured(
-        images_per_second=100.0, classifier_images_per_second=1000.0, memory=0, device="cpu"
+        images_per_second=100.0,
+        classifier_images_per_second=1000.0,
+        memory=0,
+        device="cpu",
+        update_bytes=0,
     )
     seconds = probe.predict(settings, measured, sizes=(500, 300, 200), parallel=2)
     assert seconds["training"] == pytest.approx(20_000 * 0.5 / 100)
@@ -922,6 +942,7 @@ def test_probe_measures_a_real_training() -> None:
     assert measured.images_per_second > 1
     assert measured.classifier_images_per_second > 1
     assert measured.memory > 2**26
+    assert 10_000 < measured.update_bytes < 1_000_000
 
 
 def test_failed_probe_is_a_machine_error(monkeypatch: pytest.MonkeyPatch) -> None:

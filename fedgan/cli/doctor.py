@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -40,6 +41,7 @@ PACKAGES = {
 GIB = 2**30
 MIN_DISK = GIB
 MIN_MEMORY = 2 * GIB
+PIECE, MAX_BODY = 5 * 2**20, 6 * 2**20  # Flower's pieces of an array; the proxy's default
 FLOWER_PORT = 39091  # where `flwr run .` looks for a local SuperLink
 
 
@@ -260,10 +262,20 @@ def training_check(settings: Settings) -> tuple[Check, dict[str, Any] | None]:
         f"{measured.images_per_second:.0f} images/s per hospital on {measured.device}, "
         f"{parallel} in parallel, {measured.memory / 2**20:.0f} MiB each\n{'':24}"
         f"{settings.name} takes about {times['total']}: training {times['training']}, "
-        f"evaluation {times['evaluation']}, start {times['start']}"
+        f"evaluation {times['evaluation']}, start {times['start']}\n{'':24}"
+        f"an update has {measured.update_bytes / 1e6:.1f} MB; for the proxy of a deployment "
+        f"FEDGAN_PROXY_MAX_MINUTE={proxy_bytes_per_minute(measured.update_bytes)}"
     )
     forecast = {**asdict(measured), "parallel": parallel, "seconds": seconds}
     return Check("training", "ok", found), forecast
+
+
+def proxy_bytes_per_minute(update_bytes: int) -> int:
+    """Bytes that the proxy should let a hospital send per minute: four updates.
+
+    It counts each body as the largest one; an update has one more than its pieces.
+    """
+    return 4 * (math.ceil(update_bytes / PIECE) + 1) * MAX_BODY
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class Measured:
     classifier_images_per_second: float  # of all processes together
     memory: int  # peak bytes of a process
     device: str
+    update_bytes: int  # that a hospital sends per round
 
 
 def measure(
@@ -91,6 +92,7 @@ def measure(
         classifier_images_per_second=sum(row["classifier_images_per_second"] for row in results),
         memory=max(row["memory"] for row in results),
         device=results[0]["device"],
+        update_bytes=results[0]["update_bytes"],
     )
 
 
@@ -157,7 +159,17 @@ def _measure_one(probe: Probe) -> dict[str, Any]:
         "classifier_images_per_second": _classifier_rate(dataset),
         "memory": peak_memory(),
         "device": trainer.device.type,
+        "update_bytes": _update_bytes(trainer, settings),
     }
+
+
+def _update_bytes(trainer: Any, settings: Settings) -> int:
+    """Bytes of an update's numbers; masked ones have 4 each."""
+    from fedgan.exchange.number_formats import DTYPES
+
+    wire = "fp32" if settings.federation.secure else settings.federation.wire
+    arrays = trainer.get_parameters(settings.federation.exchange).values()
+    return sum(int(array.size) for array in arrays) * int(DTYPES[wire].itemsize)
 
 
 def _classifier_rate(dataset: Any) -> float:
