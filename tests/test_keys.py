@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import ssl
 import stat
@@ -78,14 +79,19 @@ def test_folder_has_all_files_for_server_and_hospitals(keys: KeyFolder) -> None:
     }
     server = {f"server/{file}" for file in ("server.key", "server.crt", "proxy.pem", "ca.crt")}
     assert (
-        set(contents(keys.path)) == {"ca/ca.key", "ca.crt", "hospitals.json"} | server | hospitals
+        set(contents(keys.path))
+        == {"ca/ca.key", "ca.crt", "register/hospitals.json"}
+        | {row.public_key for row in keys.registrations()}
+        | server
+        | hospitals
     )
-    rows = json.loads((keys.path / "hospitals.json").read_text())
+    rows = json.loads((keys.path / "register" / "hospitals.json").read_text())
+    parts = [re.sub("[^A-Za-z0-9]", "", row["fingerprint"][7:])[:12] for row in rows]
     assert [set(row) for row in rows] == [
         {"name", "public_key", "fingerprint", "created", "revoked", "images"}
     ] * 2
     assert [(row["name"], row["public_key"], row["revoked"]) for row in rows] == [
-        (name, f"hospitals/{name}/node.pub", None) for name in NAMES
+        (name, f"register/{name}-{part}.pub", None) for name, part in zip(NAMES, parts, strict=True)
     ]
 
 
@@ -242,7 +248,7 @@ def test_server_certificate_expires_with_its_authority(keys: KeyFolder) -> None:
 
 
 @pytest.mark.parametrize(
-    "last", ["ca/ca.key", "server/server.crt", "hospital2/node.key", "hospitals.json"]
+    "last", ["ca/ca.key", "server/server.crt", "hospital2/node.key", "register/hospitals.json"]
 )
 def test_full_disk_leaves_nothing_of_a_new_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
@@ -255,7 +261,7 @@ def test_full_disk_leaves_nothing_of_a_new_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("last", ["hospital4/node.pub", "hospitals.json"])
+@pytest.mark.parametrize("last", ["hospital4/node.pub", "register/hospitals.json"])
 def test_full_disk_leaves_an_existing_folder_unchanged(
     keys: KeyFolder, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
@@ -287,7 +293,7 @@ def test_added_hospital_changes_no_other_files(keys: KeyFolder) -> None:
     keys.add(["hospital3"], NOW)
     after = contents(keys.path)
     assert {name for name in before if after.get(name) != before[name]} == {
-        "hospitals.json",
+        "register/hospitals.json",
         "ca/ca.key",
     }
     assert [row.name for row in keys.registrations()] == [*NAMES, "hospital3"]
@@ -388,7 +394,7 @@ def test_rotated_key_is_new_and_the_old_public_key_is_kept(keys: KeyFolder) -> N
     assert changed == {
         "hospitals/hospital1/node.key",
         "hospitals/hospital1/node.pub",
-        "hospitals.json",
+        "register/hospitals.json",
     }
     assert keys.registrations() == (old, keys.registrations()[1], new)
     assert before["hospitals/hospital1/node.key"] not in after.values()
@@ -415,10 +421,22 @@ def test_interrupted_rotation_is_reported_and_fixed_by_the_next(
     assert key_inspection.inspect(keys.path, NOW).problems == ()
 
 
-def test_rotation_needs_the_old_public_key(keys: KeyFolder) -> None:
+def test_rotation_needs_nothing_of_a_lost_hospital_folder(keys: KeyFolder) -> None:
     shutil.rmtree(keys.hospital("hospital1"))
-    with pytest.raises(ConfigError, match=r"restore hospitals/hospital1/node\.pub"):
-        keys.rotate_hospital("hospital1", NOW)
+    old, _ = keys.rotate_hospital("hospital1", NOW)
+    line = node_keys.read_public(keys.path / old.public_key)
+    assert node_keys.fingerprint(line) == old.fingerprint
+
+
+def test_folder_of_the_registration_list_has_no_private_key(keys: KeyFolder) -> None:
+    """The container `register` mounts it."""
+    keys.rotate_hospital("hospital1", NOW)
+    keys.add(["hospital3"], NOW)
+    found = contents(keys.registration_list.parent)
+    assert sorted(found) == sorted(
+        ["hospitals.json", *(Path(row.public_key).name for row in keys.registrations())]
+    )
+    assert not [name for name, data in found.items() if b"PRIVATE" in data]
 
 
 def test_revoked_hospital_is_readmitted_with_a_new_key(keys: KeyFolder) -> None:
@@ -513,7 +531,7 @@ def test_output_explains_how_to_apply_changes(fedgan: Run) -> None:
     code, out, _ = fedgan("keys", "rotate", "north")
     assert code == 0
     assert "flwr supernode unregister" in out
-    assert "flwr supernode register keys/hospitals/north/node.pub SUPERLINK --name north" in out
+    assert re.search(r"register keys/register/north-\w+\.pub SUPERLINK --name north", out)
     code, out, _ = fedgan("keys", "revoke", "south")
     assert code == 0
     assert "flwr supernode unregister" in out

@@ -106,7 +106,7 @@ def test_key_outside_the_list_is_kept(keys: KeyFolder) -> None:
 
 def test_damaged_public_key_is_an_error_before_any_change(keys: KeyFolder) -> None:
     superlink = SuperLink()
-    (keys.hospital("south") / "node.pub").write_text("nothing")
+    (keys.path / keys.registrations()[1].public_key).write_text("nothing")
     with pytest.raises(ConfigError, match="fedgan keys rotate south"):
         register.apply_changes(keys, superlink)
     assert superlink.nodes == []

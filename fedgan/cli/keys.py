@@ -96,7 +96,7 @@ def create(
     from fedgan.deployment.key_folder import KeyFolder
 
     moment = now()
-    if (output / "hospitals.json").is_file():
+    if KeyFolder(output).registration_list.is_file():
         if hosts or days:
             raise ConfigError(
                 f"{console.shown(output)} has a server certificate: "

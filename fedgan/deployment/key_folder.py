@@ -4,8 +4,8 @@
     server/server.key  server.crt  ca.crt      for the SuperLink
     server/proxy.pem                           for the proxy: server.crt and server.key in one file
     hospitals/NAME/node.key  node.pub  ca.crt  what a hospital receives
-    hospitals.json                             the registration list (`registrations.py`)
-    revoked/NAME-….pub                         public keys that were replaced
+    register/hospitals.json                    the registration list (`registrations.py`)
+    register/NAME-….pub                        every public key that is or was on it
 
 Private keys have mode 0600 and folders 0700 from the first byte on. A new folder is made beside its
 final path and renamed when complete. Before existing files change, all new contents are on disk.
@@ -42,7 +42,7 @@ class KeyFolder:
     @classmethod
     def open(cls, path: Path) -> KeyFolder:
         """Open the key folder at `path`. Raises `ConfigError` if there is none."""
-        if not (path / "hospitals.json").is_file():
+        if not cls(path).registration_list.is_file():
             raise ConfigError(
                 f"no key folder at {path}: make one with fedgan keys NAME … --output {path}"
             )
@@ -68,10 +68,13 @@ class KeyFolder:
             folder = cls(stage)
             folder._write_authority_and_server([*certificates.DEFAULT_HOSTS, *hosts], days, moment)
             folder._folder("hospitals")
+            folder._folder("register")
             rows = [
-                _write_hospital(stage / "hospitals" / name, name, images, folder.authority, moment)
+                _write_hospital(folder.hospital(name), name, images, folder.authority, moment)
                 for name, images in bounds
             ]
+            for row in rows:
+                folder._copy_public_key(row)
             files.write_text(folder.registration_list, registrations.as_text(rows))
             os.rename(stage, path.resolve())
         return cls(path)
@@ -79,7 +82,7 @@ class KeyFolder:
     @property
     def registration_list(self) -> Path:
         """The registration list."""
-        return self.path / "hospitals.json"
+        return self.path / "register" / "hospitals.json"
 
     @property
     def authority(self) -> Path:
@@ -133,10 +136,14 @@ class KeyFolder:
                     for name in names:
                         os.rename(stage / name, self.hospital(name))
                         moved.append(self.hospital(name))
+                    for row in new:
+                        self._copy_public_key(row)
                     files.write_text(self.registration_list, registrations.as_text([*rows, *new]))
                 except BaseException:
                     for folder in moved:
                         shutil.rmtree(folder, ignore_errors=True)
+                    for row in new:
+                        (self.path / row.public_key).unlink(missing_ok=True)
                     raise
         return new
 
@@ -149,25 +156,15 @@ class KeyFolder:
         with self._locked():
             rows = list(self.registrations())
             index = registrations.newest(rows, name)
-            old = rows[index]
-            kept = f"revoked/{name}-{_short(old.fingerprint)}.pub"
-            self._folder("revoked")
-            files.write_bytes(self.path / kept, self._public_key_of(old, self.path / kept))
             private, public = node_keys.new_node_key(name)
-            path = f"hospitals/{name}/node.pub"
-            new = Registration(
-                name,
-                path,
-                node_keys.fingerprint(public),
-                moment.isoformat(),
-                images=images or old.images,
-            )
+            new = _registration(name, public, moment, images or rows[index].images)
             rows[index] = old = replace(
-                old, public_key=kept, revoked=old.revoked or moment.isoformat()
+                rows[index], revoked=rows[index].revoked or moment.isoformat()
             )
             _replace_together(
+                (self.path / new.public_key, public, False),
                 (self.hospital(name) / "node.key", private, True),
-                (self.path / path, public, False),
+                (self.hospital(name) / "node.pub", public, False),
                 (self.registration_list, registrations.as_text([*rows, new]).encode(), False),
             )
         return old, new
@@ -237,21 +234,10 @@ class KeyFolder:
             (self.proxy_pem, public + secret, True),
         ]
 
-    def _public_key_of(self, row: Registration, kept: Path) -> bytes:
-        """Find the public key of a row; an interrupted rotation may have replaced node.pub."""
-        for read, path in (
-            (node_keys.read_public, self.path / row.public_key),
-            (node_keys.read_public, kept),
-            (node_keys.read_private, self.hospital(row.name) / "node.key"),
-        ):
-            with contextlib.suppress(ConfigError):
-                line = read(path)
-                if node_keys.fingerprint(line) == row.fingerprint:
-                    return line
-        raise ConfigError(
-            f"the public key {row.fingerprint} of hospital '{row.name}' is not in {self.path}, "
-            f"and the server needs it to refuse it: restore {row.public_key}"
-        )
+    def _copy_public_key(self, row: Registration) -> None:
+        """Copy a new hospital's public key beside the registration list."""
+        line = node_keys.read_public(self.hospital(row.name) / "node.pub")
+        files.write_bytes(self.path / row.public_key, line)
 
     def _folder(self, name: str) -> None:
         try:
@@ -286,13 +272,15 @@ def _write_hospital(
     files.write_bytes(
         folder / "ca.crt", certificates.certificate_bytes(certificates.read_certificate(authority))
     )
-    return Registration(
-        name,
-        f"hospitals/{name}/node.pub",
-        node_keys.fingerprint(public),
-        moment.isoformat(),
-        images=images,
-    )
+    return _registration(name, public, moment, images)
+
+
+def _registration(name: str, public: bytes, moment: datetime, images: int | None) -> Registration:
+    """The row of a new key, whose file keeps its name for ever."""
+    shown = node_keys.fingerprint(public)
+    short = re.sub(r"[^A-Za-z0-9]", "", shown.removeprefix("SHA256:"))[:12]
+    path = f"register/{name}-{short}.pub"
+    return Registration(name, path, shown, moment.isoformat(), images=images)
 
 
 @contextlib.contextmanager
@@ -317,8 +305,3 @@ def _replace_together(*contents: tuple[Path, bytes, bool]) -> None:
     with contextlib.ExitStack() as stack:
         for path, data, private in reversed(contents):  # an ExitStack closes in reverse order
             stack.enter_context(files.atomic_path(path, private)).write_bytes(data)
-
-
-def _short(fingerprint: str) -> str:
-    """A fingerprint as a part of a file name."""
-    return re.sub(r"[^A-Za-z0-9]", "", fingerprint.removeprefix("SHA256:"))[:12]

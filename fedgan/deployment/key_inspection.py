@@ -39,7 +39,7 @@ class Inspection:
 
 def has_keys(folder: Path) -> bool:
     """Whether `folder` is a key folder, or a hospital's part of one."""
-    return (folder / "hospitals.json").is_file() or (folder / "node.key").is_file()
+    return KeyFolder(folder).registration_list.is_file() or (folder / "node.key").is_file()
 
 
 def inspect(folder: Path, moment: datetime) -> Inspection:
@@ -152,6 +152,7 @@ def _hospitals(keys: KeyFolder) -> Iterator[Problem]:
         yield from _same_authority(keys, folder / "ca.crt")
         try:
             lines = [node_keys.read_public(folder / "node.pub")]
+            lines.append(node_keys.read_public(keys.path / row.public_key))
             if (folder / "node.key").is_file():  # the operator may delete its copy
                 lines.append(node_keys.read_private(folder / "node.key"))
         except ConfigError as error:
