@@ -5,6 +5,7 @@
 # make check     lint, types, import directions, fast tests
 # make docs      builds the documentation into build/site, fails on a warning
 # make bench     speed and memory of this machine
+# make lock      writes deploy/requirements.lock: the tested packages of the images, with hashes
 # make clean     removes .venv, builds and caches; runs/ stays
 
 PYTHON3 ?= python3
@@ -21,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist load
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare ablation test check lint docs bench clean
+.PHONY: help setup demo compare ablation test check lint docs bench lock clean
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
@@ -69,6 +70,18 @@ docs: $(DOCS)
 
 bench: setup
 	$(PYTHON) -m benchmarks
+
+# torch and torchvision come from an index of their own (FEDGAN_TORCH_INDEX): not in the file.
+lock: setup
+	@mkdir -p build
+	@$(PYTHON) -m pip freeze --exclude-editable > build/tested.txt
+	@$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project'] \
+	  ['dependencies'], sep='\n')" | sed 's/\[simulation\]//' > build/requirements.in
+	@printf '%s; python_version < "3"\n' torch torchvision > build/without.txt
+	$(VENV)/bin/uv pip compile --quiet --python-version 3.11 --generate-hashes --no-annotate \
+	  --constraint build/tested.txt --override build/without.txt --no-emit-index-url \
+	  --custom-compile-command "make lock" --output-file deploy/requirements.lock \
+	  build/requirements.in
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -6,13 +6,18 @@ No container engine is needed.
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import json
 import re
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 FEDERATION, HOSPITAL = ROOT / "docker-compose.yml", ROOT / "client" / "compose.yml"
@@ -120,14 +125,17 @@ def test_private_keys_are_mounted_only_where_they_are_used(federation: dict[str,
     found = {name: mounts(service).get("/keys") for name, service in federation["services"].items()}
     wanted: dict[str, tuple[str, bool] | None] = dict.fromkeys(federation["services"])
     wanted |= dict.fromkeys(("superlink", "proxy"), (f"{keys}/server", True))
-    wanted |= {"register": (keys, True)}
     wanted |= {
         f"supernode-{n}": (f"{keys}/hospitals/${{HOSPITAL{n}:-hospital{n}}}", True)
         for n in (1, 2, 3)
     }
     assert found == wanted
-    for name in ("serverapp", "run"):
+    for name in ("serverapp", "register", "run"):
         assert mounts(federation["services"][name])["/keys/ca.crt"] == (f"{keys}/ca.crt", True)
+    assert mounts(federation["services"]["register"]) == {
+        "/keys/register": (f"{keys}/register", True),  # no private key: tests/test_keys.py
+        "/keys/ca.crt": (f"{keys}/ca.crt", True),
+    }
 
 
 def test_superlink_authenticates_hospitals_by_key_over_tls(federation: dict[str, Any]) -> None:
@@ -219,7 +227,7 @@ def test_gpu_files_extend_the_services_that_compute(over: str, under: Path) -> N
     services, below = load(ROOT / over)["services"], load(under)["services"]
     assert set(services) == {name for name in below if name.startswith(("clientapp", "serverapp"))}
     for service in services.values():
-        assert service["build"]["args"] == {"TORCH_INDEX": ""}
+        assert service.get("build", {"args": {"TORCH_INDEX": ""}})["args"]["TORCH_INDEX"] == ""
         assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == [
             "gpu"
         ]
@@ -262,7 +270,7 @@ def test_proxy_image_runs_the_tested_configuration(federation: dict[str, Any]) -
 
 def test_written_volumes_belong_to_the_images_user(federation: dict[str, Any]) -> None:
     for name, service in federation["services"].items():
-        text = (ROOT / service["build"]["dockerfile"]).read_text(encoding="utf-8")
+        text = (ROOT / built_by(federation, service)["dockerfile"]).read_text(encoding="utf-8")
         for target, (source, read_only) in mounts(service).items():
             if source in federation["volumes"] and not read_only:
                 place = (
@@ -271,6 +279,99 @@ def test_written_volumes_belong_to_the_images_user(federation: dict[str, Any]) -
                     else f" {target}"
                 )
                 assert place in text, f"{name}: {target} is not made in its image"
+
+
+COMPOSE = {
+    "federation": (FEDERATION,),
+    "hospital": (HOSPITAL,),
+    "federation with gpus": (FEDERATION, ROOT / "compose.gpu.yml"),
+    "hospital with gpus": (HOSPITAL, ROOT / "client" / "compose.gpu.yml"),
+}
+
+
+def built_by(content: dict[str, Any], service: dict[str, Any]) -> dict[str, Any]:
+    """The `build` of a service's image."""
+    services = content["services"].values()
+    (build,) = [s["build"] for s in services if "build" in s and s["image"] == service["image"]]
+    assert isinstance(build, dict)
+    return build
+
+
+@pytest.mark.parametrize("paths", COMPOSE.values(), ids=COMPOSE)
+def test_each_image_is_built_by_one_service(paths: tuple[Path, ...]) -> None:
+    """podman-compose builds for each service that has `build`, in parallel."""
+    content = load(paths[0])
+    for path in paths[1:]:
+        for name, changes in load(path)["services"].items():
+            content["services"][name] |= changes
+    for name, service in content["services"].items():
+        build = built_by(content, service)
+        assert {"context", "dockerfile", "args"} == set(build), name
+        # no image of that name is fetched from a registry
+        assert service["pull_policy"] == "never", name
+
+
+@pytest.mark.parametrize("path", [FEDERATION, HOSPITAL], ids=["federation", "hospital"])
+def test_every_container_has_limits(path: Path) -> None:
+    for name, service in load(path)["services"].items():
+        computes = name.startswith(("serverapp", "clientapp", "shards"))
+        memory = "APP_MEMORY:-8g" if computes else "LINK_MEMORY:-2g"
+        memory = "PROXY_MEMORY:-512m" if name == "proxy" else memory
+        assert service["mem_limit"] == f"${{FEDGAN_{memory}}}", name
+        cpus = "APP_CPUS:-0" if computes else "LINK_CPUS:-1"
+        assert service["cpus"] == f"${{FEDGAN_{cpus}}}", name
+        assert service["pids_limit"] == "${FEDGAN_PIDS:-1024}", name
+        assert service["tmpfs"] == ["/tmp:size=${FEDGAN_TMP:-512m}"], name
+        assert service["logging"]["options"] == {"max-size": "10m", "max-file": "3"}, name
+
+
+def locked() -> dict[str, str]:
+    """Versions of deploy/requirements.lock."""
+    text = (ROOT / "deploy" / "requirements.lock").read_text(encoding="utf-8")
+    return dict(re.findall(r"^(\S+)==(\S+)", text, re.M))
+
+
+def test_lock_file_has_a_hash_for_each_package() -> None:
+    text = (ROOT / "deploy" / "requirements.lock").read_text(encoding="utf-8")
+    entries = re.split(r"\n(?=\S)", re.sub(r"^#.*\n", "", text, flags=re.M).strip())
+    assert len(entries) == len(locked()) > 20
+    for entry in entries:
+        assert re.fullmatch(r"\S+==\S+( \\\n    --hash=sha256:[0-9a-f]{64})+", entry), entry[:80]
+    assert "://" not in text
+
+
+def test_lock_file_has_the_dependencies_of_the_project() -> None:
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for requirement in map(Requirement, pyproject["project"]["dependencies"]):
+        if not requirement.name.startswith("torch"):  # of another index: a build argument
+            assert requirement.specifier.contains(locked()[requirement.name]), requirement.name
+    assert not {"ray", "torch", "torchvision"} & set(locked())
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=["server", "client", "deploy"])
+def test_images_have_a_base_to_pin_and_a_bill_of_materials(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "FROM ${BASE}" in text
+    assert "sbom.py > " in text
+    if path in SHARED:
+        assert "pip install --no-deps --require-hashes -r deploy/requirements.lock" in text
+
+
+def test_bill_of_materials_is_cyclonedx_with_package_urls() -> None:
+    command = [sys.executable, ROOT / "deploy" / "sbom.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    bill = json.loads(done.stdout)
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.5")
+    by_name = {row["name"]: row for row in bill["components"]}
+    version = importlib.metadata.version("cryptography")
+    assert by_name["cryptography"] == {
+        "type": "library",
+        "name": "cryptography",
+        "version": version,
+        "purl": f"pkg:pypi/cryptography@{version}",
+        "bom-ref": f"pkg:pypi/cryptography@{version}",
+    }
+    assert len({row["bom-ref"] for row in bill["components"]}) == len(bill["components"])
 
 
 def test_images_contain_source_only() -> None:
