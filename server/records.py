@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -161,9 +162,12 @@ class Bundler:
         self.bundles: dict[int, tuple[ArrayRecord, ArrayRecord]] = {}
         self.request: bytes | None = None
 
-    def pull(self, grid: Grid, keys: Sequence[str]) -> list[Message]:
-        """The replies that have arrived; those of too many bytes as errors (`is_too_large`)."""
-        with _bounded_pulls(grid, REST + largest_reply(self.request or b"")):
+    def pull(self, grid: Grid, keys: Sequence[str], seconds: float) -> list[Message]:
+        """The replies that have arrived; those of too many bytes as errors (`is_too_large`).
+
+        A reply whose upload has not ended after `seconds` is an error of Flower's.
+        """
+        with _bounded_pulls(grid, REST + largest_reply(self.request or b""), seconds):
             return list(grid.pull_messages(keys))
 
     def pack(self, message: Message) -> Message:
@@ -194,7 +198,7 @@ class Bundler:
 # --- the size of replies -----------------------------------------------------------------------
 
 REST = 2**20  # bytes of a reply without its bundle: metrics, keys
-OBJECT = 4096  # bytes that each object of a reply counts more: a request of its own
+OBJECTS = 32  # of a reply, and one more per MiB: Flower cuts arrays in pieces of 5 MiB
 TOO_LARGE = "replied with more than twice the bytes that it was sent"
 
 
@@ -204,16 +208,17 @@ def is_too_large(reply: Message) -> bool:
 
 
 @contextlib.contextmanager
-def _bounded_pulls(grid: Grid, limit: int) -> Iterator[None]:
+def _bounded_pulls(grid: Grid, limit: int, seconds: float) -> Iterator[None]:
     """Stop pulling a reply at `limit` bytes: Flower would assemble one of any size first.
 
-    Only Flower's grid over HTTP pulls replies in pieces.
+    Stop waiting for the upload of a reply after `seconds`: Flower would wait for hours. Only
+    Flower's grid over HTTP pulls replies in pieces.
     """
     client = getattr(grid, "_runtime_client", None)
     if client is None:
         yield
         return
-    grid._client = _BoundedClient(client, limit)
+    grid._client = _BoundedClient(client, limit, time.monotonic() + seconds)
     try:
         yield
     finally:
@@ -221,13 +226,14 @@ def _bounded_pulls(grid: Grid, limit: int) -> Iterator[None]:
 
 
 class _BoundedClient:
-    """Flower's client of the SuperLink with a limit of bytes per reply.
+    """Flower's client of the SuperLink with limits of bytes and objects per reply and of time.
 
     Flower pulls the objects of one reply with several threads, then those of the next reply.
     """
 
-    def __init__(self, client: Any, limit: int) -> None:
+    def __init__(self, client: Any, limit: int, deadline: float) -> None:
         self.client, self.limit, self.left = client, limit, limit
+        self.deadline = deadline
         self.replies: list[tuple[str, set[str]]] = []  # id and objects of replies not yet pulled
         self.lock = threading.Lock()
 
@@ -245,16 +251,20 @@ class _BoundedClient:
         return response
 
     def PullObject(self, request: Any) -> Any:
-        """Pull an object. Raises `ObjectPullError` where its reply exceeds the limit."""
-        response = self.client.PullObject(request)
+        """Pull an object. Raises `ObjectPullError` where its reply exceeds a limit."""
         with self.lock:
-            if not any(request.object_id in objects for _, objects in self.replies):
-                raise ObjectPullError(request.object_id, TOO_LARGE)  # a thread of a refused reply
-            while request.object_id not in self.replies[0][1]:
-                self._next()
-            self.left -= len(response.object_content) + OBJECT
-            if self.left >= 0:
-                return response
+            objects = self._objects_with(request.object_id)
+        if len(objects) <= OBJECTS + self.limit // 2**20:
+            response = self.client.PullObject(request)
+            if not response.object_available and time.monotonic() > self.deadline:
+                raise ObjectPullError(request.object_id, "its upload takes too long")
+            with self.lock:
+                self._objects_with(request.object_id)
+                self.left -= len(response.object_content)
+                if self.left >= 0:
+                    return response
+        with self.lock:
+            self._objects_with(request.object_id)
             reply = self._next()
         self.client.ConfirmMessageReceived(  # the SuperLink deletes what it has
             ConfirmMessageReceivedRequest(
@@ -267,6 +277,14 @@ class _BoundedClient:
         """Confirm that all objects of a reply were pulled."""
         self._next()
         return self.client.ConfirmMessageReceived(request)
+
+    def _objects_with(self, object_id: str) -> set[str]:
+        """The current reply's objects; `ObjectPullError` in a thread of a refused reply."""
+        if not any(object_id in objects for _, objects in self.replies):
+            raise ObjectPullError(object_id, TOO_LARGE)
+        while object_id not in self.replies[0][1]:
+            self._next()
+        return self.replies[0][1]
 
     def _next(self) -> str:
         self.left = self.limit

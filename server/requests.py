@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import httpx
@@ -81,7 +82,9 @@ def send_and_receive(
                 attempts[node] += 1
                 del unsent[node]
         # --- receive
-        for reply in retry_on_5xx(lambda: bundler.pull(grid, list(waiting))) if waiting else ():
+        for reply in (
+            retry_on_5xx(partial(bundler.pull, grid, list(waiting), left)) if waiting else ()
+        ):
             # an error about an absent node has the server's own id as its source
             node = waiting.pop(reply.metadata.reply_to_message_id)
             if is_too_large(reply):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run
 from server.federation import Federation
 from server.records import Bundler
-from server.requests import send_and_receive
+from server.requests import LATE, send_and_receive
 
 NUMBERS = st.sampled_from(
     [np.dtype(kind) for kind in (np.float32, np.float16, np.uint16, np.uint32)]
@@ -130,12 +131,16 @@ class ObjectStore:
         self.replies: list[Message] = []
         self.objects: dict[str, bytes] = {}
         self.pulled: list[str] = []
+        self.uploading: set[int] = set()  # nodes whose upload does not end
 
     def PullMessages(self, request: Any) -> PullAppMessagesResponse:
         replies, self.replies = self.replies, []
         for reply in replies:
+            objects = get_all_nested_objects(reply)
+            is_whole = reply.metadata.src_node_id not in self.uploading
+            objects = {key: each for key, each in objects.items() if not self.objects.get(key)}
             self.objects |= {
-                key: each.deflate() for key, each in get_all_nested_objects(reply).items()
+                key: each.deflate() if is_whole else b"" for key, each in objects.items()
             }
         trees = [get_object_tree(reply) for reply in replies]
         return PullAppMessagesResponse(
@@ -146,7 +151,9 @@ class ObjectStore:
     def PullObject(self, request: Any) -> PullObjectResponse:
         content = self.objects[request.object_id]
         self.pulled.append(request.object_id)
-        return PullObjectResponse(object_found=True, object_available=True, object_content=content)
+        return PullObjectResponse(
+            object_found=True, object_available=bool(content), object_content=content
+        )
 
     def ConfirmMessageReceived(self, request: Any) -> None:
         self.objects.pop(request.message_object_id)
@@ -175,31 +182,55 @@ class RemoteGrid(HttpGrid):
         return ids
 
 
-def test_reply_of_any_size_is_not_assembled(monkeypatch: pytest.MonkeyPatch) -> None:
+MODEL = {"x": np.zeros(1000, np.float32)}
+
+
+def ask(node: int, seconds: float) -> Message:
+    arrays = ArrayRecord({"x": Array(MODEL["x"])})
+    return Message(RecordDict({"arrays": arrays}), node, "train", ttl=seconds)
+
+
+@pytest.mark.parametrize("mib", [6, 200])  # few objects, many objects
+def test_reply_of_any_size_is_not_assembled(monkeypatch: pytest.MonkeyPatch, mib: int) -> None:
     for name in ("run_id", "task_id", "node_id"):
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
-    model = {"x": np.zeros(1000, np.float32)}
-    huge = 64 * 2**20
 
     def reply(request: Message) -> RecordDict:
         metrics = MetricRecord({"images": 1})  # the same object in each reply
         liar = request.metadata.dst_node_id == 2
-        data = np.random.default_rng(0).bytes(huge) if liar else pack_bundle(model)
+        data = np.random.default_rng(0).bytes(mib * 2**20) if liar else pack_bundle(MODEL)
         bundle = ArrayRecord({BUNDLE: Array("uint8", (len(data),), BUNDLE, data)})
         return RecordDict({"arrays": bundle, "metrics": metrics})
 
-    def make_request(node: int, seconds: float) -> Message:
-        arrays = ArrayRecord({"x": Array(model["x"])})
-        return Message(RecordDict({"arrays": arrays}), node, "train", ttl=seconds)
-
     grid = RemoteGrid(reply)
-    found = send_and_receive(grid, [1, 2, 3], make_request, timeout=60, reconnecting=True)
+    found = send_and_receive(grid, [1, 2, 3], ask, timeout=60, reconnecting=True)
     assert found.failures == {2: "replied with more than twice the bytes that it was sent"}
     for node in (1, 3):
         assert set(found.received[node].content.array_records["arrays"]) == {"x"}
     pulled = sum(len(grid.store.objects.get(key, b"")) for key in grid.store.pulled)
-    assert pulled < huge / 2
+    assert pulled < (12 if mib == 6 else 1) * 2**20
     assert grid._client is grid.store
+
+
+def test_upload_that_does_not_end_is_awaited_until_the_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("run_id", "task_id", "node_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+    data = pack_bundle(MODEL)
+
+    def reply(request: Message) -> RecordDict:
+        own = MetricRecord({"node": request.metadata.dst_node_id})
+        bundle = ArrayRecord({BUNDLE: Array("uint8", (len(data),), BUNDLE, data)})
+        return RecordDict({"arrays": bundle, "metrics": own})
+
+    grid = RemoteGrid(reply)
+    grid.store.uploading = {1}
+    begun = time.monotonic()
+    found = send_and_receive(grid, [2, 1], ask, timeout=1, reconnecting=True)
+    assert time.monotonic() - begun < 20
+    assert found.failures == {1: LATE}
+    assert set(found.received) == {2}
 
 
 class Tampering(LocalGrid):
