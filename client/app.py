@@ -9,6 +9,8 @@ path, patient or label. Every reply passes the gate of client/gate.py.
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,26 +18,25 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from client.allow_list import introduction
-from client.gate import OutboundGate, failure
+from client.gate import Admission, OutboundGate
 from client.hospital import (
     LocalHospital,
     Progress,
     TrainRequest,
-    apply_epsilon_cap,
-    check_secure,
-    find_local_hospital,
     log,
-    log_failure,
-    log_folder,
 )
+from client.policy import apply_state_quota, read_policy
 from client.secure import mask_update
 from client.wire import clip_update, received_model, update_record
 from fedgan.config import PARTS, Settings
-from fedgan.exchange.error_messages import reason
+from fedgan.errors import CheckpointError, ConfigError
 from fedgan.exchange.round_metrics import reported_metrics
 from fedgan.machine import peak_memory, usable_cores
 from fedgan.privacy.validator import check_private
+from fedgan.redact import printable
+from fedgan.training.checkpoint import OtherImagesError
 from fedgan.training.start import begin_training
+from fedgan.training.trainer import Trainer
 
 app = OutboundGate()
 
@@ -52,37 +53,21 @@ def train(message: Message, context: Context) -> Message:
     return RequestContext(message, context).reply(train_round)
 
 
-class RequestContext:
-    """One request at one hospital; `step` is the current step, for the report of a failure."""
-
-    def __init__(self, message: Message, context: Context) -> None:
-        self.message, self.node = message, context.node_config
-        self.step = "reading the request"
-        self.folder: Path | None = None
-        self.round, self.is_named = 0, False
+class RequestContext(Admission):
+    """One admitted request at one hospital."""
 
     def reply(
         self, work: Callable[[RequestContext, TrainRequest, LocalHospital], RecordDict]
     ) -> Message:
         """The reply of `work`, or an error reply with only the kind of failure and the step."""
         try:
-            request = TrainRequest.read(self.message.content.config_records["config"])
-            self.round = request.round
-            self.folder = log_folder(request, self.node)
-            self.step = "applying its max-epsilon"
-            request = apply_epsilon_cap(request, self.node)
-            self.step = "applying its require-secure"
-            check_secure(request, self.node)
-            self.step = "opening its shard"
-            local = find_local_hospital(request, self.node)
-            self.folder, self.step, self.is_named = local.folder, "starting the work", True
+            request, local = self.admit()
+            self.step = "starting the work"
             if request.note:
-                log(self.folder, f"note of the server: {request.note}")
+                log(local.folder, f"note of the server: {printable(request.note)}")
             return Message(work(self, request, local), reply_to=self.message)
         except Exception as error:  # an exception would carry its traceback to the server
-            log_failure(self.folder, self.round, self.step)
-            partition_id = None if self.is_named else self.node.get("partition-id")
-            return failure(self.message, reason(error, self.step, partition_id))
+            return self.error_reply(error)
 
 
 def introduce(context_: RequestContext, request: TrainRequest, local: LocalHospital) -> RecordDict:
@@ -110,28 +95,46 @@ def train_round(
     """Load the previous state, load the server's model, train, save, and return the update.
 
     Where the privacy ledger stops the training, the update up to that point is returned with
-    `exhausted`, and the server sends no further request.
+    `exhausted`, and the server sends no further request. Waits while another process trains this
+    hospital, as long as the request is valid.
     """
-    settings = local_settings(request)
+    context_.step = "waiting for its other process"
+    with local.locked(request, context_.message.metadata.ttl):
+        context_.step = "comparing the request with its states"
+        local.check_is_newest(request)
+        return _train_locked(context_, request, local)
+
+
+def _train_locked(
+    context_: RequestContext, request: TrainRequest, local: LocalHospital
+) -> RecordDict:
+    settings, policy = local_settings(request), read_policy(context_.node)
+    if (quota := policy.get("state-quota")) and (state_dir := context_.node.get("state-dir")):
+        context_.step = "applying its state-quota"
+        apply_state_quota(Path(str(state_dir)), local.folder, quota)
     threads = settings.federation.threads or usable_cores()
     torch.set_num_threads(threads)
 
-    context_.step = "preparing the training"
-    trainer = begin_training(
-        settings,
-        local.hospital.train,
-        stream=local.number,
-        planned_images=request.planned,
-        ledgers=[local.ledger],
-        run=request.experiment,
-        least_noise=request.least_noise,
-    )
-    if request.since:
-        context_.step = f"loading its state of round {request.since}"
-        trainer.load(local.state_of(request))
-    else:
-        context_.step = "preparing its folder"
-        local.prepare_folder(request)
+    def begin() -> Trainer:
+        context_.step = "preparing the training"
+        return begin_training(
+            settings,
+            local.hospital.train,
+            stream=local.number,
+            planned_images=request.planned,
+            ledgers=[local.ledger],
+            run=request.experiment,
+            least_noise=request.least_noise,
+        )
+
+    trainer, continued_from = continue_training(begin, context_, request, local)
+
+    if settings.privacy.on and trainer.images_seen + request.images > request.planned:
+        context_.step = "comparing the request with its pinned settings"
+        raise ConfigError(
+            f"the noise of this run was chosen for {request.planned} images, and with this round "
+            f"they would be {trainer.images_seen + request.images}: begin a new run"
+        )
 
     context_.step = "loading the server's model"
     before_round = received_model(context_.message, settings)
@@ -139,7 +142,18 @@ def train_round(
 
     context_.step = f"training round {request.round}"
     before, progress = trainer.images_seen, Progress(local.folder, request.round, request.images)
-    means = trainer.train(request.images, on_step=lambda now: progress(now.images_seen - before))
+    begun = time.monotonic()
+
+    def on_step(now: Trainer) -> None:
+        progress(now.images_seen - before)
+        if time.monotonic() - begun > policy.get("max-seconds", math.inf):
+            context_.step = "applying its max-seconds"
+            raise ConfigError(
+                f"this node's config has max-seconds = {policy['max-seconds']:g}, and after "
+                f"{now.images_seen - before} of {request.images} images they are over"
+            )
+
+    means = trainer.train(request.images, on_step=on_step)
 
     context_.step = f"saving its state of round {request.round}"
     trainer.save(local.state(request.round))
@@ -152,6 +166,8 @@ def train_round(
     facts |= {"images_seen": trainer.images_seen, "threads": threads, "round": request.round}
     if trainer.exhausted:
         facts["exhausted"] = 1.0
+    if continued_from != request.since:
+        facts["continued_from"] = float(continued_from)
     return RecordDict(
         {
             "arrays": arrays,
@@ -159,3 +175,41 @@ def train_round(
             "facts": ConfigRecord(facts),
         }
     )
+
+
+def continue_training(
+    begin: Callable[[], Trainer],
+    context_: RequestContext,
+    request: TrainRequest,
+    local: LocalHospital,
+) -> tuple[Trainer, int]:
+    """A Trainer with the state of round `request.since`, and the round whose state it has.
+
+    Where that state is lost, with the newest older one that is whole, or with none (round 0): as a
+    hospital that joins late, it then starts from the server's model, and the moments of its
+    optimisers, ADA's p, its counters and the parts that do not travel begin anew. The privacy
+    ledger is not a part of the state and counts on. Raises `CheckpointError` for a state of other
+    images, and for a lost one with `federation.control_variates`: the corrections of all hospitals
+    sum to zero, and this one's cannot be computed again.
+    """
+    trainer = begin()
+    if not request.since:
+        return trainer, 0
+    older = [number for number in local.states() if number < request.since]
+    for number in [request.since, *reversed(older)]:
+        context_.step = f"loading its state of round {number}"
+        try:
+            trainer.load(local.state(number))
+        except OtherImagesError:
+            raise
+        except (CheckpointError, LookupError, TypeError, ValueError) as error:
+            if request.settings.federation.control_variates:
+                raise
+            log(local.folder, f"its state of round {number} is lost: {error}")
+            trainer = begin()  # the failed load may have changed a part
+            continue
+        if number != request.since:
+            log(local.folder, f"round {request.round} continues from its state of round {number}")
+        return trainer, number
+    log(local.folder, f"round {request.round} starts anew from the server's model")
+    return trainer, 0

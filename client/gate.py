@@ -20,13 +20,12 @@ from client.allow_list import checked_content
 from client.hospital import (
     LocalHospital,
     TrainRequest,
-    apply_epsilon_cap,
-    check_secure,
     find_local_hospital,
     log_failure,
     log_folder,
 )
-from client.wire import pack_bundles, unpack_bundles
+from client.policy import apply_policy
+from client.wire import check_clip, pack_bundles, unpack_bundles
 from fedgan.errors import HOSPITAL_REASON, ConfigError
 from fedgan.exchange.bundle import BUNDLE
 from fedgan.exchange.error_messages import ERROR, FAILED, REASON, Refused, reason
@@ -42,28 +41,83 @@ from fedgan.exchange.outbound_log import (
 
 
 class OutboundGate(ClientApp):
-    """A ClientApp whose replies pass the allow-list and the outbound log."""
+    """A ClientApp whose requests pass the hospital's own rules, and whose replies pass the
+    allow-list and the outbound log.
+    """
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Reply to `message`. Raises nothing: an exception's text would reach the server."""
         guard = ReplyGuard(message, context)
         try:
+            guard.admit()
             guard.unpack_request()
             reply = super().__call__(message, context)
         except Exception as error:
-            reply = guard.error_reply(error, "replying")
+            reply = guard.error_reply(error)
         return guard.release(reply)
 
 
-class ReplyGuard:
-    """Checks and logs the reply to one message; finds the hospital without any handler."""
+class Admission:
+    """A request at one hospital, and the rules that it must pass before any work.
+
+    `step`: the current step, for the report of a failure. `request` and `local` are None until they
+    are known; `request` is lowered to the node's policy (client/policy.py).
+    """
 
     def __init__(self, message: Message, context: Context) -> None:
         self.message, self.node = message, context.node_config
+        self.step = "replying"
         self.request: TrainRequest | None = None
         self.local: LocalHospital | None = None
-        self.has_bundles = False
-        self.lookup_error: Exception | None = None  # why `local` is None
+
+    def admit(self) -> tuple[TrainRequest, LocalHospital]:
+        """Apply the hospital's policy and the experiment's pinned settings.
+
+        Raises `ConfigError` for a request beyond them, `DataError` for a shard that does not open.
+        """
+        self._at("reading the request")
+        asked = TrainRequest.read(self.message.content.config_records["config"])
+        self.request = asked
+        request = self.request = apply_policy(asked, self.node, self._at)
+        self._at("opening its shard")
+        local = self.local = find_local_hospital(request, self.node)
+        self._at("comparing the request with its pinned settings")
+        local.check_pins(asked, self.message.metadata.message_type == "train")
+        check_clip(self.message, asked.settings)
+        self._at("replying")
+        return request, local
+
+    def _at(self, step: str) -> None:
+        self.step = step
+
+    def folder(self) -> Path | None:
+        """Folder of this hospital's client.log."""
+        if self.local is not None:
+            return self.local.folder
+        if state_dir := str(self.node.get("state-dir", "")):
+            return Path(state_dir)
+        return (
+            log_folder(self.request, self.node)
+            if self.request and "partition-id" in self.node
+            else None
+        )
+
+    def error_reply(self, error: Exception, step: str = "") -> Message:
+        """Error reply for the exception being handled; its traceback goes to client.log."""
+        step = step or self.step
+        self.log_failure(step)
+        partition_id = None if self.local else self.node.get("partition-id")
+        return failure(self.message, reason(error, step, partition_id))
+
+    def log_failure(self, step: str) -> None:
+        """Append the exception being handled to client.log."""
+        log_failure(self.folder(), self.request.round if self.request else 0, step)
+
+
+class ReplyGuard(Admission):
+    """Checks and logs the reply to one message; finds the hospital without any handler."""
+
+    has_bundles = False
 
     def unpack_request(self) -> None:
         """Unpack the request's bundles. Raises `FederationError` for a broken one."""
@@ -73,12 +127,11 @@ class ReplyGuard:
         """Check and log the reply; return it as it leaves, or an error instead."""
         packed = None
         try:
-            self._find_hospital()
             reply = self._checked(reply)
             if self.has_bundles and not reply.has_error():
                 packed = pack_bundles(reply.content)
         except Refused as refusal:
-            self._log_failure("checking the reply")
+            self.log_failure("checking the reply")
             reply = failure(self.message, f"{HOSPITAL_REASON}refused to send {refusal.what}")
         except Exception as error:
             reply = self.error_reply(error, "checking the reply")
@@ -90,23 +143,6 @@ class ReplyGuard:
             reply.content = packed
         return reply
 
-    def error_reply(self, error: Exception, step: str) -> Message:
-        """Error reply for the exception being handled; its traceback goes to client.log."""
-        self._log_failure(step)
-        return failure(self.message, reason(error, step))
-
-    def _find_hospital(self) -> None:
-        """Find this hospital, if possible: where its shard does not open or its own rules refuse
-        the run, no reply but an error leaves.
-        """
-        try:
-            self.request = TrainRequest.read(self.message.content.config_records["config"])
-            self.request = apply_epsilon_cap(self.request, self.node)
-            check_secure(self.request, self.node)
-            self.local = find_local_hospital(self.request, self.node)
-        except Exception as error:
-            self.lookup_error = error
-
     def _checked(self, reply: Message) -> Message:
         if reply.has_error():
             text = str(reply.error.reason)
@@ -114,13 +150,13 @@ class ReplyGuard:
                 raise Refused(ERROR, f"code {reply.error.code}, '{text}'")
             return failure(self.message, text)
         if self.request is None or self.local is None:
-            raise ConfigError("a reply of an unknown hospital") from self.lookup_error
+            raise ConfigError("a reply of an unknown hospital")
         content = checked_content(self.message, reply, self.request, self.local)
         return Message(content, reply_to=self.message)
 
     def _write_log(self, reply: Message, packed: RecordDict | None) -> None:
         path = self.local.outbound if self.local else None
-        if path is None and (folder := self._folder()):
+        if path is None and (folder := self.folder()):
             path = folder / NAME
         if path is None:
             if not reply.has_error():
@@ -133,21 +169,6 @@ class ReplyGuard:
         OutboundLog(path).append(
             Entry.of(experiment, number, self.message.metadata.message_type, records)
         )
-
-    def _folder(self) -> Path | None:
-        """Folder of this hospital's client.log."""
-        if self.local is not None:
-            return self.local.folder
-        if state_dir := str(self.node.get("state-dir", "")):
-            return Path(state_dir)
-        return (
-            log_folder(self.request, self.node)
-            if self.request and "partition-id" in self.node
-            else None
-        )
-
-    def _log_failure(self, step: str) -> None:
-        log_failure(self._folder(), self.request.round if self.request else 0, step)
 
 
 def failure(message: Message, text: str) -> Message:

@@ -2,39 +2,45 @@
 
 In a simulation the state lies in a folder of the run (`hospitals/NAME`), and the shard is the one
 with the hospital's number. In a deployment both come from the SuperNode's node-config (`data-root`,
-`state-dir`), and no path from the server is read or written; `max-epsilon` and `require-secure` in
-the node-config override the server's request. A hospital is simulated when its process was started
-by `fedgan simulate` (`SIMULATION` in its environment) or by Flower's own engine (Ray's actors).
+`state-dir`), and no path from the server is read or written; its limits are in client/policy.py. A
+hospital is simulated when its process was started by `fedgan simulate` (`SIMULATION` in its
+environment) or by Flower's own engine (Ray's actors).
+
+The state folder of an experiment holds the states of the last rounds, and in `experiment.json` what
+the first request pinned: a later request with other values is refused. One process at a time
+trains (`LocalHospital.locked`). docs/explanation/federation.md has the rules.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
-import math
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedgan import files
-from fedgan.config import Settings, from_dict
+from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.federation import Hospital, open_hospital, open_hospitals
 from fedgan.errors import CheckpointError, ConfigError
 from fedgan.exchange.outbound_log import NAME as OUTBOUND
 from fedgan.privacy.ledger import NAME as LEDGER
+from fedgan.redact import printable
 from fedgan.run_folder import RunFolder
 
 SIMULATION = "FEDGAN_SIMULATION"  # environment variable, "1" in simulated hospitals
 KEEP_STATES = 3  # a server that lost its last round goes back by one; one more as reserve
 PROGRESS_SECONDS = 0.5
+STATES = "state-*"  # files of states
+TEMPORARY = (".*.part", "*.part", "*.tmp")  # of killed processes
+LOG_LINE, LOG_LINES = 2000, 200  # characters per line and lines of an entry of client.log
 
 
 @dataclass(frozen=True)
@@ -94,45 +100,142 @@ class LocalHospital:
         """Path of the Trainer's state after `round_number`."""
         return self.folder / f"state-{round_number:05d}.safetensors"
 
-    def state_of(self, request: TrainRequest) -> Path:
-        """State that the request continues. Raises `CheckpointError` if missing or foreign."""
-        label = self.folder / "experiment.json"
-        path = self.state(request.since)
-        if not path.with_suffix(".json").is_file():
-            raise CheckpointError(
-                f"{path} is missing: this hospital cannot continue from round {request.since}"
-            )
-        if (
-            not label.is_file()
-            or json.loads(label.read_text(encoding="utf-8")).get("experiment") != request.experiment
-        ):
-            raise CheckpointError(
-                f"{self.folder} holds the state of another experiment than {request.experiment}"
-            )
-        return path
+    def states(self) -> list[int]:
+        """Rounds of the states in the folder, also of damaged ones, ascending."""
+        numbers = (path.stem.removeprefix("state-") for path in self.folder.glob(STATES))
+        return sorted({int(number) for number in numbers if number.isdigit()})
 
-    def prepare_folder(self, request: TrainRequest) -> None:
-        """Remove all states and label the folder with the experiment, before its first round."""
-        label = self.folder / "experiment.json"
-        for old in self.folder.glob("state-*"):
-            old.unlink()
-        files.write_json(label, {"experiment": request.experiment, "hospital": self.hospital.name})
+    @contextlib.contextmanager
+    def locked(self, request: TrainRequest, seconds: float) -> Iterator[None]:
+        """Wait up to `seconds` until no other process works on the states, and hold their lock.
+
+        Removes temporary files of killed processes. Raises `ConfigError` when the other process
+        does not end.
+        """
+
+        def on_wait() -> None:
+            text = f"round {request.round} waits for another process that trains this hospital"
+            log(self.folder, text)
+
+        with files.locked(self.folder, seconds, on_wait):
+            for pattern in TEMPORARY:
+                for path in self.folder.glob(pattern):
+                    path.unlink(missing_ok=True)
+            yield
+
+    def check_pins(self, asked: TrainRequest, trains: bool) -> None:
+        """Compare a request with what the experiment's first request for training pinned.
+
+        `trains`: whether this is such a request; the first one pins its values. Raises
+        `ConfigError` for other values, `CheckpointError` where the pinned ones are unreadable: they
+        are not replaced silently.
+        """
+        label, pins = self.folder / "experiment.json", pins_of(asked)
+        kept = _read_label(label)
+        if kept is None or kept["experiment"] != asked.experiment:
+            if trains:
+                self._write_pins(label, asked.experiment, pins, is_foreign=kept is not None)
+            return
+        first = kept["pinned"]
+        numbers = REQUESTED if asked.settings.privacy.on and trains else ()
+        differing = [
+            f"{key} = {pins.get(key)!r}, pinned is {first.get(key)!r}"
+            for key in sorted((first.keys() | pins.keys()) - set(REQUESTED)) + list(numbers)
+            if pins.get(key) != first.get(key)
+            # may rise: a hospital that joins later may need more noise
+            and not (key == LEAST_NOISE and asked.least_noise >= first.get(key, 0.0))
+        ]
+        if differing:
+            raise ConfigError(
+                "the request differs from what the first request of this experiment pinned: "
+                f"{'; '.join(differing)}; begin a new run for other settings"
+            )
+
+    def _write_pins(
+        self, label: Path, experiment: str, pins: Mapping[str, Any], is_foreign: bool
+    ) -> None:
+        if is_foreign:  # a folder that another experiment has used
+            for path in self.folder.glob(STATES):
+                path.unlink()
+        elif self.states():
+            text = "experiment.json was lost: this experiment's settings are pinned anew"
+            log(self.folder, text)
+        names = {"experiment": experiment, "hospital": self.hospital.name}
+        files.write_json(label, {**names, "pinned": pins})
+
+    def check_is_newest(self, request: TrainRequest) -> None:
+        """Raise `CheckpointError` for a request that is older than the states.
+
+        A server that lost its last rounds repeats them from a state that is still here. A request
+        for an earlier round than the newest state's, whose own state (`since`) is gone, is an old
+        one.
+        """
+        states = self.states()
+        repeated = [number for number in states if number >= request.round]
+        is_gone = request.since not in states if request.since else len(repeated) >= KEEP_STATES
+        if states and request.round < states[-1] and is_gone:
+            raise CheckpointError(
+                f"the request for round {request.round} from round {request.since} is older than "
+                f"this hospital's state of round {states[-1]}: an old process or message"
+            )
 
     def remove_old_states(self, request: TrainRequest) -> None:
-        """Keep this round's state, the one that it continued, and the last few before; remove the
-        others.
+        """Keep this round's state, the one that it continued, and the last few before; remove
+        others before this round.
 
-        States between the two belong to replies that did not count.
+        Those between the two belong to replies that did not count. States of later rounds are
+        another process's, or those of rounds that a server repeats.
         """
-        rounds = {
-            path: int(path.stem.removeprefix("state-")) for path in self.folder.glob("state-*")
-        }
-        counted = sorted(
-            {number for number in rounds.values() if number <= request.since}, reverse=True
-        )[: KEEP_STATES - 1]
-        for path, number in rounds.items():
-            if number not in counted and number != request.round:
+        counted = [number for number in self.states() if number <= request.since]
+        kept = counted[-(KEEP_STATES - 1) :]
+        for path in self.folder.glob(STATES):
+            number = path.stem.removeprefix("state-")
+            if number.isdigit() and int(number) < request.round and int(number) not in kept:
                 path.unlink(missing_ok=True)
+
+
+# --- pinned settings ------------------------------------------------------------------------------
+
+# What decides what leaves a hospital. Not federation.wire: a run whose numbers exceed 16 bits
+# continues with another format of the same numbers.
+PINNED: dict[str, tuple[str, ...]] = {
+    "privacy": (),  # all keys
+    "model": (),
+    "data": ("resolution", "label_map"),
+    "training": ("batch_size", "sampling", "labels"),
+    "federation": ("secure", "secure_range", "exchange", "delta", "share_label_counts"),
+}
+LEAST_NOISE = "least_noise"
+REQUESTED = ("planned", "batch", LEAST_NOISE)  # with privacy: from them follows the noise
+
+
+def pins_of(asked: TrainRequest) -> dict[str, Any]:
+    """What a request pins, by key."""
+    tree = to_dict(asked.settings)
+    pins = {
+        f"{section}.{key}": tree[section][key]
+        for section, keys in PINNED.items()
+        for key in keys or tree[section]
+    }
+    if asked.settings.privacy.on:
+        pins |= {key: getattr(asked, key) for key in REQUESTED}
+    return pins
+
+
+def _read_label(path: Path) -> dict[str, Any] | None:
+    """Content of experiment.json; None where it is missing."""
+    try:
+        label = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(label["experiment"], str) and isinstance(label["pinned"], dict):
+            return dict(label)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise CheckpointError(
+        f"{path} is damaged: it holds the pinned settings of this experiment; put back a "
+        "copy, or delete it to pin those of the next request"
+    )
 
 
 def trusts_paths(node: Mapping[str, Any]) -> bool:
@@ -173,59 +276,6 @@ def find_local_hospital(request: TrainRequest, node: Mapping[str, Any]) -> Local
     # In a simulation the shard's folder may be read-only.
     log_place = shard_folder if own_state or os.access(shard_folder, os.W_OK) else folder
     return LocalHospital(number, hospital, folder, shard_folder / LEDGER, log_place / OUTBOUND)
-
-
-def apply_epsilon_cap(request: TrainRequest, node: Mapping[str, Any]) -> TrainRequest:
-    """Lower the request's `privacy.max_epsilon` to this node's own `max-epsilon`.
-
-    Raises `ConfigError` where it is no number above 0, and for a run without privacy, where epsilon
-    is unbounded.
-    """
-    if _node_value(node, "max-epsilon") is None:
-        return request
-    try:
-        limit = float(node["max-epsilon"])
-    except ValueError:
-        limit = math.nan
-    if not (math.isfinite(limit) and limit > 0):
-        raise ConfigError(
-            f"max-epsilon = {node['max-epsilon']} in this node's config: give a number above 0"
-        )
-    privacy = request.settings.privacy
-    if not privacy.on:
-        raise ConfigError(
-            f"this node's config has max-epsilon = {limit:g}, and the run has no privacy: refused; "
-            "set privacy.epsilon in the scenario, or remove max-epsilon here"
-        )
-    smaller = min(limit, privacy.max_epsilon or limit)
-    settings = dataclasses.replace(
-        request.settings, privacy=dataclasses.replace(privacy, max_epsilon=smaller)
-    )
-    return dataclasses.replace(request, settings=settings)
-
-
-def check_secure(request: TrainRequest, node: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for a run without `federation.secure` where this node sets
-    `require-secure`.
-
-    Also for a value other than true or false, which must not count as false.
-    """
-    value = _node_value(node, "require-secure", False)
-    if str(value).lower() not in ("true", "false"):
-        raise ConfigError(f"require-secure = {value} in this node's config: give true or false")
-    if str(value).lower() == "true" and not request.settings.federation.secure:
-        raise ConfigError(
-            "this node's config has require-secure = true, and the run has no secure aggregation: "
-            "refused; set federation.secure in the scenario, or remove require-secure here"
-        )
-
-
-def _node_value(node: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """Value of `key` in the node-config. Raises `ConfigError` for a variant spelling."""
-    for name in node:
-        if name != key and str(name).lower().replace("_", "-") == key:
-            raise ConfigError(f"this node's config has {name}: it is written {key}")
-    return node.get(key, default)
 
 
 def log_folder(request: TrainRequest, node: Mapping[str, Any]) -> Path | None:
@@ -279,10 +329,18 @@ def log_failure(folder: Path | None, round_number: int, step: str) -> None:
 
 
 def log(folder: Path | None, text: str) -> None:
-    """Append a text with the time to this hospital's `client.log`. Never raises."""
+    """Append a text with the time to this hospital's `client.log`. Never raises.
+
+    The text may be the server's: invisible characters are escaped, lines cut, and all lines but the
+    first are indented, so that no text looks like another entry.
+    """
     if folder is None:
         return
+    lines = text.rstrip("\n").split("\n")
+    if len(lines) > LOG_LINES:
+        lines = [*lines[: LOG_LINES // 2], "…", *lines[-LOG_LINES // 2 :]]
+    entry = "\n    ".join(printable(line, LOG_LINE) for line in lines)
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "client.log", "a", encoding="utf-8") as stream:
-            stream.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}, {text}\n")
+            stream.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}, {entry}\n")

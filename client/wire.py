@@ -15,6 +15,7 @@ from flwr.clientapp.mod import fixedclipping_mod
 from flwr.clientapp.typing import ClientAppCallable
 
 from fedgan.config import Settings
+from fedgan.errors import ConfigError
 from fedgan.exchange.bundle import BUNDLE, pack_bundle, unpack_bundle
 from fedgan.exchange.number_formats import make_update, unpack
 
@@ -40,6 +41,26 @@ def update_record(
     delta = federation.delta or federation.secure
     update = make_update(after, before, federation.wire, delta)
     return ArrayRecord({key: Array(value) for key, value in sorted(update.items())})
+
+
+def check_clip(message: Message, settings: Settings) -> None:
+    """Raise `ConfigError` where the settings have a clip here and the request does not ask for it.
+
+    Flower's mod clips only what the request asks for.
+    """
+    privacy = settings.privacy
+    if privacy.client_level != "client" or message.metadata.message_type != "train":
+        return
+    norms = [
+        config[CLIPPING_NORM]
+        for config in message.content.config_records.values()
+        if CLIPPING_NORM in config
+    ]
+    if len(norms) != 1 or not 0 < float(norms[0]) <= privacy.client_clip:
+        raise ConfigError(
+            f"privacy.client_level = 'client' clips here at {privacy.client_clip:g}, and the "
+            f"request has {norms or 'none'}"
+        )
 
 
 def clip_update(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

@@ -1,4 +1,4 @@
-"""Atomic writes and checked reads: a reader sees the old file or the new one, never a part.
+"""Atomic writes, by which a reader sees the old file or the new one; checked reads; locks.
 
 An error of the operating system (disk full, no permission) becomes a `StorageError` with the path.
 """
@@ -10,11 +10,19 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fedgan.errors import StorageError
+from fedgan.errors import ConfigError, StorageError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: no lock, so no run
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"  # in a folder
 
 
 def _read_umask() -> int:
@@ -141,6 +149,58 @@ def scan_json_lines(path: str | Path) -> list[dict[str, Any] | None]:
                 row = None
             rows.append(row if isinstance(row, dict) else None)
     return rows
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(
+    folder: Path, timeout: float, on_wait: Callable[[], None] = lambda: None
+) -> Iterator[int]:
+    """Hold the lock of a folder, which is created where it is missing.
+
+    The lock is the system's (flock): it ends with the process, however that ends. `on_wait` is
+    called once where another process holds it. Raises `ConfigError` when that still holds it after
+    `timeout` seconds, `StorageError` where the folder cannot be written.
+    """
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(path, timeout, on_wait)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    if handle is None:
+        raise ConfigError(f"{folder} is in use by another fedgan: wait for its end, or stop it")
+    try:
+        yield handle
+    finally:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # succeeds only where nothing was written
+        os.close(handle)
+
+
+def _acquire(path: Path, timeout: float, on_wait: Callable[[], None]) -> int | None:
+    """An open file that holds the lock; None after the timeout."""
+    end, has_waited = time.monotonic() + timeout, False
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # not a file that its holder has just removed
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)
+        if time.monotonic() > end:
+            return None
+        if not has_waited:
+            on_wait()
+            has_waited = True
+        time.sleep(0.1)
+
+
+# --- errors --------------------------------------------------------------------------------------
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

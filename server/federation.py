@@ -75,6 +75,7 @@ from server.metrics import (
     describe_absence,
     exhausted_status,
     hospital_metrics,
+    lost_states,
     mean_metrics,
     newly_exhausted,
 )
@@ -261,6 +262,8 @@ class Federation:
         self._require_enough(valid, absences, state, number)
         members = [member for member in members if member.number in valid]
         rows = [hospital_metrics(member, valid[member.number]) for member in members]
+        for text in lost_states(rows):
+            self._note(f"in round {number} {text}")
 
         # aggregate
         counted = [

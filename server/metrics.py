@@ -73,6 +73,16 @@ def hospital_metrics(member: Member, reply: Message) -> dict[str, Any]:
     return row | counts | finite_numbers(facts)
 
 
+def lost_states(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each hospital that had lost its state before the round."""
+    return [
+        f"'{row['name']}' had lost its state and "
+        + (f"continued that of round {older:g}" if older else "began anew from the server's model")
+        for row in rows
+        if (older := row.get("continued_from")) is not None
+    ]
+
+
 def finite_numbers(facts: Mapping[str, Any]) -> dict[str, float | None]:
     """The finite numbers of `ROUND_METRICS`; an infinite epsilon (no noise) as None, as in JSON.
 

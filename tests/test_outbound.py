@@ -91,7 +91,7 @@ class Hospital:
         self.client_log = self.run.hospital_state("alpha") / "client.log"
 
     def request(self, kind: str, *overrides: str) -> Message:
-        """The request that the hospital received, with other settings."""
+        """The request that the hospital received; with other settings it is of a new experiment."""
         (message,) = [
             copy.deepcopy(each) for each in self.requests if each.metadata.message_type == kind
         ]
@@ -99,6 +99,8 @@ class Hospital:
         config["settings"] = json.dumps(
             to_dict(from_dict(json.loads(str(config["settings"])), overrides))
         )
+        if overrides:
+            config["experiment"] = f"exp-{abs(hash(overrides))}"
         return message
 
     def valid_content(self, kind: str, message: Message) -> RecordDict:
@@ -609,7 +611,7 @@ def request(config: ConfigRecord, kind: str = "query.hello") -> Message:
 
 def test_node_without_partition_id_replies_with_a_listed_error(hospital: Hospital) -> None:
     reply = send(app, hospital.request("query.hello"), {})
-    assert reply.error.reason == "hospital: KeyError while reading the request"
+    assert reply.error.reason == "hospital: KeyError while opening its shard"
 
 
 def test_simulation_with_read_only_shards_logs_in_the_run_folder(
@@ -944,7 +946,7 @@ def test_reference_table_lists_every_round_metric() -> None:
         (
             ("privacy.client_level=server",),
             {metric.name for metric in ROUND_METRICS}
-            - {"round", "images_seen", "images", "threads", "exhausted"}
+            - {"round", "images_seen", "images", "threads", "exhausted", "continued_from"}
             - {"epsilon", "delta", "noise_multiplier", "sample_rate"},
         ),
     ],

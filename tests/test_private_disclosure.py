@@ -16,7 +16,8 @@ from test_private_federation import private
 
 from client import hospital as hospital_module
 from client.app import app
-from client.hospital import TrainRequest, apply_epsilon_cap
+from client.hospital import TrainRequest
+from client.policy import apply_policy
 from fedgan import files
 from fedgan.cli import label_sampling
 from fedgan.config import Settings, to_dict
@@ -70,19 +71,19 @@ def test_delta_above_one_over_n_is_refused(tmp_path):
 )
 def test_smaller_epsilon_cap_of_hospital_and_server_applies(servers, own, counts):
     request = TrainRequest(settings_of(f"privacy.max_epsilon={servers}"), "e", "run")
-    assert apply_epsilon_cap(request, {"max-epsilon": own}).settings.privacy.max_epsilon == counts
-    assert apply_epsilon_cap(request, {}) == request
+    assert apply_policy(request, {"max-epsilon": own}).settings.privacy.max_epsilon == counts
+    assert apply_policy(request, {}) == request
 
 
 def test_misspelled_epsilon_cap_is_refused():
     with pytest.raises(ConfigError, match="has max_epsilon: it is written max-epsilon"):
-        apply_epsilon_cap(TrainRequest(settings_of(), "e", "run"), {"max_epsilon": 3})
+        apply_policy(TrainRequest(settings_of(), "e", "run"), {"max_epsilon": 3})
 
 
 @pytest.mark.parametrize("own", ["0", -1, "nan", "inf", "much"])
 def test_epsilon_cap_must_be_a_positive_number(own):
     with pytest.raises(ConfigError, match="give a number above 0"):
-        apply_epsilon_cap(TrainRequest(settings_of(), "e", "run"), {"max-epsilon": own})
+        apply_policy(TrainRequest(settings_of(), "e", "run"), {"max-epsilon": own})
 
 
 def steps_by_rdp(

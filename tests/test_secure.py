@@ -23,7 +23,8 @@ import client.secure
 import server.aggregation.secure
 from client.app import app
 from client.gate import OutboundGate
-from client.hospital import SIMULATION, TrainRequest, check_secure
+from client.hospital import SIMULATION, TrainRequest
+from client.policy import apply_policy
 from client.secure import check_request
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError
@@ -751,7 +752,7 @@ def test_hospital_with_require_secure_sends_no_round_in_clear(
     with mock.patch.dict(os.environ, {SIMULATION: "1"}):
         assert not gate(copy.deepcopy(message), context).has_error()
         refusal = with_require_secure(1, gate)(message, context)
-    step = "applying its require-secure" if gate is app else "checking the reply"
+    step = "applying its require-secure"
     assert str(refusal.error.reason).startswith(f"hospital: ConfigError while {step}")
     # the reply without the rule; the refusal is in the node's own folder
     assert len(log.read().entries) == before + 1
@@ -771,9 +772,9 @@ def test_ambiguous_require_secure_is_refused(
     tmp_path: Path, node: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(ConfigError, match=text):
-        check_secure(TrainRequest(tiny(tmp_path), "e", "run"), node)
-    check_secure(TrainRequest(tiny(tmp_path), "e", "run"), {"require-secure": False})
-    check_secure(
+        apply_policy(TrainRequest(tiny(tmp_path), "e", "run"), node)
+    apply_policy(TrainRequest(tiny(tmp_path), "e", "run"), {"require-secure": False})
+    apply_policy(
         TrainRequest(tiny(tmp_path, "federation.secure=true"), "e", "run"),
         {"require-secure": "True"},
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from click import ClickException
 
 from fedgan.cli import console, probe
 from fedgan.cli.runs import Overrides, shipped_scenario
@@ -71,6 +72,15 @@ def doctor(
             help="A key folder, or a hospital's part of it. [default: keys, if it exists]",
         ),
     ] = None,
+    node_config: Annotated[
+        str,
+        typer.Option(
+            "--node-config",
+            envvar="HOSPITAL_CONFIG",
+            metavar="TEXT",
+            help="Show the limits in a hospital's node-config, e.g. 'max-epsilon=4.0'.",
+        ),
+    ] = "",
     as_json: console.Json = False,
 ) -> None:
     """Check this machine and forecast a scenario's time.
@@ -89,6 +99,7 @@ def doctor(
         disk_check(Path.cwd()),
         *port_checks(),
         *key_checks(keys),
+        *policy_checks(node_config),
     ]
     result: dict[str, Any] = {"scenario": settings.name}
     if not any(check.status == "failed" for check in checks):
@@ -239,6 +250,29 @@ def key_checks(folder: Path | None) -> list[Check]:
     if any(problem.grave for problem in inspection.problems):
         return problems
     return [Check("keys", "ok", inspection.found), *problems]
+
+
+def policy_checks(node_config: str) -> list[Check]:
+    """A hospital's own limits, as its SuperNode would read them; empty without a node-config."""
+    if not node_config.strip():
+        return []
+    try:
+        from flwr.common.config import parse_config_args
+
+        from client.policy import POLICY, read_policy, shown
+
+        limits = read_policy(parse_config_args([node_config]))
+    except ModuleNotFoundError as error:
+        fix = "run it in a clone of the repository, after pip install -e ."
+        return [Check("policy", "failed", f"unknown: no module {error.name}", fix)]
+    except (FedganError, ValueError, ClickException) as error:
+        return [Check("policy", "failed", str(error))]
+    others = f"no limit by {', '.join(key.name for key in POLICY if key.name not in limits)}"
+    fix = "see the node-config in docs/guides/deploy.md"
+    if not limits:
+        return [Check("policy", "warning", others, fix)]
+    found = ", ".join(f"{name} = {shown(value)}" for name, value in limits.items())
+    return [Check("policy", "ok", f"{found}; {others}")]
 
 
 def training_check(settings: Settings) -> tuple[Check, dict[str, Any] | None]:

@@ -64,6 +64,12 @@ ROUND_METRICS = (  # in the order of the reply
     RoundMetric("images", "images seen in this round", "images", _ALWAYS, is_count=True),
     RoundMetric("threads", "CPU threads", "threads", _ALWAYS, int, is_count=True),
     RoundMetric("exhausted", "1 when the privacy budget is spent", "", _ALWAYS),
+    RoundMetric(
+        "continued_from",
+        "where its own state was lost, the round of the older one that it continued; 0: none",
+        "",
+        _ALWAYS,
+    ),
     RoundMetric("loss_g", "loss of the generator", "", _NOISY, mean_rank=1),
     RoundMetric("d_accuracy", "share of fakes that D classifies as fake", "", _NOISY, mean_rank=3),
     RoundMetric("path_length", "mean path length of the generator", "", _NOISY, mean_rank=7),

@@ -33,6 +33,10 @@ class FormatError(CheckpointError):
     """A checkpoint of another format."""
 
 
+class OtherImagesError(CheckpointError):
+    """A training state of other images than the shard now has."""
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write `tensors` to `path` (.safetensors), then `meta` to the .json beside it, atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}

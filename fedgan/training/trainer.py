@@ -25,7 +25,13 @@ from fedgan.errors import CheckpointError, ConfigError, DataError, FedganError, 
 from fedgan.models.hospital_condition import set_label_counts
 from fedgan.privacy.step import LABELS, PrivateStep, releases_labels
 from fedgan.training.batches import Batches, Streams
-from fedgan.training.checkpoint import load_into, load_tensors, save_tensors, with_prefix
+from fedgan.training.checkpoint import (
+    OtherImagesError,
+    load_into,
+    load_tensors,
+    save_tensors,
+    with_prefix,
+)
 from fedgan.training.ema import ema_decay, ema_update, half_life_kimg
 from fedgan.training.exchange_state import ExchangeState
 from fedgan.training.proximal import ProximalTerm
@@ -243,12 +249,12 @@ class Trainer:
                 )
         size = plain["sampler"]["size"]
         if size != len(self.dataset):
-            raise CheckpointError(
+            raise OtherImagesError(
                 f"{where} was made with {size} images, the shard now has {len(self.dataset)}: "
                 "start a new run"
             )
         if plain["data"] != self._fingerprint():
-            raise CheckpointError(
+            raise OtherImagesError(
                 f"{where} was made with other images or labels than the shard now has: "
                 "start a new run"
             )
