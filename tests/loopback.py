@@ -74,10 +74,11 @@ class Deployment:
         environment: Mapping[str, str],
         recording: Path | None,
         outsiders: Sequence[str],
+        approved: Path | None,
     ) -> None:
         self.folder, self.app, self.hospitals = folder, app, list(hospitals)
         self.node_config, self.environment = node_config, dict(environment)
-        self.recording = recording
+        self.recording, self.approved = recording, approved
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.node_ids: dict[str, int] = {}  # of the registered hospitals
         self.seconds: dict[str, float] = {}  # duration of the stages of the start
@@ -299,10 +300,10 @@ class Deployment:
         """Output of `flwr supernode ls`."""
         return list(json.loads(self.flwr("supernode", "ls", "--format", "json"))["nodes"])
 
-    def submit(self, run_config: Mapping[str, Any]) -> int:
-        """Start a run of the app; returns its id."""
+    def submit(self, run_config: Mapping[str, Any], app: Path | None = None) -> int:
+        """Start a run of the deployment's app or another one; returns its id."""
         given = " ".join(f"{key}={toml(value)}" for key, value in run_config.items())
-        words = ["run", str(self.app), "--format", "json", *(["-c", given] if given else [])]
+        words = ["run", str(app or self.app), "--format", "json", *(["-c", given] if given else [])]
         return int(json.loads(self.flwr(*words))["run-id"])
 
     def status(self, run: int) -> str:
@@ -364,10 +365,10 @@ class Deployment:
             return _words(BIN / "flower-superexec", options)
         if kind == "clientapp":
             address = f"{HOST}:{self.ports[f'node-{number}']}"
-            return [
-                *_words(BIN / "flower-superexec", {"--runtime-api-address": address}),
-                "--insecure",
-            ]
+            program = [BIN / "flower-superexec"]
+            if self.approved:
+                program = [sys.executable, "-P", REPOSITORY / "client" / "approval.py", "executor"]
+            return [*map(str, program), "--runtime-api-address", address, "--insecure"]
         hospital, config = self.hospitals[int(number) - 1], self.node_config(int(number) - 1)
         entrance = self.ports["recorder" if self.recording else "proxy"]
         return self.node_command(hospital, f"{HOST}:{entrance}", self.ports[name], config)
@@ -387,6 +388,8 @@ class Deployment:
         }
         addresses = (self.ports["proxy"], self.ports["superlink"])
         proxy = proxy_environment(self.keys, *addresses) if name == "proxy" else {}
+        if name.startswith("clientapp") and self.approved:
+            own["FEDGAN_APPROVED"] = str(self.approved)
         beats = self.heartbeats.get(name, {})
         return dict(os.environ) | QUIET | self.environment | own | beats | proxy
 
@@ -412,15 +415,19 @@ def deployment(
     recording: Path | None = None,
     outsiders: Sequence[str] = (),
     start: bool = True,
+    approved: Path | None = None,
 ) -> Iterator[Deployment]:
     """A deployment in an empty folder, started and online unless `start` is False.
 
     `node_config(index)` is the node-config of the hospital with that index (from 0); `environment`
     is added to every process. SuperNodes' requests are written to `recording`, if given (see
-    recording_proxy.py). `outsiders` have keys but neither registration nor processes.
+    recording_proxy.py). `outsiders` have keys but neither registration nor processes. `approved`:
+    list of the code that the hospitals run (client/approval.py); without it they run any.
     """
     folder = folder.resolve()
-    made = Deployment(folder, app, hospitals, node_config, environment or {}, recording, outsiders)
+    made = Deployment(
+        folder, app, hospitals, node_config, environment or {}, recording, outsiders, approved
+    )
     reaper = subprocess.Popen(
         [sys.executable, __file__, str(folder)], stdin=subprocess.PIPE, start_new_session=True
     )

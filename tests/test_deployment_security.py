@@ -24,6 +24,8 @@ from flwr.proto.node_pb2 import Node
 from loopback import HOST, Deployment, deployment, free_ports, make_keys, needs_haproxy
 from tiny_app import expected_sums, write_tiny_app
 
+from fedgan.cli.approve import bundle_hash
+
 pytestmark = needs_haproxy
 
 HOSPITALS = ("hospital-1", "hospital-2")
@@ -32,14 +34,17 @@ PROTOBUF = {"content-type": "application/protobuf", "accept": "application/proto
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Two hospitals whose requests are recorded."""
+    """Two hospitals, which run one app alone, and whose requests are recorded."""
     folder = tmp_path_factory.mktemp("security")
     for name in ("deployment", "recording"):
         (folder / name).mkdir()
+    approved, app = folder / "approved.txt", write_tiny_app(folder / "app")
+    approved.write_text(f"{bundle_hash(app)}  the tiny app\n")
     with deployment(
         folder / "deployment",
-        write_tiny_app(folder / "app"),
+        app,
         HOSPITALS,
+        approved=approved,
         recording=folder / "recording",
         outsiders=("stranger", "leaver"),
     ) as running:
@@ -308,6 +313,19 @@ def test_replayed_update_is_refused_and_counts_once(federation: Deployment, tmp_
         Attacker(federation, key).post(pushes, content=body)
     assert federation.wait_finished(run, 120) == "finished:completed", federation.tails()
     assert json.loads(output.read_text()) == expected_sums(hospitals=2)
+
+
+def test_code_that_is_not_approved_does_not_run(federation: Deployment, tmp_path: Path) -> None:
+    app, ran = write_tiny_app(tmp_path / "app"), tmp_path / "ran"
+    client = app / "tiny" / "client.py"
+    client.write_text(f"open({str(ran)!r}, 'w')\n{client.read_text()}")
+    run = federation.submit({"output": str(tmp_path / "sums.json"), "hospitals": 2}, app)
+    for number in federation.numbers:
+        federation.wait_log(f"clientapp-{number}", f"code with SHA-256 {bundle_hash(app)}", 60)
+        approved = f"approved is {bundle_hash(federation.app)}"
+        assert approved in federation.log(f"clientapp-{number}").read_text()
+    assert federation.wait_finished(run, 60) == "finished:failed"
+    assert not ran.exists()
 
 
 def test_proxy_log_has_no_credentials_or_bodies(federation: Deployment) -> None:

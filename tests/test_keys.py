@@ -651,3 +651,31 @@ def test_doctor_reports_missing_files_of_active_hospitals_only(keys: KeyFolder) 
     assert {status for status, _ in checks(keys.path)} == {"failed"}
     keys.revoke("hospital1", NOW)
     assert [status for status, _ in checks(keys.path)] == ["ok"]
+
+
+def test_hospital_keeps_the_key_that_it_made(fedgan: Run, tmp_path: Path) -> None:
+    fedgan("keys", "north")
+    for name in ("own", "next"):
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", tmp_path / name],
+            check=True,
+        )
+    keys = KeyFolder.open(tmp_path / "keys")
+    code, out, err = fedgan("keys", "add", "south", "--public-key", "own.pub")
+    assert code == 0, err
+    assert node_keys.fingerprint((tmp_path / "own.pub").read_bytes()) in out
+    assert sorted(path.name for path in keys.hospital("south").iterdir()) == ["ca.crt", "node.pub"]
+    assert [problem for problem in checks(keys.path) if problem[0] == "failed"] == []
+
+    code, _, err = fedgan("keys", "add", "west", "--public-key", "own.pub")
+    assert code == 2
+    assert "that of hospital 'south'" in err
+    code, _, err = fedgan("keys", "add", "west", "--public-key", "own")
+    assert code == 2
+    assert "must not leave its hospital" in err
+    assert not keys.hospital("west").exists()
+
+    code, _, err = fedgan("keys", "rotate", "north", "--public-key", "next.pub")
+    assert code == 0, err
+    assert not (keys.hospital("north") / "node.key").exists()
+    assert [row.revoked is None for row in keys.registrations()] == [False, True, True]

@@ -13,6 +13,7 @@ import typer
 
 import fedgan
 from fedgan.cli import (
+    approve,
     audit,
     compare,
     console,
@@ -79,6 +80,9 @@ app.command(
 app.add_typer(data.app, name="data")
 app.add_typer(keys.app, name="keys")
 app.add_typer(deploy.app, name="deploy")
+app.command(
+    epilog="Example: fedgan approve\n\nExample: fedgan approve --list /etc/fedgan/approved.txt"
+)(approve.approve)
 app.command(
     epilog="Example: fedgan doctor simulations/chest_three_hospitals.toml\n\n"
     "Example: fedgan doctor --keys keys",

@@ -15,6 +15,7 @@ import typer
 import fedgan.errors
 from fedgan import events
 from fedgan.cli import console
+from fedgan.cli.approve import APP, bundle_hash
 from fedgan.cli.runs import REPOSITORY, Overrides, folder_name
 from fedgan.config import load_scenario, to_dict
 from fedgan.errors import ConfigError, FederationError, FedganError, MachineError
@@ -251,6 +252,7 @@ def _submit(link: SuperLink, config: RunConfig, detach: bool, as_json: bool) -> 
             "stopped during the submission; fedgan deploy status shows whether the SuperLink "
             "accepted the run"
         ) from None
+    console.note(f"code of this run, for fedgan approve: {bundle_hash(APP)}")
     console.note(
         f"run {number}; log: fedgan deploy logs {number}; stop: fedgan deploy stop {number}"
     )

@@ -75,6 +75,13 @@ Days = Annotated[
     ),
 ]
 
+PublicKey = Annotated[
+    Path,
+    typer.Option(
+        "--public-key", metavar="FILE", help="The public key (.pub) that the hospital has made."
+    ),
+]
+
 
 @app.command(
     epilog="Example: fedgan keys create hospital1=1200 hospital2=900 --host fl.example.org\n\n"
@@ -116,6 +123,32 @@ def create(
     console.emit(_summary(folder), as_json, "\n".join(lines))
 
 
+@app.command(epilog="Example: fedgan keys add hospital4 --public-key hospital4.pub")
+def add(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The new hospital.")],
+    public_key: PublicKey,
+    output: Folder = Path("keys"),
+    as_json: console.Json = False,
+) -> None:
+    """Add a hospital that has made its own key, so that no private key travels.
+
+    The hospital runs `ssh-keygen -t ecdsa -b 384 -N "" -f node.key`, keeps node.key, and sends
+    node.key.pub.
+    """
+    from fedgan.deployment import node_keys
+    from fedgan.deployment.certificates import now
+    from fedgan.deployment.key_folder import KeyFolder
+
+    folder = KeyFolder.open(output)
+    rows = folder.add([name], now(), node_keys.read_own_public(public_key, name.partition("=")[0]))
+    lines = [
+        f"added {name}: {rows[0].fingerprint}",
+        f"compare the fingerprint by telephone, and send it {console.shown(folder.authority)}",
+        *_registration_steps(folder, rows, ()),
+    ]
+    console.emit(_summary(folder), as_json, "\n".join(lines))
+
+
 @app.command(
     epilog="Example: fedgan keys rotate hospital1\n\n"
     "Example: fedgan keys rotate hospital1=2000\n\n"
@@ -132,6 +165,12 @@ def rotate(
     output: Folder = Path("keys"),
     hosts: Hosts = None,
     days: Days = None,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--public-key", metavar="FILE", help="The new public key, made by the hospital itself."
+        ),
+    ] = None,
     as_json: console.Json = False,
 ) -> None:
     """Replace a hospital's key or the server's certificate.
@@ -139,11 +178,14 @@ def rotate(
     A hospital's old key is revoked. The server's new certificate keeps the names of the old one;
     --host adds more.
     """
+    from fedgan.deployment import node_keys
     from fedgan.deployment.certificates import now
     from fedgan.deployment.key_folder import KeyFolder
 
     folder = KeyFolder.open(output)
     if name == SERVER:
+        if public_key:
+            raise ConfigError("--public-key applies to a hospital's key, not to the server's")
         folder.rotate_server(hosts or [], days or DAYS, now())
         lines = [
             f"new key and certificate in {console.shown(output / SERVER)}: {_server_line(folder)}"
@@ -155,15 +197,17 @@ def rotate(
                 "--host and --days apply to the server's certificate, not to a hospital's key: "
                 "use them with fedgan keys rotate server"
             )
-        old, new = folder.rotate_hospital(name, now())
+        public = node_keys.read_own_public(public_key, name.partition("=")[0]) if public_key else None
+        old, new = folder.rotate_hospital(name, now(), public)
         lines = [
             f"new key in {console.shown(folder.hospital(new.name))}: {new.fingerprint}",
             f"revoked: {old.fingerprint}",
         ]
-        lines.append(
-            f"give {console.shown(folder.hospital(new.name))} to the hospital, "
-            "which then restarts its SuperNode"
-        )
+        if not public:
+            lines.append(
+                f"give {console.shown(folder.hospital(new.name))} to the hospital, "
+                "which then restarts its SuperNode"
+            )
         lines += _registration_steps(folder, [new], [old])
     console.emit(_summary(folder), as_json, "\n".join(lines))
 

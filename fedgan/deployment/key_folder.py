@@ -3,7 +3,8 @@
     ca/ca.key  ca.crt                          the authority; ca.key may be kept elsewhere
     server/server.key  server.crt  ca.crt      for the SuperLink
     server/proxy.pem                           for the proxy: server.crt and server.key in one file
-    hospitals/NAME/node.key  node.pub  ca.crt  what a hospital receives
+    hospitals/NAME/node.key  node.pub  ca.crt  what a hospital receives; no node.key where it made
+                                               its own
     register/hospitals.json                    the registration list (`registrations.py`)
     register/NAME-….pub                        every public key that is or was on it
 
@@ -117,11 +118,17 @@ class KeyFolder:
         """Every key ever made for a hospital, oldest first. Raises `ConfigError` if damaged."""
         return registrations.read(self.registration_list)
 
-    def add(self, names: Sequence[str], moment: datetime) -> tuple[Registration, ...]:
-        """Make a key for each of the new `names`. An error leaves the folder unchanged."""
+    def add(
+        self, names: Sequence[str], moment: datetime, public: bytes | None = None
+    ) -> tuple[Registration, ...]:
+        """Make a key for each of the new `names`. An error leaves the folder unchanged.
+
+        `public`: the public key of the one new hospital, which keeps its private key to itself.
+        """
         bounds = [registrations.split_bound(name) for name in names]
         names = [name for name, _ in bounds]
         with self._locked():
+            self._refuse_known(public)
             rows = self.registrations()
             self._folder("hospitals")
             existing = [path.name for path in (self.path / "hospitals").iterdir()]
@@ -129,7 +136,7 @@ class KeyFolder:
             moved: list[Path] = []
             with _stage(self.path, ".new.", self.path / "hospitals") as stage:
                 new = tuple(
-                    _write_hospital(stage / name, name, images, self.authority, moment)
+                    _write_hospital(stage / name, name, images, self.authority, moment, public)
                     for name, images in bounds
                 )
                 try:
@@ -147,26 +154,33 @@ class KeyFolder:
                     raise
         return new
 
-    def rotate_hospital(self, name: str, moment: datetime) -> tuple[Registration, Registration]:
+    def rotate_hospital(
+        self, name: str, moment: datetime, public: bytes | None = None
+    ) -> tuple[Registration, Registration]:
         """Make a new key for a hospital and revoke its old one; returns (old row, new row).
 
         This also re-admits a revoked hospital. NAME=IMAGES changes its bound of training images.
+        `public`: as for `add`.
         """
         name, images = registrations.split_bound(name)
         with self._locked():
+            self._refuse_known(public)
             rows = list(self.registrations())
             index = registrations.newest(rows, name)
-            private, public = node_keys.new_node_key(name)
+            private, public = (None, public) if public else node_keys.new_node_key(name)
             new = _registration(name, public, moment, images or rows[index].images)
             rows[index] = old = replace(
                 rows[index], revoked=rows[index].revoked or moment.isoformat()
             )
+            key = self.hospital(name) / "node.key"
             _replace_together(
                 (self.path / new.public_key, public, False),
-                (self.hospital(name) / "node.key", private, True),
+                *([(key, private, True)] if private else []),
                 (self.hospital(name) / "node.pub", public, False),
                 (self.registration_list, registrations.as_text([*rows, new]).encode(), False),
             )
+            if not private:
+                key.unlink(missing_ok=True)  # revoked
         return old, new
 
     def rotate_server(self, hosts: Sequence[str], days: int, moment: datetime) -> None:
@@ -208,6 +222,17 @@ class KeyFolder:
             rows[index] = replace(rows[index], revoked=moment.isoformat())
             files.write_text(self.registration_list, registrations.as_text(rows))
         return rows[index]
+
+    def _refuse_known(self, public: bytes | None) -> None:
+        """Raise `ConfigError` for a hospital's own key that is or was on the list."""
+        found = public and node_keys.fingerprint(public)
+        for row in self.registrations():
+            if row.fingerprint == found:
+                raise ConfigError(
+                    f"the key {found} is that of hospital '{row.name}'"
+                    f"{' and revoked' if row.revoked else ''}: make a new one with ssh-keygen -t "
+                    "ecdsa -b 384"
+                )
 
     def _write_authority_and_server(
         self, hosts: Sequence[str], days: int, moment: datetime
@@ -262,12 +287,18 @@ class KeyFolder:
 
 
 def _write_hospital(
-    folder: Path, name: str, images: int | None, authority: Path, moment: datetime
+    folder: Path,
+    name: str,
+    images: int | None,
+    authority: Path,
+    moment: datetime,
+    public: bytes | None = None,
 ) -> Registration:
-    """Make the folder that a hospital receives."""
+    """Make the folder that a hospital receives, without a private key where it has `public`."""
     folder.mkdir(mode=0o700)
-    private, public = node_keys.new_node_key(name)
-    files.write_bytes(folder / "node.key", private, private=True)
+    if public is None:
+        private, public = node_keys.new_node_key(name)
+        files.write_bytes(folder / "node.key", private, private=True)
     files.write_bytes(folder / "node.pub", public)
     files.write_bytes(
         folder / "ca.crt", certificates.certificate_bytes(certificates.read_certificate(authority))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -36,6 +37,22 @@ def fingerprint(line: bytes) -> str:
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
+def read_own_public(path: Path, comment: str) -> bytes:
+    """The line of a public key that a hospital made itself, with `comment` in place of its own.
+
+    Raises `ConfigError` if it is missing, a private key, or not a P-384 key.
+    """
+    with contextlib.suppress(OSError):
+        if b"PRIVATE KEY" in path.read_bytes():
+            raise ConfigError(
+                f"{path} is a private key, which must not leave its hospital: ask for the .pub "
+                "file, and for a new key"
+            )
+    key = serialization.load_ssh_public_key(read_public(path))
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    return public_line(key, comment)
+
+
 def read_public(path: Path) -> bytes:
     """Read a public key's line. Raises `ConfigError` if it is missing or not a P-384 key."""
     try:
@@ -45,7 +62,7 @@ def read_public(path: Path) -> bytes:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError(
-            f"{path} is not an OpenSSH public key: restore it from a backup"
+            f"{path} is not an OpenSSH public key (ssh-keygen -t ecdsa -b 384): restore it"
         ) from error
     _check_curve(key, path)
     return line
@@ -74,5 +91,6 @@ def _check_curve(key: object, path: Path) -> None:
         key, ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey
     ) or not isinstance(key.curve, ec.SECP384R1):
         raise ConfigError(
-            f"{path} is not a P-384 key: the SuperNode needs one that fedgan keys made"
+            f"{path} is not a P-384 key: the SuperNode needs one of fedgan keys, or of ssh-keygen "
+            "-t ecdsa -b 384"
         )
