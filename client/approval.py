@@ -93,8 +93,9 @@ def run_executor() -> None:
         )
     print(f"approved code: {', '.join(hashes)}", flush=True)
     TASK_TYPE_TO_COMMAND[TaskType.CLIENT_APP] = str(Path(__file__).resolve())
-    SubprocessExecutor.get_eligible_capacity = (  # type: ignore[method-assign]
-        lambda self, types, **_: (types & {TaskType.CLIENT_APP}, set())
+    SubprocessExecutor.get_eligible_capacity = lambda self, types, **_: (
+        types & {TaskType.CLIENT_APP},
+        set(),
     )
     flower_superexec()
 
