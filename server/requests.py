@@ -25,6 +25,7 @@ POLL = (0.05, 0.5)  # seconds between two polls for replies: at first, and at mo
 ONLINE_POLL = 2.0  # seconds between two polls of the online nodes
 MAX_ATTEMPTS = 4  # requests to one node, so that one that crashes each time cannot stall the others
 UNAVAILABLE, CRASHED = 5, 8  # Flower's codes for a node without heartbeat and a dead ClientApp
+UNLOADED = 1  # Flower's code for a ClientApp that was refused, or cannot be imported
 EXPIRED = (3, 4)  # Flower's codes for an expired request or reply
 DIED = ("ActorDied", "WorkerCrashed", "OutOfMemory")  # the same in Ray's words
 LATE = "did not reply in time"
@@ -147,6 +148,8 @@ def failure_reason(reply: Message) -> str:
         return OFFLINE
     if reply.error.code in EXPIRED:
         return LATE
+    if reply.error.code == UNLOADED:
+        return "it has not approved this code, or cannot load it: its log says which"
     if REASON.fullmatch(reason):
         return reason.removeprefix(HOSPITAL_REASON)
     return "an error that its own log explains"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -213,9 +214,18 @@ def test_permanent_services_restart_and_none_depends_on_another(path: Path) -> N
         )
 
 
-def test_hospital_on_its_own_machine_has_three_required_settings(hospital: dict[str, Any]) -> None:
+def test_hospital_on_its_own_machine_runs_approved_code_alone(hospital: dict[str, Any]) -> None:
+    service = hospital["services"]["clientapp"]
+    assert "/app/client/approval.py executor" in command_of(service)
+    target = service["environment"]["FEDGAN_APPROVED"]
+    assert mounts(service)[target][1], "the list of approved code can be written"
+    assert os.access(ROOT / "client" / "approval.py", os.X_OK)
+
+
+def test_hospital_on_its_own_machine_has_four_required_settings(hospital: dict[str, Any]) -> None:
     text = HOSPITAL.read_text(encoding="utf-8")
-    assert set(re.findall(r"\$\{(\w+):\?", text)) == {"FEDGAN_SERVER", "FEDGAN_CA", "FEDGAN_KEY"}
+    needed = {"FEDGAN_SERVER", "FEDGAN_CA", "FEDGAN_KEY", "FEDGAN_APPROVED"}
+    assert set(re.findall(r"\$\{(\w+):\?", text)) == needed
     assert mounts(hospital["services"]["clientapp"])["/data"] == ("${HOSPITAL_DATA:-./data}", True)
     assert not {"/data", "/state"} & set(mounts(hospital["services"]["supernode"]))
 

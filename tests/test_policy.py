@@ -12,12 +12,12 @@ import pytest
 from small_federation import NAMES, LocalGrid, NoEvaluator, tiny, write_shards
 
 from client.app import app
-from fedgan.exchange.error_messages import STEPS
 from client.hospital import TrainRequest
 from client.policy import GIB, POLICY, apply_policy, apply_state_quota, read_policy
 from client.policy import reference_markdown as policy_markdown
 from fedgan.cli import doctor
 from fedgan.errors import ConfigError, FederationError
+from fedgan.exchange.error_messages import STEPS
 from fedgan.files import locked as held
 from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run

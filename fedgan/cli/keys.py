@@ -197,7 +197,9 @@ def rotate(
                 "--host and --days apply to the server's certificate, not to a hospital's key: "
                 "use them with fedgan keys rotate server"
             )
-        public = node_keys.read_own_public(public_key, name.partition("=")[0]) if public_key else None
+        public = (
+            node_keys.read_own_public(public_key, name.partition("=")[0]) if public_key else None
+        )
         old, new = folder.rotate_hospital(name, now(), public)
         lines = [
             f"new key in {console.shown(folder.hospital(new.name))}: {new.fingerprint}",
