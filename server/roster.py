@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 
 from fedgan import files
 from fedgan.config import Settings
+from fedgan.data.labels import MAX_LABELS
 from fedgan.deployment.registrations import split_bound
 from fedgan.errors import ConfigError, DataError, FederationError, FedganError
 from fedgan.redact import is_printable, printable
@@ -34,7 +35,6 @@ HELLO = "query.hello"
 JOIN_SECONDS = 300.0  # for an introduction: a shard is opened, and in a simulation Ray starts
 LATE_JOIN_SECONDS = 60.0  # the same between two rounds, while the other hospitals wait
 NAME = r"[^/\\]{1,64}"  # hospitals and labels: no path separators, and printable
-MAX_LABELS = 10_000
 MAX_IMAGES = 1_000_000  # of a hospital without a bound
 
 Check = Callable[[Member], None]

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from PIL import Image
 from fedgan.data.importers import (
     Columns,
     ImportOptions,
+    folder,
     import_source,
     read_folder,
     read_manifest,
@@ -520,3 +524,102 @@ def test_label_map_parsing_and_errors():
     ):
         with pytest.raises(ConfigError, match=message):
             LabelMap.parse(text)
+
+
+# --- sources that were made to harm ---------------------------------------------------------------
+
+
+def npz_with(path: Path, key: str, header: bytes, body: bytes) -> Path:
+    """A pack whose array `key` has this header and body, compressed."""
+    own_pack(path, **{key: None})
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{key}.npy", header + body)
+    return path
+
+
+def npy_header(shape: str, descr: str = "|u1") -> bytes:
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "descr", "body"),
+    [
+        ("images", "(10**9, 16, 16)", "|u1", b""),
+        ("images", "(1000000000, 16, 16)", "|u1", bytes(100)),
+        ("images", "(1000000000000, 0, 16)", "|u1", b""),
+        ("images", "(-1, 16, 16)", "|u1", b""),
+        ("label", "(60,)", "<U100000000", bytes(60)),
+        ("label", "(60,)", "|O", bytes(60)),
+        ("label", "(60,)", "|V9", bytes(540)),
+        ("patient", "(60,)", "<U2", b"\xff" * 480),
+        ("label", "()", "<i8", bytes(8)),
+    ],
+)
+def test_array_unlike_its_header_is_not_read(tmp_path, key, shape, descr, body):
+    path = npz_with(tmp_path / "pack.npz", key, npy_header(shape, descr), body)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError):
+            import_source(read_npz(path), tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    assert not (tmp_path / "out").exists()
+
+
+def test_huge_label_code_is_refused(tmp_path):
+    path = own_pack(tmp_path / "pack.npz", card={}, label=np.arange(60) * 10**15)
+    with pytest.raises(DataError, match="at most 10000 are possible"):
+        read_npz(path)
+
+
+def test_encrypted_member_is_one_clear_error(tmp_path):
+    path = own_pack(tmp_path / "pack.npz")
+    data = bytearray(path.read_bytes())
+    for magic, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(magic) + offset] |= 1  # the flag of encryption
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="truncated or damaged"):
+        read_npz(path)
+
+
+def test_names_pipes_and_links_of_a_folder_are_counted_or_refused(tmp_path):
+    for number in range(12):
+        save_png(
+            tmp_path / "source" / f"class-{number % 2}" / f"{number}.png",
+            noise(16, 16, seed=number),
+        )
+    os.mkfifo(tmp_path / "source" / "class-0" / "pipe.png")
+    strange = os.fsencode(tmp_path / "source" / "class-0") + b"/\xff.png"
+    os.link(tmp_path / "source" / "class-0" / "0.png", os.fsdecode(strange))
+    (shard,) = import_source(read_folder(tmp_path / "source"), tmp_path / "out")
+    assert shard.card.skipped == {"a name that is not UTF-8": 1, "not a regular file": 1}
+
+    save_png(tmp_path / "elsewhere.png", noise(16, 16, seed=99))
+    (tmp_path / "source" / "class-1" / "link.png").symlink_to(tmp_path / "elsewhere.png")
+    with pytest.raises(DataError, match="leads out of"):
+        read_folder(tmp_path / "source")
+    assert len(read_folder(tmp_path / "source", outside=True)) == 14
+
+
+@pytest.mark.parametrize("outside", ["../secret.png", "{root}/secret.png"])
+def test_manifest_path_out_of_its_root_is_refused(tmp_path, outside):
+    save_png(tmp_path / "secret.png", noise(16, 16))
+    manifest = tmp_path / "data" / "images.csv"
+    manifest.parent.mkdir()
+    manifest.write_text(f"path,label\n{outside.format(root=tmp_path)},a\n")
+    with pytest.raises(DataError, match="leads out of"):
+        read_manifest(manifest)
+    assert len(read_manifest(manifest, outside=True)) == 1
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(DataError, match="no file at"):
+        read_manifest(tmp_path / "pipe.csv")
+
+
+def test_exponential_pattern_is_stopped(tmp_path, monkeypatch):
+    save_png(tmp_path / "source" / "a" / f"{'a' * 60}!.png", noise(16, 16))
+    monkeypatch.setattr(folder, "PATTERN_SECONDS", 0.3)
+    with pytest.raises(DataError, match="takes more than"):
+        read_folder(tmp_path / "source", patient_pattern="((?:a+)+)$")
+    assert len(read_folder(tmp_path / "source", patient_pattern="(a+)")) == 1

@@ -89,6 +89,9 @@ Test = Annotated[
     typer.Option("--test", help="Share of the patients for the test, if the source has no splits."),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the splits.")]
+Outside = Annotated[
+    bool, typer.Option("--outside", help="Follow paths and links out of the source's folder.")
+]
 Licence = Annotated[str, typer.Option("--licence", help="Licence of the images, for the card.")]
 
 
@@ -164,6 +167,7 @@ def import_folder(
     test: Test = 0.2,
     seed: Seed = 0,
     licence: Licence = "",
+    outside: Outside = False,
     as_json: console.Json = False,
 ) -> None:
     """Import class folders: one sub-folder per class, or per split with the classes inside."""
@@ -173,7 +177,7 @@ def import_folder(
     options = ImportOptions(
         resolution, channels, crop, label_map, duplicates, val, test, seed, licence
     )
-    _import(read_folder(source, name, patient), output, options, as_json)
+    _import(read_folder(source, name, patient, outside), output, options, as_json)
 
 
 @app.command(
@@ -235,6 +239,7 @@ def import_csv(
     test: Test = 0.2,
     seed: Seed = 0,
     licence: Licence = "",
+    outside: Outside = False,
     as_json: console.Json = False,
 ) -> None:
     """Import a CSV manifest: paths of images with labels, patient, institution and split."""
@@ -246,7 +251,7 @@ def import_csv(
     options = ImportOptions(
         resolution, channels, crop, label_map, duplicates, val, test, seed, licence
     )
-    _import(read_manifest(source, columns, root, name), output, options, as_json)
+    _import(read_manifest(source, columns, root, name, outside), output, options, as_json)
 
 
 # --- shared ---

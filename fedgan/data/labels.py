@@ -15,6 +15,7 @@ import numpy as np
 from fedgan.errors import ConfigError, DataError
 
 WILDCARD = "*"
+MAX_LABELS = 10_000
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgan.data.importers.folder import decode_images, read_headers
+from fedgan.data.importers.folder import decode_images, read_headers, refuse_outside
 from fedgan.data.importers.source import Skipped, Source, read_split
 from fedgan.errors import DataError
 
@@ -31,14 +31,18 @@ class Columns:
 
 
 def read_manifest(
-    file: str | Path, columns: Columns | None = None, root: str | Path | None = None, name: str = ""
+    file: str | Path,
+    columns: Columns | None = None,
+    root: str | Path | None = None,
+    name: str = "",
+    outside: bool = False,
 ) -> Source:
     """Read the rows of the CSV (or .tsv) `file`.
 
     Image paths are relative to `root` (default: the folder of `file`). `name` is the institution if
     no column names it (default: the file stem). Rows without a label, with a cell that is neither 0
-    nor 1, or without a split if there is a split column are skipped. Raises `DataError` for a
-    missing file or column.
+    nor 1, or without a split if there is a split column are skipped. `outside`: paths and links may
+    lead out of `root`. Raises `DataError` for a missing file or column, and for such a path.
     """
     file, columns = Path(file).expanduser(), columns or Columns()
     base = Path(root).expanduser() if root else file.parent
@@ -62,6 +66,8 @@ def read_manifest(
         Skipped(reason) if reason else base / path
         for path, reason in zip(paths, reasons, strict=True)
     ]
+    if not outside:
+        refuse_outside(base, files)
     size, colour = read_headers(files)
     return Source(
         title=file.name,
@@ -80,13 +86,13 @@ def read_manifest(
 
 def _read(file: Path) -> dict[str, list[str]]:
     """Read the table as columns of stripped text."""
+    if not file.is_file():  # a pipe would block
+        raise DataError(f"no file at {file}: give the path of a CSV manifest")
     try:
         with open(file, newline="", encoding="utf-8-sig") as stream:
             rows = list(
                 csv.reader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
             )
-    except FileNotFoundError:
-        raise DataError(f"no file at {file}: give the path of a CSV manifest") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{file} is no readable CSV: {error}") from None
     header, body = (

@@ -8,9 +8,8 @@ train, 1 test), `patient`, `name`. A JSON with the same stem ("labels", "institu
 
 from __future__ import annotations
 
-import json
+import math
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,12 @@ from typing import Any
 import numpy as np
 
 from fedgan.data.importers.source import Source, read_split
-from fedgan.errors import DataError
+from fedgan.data.labels import MAX_LABELS
+from fedgan.errors import DataError, FedganError
+from fedgan.files import parse_json
 
-DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+MAX_IMAGES, MAX_PIXELS = 2**24, 2**26
+MAX_COLUMN_BYTES = 2**30  # labels, patients and other columns, which are read as a whole
 
 
 def read_npz(file: str | Path, name: str = "") -> Source:
@@ -33,20 +35,22 @@ def read_npz(file: str | Path, name: str = "") -> Source:
     if not file.is_file():
         raise DataError(f"no file at {file}: give the path of an .npz pack")
     try:
-        with np.load(file, allow_pickle=False) as pack:
-            card = _card(file, pack)
-            medmnist = "train_images" in pack.files
-            if not medmnist and "images" not in pack.files:
-                raise DataError(
-                    f"{file} holds neither 'images' nor 'train_images': it is no image pack in a "
-                    "known layout"
-                )
-            return (_medmnist if medmnist else _own_layout)(file, pack, card, name or file.stem)
-    except DAMAGE as error:
+        pack = _Pack(file)
+        card = _card(file, pack)
+        medmnist = "train_images" in pack.files
+        if not medmnist and "images" not in pack.files:
+            raise DataError(
+                f"{file} holds neither 'images' nor 'train_images': it is no image pack in a known "
+                "layout"
+            )
+        return (_medmnist if medmnist else _own_layout)(file, pack, card, name or file.stem)
+    except FedganError:
+        raise
+    except Exception as error:  # zipfile, zlib, NumPy and codecs raise many kinds
         raise _damage_error(file, error) from None
 
 
-def _own_layout(file: Path, pack: Any, card: Mapping[str, Any], name: str) -> Source:
+def _own_layout(file: Path, pack: _Pack, card: Mapping[str, Any], name: str) -> Source:
     shape = _image_shape(file, "images")
     count = shape[0]
 
@@ -76,7 +80,7 @@ def _own_layout(file: Path, pack: Any, card: Mapping[str, Any], name: str) -> So
     )
 
 
-def _medmnist(file: Path, pack: Any, card: Mapping[str, Any], name: str) -> Source:
+def _medmnist(file: Path, pack: _Pack, card: Mapping[str, Any], name: str) -> Source:
     splits = [split for split in ("train", "val", "test") if f"{split}_images" in pack.files]
     shapes = [_image_shape(file, f"{split}_images") for split in splits]
     if any(shape[1:] != shapes[0][1:] for shape in shapes):
@@ -138,13 +142,13 @@ def _source(
 # --- codes and names -----------------------------------------------------------------------------
 
 
-def _card(file: Path, pack: Any) -> dict[str, Any]:
+def _card(file: Path, pack: _Pack) -> dict[str, Any]:
     """Read the names of the codes from the JSON beside the pack, else from its arrays."""
     beside = file.with_suffix(".json")
     card: dict[str, Any] = {}
     if beside.is_file():
         try:
-            card = json.loads(beside.read_text(encoding="utf-8"))
+            card = parse_json(beside.read_bytes())
         except (OSError, ValueError) as error:
             raise DataError(f"{beside} (the card of {file.name}) is damaged: {error}") from None
         if not isinstance(card, dict):
@@ -193,14 +197,22 @@ def _labels(
             )
         return codes.astype(np.uint8), tuple(names), False
     codes = codes.reshape(len(codes)).astype(np.int64)
-    names = names or [f"class-{code}" for code in range(int(codes.max(initial=0)) + 1)]
+    most = int(codes.max(initial=0)) + 1 if names is None else len(names)
+    if most > MAX_LABELS or len(codes) * most > MAX_COLUMN_BYTES:
+        raise DataError(
+            f"{file}: {most} labels for {len(codes)} images, at most {MAX_LABELS} are possible: "
+            "is 'label' a column of label codes?"
+        )
+    names = names or [f"class-{code}" for code in range(most)]
     if len(codes) and (codes.min() < 0 or codes.max() >= len(names)):
         wrong = int(((codes < 0) | (codes >= len(names))).sum())
         raise DataError(
             f"{file}: {wrong} images have a label code outside the card's {len(names)} labels: "
             "correct the card or the pack"
         )
-    return np.eye(len(names), dtype=np.uint8)[codes], tuple(names), True
+    labels = np.zeros((len(codes), len(names)), np.uint8)
+    labels[np.arange(len(codes)), codes] = 1
+    return labels, tuple(names), True
 
 
 def _decode(
@@ -242,7 +254,29 @@ def _texts(values: np.ndarray | None, count: int) -> np.ndarray:
 # --- the archive ---------------------------------------------------------------------------------
 
 
-def _header(stream: Any, where: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+class _Pack:
+    """The arrays of an archive by name, each of at most `MAX_COLUMN_BYTES`. No pickle is read."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+        self.files = [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        with zipfile.ZipFile(self.file) as archive, archive.open(f"{key}.npy") as stream:
+            shape, fortran, dtype = _header(archive, stream, key)
+            size = math.prod(shape) * dtype.itemsize
+            if size > MAX_COLUMN_BYTES:
+                raise DataError(f"{self.file}: '{key}' has {size} bytes, too many for a column")
+            array = np.frombuffer(stream.read(size), dtype)
+        return array.reshape(shape, order="F" if fortran else "C")
+
+
+def _header(
+    archive: zipfile.ZipFile, stream: Any, key: str
+) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether in Fortran order, and dtype. Raises `EOFError` unless they give the size."""
     version = np.lib.format.read_magic(stream)
     read = (
         np.lib.format.read_array_header_1_0
@@ -250,39 +284,60 @@ def _header(stream: Any, where: str) -> tuple[tuple[int, ...], bool, np.dtype[An
         else np.lib.format.read_array_header_2_0
     )
     shape, fortran, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError("Object arrays are not read")
+    if dtype.kind not in "biufUS":
+        raise ValueError(f"an array of {dtype}")
+    size = stream.tell() + math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or archive.getinfo(f"{key}.npy").file_size != size:
+        raise EOFError("the array's size is not that of its header")
+    return shape, fortran, dtype
+
+
+def _open_images(
+    file: Path, archive: zipfile.ZipFile, stream: Any, key: str
+) -> tuple[tuple[int, ...], bool]:
+    """Shape of an array of images, and whether it is in Fortran order; `DataError` for others."""
+    shape, fortran, dtype = _header(archive, stream, key)
     if (
         dtype != np.uint8
         or len(shape) not in (3, 4)
         or (len(shape) == 4 and shape[3] not in (1, 3))
     ):
         raise DataError(
-            f"{where} is {dtype} {shape}: images must be uint8 of (N, H, W), (N, H, W, 1) or "
-            "(N, H, W, 3)"
+            f"{file}: '{key}' is {dtype} {shape}: images must be uint8 of (N, H, W), "
+            "(N, H, W, 1) or (N, H, W, 3)"
         )
-    return shape, fortran, dtype
+    if shape[0] > MAX_IMAGES or not 0 < shape[1] * shape[2] <= MAX_PIXELS:
+        raise DataError(
+            f"{file}: '{key}' is {shape}: at most {MAX_IMAGES} images of 1 to {MAX_PIXELS} pixels "
+            "are read"
+        )
+    return shape, fortran
 
 
 def _image_shape(file: Path, key: str) -> tuple[int, ...]:
     with zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as stream:
-        return _header(stream, f"{file}: '{key}'")[0]
+        return _open_images(file, archive, stream, key)[0]
 
 
 def _stream(file: Path, key: str) -> Iterator[np.ndarray]:
     """Yield the images of one array of the archive, (H, W) or (H, W, 3) uint8."""
     try:
         with zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as stream:
-            shape, fortran, _ = _header(stream, f"{file}: '{key}'")
+            shape, fortran = _open_images(file, archive, stream, key)
             if fortran:  # the first axis is the fastest, so rows cannot be streamed
-                with np.load(file, allow_pickle=False) as pack:
-                    yield from (_squeeze(image) for image in pack[key])
+                yield from (_squeeze(image) for image in _Pack(file)[key])
                 return
-            size = int(np.prod(shape[1:]))
+            size = math.prod(shape[1:])
             for _ in range(shape[0]):
                 data = stream.read(size)
                 if len(data) < size:
                     raise EOFError("the array ends early")
                 yield _squeeze(np.frombuffer(data, np.uint8).reshape(shape[1:]))
-    except DAMAGE as error:
+    except FedganError:
+        raise
+    except Exception as error:
         raise _damage_error(file, error) from None
 
 

@@ -23,30 +23,36 @@ def decode(path: Path) -> np.ndarray:
     16-bit grey keeps its upper 8 bits. Raises `UnreadableError`.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise UnreadableError("not a regular file")  # a pipe or device would block
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 picture.load()
                 mode, upright = picture.mode, ImageOps.exif_transpose(picture)
+        if mode in DEEP_MODES:
+            deep = np.asarray(upright).astype(np.int64)
+            if deep.min() < 0 or deep.max() > 65535:
+                raise UnreadableError("more than 16 bits per pixel")
+            return (deep >> 8).astype(np.uint8)
+        if mode == "F":
+            raise UnreadableError("floating-point pixels")
+        return np.asarray(upright.convert("L" if mode in GREY_MODES else "RGB"))
+    except UnreadableError:
+        raise
     except FileNotFoundError:
         raise UnreadableError("missing file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UnreadableError("too many pixels") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and more
         raise UnreadableError("unreadable or truncated file") from error
-    if mode in DEEP_MODES:
-        deep = np.asarray(upright).astype(np.int64)
-        if deep.min() < 0 or deep.max() > 65535:
-            raise UnreadableError("more than 16 bits per pixel")
-        return (deep >> 8).astype(np.uint8)
-    if mode == "F":
-        raise UnreadableError("floating-point pixels")
-    return np.asarray(upright.convert("L" if mode in GREY_MODES else "RGB"))
 
 
 def read_header(path: Path) -> tuple[tuple[int, int], bool] | None:
     """((width, height), is in colour) from the file header, or None if it cannot be read."""
     try:
+        if not path.is_file():
+            return None
         with Image.open(path) as picture:
             return picture.size, picture.mode not in GREY_MODES
     except Exception:  # as in decode, which counts the file
