@@ -231,6 +231,7 @@ def _state(
                     *(int(row["number"]), str(row["name"]), int(row["images"])),
                     *(int(row["units"]), int(row["joined"])),
                     tuple(map(int, row["label_counts"])),
+                    str(row.get("key", "")),
                 )
                 for row in meta["participants"]
             ],
