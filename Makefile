@@ -3,6 +3,7 @@
 # make ablation  sets up, compares the parts of differential privacy (36 trainings, hours)
 # make test      sets up, runs every test   (make test PYTEST_ARGS="-k config")
 # make check     lint, types, import directions, fast tests
+# make fuzz      30,000 damaged inputs of every reader
 # make docs      builds the documentation into build/site, fails on a warning
 # make bench     speed and memory of this machine
 # make lock      writes deploy/requirements.lock: the tested packages of the images, with hashes
@@ -22,7 +23,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist load
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare ablation test check lint docs bench lock clean
+.PHONY: help setup demo compare ablation test fuzz check lint docs bench lock clean
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
@@ -51,6 +52,9 @@ ablation: setup
 
 test: setup
 	$(PYTEST) $(PYTEST_ARGS)
+
+fuzz: setup
+	FEDGAN_FUZZ=30000 $(PYTEST) --dist load -q tests/test_fuzz.py
 
 lint: setup
 	$(PYTHON) -m ruff check .

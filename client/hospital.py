@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -65,23 +66,33 @@ class TrainRequest:
 
     @staticmethod
     def read(config: Mapping[str, Any]) -> TrainRequest:
-        """Parse a message's ConfigRecord. Raises `ConfigError` for an unsafe experiment id."""
-        experiment = str(config["experiment"])
+        """Parse a message's ConfigRecord.
+
+        Raises `ConfigError` for an unsafe experiment id, and for values that no server sends.
+        """
+        experiment = str(config.get("experiment"))
         if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}", experiment):
             raise ConfigError(
                 "the server's experiment id is no name of up to 64 letters, digits, '-' and '_': "
                 "it names a folder of this hospital"
             )
-        settings = from_dict(json.loads(str(config["settings"])), source="the server's settings")
-        numbers = {
-            key: int(config.get(key, 0)) for key in ("round", "since", "images", "planned", "batch")
-        }
+        try:
+            tree = files.parse_json(str(config["settings"]))
+        except (KeyError, ValueError):
+            raise ConfigError("the server's settings are no JSON") from None
+        counts = ("round", "since", "images", "planned", "batch")
+        numbers = {key: config.get(key, 0) for key in counts}
+        noise = config.get("least_noise", 0.0)
+        if any(type(value) is not int or not 0 <= value < 2**31 for value in numbers.values()):
+            raise ConfigError(f"the server's {', '.join(counts)} are not whole numbers from 0")
+        if type(noise) not in (int, float) or not 0 <= noise < math.inf:
+            raise ConfigError("the server's least_noise is no number from 0")
         return TrainRequest(
-            settings,
+            from_dict(tree, source="the server's settings"),
             experiment,
-            str(config["run"]),
+            str(config.get("run", "")),
             **numbers,
-            least_noise=float(config.get("least_noise", 0.0)),
+            least_noise=float(noise),
             note=str(config.get("note", "")),
         )
 

@@ -290,8 +290,9 @@ def read_member(node: int, reply: Message, settings: Settings, registered: str =
     facts = reply.content.config_records.get("hospital") or {}
     bound, limit = _bound(registered), settings.federation.max_num_examples
     most = min(filter(None, (bound, limit)), default=MAX_IMAGES)
-    images: Any = facts.get("images")
-    if _is_integer(images) and images > most:
+    claimed: Any = facts.get("images")
+    images = claimed if _is_integer(claimed) else 0
+    if images > most:
         name = _name(registered)
         source = (
             f"its key is registered with {most} at most: fedgan keys rotate {name}=IMAGES"
@@ -305,13 +306,13 @@ def read_member(node: int, reply: Message, settings: Settings, registered: str =
             _is_integer(value) and 0 <= value < settings.federation.participants
         ),
         "name": _is_name,
-        "images": lambda value: _is_integer(value) and value > 0,
+        "images": lambda value: images > 0,
         "label_names": lambda value: (
             isinstance(value, list) and len(value) <= MAX_LABELS and all(map(_is_name, value))
         ),
         "exclusive": lambda value: isinstance(value, bool),
         "channels": lambda value: _is_integer(value) and 0 < value <= 4,
-        "resolution": lambda value: value == settings.data.resolution,
+        "resolution": lambda value: _is_integer(value) and value == settings.data.resolution,
         "phantoms": lambda value: isinstance(value, bool),
         "units": lambda value: _is_integer(value) and 0 <= value <= images,
         "label_counts": lambda value: (
