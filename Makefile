@@ -4,6 +4,7 @@
 # make test      sets up, runs every test   (make test PYTEST_ARGS="-k config")
 # make check     lint, types, import directions, fast tests
 # make fuzz      30,000 damaged inputs of every reader
+# make soak      100 rounds with a random death every five (half an hour)
 # make docs      builds the documentation into build/site, fails on a warning
 # make bench     speed and memory of this machine
 # make lock      writes deploy/requirements.lock: the tested packages of the images, with hashes
@@ -23,7 +24,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(PYTEST_WORKERS) --dist load
 PIP := $(PYTHON) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare ablation test fuzz check lint docs bench lock clean
+.PHONY: help setup demo compare ablation test fuzz soak check lint docs bench lock clean
 
 help:
 	@sed -n 's/^# \(make\)/\1/p' Makefile
@@ -55,6 +56,9 @@ test: setup
 
 fuzz: setup
 	FEDGAN_FUZZ=30000 $(PYTEST) --dist load -q tests/test_fuzz.py
+
+soak: setup
+	FEDGAN_SOAK=100 $(PYTEST) -n 0 -s tests/test_soak.py
 
 lint: setup
 	$(PYTHON) -m ruff check .

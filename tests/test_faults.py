@@ -193,12 +193,15 @@ def test_run_survives_the_death_of_every_process(
 
 
 class Replay(LocalGrid):
-    """A grid whose hospitals fail in the rounds where they were missing; gamma joins in round 1."""
+    """A grid whose hospitals fail in the rounds where they were missing.
 
-    def __init__(self, present: list[list[str]]) -> None:
+    The nodes `later` join in round 1.
+    """
+
+    def __init__(self, present: list[list[str]], later: tuple[int, ...] = (998,)) -> None:
         super().__init__(len(HOSPITALS), client_app, self._fail_if_missing)
         self.present = present
-        self.later = {998: self.nodes.pop(998)}
+        self.later = {node: self.nodes.pop(node) for node in later}
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         messages = list(messages)
