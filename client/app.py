@@ -34,7 +34,7 @@ from fedgan.exchange.round_metrics import reported_metrics
 from fedgan.machine import peak_memory, usable_cores
 from fedgan.privacy.validator import check_private
 from fedgan.redact import printable
-from fedgan.training.checkpoint import OtherImagesError
+from fedgan.training.checkpoint import ForeignStateError
 from fedgan.training.start import begin_training
 from fedgan.training.trainer import Trainer
 
@@ -100,6 +100,9 @@ def train_round(
     """
     context_.step = "waiting for its other process"
     with local.locked(request, context_.message.metadata.ttl):
+        context_.step = "comparing the request with its pinned settings"
+        assert context_.asked
+        local.check_pins(context_.asked, True)  # again: two first requests may have come at once
         context_.step = "comparing the request with its states"
         local.check_is_newest(request)
         return _train_locked(context_, request, local)
@@ -189,8 +192,8 @@ def continue_training(
     hospital that joins late, it then starts from the server's model, and the moments of its
     optimisers, ADA's p, its counters and the parts that do not travel begin anew. The privacy
     ledger is not a part of the state and counts on. Raises `CheckpointError` for a state of other
-    images, and for a lost one with `federation.control_variates`: the corrections of all hospitals
-    sum to zero, and this one's cannot be computed again.
+    images or another device, and for a lost one with `federation.control_variates`: the corrections
+    of all hospitals sum to zero, and this one's cannot be computed again.
     """
     trainer = begin()
     if not request.since:
@@ -200,7 +203,7 @@ def continue_training(
         context_.step = f"loading its state of round {number}"
         try:
             trainer.load(local.state(number))
-        except OtherImagesError:
+        except ForeignStateError:
             raise
         except (CheckpointError, LookupError, TypeError, ValueError) as error:
             if request.settings.federation.control_variates:

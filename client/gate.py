@@ -39,6 +39,9 @@ from fedgan.exchange.outbound_log import (
     values_record,
 )
 
+# Not Flower's other names of the same handlers, such as train.default.
+MESSAGES = ("query.hello", "train")
+
 
 class OutboundGate(ClientApp):
     """A ClientApp whose requests pass the hospital's own rules, and whose replies pass the
@@ -68,6 +71,7 @@ class Admission:
         self.message, self.node = message, context.node_config
         self.step = "replying"
         self.request: TrainRequest | None = None
+        self.asked: TrainRequest | None = None  # before the policy
         self.local: LocalHospital | None = None
 
     def admit(self) -> tuple[TrainRequest, LocalHospital]:
@@ -76,13 +80,15 @@ class Admission:
         Raises `ConfigError` for a request beyond them, `DataError` for a shard that does not open.
         """
         self._at("reading the request")
-        asked = TrainRequest.read(self.message.content.config_records["config"])
+        if (kind := self.message.metadata.message_type) not in MESSAGES:
+            raise ConfigError(f"a message of type '{kind}' in place of {' or '.join(MESSAGES)}")
+        asked = self.asked = TrainRequest.read(self.message.content.config_records["config"])
         self.request = asked
         request = self.request = apply_policy(asked, self.node, self._at)
         self._at("opening its shard")
         local = self.local = find_local_hospital(request, self.node)
         self._at("comparing the request with its pinned settings")
-        local.check_pins(asked, self.message.metadata.message_type == "train")
+        local.check_pins(asked, kind == "train")
         check_clip(self.message, asked.settings)
         self._at("replying")
         return request, local

@@ -207,14 +207,14 @@ class LocalHospital:
 
 # --- pinned settings ------------------------------------------------------------------------------
 
-# What decides what leaves a hospital. Not federation.wire: a run whose numbers exceed 16 bits
-# continues with another format of the same numbers.
+# What decides what leaves a hospital. Not federation.wire and secure_range: a run whose numbers
+# exceed 16 bits or the range continues with another format of the same numbers.
 PINNED: dict[str, tuple[str, ...]] = {
     "privacy": (),  # all keys
     "model": (),
     "data": ("resolution", "label_map"),
     "training": ("batch_size", "sampling", "labels"),
-    "federation": ("secure", "secure_range", "exchange", "delta", "share_label_counts"),
+    "federation": ("secure", "exchange", "delta", "share_label_counts"),
 }
 LEAST_NOISE = "least_noise"
 REQUESTED = ("planned", "batch", LEAST_NOISE)  # with privacy: from them follows the noise
@@ -236,7 +236,7 @@ def pins_of(asked: TrainRequest) -> dict[str, Any]:
 def _read_label(path: Path) -> dict[str, Any] | None:
     """Content of experiment.json; None where it is missing."""
     try:
-        label = json.loads(path.read_text(encoding="utf-8"))
+        label = files.parse_json(path.read_bytes())
         if isinstance(label["experiment"], str) and isinstance(label["pinned"], dict):
             return dict(label)
     except FileNotFoundError:

@@ -11,7 +11,8 @@ import contextlib
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,11 +263,18 @@ def apply_state_quota(state_dir: Path, own: Path, quota: float) -> None:
 
 
 def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob(STATES))
+    return sum(status.st_size for status in _statuses(folder))
 
 
 def _newest(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in folder.glob(STATES)), default=0.0)
+    return max((status.st_mtime for status in _statuses(folder)), default=0.0)
+
+
+def _statuses(folder: Path) -> Iterator[os.stat_result]:
+    """Those of the states; another process may remove one at any time."""
+    for path in folder.glob(STATES):
+        with contextlib.suppress(FileNotFoundError):
+            yield path.stat()
 
 
 # --- documentation -------------------------------------------------------------------------------

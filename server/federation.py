@@ -148,6 +148,8 @@ class Federation:
                 self.roster.admit_late_joiners(grid, state)
                 if len(state.participants) > known:
                     plan, noise = self._plan(state)
+                    # their plans hold from now on, also where the next round fails
+                    save_state(self.run, self.settings, state, self.experiment)
 
     def evaluate_final(self) -> None:
         """Evaluate the last round's generator. Can be repeated."""
@@ -192,11 +194,13 @@ class Federation:
             self._check_kind,
             refused,
         )
+        known = 0
         if state is None:
             state = initial_state(self.settings, members)
         else:
+            known = len(state.participants)
             state = self.roster.rejoin(state)
-        if not self.run.checkpoint(state.round).is_file():
+        if len(state.participants) > known:
             save_state(self.run, self.settings, state, self.experiment)
         self.roster.write_hospitals(state)
         if state.line is not None:

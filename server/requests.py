@@ -32,6 +32,7 @@ LATE = "did not reply in time"
 NOT_AWAITED = "was not waited for"  # because enough replies were no longer possible
 OFFLINE = "is not online"
 PROCESS_DIED = "its process died (killed, or out of memory)"
+UPLOAD_SECONDS = 600.0  # for the rest of an announced reply, while the other replies wait
 BUSY_SECONDS = 120.0  # how long a SuperLink may reply with nothing but errors of its own
 
 T = TypeVar("T")
@@ -74,7 +75,8 @@ def send_and_receive(
             online = set(retry_on_5xx(grid.get_node_ids)) if reconnecting else set(unsent)
             last_online_poll = time.monotonic()
             targets = [node for node in nodes if node in unsent and node in online]
-            requests = [make_request(node, left) for node in targets]
+            # Valid until an upload that holds up the last poll has been given up, too.
+            requests = [make_request(node, left + UPLOAD_SECONDS) for node in targets]
             if reconnecting:
                 requests = [bundler.pack(request) for request in requests]
             keys = grid.push_messages(requests) if requests else []
@@ -84,7 +86,9 @@ def send_and_receive(
                 del unsent[node]
         # --- receive
         for reply in (
-            retry_on_5xx(partial(bundler.pull, grid, list(waiting), left)) if waiting else ()
+            retry_on_5xx(partial(bundler.pull, grid, list(waiting), min(left, UPLOAD_SECONDS)))
+            if waiting
+            else ()
         ):
             # an error about an absent node has the server's own id as its source
             node = waiting.pop(reply.metadata.reply_to_message_id)

@@ -68,10 +68,10 @@ class Roster:
     def rejoin(self, state: State) -> State:
         """Enter the connected hospitals, which fit its participants, in a resumed run."""
         for member in list(self.members.values()):
-            self._admit(member, state)
+            self._admit(member, state, is_resumed=True)
         return state
 
-    def _admit(self, member: Member, state: State) -> None:
+    def _admit(self, member: Member, state: State, is_resumed: bool = False) -> None:
         """Add a hospital that fits the participants; a new one becomes a participant."""
         numbers = [row.number for row in state.participants]
         if member.number in numbers:  # what it joined with stays, and a run of old gets the key
@@ -80,7 +80,9 @@ class Roster:
                 state.participants[index], name=member.name, key=member.key
             )
         else:
-            state.participants.append(member.participant(state.round))
+            # With privacy its plan must not change those of hospitals that may have begun round 1.
+            first = 1 if is_resumed and self.settings.privacy.on else 0
+            state.participants.append(member.participant(max(state.round, first)))
         state.phantoms = state.phantoms and member.phantoms
         self.members[member.number] = member
 
@@ -273,6 +275,9 @@ def request_introductions(
         grid, list(asked), make_request, timeout, None if needs_all else 0, keys is not None
     )
     members, failures = [], dict(sorted(replies.failures.items()))
+    for node, why in failures.items():
+        if (name := _name(asked[node])) and f"'{name}'" not in why:
+            failures[node] = f"'{name}': {why}"
     for node, reply in sorted(replies.received.items()):
         try:
             member = read_member(node, reply, settings, asked[node])

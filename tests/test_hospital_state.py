@@ -204,7 +204,7 @@ def test_label_counts_stay_where_pinned_settings_exclude_them(tmp_path: Path) ->
 @pytest.mark.parametrize("stage", ["setup", "share_keys", "collect_masked_vectors", "unmask"])
 def test_pinned_settings_hold_in_every_secure_message(secure: Deployed, stage: str) -> None:
     assert secure.send("train", 1, "federation.secure=false", stage=stage) == PINNED
-    assert secure.send("train", 1, "federation.secure_range=400", stage=stage) == PINNED
+    assert secure.send("train", 1, "federation.delta=true", stage=stage) == PINNED
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +328,33 @@ def test_lost_state_with_control_variates_is_an_error(tmp_path: Path) -> None:
         FederationError, match=r"'alpha'\) failed in round 2: CheckpointError while loading"
     ):
         Deployed(tmp_path, *rules, rounds=2, damage=lose).train()
+
+
+def test_other_name_of_the_training_handler_is_refused(tmp_path: Path) -> None:
+    """Flower calls the same handler for train.default, past every rule about `train`."""
+    fresh = Deployed(tmp_path, *PRIVATE, rounds=1)
+    fresh.train()
+    (message, *_) = [each for each in fresh.requests if each.metadata.message_type == "train"]
+    shutil.rmtree(fresh.folder)
+    message.metadata.message_type = "train.default"
+    assert fresh.send("train.default", 1).startswith(
+        "hospital: ConfigError while reading the request"
+    )
+    assert not fresh.states()
+    assert not (fresh.folder / "experiment.json").exists()
+
+
+def test_state_of_another_device_is_an_error_and_kept(tmp_path: Path) -> None:
+    def move(folder: Path, number: int) -> None:
+        if number == 2:
+            path = folder / "state-00001.json"
+            path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+            assert '"cuda"' in path.read_text()
+
+    deployed = Deployed(tmp_path, rounds=2, damage=move)
+    with pytest.raises(FederationError, match="CheckpointError while loading its state of round 1"):
+        deployed.train()
+    assert deployed.states() == [1]
 
 
 def test_state_of_other_images_is_an_error(tmp_path: Path) -> None:

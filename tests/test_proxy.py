@@ -609,7 +609,7 @@ def test_bytes_per_minute_are_limited_per_key_and_heartbeats_pass(
 def test_short_requests_are_limited_per_minute(
     running: Any, upstream: Upstream, tmp_path: Path
 ) -> None:
-    few = {"sc1_http_req_rate gt 6000": "sc1_http_req_rate gt 5"}
+    few = {"sc1_http_req_rate gt 600": "sc1_http_req_rate gt 5"}
     with proxying(tmp_path / "short", running.keys, running.upstream_port, few) as proxy:
         make_known(proxy, ALPHA)
         assert [post(proxy, "x") for _ in range(8)] == [200] * 4 + [503] * 4

@@ -33,8 +33,8 @@ class FormatError(CheckpointError):
     """A checkpoint of another format."""
 
 
-class OtherImagesError(CheckpointError):
-    """A training state of other images than the shard now has."""
+class ForeignStateError(CheckpointError):
+    """A training state of other images or another device, which are not lost."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from fedgan.models.hospital_condition import set_label_counts
 from fedgan.privacy.step import LABELS, PrivateStep, releases_labels
 from fedgan.training.batches import Batches, Streams
 from fedgan.training.checkpoint import (
-    OtherImagesError,
+    ForeignStateError,
     load_into,
     load_tensors,
     save_tensors,
@@ -243,18 +243,20 @@ class Trainer:
             raise CheckpointError(f"{where} is no state of a Trainer: it lacks '{missing[0]}'")
         for key, own in (("device", self.device.type), ("stream", self.stream)):
             if plain[key] != own:
-                raise CheckpointError(
+                # a device can come back; a file of another hospital has no use here
+                kind = ForeignStateError if key == "device" else CheckpointError
+                raise kind(
                     f"{where} belongs to {key} '{plain[key]}', this is {key} '{own}': "
                     "it cannot be continued here"
                 )
         size = plain["sampler"]["size"]
         if size != len(self.dataset):
-            raise OtherImagesError(
+            raise ForeignStateError(
                 f"{where} was made with {size} images, the shard now has {len(self.dataset)}: "
                 "start a new run"
             )
         if plain["data"] != self._fingerprint():
-            raise OtherImagesError(
+            raise ForeignStateError(
                 f"{where} was made with other images or labels than the shard now has: "
                 "start a new run"
             )
