@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from small_federation import NAMES, LocalGrid, NoEvaluator, error_reply, tiny, w
 from client.app import app as client_app
 from fedgan import files
 from fedgan.cli import main
+from fedgan.config import Settings
 from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run
 from fedgan.training.checkpoint import load_tensors
@@ -68,22 +69,21 @@ class SlowTask:
         self.slow.unlink()
 
 
-@pytest.mark.slow
-@needs_haproxy
-def test_run_survives_the_death_of_every_process(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def scenario_of(
+    tmp_path: Path, rounds: int, timeout: int
+) -> tuple[RunFolder, Settings, Callable[[int], dict[str, Any]]]:
+    """A folder with the scenario, settings of its repetition without deaths, and node-configs."""
     write_shards(tmp_path / "data", SIZES)
     write_shards(tmp_path / "reference", (40,), names=("delta",))
     rules = (
         "federation.min_hospitals=1",
         "federation.join_timeout=1",
-        f"federation.round_timeout={ROUND_TIMEOUT}",
+        f"federation.round_timeout={timeout}",
         "federation.exchange=['generator']",
     )
     evaluation = (f"evaluation.root={tmp_path / 'reference'}", "evaluation.suite=quick")
-    size: dict[str, Any] = {"rounds": ROUNDS, "kimg": 0.036 * ROUNDS}
-    scenario, run = RunFolder.at(tmp_path / "scenario"), RunFolder.at(tmp_path / "run")
+    size: dict[str, Any] = {"rounds": rounds, "kimg": 0.036 * rounds}
+    scenario = RunFolder.at(tmp_path / "scenario")
     scenario.write_settings(tiny(tmp_path / "nowhere", *evaluation, *rules, **size))
     (tmp_path / "deployment").mkdir()
 
@@ -93,6 +93,16 @@ def test_run_survives_the_death_of_every_process(
             key: str(tmp_path / folder / HOSPITALS[index]) for key, folder in folders.items()
         }
 
+    return scenario, tiny(tmp_path / "data", *rules, **size), node_config
+
+
+@pytest.mark.slow
+@needs_haproxy
+def test_run_survives_the_death_of_every_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario, undisturbed, node_config = scenario_of(tmp_path, ROUNDS, ROUND_TIMEOUT)
+    run = RunFolder.at(tmp_path / "run")
     with deployment(
         tmp_path / "deployment", hospitals=HOSPITALS, node_config=node_config, start=False
     ) as federation:
@@ -179,7 +189,7 @@ def test_run_survives_the_death_of_every_process(
 
     # --- the model is that of a federation without deaths in which they were missing
     replayed = RunFolder.at(tmp_path / "replayed")
-    prepare_run(tiny(tmp_path / "data", *rules, **size), replayed)
+    prepare_run(undisturbed, replayed)
     again = Federation(
         replayed.settings(), replayed, experiment_of(replayed), NoEvaluator(), reconnecting=True
     )

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 from loopback import HEARTBEAT, HOST, TASK_HEARTBEAT, Deployment, deployment, marked, needs_haproxy
-from small_federation import NAMES, NoEvaluator, tiny, write_shards
-from test_faults import Replay, rounds_of
+from small_federation import NoEvaluator
+from test_faults import HOSPITALS, Replay, rounds_of, scenario_of
 
 from fedgan.cli import main
 from fedgan.run_folder import RunFolder
@@ -30,7 +30,6 @@ from server.federation import Federation
 
 ROUNDS = int(os.environ.get("FEDGAN_SOAK", "0"))
 EVERY, TIMEOUT, STALL, HANG = 5, 25, 12.0, 300.0  # rounds; seconds of a round, of waits
-HOSPITALS = NAMES[:3]
 BEATS = {HEARTBEAT: "5", TASK_HEARTBEAT: "5"}
 # Growth from the first quarter of the run to its last, and sizes at its end.
 MAX_GROWTH, MAX_DATABASE, MAX_STATES = 100 << 20, 64 << 20, 12
@@ -99,26 +98,8 @@ def _bytes(folder: Path, pattern: str) -> int:
 def test_run_with_random_deaths_ends_like_an_undisturbed_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_shards(tmp_path / "data", (48, 32, 24))
-    write_shards(tmp_path / "reference", (40,), names=("delta",))
-    rules = (
-        "federation.min_hospitals=1",
-        "federation.join_timeout=1",
-        f"federation.round_timeout={TIMEOUT}",
-        "federation.exchange=['generator']",
-    )
-    evaluation = (f"evaluation.root={tmp_path / 'reference'}", "evaluation.suite=quick")
-    size: dict[str, Any] = {"rounds": ROUNDS, "kimg": 0.036 * ROUNDS}
-    scenario, run = RunFolder.at(tmp_path / "scenario"), RunFolder.at(tmp_path / "run")
-    scenario.write_settings(tiny(tmp_path / "nowhere", *evaluation, *rules, **size))
-    (tmp_path / "deployment").mkdir()
-
-    def node_config(index: int) -> dict[str, Any]:
-        folders = {"data-root": "data", "state-dir": "state"}
-        return {"partition-id": index} | {
-            key: str(tmp_path / folder / HOSPITALS[index]) for key, folder in folders.items()
-        }
-
+    scenario, undisturbed, node_config = scenario_of(tmp_path, ROUNDS, TIMEOUT)
+    run = RunFolder.at(tmp_path / "run")
     rng, begun = random.Random(0), time.monotonic()
     with deployment(
         tmp_path / "deployment", hospitals=HOSPITALS, node_config=node_config, start=False
@@ -163,7 +144,7 @@ def test_run_with_random_deaths_ends_like_an_undisturbed_one(
     assert [line["round"] for line in lines] == list(range(1, ROUNDS + 1))
     present = [[row["name"] for row in line["hospitals"]] for line in lines]
     replayed = RunFolder.at(tmp_path / "replayed")
-    prepare_run(tiny(tmp_path / "data", *rules, **size), replayed)
+    prepare_run(undisturbed, replayed)
     again = Federation(
         replayed.settings(), replayed, experiment_of(replayed), NoEvaluator(), reconnecting=True
     )
