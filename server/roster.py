@@ -246,7 +246,12 @@ def wait_for_members(
         unusable = [error for error in misfits.values() if isinstance(error, DataError)]
         if unusable and len(unusable) == len(found):
             raise unusable[0]
-        reasons = dict.fromkeys(row["why"] for row in refused.values())
+        reasons = dict.fromkeys(
+            row["why"]
+            if not row["name"] or f"'{row['name']}'" in row["why"]
+            else f"'{row['name']}': {row['why']}"
+            for row in refused.values()
+        )
         raise FederationError(
             f"{len(present)} of {expected} hospitals joined: {'; '.join(reasons)}"
         )
@@ -275,9 +280,6 @@ def request_introductions(
         grid, list(asked), make_request, timeout, None if needs_all else 0, keys is not None
     )
     members, failures = [], dict(sorted(replies.failures.items()))
-    for node, why in failures.items():
-        if (name := _name(asked[node])) and f"'{name}'" not in why:
-            failures[node] = f"'{name}': {why}"
     for node, reply in sorted(replies.received.items()):
         try:
             member = read_member(node, reply, settings, asked[node])
