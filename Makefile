@@ -4,7 +4,7 @@
 # make test      sets up, runs every test   (make test PYTEST_ARGS="-k config")
 # make check     lint, types, import directions, fast tests
 # make fuzz      30,000 damaged inputs of every reader
-# make soak      100 rounds with a random death every five (half an hour)
+# make soak      100 rounds with a random death every five (a quarter of an hour)
 # make docs      builds the documentation into build/site, fails on a warning
 # make bench     speed and memory of this machine
 # make lock      writes deploy/requirements.lock: the tested packages of the images, with hashes

@@ -57,11 +57,11 @@ def send_and_receive(
 ) -> Replies:
     """Send each node a request and wait for its reply, at most `timeout` seconds.
 
-    `make_request(node, seconds left)` returns a fresh message. `min_replies`: replies that the
-    caller needs (None: all); the wait ends when so many are no longer possible. `reconnecting`:
-    nodes that are offline or whose process died get the request again when they are online, while
-    others still work or fewer than `min_replies` have replied. `on_reply(node)` is called for each
-    reply as it arrives.
+    `make_request(node, seconds)` returns a fresh message that is valid for so long. `min_replies`:
+    replies that the caller needs (None: all); the wait ends when so many are no longer possible.
+    `reconnecting`: nodes that are offline or whose process died get the request again when they
+    are online, while others still work or fewer than `min_replies` have replied. `on_reply(node)`
+    is called for each reply as it arrives.
     """
     begun, last_online_poll = time.monotonic(), -ONLINE_POLL
     needed = len(nodes) if min_replies is None else min_replies

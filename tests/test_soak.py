@@ -1,4 +1,4 @@
-"""A long run in which a random process dies every five rounds (`make soak`, about half an hour).
+"""A long run in which a random process dies every five rounds (`make soak`, a quarter of an hour).
 
 FEDGAN_SOAK is the number of rounds; without it this test is skipped. Each dead process is started
 again, as a container with a restart policy is, and a failed run is resumed. At the end the model is

@@ -75,12 +75,9 @@ Days = Annotated[
     ),
 ]
 
-PublicKey = Annotated[
-    Path,
-    typer.Option(
-        "--public-key", metavar="FILE", help="The public key (.pub) that the hospital has made."
-    ),
-]
+OWN_KEY = typer.Option(
+    "--public-key", metavar="FILE", help="The public key (.pub) that the hospital has made itself."
+)
 
 
 @app.command(
@@ -126,7 +123,7 @@ def create(
 @app.command(epilog="Example: fedgan keys add hospital4 --public-key hospital4.pub")
 def add(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The new hospital.")],
-    public_key: PublicKey,
+    public_key: Annotated[Path, OWN_KEY],
     output: Folder = Path("keys"),
     as_json: console.Json = False,
 ) -> None:
@@ -135,12 +132,11 @@ def add(
     The hospital runs `ssh-keygen -t ecdsa -b 384 -N "" -f node.key`, keeps node.key, and sends
     node.key.pub.
     """
-    from fedgan.deployment import node_keys
     from fedgan.deployment.certificates import now
     from fedgan.deployment.key_folder import KeyFolder
 
     folder = KeyFolder.open(output)
-    rows = folder.add([name], now(), node_keys.read_own_public(public_key, name.partition("=")[0]))
+    rows = folder.add([name], now(), public_key)
     lines = [
         f"added {name}: {rows[0].fingerprint}",
         f"compare the fingerprint by telephone, and send it {console.shown(folder.authority)}",
@@ -165,12 +161,7 @@ def rotate(
     output: Folder = Path("keys"),
     hosts: Hosts = None,
     days: Days = None,
-    public_key: Annotated[
-        Path | None,
-        typer.Option(
-            "--public-key", metavar="FILE", help="The new public key, made by the hospital itself."
-        ),
-    ] = None,
+    public_key: Annotated[Path | None, OWN_KEY] = None,
     as_json: console.Json = False,
 ) -> None:
     """Replace a hospital's key or the server's certificate.
@@ -178,7 +169,6 @@ def rotate(
     A hospital's old key is revoked. The server's new certificate keeps the names of the old one;
     --host adds more.
     """
-    from fedgan.deployment import node_keys
     from fedgan.deployment.certificates import now
     from fedgan.deployment.key_folder import KeyFolder
 
@@ -197,15 +187,12 @@ def rotate(
                 "--host and --days apply to the server's certificate, not to a hospital's key: "
                 "use them with fedgan keys rotate server"
             )
-        public = (
-            node_keys.read_own_public(public_key, name.partition("=")[0]) if public_key else None
-        )
-        old, new = folder.rotate_hospital(name, now(), public)
+        old, new = folder.rotate_hospital(name, now(), public_key)
         lines = [
             f"new key in {console.shown(folder.hospital(new.name))}: {new.fingerprint}",
             f"revoked: {old.fingerprint}",
         ]
-        if not public:
+        if not public_key:
             lines.append(
                 f"give {console.shown(folder.hospital(new.name))} to the hospital, "
                 "which then restarts its SuperNode"

@@ -119,14 +119,15 @@ class KeyFolder:
         return registrations.read(self.registration_list)
 
     def add(
-        self, names: Sequence[str], moment: datetime, public: bytes | None = None
+        self, names: Sequence[str], moment: datetime, own_key: Path | None = None
     ) -> tuple[Registration, ...]:
         """Make a key for each of the new `names`. An error leaves the folder unchanged.
 
-        `public`: the public key of the one new hospital, which keeps its private key to itself.
+        `own_key`: file of the public key that the one new hospital has made itself.
         """
         bounds = [registrations.split_bound(name) for name in names]
         names = [name for name, _ in bounds]
+        public = node_keys.read_own_public(own_key, names[0]) if own_key else None
         with self._locked():
             self._refuse_known(public)
             rows = self.registrations()
@@ -155,14 +156,15 @@ class KeyFolder:
         return new
 
     def rotate_hospital(
-        self, name: str, moment: datetime, public: bytes | None = None
+        self, name: str, moment: datetime, own_key: Path | None = None
     ) -> tuple[Registration, Registration]:
         """Make a new key for a hospital and revoke its old one; returns (old row, new row).
 
         This also re-admits a revoked hospital. NAME=IMAGES changes its bound of training images.
-        `public`: as for `add`.
+        `own_key`: as for `add`.
         """
         name, images = registrations.split_bound(name)
+        public = node_keys.read_own_public(own_key, name) if own_key else None
         with self._locked():
             self._refuse_known(public)
             rows = list(self.registrations())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 from pathlib import Path
 
@@ -42,12 +41,6 @@ def read_own_public(path: Path, comment: str) -> bytes:
 
     Raises `ConfigError` if it is missing, a private key, or not a P-384 key.
     """
-    with contextlib.suppress(OSError):
-        if b"PRIVATE KEY" in path.read_bytes():
-            raise ConfigError(
-                f"{path} is a private key, which must not leave its hospital: ask for the .pub "
-                "file, and for a new key"
-            )
     key = serialization.load_ssh_public_key(read_public(path))
     assert isinstance(key, ec.EllipticCurvePublicKey)
     return public_line(key, comment)
@@ -57,6 +50,11 @@ def read_public(path: Path) -> bytes:
     """Read a public key's line. Raises `ConfigError` if it is missing or not a P-384 key."""
     try:
         line = path.read_bytes()
+        if b"PRIVATE KEY" in line:
+            raise ConfigError(
+                f"{path} is a private key, which must not leave its hospital: ask for the .pub "
+                "file, and for a new key"
+            )
         key = serialization.load_ssh_public_key(line)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
