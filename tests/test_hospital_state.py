@@ -27,6 +27,7 @@ from fedgan.files import locked as held
 from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run
+from fedgan.runs.round_state import load_state
 from server.federation import Federation
 
 PRIVATE = (
@@ -223,6 +224,47 @@ def test_first_message_of_a_secure_round_pins_the_settings(tmp_path: Path) -> No
     (beta,) = (tmp_path / "state" / "beta").glob("*/experiment.json")
     assert json.loads(beta.read_text())["pinned"]["federation.secure"] is True
     assert not list(beta.parent.glob("state-*"))
+
+
+def test_settings_pinned_by_another_process_are_compared_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another first request pins its settings while this one waits for the lock."""
+    run = Deployed(tmp_path, rounds=1).train()
+    pinned = json.loads((run.folder / "experiment.json").read_text())
+    pinned["pinned"]["federation.delta"] = True
+    shutil.rmtree(run.folder)
+    locked = hospital_module.LocalHospital.locked
+
+    def wait(local: Any, *arguments: Any) -> Any:
+        files.write_json(run.folder / "experiment.json", pinned)
+        return locked(local, *arguments)
+
+    monkeypatch.setattr(hospital_module.LocalHospital, "locked", wait)
+    assert run.send("train", 1) == PINNED
+    assert run.states() == []
+
+
+def test_hospital_added_on_a_resume_changes_no_plan_of_others(tmp_path: Path) -> None:
+    """Two of three pin their plans in a round 1 that fails; the third comes with the resume."""
+
+    def lose(folder: Path, number: int) -> None:
+        raise LookupError
+
+    rules = (
+        "federation.min_hospitals=2",
+        "federation.join_timeout=1",
+        "federation.round_timeout=1",
+    )
+    run = Deployed(tmp_path, *PRIVATE, *rules, rounds=2, hospitals=3, damage=lose)
+    last = run.grid.nodes.pop(998)
+    with pytest.raises(FederationError, match="did not reply in round 1"):
+        run.train()
+    run.grid.nodes[998] = last
+    run.train()
+    state = load_state(run.run, experiment_of(run.run))
+    assert state is not None
+    assert [(row.number, row.joined) for row in state.participants] == [(0, 0), (1, 0), (2, 1)]
 
 
 def test_lost_states_do_not_lose_the_pinned_settings(tmp_path: Path) -> None:
