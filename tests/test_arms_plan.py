@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from fedgan.apportion import limit_shares
 from fedgan.comparison_folder import ComparisonFolder
 from fedgan.config import Settings, from_dict, load_scenario, to_dict
 from fedgan.errors import ConfigError
@@ -179,7 +180,8 @@ def test_local_hospital_sees_its_federated_images_round_by_round(
         == dict(federated.hospital_images)
         == dict(finetuned.hospital_images)
     )
-    rows = apportion_images(sizes, images_per_round(batches * 4 / 1000, rounds, 4), 4, equal)
+    counted = limit_shares(sizes, settings.federation.max_share)
+    rows = apportion_images(counted, images_per_round(batches * 4 / 1000, rounds, 4), 4, equal)
     for number, (name, job, tuned) in enumerate(
         zip(names, local.jobs, finetuned.jobs, strict=True)
     ):
