@@ -9,6 +9,7 @@ a part of the mechanism is off.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def mechanism(tmp_path: Path, data: ImageDataset) -> PrivateStep:
         f"privacy.noise_multiplier={NOISE}",
         f"privacy.max_grad_norm={CLIP}",
         f"privacy.delta={DELTA}",
-        "data.resolution=16",
+        f"data.resolution={data.resolution}",
     ]
     made = PrivateStep(
         from_dict({}, keys), data, 1, TRIALS, Ledger(tmp_path / f"{len(data)}.jsonl"), "attack", CPU
@@ -121,7 +122,7 @@ def guesses(tmp_path: Path, network: Discriminator, canary: bool) -> np.ndarray:
             fakes = (blank.expand(len(draw.rows), 1, 16, 16), none.expand(len(draw.rows), 0))
             step.gradient(network, discriminator_loss, fakes, shown(data, draw.rows), draw)
             release = torch.cat(
-                [parameter.grad.flatten() for parameter in network.parameters()]
+                [parameter.grad.double().flatten() for parameter in network.parameters()]
             ) * (RATE * step.units)
             found.append(float(release @ aim))
     return np.array(found)
@@ -191,6 +192,99 @@ def test_attack_detects_missing_clipping(tmp_path, network, monkeypatch):
         lower_bound(guesses(tmp_path, network, False), guesses(tmp_path, network, True))
         > 3 * claimed
     )
+
+
+# --- low bits of a release ------------------------------------------------------------------------
+
+SIDE, PAIRS, TRAINING_PAIRS = 128, 200, 100
+REACH = CLIP / SIDE  # what the target adds to a weight: its gradient has the same size everywhere
+
+
+class CraftedDiscriminator(torch.nn.Module):
+    """A server's D under which the target alone has a gradient, of equal size in all weights.
+
+    The logit of every other image is ±200, where the sigmoid in float32 is 0.
+    """
+
+    def __init__(self, target: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(-400 * target.flatten()[None] / target.numel())
+        self.bias = torch.nn.Parameter(torch.tensor([200.0]))
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(images.flatten(1), self.weight, self.bias).squeeze(1)
+
+
+def trailing_zeros(weights: torch.Tensor) -> float:
+    """Mean number of zeros at the end of float32 numbers, over those far below `REACH`.
+
+    float32 noise alone has about one; the sum of `REACH` and noise that nearly cancel is a multiple
+    of the last bit of `REACH`, and has several.
+    """
+    small = weights[weights.abs() < REACH / 4].numpy().view(np.int32) & 0x7FFFFF
+    lowest = np.where(small, small & -small, 2**23)
+    return float(np.log2(lowest).mean()) if len(small) else 0.0
+
+
+def find_target(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    """(share of correct guesses, lower bound of ε) by one threshold, in (out, in) `pairs`.
+
+    The threshold comes from the first pairs. Expected power: with `PAIRS` pairs a distinguisher
+    that is right in 65 % of its guesses is told from chance (3.3 deviations) 99 times in 100.
+    """
+    known, tested = np.array(pairs[:TRAINING_PAIRS]), np.array(pairs[TRAINING_PAIRS:])
+    threshold, sign = max(
+        ((edge, way) for edge in np.unique(known) for way in (1, -1)),
+        key=lambda rule: np.mean(rule[1] * (known - rule[0]) > 0, axis=0) @ [-1, 1],
+    )
+    out, inside = (sign * (tested - threshold) > 0).T
+    false_positive, false_negative = (
+        at_most(int(errors.sum()), PAIRS) for errors in (out, ~inside)
+    )
+    bound = max(
+        np.log(max(1.0, (1 - DELTA - miss) / alarm))
+        for miss, alarm in ((false_negative, false_positive), (false_positive, false_negative))
+    )
+    return float(np.mean([~out, inside])), float(bound)
+
+
+def test_low_bits_of_a_release_reveal_no_member(tmp_path):
+    """A crafted D and G: the sum is exactly 0 unless the target is in the sample."""
+    target = np.where(np.indices((SIDE, SIDE)).sum(axis=0) % 2, 255, 0).astype(np.uint8)
+    images = np.full((4, 1, SIDE, SIDE), 140, np.uint8)
+    images[-1] = target
+    data = ImageDataset("clinic", images, np.zeros((4, 0), np.uint8), ())
+    pattern = torch.from_numpy(target).float() / 127.5 - 1
+    network, rng = CraftedDiscriminator(pattern), np.random.default_rng(0)
+    step = mechanism(tmp_path, data)
+    step._reserved = 2 * (PAIRS + TRAINING_PAIRS)
+    expected = step.sample_rate * step.units  # a power of two: no bit is lost
+    new, old = [], []
+    for number in range(PAIRS + TRAINING_PAIRS):
+        found, before = [], []
+        for rows in (np.arange(3), np.arange(4)):  # without the target, with it
+            draw = dataclasses.replace(
+                step.draw(2 * number + len(found)), rows=rows, units=torch.arange(len(rows))
+            )
+            fakes = pattern.expand(len(rows), 1, SIDE, SIDE), torch.zeros(len(rows), 0)
+            step.gradient(network, discriminator_loss, fakes, shown(data, rows), draw)
+            found.append(trailing_zeros(network.weight.grad.flatten() * expected))
+            # float32 noise and sum, as positive control
+            total = clipped_sum(
+                network, discriminator_loss, fakes, shown(data, rows), draw.units, CLIP, 4
+            ).gradients["weight"]
+            assert bool(total.any()) == (len(rows) == 4)
+            noise = torch.from_numpy(rng.standard_normal(total.numel(), dtype=np.float32))
+            before.append(trailing_zeros(total.float().flatten() + noise * (NOISE * CLIP)))
+        new.append((found[0], found[1]))
+        old.append((before[0], before[1]))
+    claimed = epsilon_of([type(step.step)(NOISE, 1.0, 1)], DELTA)  # the sample is not secret here
+    right, bound = find_target(old)
+    assert right > 0.95
+    assert bound > 2 * claimed
+    right, bound = find_target(new)
+    assert abs(right - 0.5) < 3.3 * np.sqrt(0.25 / (2 * PAIRS))
+    assert bound == 0.0
 
 
 def test_empirical_bound_is_sound_for_randomised_response():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedgan.config import Settings, from_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError, FedganError
 from fedgan.models.stylegan2.discriminator import Discriminator
+from fedgan.privacy import clipping
 from fedgan.privacy import ledger as ledger_module
 from fedgan.privacy import step as step_module
 from fedgan.privacy.accounting import Mechanism, epsilon_rdp
@@ -197,7 +199,7 @@ def test_per_pair_gradients_in_bf16_equal_a_loop():
         own_rows = flat({name: value[row] for name, value in found.items()})
         assert float((own_rows - flat(one)).norm() / flat(one).norm()) < 0.05
     within = sum_of(network, fakes, reals, [0, 1, 2, 3], clip=0.01)
-    assert all(value.dtype == torch.float32 for value in within.gradients.values())
+    assert all(value.dtype == torch.float64 for value in within.gradients.values())
     assert float(flat(within.gradients).norm()) <= 4 * 0.01 * (1 + 1e-5)
 
 
@@ -362,8 +364,52 @@ def test_noise_is_new_per_step_and_process(
     assert np.abs(correlations).max() < 6 / np.sqrt(len(drawn[0]))
 
 
+@pytest.mark.parametrize("clip", [0.2, 0.07, 1e-3])
+def test_clipped_gradient_is_exactly_within_the_clip(clip):
+    """In whole arithmetic: no rounding may lengthen the contribution of a unit."""
+    network = small_discriminator()
+    for seed in range(4):
+        found = sum_of(network, *pairs_of(2, seed), [0, 0], clip=clip)
+        assert float(found.norms) > clip
+        length = sum(Fraction(value) ** 2 for value in flat(found.gradients).tolist())
+        assert Fraction(clip) ** 2 * (1 - Fraction(1, 2**17)) < length <= Fraction(clip) ** 2
+
+
+def test_chunks_have_a_fixed_size_where_kernels_depend_on_it(monkeypatch):
+    network, pairs, sizes = small_discriminator(), pairs_of(7), []
+    units = [0, 1, 1, 1, 2, 3, 4]
+    forward = network.forward
+    monkeypatch.setattr(network, "forward", lambda x, c: (sizes.append(len(x)), forward(x, c))[1])
+    free = sum_of(network, *pairs, units, chunk=3)
+    assert sizes == [2, 6, 6]
+    sizes.clear()
+    monkeypatch.setattr(clipping, "FIXED_CHUNKS", ("cpu",))
+    fixed = sum_of(network, *pairs, units, chunk=3)
+    assert sizes == [6, 6, 6]
+    torch.testing.assert_close(flat(fixed.gradients), flat(free.gradients), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(fixed.norms, free.norms, rtol=1e-5, atol=1e-7)
+    assert len(fixed.real_logits) == 7
+
+
+def test_private_step_runs_without_tf32_and_measured_kernels(tmp_path, monkeypatch):
+    cudnn, found = torch.backends.cudnn, []
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    trainer = trainer_of(tmp_path)
+    gradient = trainer.private.gradient
+
+    def watched(*rest):
+        found.append((cudnn.benchmark, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return gradient(*rest)
+
+    monkeypatch.setattr(trainer.private, "gradient", watched)
+    before = cudnn.allow_tf32
+    trainer.train(6)
+    assert found == [(False, False, False)]
+    assert (cudnn.benchmark, cudnn.allow_tf32) == (True, before)
+
+
 def test_noise_uses_all_bits_of_the_secret(tmp_path):
-    low, high = private_step(tmp_path, secret=7), private_step(tmp_path, secret=7 + 2**100)
+    low, high = private_step(tmp_path, secret=7), private_step(tmp_path, secret=7 + 2**255)
     network, nothing = small_discriminator(), pairs_of(0)
     assert not torch.equal(release(low, network, nothing), release(high, network, nothing))
     assert torch.equal(

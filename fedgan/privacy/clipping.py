@@ -1,8 +1,15 @@
-"""Per-unit gradients, clipped and summed: DP-SGD before the noise (arXiv 1607.00133)."""
+"""Per-unit gradients, clipped and summed: DP-SGD before the noise (arXiv 1607.00133).
+
+Norms, factors and the sum are float64. The gradient of a pair is float32 (bf16 where the training
+is), and its rounding may depend on how many pairs are computed together, by about 10^-6 of its
+length. On CUDA every chunk has the same number of pairs, blank ones included, so that the choice of
+kernels is independent of the sample.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +20,19 @@ from fedgan.privacy.per_pair import PerPair
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+# The relative error of a float64 norm of n numbers is at most n · 2^-53, that of a sum of n units
+# n² · 2^-53 of the clip: both below this for 2^32 numbers and 2^16 units.
+MARGIN = 2.0**-20
+COLUMNS = 2**14  # parameters in float64 at once
+FIXED_CHUNKS = ("cuda",)  # devices whose kernels depend most on the shape
+
 
 @dataclass(frozen=True)
 class ClippedSum:
-    """`gradients`: by parameter name, the sum over units of their clipped gradients.
+    """`gradients`: by parameter name, the sum over units of their clipped gradients, float64.
 
-    `norms` (U,): before clipping. `real_logits` (B,): D on the real images. All of it is private
-    until noise is added.
+    `norms` (U,): before clipping, float64. `real_logits` (B,): D on the real images. All of it is
+    private until noise is added.
     """
 
     gradients: dict[str, Tensor]
@@ -44,37 +57,65 @@ def clipped_sum(
     real image (R1, arXiv 1801.04406, eq. 9), and one gradient. `units` (B,) int64: the image or
     patient of a pair, numbered from 0 without gaps, in increasing order. The pairs of a unit are
     averaged before clipping, so that a whole patient moves the sum by at most `max_norm` (Euclidean
-    norm). `chunk`: pairs whose gradients are in memory at once; the pairs of one unit are always
-    together.
+    norm), rounding included. `chunk`: pairs whose gradients are in memory at once; the pairs of one
+    unit are always together.
     """
     parameters = dict(discriminator.named_parameters())
     totals = [
-        torch.zeros_like(_rows(value.detach().unsqueeze(0))[0]) for value in parameters.values()
+        torch.zeros(value.numel(), dtype=torch.float64, device=value.device)
+        for value in parameters.values()
     ]
-    norms, logits = [torch.zeros(0, device=units.device)], [torch.zeros(0, device=units.device)]
+    norms = [torch.zeros(0, dtype=torch.float64, device=units.device)]
+    logits = [torch.zeros(0, device=units.device)]
     for start, end in _chunks(units, chunk):
-        part = slice(start, end)
-        pairs = (fakes[0][part], fakes[1][part], reals[0][part], reals[1][part])
-        gradients, real_logits = pair_gradients(discriminator, loss, *pairs, r1_weight)
-        within = units[part] - units[start]
-        rows = [_means(_rows(value), within) for value in gradients.values()]
-        norm = torch.stack([torch.linalg.vector_norm(row.float(), dim=1) for row in rows]).norm(
-            dim=0
+        count = end - start
+        blank = -count % chunk if units.device.type in FIXED_CHUNKS else 0
+        fake, fake_c, real, real_c = (_padded(part[start:end], blank) for part in (*fakes, *reals))
+        gradients, real_logits = pair_gradients(
+            discriminator, loss, fake, fake_c, real, real_c, r1_weight
         )
-        if not bool(
-            norm.isfinite().all()
-        ):  # ∞ · 0 is NaN: gradients that are not finite count as 0
-            rows = [torch.where(norm.isfinite()[:, None], row, 0.0) for row in rows]
-        factor = max_norm / norm.nan_to_num(nan=max_norm).clamp(min=max_norm)
-        for total, row in zip(totals, rows, strict=True):
-            total += factor @ row
-        norms.append(norm)
-        logits.append(real_logits)
+        within = units[start:end] - units[start]
+        rows = [_means(_rows(value)[:count], within) for value in gradients.values()]
+        norms.append(_add_clipped(totals, rows, max_norm))
+        logits.append(real_logits[:count])
     shaped = {
-        name: _unrow(total, value.shape).to(value.dtype)
+        name: _unrow(total, value.shape)
         for (name, value), total in zip(parameters.items(), totals, strict=True)
     }
     return ClippedSum(shaped, torch.cat(norms), torch.cat(logits))
+
+
+def _add_clipped(totals: Sequence[Tensor], rows: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Add the units' clipped gradients, `rows` (U, n) by parameter, to `totals` (n,), in place.
+
+    Returns the norms (U,) before clipping. Gradients that are not finite count as 0.
+    """
+    squares = [part.double().square().sum(dim=1) for row in rows for part in row.split(COLUMNS, 1)]
+    norm = torch.stack(squares).sum(dim=0).sqrt()
+    finite = norm.isfinite()
+    if not bool(finite.all()):  # ∞ · 0 is NaN
+        rows = [row.where(finite[:, None], 0.0) for row in rows]
+    limit = max_norm * (1 - MARGIN)
+    factor = limit / norm.where(finite, limit).clamp(min=limit)
+    for total, row in zip(totals, rows, strict=True):
+        for sums, part in zip(total.split(COLUMNS), row.split(COLUMNS, 1), strict=True):
+            sums += factor @ part.double()
+    return norm
+
+
+@contextmanager
+def exact_kernels() -> Iterator[None]:
+    """float32 without TF32 on CUDA, by kernels that do not depend on measured times."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    with torch.backends.cudnn.flags(
+        enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
+    ):
+        matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
 
 
 def pair_gradients(
@@ -100,6 +141,11 @@ def pair_gradients(
     return dict(
         zip(parameters, each.gradients(value, list(parameters.values())), strict=True)
     ), real_logits.detach()
+
+
+def _padded(part: Tensor, count: int) -> Tensor:
+    """`part` (B, ...) with `count` blank rows at its end."""
+    return torch.cat([part, part.new_zeros(count, *part.shape[1:])]) if count else part
 
 
 def _rows(value: Tensor) -> Tensor:

@@ -4,15 +4,18 @@ Only D sees real images, so only D's gradient gets noise. The generator learns f
 own images: all that is derived from it is post-processing (arXiv 1607.00133, section 3).
 
 The secret. `settings.seed` is public: the server sends it. Noise that can be computed can be
-subtracted, and a known sample gives no amplification. So the Poisson sample, the noise and all
-other draws of D's step come from a secret of this process (the system's entropy), which is never
-stored, sent or reused: a restored checkpoint gets new noise. The generators are not cryptographic
-(the report says so), but the noise uses all 128 bits of the secret: PyTorch's CPU generator keeps
-32 bits of a seed, few enough to try each.
+subtracted, and a known sample gives no amplification. So the Poisson sample, the images of a
+patient, and the noise of gradients, signs and label counts are ChaCha20's key stream under 256 bits
+of the system's entropy, which are never stored, sent or reused: a restored checkpoint gets a new
+key. Sum and noise are float64 and leave on a grid (fedgan/privacy/noise.py).
 
-Not covered: the duration of a step (it grows with the sample), and the rounding of floating-point
-sums, by which a unit may move a sum slightly more than the clip (arXiv 2207.10635); the noise is
-larger by many orders of magnitude.
+On CUDA the noise is made on the CPU and copied, 8 bytes per parameter and step; cuDNN's search for
+algorithms and TF32 are off (`exact_kernels`), and chunks have a fixed size.
+
+Not covered: the duration of a step (it grows with the sample); the rounding inside a pair's float32
+gradient, which may depend on the other pairs (fedgan/privacy/clipping.py); latents and augmentation
+of the step, which come from PyTorch's generators under a seed of the key stream, of which the CPU's
+keeps 32 bits.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError, FedganError
 from fedgan.privacy.accounting import Mechanism, joint_noise, noise_for
 from fedgan.privacy.clipping import Loss, clipped_sum
+from fedgan.privacy.noise import KeyStream, Purpose, release
 
 STEPS, LABELS = "discriminator steps", "label counts"
 
@@ -57,25 +61,18 @@ class LedgerLike(Protocol):
 class Draw:
     """The Poisson sample of one step of D: rows (B,), the unit of each (B,), and its generators.
 
-    `host` and `device` serve all other draws of the step; `noise` only the noise of DP-SGD.
+    `host` and `device` serve latents and augmentation, `noise` the noise of DP-SGD.
     """
 
     rows: np.ndarray
     units: Tensor
     host: torch.Generator
     device: torch.Generator
-    noise: np.random.Generator
+    noise: KeyStream
 
     def normal(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        """Noise of standard deviation 1, float32."""
-        if device.type == "cpu":
-            return torch.from_numpy(
-                self.noise.standard_normal(shape or (1,), dtype=np.float32)
-            ).reshape(shape)
-        seeded = torch.Generator(device).manual_seed(
-            int(self.noise.integers(2**63))
-        )  # CUDA's generator keeps all 63 bits
-        return torch.randn(shape, generator=seeded, device=device)
+        """Noise of standard deviation 1, float64."""
+        return self.noise.normal(shape).to(device)
 
 
 class PrivateStep:
@@ -148,8 +145,9 @@ class PrivateStep:
     # --- sampling ---------------------------------------------------------------------------------
 
     def renew(self) -> None:
-        """Draw a new secret: after a restored checkpoint no noise may come twice."""
-        self._secret = secrets.randbits(128) if self._fixed_secret is None else self._fixed_secret
+        """Draw a new key: after a restored checkpoint no noise may come twice."""
+        secret = secrets.randbits(256) if self._fixed_secret is None else self._fixed_secret
+        self._key = secret.to_bytes(32, "little")
         self._newest = -1
 
     def draw(self, number: int) -> Draw:
@@ -157,19 +155,20 @@ class PrivateStep:
         if number <= self._newest:
             self.renew()
         self._newest = number
-        sample, noise, torch_seeds = np.random.SeedSequence([self._secret, number]).spawn(3)
-        rng = np.random.Generator(np.random.PCG64(sample))
-        chosen = np.flatnonzero(rng.random(self.units) < self.sample_rate)
+        sample, noise, seeds = (
+            KeyStream(self._key, number, purpose)
+            for purpose in (Purpose.SAMPLE, Purpose.NOISE, Purpose.SEEDS)
+        )
+        chosen = np.flatnonzero(sample.uniform(self.units).numpy() < self.sample_rate)
         rows = [self.rows_of_unit[unit] for unit in chosen]
         if most := self.settings.images_per_patient:
-            rows = [rng.permutation(row)[:most] for row in rows]
+            rows = [row[sample.uniform(len(row)).argsort().numpy()[:most]] for row in rows]
         units = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-        seeds = torch_seeds.generate_state(2, np.uint64) >> np.uint64(1)
-        host = torch.Generator().manual_seed(int(seeds[0]))
-        device = torch.Generator(self.device).manual_seed(int(seeds[1]))
+        host_seed, device_seed = (seeds.words(2) & (2**63 - 1)).tolist()
+        host = torch.Generator().manual_seed(host_seed)
+        device = torch.Generator(self.device).manual_seed(device_seed)
         index = np.concatenate(rows) if rows else np.zeros(0, np.int64)
-        noises = np.random.Generator(np.random.PCG64(noise))
-        return Draw(index, torch.from_numpy(units).to(self.device), host, device, noises)
+        return Draw(index, torch.from_numpy(units).to(self.device), host, device, noise)
 
     # --- releases ---------------------------------------------------------------------------------
 
@@ -182,7 +181,7 @@ class PrivateStep:
         draw: Draw,
         r1_weight: float = 0.0,
     ) -> tuple[float, int]:
-        """Set the gradients of D: clip, sum, add noise, divide by the expected batch size.
+        """Set the gradients of D: clip, sum, add noise, round, divide by the expected batch size.
 
         Return (sum of the signs of D on real images, their number), with the noise of
         `privacy.r_t_noise` and the expected number; (0, 0) where it is off. Raises `FedganError`
@@ -202,14 +201,16 @@ class PrivateStep:
             total = found.gradients[name]
             draws = draw.normal(tuple(total.shape), total.device)
             parameter.grad = torch.empty_like(parameter).copy_(
-                (total + draws * (noise * clip)) / expected
+                release(total, draws, noise * clip) / expected
             )
         if not self.settings.r_t_noise:
             return 0.0, 0
-        signs = torch.zeros(int(draw.units[-1]) + 1 if len(draw.units) else 0, device=self.device)
-        signs.index_add_(0, draw.units, found.real_logits.float().sign().nan_to_num())
-        signs = signs / torch.bincount(draw.units, minlength=len(signs)).clamp(min=1)
-        noisy = signs.sum() + draw.normal((), self.device) * self.settings.r_t_noise
+        counts = torch.bincount(draw.units)
+        signs = torch.zeros(len(counts), dtype=torch.float64, device=self.device)
+        signs.index_add_(0, draw.units, found.real_logits.double().sign().nan_to_num())
+        noisy = release(
+            (signs / counts).sum(), draw.normal((), self.device), self.settings.r_t_noise
+        )
         return float(noisy), max(1, round(expected))
 
     def release_labels(self, dataset: ImageDataset) -> np.ndarray:
@@ -220,12 +221,11 @@ class PrivateStep:
         get `privacy.label_noise` times that.
         """
         reach = 1.0 if dataset.exclusive else max(1, dataset.label_dim) ** 0.5
-        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._secret, 2**63])))
+        self.renew()  # a key of its own, whatever steps came before
         size = np.bincount(self.unit_of_row, minlength=self.units)
-        counts = (dataset.labels / size[self.unit_of_row, None]).sum(axis=0)
-        noisy = np.clip(
-            counts + rng.normal(0.0, self.settings.label_noise * reach, counts.shape), 0.0, None
-        )
+        counts = torch.from_numpy((dataset.labels / size[self.unit_of_row, None]).sum(axis=0))
+        draws = KeyStream(self._key, 0, Purpose.LABELS).normal(tuple(counts.shape))
+        noisy = release(counts, draws, self.settings.label_noise * reach).clamp(min=0.0).numpy()
         if not dataset.exclusive:
             return np.clip(noisy / self.units, 0.0, 1.0)
         return (

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedgan.config import Settings
 from fedgan.models.stylegan2.discriminator import Discriminator
 from fedgan.models.stylegan2.generator import Generator
+from fedgan.privacy.clipping import exact_kernels
 from fedgan.privacy.step import PrivateStep
 from fedgan.privacy.validator import check_modules
 from fedgan.training import losses
@@ -168,6 +169,7 @@ class StyleGAN2Step:
         self._update_d(penalty * (self.r1_gamma / 2 * self.training.r1_interval))
         measured["r1"].append(penalty.detach())
 
+    @exact_kernels()
     def _d_main_private(self, private: PrivateStep) -> None:
         """Dmain by DP-SGD: per unit one clipped gradient, of its real and fake image together.
 
