@@ -357,7 +357,10 @@ class PrivacySettings:
         low=-1.0,
     )
     delta: float = meaning(
-        0.0, "δ of the guarantee; 0: 1 / (images or patients of the hospital).", low=0.0, high=0.5
+        0.0,
+        "δ of the guarantee, at most 1/n of n images or patients; 0: min(1e-5, 1/(10 n)).",
+        low=0.0,
+        high=0.5,
     )
     max_grad_norm: float = meaning(1.0, "Clipping norm of one unit's gradient.", low=1e-6)
     unit: str = meaning(

@@ -90,8 +90,8 @@ def test_epsilon_is_stated_with_all_its_terms(tmp_path: Path) -> None:
     words = words_of(write_run(tmp_path, PRIVATE))
     for fact in (
         "(ε, δ)-differential privacy",
-        "Here δ = 1 / (number of images of the hospital).",
-        "differ by one unit, which was added or removed",
+        "the default is the smaller of 1e-5 and 1 / (10 n), n the number of images of the hospital",
+        "(zero-out: added or removed, while the number of units is public)",
         "Poisson",
         "PRV",
         "RDP",
@@ -100,7 +100,7 @@ def test_epsilon_is_stated_with_all_its_terms(tmp_path: Path) -> None:
         "Anything that was trained on these images without privacy: no ledger records it.",
         "about two and a half times the ε at the same δ",
         "label counts, released with a noise multiplier of 20",
-        "not cryptographic",
+        "ChaCha20 (RFC 8439) with 256 bits",
         "clipped to norm 1; the gradients are summed and Gaussian noise is added",
         "NIST SP 800-226",
         "the number of images of each hospital".capitalize(),
@@ -726,7 +726,7 @@ def test_card_states_epsilon_with_terms_and_audit_findings(tmp_path: Path) -> No
     for words in (
         "Neighbouring relation: ",
         "Accountant: Opacus",
-        "not cryptographic",
+        "ChaCha20",
         "Evidence of a leak",
         "Not protected:",
     ):

@@ -60,7 +60,14 @@ def test_delta_above_one_over_n_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"privacy\.delta = 0\.11 is more than 1/n") as found:
         begin(0.11)
     assert "\n" not in str(found.value)
-    assert begin(0.1).delta == begin(0).delta == 0.1
+    assert begin(0.1).delta == 0.1
+
+
+@pytest.mark.parametrize(("units", "delta"), [(10, 1e-5), (10_000, 1e-5), (2_000_000, 5e-8)])
+def test_default_delta_is_a_tenth_of_one_over_n_at_most(units, delta):
+    for unit in ("image", "patient"):
+        privacy = settings_of("privacy.delta=0", f"privacy.unit={unit}").privacy
+        assert step_module.delta_of(privacy, units) == pytest.approx(delta)
 
 
 # --- epsilon cap of a hospital --------------------------------------------------------------------

@@ -36,6 +36,7 @@ from fedgan.privacy.clipping import Loss, clipped_sum
 from fedgan.privacy.noise import KeyStream, Purpose, release
 
 STEPS, LABELS = "discriminator steps", "label counts"
+MAX_DELTA = 1e-5  # of the default
 
 
 class LedgerLike(Protocol):
@@ -268,7 +269,7 @@ def noise_multiplier(
     privacy = settings.privacy
     if privacy.noise_multiplier >= 0:
         return privacy.noise_multiplier
-    delta, steps = privacy.delta or 1 / units, steps_of(planned_images, batch_size)
+    delta, steps = delta_of(privacy, units), steps_of(planned_images, batch_size)
     joint = noise_for(
         privacy.epsilon,
         delta,
@@ -303,14 +304,23 @@ def rate_and_delta(
             f"'{dataset.name}': a Poisson sample cannot be larger than the data; lower it, or set "
             "federation.batch = 'shared'"
         )
-    delta = privacy.delta or 1 / units
+    delta = delta_of(privacy, units)
     if delta > 1 / units:
         raise ConfigError(
             f"privacy.delta = {delta:g} is more than 1/n of the n {privacy.unit}s of "
             f"'{dataset.name}': it allows the full disclosure of one of them; lower it, or set 0 "
-            "for 1/n"
+            "for the smaller of 1e-5 and 1/(10 n)"
         )
     return batch_size / len(dataset), delta
+
+
+def delta_of(privacy: PrivacySettings, units: int) -> float:
+    """δ for `units` images or patients: `privacy.delta`, or the smaller of 1e-5 and 1/(10 n).
+
+    A release of one unit chosen at random holds with ε = 0 and δ = 1/n. The default allows a
+    disclosure of anybody with a probability of at most 1/10.
+    """
+    return privacy.delta or min(MAX_DELTA, 0.1 / units)
 
 
 def label_release(settings: Settings, label_dim: int) -> list[Mechanism]:

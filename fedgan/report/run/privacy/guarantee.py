@@ -238,24 +238,25 @@ def terms(run: RunData) -> list[tuple[str, str]]:
         delta = f"δ = {significant(privacy.delta, 3)}."
     else:
         delta = (
-            f"δ = 1 / (number of {privacy.unit}s of the hospital). That is the largest δ in use: a "
-            "smaller δ promises more."
+            "δ is in the table; the default is the smaller of 1e-5 and 1 / (10 n), n the number of "
+            f"{privacy.unit}s of the hospital. 1 / n would allow the full disclosure of one."
         )
     unit = unit_text(settings)
     return [
         (
             "Kind",
-            "(ε, δ)-differential privacy: adding or removing one unit changes the probability of "
+            "(ε, δ)-differential privacy: the contribution of one unit changes the probability of "
             "any outcome by a factor of at most exp(ε), except for a probability of δ. "
             f"Here {delta}",
         ),
         ("Unit", f"{unit[0].upper()}{unit[1:]}: it may be present or absent."),
         (
             "Neighbouring relation",
-            "Two data sets that differ by one unit, which was added or removed. Replacing one unit "
-            "by another is two changes: about two and a half times the ε at the same δ. The bound "
-            "for two changes that follows from ε and δ alone, 2ε at (1 + exp(ε)) δ, promises "
-            "nothing at ε = 10 if δ is above 1/22,000.",
+            "Two data sets of one size that differ by one unit, which contributes nothing in one "
+            "of them (zero-out: added or removed, while the number of units is public). Replacing "
+            "one unit by another is two changes: about two and a half times the ε at the same δ. "
+            "The bound for two changes that follows from ε and δ alone, 2ε at (1 + exp(ε)) δ, "
+            "promises nothing at ε = 10 if δ is above 1/22,000.",
         ),
         (
             "Mechanism",
@@ -287,9 +288,9 @@ def terms(run: RunData) -> list[tuple[str, str]]:
         ),
         (
             "Noise generator",
-            "The generators of PyTorch and NumPy, seeded from the entropy of the operating system "
-            "in each process. They are not cryptographic, and floating-point noise has gaps that "
-            "the accounting does not cover.",
+            "ChaCha20 (RFC 8439) with 256 bits of the operating system's entropy, for noise and "
+            "samples. Sum and noise are float64 and rounded to a grid that depends on the noise "
+            "alone, so that the low bits of a result show nothing of its terms.",
         ),
     ]
 
