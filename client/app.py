@@ -27,7 +27,7 @@ from client.hospital import (
 )
 from client.policy import apply_state_quota, read_policy
 from client.secure import mask_update
-from client.wire import clip_update, received_model, update_record
+from client.wire import received_model, update_record
 from fedgan.config import PARTS, Settings
 from fedgan.errors import CheckpointError, ConfigError
 from fedgan.exchange.round_metrics import reported_metrics
@@ -47,7 +47,7 @@ def hello(message: Message, context: Context) -> Message:
     return RequestContext(message, context).reply(introduce)
 
 
-@app.train(mods=[mask_update, clip_update])
+@app.train(mods=[mask_update])
 def train(message: Message, context: Context) -> Message:
     """Train the received model on this round's images and reply with the update."""
     return RequestContext(message, context).reply(train_round)

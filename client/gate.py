@@ -25,7 +25,7 @@ from client.hospital import (
     log_folder,
 )
 from client.policy import apply_policy
-from client.wire import check_clip, pack_bundles, unpack_bundles
+from client.wire import pack_bundles, unpack_bundles
 from fedgan.errors import HOSPITAL_REASON, ConfigError
 from fedgan.exchange.bundle import BUNDLE
 from fedgan.exchange.error_messages import ERROR, FAILED, REASON, Refused, reason
@@ -89,7 +89,6 @@ class Admission:
         local = self.local = find_local_hospital(request, self.node)
         self._at("comparing the request with its pinned settings")
         local.check_pins(asked, kind == "train")
-        check_clip(self.message, asked.settings)
         self._at("replying")
         return request, local
 

@@ -10,16 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
-from flwr.clientapp.mod import fixedclipping_mod
-from flwr.clientapp.typing import ClientAppCallable
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedgan.config import Settings
-from fedgan.errors import ConfigError
 from fedgan.exchange.bundle import BUNDLE, pack_bundle, unpack_bundle
 from fedgan.exchange.number_formats import make_update, unpack
-
-CLIPPING_NORM = "clipping_norm"  # Flower's key, sent by the wrapper of the server's strategy
+from fedgan.privacy.client_level import clipped_change
 
 
 def received_model(message: Message, settings: Settings) -> dict[str, np.ndarray]:
@@ -33,64 +29,17 @@ def update_record(
 ) -> ArrayRecord:
     """The update of a hospital that trained `before` to `after`, as a record.
 
-    Raises `FederationError`, whose text names an array and settings only, when 16 bits cannot hold
-    it.
+    With `privacy.client_level = "client"` it is clipped here. Raises `FederationError`, whose text
+    names an array and settings only, when 16 bits cannot hold it.
     """
-    federation = settings.federation
+    federation, privacy = settings.federation, settings.privacy
+    if privacy.client_level == "client":
+        change = clipped_change(after, before, privacy.client_clip)
+        after = {key: (before[key] + part).astype(np.float32) for key, part in change.items()}
     # masked are always changes: weights of magnitude 100 would exceed any range
     delta = federation.delta or federation.secure
     update = make_update(after, before, federation.wire, delta)
     return ArrayRecord({key: Array(value) for key, value in sorted(update.items())})
-
-
-def check_clip(message: Message, settings: Settings) -> None:
-    """Raise `ConfigError` where the settings have a clip here and the request does not ask for it.
-
-    Flower's mod clips only what the request asks for.
-    """
-    privacy = settings.privacy
-    if privacy.client_level != "client" or message.metadata.message_type != "train":
-        return
-    norms = [
-        config[CLIPPING_NORM]
-        for config in message.content.config_records.values()
-        if CLIPPING_NORM in config
-    ]
-    if len(norms) != 1 or not 0 < float(norms[0]) <= privacy.client_clip:
-        raise ConfigError(
-            f"privacy.client_level = 'client' clips here at {privacy.client_clip:g}, and the "
-            f"request has {norms or 'none'}"
-        )
-
-
-def clip_update(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Flower mod: clip the update where the server's strategy requests it (`fixedclipping_mod`).
-
-    A reply without any change passes unclipped, because Flower would divide by the norm of the
-    change.
-    """
-    is_requested = any(
-        CLIPPING_NORM in config for config in message.content.config_records.values()
-    )
-    before = {
-        key: array.numpy()
-        for record in message.content.array_records.values()
-        for key, array in record.items()
-    }
-    reply = call_next(message, context)
-    if (
-        not is_requested
-        or reply.has_error()
-        or not _has_changed(before, next(iter(reply.content.array_records.values())))
-    ):
-        return reply
-    return fixedclipping_mod(message, context, lambda *_: reply)
-
-
-def _has_changed(before: Mapping[str, np.ndarray], after: Mapping[str, Array]) -> bool:
-    return any(
-        not np.array_equal(before.get(key, np.nan), array.numpy()) for key, array in after.items()
-    )
 
 
 def unpack_bundles(content: RecordDict) -> bool:

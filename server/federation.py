@@ -46,7 +46,7 @@ from fedgan.runs.round_state import (
 )
 from fedgan.training.checkpoint import load_generator
 from fedgan.training.ema import average_of_rounds
-from server.aggregation.client_level_dp import equalize_weights, noise_statement, record_round
+from server.aggregation.client_level_dp import noise_statement, private_mean, record_round
 from server.aggregation.secure import (
     MaskedReplies,
     SecureRound,
@@ -84,6 +84,7 @@ from server.records import (
     decode_replies,
     encode_messages,
     encoded_bytes,
+    model_of,
     personalize,
     to_record,
 )
@@ -486,12 +487,9 @@ class Federation:
     def _is_aggregated(self, row: Mapping[str, Any]) -> bool:
         """Whether a reply is aggregated: not that of a hospital without budget for one step.
 
-        A hospital without images in this round counts with the model that it was sent, except
-        under client-level DP: Flower cannot clip an update of zero.
+        A hospital without images in this round counts with the model that it was sent.
         """
-        return row["images"] > 0 or not (
-            "exhausted" in row or self.settings.privacy.client_level != "none"
-        )
+        return row["images"] > 0 or "exhausted" not in row
 
     def _aggregate(
         self,
@@ -504,21 +502,21 @@ class Federation:
         """The model of these replies and its privacy cost; the old model where they are too few."""
         if isinstance(replies, MaskedReplies):
             return self._masked_model(replies, number), {}
+        if self.settings.privacy.client_level != "none":
+            entry = record_round(self.settings, self.run, self.experiment)
+            models = [model_of(reply) for reply in counted]
+            mean = private_mean(self.settings, state.arrays, models)
+            return mean, {"client_level_dp": entry}
         if len(counted) < min_updates(self.settings):
             return state.arrays, {}
         set_expected_hospitals(strategy, len(counted))
-        privacy_cost = {}
         limit_weights(self.settings, counted)
-        if self.settings.privacy.client_level != "none":
-            counted = equalize_weights(counted)
-            entry = record_round(self.settings, self.run, self.experiment, len(counted))
-            privacy_cost = {"client_level_dp": entry}
         arrays = aggregate(strategy, self.settings, number, counted, state.arrays)
         if arrays is None:
             raise FederationError(
                 f"the strategy made no model of the replies of round {number}: see flower.log"
             )
-        return arrays, privacy_cost
+        return arrays, {}
 
     def _masked_model(self, replies: MaskedReplies, number: int) -> Arrays:
         """The model from the sum of masked replies."""

@@ -1,4 +1,4 @@
-"""Client-level DP by Flower's wrappers: clipping, noise, privacy cost."""
+"""Client-level DP: clipping, absent hospitals, noise, privacy cost."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import math
 from pathlib import Path
 from typing import Any
 
-import flwr.serverapp.strategy as flower
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
-from small_federation import LocalGrid, federate, tiny, write_shards
+from small_federation import LocalGrid, error_reply, federate, tiny, write_shards
 
+from client import app as client_app
 from client.app import app
-from client.wire import CLIPPING_NORM, clip_update
+from client.wire import update_record
 from fedgan import files
 from fedgan.config import Settings
-from fedgan.errors import ConfigError, FederationError
+from fedgan.errors import ConfigError
 from fedgan.privacy.accounting import Mechanism, epsilon_of
+from fedgan.privacy.client_level import clipped_change
 from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
 from fedgan.runs.compatibility import check_compatibility
@@ -28,23 +28,14 @@ from fedgan.runs.preparation import experiment_of
 from fedgan.training.checkpoint import load_tensors
 from server.aggregation.client_level_dp import (
     LEDGER,
-    equalize_weights,
     noise_statement,
+    private_mean,
     record_round,
 )
-from server.aggregation.strategies import make_strategy, set_expected_hospitals
 from server.federation import Federation
-from server.records import to_record
-from server.roster import MemberGrid
 
 SHAPES = {"generator/strength": (1,), "discriminator/w": (40, 50), "ema/b": (7,)}
 HOSPITALS = 3
-
-
-@pytest.fixture(autouse=True)
-def identity() -> None:
-    """Set the task identity that Flower's Message needs."""
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
 
 
 def settings_of(
@@ -55,44 +46,15 @@ def settings_of(
 
 def arrays(rng: np.random.Generator, scale: float) -> dict[str, np.ndarray]:
     return {
-        key: (scale * rng.standard_normal(shape)).astype(np.float32)
+        key: np.asarray(scale * rng.standard_normal(shape), np.float32)
         for key, shape in SHAPES.items()
     }
-
-
-def reply(model: dict[str, np.ndarray], weight: int = 5) -> Message:
-    request = Message(RecordDict({"config": ConfigRecord()}), 1, "train")
-    request.metadata.__dict__["_message_id"] = "request"
-    records = {"arrays": ArrayRecord({key: Array(value) for key, value in model.items()})}
-    return Message(
-        RecordDict(records | {"metrics": MetricRecord({"num_examples": weight})}), reply_to=request
-    )  # type: ignore[arg-type]
 
 
 def distance(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
     return math.sqrt(
         sum(float(np.square(one[key].astype(float) - other[key]).sum()) for key in one)
     )
-
-
-def aggregate(
-    settings: Settings,
-    sent: dict[str, np.ndarray],
-    models: list[dict[str, np.ndarray]],
-    weights: tuple[int, ...] = (),
-) -> dict[str, np.ndarray]:
-    """The aggregated model of these replies."""
-    strategy: Any = make_strategy(settings)
-    set_expected_hospitals(strategy, len(models))
-    members: Any = MemberGrid([])
-    members.get_node_ids = lambda: list(range(len(models)))
-    list(strategy.configure_train(1, to_record(sent), ConfigRecord(), members))
-    replies = [
-        reply(model, weight)
-        for model, weight in zip(models, weights or (1,) * len(models), strict=True)
-    ]
-    record, _ = strategy.aggregate_train(1, equalize_weights(replies))
-    return {key: array.numpy() for key, array in record.items()}
 
 
 def shifted(sent: dict[str, np.ndarray], update: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -104,93 +66,68 @@ def shifted(sent: dict[str, np.ndarray], update: dict[str, np.ndarray]) -> dict[
 
 
 @given(st.integers(0, 10_000), st.floats(0.01, 100.0), st.sampled_from([0.1, 1.0, 10.0]))
-def test_sensitivity_of_the_sum_is_bounded_by_the_clip(seed: int, size: float, clip: float) -> None:
+def test_absence_of_a_hospital_moves_the_sum_by_the_clip(
+    seed: int, size: float, clip: float
+) -> None:
     rng = np.random.default_rng(seed)
     settings = settings_of(
         "privacy.client_level=server",
         "privacy.client_noise_multiplier=0",
         f"privacy.client_clip={clip}",
     )
-    sent = arrays(rng, 1.0)
-    others = [shifted(sent, arrays(rng, 0.01)) for _ in range(HOSPITALS - 1)]
-    tiny_step = shifted(sent, arrays(rng, 1e-6))  # a hospital with almost no change
-    with_it = aggregate(
-        settings, sent, [shifted(sent, arrays(rng, size)), *others], weights=(1000, 1, 1)
-    )
-    without = aggregate(settings, sent, [tiny_step, *others], weights=(1, 1, 1))
-    sensitivity = HOSPITALS * distance(with_it, without)
-    assert sensitivity <= clip * 1.001 + 1e-3
-    assert sensitivity > 0.9 * min(clip, size) - 1e-3
+    sent = {key: np.zeros_like(array) for key, array in arrays(rng, 1.0).items()}
+    others = [arrays(rng, 0.01) for _ in range(HOSPITALS - 1)]
+    update = arrays(rng, size)
+    present = private_mean(settings, sent, [update, *others])
+    absent = private_mean(settings, sent, others)
+    zero = private_mean(settings, sent, [sent, *others])
+    assert all(np.array_equal(absent[key], zero[key]) for key in sent)
+    sensitivity = HOSPITALS * distance(present, absent)
+    length = min(clip, distance(update, sent))
+    assert sensitivity == pytest.approx(length, rel=1e-4, abs=1e-6)
+    assert distance(clipped_change(update, sent, clip), sent) <= clip
 
 
-@pytest.mark.parametrize("side", ["server", "client"])
-def test_noise_has_the_configured_deviation_with_an_absent_hospital(
-    side: str,
-) -> None:
+@pytest.mark.parametrize("present", [3, 2, 0])
+def test_noise_is_independent_of_the_hospitals_that_reply(present: int) -> None:
     clip, noise = 0.5, 4.0
-    overrides = (
-        f"privacy.client_level={side}",
+    settings = settings_of(
+        "privacy.client_level=server",
         f"privacy.client_noise_multiplier={noise}",
         f"privacy.client_clip={clip}",
     )
     sent = {"generator/w": np.zeros((300, 400), np.float32), "ema/one": np.zeros(1, np.float32)}
     update = {key: np.full(value.shape, 1e-6, np.float32) for key, value in sent.items()}
-    for hospitals in (3, 2):
-        found = aggregate(settings_of(*overrides), sent, [shifted(sent, update)] * hospitals)
-        assert found["generator/w"].std() == pytest.approx(noise * clip / hospitals, rel=0.01)
-        assert abs(found["generator/w"].mean()) < 0.02
     noises = []
     for _ in range(2):
         np.random.seed(0)  # the noise does not depend on numpy's seed
-        noises.append(
-            aggregate(settings_of(*overrides), sent, [shifted(sent, update)] * 3)["generator/w"]
-        )
+        found = private_mean(settings, sent, [shifted(sent, update)] * present)["generator/w"]
+        assert found.dtype == np.float32
+        assert found.std() == pytest.approx(noise * clip / HOSPITALS, rel=0.01)
+        assert abs(found.mean()) < 0.02
+        noises.append(found)
     assert not np.array_equal(*noises)
 
 
-def test_array_without_a_dimension_is_refused() -> None:
-    with pytest.raises(
-        FederationError, match="'a' has no dimension and would escape Flower's clipping"
-    ):
-        equalize_weights([reply({"a": np.array(3, np.float32), "b": np.ones(2, np.float32)})])
-
-
-def clipped_reply(
-    sent: dict[str, np.ndarray], model: dict[str, np.ndarray], clip: float | None
-) -> dict[str, np.ndarray]:
-    """The arrays that leave a hospital after clipping."""
-    config = ConfigRecord({} if clip is None else {CLIPPING_NORM: clip})
-    message = Message(RecordDict({"arrays": to_record(sent), "config": config}), 1, "train")
-    message.metadata.__dict__["_message_id"] = "request"
-    content = RecordDict({"arrays": to_record(model), "metrics": MetricRecord({"num_examples": 5})})
-    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
-    found = clip_update(message, context, lambda request, _: Message(content, reply_to=request))
-    assert not found.has_error()
-    return {key: array.numpy() for key, array in found.content.array_records["arrays"].items()}
-
-
-def test_hospital_clips_its_update_on_request() -> None:
+def test_hospital_clips_its_update_by_its_settings() -> None:
     rng = np.random.default_rng(3)
     # some weights of StyleGAN2 have a standard deviation of 100
     sent, update = arrays(rng, 100.0), arrays(rng, 2.0)
     model = shifted(sent, update)
-    clipped = clipped_reply(sent, model, 1.0)
+
+    def sends(side: str, after: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        settings = settings_of(f"privacy.client_level={side}")
+        return {key: item.numpy() for key, item in update_record(after, sent, settings).items()}
+
+    clipped = sends("client", model)
     assert distance(clipped, sent) == pytest.approx(1.0, rel=1e-2)
     direction = {key: (clipped[key] - sent[key]) * distance(model, sent) for key in sent}
     assert distance(direction, update) < 0.05 * distance(model, sent)
-    assert distance(clipped_reply(sent, model, None), model) == 0
-    # no change: Flower would divide by zero
-    assert distance(clipped_reply(sent, sent, 1.0), sent) == 0
+    assert distance(sends("server", model), model) == 0
+    assert distance(sends("client", sent), sent) == 0
 
 
-def test_client_level_dp_uses_flower_s_wrappers_of_fedavg_alone() -> None:
-    kinds = {
-        "server": flower.DifferentialPrivacyServerSideFixedClipping,
-        "client": flower.DifferentialPrivacyClientSideFixedClipping,
-        "none": flower.FedAvg,
-    }
-    for side, kind in kinds.items():
-        assert type(make_strategy(settings_of(f"privacy.client_level={side}"))) is kind
+def test_client_level_dp_refuses_other_results_than_a_mean() -> None:
     for strategy in ("fedadam", "fedmedian", "krum"):
         with pytest.raises(ConfigError, match="computes another result"):
             check_compatibility(
@@ -198,8 +135,48 @@ def test_client_level_dp_uses_flower_s_wrappers_of_fedavg_alone() -> None:
                     "privacy.client_level=server", f"federation.strategy={strategy}", hospitals=3
                 )
             )
-    with pytest.raises(ConfigError, match="makes none: raise it"):
-        check_compatibility(settings_of("privacy.client_level=server", "training.learning_rate=0"))
+
+
+def test_absent_hospital_equals_one_that_sends_no_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, noise, data = 0.5, 3.0, write_shards(tmp_path / "data", (40, 24, 16))
+    now: list[int] = []
+    update_of = client_app.update_record
+
+    def zero_of_the_last(after: Any, before: Any, settings: Settings) -> Any:
+        return update_of(before if now[-1] == 2 else after, before, settings)
+
+    monkeypatch.setattr(client_app, "update_record", zero_of_the_last)
+
+    def change(name: str, is_absent: bool, multiplier: float) -> np.ndarray:
+        def fault(number: int, message: Message) -> Message | None:
+            now.append(number)
+            is_training = message.metadata.message_type == "train"
+            return (
+                error_reply(message, "away") if is_absent and number == 2 and is_training else None
+            )
+
+        settings = settings_of(
+            "privacy.client_level=server",
+            f"privacy.client_clip={clip}",
+            f"privacy.client_noise_multiplier={multiplier}",
+            "federation.min_hospitals=1",
+            data=data,
+            rounds=1,
+        )
+        run = RunFolder.at(tmp_path / name)
+        federate(settings, run, app, fault)
+        begin, end = (load_tensors(run.checkpoint(number))[0] for number in (0, 1))
+        (line,) = files.read_json_lines(run.metrics)
+        assert len(line["hospitals"]) == 3 - is_absent
+        assert line["client_level_dp"]["hospitals"] == 3
+        return np.concatenate([(end[key] - begin[key]).numpy().ravel() for key in sorted(begin)])
+
+    absent, zero = change("absent", True, 0.0), change("zero", False, 0.0)
+    assert np.array_equal(absent, zero)
+    assert np.linalg.norm(absent) > 0.1 * clip
+    assert change("noisy", True, noise).std() == pytest.approx(noise * clip / 3, rel=0.1)
 
 
 # --- privacy cost ---------------------------------------------------------------------------------
@@ -209,7 +186,7 @@ def test_every_release_is_one_gaussian_mechanism_of_the_ledger(tmp_path: Path) -
     settings = settings_of("privacy.client_level=server", "privacy.client_noise_multiplier=5")
     run, records = RunFolder.at(tmp_path), list[dict[str, Any]]()
     for _ in range(4):
-        records.append(record_round(settings, run, "x", 3))
+        records.append(record_round(settings, run, "x"))
     assert [row["releases"] for row in records] == [1, 2, 3, 4]
     for row in records:
         assert row["epsilon"] == pytest.approx(
@@ -225,7 +202,6 @@ def test_every_release_is_one_gaussian_mechanism_of_the_ledger(tmp_path: Path) -
             settings_of("privacy.client_level=server", "privacy.client_noise_multiplier=0"),
             run,
             "x",
-            3,
         )["epsilon"]
         is None
     )

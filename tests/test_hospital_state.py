@@ -183,15 +183,6 @@ def test_request_for_more_images_than_planned_is_refused(private: Deployed) -> N
     assert "the noise of this run was chosen for 8 images" in private.log()
 
 
-def test_request_without_the_clip_of_the_settings_is_refused(tmp_path: Path) -> None:
-    run = Deployed(tmp_path, "privacy.client_level=client", rounds=1).train()
-    assert run.send("train", 1, clipping_norm=0.5) == ""
-    assert run.send("train", 1, clipping_norm=1e9) == PINNED
-    for message in run.requests:
-        message.content.config_records["config"].pop("clipping_norm", None)
-    assert run.send("train", 1) == PINNED
-
-
 def test_other_settings_may_change_between_rounds(private: Deployed) -> None:
     assert private.send("train", 1, "training.learning_rate=0.001", "federation.trim=0.1") == ""
 

@@ -1,8 +1,26 @@
-"""Client-level DP (arXiv 1710.06963): the effect of its noise with few hospitals."""
+"""Client-level DP (arXiv 1710.06963): the clip of an update, and the noise with few hospitals."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedgan.privacy.clipping import MARGIN
+
+
+def clipped_change(
+    after: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray], clip: float
+) -> dict[str, np.ndarray]:
+    """The change from `before` to `after`, float64, of a Euclidean norm of at most `clip`.
+
+    All arrays together have one norm.
+    """
+    change = {key: after[key].astype(np.float64) - array for key, array in before.items()}
+    norm = math.sqrt(sum(float(np.square(part).sum()) for part in change.values()))
+    limit = clip * (1 - MARGIN)
+    return {key: part * (limit / max(norm, limit)) for key, part in change.items()}
 
 
 def noise_statement(hospitals: int, noise_multiplier: float, numbers: int | None = None) -> str:

@@ -172,7 +172,7 @@ def _has_uneven_rounds(settings: Settings) -> bool:
 
 
 def _check_client_level_dp(settings: Settings) -> None:
-    """Refuse client-level DP where the noise does not fit the result or Flower's wrapper fails."""
+    """Refuse client-level DP where the strategy computes another result than a mean."""
     level = settings.privacy.client_level
     if level == "none":
         return
@@ -181,11 +181,6 @@ def _check_client_level_dp(settings: Settings) -> None:
             f"privacy.client_level = '{level}' needs a mean of clipped updates, and "
             f"federation.strategy = '{settings.federation.strategy}' computes another result: "
             f"choose {' or '.join(PLAIN_MEANS)}"
-        )
-    if settings.training.learning_rate == 0:
-        raise ConfigError(
-            "privacy.client_level clips updates, and training.learning_rate = 0 makes none: "
-            "raise it"
         )
 
 

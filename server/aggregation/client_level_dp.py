@@ -1,87 +1,67 @@
-"""Client-level differential privacy by Flower's wrappers (arXiv 1712.07557, 1710.06963).
+"""Client-level differential privacy (arXiv 1712.07557, 1710.06963).
 
 Each hospital's update of a round (its reply minus the model that was sent) is clipped to the
-Euclidean norm C, the updates are averaged with equal weights, and every number of the mean gets
-Gaussian noise of standard deviation z C / n. Replacing one hospital's update by zero moves the mean
-by at most C / n, so one round is one Gaussian mechanism of noise multiplier z, without sampling, as
-every hospital takes part. It hides a hospital from everybody who sees the model and metrics.jsonl,
-but not from the server, which sees each update before the noise. It is independent of
-`privacy.epsilon`, which hides an image or a patient from everybody, including the server.
+Euclidean norm C; the sum of the updates gets Gaussian noise of standard deviation z C in every
+number, and is divided by the number P of hospitals of the scenario (`federation.participants`). An
+absent or rejected hospital, one without images, and one without privacy budget add zero: neither
+the divisor nor the noise depends on who replied. So a hospital moves the sum by at most C, and one
+round is one Gaussian mechanism of noise multiplier z, without sampling. Sum and noise are float64
+and leave on a grid (fedgan/privacy/noise.py).
 
-Preconditions of Flower's code, and where they are met: arrays without a dimension would escape the
-clipping (`Trainer.get_parameters` has none, `equalize_weights` refuses them); arrays are paired by
-position, not by name (`equalize_weights` sorts them); FedAvg's weights would raise one hospital's
-influence above C / n (`equalize_weights` makes them equal); an update of zero divides by zero
-(hospitals without images are left out); the noise depends on the expected number of hospitals
-(server/aggregation/strategies.py:set_expected_hospitals).
+It hides a hospital's images from everybody who sees the model, but not from the server, which sees
+each update before the noise; metrics.jsonl and the log name the hospitals that replied. It is
+independent of `privacy.epsilon`, which hides an image or a patient from everybody, including the
+server. `privacy.client_level = "client"`: the hospitals clip too.
+
+Not covered: a round that fails because too few hospitals reply releases nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import Message, MetricRecord
-from flwr.serverapp.strategy import (
-    DifferentialPrivacyClientSideFixedClipping,
-    DifferentialPrivacyServerSideFixedClipping,
-    FedAvg,
-    Strategy,
-)
+import torch
 
 from fedgan.config import Settings
-from fedgan.errors import FederationError
 from fedgan.privacy.accounting import Mechanism, epsilon_of
+from fedgan.privacy.client_level import clipped_change
 from fedgan.privacy.client_level import noise_statement as noise_statement_of
 from fedgan.privacy.ledger import Ledger
+from fedgan.privacy.noise import KeyStream, Purpose, release
 from fedgan.run_folder import RunFolder
-from server.records import ARRAYS, METRICS, WEIGHT, model_of, to_record
 
 LEDGER = "hospital-ledger.jsonl"
 KIND, UNIT = "hospitals' updates", "hospital"
 
 
-def with_client_level_dp(strategy: FedAvg, settings: Settings) -> Strategy:
-    """The strategy in the wrapper of `privacy.client_level`; unchanged where that is 'none'."""
-    privacy, hospitals = settings.privacy, settings.federation.participants
-    match privacy.client_level:
-        case "server":
-            kind: type[Any] = DifferentialPrivacyServerSideFixedClipping
-        case "client":
-            kind = DifferentialPrivacyClientSideFixedClipping
-        case _:
-            return strategy
-    wrapped: Strategy = kind(
-        strategy, privacy.client_noise_multiplier, privacy.client_clip, hospitals
-    )
-    return wrapped
+def private_mean(
+    settings: Settings, sent: Mapping[str, np.ndarray], models: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The model `sent` plus the noisy mean of the clipped updates to `models`, float32.
 
-
-def equalize_weights(replies: Sequence[Message]) -> list[Message]:
-    """The replies with equal weights and arrays sorted by name, as the wrapper needs them.
-
-    Raises `FederationError` for an array without a dimension.
+    Over `federation.participants` hospitals, of which those without a model add zero. Enter the
+    release in the ledger first (`record_round`).
     """
-    for reply in replies:
-        arrays = model_of(reply)
-        if scalars := [key for key, array in arrays.items() if array.ndim == 0]:
-            raise FederationError(
-                f"'{scalars[0]}' has no dimension and would escape Flower's clipping: "
-                "send it with the shape (1,)"
-            )
-        reply.content[ARRAYS] = to_record(arrays)
-        reply.content[METRICS] = MetricRecord({WEIGHT: 1})
-    # Flower draws the noise from numpy's global generator, which must not have a known seed
-    np.random.seed()
-    return list(replies)
+    privacy, hospitals = settings.privacy, settings.federation.participants
+    total = {key: np.zeros(sent[key].shape) for key in sorted(sent)}
+    for model in models:
+        for key, part in clipped_change(model, sent, privacy.client_clip).items():
+            total[key] += part
+    deviation = privacy.client_noise_multiplier * privacy.client_clip
+    stream = KeyStream(secrets.token_bytes(32), 0, Purpose.HOSPITALS)  # one key per release
+    noisy = {
+        key: release(torch.from_numpy(part), stream.normal(part.shape), deviation).numpy()
+        for key, part in total.items()
+    }
+    return {key: (sent[key] + part / hospitals).astype(np.float32) for key, part in noisy.items()}
 
 
-def record_round(
-    settings: Settings, run: RunFolder, experiment: str, hospitals: int
-) -> dict[str, Any]:
-    """Enter one release of the mean over `hospitals` updates in the run's ledger beforehand.
+def record_round(settings: Settings, run: RunFolder, experiment: str) -> dict[str, Any]:
+    """Enter one release of the mean in the run's ledger beforehand.
 
     Returns the entry of the round's line: epsilon (None: infinite) at delta over all releases,
     repeated rounds included.
@@ -100,7 +80,7 @@ def record_round(
         "noise_multiplier": privacy.client_noise_multiplier,
         "clip": privacy.client_clip,
         "releases": sum(part.steps for part in spent),
-        "hospitals": hospitals,
+        "hospitals": settings.federation.participants,
     }
 
 

@@ -3,8 +3,8 @@
 fedavg (arXiv 1602.05629), fedprox (1812.06127), fedavgm (1909.06335), fedadam and fedyogi
 (2003.00295), fedmedian and fedtrimmedavg (1803.01498), krum and multikrum (1703.02757). All work on
 one ArrayRecord with prefixed keys. `federation.weights` (server/aggregation/weights.py) scales the
-hospitals' changes before; `privacy.client_level` (server/aggregation/client_level_dp.py) wraps the
-strategy.
+hospitals' changes before; `privacy.client_level` replaces the aggregation
+(server/aggregation/client_level_dp.py).
 """
 
 from __future__ import annotations
@@ -31,31 +31,27 @@ from fedgan.config import Settings
 from fedgan.errors import CheckpointError, ConfigError
 from fedgan.runs.compatibility import KRUMS, check_compatibility
 from fedgan.runs.round_state import STRATEGY_STATE
-from server.aggregation.client_level_dp import with_client_level_dp
 from server.aggregation.weights import apply_weights, plain_averages
 from server.records import ARRAYS, CONFIG, WEIGHT, model_of, to_record
 
 OPTIMISERS = ("fedavgm", "fedadam", "fedyogi")
 
 
-def make_strategy(settings: Settings) -> Strategy:
+def make_strategy(settings: Settings) -> FedAvg:
     """The Flower strategy of `federation.strategy`, in which every hospital joins every round."""
     check_compatibility(settings)
-    return with_client_level_dp(_plain_strategy(settings), settings)
+    return _plain_strategy(settings)
 
 
-def set_expected_hospitals(strategy: Strategy, hospitals: int) -> None:
+def set_expected_hospitals(strategy: FedAvg, hospitals: int) -> None:
     """Set the number of hospitals in a strategy.
 
-    A strategy with an outdated number waits for absent hospitals, adds too little noise, or takes
-    the mean of all where it should leave some out.
+    A strategy with an outdated number waits for absent hospitals, or takes the mean of all where it
+    should leave some out.
     """
-    inner = getattr(strategy, "strategy", strategy)
-    inner.min_train_nodes = inner.min_available_nodes = hospitals
-    if type(inner) is MultiKrum:  # its base class Krum selects one
-        inner.num_nodes_to_select = hospitals - inner.num_malicious_nodes
-    if inner is not strategy:
-        strategy.num_sampled_clients = hospitals
+    strategy.min_train_nodes = strategy.min_available_nodes = hospitals
+    if type(strategy) is MultiKrum:  # its base class Krum selects one
+        strategy.num_nodes_to_select = hospitals - strategy.num_malicious_nodes
 
 
 def aggregate(

@@ -96,8 +96,8 @@ def update_length(reply: Message, sent: Mapping[str, np.ndarray], images: int) -
 def find_too_long(settings: Settings, lengths: Sequence[float]) -> list[bool]:
     """Which updates exceed `federation.max_update_ratio` times the (lower) median length.
 
-    Updates of length 0 are left out of the median. With client-level DP none is rejected: Flower
-    clips each update, and one hospital's update must not influence whether another one counts.
+    Updates of length 0 are left out of the median. With client-level DP none is rejected: each
+    update is clipped, and one hospital's must not influence whether another one counts.
     """
     limit = settings.federation.max_update_ratio
     nonzero = [length for length in lengths if length > 0]

@@ -191,10 +191,11 @@ def client_level_statement(run: RunData) -> str:
     )
     return (
         "Client-level DP (whole hospitals): each round released the mean of the clipped updates of "
-        f"the hospitals with noise (Flower's wrappers, noise multiplier {significant(noise, 3)}), "
+        f"the hospitals with noise (noise multiplier {significant(noise, 3)}), "
         f"at {guarantee} and δ = {significant(cost.get('delta'), 3)} over {releases}. The unit is "
-        "a whole hospital, replaced by an empty one, without sampling. It protects a hospital "
-        "against everybody who sees the model, but not against the server."
+        "a whole hospital, absent or replaced by an empty one, without sampling: divisor and noise "
+        f"are those of {hospitals} hospitals in every round. It protects a hospital against "
+        "everybody who sees the model, but not against the server."
         + (f" {noise_statement(hospitals, noise)}" if hospitals and noise else "")
     )
 
