@@ -34,6 +34,7 @@ from simulations.comparison.arm import (
 )
 from simulations.comparison.compare import is_job_done, prepare
 from simulations.comparison.plan import plan_of
+from simulations.comparison.results import _cost
 from simulations.comparison.standalone import (
     continue_federation,
     is_trained_standalone,
@@ -369,3 +370,23 @@ def test_finetuning_continues_the_moving_average(
         np.testing.assert_allclose(
             average, decay * before + (1 - decay) * now, rtol=1e-5, atol=1e-6
         )
+
+
+def test_private_arm_withholds_figures_of_its_secret_samples(tmp_path: Path) -> None:
+    private = (
+        *("model.minibatch_std_group=0", "augment.mode=none", "training.r1_gamma=0"),
+        *("training.labels=uniform", "privacy.noise_multiplier=1", "comparison.arms=centralized"),
+    )
+    withheld = {"seconds", "core_seconds", "peak_memory_bytes"}
+    data = write_shards(tmp_path / "data", (40, 24))
+    for name, keys, expected in (("open", (), withheld), ("private", private, set())):
+        (arm,) = comparison(tmp_path / name, small(data, *keys, rounds=1))
+        train_standalone(arm.jobs[0], quiet)
+        (line,) = files.read_json_lines(arm.jobs[0].run.metrics)
+        (row,) = line["hospitals"]
+        assert row.keys() & withheld == expected
+        assert {"loss_g", "images", "threads"} <= row.keys()
+        cost = _cost(arm, [[line]])
+        assert [cost[key] is None for key in ("core_seconds", "peak_memory_bytes")] == [
+            not expected
+        ] * 2

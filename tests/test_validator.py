@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_federation import write_shards
 from torch import nn
 
 from fedgan.config import from_dict, to_dict
@@ -14,7 +16,9 @@ from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError
 from fedgan.models.stylegan2.discriminator import Discriminator
 from fedgan.privacy.validator import check_modules, check_private, check_start, refusals
+from fedgan.run_folder import RunFolder
 from fedgan.runs.participants import Member
+from fedgan.runs.preparation import prepare_run
 from fedgan.runs.round_state import initial_state
 from fedgan.training.checkpoint import save_tensors
 from fedgan.training.start import begin_training
@@ -113,9 +117,39 @@ def test_report_with_private_training_images_is_refused():
         check_private(settings_of("evaluation.show_real=all", "data.root=/clinic"))
     check_private(settings_of("evaluation.show_real=all"))
     check_private(settings_of("evaluation.show_real=none", "data.root=/clinic"))
-    check_private(
-        settings_of("evaluation.show_real=all", "data.root=/clinic", "evaluation.root=/elsewhere")
-    )
+    for root in ("/elsewhere", "/clinic-reference"):
+        keys = ("data.root=/clinic", f"evaluation.root={root}")
+        check_private(settings_of("evaluation.show_real=all", *keys))
+
+
+def test_report_with_the_training_folder_as_reference_is_refused(tmp_path):
+    data = tmp_path / "data"
+    (data / "north").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(data)
+    for root in ("data", "data/north", "link", "link/north/..", "."):
+        keys = (f"data.root={data}", f"evaluation.root={tmp_path / root}")
+        with pytest.raises(ConfigError, match=r"show_real = 'all'"):
+            check_private(settings_of("evaluation.show_real=all", *keys))
+        check_private(settings_of("evaluation.show_real=none", *keys))
+
+
+@pytest.mark.parametrize("partition", ["institution", "iid"])
+def test_report_with_a_copy_of_training_images_is_refused(tmp_path, partition):
+    data = write_shards(tmp_path / "data", (40, 24))
+    write_shards(tmp_path / "copy", (40,), names=["other"])  # the images of the first shard
+    write_shards(tmp_path / "apart", (8, 8, 24))
+    for name in ("alpha", "beta"):
+        shutil.rmtree(tmp_path / "apart" / name)
+
+    def prepare(root: str, show: str) -> None:
+        keys = (f"data.root={data}", f"data.partition={partition}", "federation.hospitals=2")
+        shown = (f"evaluation.root={tmp_path / root}", f"evaluation.show_real={show}")
+        prepare_run(settings_of(*keys, *shown), RunFolder.at(tmp_path / f"run-{root}-{show}"))
+
+    with pytest.raises(ConfigError, match=r"evaluation\.root holds training images.*'none'"):
+        prepare("copy", "all")
+    prepare("copy", "none")
+    prepare("apart", "all")
 
 
 def test_all_refusals_are_reported_at_once():

@@ -13,10 +13,12 @@ released images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,6 +27,9 @@ from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError
 from fedgan.privacy.step import releases_labels
 
+SHOWN = (
+    "evaluation.show_real = 'all': the report would show training images; use 'none', or 'phantoms'"
+)
 PROBES = 4  # noise images on which D is tested for mixing
 
 
@@ -74,15 +79,34 @@ def refusals(settings: Settings) -> Iterator[str]:
             "federation.share_label_counts = true: the server would receive the real label counts "
             "without noise; set it to false, and with it model.hospitals = 0, which samples by them"
         )
-    if (
-        settings.evaluation.show_real == "all"
-        and settings.data.root
-        and not settings.evaluation.root
-    ):
-        yield (
-            "evaluation.show_real = 'all': the report would show training images; use 'none', or "
-            "'phantoms'"
-        )
+    evaluation, root = settings.evaluation, settings.data.root
+    if evaluation.show_real == "all" and root and _are_nested(root, evaluation.root or root):
+        yield SHOWN
+
+
+def check_shown(
+    settings: Settings, trained: Iterable[ImageDataset], shown: Iterable[ImageDataset]
+) -> None:
+    """Raise `ConfigError` where the report of a private run would show a training image.
+
+    Images are compared by their content: the images of `evaluation.root` may be a copy. A deployed
+    server cannot compare them, as it has no training image.
+    """
+    if not settings.privacy.on or settings.evaluation.show_real != "all":
+        return
+    known = {digest for dataset in trained for digest in _digests(dataset)}
+    if any(digest in known for dataset in shown for digest in _digests(dataset)):
+        raise ConfigError(f"privacy is on, but evaluation.root holds training images, and {SHOWN}")
+
+
+def _are_nested(one: str, other: str) -> bool:
+    first, second = (Path(path).expanduser().resolve() for path in (one, other))
+    return first == second or first in second.parents or second in first.parents
+
+
+def _digests(dataset: ImageDataset) -> Iterator[bytes]:
+    rows = (dataset.images[np.array([row])] for row in range(len(dataset)))
+    return (hashlib.sha256(image.tobytes()).digest() for image in rows)
 
 
 def check_modules(discriminator: nn.Module, dataset: ImageDataset) -> None:

@@ -32,7 +32,7 @@ from fedgan.evaluation.reference import merged, pool_hospitals
 from fedgan.privacy.dry_run import check_can_begin
 from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.privacy.ledger import Ledger
-from fedgan.privacy.validator import check_private
+from fedgan.privacy.validator import check_private, check_shown
 from fedgan.run_folder import RunFolder
 from fedgan.runs.budget import Plan
 from fedgan.runs.compatibility import check_compatibility, check_deployable
@@ -205,7 +205,8 @@ def check_evaluation(
     """Raise `ConfigError` or `DataError` for data that would fail in the evaluation.
 
     `reference` (of `evaluation.root`) must have the hospitals' labels, channels and resolution and
-    no patient of the training; `evaluation.label_map` must have a rule for each label.
+    no patient of the training; `evaluation.label_map` must have a rule for each label. The report
+    of a private run must show no training image.
     """
     first = hospitals[0].train
     for other in (hospital.train for hospital in reference):
@@ -216,6 +217,11 @@ def check_evaluation(
                 "or resolution: import both with the same options"
             )
     merged(first, settings.evaluation.label_map)
+    check_shown(
+        settings,
+        (hospital.train for hospital in hospitals),
+        (other.train for other in reference),
+    )
     if reference:
         trained = pool_hospitals(
             [(hospital.name, hospital.train) for hospital in hospitals], "train"

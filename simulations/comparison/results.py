@@ -153,20 +153,26 @@ def _hospital_model(context: EvaluationContext, job: Job) -> Entry:
 
 
 def _cost(arm: Arm, lines: Lines) -> Entry:
-    """Time, memory and traffic of an arm, including the federated rounds that it continues."""
+    """Time, memory and traffic of an arm, including the federated rounds that it continues.
+
+    None for core seconds and memory of a private arm: they depend on its secret samples.
+    """
     runs = [list(job) for job in lines]
     for folder, number in {(job.start.folder, job.start.round) for job in arm.jobs if job.start}:
         before = read_lines(RunFolder(folder))
         runs.append([line for line in before if line["round"] <= number])
     hospitals = [row for run in runs for line in run for row in line["hospitals"]]
     last = [run[-1] for run in runs if run]
-    seconds = sum(row.get("core_seconds", 0.0) for row in hospitals) if hospitals else None
-    memory = max((row.get("peak_memory_bytes", 0.0) for row in hospitals), default=None)
+
+    def measured(key: str) -> list[float]:  # empty where a private run withholds it
+        found = [row[key] for row in hospitals if row.get(key) is not None]
+        return found if len(found) == len(hospitals) else []
+
     return {
         "wall_seconds": sum(line["wall_seconds"] for line in last) if last else None,
-        "core_seconds": seconds,
+        "core_seconds": sum(measured("core_seconds")) or None,
         "bytes_exchanged": sum(line["bytes_exchanged"] for line in last) if last else None,
-        "peak_memory_bytes": memory,
+        "peak_memory_bytes": max(measured("peak_memory_bytes"), default=None),
         "rounds": max((line["round"] for line in last), default=None),
         "threads": arm.jobs[0].settings.federation.threads,
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from fedgan.config import Settings
 from fedgan.data.federation import Hospital
 from fedgan.errors import CheckpointError
+from fedgan.exchange.round_metrics import reported_metrics
 from fedgan.machine import peak_memory, usable_cores
 from fedgan.run_folder import RunFolder, read_lines
 from fedgan.runs.lock import locked, remove_temporary_files
@@ -207,8 +208,7 @@ def _train_round(job: Job, trainer: Trainer, before: State, on_event: OnEvent) -
         "num_examples": len(trainer.dataset),
         "images_seen": trainer.images_seen,
         "threads": torch.get_num_threads(),
-        "peak_memory_bytes": float(peak_memory()),
-        **finite_numbers(means),
+        **finite_numbers(_disclosed(trainer.settings, means)),
         "images": int(means["images"]),
         **({"exhausted": 1.0} if trainer.exhausted else {}),
     }
@@ -244,6 +244,15 @@ def _train_round(job: Job, trainer: Trainer, before: State, on_event: OnEvent) -
             path.unlink(missing_ok=True)
     on_event({"event": "round_end", **event, "line": after.line})
     return after
+
+
+def _disclosed(settings: Settings, means: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that a hospital of a federation would send; client-level DP hides none here."""
+    privacy = dataclasses.replace(settings.privacy, client_level="none")
+    return reported_metrics(
+        dataclasses.replace(settings, privacy=privacy),
+        {**means, "peak_memory_bytes": peak_memory()},
+    )
 
 
 def _trainer_state(run: RunFolder, number: int) -> Path:
