@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +26,22 @@ def begin_training(
     secret: int | None = None,
     least_noise: float = 0.0,
     hospital_of_row: np.ndarray | None = None,
+    private_step: Callable[..., PrivateStep] = PrivateStep,
 ) -> Trainer:
     """A Trainer for `dataset`, private where `settings.privacy` is on.
 
     `planned_images`: real images that it will see in the whole run; the noise follows from it.
     `ledgers`: the ledger file of each shard that the images come from. `run`: the run's id in the
     ledgers. `least_noise`: lower bound of the noise multiplier (`privacy.noise_split = "equal"`).
-    `stream`, `hospital_of_row`: see `Trainer`. Raises `ConfigError` for settings that void the
+    `stream`, `hospital_of_row`: see `Trainer`. `private_step`: class of the private step; an audit
+    observes it (fedgan/audit/canaries.py). Raises `ConfigError` for settings that void the
     guarantee.
     """
     check_private(settings)
     device = settings.training.device
     private = None
     if settings.privacy.on:
-        private = PrivateStep(
+        private = private_step(
             settings,
             dataset,
             settings.training.batch_size,
