@@ -466,6 +466,7 @@ def test_audit_command_trains_shadows(fedgan: Run, finished: RunFolder) -> None:
     [
         (["--hospital", "nowhere"], 2, "has no such hospital"),
         (["--shadows", "3"], 2, "give an even number"),
+        (["--canaries", "9"], 2, "no differential privacy, so there is no ε"),
         (["--images", "5"], 2, "--images"),
         (["--shards", "empty"], 3, "no data at empty"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,11 @@ from small_federation import federate, tiny, write_shards
 import client.app
 from fedgan.audit import canaries as canaries_module
 from fedgan.audit.attacks.one_run import epsilon_lower_bound, p_value, score_canaries
-from fedgan.audit.canaries import (
-    Canaries,
-    CanaryStep,
-    Claim,
-    LocalTraining,
-    audit_canaries,
-    canary_report,
-    log_likelihood_ratio,
-)
+from fedgan.audit.audit import headline
+from fedgan.audit.canaries import audit_canaries, canary_report
+from fedgan.audit.canary_step import Canaries, CanaryStep, Claim, log_likelihood_ratio
+from fedgan.audit.rules import exceeded_claim
+from fedgan.audit.subject import LocalTraining
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset
 from fedgan.data.federation import open_hospitals
@@ -37,6 +34,8 @@ from fedgan.models.stylegan2.discriminator import Discriminator
 from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.privacy.ledger import Ledger
 from fedgan.privacy.step import PrivateStep
+from fedgan.report.run.privacy.canaries import canary_table
+from fedgan.report.run.privacy.findings import Audit
 from fedgan.run_folder import RunFolder
 from fedgan.training.losses import discriminator_loss
 from fedgan.training.start import begin_training
@@ -272,7 +271,7 @@ def test_canaries_of_a_private_run_stay_below_the_ledger():
         assert 0 <= kind["epsilon_low"] < found["epsilon"]
         assert kind["canaries"] == 100
     assert found["kinds"]["gradients"]["epsilon_low"] > 0.5  # and the audit is no empty one
-    assert found["exceeded"] == []
+    assert exceeded_claim(found) == ""
 
 
 def test_canaries_without_noise_exceed_the_claim(monkeypatch):
@@ -287,12 +286,12 @@ def test_canaries_without_noise_exceed_the_claim(monkeypatch):
     found = audit("privacy.noise_multiplier=20")
     assert found["epsilon"] < 1.0
     assert found["kinds"]["gradients"]["epsilon_low"] > 2.0
-    assert found["exceeded"] == ["gradients"]
+    assert "by canary gradients, the ledger states 0" in exceeded_claim(found)
 
 
 def test_canaries_of_a_run_without_noise_have_no_finite_ledger():
     found = audit("privacy.noise_multiplier=0")
-    assert (found["epsilon"], found["exceeded"]) == (None, [])
+    assert (found["epsilon"], exceeded_claim(found)) == (None, "")
     assert found["kinds"]["gradients"]["epsilon_low"] > 2.0
 
 
@@ -311,7 +310,13 @@ def test_canary_report_names_the_kind_that_exceeds_the_ledger():
     found = Canaries(images(16), 100, rng=np.random.default_rng(0))
     claim = Claim(1.0, 0.5, DELTA)
     report = canary_report(found, found.included[:100].astype(float), claim, 25, 1.0)
-    assert report["exceeded"] == ["images"]
+    assert exceeded_claim(report).endswith("by canary images, the ledger states 1.00")
+    verdict = headline({"hospitals": [], "canaries": [{"name": "clinic", **report}]})
+    assert verdict.startswith("the guarantee does not hold at clinic: ε is at least")
+    shown = Audit({"canaries": [{"name": "clinic", **report}]})
+    assert "The guarantee does not hold at clinic" in shown.verdict()
+    assert "clinic, images" in canary_table(shown)
+    assert canary_table(Audit({"canaries": [{"kinds": 3}, "text"]})) == ""
     assert report["kinds"]["images"]["epsilon_low"] > 2.5
 
 
@@ -365,7 +370,7 @@ def _with_labels(labels: np.ndarray) -> np.ndarray:
 def _scores(run: RunFolder, found: Canaries) -> np.ndarray:
     """The exchanged discriminator's scores of the image canaries."""
     from fedgan.audit.attacks.logan import discriminator_scores
-    from fedgan.cli.audit import load_audited_model
+    from fedgan.cli.audit_subject import load_audited_model
 
     audited, _ = load_audited_model(run.checkpoint(2), run.settings())
     assert audited.discriminator is not None
@@ -375,10 +380,35 @@ def _scores(run: RunFolder, found: Canaries) -> np.ndarray:
 def test_canaries_through_flower_stay_below_the_ledger(tmp_path, monkeypatch):
     found = federated(tmp_path, monkeypatch, "privacy.noise_multiplier=1")
     assert found["steps"] == 25
-    assert found["exceeded"] == []
+    assert exceeded_claim(found) == ""
     assert found["kinds"]["gradients"]["epsilon_low"] < found["epsilon"]
 
 
 def test_canaries_through_flower_find_missing_noise(tmp_path, monkeypatch):
     found = federated(tmp_path, monkeypatch, "privacy.noise_multiplier=0")
     assert found["kinds"]["gradients"]["epsilon_low"] > 1.5
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_audit_command_trains_with_canaries(fedgan, tmp_path):
+    """At the hospital's own batch and number of images; the shard's ledger gets no entry."""
+    data = write_shards(tmp_path / "data", (32, 16))
+    keys = ["training.batch_size=6", "federation.batch=shared", "privacy.noise_multiplier=1"]
+    plan = tiny(data, *PRIVATE, *keys, hospitals=2, rounds=2, kimg=0.06)
+    run = RunFolder.at(tmp_path / "run")
+    federate(plan, run, client.app.app)
+    ledger = (data / "alpha" / LEDGER).read_bytes()
+    words = ("--hospital", "alpha", "--canaries", "20", "--images", "50")
+    code, out, err = fedgan("audit", run.path, *words)
+    assert code == 0, err
+    audited = json.loads(run.audit.read_text())
+    (found,) = audited["canaries"]
+    assert (found["name"], found["steps"], found["delta"]) == ("alpha", 10, DELTA)
+    assert found["sample_rate"] == 4 / 16  # of six images four are its own
+    assert found["epsilon"] == pytest.approx(Ledger(data / "alpha" / LEDGER).epsilon(DELTA))
+    assert any("proves no guarantee" in note for note in audited["notes"])
+    assert audited["settings"]["canaries"] == 20
+    assert "epsilon     alpha: images at least" in out
+    assert (data / "alpha" / LEDGER).read_bytes() == ledger

@@ -14,7 +14,7 @@ from small_federation import federate, tiny, write_shards
 from client.app import app
 from fedgan.audit import audit
 from fedgan.audit.subject import AuditedModel, AuditSettings
-from fedgan.cli.audit import load_audited_model
+from fedgan.cli.audit_subject import load_audited_model
 from fedgan.config import ModelSettings, Settings, from_dict, to_dict
 from fedgan.data.federation import open_hospitals
 from fedgan.errors import CheckpointError, ConfigError, FedganError

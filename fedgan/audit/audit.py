@@ -32,6 +32,7 @@ from fedgan.audit.rules import (
     Measured,
     attack_stands_out,
     copies_stand_out,
+    exceeded_claim,
     projection_stands_out,
 )
 from fedgan.audit.subject import (
@@ -195,7 +196,7 @@ def audit_report(
 
 
 def headline(report: dict[str, Any]) -> str:
-    """The verdict: one sentence per invalid hospital or sign of a leak, or one for all."""
+    """The verdict: a line per invalid hospital, sign of a leak or broken claim; or one for all."""
     lines = []
     for hospital in report["hospitals"]:
         if not hospital["valid"]:
@@ -204,6 +205,9 @@ def headline(report: dict[str, Any]) -> str:
             lines.append(
                 f"evidence of a leak at {hospital['name']}: {'; '.join(hospital['signs'])}"
             )
+    for found in report.get("canaries", []):
+        if sign := exceeded_claim(found):
+            lines.append(f"the guarantee does not hold at {found['name']}: {sign}")
     if not lines:
         lines = ["valid, and no figure stands out from the same figure for held-out images"]
     return "\n".join(lines)

@@ -6,6 +6,9 @@ written without torch. A figure is a pair of value and interval, None where it w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fedgan.evaluation.metrics.intervals import Interval, newcombe_interval
 
 FORMAT = "fedgan-audit-2"
@@ -40,3 +43,17 @@ def attack_stands_out(auc: Measured, null: Measured | None) -> bool:
 def projection_stands_out(gap_ci: Interval, auc_ci: Interval) -> bool:
     """Whether training images are projected more exactly than held-out ones, mean and ranks."""
     return gap_ci[0] > 0 and auc_ci[0] > CHANCE
+
+
+def exceeded_claim(found: Mapping[str, Any]) -> str:
+    """The sign of a hospital's entry of `canaries`, whose bounds exceed the ledger; or empty."""
+    stated, kinds = found.get("epsilon"), found.get("kinds")
+    if not isinstance(stated, float) or not isinstance(kinds, dict):
+        return ""  # infinite, or no such entry
+    lows = {kind: one.get("epsilon_low") for kind, one in kinds.items() if isinstance(one, dict)}
+    above = [
+        f"{low:.2f} by canary {kind}"
+        for kind, low in lows.items()
+        if isinstance(low, float) and low > stated
+    ]
+    return f"ε is at least {' and '.join(above)}, the ledger states {stated:.2f}" if above else ""

@@ -42,8 +42,23 @@ class AuditSettings:
     embedding_steps: int = 300
     shadows: int = 0  # shadow models per hospital, an even number; 0: none
     shadow_kimg: float = 2.0  # images seen by each shadow model, in thousands
+    canaries: int = 0  # canaries of each kind per hospital; 0: none
+    canary_kimg: float = 0.0  # images seen by the training with canaries; 0: as in the run
     bootstrap: int = 1000
     psi: float = 1.0  # truncation of the synthetic images, as in the release
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """One hospital's training in a run: number, images per step, images of all rounds.
+
+    `least_noise`: lower bound of its noise multiplier (`privacy.noise_split = "equal"`).
+    """
+
+    number: int
+    batch: int
+    planned: int
+    least_noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ class AuditedModel:
 
     `generator`: anything that `generate_images` accepts; the projection needs fedgan's own
     `Generator`. `numbers`: number by name of the hospitals that the networks are conditioned on
-    (`model.hospitals`).
+    (`model.hospitals`). `trainings`: each hospital's own training in the run, by name.
     """
 
     settings: Settings
@@ -60,6 +75,7 @@ class AuditedModel:
     discriminator: Discriminator | None = None
     device: str = "cpu"
     numbers: Mapping[str, int] = field(default_factory=dict)
+    trainings: Mapping[str, LocalTraining] = field(default_factory=dict)
 
     @contextmanager
     def conditioned_on(self, hospital: str) -> Iterator[bool]:

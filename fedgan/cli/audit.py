@@ -12,13 +12,13 @@ import typer
 
 from fedgan import files
 from fedgan.cli import console
+from fedgan.cli.audit_subject import load_audited_model, open_run_hospitals, select_hospitals
 from fedgan.cli.runs import checkpoint_of
-from fedgan.errors import ConfigError, DataError
+from fedgan.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedgan.audit.audit import HospitalAudit
-    from fedgan.audit.subject import AuditedModel, OnProgress
-    from fedgan.config import Settings
+    from fedgan.audit.subject import AuditedModel, AuditSettings, OnProgress
     from fedgan.data.federation import Hospital
     from fedgan.run_folder import RunFolder
 
@@ -54,6 +54,22 @@ def audit(
             "--shadow-kimg", min=0.001, help="Images seen by one shadow model, in thousands."
         ),
     ] = 2.0,
+    canaries: Annotated[
+        int,
+        typer.Option(
+            "--canaries",
+            min=0,
+            help="Canaries of each kind (200 or more) in one more private training per hospital.",
+        ),
+    ] = 0,
+    canary_kimg: Annotated[
+        float,
+        typer.Option(
+            "--canary-kimg",
+            min=0.0,
+            help="Images seen by that training, in thousands; 0: as in the run.",
+        ),
+    ] = 0.0,
     hospital: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,7 +116,7 @@ def audit(
     ] = None,
     as_json: console.Json = False,
 ) -> None:
-    """Attack a finished run: copies, membership, projection.
+    """Attack a finished run: copies, membership, projection, and the ε of a private run.
 
     Writes audit.json: numbers only, each beside the same figure for held-out real images. It is
     valid only if its controls passed. Pictures of the nearest pairs stay in the hospital's folder.
@@ -117,6 +133,7 @@ def audit(
     if output is not None:
         console.refuse_existing(output, "the audit")
     from fedgan.audit.audit import audit_hospitals, audit_report
+    from fedgan.audit.canaries import check_has_claim
     from fedgan.audit.subject import AuditSettings
     from fedgan.runs.lock import locked
 
@@ -127,10 +144,14 @@ def audit(
         embedding_steps=embedding_steps,
         shadows=shadows,
         shadow_kimg=shadow_kimg,
+        canaries=canaries,
+        canary_kimg=canary_kimg,
         psi=psi,
     )
     with locked(run), console.stdout_for_results():
         settings = run.settings()
+        if canaries:
+            check_has_claim(settings)
         hospitals = select_hospitals(open_run_hospitals(settings, run, shards), hospital or [])
         if shadows:
             total = shadows * len(hospitals)
@@ -141,7 +162,10 @@ def audit(
         audited, meta = load_audited_model(checkpoint, settings)
         with progress_reporter(len(hospitals)) as on_progress:
             found = audit_hospitals(audited, hospitals, chosen, on_progress)
+            tested = _test_claims(audited, hospitals, chosen, on_progress) if canaries else {}
         report = audit_report(found, audited, chosen, meta.get("round"), str(meta["sha256"]))
+        report["notes"] += tested.pop("notes", [])
+        report |= tested
         path = (output.resolve() / run.audit.name) if output else run.audit
         pictures = write_pictures(run, found)
         files.write_json(path, report)
@@ -152,60 +176,32 @@ def audit(
     _emit(report, path, pictures, as_json)
 
 
-def open_run_hospitals(settings: Settings, run: RunFolder, shards: Path | None) -> list[Hospital]:
-    """The hospitals as the run opened them, or those in `shards`. Raises `DataError` if absent."""
-    from fedgan.data.federation import find_shards, open_hospital
-    from fedgan.runs.preparation import open_prepared, shards_of
+def _test_claims(
+    audited: AuditedModel,
+    hospitals: Sequence[Hospital],
+    chosen: AuditSettings,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    """Sections `canaries` and `notes` of audit.json."""
+    from fedgan.audit.canaries import EVIDENCE, audit_canaries
 
-    if shards is not None:
-        return [open_hospital(settings, path) for path in find_shards(shards)]
-    folder = shards_of(settings, run)
-    if not folder.is_dir():
-        raise DataError(
-            f"the hospitals' shards are no longer at {console.shown(folder)}, and their images are "
-            "needed: give --shards DIR, or run this in each hospital with its own shard"
+    if missing := [one.name for one in hospitals if one.name not in audited.trainings]:
+        raise ConfigError(
+            f"--canaries: the checkpoint has no plan of {missing[0]}'s training: it is not among "
+            "the run's participants"
         )
-    return open_prepared(settings, run)
-
-
-def select_hospitals(hospitals: Sequence[Hospital], names: Sequence[str]) -> list[Hospital]:
-    """The named hospitals, or all. Raises `ConfigError` for an unknown name."""
-    known = [hospital.name for hospital in hospitals]
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"--hospital {name}: the run has no such hospital; it has {', '.join(known)}"
-            )
-    return [hospital for hospital in hospitals if not names or hospital.name in names]
-
-
-def load_audited_model(checkpoint: Path, settings: Settings) -> tuple[AuditedModel, dict[str, Any]]:
-    """The generator of a checkpoint, its discriminator if exchanged, and the checkpoint's meta."""
-    from fedgan.audit.subject import AuditedModel
-    from fedgan.models.stylegan2.discriminator import Discriminator
-    from fedgan.runs.evaluator import evaluation_device
-    from fedgan.training.checkpoint import load_generator, load_into, load_tensors, with_prefix
-
-    device = evaluation_device(settings)
-    generator, meta = load_generator(checkpoint, device)
-    discriminator = None
-    if weights := with_prefix(load_tensors(checkpoint)[0], "discriminator/"):
-        discriminator = Discriminator(
-            settings.model, meta["resolution"], meta["channels"], len(meta["label_names"])
+    found = [
+        audit_canaries(
+            audited.settings,
+            one.train,
+            audited.trainings[one.name],
+            chosen.canaries,
+            chosen.canary_kimg,
+            on_progress,
         )
-        load_into(discriminator, weights, f"checkpoint {checkpoint}")
-        if discriminator.mapping is not None:
-            discriminator.mapping.hospital_condition = generator.mapping.hospital_condition
-        discriminator = discriminator.eval().requires_grad_(False).to(device)
-    numbers = {}
-    if settings.model.hospitals and len(meta["participants"]) > 1:
-        known = generator.mapping.hospital_condition.known  # hospitals with an update in the model
-        numbers = {
-            member["name"]: member["number"]
-            for member in meta["participants"]
-            if member["number"] in known
-        }
-    return AuditedModel(settings, generator, discriminator, device, numbers), meta
+        for one in hospitals
+    ]
+    return {"canaries": found, "notes": [EVIDENCE]}
 
 
 def write_pictures(run: RunFolder, found: Sequence[HospitalAudit]) -> list[Path]:
@@ -251,6 +247,7 @@ def _emit(report: dict[str, Any], path: Path, pictures: list[Path], as_json: boo
         "pictures": [str(folder) for folder in pictures],
     }
     lines = [headline_text(report), *(hospital_text(hospital) for hospital in report["hospitals"])]
+    lines += [canary_text(entry) for entry in report.get("canaries", [])]
     lines += [
         f"pictures    {console.shown(folder)}: show patients, keep them in the hospital"
         for folder in pictures
@@ -279,3 +276,13 @@ def hospital_text(hospital: dict[str, Any]) -> str:
     lines = [f"copies      {hospital['name']}: {', '.join(copies) or 'not measured'}"]
     lines.append(f"membership  {hospital['name']}, AUC: {', '.join(attacks) or 'not measured'}")
     return "\n".join(lines)
+
+
+def canary_text(entry: dict[str, Any]) -> str:
+    """One hospital's empirical ε, by kind of canaries, beside the ledger's."""
+    bounds = [
+        f"{kind} at least {found['epsilon_low']:.2f} ({found['correct']} of {found['guesses']})"
+        for kind, found in entry["kinds"].items()
+    ]
+    stated = "infinite" if entry["epsilon"] is None else f"{entry['epsilon']:.2f}"
+    return f"epsilon     {entry['name']}: {', '.join(bounds)}; ledger {stated}"

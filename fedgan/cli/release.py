@@ -210,7 +210,7 @@ def filtered_release(
     Raises if the hospitals' images are absent, or for a private run.
     """
     from fedgan.audit.release_filter import ReleaseFilter, check_release_filter, distance_thresholds
-    from fedgan.cli.audit import open_run_hospitals
+    from fedgan.cli.audit_subject import open_run_hospitals
     from fedgan.evaluation.sampling import draw_latents, generate_images
     from fedgan.runs.evaluator import evaluation_device
 

@@ -17,6 +17,7 @@ from fedgan.audit.rules import (
     Measured,
     attack_stands_out,
     copies_stand_out,
+    exceeded_claim,
     projection_stands_out,
 )
 from fedgan.report.html.format import bounds, decimal, interval, number, plural
@@ -133,7 +134,15 @@ class Audit:
         return list(dict.fromkeys([*found, *_grouped(own)]))
 
     def verdict(self) -> str:
-        """The result of the audit in one to three sentences."""
+        """The result of the audit in one to four sentences, broken claims of ε first."""
+        broken = [
+            f"The guarantee does not hold at {name_of(entry)}: {sign}."
+            for entry in trees(self.content.get("canaries"))
+            if (sign := exceeded_claim(entry))
+        ]
+        return " ".join([*broken, self._verdict_of_attacks()])
+
+    def _verdict_of_attacks(self) -> str:
         if not self.is_valid:
             return (
                 f"This audit is not valid: {'; '.join(self.failure_reasons)}. Its figures prove "

@@ -13,6 +13,7 @@ from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import render
 from fedgan.report.run.data import RunData, Tree, dig, tree
+from fedgan.report.run.privacy.canaries import canary_table
 from fedgan.report.run.privacy.evidence import CI, evidence
 from fedgan.report.run.privacy.findings import (
     CONTROLS,
@@ -63,6 +64,7 @@ def _render(run: RunData) -> Markup:
         controls=_controls(audit),
         control_parts=_control_parts(audit),
         guarantee=_guarantee(run, costs),
+        canaries=canary_table(audit),
         meaning=meaning(costs),
         client_level=client_level_statement(run),
         curve=_curve(run, costs),
