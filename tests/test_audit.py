@@ -17,7 +17,14 @@ from fedgan import files
 from fedgan.audit.audit import HospitalAudit, audit_hospital, audit_report, headline, signs
 from fedgan.audit.copy_search import plant
 from fedgan.audit.membership_inference import _negative, attack_functions, role_rows
-from fedgan.audit.subject import AuditedModel, AuditSettings, assign_roles, pixel_space
+from fedgan.audit.shadow_training import shadow_settings, shortened
+from fedgan.audit.subject import (
+    AuditedModel,
+    AuditSettings,
+    LocalTraining,
+    assign_roles,
+    pixel_space,
+)
 from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.data.federation import Hospital, open_hospitals
@@ -452,13 +459,24 @@ def test_audit_command_trains_shadows(fedgan: Run, finished: RunFolder) -> None:
     code, _, err = fedgan("audit", finished.path, *words, "--output", "shadowed")
     assert code == 0, err
     assert "2 shadow trainings of 0.008 kimg: 0.016 kimg in total" in err
-    rows = json.loads(Path("shadowed/audit.json").read_text())["hospitals"][0]["membership"]
-    notes = {row["attack"]: row["note"] for row in rows}
+    hospital = json.loads(Path("shadowed/audit.json").read_text())["hospitals"][0]
     assert {
         "distance, calibrated by shadows",
         "discriminator, calibrated by shadows",
-    } <= notes.keys()
-    assert "2 shadow models of 0.008 kimg each" in notes["distance, calibrated by shadows"]
+    } <= {row["attack"] for row in hospital["membership"]}
+    assert any("for 0.008 kimg (the run: 1 kimg)." in note for note in hospital["notes"])
+
+
+def test_shadows_take_the_batch_of_their_hospital() -> None:
+    """A shared batch of 512 is larger than a small hospital; its share is not."""
+    keys = ["training.batch_size=512", "training.warm_start=x", "privacy.max_epsilon=3"]
+    shares = {"south": LocalTraining(2, 17, 4800)}
+    audited = AuditedModel(from_dict({}, keys), None, trainings=shares)
+    own = [shadow_settings(audited, "south", images, QUICK, 1) for images in (90, 9)]
+    assert [found.training.batch_size for found in own] == [17, 9]
+    assert (own[0].training.warm_start, own[0].privacy.max_epsilon) == ("", 0.0)
+    assert shadow_settings(audited, "north", 90, QUICK, 1).training.batch_size == 90
+    assert "4.8 of this hospital's images)" in shortened(audited, "south", QUICK)
 
 
 @pytest.mark.parametrize(

@@ -488,11 +488,24 @@ def test_calibration_removes_the_difficulty_of_images():
     assert figures(ratio[member], ratio[~member])[0] > 0.85
 
 
-def test_calibration_uses_shadows_without_the_image():
+def test_calibration_averages_models_with_and_without_the_image():
     target, scores = np.array([1.0, 2.0]), np.array([[0.5, 9.0], [9.0, 1.0], [0.7, 3.0]])
     inside = np.array([[False, True], [True, False], [False, False]])
-    assert calibrated_scores(target, scores, inside) == pytest.approx([1 - 0.6, 2 - 2.0])
-    assert calibrated_scores(target, scores[:1]) == pytest.approx([0.5, -7.0])
+    expected = [1 - (9 + 0.6) / 2, 2 - (9 + 2.0) / 2]
+    assert calibrated_scores(target, scores, inside) == pytest.approx(expected)
+    assert calibrated_scores(target, scores[:1]) == pytest.approx([0.5, -7.0])  # offline
+
+
+@pytest.mark.parametrize("shadows", [2, 4])
+def test_calibration_with_few_shadows_beats_the_mean_without_the_image(shadows):
+    """Both halves of the shadows measure how easy an image is, with half the variance."""
+    areas = []
+    for seed in range(10):
+        target, scores, inside, member = shadowed(seed, shadows, gain=0.7)
+        without = (scores * ~inside).sum(0) / (~inside).sum(0)
+        kinds = calibrated_scores(target, scores, inside), target - without
+        areas.append([figures(values[member], values[~member])[0] for values in kinds])
+    assert np.subtract(*np.mean(areas, axis=0)) > 0.01
 
 
 @pytest.mark.parametrize("shadows", [4, 64], ids=["pooled variance", "variance per image"])

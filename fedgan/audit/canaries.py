@@ -18,7 +18,7 @@ import numpy as np
 
 from fedgan.audit.attacks.one_run import CanaryFindings, score_canaries
 from fedgan.audit.canary_step import Canaries, CanaryStep, Claim
-from fedgan.audit.subject import LocalTraining, OnProgress
+from fedgan.audit.subject import LocalTraining, OnProgress, local_settings
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError
@@ -60,7 +60,7 @@ def audit_canaries(
     """
     check_has_claim(settings)
     with tempfile.TemporaryDirectory() as folder:
-        settings = _local_settings(settings, training)
+        settings = local_settings(settings, training.batch)
         claim = claim_of(settings, data, training, Path(folder) / LEDGER)
         canaries = Canaries(data, count, claim, rng)
         images = round(kimg * 1000) or training.planned
@@ -114,15 +114,6 @@ def claim_of(settings: Settings, data: ImageDataset, training: LocalTraining, pa
         least_noise=training.least_noise,
     )
     return Claim(step.noise_multiplier, step.sample_rate, step.delta)
-
-
-def _local_settings(settings: Settings, training: LocalTraining) -> Settings:
-    """The run's settings at this hospital, from scratch and without a limit of ε."""
-    return dataclasses.replace(
-        settings,
-        training=dataclasses.replace(settings.training, batch_size=training.batch, warm_start=""),
-        privacy=dataclasses.replace(settings.privacy, max_epsilon=0.0),
-    )
 
 
 def _with_noise(settings: Settings, noise_multiplier: float) -> Settings:

@@ -20,7 +20,13 @@ from fedgan.audit.attacks.nearest import nearest
 from fedgan.audit.attacks.projection import null_projection_gap, project, projection_gap
 from fedgan.audit.attacks.shadow import calibrated_scores, likelihood_ratio_scores
 from fedgan.audit.copy_search import Planted
-from fedgan.audit.shadow_training import DISCRIMINATOR, DISTANCE, ShadowScores, train_shadows
+from fedgan.audit.shadow_training import (
+    DISCRIMINATOR,
+    DISTANCE,
+    ShadowScores,
+    shortened,
+    train_shadows,
+)
 from fedgan.audit.subject import (
     AuditedModel,
     AuditSettings,
@@ -132,6 +138,7 @@ def measure_membership(
         found.append(row)
     if audit.shadows:
         shadows = train_shadows(audited, roles, space, audit, on_progress)
+        notes.append(shortened(audited, roles.name, audit))
         target = {DISTANCE: np.concatenate(scores[DISTANCE])}
         if audited.discriminator is not None:
             target[DISCRIMINATOR] = np.concatenate(by_d)
@@ -256,13 +263,7 @@ def _calibrated(
             ratios = likelihood_ratio_scores(scores, shadows.scores[name], shadows.inside)
             kinds[f"{name}, likelihood ratio of shadows"] = ratios
         for kind, values in kinds.items():
-            row = _row(kind, tuple(np.split(values, ends)), roles, audit)
-            trained = (
-                f"{len(shadows.inside)} shadow models of {audit.shadow_kimg:g} kimg each, "
-                "each with half of the images"
-            )
-            row["note"] = "; ".join(part for part in (trained, row["note"]) if part)
-            found.append(row)
+            found.append(_row(kind, tuple(np.split(values, ends)), roles, audit))
     return found
 
 

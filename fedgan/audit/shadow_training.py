@@ -23,6 +23,7 @@ from fedgan.audit.subject import (
     Roles,
     Space,
     companion_images,
+    local_settings,
 )
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset, pool
@@ -65,7 +66,8 @@ def train_shadows(
     scores: dict[str, list[np.ndarray]] = {DISCRIMINATOR: [], DISTANCE: []}
     for number, chosen in enumerate(inside):
         on_progress(f"{roles.name}: training shadow {number + 1} of {audit.shadows}")
-        shadow = _train(audited, images.take(np.flatnonzero(chosen)), audit, number)
+        own = images.take(np.flatnonzero(chosen))
+        shadow = _train(shadow_settings(audited, roles.name, len(own), audit, number), own, number)
         scores[DISCRIMINATOR].append(
             discriminator_scores(
                 shadow.parts["discriminator"],
@@ -83,15 +85,12 @@ def train_shadows(
     )
 
 
-def _train(
-    audited: AuditedModel, dataset: ImageDataset, audit: AuditSettings, number: int
-) -> Trainer:
+def _train(settings: Settings, dataset: ImageDataset, number: int) -> Trainer:
     """One shadow; private if the run was private, with a temporary ledger.
 
     Only the shadow's share in figures leaves the audit, and no ledger covers those.
     """
-    settings = shadow_settings(audited.settings, audit, number)
-    images = round(audit.shadow_kimg * 1000)
+    images = round(settings.training.kimg * 1000)
     with tempfile.TemporaryDirectory() as folder:
         ledgers = [Path(folder) / "ledger.jsonl"]
         trainer = begin_training(
@@ -102,11 +101,29 @@ def _train(
     return trainer
 
 
-def shadow_settings(settings: Settings, audit: AuditSettings, number: int) -> Settings:
-    """The run's settings with another seed, no warm start and no spent privacy budget."""
+def shortened(audited: AuditedModel, hospital: str, audit: AuditSettings) -> str:
+    """What distinguishes the shadows from the run, as a note of the audit."""
+    run = f"{audited.settings.training.kimg:g} kimg"
+    if known := audited.trainings.get(hospital):
+        run += f", {known.planned / 1000:g} of this hospital's images"
+    return (
+        f"{audit.shadows} shadow models stand for the run: each on half of this hospital's "
+        f"patients alone, from scratch, for {audit.shadow_kimg:g} kimg (the run: {run})."
+    )
+
+
+def shadow_settings(
+    audited: AuditedModel, hospital: str, images: int, audit: AuditSettings, number: int
+) -> Settings:
+    """The run's settings with another seed, for a shadow of `images` images.
+
+    The batch is the hospital's share in the run, at most all images.
+    """
+    known, run = audited.trainings.get(hospital), audited.settings
+    batch = known.batch if known else run.training.batch_size
+    alone = local_settings(run, min(batch, images))
     return dataclasses.replace(
-        settings,
-        seed=settings.seed + 1000 + audit.seed + number,
-        training=dataclasses.replace(settings.training, warm_start="", kimg=audit.shadow_kimg),
-        privacy=dataclasses.replace(settings.privacy, max_epsilon=0.0),
+        alone,
+        seed=run.seed + 1000 + audit.seed + number,
+        training=dataclasses.replace(alone.training, kimg=audit.shadow_kimg),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -59,6 +60,15 @@ class LocalTraining:
     batch: int
     planned: int
     least_noise: float = 0.0
+
+
+def local_settings(settings: Settings, batch: int) -> Settings:
+    """The run's settings for a training of one hospital: from scratch, without a limit of ε."""
+    return dataclasses.replace(
+        settings,
+        training=dataclasses.replace(settings.training, batch_size=batch, warm_start=""),
+        privacy=dataclasses.replace(settings.privacy, max_epsilon=0.0),
+    )
 
 
 @dataclass(frozen=True)

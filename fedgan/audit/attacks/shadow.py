@@ -42,21 +42,28 @@ def assign_shadows(
 def calibrated_scores(
     target_scores: np.ndarray, shadow_scores: np.ndarray, trained_with: np.ndarray | None = None
 ) -> np.ndarray:
-    """Score (N,) of the model minus the mean of the shadows without the image (arXiv 2111.08440).
+    """Score (N,) of the model minus the mean score of models with and without the image (RMIA).
+
+    RMIA (arXiv 2312.03262) ranks x by P over z of (P(x|θ) / P(x)) / (P(z|θ) / P(z)) ≥ γ, where P(x)
+    is the mean over reference models, half of them trained with x. For one model θ that is a
+    monotone function of P(x|θ) / P(x), whatever γ and the population of z: the ratio alone has the
+    same ROC curve. Here it is a difference, because scores are logarithms of likelihoods, or none.
 
     `target_scores` (N,), `shadow_scores` (J, N) of the same attack, higher for members;
-    `trained_with` (J, N) bool from `assign_shadows`, or None where no shadow was trained with any
-    of these images (one reference model suffices then). Raises `ValueError` for shapes that do not
-    fit and for an image in every shadow.
+    `trained_with` (J, N) bool from `assign_shadows`. Where no shadow was trained with an image, the
+    mean is over those without it (offline). Raises `ValueError` for shapes that do not fit and for
+    an image in every shadow.
     """
     target, shadows, inside = _checked(target_scores, shadow_scores, trained_with)
-    outside = ~inside
-    if not outside.any(0).all():
+    if inside.all(0).any():
         raise ValueError(
             "some images were in every shadow model: "
             "calibrate with a model that was not trained on them"
         )
-    return target - (shadows * outside).sum(0) / outside.sum(0)
+    with_it, without_it = (
+        (shadows * chosen).sum(0) / np.maximum(chosen.sum(0), 1) for chosen in (inside, ~inside)
+    )
+    return target - np.where(inside.any(0), (with_it + without_it) / 2, without_it)
 
 
 def likelihood_ratio_scores(
