@@ -19,17 +19,19 @@ from small_federation import federate, tiny, write_shards
 
 import client.app
 from fedgan.audit import canaries as canaries_module
+from fedgan.audit.attacks.logan import discriminator_scores
 from fedgan.audit.attacks.one_run import epsilon_lower_bound, p_value, score_canaries
 from fedgan.audit.audit import headline
 from fedgan.audit.canaries import audit_canaries, canary_report
 from fedgan.audit.canary_step import Canaries, CanaryStep, Claim, log_likelihood_ratio
 from fedgan.audit.rules import exceeded_claim
 from fedgan.audit.subject import LocalTraining
+from fedgan.cli.audit_subject import load_audited_model, local_trainings
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset
 from fedgan.data.federation import open_hospitals
 from fedgan.data.shard import write_shard
-from fedgan.errors import ConfigError
+from fedgan.errors import CheckpointError, ConfigError
 from fedgan.models.stylegan2.discriminator import Discriminator
 from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.privacy.ledger import Ledger
@@ -369,8 +371,6 @@ def _with_labels(labels: np.ndarray) -> np.ndarray:
 
 def _scores(run: RunFolder, found: Canaries) -> np.ndarray:
     """The exchanged discriminator's scores of the image canaries."""
-    from fedgan.audit.attacks.logan import discriminator_scores
-    from fedgan.cli.audit_subject import load_audited_model
 
     audited, _ = load_audited_model(run.checkpoint(2), run.settings())
     assert audited.discriminator is not None
@@ -412,3 +412,5 @@ def test_audit_command_trains_with_canaries(fedgan, tmp_path):
     assert audited["settings"]["canaries"] == 20
     assert "epsilon     alpha: images at least" in out
     assert (data / "alpha" / LEDGER).read_bytes() == ledger
+    with pytest.raises(CheckpointError, match="participants is damaged"):
+        local_trainings(plan, {"participants": [{"number": 0}], "label_names": []})

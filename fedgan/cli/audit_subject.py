@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgan.cli import console
-from fedgan.errors import ConfigError, DataError
+from fedgan.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from fedgan.audit.subject import AuditedModel, LocalTraining
@@ -74,12 +74,21 @@ def load_audited_model(checkpoint: Path, settings: Settings) -> tuple[AuditedMod
 
 
 def local_trainings(settings: Settings, meta: Mapping[str, Any]) -> dict[str, LocalTraining]:
-    """Each hospital's own training, by name, as planned when it joined the run of a checkpoint."""
+    """Each hospital's own training, by name, as planned when it joined the run of a checkpoint.
+
+    Raises `CheckpointError` for a damaged list of participants.
+    """
     from fedgan.audit.subject import LocalTraining
     from fedgan.runs.budget import Plan
     from fedgan.runs.participants import Participant
+    from fedgan.training.checkpoint import WRONG
 
-    plan = Plan(settings, [Participant(**row) for row in meta.get("participants", [])])
+    try:
+        plan = Plan(settings, [Participant(**row) for row in meta.get("participants", [])])
+    except WRONG:
+        raise CheckpointError(
+            "the checkpoint's list of participants is damaged: audit another checkpoint"
+        ) from None
     noise = plan.least_noise(settings, len(meta["label_names"])) if plan.participants else 0.0
     return {
         row.name: LocalTraining(
