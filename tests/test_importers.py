@@ -133,7 +133,7 @@ def test_npz_arrays_can_hold_the_code_names(tmp_path):
     (shard,) = import_source(read_npz(bare), tmp_path / "bare")
     assert shard.name == "bare"
     assert shard.card.label_names == ("class-0", "class-1", "class-2")
-    assert shard.card.images == {"train": 42, "val": 6, "test": 12}
+    assert shard.card.images == {"train": 43, "val": 6, "test": 11}
     assert "images without a patient id, each its own patient: 60" in shard.card.notes
 
 
@@ -380,6 +380,46 @@ def test_manifest_with_one_label_column(tmp_path):
             wanted[name] == split
             for name, split in zip(shard.samples.sources, shard.samples.splits, strict=True)
         )
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_record_removed_before_import_changes_no_other_row(tmp_path, given):
+    save_images(tmp_path, 60)
+    rows = [
+        {
+            "path": f"{number}.png",
+            "label": "abc"[number % 3],
+            "patient": "" if number % 5 == 0 else f"p{number // 3}",
+            "institution": "north" if number < 35 else "south",
+            **({"split": "train" if number // 6 % 4 else "test"} if given else {}),
+        }
+        for number in np.random.default_rng(0).permutation(60).tolist()
+    ]
+
+    def imported(name: str, kept: list[dict[str, object]]) -> dict[str, tuple]:
+        source = read_manifest(manifest(tmp_path / f"{name}.csv", kept))
+        return {
+            str(samples.sources[row]): (
+                samples.patients[row],
+                samples.institutions[row],
+                samples.splits[row],
+                shard.labels[row].tobytes(),
+                shard.images[row].tobytes(),
+            )
+            for shard in import_source(source, tmp_path / name)
+            for samples in [shard.samples]
+            for row in range(len(shard))
+        }
+
+    whole = imported("whole", rows)
+    assert len(whole) == 60
+    assert {found[2] for found in whole.values()} == {"train", "val", "test"}
+    for number, gone in enumerate([rows[0], next(row for row in rows if not row["patient"])]):
+        unit = ("patient", "institution", *([] if gone["patient"] else ["path"]))
+        rest = [row for row in rows if any(row[key] != gone[key] for key in unit)]
+        left = imported(f"rest{number}", rest)
+        assert left == {name: whole[name] for name in left}
+        assert len(left) == len(rest) < 60
 
 
 def test_manifest_with_several_label_columns(tmp_path):

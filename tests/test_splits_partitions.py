@@ -41,14 +41,9 @@ def tables(draw: st.DrawFn, least_patients: int = 1) -> tuple[np.ndarray, np.nda
 
 
 def dirichlet(
-    patients: np.ndarray,
-    classes: np.ndarray,
-    hospitals: int,
-    alpha: float,
-    seed: int,
-    minimum: int = 1,
+    patients: np.ndarray, classes: np.ndarray, hospitals: int, alpha: float, seed: int
 ) -> list[np.ndarray]:
-    shares = partitions.dirichlet_shares(patients, classes, hospitals, alpha, seed, minimum)
+    shares = partitions.dirichlet_shares(int(classes.max()) + 1, hospitals, alpha, seed)
     return partitions.partition_by_shares(patients, classes, shares, seed)
 
 
@@ -70,58 +65,48 @@ def assert_whole_patients(
 @given(tables(), st.integers(0, 5), st.booleans())
 @FAST
 def test_splits_keep_patients_whole(table, seed, has_test):
-    patients, institutions, classes = table
+    patients, _, _ = table
     given = None
     if has_test:
         tested = [
             hashlib.sha256(patient.encode()).digest()[0] < 60 for patient in patients.tolist()
         ]
         given = np.where(tested, "test", "train")
-    splits = make_splits(patients, institutions, classes, given, seed)
+    splits = make_splits(patients, given, seed)
     check_splits(patients, splits, "here")
-    assert "train" in splits or (given is not None and "train" not in given)
     if given is not None:
         assert np.array_equal(splits == "test", given == "test")
 
 
-@given(tables(), st.integers(0, 5), st.randoms(use_true_random=False))
+@given(tables(least_patients=12), st.integers(0, 5), st.randoms(use_true_random=False))
 @FAST
-def test_splits_do_not_depend_on_row_order(table, seed, random):
-    patients, institutions, classes = table
+def test_a_removed_patient_moves_no_other(table, seed, random):
+    patients, _, classes = table
     order = np.array(random.sample(range(len(patients)), len(patients)))
-    splits = make_splits(patients, institutions, classes, seed=seed)
+    rest = order[patients[order] != patients[0]]
     assert np.array_equal(
-        splits[order], make_splits(patients[order], institutions[order], classes[order], seed=seed)
+        make_splits(patients, seed=seed)[rest], make_splits(patients[rest], seed=seed)
     )
+    shares = partitions.dirichlet_shares(4, 3, 0.5, seed)
+    for divide in (
+        lambda rows: partitions.iid(patients[rows], 3, seed),
+        lambda rows: partitions.partition_by_shares(patients[rows], classes[rows], shares, seed),
+    ):
+        for whole, left in zip(divide(np.arange(len(patients))), divide(rest), strict=True):
+            assert set(whole[patients[whole] != patients[0]]) == set(rest[left])
 
 
-@given(tables(least_patients=20), st.integers(0, 5))
-@FAST
-def test_institutions_are_split_in_proportion(table, seed):
-    patients, institutions, _ = table
-    splits = make_splits(patients, institutions, seed=seed)
-    for name in np.unique(institutions):
-        inside = institutions == name
-        count = len(np.unique(patients[inside]))
-        found = {
-            split: len(np.unique(patients[inside & (splits == split)]))
-            for split in ("train", "val", "test")
-        }
-        assert found["train"] >= 1
-        if count >= 3:
-            assert found["test"] == max(1, round(0.2 * count))
-            assert found["val"] == max(1, round(0.125 * (count - found["test"])))
-
-
-def test_single_patient_of_a_class_stays_in_train():
-    patients = np.arange(101).astype(str)
-    classes = np.repeat([0, 1, 2], [1, 50, 50])
-    for seed in range(10):
-        splits = make_splits(patients, classes=classes, seed=seed)
-        assert splits[0] == "train"
-        for label in (1, 2):
-            assert 9 <= (splits[classes == label] == "test").sum() <= 11
-            assert 4 <= (splits[classes == label] == "val").sum() <= 6
+def test_shares_of_splits_and_partitions_are_met_in_expectation():
+    patients = np.arange(20_000).astype(str)
+    splits = make_splits(patients, seed=3)
+    assert abs((splits == "test").mean() - 0.2) < 0.01  # 3.5 standard deviations
+    assert abs((splits == "val").mean() - 0.1) < 0.01
+    sizes = [len(part) / 20_000 for part in partitions.iid(patients, 4, 3)]
+    assert max(abs(size - 0.25) for size in sizes) < 0.0125
+    # The draw of the split says nothing about the hospital.
+    held = np.flatnonzero(splits == "test")
+    sizes = [len(part) / len(held) for part in partitions.iid(patients[held], 4, 3)]
+    assert max(abs(size - 0.25) for size in sizes) < 0.03
 
 
 def test_given_split_is_kept_and_invalid_ones_are_refused():
@@ -131,8 +116,6 @@ def test_given_split_is_kept_and_invalid_ones_are_refused():
         make_splits(np.array(list("aabbcb")), given=given)
     with pytest.raises(DataError, match="shares"):
         make_splits(patients, val=0.5, test=0.5)
-    assert set(make_splits(np.array(["a"]))) == {"train"}
-    assert sorted(make_splits(np.array(list("abc")))) == ["test", "train", "val"]
 
 
 # --- partitions ----------------------------------------------------------------------------------
@@ -140,18 +123,11 @@ def test_given_split_is_kept_and_invalid_ones_are_refused():
 
 @given(tables(least_patients=12), st.integers(1, 5), st.integers(0, 3))
 @FAST
-def test_iid_is_a_disjoint_cover_of_equal_parts(table, hospitals, seed):
+def test_iid_is_a_disjoint_cover(table, hospitals, seed):
     patients, _, _ = table
     parts = partitions.iid(patients, hospitals, seed)
     assert len(parts) == hospitals
     assert_whole_patients(patients, parts)
-    assert all(
-        abs(len(part) - len(patients) / hospitals) <= 4 for part in parts
-    )  # 4: the images of the largest patient
-    assert all(
-        np.array_equal(a, b)
-        for a, b in zip(parts, partitions.iid(patients, hospitals, seed), strict=True)
-    )
 
 
 @given(
@@ -161,11 +137,9 @@ def test_iid_is_a_disjoint_cover_of_equal_parts(table, hospitals, seed):
     st.integers(0, 3),
 )
 @FAST
-def test_dirichlet_is_a_disjoint_cover_without_an_empty_hospital(table, hospitals, alpha, seed):
+def test_dirichlet_is_a_disjoint_cover(table, hospitals, alpha, seed):
     patients, _, classes = table
-    parts = dirichlet(patients, classes, hospitals, alpha, seed, minimum=3)
-    assert_whole_patients(patients, parts)
-    assert min(map(len, parts)) >= 3
+    assert_whole_patients(patients, dirichlet(patients, classes, hospitals, alpha, seed))
 
 
 @given(tables())
@@ -216,21 +190,14 @@ def test_alpha_controls_the_label_skew():
         return float((counts / counts.sum(axis=0)).std())
 
     assert spread(0.1) > 0.3 > spread(1.0) > spread(100.0)
-    assert spread(100.0) < 0.05
-    assert spread(1e6) < 0.005
+    assert spread(100.0) < 0.08
+    assert spread(1e6) < 0.04  # 0.02 is the spread of 600 patients that each draw a hospital
 
 
-@given(st.integers(1, 4), st.integers(1, 30), st.integers(0, 100))
-@FAST
-def test_class_of_several_labels_is_the_rarest(label_dim, count, seed):
-    labels = np.random.default_rng(seed).integers(0, 2, (count, label_dim), dtype=np.uint8)
-    frequency = labels.sum(axis=0)
-    for row, found in zip(labels, partitions.row_classes(labels, exclusive=False), strict=True):
-        if not row.any():
-            assert found == label_dim
-        else:
-            assert row[found]
-            assert frequency[found] == frequency[row == 1].min()
+def test_class_of_several_labels_is_the_first():
+    labels = np.array([[0, 1, 1], [1, 0, 1], [0, 0, 0], [0, 0, 1]], np.uint8)
+    assert partitions.row_classes(labels).tolist() == [1, 0, 3, 2]
+    assert partitions.row_classes(labels[:, :0]).tolist() == [0] * 4
 
 
 @given(tables())
@@ -407,7 +374,11 @@ def test_colliding_patient_ids_stay_separate(tmp_path):
         hospital_shard(tmp_path / name, 24, 0, patients=[f"{i}" for i in range(24)], splits=splits)
     hospitals = open_hospitals(scenario("data.partition=iid", "federation.hospitals=2"), tmp_path)
     for hospital in hospitals:
-        assert not set(hospital.train.patients) & set(hospital.test.patients)
+        train, test = (
+            set(zip(data.institutions, data.patients, strict=True))
+            for data in (hospital.train, hospital.test)
+        )
+        assert not train & test
     assert sum(len(hospital.train) for hospital in hospitals) == 40
 
 

@@ -294,10 +294,10 @@ def _whole_shard(shard: Shard) -> Hospital:
 
 def _repartition(shards: Sequence[Shard], settings: Settings) -> list[Hospital]:
     """Pool all shards and partition each split by patient with the same rule."""
-    patients = _pooled_patients(shards)
+    patients = _unit_names(shards)
     splits = np.concatenate([shard.samples.splits for shard in shards])
-    labels = np.concatenate([shard.labels for shard in shards])
-    classes = partitions.row_classes(labels, shards[0].card.exclusive)
+    classes = partitions.row_classes(np.concatenate([shard.labels for shard in shards]))
+    card = shards[0].card
     count, data, seed = settings.federation.hospitals, settings.data, settings.data_seed
     rows = {split: np.flatnonzero(splits == split) for split in SPLITS}
     train = rows["train"]
@@ -306,26 +306,17 @@ def _repartition(shards: Sequence[Shard], settings: Settings) -> list[Hospital]:
             "the data has no image in its training split: import it with a train split or without "
             "any split"
         )
+    groups, shares = np.zeros_like(classes), np.full((1, count), 1 / count)
     if data.partition == "iid":
         parts = partitions.iid(patients[train], count, seed)
-        shares, groups = np.full((1, count), 1 / count), np.zeros_like(classes)
     elif data.partition == "dirichlet":
-        # At least one batch per hospital, or a quarter of an equal share of fewer images.
-        minimum = max(1, min(settings.training.batch_size, len(train) // (4 * count)))
-        class_shares = partitions.dirichlet_shares(
-            patients[train], classes[train], count, data.alpha, seed, minimum
-        )
-        parts = partitions.partition_by_shares(patients[train], classes[train], class_shares, seed)
-        # A class without training images has no shares: it is divided equally.
-        missing = max(0, int(classes.max()) + 1 - len(class_shares))
-        shares, groups = (
-            np.concatenate([class_shares, np.full((missing, count), 1 / count)]),
-            classes,
-        )
+        with_none = 0 if card.exclusive else 1  # the class of images without a label
+        kinds = max(1, len(card.label_names) + with_none)
+        groups, shares = classes, partitions.dirichlet_shares(kinds, count, data.alpha, seed)
+        parts = partitions.partition_by_shares(patients[train], groups[train], shares, seed)
     else:
         parts = partitions.fixed_quantities(patients[train], data.quantities, seed)
         shares = np.array([data.quantities], float) / sum(data.quantities)
-        groups = np.zeros_like(classes)
     split_rows = {"train": [train[part] for part in parts]}
     for split in ("val", "test"):
         held = rows[split]
@@ -339,15 +330,11 @@ def _repartition(shards: Sequence[Shard], settings: Settings) -> list[Hospital]:
     ]
 
 
-def _pooled_patients(shards: Sequence[Shard]) -> np.ndarray:
-    """Patient ids over all shards, prefixed with the shard if an id occurs in two splits."""
-    ids = np.concatenate([shard.samples.patients for shard in shards])
-    splits = np.concatenate([shard.samples.splits for shard in shards])
-    pairs = np.unique(np.stack([ids, splits]), axis=1)
-    if len(np.unique(pairs[0])) == pairs.shape[1]:
-        return ids
+def _unit_names(shards: Sequence[Shard]) -> np.ndarray:
+    """Name (N,) of each row's patient over all shards: institution and patient id."""
+    samples = [shard.samples for shard in shards]
     return np.concatenate(
-        [np.char.add(f"{number}/", shard.samples.patients) for number, shard in enumerate(shards)]
+        [np.char.add(np.char.add(each.institutions, "\n"), each.patients) for each in samples]
     )
 
 
@@ -356,8 +343,6 @@ def _hospital(
 ) -> Hospital:
     """The hospital with some rows of the pool of `shards`."""
     pooled = pool([shard.dataset() for shard in shards], name)
-    if len(shards) > 1:
-        pooled = dataclasses.replace(pooled, patients=_pooled_patients(shards))
     starts = np.cumsum([0, *(len(shard) for shard in shards)])
     record: dict[str, dict[str, np.ndarray]] = {split: {} for split in rows}
     for split, taken in rows.items():
@@ -387,7 +372,7 @@ def _check_training(hospitals: Sequence[Hospital]) -> None:
         if not len(hospital.train):
             raise DataError(
                 f"hospital '{hospital.name}' has no image in its training split: leave it out or "
-                "import it again"
+                "import it again; a hospital of a partition may get some by another data.seed"
             )
     held = np.sum(
         [hospital.train.labels.sum(axis=0, dtype=np.int64) for hospital in hospitals], axis=0

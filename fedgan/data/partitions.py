@@ -2,6 +2,9 @@
 
 Each function returns one sorted array of rows per hospital. The arrays are disjoint and keep all
 images of a patient together. They cover all rows, except those that `fixed_quantities` leaves out.
+
+Each patient is assigned alone, by a hash of (seed, patient) and its own labels: removing one moves
+no other (docs/explanation/privacy.md). Only `fixed_quantities` needs the whole table.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fedgan.data.splits import unit_hashes
 from fedgan.errors import DataError
 
 ATTEMPTS = 1000
@@ -22,56 +26,42 @@ def by_institution(institutions: np.ndarray) -> tuple[list[str], list[np.ndarray
 
 
 def iid(patients: np.ndarray, hospitals: int, seed: int) -> list[np.ndarray]:
-    """IID partition: random hospitals of equal size, up to whole patients."""
+    """IID partition: each patient in a random hospital, all equally likely."""
     _enough_patients(patients, hospitals)
     return partition_by_shares(
         patients, np.zeros(len(patients), np.int64), np.full((1, hospitals), 1 / hospitals), seed
     )
 
 
-def dirichlet_shares(
-    patients: np.ndarray,
-    classes: np.ndarray,
-    hospitals: int,
-    alpha: float,
-    seed: int,
-    minimum: int = 1,
-) -> np.ndarray:
-    """Label skew: the shares (G, hospitals) of each class from Dirichlet(alpha, …).
+def dirichlet_shares(classes: int, hospitals: int, alpha: float, seed: int) -> np.ndarray:
+    """Label skew: the shares (classes, hospitals) of each class from Dirichlet(alpha, …).
 
-    See arXiv 1909.06335. `classes` (N,) int from `row_classes`. Draws are repeated until every
-    hospital has at least `minimum` images.
+    See arXiv 1909.06335. Draws are repeated until the mean share of every hospital is at least
+    1 / (4 `hospitals`). Data do not enter: with rare classes a hospital may still get few images.
+    Raises `DataError` where no draw is enough.
     """
-    _enough_patients(patients, hospitals)
     rng = np.random.default_rng([seed, 1])
-    groups = int(classes.max(initial=0)) + 1
     for _ in range(ATTEMPTS):
-        shares = rng.dirichlet(np.full(hospitals, alpha), size=groups)
-        if np.isfinite(shares).all() and all(
-            len(rows) >= minimum for rows in partition_by_shares(patients, classes, shares, seed)
-        ):
+        shares = rng.dirichlet(np.full(hospitals, alpha), size=classes)
+        if np.isfinite(shares).all() and shares.mean(axis=0).min() >= 1 / (4 * hospitals):
             return shares
     raise DataError(
-        f"Dirichlet(alpha = {alpha:g}) leaves one of {hospitals} hospitals under {minimum} images "
-        f"in {ATTEMPTS} draws: raise data.alpha or lower federation.hospitals"
+        f"Dirichlet(alpha = {alpha:g}) leaves one of {hospitals} hospitals under a quarter of an "
+        f"equal share of {classes} classes in {ATTEMPTS} draws: raise data.alpha or lower "
+        "federation.hospitals"
     )
 
 
 def partition_by_shares(
     patients: np.ndarray, classes: np.ndarray, shares: np.ndarray, seed: int
 ) -> list[np.ndarray]:
-    """Divide the patients of each class, in random order, by `shares` (G, hospitals) of its images.
+    """Divide the patients of each class at random by `shares` (G, hospitals), in expectation.
 
-    The midpoint of a patient's images determines its hospital: shares are exact up to one patient.
+    The hash of a patient in [0, 1) lies in the interval of its hospital.
     """
-    codes, sizes, groups = patient_table(patients, classes)
-    hospital = np.zeros(len(sizes), np.int64)
-    rng = np.random.default_rng([seed, 2])
-    for group in np.unique(groups):
-        members = rng.permutation(np.flatnonzero(groups == group))
-        ends = np.cumsum(sizes[members])
-        bounds = np.cumsum(shares[group])[:-1] * ends[-1]
-        hospital[members] = np.searchsorted(bounds, ends - sizes[members] / 2, side="right")
+    codes, _, groups = patient_table(patients, classes)
+    draws = unit_hashes(np.unique(patients.astype(str)), seed, "partition")
+    hospital = (draws[:, None] >= np.cumsum(shares, axis=1)[groups, :-1]).sum(axis=1)
     return [np.flatnonzero(hospital[codes] == number) for number in range(shares.shape[1])]
 
 
@@ -109,16 +99,12 @@ def fixed_quantities(
     return parts
 
 
-def row_classes(labels: np.ndarray, exclusive: bool) -> np.ndarray:
-    """Class of each row of `labels` (N, K): its rarest label over all rows, K for a row without."""
-    count, label_dim = labels.shape
+def row_classes(labels: np.ndarray) -> np.ndarray:
+    """Class of each row of `labels` (N, K): its first label, K for a row without; (N,) int64."""
+    label_dim = labels.shape[1]
     if not label_dim:
-        return np.zeros(count, np.int64)
-    if exclusive:
-        return labels.argmax(axis=1).astype(np.int64)
-    frequency = labels.sum(axis=0, dtype=np.int64)
-    rarity = np.where(labels > 0, frequency, count + 1)
-    return np.where(labels.any(axis=1), rarity.argmin(axis=1), label_dim).astype(np.int64)
+        return np.zeros(len(labels), np.int64)
+    return np.where(labels.any(axis=1), labels.argmax(axis=1), label_dim).astype(np.int64)
 
 
 def patient_table(

@@ -1,7 +1,8 @@
 """Train, validation and test splits by patient, never by image.
 
-A hash of (seed, patient) within strata (institution and label) determines the split of a patient,
-independent of the row order. Each stratum is divided in proportion, up to whole patients.
+Each patient is assigned alone, by a hash of (seed, purpose, patient): whoever else is in the table
+changes nothing. Only so does ε speak about one patient (docs/explanation/privacy.md). The price:
+shares are those of a random draw, and a small hospital may get no test patient.
 """
 
 from __future__ import annotations
@@ -81,96 +82,37 @@ def check_shares(val: float, test: float) -> None:
 
 def make_splits(
     patients: np.ndarray,
-    institutions: np.ndarray | None = None,
-    classes: np.ndarray | None = None,
     given: np.ndarray | None = None,
     seed: int = 0,
     val: float = 0.1,
     test: float = 0.2,
 ) -> np.ndarray:
-    """The split of each row, (N,) str.
+    """The split of each row, (N,) str; it depends on the row's own patient and `given` alone.
 
     `given` (N,) str is kept; if it has no 'val', the share `val` of the training patients becomes
-    val. Without `given`, shares of the patients become test and val, the rest train. Each
-    institution is divided separately, its `classes` (N,) int in proportion; a patient belongs to
-    its first institution and class in sorted order. A requested split gets at least one patient as
-    long as train keeps one; the only patient of a class in an institution stays in train. Raises
-    `SplitError` if `given` puts a patient into two splits.
+    val. Without `given`, the shares `test` and `val` of the patients, in expectation, become test
+    and val, the rest train. Raises `SplitError` if `given` puts a patient into two splits.
     """
     check_shares(val, test)
-    count = len(patients)
-    institutions = np.full(count, "") if institutions is None else institutions.astype(str)
-    classes = np.zeros(count, np.int64) if classes is None else classes
-    codes, institution_codes, groups = _patients(patients, institutions, classes)
     if given is None:
-        splits = np.full(count, "train", dtype="<U5")
-        testing = _chosen(
-            np.arange(len(institution_codes)),
-            institution_codes,
-            groups,
-            patients,
-            codes,
-            test,
-            seed,
-            "test",
-        )
-        splits[np.isin(codes, testing)] = "test"
+        splits = np.full(len(patients), "train", dtype="<U5")
+        splits[unit_hashes(patients, seed, "test") < test] = "test"
         share = val / (1 - test)
     else:
         splits = given.astype("<U5")
         check_splits(patients, splits, "the source's own split")
         share = 0.0 if (splits == "val").any() else val
-    training = np.unique(codes[splits == "train"])
-    splits[
-        np.isin(
-            codes, _chosen(training, institution_codes, groups, patients, codes, share, seed, "val")
-        )
-    ] = "val"
+    splits[(splits == "train") & (unit_hashes(patients, seed, "val") < share)] = "val"
     return splits
+
+
+def unit_hashes(names: np.ndarray, *key: object) -> np.ndarray:
+    """`unit_hash` of `key` and each of `names` (N,) str, (N,) float64."""
+    found, rows = np.unique(names.astype(str), return_inverse=True)
+    return np.array([unit_hash(*key, name) for name in found.tolist()], float)[rows.reshape(-1)]
 
 
 def unit_hash(*parts: object) -> float:
     """A number in [0, 1) that depends only on the text of `parts`."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def _patients(
-    patients: np.ndarray, institutions: np.ndarray, classes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Patient number per row (N,), institution number and class per patient (P,)."""
-    names, codes = np.unique(patients.astype(str), return_inverse=True)
-    institution_codes = np.unique(institutions, return_inverse=True)[1]
-    order = np.lexsort((classes, institution_codes, codes))
-    first = order[np.searchsorted(codes[order], np.arange(len(names)))]
-    return codes, institution_codes[first], classes[first]
-
-
-def _chosen(
-    members: np.ndarray,
-    institution_codes: np.ndarray,
-    groups: np.ndarray,
-    patients: np.ndarray,
-    codes: np.ndarray,
-    share: float,
-    seed: int,
-    purpose: str,
-) -> np.ndarray:
-    """About `share` of the patients `members` per institution, in proportion to classes."""
-    if share <= 0 or not len(members):
-        return np.empty(0, np.int64)
-    names = np.empty(len(institution_codes), patients.astype(str).dtype)
-    names[codes] = patients
-    picked: list[int] = []
-    for institution in np.unique(institution_codes[members]):
-        here = members[institution_codes[members] == institution]
-        kinds, sizes = np.unique(groups[here], return_counts=True)
-        several = here[np.isin(groups[here], kinds[sizes > 1])] if len(kinds) > 1 else here
-        # Systematic sampling of the list sorted by class: exact shares up to one patient.
-        line = sorted(
-            several.tolist(),
-            key=lambda code: (groups[code], unit_hash(seed, purpose, names[code]), names[code]),
-        )
-        wanted = min(max(1, round(share * len(here))), len(line), len(here) - 1)
-        picked += [line[int((i + 0.5) * len(line) / wanted)] for i in range(wanted)]
-    return np.array(picked, np.int64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,6 @@ import numpy as np
 from fedgan.data.dataset import UNKNOWN_PATIENT
 from fedgan.data.importers.pixels import fit_square
 from fedgan.data.labels import LabelMap
-from fedgan.data.partitions import row_classes
 from fedgan.data.shard import (
     Samples,
     Shard,
@@ -117,20 +116,10 @@ def import_source(
                 f"no image of {source.title} could be used: "
                 f"{_reasons(source.skipped, copied.skipped)}"
             )
-        patients, unknown = _patients(source, copied.duplicates_kept)
+        patients, unknown = _patients(source, copied.digests)
         splits = np.full(len(source), "", dtype="<U5")
         given = None if source.given is None else source.given[kept]
-        # The classes before the label map, so that the map does not change the split.
-        classes = row_classes(source.labels, source.exclusive)
-        splits[kept] = make_splits(
-            patients[kept],
-            institutions[kept],
-            classes[kept],
-            given,
-            options.seed,
-            options.val,
-            options.test,
-        )
+        splits[kept] = make_splits(patients[kept], given, options.seed, options.val, options.test)
         shared = _notes(source, splits, copied)
         for name, writer in writers.items():
             rows = kept[institutions[kept] == name]
@@ -167,9 +156,13 @@ def import_source(
 
 @dataclass
 class _Copied:
-    """Result of copying the images: rows kept, skip reasons per institution, facts for the card."""
+    """Result of copying the images: rows kept, skip reasons per institution, facts for the card.
+
+    `digests` (N,) str: hash of each image's pixels, "" where it was skipped.
+    """
 
     kept: np.ndarray
+    digests: np.ndarray
     skipped: dict[str, Counter[str]]
     duplicates_kept: list[tuple[int, int]]  # (row, earlier row with the same pixels), both kept
     resized: int
@@ -188,7 +181,8 @@ def _copy_images(
     )
     seen: dict[bytes, tuple[bytes, int]] = {}
     kept: list[int] = []
-    copied = _Copied(np.empty(0, np.int64), {name: Counter() for name in writers}, [], 0)
+    digests = np.full(len(source), "", dtype="<U32")
+    copied = _Copied(np.empty(0, np.int64), digests, {name: Counter() for name in writers}, [], 0)
     for row, image in enumerate(source.images()):
         name = str(institutions[row])
         if on_image:
@@ -212,6 +206,7 @@ def _copy_images(
         writer = writers[name]
         copied.resized += image.shape[:2] != (writer.resolution, writer.resolution)
         writer.append(fit_square(image, writer.resolution, writer.channels, options.crop)[None])
+        digests[row] = digest.hex()
         kept.append(row)
     copied.kept = np.array(kept, np.int64)
     return copied
@@ -253,16 +248,16 @@ def read_split(text: str) -> str:
     return SPLIT_NAMES.get(word, "")
 
 
-def _patients(
-    source: Source, duplicates: Sequence[tuple[int, int]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Patient per row, and the mask of unknown patients: an image and its copies are one."""
+def _patients(source: Source, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Patient per row, and the mask of unknown patients: an image and its copies are one.
+
+    The id of an unknown patient is a hash of the pixels, not the row's number, which changes with
+    the rows before it. Copies in different splits of the source are different patients.
+    """
     unknown = source.patients == ""
-    numbers = np.arange(len(source))
-    for row, first in duplicates:
-        if unknown[row] and unknown[first] and source.given is None:
-            numbers[row] = numbers[first]  # copies stay in one split
-    own = np.char.add(UNKNOWN_PATIENT, numbers.astype(str))
+    own = np.char.add(UNKNOWN_PATIENT, digests)
+    if source.given is not None:
+        own = np.char.add(np.char.add(own, ":"), source.given.astype(str))
     return np.where(unknown, own, source.patients), unknown
 
 
