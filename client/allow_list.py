@@ -38,6 +38,7 @@ from fedgan.exchange.masking import CLIPPED, FACTOR
 from fedgan.exchange.number_formats import DTYPES
 from fedgan.exchange.round_metrics import ROUND_METRICS, allowed_metrics
 from fedgan.models.families import network_classes
+from fedgan.privacy.step import units_of
 
 HELLO, TRAIN = "`query.hello`", "`train`"  # as the documentation shows them
 MASKED = "masked"  # the record of a masked change
@@ -78,8 +79,7 @@ def introduction(request: TrainRequest, local: LocalHospital) -> dict[str, Any]:
         "phantoms": local.hospital.phantoms,
     }
     if privacy.on and privacy.noise_split == "equal":
-        by_patient = privacy.unit == "patient"
-        values["units"] = len(set(data.patients.tolist())) if by_patient else len(data)
+        _, values["units"] = units_of(data, privacy.unit)
     if request.settings.federation.share_label_counts and not privacy.on:
         values["label_counts"] = [int(count) for count in data.labels.sum(axis=0, dtype=int)]
     return values

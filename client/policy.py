@@ -22,6 +22,7 @@ from fedgan import files
 from fedgan.config import FAMILIES, PARTS
 from fedgan.errors import ConfigError
 from fedgan.machine import usable_cores
+from fedgan.privacy.step import MAX_DELTA
 
 PLACES = ("partition-id", "num-partitions", "data-root", "state-dir")  # keys that limit nothing
 GIB = 2**30
@@ -55,8 +56,8 @@ def _flag(value: Any) -> bool:
     return {"true": True, "false": False}[str(value).lower()]
 
 
-def _patient(value: Any) -> str:
-    return {"patient": "patient"}[value]
+def _unit(value: Any) -> str:
+    return {"patient": "patient", "image": "image"}[value]
 
 
 def _names(choices: Sequence[str]) -> Kind:
@@ -70,7 +71,7 @@ def _names(choices: Sequence[str]) -> Kind:
 
 
 NUMBER, WHOLE = Kind("a number above 0", _number), Kind("a whole number above 0", _whole)
-FLAG, PATIENT = Kind("true or false", _flag), Kind('"patient"', _patient)
+FLAG, UNIT = Kind("true or false", _flag), Kind('"patient" or "image"', _unit)
 
 
 # --- keys ----------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ class Key:
     lowered: Callable[[TrainRequest, Any], TrainRequest] = _unchanged
 
 
-def _without_privacy(request: TrainRequest, value: float) -> str:
+def _without_privacy(request: TrainRequest, value: Any) -> str:
     return "" if request.settings.privacy.on else "the run has no privacy (privacy.epsilon)"
 
 
@@ -112,11 +113,26 @@ def _in_clear(request: TrainRequest, required: bool) -> str:
     return "the run has no secure aggregation (federation.secure)" if is_refused else ""
 
 
-def _other_unit(request: TrainRequest, unit: str) -> str:
-    privacy = request.settings.privacy
-    if not privacy.on:
-        return "the run has no privacy (privacy.epsilon)"
-    return "" if privacy.unit == unit else f"the run has privacy.unit = '{privacy.unit}'"
+def _smaller_unit(request: TrainRequest, unit: str) -> str:
+    if why := _without_privacy(request, unit):
+        return why
+    is_smaller = unit == "patient" and request.settings.privacy.unit == "image"
+    return "the run has privacy.unit = 'image'" if is_smaller else ""
+
+
+def _large_delta(request: TrainRequest, most: float) -> str:
+    if why := _without_privacy(request, most):
+        return why
+    delta = request.settings.privacy.delta
+    if (delta or MAX_DELTA) <= most:
+        return ""
+    return f"the run has privacy.delta = {delta:g}" + (
+        "" if delta else f", which may be {MAX_DELTA:g}"
+    )
+
+
+def _with_more_noise(request: TrainRequest, least: float) -> TrainRequest:
+    return dataclasses.replace(request, least_noise=max(request.least_noise, least))
 
 
 def _few_images(request: TrainRequest, least: int) -> str:
@@ -162,8 +178,28 @@ POLICY = (
         _without_privacy,
         _with_smaller_epsilon,
     ),
+    Key(
+        "max-delta",
+        NUMBER,
+        "largest δ of a run (`privacy.delta`); refuses runs without privacy",
+        _large_delta,
+    ),
+    Key(
+        "min-noise",
+        NUMBER,
+        "least noise multiplier of the gradient; a run with less trains with this one here; "
+        "refuses runs without privacy",
+        _without_privacy,
+        _with_more_noise,
+    ),
+    Key(
+        "unit",
+        UNIT,
+        "smallest unit of privacy (`privacy.unit`), of which `patient` is the larger; refuses runs "
+        "without privacy",
+        _smaller_unit,
+    ),
     Key("require-secure", FLAG, "refuses runs without `federation.secure`", _in_clear),
-    Key("require-unit", PATIENT, "refuses runs without `privacy.unit = patient`", _other_unit),
     Key("min-images", WHOLE, "fewest images of a round in which it trains", _few_images),
     Key("min-batch", WHOLE, "fewest images per step", _small_batch),
     Key("max-images", WHOLE, "most images per round", _many_images),

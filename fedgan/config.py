@@ -193,7 +193,7 @@ class TrainingSettings:
         high=0.9999,
     )
     learning_rate: float = meaning(
-        0.0025, "Adam's learning rate for generator and discriminator.", low=0.0
+        0.0025, "Adam's learning rate for generator and discriminator.", low=0.0, high=0.1
     )
     sampling: str = meaning(
         "auto",
@@ -362,12 +362,14 @@ class PrivacySettings:
         low=0.0,
         high=0.5,
     )
-    max_grad_norm: float = meaning(1.0, "Clipping norm of one unit's gradient.", low=1e-6)
+    max_grad_norm: float = meaning(1.0, "Clipping norm of one unit's gradient.", low=1e-3, high=1e3)
     unit: str = meaning(
-        "image", "Unit of privacy: one image or one patient.", choices=("image", "patient")
+        "patient",
+        "Unit of privacy: one patient with all their images, or one image.",
+        choices=("patient", "image"),
     )
     images_per_patient: int = meaning(
-        0, "Images per patient and step, drawn anew for each step; 0: all.", low=0
+        8, "Most images per patient and step, drawn anew for each step.", low=1, high=65_536
     )
     max_epsilon: float = meaning(
         0.0, "Limit of a hospital's spent ε over all its runs; 0: no limit.", low=0.0
@@ -398,7 +400,9 @@ class PrivacySettings:
     client_noise_multiplier: float = meaning(
         1.0, "Client-level noise on the sum of the updates, over client_clip.", low=0.0
     )
-    client_clip: float = meaning(1.0, "Clipping norm of a hospital's update per round.", low=1e-6)
+    client_clip: float = meaning(
+        1.0, "Clipping norm of a hospital's update per round.", low=1e-3, high=1e3
+    )
     client_delta: float = meaning(
         1e-5,
         "δ of client-level DP; at 1 / hospitals it would guarantee nothing.",

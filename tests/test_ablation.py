@@ -222,7 +222,7 @@ def test_arm_is_refused_where_a_ledger_counts_another_unit(tmp_path: Path) -> No
     facts = {
         "run": "earlier",
         "kind": "discriminator steps",
-        "unit": "patient",
+        "unit": "image",
         "delta": 1e-3,
         "data": "x",
     }
@@ -233,7 +233,7 @@ def test_arm_is_refused_where_a_ledger_counts_another_unit(tmp_path: Path) -> No
     folder = ComparisonFolder.at(tmp_path / "study")
     with pytest.raises(
         ConfigError,
-        match=r"arm 'clipped': .*accounts per patient, this run per image",
+        match=r"arm 'clipped': .*accounts per image, this run per patient",
     ):
         compare(settings, folder)
     assert not list(folder.arms.glob("*/config.toml"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from fedgan.privacy.accounting import Mechanism, epsilon_rdp
 from fedgan.privacy.clipping import clipped_sum, pair_gradients
 from fedgan.privacy.ledger import Ledger
 from fedgan.privacy.per_pair import PerPair
-from fedgan.privacy.step import PrivateStep, noise_multiplier, releases_labels
+from fedgan.privacy.step import PrivateStep, noise_multiplier, releases_labels, units_of
 from fedgan.training.losses import discriminator_loss, r1_penalty
 from fedgan.training.start import begin_training
 
@@ -515,6 +516,32 @@ def test_images_per_patient_limits_the_sample(tmp_path):
     seen = [step.draw(number) for number in range(1000)]  # one image is missed with 2e-13
     assert all((np.bincount(draw.units.numpy()) == 1).all() for draw in seen if len(draw.units))
     assert set(np.concatenate([draw.rows for draw in seen])) == set(range(60))
+
+
+def test_by_default_no_patient_has_more_than_eight_images_in_a_step(tmp_path):
+    step = private_step(tmp_path, data=images_of(60, 4))
+    assert step.units == 4
+    sizes = np.concatenate([np.bincount(step.draw(n).units.numpy()) for n in range(200)])
+    assert sizes.max() == 8
+
+
+def test_units_are_patients_of_one_institution_and_blank_ones_alone(tmp_path):
+    data = dataclasses.replace(
+        images_of(8),
+        patients=np.array(["p", "p", "p", "q", "", "", "p", "q"]),
+        institutions=np.array(["a", "a", "b", "a", "a", "a", "b", "a"]),
+    )
+    numbers, count = units_of(data, "patient")
+    assert count == 5
+    assert [sorted(np.flatnonzero(numbers == n).tolist()) for n in range(count)] == [
+        [4],
+        [5],
+        [0, 1],
+        [3, 7],
+        [2, 6],
+    ]
+    assert units_of(dataclasses.replace(data, patients=np.empty(0, str)), "patient")[1] == 8
+    assert units_of(data, "image")[1] == 8
 
 
 def test_batch_larger_than_the_data_is_refused(tmp_path):

@@ -357,7 +357,7 @@ def requests(folder: Path, settings: Settings) -> Try:
 
     def attempt(rng: random.Random) -> None:
         with contextlib.suppress(FedganError):
-            read_policy(odd_values(rng, node | {"min-images": 3, "require-unit": "patient"}))
+            read_policy(odd_values(rng, node | {"min-images": 3, "unit": "patient"}))
         if rng.random() < 0.5:
             text = mutated(rng, config["settings"].encode()).decode(errors="replace")
             TrainRequest.read(config | {"settings": text})

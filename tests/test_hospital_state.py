@@ -146,7 +146,7 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
         ("privacy.noise_multiplier=-1",),
         ("privacy.noise_multiplier=0.5",),
         ("privacy.max_grad_norm=9",),
-        ("privacy.unit=patient",),
+        ("privacy.unit=image",),
         ("federation.exchange=generator",),
         ("federation.delta=true",),
         ("federation.secure=true",),

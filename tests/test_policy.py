@@ -23,7 +23,7 @@ from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run
 from server.federation import Federation
 
-PRIVATE = ("privacy.noise_multiplier=1",)
+PRIVATE, DELTA = ("privacy.noise_multiplier=1",), "privacy.delta=1e-6"
 
 
 def request(*overrides: str, **fields: Any) -> TrainRequest:
@@ -35,8 +35,15 @@ def request(*overrides: str, **fields: Any) -> TrainRequest:
     [
         ("max-epsilon", 3, request(), request(*PRIVATE)),
         ("require-secure", True, request(), request("federation.secure=true")),
-        ("require-unit", "patient", request(), request(*PRIVATE, "privacy.unit=patient")),
-        ("require-unit", "patient", request(*PRIVATE), request(*PRIVATE, "privacy.unit=patient")),
+        ("unit", "patient", request(), request(*PRIVATE)),
+        ("unit", "patient", request(*PRIVATE, "privacy.unit=image"), request(*PRIVATE)),
+        ("unit", "image", request(), request(*PRIVATE)),
+        ("unit", "image", request(), request(*PRIVATE, "privacy.unit=image")),
+        ("max-delta", 1e-6, request(), request(*PRIVATE, "privacy.delta=1e-6")),
+        ("max-delta", 1e-6, request(*PRIVATE, "privacy.delta=2e-6"), request(*PRIVATE, DELTA)),
+        ("max-delta", 1e-6, request(*PRIVATE), request(*PRIVATE, DELTA)),
+        ("max-delta", 1e-5, request(*PRIVATE, "privacy.delta=1e-4"), request(*PRIVATE)),
+        ("min-noise", 0.5, request(), request(*PRIVATE, least_noise=0.5)),
         ("min-images", 20, request(images=19), request(images=20)),
         ("min-images", 20, request(images=1), request(images=0)),
         ("min-batch", 4, request(batch=3), request(batch=4)),
@@ -89,7 +96,9 @@ def test_max_threads_lowers_the_request() -> None:
         ({"min-images": True}, "give a whole number above 0"),
         ({"max-seconds": "-1"}, "give a number above 0"),
         ({"max-images": "inf"}, "give a whole number above 0"),
-        ({"require-unit": "image"}, 'give "patient"'),
+        ({"unit": "hospital"}, 'give "patient" or "image"'),
+        ({"require-unit": "patient"}, "has require-unit, which is no key"),
+        ({"min-noise": 0}, "give a number above 0"),
         ({"allow-exchange": "generators"}, "of: generator, discriminator, ema"),
         ({"allow-exchange": ""}, "of: generator, discriminator, ema"),
     ],
@@ -103,6 +112,12 @@ def test_every_key_has_a_listed_step_and_a_row_of_the_documentation() -> None:
     assert {f"applying its {key.name}" for key in POLICY} <= set(STEPS)
     rows = policy_markdown().splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [f"| `{key.name}`" for key in POLICY]
+
+
+def test_min_noise_raises_the_lower_bound_of_the_noise() -> None:
+    asked = request(*PRIVATE, least_noise=0.3)
+    assert apply_policy(asked, {"min-noise": 0.2}).least_noise == 0.3
+    assert apply_policy(asked, {"min-noise": 2.5}).least_noise == 2.5
 
 
 # --- in a federation ------------------------------------------------------------------------------
@@ -125,11 +140,11 @@ def federate_with(tmp_path: Path, policy: dict[str, Any]) -> None:
 
 def test_refusal_is_one_listed_reason_and_a_line_of_client_log(tmp_path: Path) -> None:
     with pytest.raises(
-        FederationError, match=r"ConfigError while applying its require-unit \(partition-id 1\)$"
+        FederationError, match=r"ConfigError while applying its unit \(partition-id 1\)$"
     ):
-        federate_with(tmp_path, {"require-unit": "patient"})
+        federate_with(tmp_path, {"unit": "patient"})
     log = (tmp_path / "beta" / "client.log").read_text()
-    assert "this node's config has require-unit = patient, and the run has no privacy" in log
+    assert "this node's config has unit = patient, and the run has no privacy" in log
 
 
 def test_training_ends_at_max_seconds(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from fedgan.report.run.privacy.guarantee import attack_bound, percent
 from fedgan.report.run.privacy.statements import CRITERIA
 from fedgan.run_folder import RunFolder
 
-PRIVATE = {"epsilon": 10.0, "label_noise": 20.0, "max_epsilon": 12.0}
+PRIVATE = {"unit": "image", "epsilon": 10.0, "label_noise": 20.0, "max_epsilon": 12.0}
 
 
 def part_of(run: RunFolder) -> str:

@@ -76,7 +76,7 @@ def spend(data: Path, name: str, steps: int) -> None:
     facts = {
         "run": "earlier",
         "kind": "discriminator steps",
-        "unit": "image",
+        "unit": "patient",
         "delta": DELTA,
         "data": "x",
     }
@@ -354,7 +354,7 @@ LABELS = ("training.labels=data", "privacy.label_noise=1")
         ),
         (
             ("privacy.delta=0.05",),
-            r"privacy\.delta = 0\.05 is more than 1/n of the n images of 'alpha'",
+            r"privacy\.delta = 0\.05 is more than 1/n of the n patients of 'alpha'",
         ),
         (
             ("privacy.noise_multiplier=-1", "privacy.epsilon=1", *LABELS),
@@ -387,8 +387,8 @@ def test_simulation_reports_refusals_before_it_starts(
 def test_simulation_refuses_a_ledger_of_another_unit(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES)
     spend(data, "gamma", 1)
-    with pytest.raises(ConfigError, match=r"accounts per image.*set privacy\.unit = 'image'"):
-        runner.simulate(private(data, "privacy.unit=patient"), RunFolder.at(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"accounts per patient.*unit = 'patient'"):
+        runner.simulate(private(data, "privacy.unit=image"), RunFolder.at(tmp_path / "run"))
     assert len(Ledger(data / "gamma" / LEDGER).entries()) == 1
 
 

@@ -93,6 +93,13 @@ def test_refusal_names_key_reason_and_alternative(override, what, why, instead):
     assert all(part in str(found.value) for part in (what, why, instead))
 
 
+def test_partition_by_quantities_is_refused_with_privacy():
+    keys = ("data.partition=quantities", "federation.hospitals=2", "data.quantities=10,20")
+    with pytest.raises(ConfigError, match="who else is in the pool decides"):
+        check_private(settings_of(*keys))
+    check_private(settings_of(*keys, "privacy.noise_multiplier=-1"))
+
+
 @pytest.mark.parametrize(("override", "what", "why", "instead"), REFUSED[:-1])
 def test_validator_refuses_nothing_without_privacy(override, what, why, instead):
     check_private(settings_of(override, "privacy.noise_multiplier=-1"))

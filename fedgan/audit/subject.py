@@ -14,12 +14,11 @@ import numpy as np
 from fedgan.audit.attacks.contrastive import train_embedding
 from fedgan.audit.attacks.nearest import Moves, pixels
 from fedgan.config import Settings
-from fedgan.data.dataset import HospitalData, ImageArray, ImageDataset, pool
+from fedgan.data.dataset import HospitalData, ImageArray, ImageDataset, pool, unit_numbers
 from fedgan.data.federation import Downsampled
 from fedgan.data.splits import check_disjoint_patients
 from fedgan.errors import FedganError
 from fedgan.evaluation.features import ReferenceExtractor
-from fedgan.evaluation.metrics.bootstrap import clusters
 from fedgan.evaluation.reference import OnProgress as OnProgress
 from fedgan.evaluation.reference import RealReference
 from fedgan.evaluation.sampling import generate_images, synthetic_labels
@@ -147,9 +146,7 @@ def reason_unauditable(hospital: HospitalData) -> str:
             f"{MIN_IMAGES} of each are needed."
         )
     parts = [data for data in (hospital.val, hospital.test) if len(data)]
-    patients = sum(
-        int(clusters(data.patients, data.institutions, len(data)).max()) + 1 for data in parts
-    )
+    patients = sum(int(unit_numbers(data).max()) + 1 for data in parts)
     if patients < MIN_PATIENTS:
         return (
             f"Held-out images of {patients} patients are too few to divide: "
@@ -174,7 +171,7 @@ def assign_roles(hospital: HospitalData, seed: int) -> Roles:
         else np.arange(count)
     )
     train = hospital.train.take(rows) if count > MAX_TRAINING_IMAGES else hospital.train
-    patients = clusters(held_out.patients, held_out.institutions, len(held_out))
+    patients = unit_numbers(held_out)
     non_members, pseudo_members, reference = _parts(patients, 3, rng)
     query_half, reference_half = _parts(patients, 2, rng)
     members = np.sort(rng.choice(len(train), min(len(train), len(non_members)), replace=False))
@@ -182,7 +179,7 @@ def assign_roles(hospital: HospitalData, seed: int) -> Roles:
         name=hospital.name,
         train=train,
         held_out=held_out,
-        train_patients=clusters(train.patients, train.institutions, len(train)),
+        train_patients=unit_numbers(train),
         held_out_patients=patients,
         members=members,
         non_members=non_members,

@@ -147,6 +147,28 @@ def pool(datasets: Sequence[ImageDataset], name: str = "pooled") -> ImageDataset
     )
 
 
+def unit_names(patients: np.ndarray, institutions: np.ndarray, count: int) -> np.ndarray:
+    """Name (N,) str of each image's unit: its patient within its institution.
+
+    `patients` and `institutions` (N,) str, or empty where they are not known. An image without a
+    patient is a unit of its own, named by its row.
+    """
+    if len(patients) != count:
+        patients = np.full(count, "")
+    where = institutions if len(institutions) == count else np.full(count, "")
+    keys = [
+        f"{institution}\x00{patient}" if patient else f"\x01{row}"
+        for row, (institution, patient) in enumerate(zip(where, patients, strict=True))
+    ]
+    return np.array(keys, dtype=str)
+
+
+def unit_numbers(dataset: ImageDataset) -> np.ndarray:
+    """Number (N,) from 0 of each image's unit (see `unit_names`)."""
+    names = unit_names(dataset.patients, dataset.institutions, len(dataset))
+    return np.unique(names, return_inverse=True)[1].reshape(-1)
+
+
 class HospitalData(Protocol):
     """Interface of a hospital for evaluation and audit: its name and its splits."""
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from fedgan.config import Settings
 from fedgan.data import partitions
-from fedgan.data.dataset import ImageArray, ImageDataset, pool
+from fedgan.data.dataset import ImageArray, ImageDataset, pool, unit_names, unit_numbers
 from fedgan.data.labels import LabelMap
 from fedgan.data.shard import Shard, folder_name
 from fedgan.data.shard_files import is_phantom_source
@@ -242,7 +242,7 @@ def describe_hospitals(hospitals: Sequence[Hospital], key: str = "") -> list[dic
                 else counts,
                 "images": {split: len(data) for split, data in splits.items()},
                 "patients": {
-                    split: len(np.unique(data.patients)) for split, data in splits.items()
+                    split: len(np.unique(unit_numbers(data))) for split, data in splits.items()
                 },
                 "content_hash": None if is_hidden else content,
                 **({"content_check": check.hexdigest()} if is_hidden else {}),
@@ -333,9 +333,11 @@ def _repartition(shards: Sequence[Shard], settings: Settings) -> list[Hospital]:
 def _unit_names(shards: Sequence[Shard]) -> np.ndarray:
     """Name (N,) of each row's patient over all shards: institution and patient id."""
     samples = [shard.samples for shard in shards]
-    return np.concatenate(
-        [np.char.add(np.char.add(each.institutions, "\n"), each.patients) for each in samples]
+    patients, institutions = (
+        np.concatenate([getattr(each, column) for each in samples])
+        for column in ("patients", "institutions")
     )
+    return unit_names(patients, institutions, len(patients))
 
 
 def _hospital(

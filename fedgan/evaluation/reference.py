@@ -18,13 +18,12 @@ import numpy as np
 import torch
 
 from fedgan.config import EvaluationSettings
-from fedgan.data.dataset import ImageArray, ImageDataset, pool
+from fedgan.data.dataset import ImageArray, ImageDataset, pool, unit_numbers
 from fedgan.data.labels import LabelMap
 from fedgan.errors import CheckpointError, DataError
 from fedgan.evaluation.classification import probabilities, train_classifier, training_steps
 from fedgan.evaluation.feature_cache import FeatureCache, images_hash
 from fedgan.evaluation.features import REFERENCE, Extractor, ReferenceExtractor, extractor_from
-from fedgan.evaluation.metrics.bootstrap import clusters
 from fedgan.evaluation.metrics.frechet_distance import frechet_distance
 from fedgan.evaluation.metrics.utility import utility
 from fedgan.models.classifiers import Classifier, build_classifier
@@ -130,7 +129,7 @@ class RealReference:
     @cached_property
     def test_groups(self) -> np.ndarray:
         """Cluster (N,) of each test image: its patient."""
-        return clusters(self.test.patients, self.test.institutions, len(self.test))
+        return unit_numbers(self.test)
 
     @property
     def test_institutions(self) -> np.ndarray:
@@ -198,8 +197,7 @@ class RealReference:
     @cached_property
     def held_out_groups(self) -> np.ndarray:
         """Cluster (N,) of each held-out image: its patient."""
-        held = self.held_out
-        return clusters(held.patients, held.institutions, len(held))
+        return unit_numbers(self.held_out)
 
     @cached_property
     def quick(self) -> tuple[str, np.ndarray]:

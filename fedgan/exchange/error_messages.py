@@ -16,8 +16,10 @@ STEPS = (  # N: number of a round
     "reading the request",
     "reading its node-config",
     "applying its max-epsilon",  # and the other keys of client/policy.py
+    "applying its max-delta",
+    "applying its min-noise",
+    "applying its unit",
     "applying its require-secure",
-    "applying its require-unit",
     "applying its min-images",
     "applying its min-batch",
     "applying its max-images",

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgan.config import PrivacySettings, Settings
-from fedgan.data.dataset import ImageDataset
+from fedgan.data.dataset import ImageDataset, unit_numbers
 from fedgan.errors import ConfigError, FedganError
 from fedgan.privacy.accounting import Mechanism, joint_noise, noise_for
 from fedgan.privacy.clipping import Loss, clipped_sum
@@ -162,8 +162,12 @@ class PrivateStep:
         )
         chosen = np.flatnonzero(sample.uniform(self.units).numpy() < self.sample_rate)
         rows = [self.rows_of_unit[unit] for unit in chosen]
-        if most := self.settings.images_per_patient:
-            rows = [row[sample.uniform(len(row)).argsort().numpy()[:most]] for row in rows]
+        if self.settings.unit == "patient":
+            most = self.settings.images_per_patient
+            rows = [
+                row if len(row) <= most else row[sample.uniform(len(row)).argsort().numpy()[:most]]
+                for row in rows
+            ]
         units = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
         host_seed, device_seed = (seeds.words(2) & (2**63 - 1)).tolist()
         host = torch.Generator().manual_seed(host_seed)
@@ -333,16 +337,9 @@ def label_release(settings: Settings, label_dim: int) -> list[Mechanism]:
 
 
 def units_of(dataset: ImageDataset, unit: str) -> tuple[np.ndarray, int]:
-    """(unit of each row (N,), number of units)."""
-    if unit == "image":
-        return np.arange(len(dataset)), len(dataset)
-    if not len(dataset.patients):
-        raise ConfigError(
-            f"privacy.unit = 'patient', but '{dataset.name}' has no patient ids: import it with "
-            "patients, or use 'image'"
-        )
-    names, index = np.unique(dataset.patients, return_inverse=True)
-    return index, len(names)
+    """(unit of each row (N,), number of units). An image without a patient is its own unit."""
+    numbers = np.arange(len(dataset)) if unit == "image" else unit_numbers(dataset)
+    return numbers, int(numbers.max(initial=-1)) + 1
 
 
 def _rows_of(unit_of_row: np.ndarray, units: int) -> list[np.ndarray]:

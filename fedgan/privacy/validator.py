@@ -79,6 +79,11 @@ def refusals(settings: Settings) -> Iterator[str]:
             "federation.share_label_counts = true: the server would receive the real label counts "
             "without noise; set it to false, and with it model.hospitals = 0, which samples by them"
         )
+    if settings.data.partition == "quantities":
+        yield (
+            "data.partition = 'quantities': who else is in the pool decides whether a hospital "
+            "gets a patient, so epsilon says nothing of the source; use 'iid' or 'dirichlet'"
+        )
     evaluation, root = settings.evaluation, settings.data.root
     if evaluation.show_real == "all" and root and _are_nested(root, evaluation.root or root):
         yield SHOWN

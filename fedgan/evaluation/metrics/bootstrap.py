@@ -12,22 +12,6 @@ CHUNK = 4_000_000  # entries (resamples × images) of one block, about 32 MB
 TWO_SAMPLE_CHUNK = 1_000_000  # entries of one pair of blocks, about 8 MB
 
 
-def clusters(patients: np.ndarray, institutions: np.ndarray, count: int) -> np.ndarray:
-    """Cluster number (N,) of each image: its patient within its institution.
-
-    An image without a patient is a cluster of its own. Images of one patient are not independent,
-    so a resample takes all of them or none.
-    """
-    if len(patients) != count:
-        return np.arange(count)
-    where = institutions if len(institutions) == count else np.full(count, "")
-    keys = [
-        f"{institution}\x00{patient}" if patient else f"\x01{row}"
-        for row, (institution, patient) in enumerate(zip(where, patients, strict=True))
-    ]
-    return np.unique(keys, return_inverse=True)[1].reshape(-1)
-
-
 def group_numbers(groups: np.ndarray | None, count: int) -> np.ndarray:
     """Number (N,) from 0 of each image's group (patient); without groups each image is its own.
 

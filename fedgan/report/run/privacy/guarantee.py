@@ -102,9 +102,9 @@ def unit_text(settings: Settings) -> str:
     """The unit of privacy as text."""
     if settings.privacy.unit == "image":
         return "one image"
-    most = settings.privacy.images_per_patient
-    return "one patient with all their images" + (
-        f", of which a step uses at most {most}" if most else ""
+    return (
+        "one patient with all their images, of which a step uses at most "
+        f"{settings.privacy.images_per_patient}"
     )
 
 
