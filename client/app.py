@@ -25,7 +25,7 @@ from client.hospital import (
     TrainRequest,
     log,
 )
-from client.policy import apply_state_quota, read_policy
+from client.policy import apply_policy_to_step, apply_state_quota, read_policy
 from client.secure import mask_update
 from client.wire import received_model, update_record
 from fedgan.config import PARTS, Settings
@@ -131,6 +131,8 @@ def _train_locked(
         )
 
     trainer, continued_from = continue_training(begin, context_, request, local)
+    if trainer.private is not None:
+        apply_policy_to_step(trainer.private, policy, context_.at)
 
     if settings.privacy.on and trainer.images_seen + request.images > request.planned:
         context_.step = "comparing the request with its pinned settings"

@@ -79,20 +79,21 @@ class Admission:
 
         Raises `ConfigError` for a request beyond them, `DataError` for a shard that does not open.
         """
-        self._at("reading the request")
+        self.at("reading the request")
         if (kind := self.message.metadata.message_type) not in MESSAGES:
             raise ConfigError(f"a message of type '{kind}' in place of {' or '.join(MESSAGES)}")
         asked = self.asked = TrainRequest.read(self.message.content.config_records["config"])
         self.request = asked
-        request = self.request = apply_policy(asked, self.node, self._at)
-        self._at("opening its shard")
+        request = self.request = apply_policy(asked, self.node, self.at)
+        self.at("opening its shard")
         local = self.local = find_local_hospital(request, self.node)
-        self._at("comparing the request with its pinned settings")
+        self.at("comparing the request with its pinned settings")
         local.check_pins(asked, kind == "train")
-        self._at("replying")
+        self.at("replying")
         return request, local
 
-    def _at(self, step: str) -> None:
+    def at(self, step: str) -> None:
+        """Set the current step."""
         self.step = step
 
     def folder(self) -> Path | None:

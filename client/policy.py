@@ -22,7 +22,7 @@ from fedgan import files
 from fedgan.config import FAMILIES, PARTS
 from fedgan.errors import ConfigError
 from fedgan.machine import usable_cores
-from fedgan.privacy.step import MAX_DELTA
+from fedgan.privacy.step import PrivateStep
 
 PLACES = ("partition-id", "num-partitions", "data-root", "state-dir")  # keys that limit nothing
 GIB = 2**30
@@ -77,7 +77,7 @@ FLAG, UNIT = Kind("true or false", _flag), Kind('"patient" or "image"', _unit)
 # --- keys ----------------------------------------------------------------------------------------
 
 
-def _nothing(request: TrainRequest, value: Any) -> str:
+def _nothing(limited: TrainRequest | PrivateStep, value: Any) -> str:
     return ""
 
 
@@ -89,7 +89,8 @@ def _unchanged(request: TrainRequest, value: Any) -> TrainRequest:
 class Key:
     """One limit. `refusal`: what in a request exceeds it, else ''; `lowered`: the request under it.
 
-    A key with neither is applied during the training (client/app.py).
+    `refused_step`: what in the private step, which depends on the images, exceeds it. A key with
+    none of them is applied during the training (client/app.py).
     """
 
     name: str
@@ -97,6 +98,7 @@ class Key:
     meaning: str
     refusal: Callable[[TrainRequest, Any], str] = _nothing
     lowered: Callable[[TrainRequest, Any], TrainRequest] = _unchanged
+    refused_step: Callable[[PrivateStep, Any], str] = _nothing
 
 
 def _without_privacy(request: TrainRequest, value: Any) -> str:
@@ -120,19 +122,13 @@ def _smaller_unit(request: TrainRequest, unit: str) -> str:
     return "the run has privacy.unit = 'image'" if is_smaller else ""
 
 
-def _large_delta(request: TrainRequest, most: float) -> str:
-    if why := _without_privacy(request, most):
-        return why
-    delta = request.settings.privacy.delta
-    if (delta or MAX_DELTA) <= most:
-        return ""
-    return f"the run has privacy.delta = {delta:g}" + (
-        "" if delta else f", which may be {MAX_DELTA:g}"
-    )
+def _large_delta(private: PrivateStep, most: float) -> str:
+    return f"the run has delta = {private.delta:g} here" if private.delta > most else ""
 
 
-def _with_more_noise(request: TrainRequest, least: float) -> TrainRequest:
-    return dataclasses.replace(request, least_noise=max(request.least_noise, least))
+def _little_noise(private: PrivateStep, least: float) -> str:
+    noise = private.noise_multiplier
+    return f"the run has a noise multiplier of {noise:.4g} here" if noise < least else ""
 
 
 def _few_images(request: TrainRequest, least: int) -> str:
@@ -181,16 +177,17 @@ POLICY = (
     Key(
         "max-delta",
         NUMBER,
-        "largest δ of a run (`privacy.delta`); refuses runs without privacy",
-        _large_delta,
+        "largest δ of a run here (`privacy.delta`); refuses runs without privacy",
+        _without_privacy,
+        refused_step=_large_delta,
     ),
     Key(
         "min-noise",
         NUMBER,
-        "least noise multiplier of the gradient; a run with less trains with this one here; "
-        "refuses runs without privacy",
+        "least noise multiplier of the gradient here, whatever sets it; refuses runs without "
+        "privacy",
         _without_privacy,
-        _with_more_noise,
+        refused_step=_little_noise,
     ),
     Key(
         "unit",
@@ -267,13 +264,31 @@ def apply_policy(
         if key.name not in values:
             continue
         at_step(f"applying its {key.name}")
-        if why := key.refusal(request, values[key.name]):
-            raise ConfigError(
-                f"this node's config has {key.name} = {shown(values[key.name])}, and {why}: "
-                f"refused; the run needs other settings, or this node another {key.name}"
-            )
+        _refuse(key, values[key.name], key.refusal(request, values[key.name]))
         request = key.lowered(request, values[key.name])
     return request
+
+
+def apply_policy_to_step(
+    private: PrivateStep, values: Mapping[str, Any], at_step: Callable[[str], None]
+) -> None:
+    """Compare δ and noise, which depend on the number of images, with `values` (`read_policy`).
+
+    Call it before the training, which enters steps in the ledger. Raises `ConfigError` where they
+    exceed a limit.
+    """
+    for key in POLICY:
+        if key.name in values and (why := key.refused_step(private, values[key.name])):
+            at_step(f"applying its {key.name}")
+            _refuse(key, values[key.name], why)
+
+
+def _refuse(key: Key, value: Any, why: str) -> None:
+    if why:
+        raise ConfigError(
+            f"this node's config has {key.name} = {shown(value)}, and {why}: refused; the run "
+            f"needs other settings, or this node another {key.name}"
+        )
 
 
 def apply_state_quota(state_dir: Path, own: Path, quota: float) -> None:

@@ -212,6 +212,30 @@ def test_server_cannot_choose_the_state_folder_of_a_hospital(tmp_path: Path) -> 
             )
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "accepted", "refused"),
+    [
+        ("training", "learning_rate", (0.0, 0.1), (0.11, 1e30)),
+        ("privacy", "max_grad_norm", (1e-3, 1e3), (9e-4, 1.1e3)),
+        ("privacy", "client_clip", (1e-3, 1e3), (9e-4, 1.1e3)),
+        ("privacy", "images_per_patient", (1, 100), (0, 10**6)),
+    ],
+)
+def test_hospital_bounds_the_rates_and_clips_of_a_request(
+    section: str, key: str, accepted: tuple[float, ...], refused: tuple[float, ...]
+) -> None:
+    def read(value: float) -> TrainRequest:
+        tree = to_dict(tiny(Path("data")))
+        tree[section][key] = value
+        return TrainRequest.read({"settings": json.dumps(tree), "experiment": "e"})
+
+    for value in accepted:
+        assert getattr(getattr(read(value).settings, section), key) == value
+    for value in refused:
+        with pytest.raises(ConfigError, match=f"{section}.{key}"):
+            read(value)
+
+
 def test_server_paths_are_used_only_in_a_simulation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

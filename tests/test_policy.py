@@ -19,11 +19,18 @@ from fedgan.cli import doctor
 from fedgan.errors import ConfigError, FederationError
 from fedgan.exchange.error_messages import STEPS
 from fedgan.files import locked as held
+from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run
 from server.federation import Federation
 
-PRIVATE, DELTA = ("privacy.noise_multiplier=1",), "privacy.delta=1e-6"
+PRIVATE = ("privacy.noise_multiplier=1",)
+COMPATIBLE = (
+    "model.minibatch_std_group=0",
+    "augment.mode=none",
+    "training.r1_gamma=0",
+    "training.labels=uniform",
+)
 
 
 def request(*overrides: str, **fields: Any) -> TrainRequest:
@@ -39,11 +46,8 @@ def request(*overrides: str, **fields: Any) -> TrainRequest:
         ("unit", "patient", request(*PRIVATE, "privacy.unit=image"), request(*PRIVATE)),
         ("unit", "image", request(), request(*PRIVATE)),
         ("unit", "image", request(), request(*PRIVATE, "privacy.unit=image")),
-        ("max-delta", 1e-6, request(), request(*PRIVATE, "privacy.delta=1e-6")),
-        ("max-delta", 1e-6, request(*PRIVATE, "privacy.delta=2e-6"), request(*PRIVATE, DELTA)),
-        ("max-delta", 1e-6, request(*PRIVATE), request(*PRIVATE, DELTA)),
-        ("max-delta", 1e-5, request(*PRIVATE, "privacy.delta=1e-4"), request(*PRIVATE)),
-        ("min-noise", 0.5, request(), request(*PRIVATE, least_noise=0.5)),
+        ("max-delta", 1e-6, request(), request(*PRIVATE)),
+        ("min-noise", 0.5, request(), request(*PRIVATE)),
         ("min-images", 20, request(images=19), request(images=20)),
         ("min-images", 20, request(images=1), request(images=0)),
         ("min-batch", 4, request(batch=3), request(batch=4)),
@@ -114,20 +118,14 @@ def test_every_key_has_a_listed_step_and_a_row_of_the_documentation() -> None:
     assert [row.split(" | ")[0] for row in rows] == [f"| `{key.name}`" for key in POLICY]
 
 
-def test_min_noise_raises_the_lower_bound_of_the_noise() -> None:
-    asked = request(*PRIVATE, least_noise=0.3)
-    assert apply_policy(asked, {"min-noise": 0.2}).least_noise == 0.3
-    assert apply_policy(asked, {"min-noise": 2.5}).least_noise == 2.5
-
-
 # --- in a federation ------------------------------------------------------------------------------
 
 
-def federate_with(tmp_path: Path, policy: dict[str, Any]) -> None:
+def federate_with(tmp_path: Path, policy: dict[str, Any], *overrides: str) -> None:
     """Train a deployment of two hospitals; the second has `policy` in its node-config."""
     data = write_shards(tmp_path / "data", (24, 16))
     run = RunFolder.at(tmp_path / "run")
-    prepare_run(tiny(data, hospitals=2, rounds=1, kimg=0.016), run)
+    prepare_run(tiny(data, *overrides, hospitals=2, rounds=1, kimg=0.016), run)
 
     def node_config(number: int) -> dict[str, Any]:
         own = {"data-root": str(data / NAMES[number]), "state-dir": str(tmp_path / NAMES[number])}
@@ -147,12 +145,52 @@ def test_refusal_is_one_listed_reason_and_a_line_of_client_log(tmp_path: Path) -
     assert "this node's config has unit = patient, and the run has no privacy" in log
 
 
+@pytest.mark.parametrize(
+    ("policy", "override", "why"),
+    [
+        (
+            {"max-delta": 1e-6},
+            "privacy.delta=0",
+            "max-delta = 1e-06, and the run has delta = 1e-05",
+        ),
+        ({"max-delta": 1e-6}, "privacy.delta=2e-6", "and the run has delta = 2e-06 here"),
+        (
+            {"min-noise": 3},
+            "privacy.noise_multiplier=2.9",
+            "and the run has a noise multiplier of 2",
+        ),
+        (
+            {"min-noise": 99},
+            "privacy.epsilon=5",
+            "min-noise = 99, and the run has a noise multipli",
+        ),
+    ],
+)
+def test_delta_and_noise_of_a_hospital_are_limited_before_it_trains(
+    tmp_path: Path, policy: dict[str, Any], override: str, why: str
+) -> None:
+    (key,) = policy
+    noise = () if "epsilon" in override else PRIVATE
+    with pytest.raises(FederationError, match=f"ConfigError while applying its {key}"):
+        federate_with(tmp_path, policy, *COMPATIBLE, *noise, override)
+    (log,) = (tmp_path / "beta").glob("*/client.log")
+    assert why in log.read_text()
+    assert not list((tmp_path / "beta").rglob("state-*"))
+    assert not (tmp_path / "beta" / LEDGER).exists()
+
+
 def test_training_ends_at_max_seconds(tmp_path: Path) -> None:
     with pytest.raises(FederationError, match="ConfigError while applying its max-seconds"):
         federate_with(tmp_path, {"max-seconds": 1e-6})
     (log,) = (tmp_path / "beta").glob("*/client.log")
     assert "after 4 of 8 images they are over" in log.read_text()
     assert not list((tmp_path / "beta").glob("*/state-*"))
+
+
+def test_private_hospital_within_its_policy_trains(tmp_path: Path) -> None:
+    limits = {"unit": "patient", "max-delta": 1e-5, "min-noise": 1, "max-epsilon": 1e6}
+    federate_with(tmp_path, limits, *COMPATIBLE, *PRIVATE)
+    assert (tmp_path / "beta" / LEDGER).exists()
 
 
 def test_hospital_within_its_policy_trains(tmp_path: Path) -> None:

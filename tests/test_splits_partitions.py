@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedgan.config import Settings, from_dict
 from fedgan.data import partitions
+from fedgan.data.dataset import ImageDataset, pool, unit_names, unit_numbers
 from fedgan.data.federation import (
     block_mean,
     describe_hospitals,
@@ -23,6 +25,7 @@ from fedgan.data.splits import check_splits, make_splits
 from fedgan.errors import ConfigError, DataError, SplitError
 
 FAST = settings(max_examples=40)
+BYTE = st.integers(0, 2)  # few values: images with equal pixels
 
 
 @st.composite
@@ -94,6 +97,50 @@ def test_a_removed_patient_moves_no_other(table, seed, random):
     ):
         for whole, left in zip(divide(np.arange(len(patients))), divide(rest), strict=True):
             assert set(whole[patients[whole] != patients[0]]) == set(rest[left])
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["", "a", "b"]), st.sampled_from(["", "a", "p", "ap"]), BYTE),
+        max_size=12,
+    ),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+@FAST
+def test_units_are_patients_of_an_institution_in_any_order(rows, has_patients, random):
+    def data(chosen: list[tuple[str, str, int]]) -> ImageDataset:
+        places, patients = ([row[column] for row in chosen] for column in (0, 1))
+        return ImageDataset(
+            "d",
+            np.array([row[2] for row in chosen], np.uint8).reshape(-1, 1, 1, 1),
+            np.zeros((len(chosen), 0), np.uint8),
+            (),
+            patients=np.array(patients if has_patients else [], str),
+            institutions=np.array(places, str),
+        )
+
+    whole = data(rows)
+    names, numbers = unit_names(whole).tolist(), unit_numbers(whole)
+    for one in range(len(rows)):
+        for other in range(one):
+            same = has_patients and rows[one][1] != "" and rows[one][:2] == rows[other][:2]
+            assert (names[one] == names[other]) == (numbers[one] == numbers[other]) == same
+    kept = random.sample(rows, len(rows) // 2)
+    assert not Counter(unit_names(data(kept)).tolist()) - Counter(names)
+    assert sorted(unit_names(data(random.sample(rows, len(rows)))).tolist()) == sorted(names)
+
+
+def test_pool_with_a_hospital_without_patients_keeps_those_of_the_other():
+    def data(patients: list[str]) -> ImageDataset:
+        images = np.zeros((2, 1, 1, 1), np.uint8)
+        return ImageDataset(
+            "d", images, np.zeros((2, 0), np.uint8), (), patients=np.array(patients, str)
+        )
+
+    assert len(set(unit_numbers(pool([data(["p", "p"]), data([])])))) == 3
+    with pytest.raises(DataError, match="2 images and 1 patients"):
+        data(["p"])
 
 
 def test_shares_of_splits_and_partitions_are_met_in_expectation():

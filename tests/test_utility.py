@@ -18,7 +18,7 @@ from sklearn.metrics import (
 )
 from torchmetrics.functional import classification as tm
 
-from fedgan.data.dataset import unit_names
+from fedgan.data.dataset import ImageDataset, unit_numbers
 from fedgan.evaluation.metrics import bootstrap, ranking
 from fedgan.evaluation.metrics.bootstrap import interval, resamples
 from fedgan.evaluation.metrics.ranking import (
@@ -270,9 +270,15 @@ def test_every_figure_agrees_with_torchmetrics(exclusive):
 
 def test_resamples_keep_the_images_of_a_patient_together(monkeypatch):
     monkeypatch.setattr(bootstrap, "CHUNK", 50)  # several blocks
-    patients = np.array(["a", "a", "b", "", "", "a"])
-    places = np.array(["x", "x", "x", "x", "x", "y"])
-    groups = np.unique(unit_names(patients, places, 6), return_inverse=True)[1]
+    data = ImageDataset(
+        "d",
+        np.zeros((6, 1, 1, 1), np.uint8),
+        np.zeros((6, 0), np.uint8),
+        (),
+        patients=np.array(["a", "a", "b", "", "", "a"]),
+        institutions=np.array(["x", "x", "x", "x", "x", "y"]),
+    )
+    groups = unit_numbers(data)
     assert groups[0] == groups[1]
     assert (
         len(set(groups)) == 5
@@ -282,10 +288,6 @@ def test_resamples_keep_the_images_of_a_patient_together(monkeypatch):
     np.testing.assert_array_equal(weights[:, 0], weights[:, 1])
     assert (weights[:, [0, 2, 3, 4, 5]].sum(1) == 5).all()
     assert weights[:, 2].mean() == pytest.approx(1.0, abs=0.25)
-
-
-def test_images_without_patients_are_clusters_of_their_own():
-    assert len(set(unit_names(np.empty(0, str), np.empty(0, str), 4))) == 4
 
 
 def test_interval_is_percentile_and_needs_half_of_the_resamples():

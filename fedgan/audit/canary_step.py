@@ -68,8 +68,8 @@ class Canaries:
             self.labels * shown[:, None],
             data.label_names,
             data.exclusive,
-            _names(data.patients, 2 * count),
-            _names(data.institutions, 2 * count),
+            # a unit each
+            np.array([f"{UNKNOWN_PATIENT}canary-{number}" for number in range(2 * count)]),
         )
         self.dataset = pool([data, row], data.name)
 
@@ -191,9 +191,3 @@ def _random_canaries(
     else:
         labels = data.labels[rng.integers(0, len(data), count)]
     return images, labels
-
-
-def _names(column: np.ndarray, count: int) -> np.ndarray:
-    """Patients or institutions of canaries; empty where the data have none."""
-    names = [f"{UNKNOWN_PATIENT}canary-{number}" for number in range(count)]
-    return np.array(names if len(column) else [], str)

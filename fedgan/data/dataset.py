@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -86,6 +88,12 @@ class ImageDataset:
                 f"{self.labels.shape} and {len(self.label_names)} label names do not match: import "
                 "the shard again"
             )
+        for column in (self.patients, self.institutions):
+            if len(column) not in (0, len(self.labels)):
+                raise DataError(
+                    f"hospital '{self.name}': {len(self.labels)} images and {len(column)} patients "
+                    "or institutions do not match: import the shard again"
+                )
 
     def __len__(self) -> int:
         return int(self.images.shape[0])
@@ -141,32 +149,49 @@ def pool(datasets: Sequence[ImageDataset], name: str = "pooled") -> ImageDataset
         labels=np.concatenate([dataset.labels for dataset in datasets]),
         label_names=first.label_names,
         exclusive=all(dataset.exclusive for dataset in datasets),
-        patients=np.concatenate([dataset.patients for dataset in datasets]),
-        institutions=np.concatenate([dataset.institutions for dataset in datasets]),
+        patients=np.concatenate([_filled(each.patients, len(each)) for each in datasets]),
+        institutions=np.concatenate([_filled(each.institutions, len(each)) for each in datasets]),
         content_hash="+".join(dataset.content_hash for dataset in datasets),
     )
 
 
-def unit_names(patients: np.ndarray, institutions: np.ndarray, count: int) -> np.ndarray:
-    """Name (N,) str of each image's unit: its patient within its institution.
+def unit_names(dataset: ImageDataset) -> np.ndarray:
+    """Name (N,) str of each image's unit of privacy: its patient within its institution.
 
-    `patients` and `institutions` (N,) str, or empty where they are not known. An image without a
-    patient is a unit of its own, named by its row.
+    An image without a patient is a unit of its own, named by its pixels; equal ones are counted. A
+    name depends on no other image but such copies. `UNKNOWN_PATIENT` ids are single already.
     """
-    if len(patients) != count:
-        patients = np.full(count, "")
-    where = institutions if len(institutions) == count else np.full(count, "")
-    keys = [
-        f"{institution}\x00{patient}" if patient else f"\x01{row}"
-        for row, (institution, patient) in enumerate(zip(where, patients, strict=True))
-    ]
-    return np.array(keys, dtype=str)
+    names, copies = _patient_names(dataset), Counter[str]()
+    for row in np.flatnonzero(names == "").tolist():
+        digest = hashlib.sha256(dataset.images[np.array([row])].tobytes()).hexdigest()
+        names[row] = f"\x01{digest}:{copies[digest]}"
+        copies[digest] += 1
+    return names.astype(str)
 
 
 def unit_numbers(dataset: ImageDataset) -> np.ndarray:
-    """Number (N,) from 0 of each image's unit (see `unit_names`)."""
-    names = unit_names(dataset.patients, dataset.institutions, len(dataset))
-    return np.unique(names, return_inverse=True)[1].reshape(-1)
+    """Number (N,) from 0 of each image's unit: `unit_names` without reading an image."""
+    names = _patient_names(dataset)
+    (unknown,) = np.nonzero(names == "")
+    names[unknown] = [f"\x01{row}" for row in unknown.tolist()]
+    return np.unique(names.astype(str), return_inverse=True)[1].reshape(-1)
+
+
+def _patient_names(dataset: ImageDataset) -> np.ndarray:
+    """Institution and patient (N,) object of each image; "" where the patient is not known."""
+    count = len(dataset)
+    pairs = zip(
+        _filled(dataset.institutions, count).tolist(),
+        _filled(dataset.patients, count).tolist(),
+        strict=True,
+    )
+    names = [f"{institution}\x00{patient}" if patient else "" for institution, patient in pairs]
+    return np.array(names, dtype=object)
+
+
+def _filled(column: np.ndarray, count: int) -> np.ndarray:
+    """`column` (N,) str, or empty strings where the dataset has none."""
+    return column if len(column) == count else np.full(count, "")
 
 
 class HospitalData(Protocol):

@@ -294,7 +294,7 @@ def _whole_shard(shard: Shard) -> Hospital:
 
 def _repartition(shards: Sequence[Shard], settings: Settings) -> list[Hospital]:
     """Pool all shards and partition each split by patient with the same rule."""
-    patients = _unit_names(shards)
+    patients = unit_names(pool([shard.dataset() for shard in shards]))
     splits = np.concatenate([shard.samples.splits for shard in shards])
     classes = partitions.row_classes(np.concatenate([shard.labels for shard in shards]))
     card = shards[0].card
@@ -328,16 +328,6 @@ def _repartition(shards: Sequence[Shard], settings: Settings) -> list[Hospital]:
         _hospital(f"hospital-{n + 1}", shards, {split: split_rows[split][n] for split in SPLITS})
         for n in range(count)
     ]
-
-
-def _unit_names(shards: Sequence[Shard]) -> np.ndarray:
-    """Name (N,) of each row's patient over all shards: institution and patient id."""
-    samples = [shard.samples for shard in shards]
-    patients, institutions = (
-        np.concatenate([getattr(each, column) for each in samples])
-        for column in ("patients", "institutions")
-    )
-    return unit_names(patients, institutions, len(patients))
 
 
 def _hospital(
