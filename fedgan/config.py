@@ -369,7 +369,10 @@ class PrivacySettings:
         choices=("patient", "image"),
     )
     images_per_patient: int = meaning(
-        8, "Most images per patient and step, drawn anew for each step.", low=1, high=65_536
+        8,
+        "Most images per patient and step, drawn anew for each step; 0: all, not with privacy.",
+        low=0,
+        high=65_536,
     )
     max_epsilon: float = meaning(
         0.0, "Limit of a hospital's spent ε over all its runs; 0: no limit.", low=0.0

@@ -218,7 +218,7 @@ def test_server_cannot_choose_the_state_folder_of_a_hospital(tmp_path: Path) -> 
         ("training", "learning_rate", (0.0, 0.1), (0.11, 1e30)),
         ("privacy", "max_grad_norm", (1e-3, 1e3), (9e-4, 1.1e3)),
         ("privacy", "client_clip", (1e-3, 1e3), (9e-4, 1.1e3)),
-        ("privacy", "images_per_patient", (1, 100), (0, 10**6)),
+        ("privacy", "images_per_patient", (0, 100), (-1, 10**6)),
     ],
 )
 def test_hospital_bounds_the_rates_and_clips_of_a_request(

@@ -58,6 +58,12 @@ REFUSED = [
     ("model.minibatch_std_group=4", "minibatch_std_group = 4", "other images", "set it to 0"),
     ("augment.mode=ada", "augment.mode = 'ada'", "signs on real images", "privacy.r_t_noise"),
     (
+        "privacy.images_per_patient=0",
+        "images_per_patient = 0",
+        "without a bound",
+        "give one",
+    ),
+    (
         "training.r1_gamma=0.5",
         "training.r1_gamma = 0.5",
         "outside the clipped loss",
@@ -113,6 +119,7 @@ def test_validator_refuses_nothing_without_privacy(override, what, why, instead)
         ("training.r1_gamma=0.5", "privacy.r1=true"),
         ("training.labels=data", "privacy.label_noise=5"),
         ("training.sampling=poisson",),
+        ("privacy.unit=image", "privacy.images_per_patient=0"),
     ],
 )
 def test_suggested_alternatives_are_accepted(overrides):

@@ -79,6 +79,11 @@ def refusals(settings: Settings) -> Iterator[str]:
             "federation.share_label_counts = true: the server would receive the real label counts "
             "without noise; set it to false, and with it model.hospitals = 0, which samples by them"
         )
+    if privacy.unit == "patient" and not privacy.images_per_patient:
+        yield (
+            "privacy.images_per_patient = 0: the work and memory of a step would grow with a "
+            "patient's images, without a bound; give one, e.g. 8"
+        )
     if settings.data.partition == "quantities":
         yield (
             "data.partition = 'quantities': who else is in the pool decides whether a hospital "
