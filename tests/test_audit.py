@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedgan import files
 from fedgan.audit.audit import HospitalAudit, audit_hospital, audit_report, headline, signs
-from fedgan.audit.copy_search import plant
+from fedgan.audit.copy_search import PRIVATE, plant
 from fedgan.audit.membership_inference import _negative, attack_functions, role_rows
 from fedgan.audit.shadow_training import shadow_settings, shortened
 from fedgan.audit.subject import (
@@ -141,7 +141,7 @@ def test_audit_report_holds_numbers_only(
     report = audit_report([leaky], AuditedModel(settings, None), QUICK, 3, "ab12")
     text = json.dumps(report)
     assert not any(str(patient) in text for patient in hospital.train.patients)
-    assert not {"pairs", "distances", "rows"} & report["hospitals"][0]["copies"]["pixels"].keys()
+    assert not set(PRIVATE) & report["hospitals"][0]["copies"]["pixels"].keys()
     assert not {"pairs", "path"} & report["hospitals"][0].keys()
     assert (report["round"], report["checkpoint_sha256"], report["valid"]) == (3, "ab12", True)
     assert report["settings"]["images"] == 150
@@ -169,7 +169,7 @@ def test_run_report_reads_the_audit(
 def test_run_report_refuses_an_audit_of_another_format() -> None:
     audited = Audit({"format": "fedgan-audit-1", "valid": True, "hospitals": [{"valid": True}]})
     (reason,) = audited.failure_reasons
-    assert "has the format fedgan-audit-1, not fedgan-audit-2: run fedgan audit again" in reason
+    assert "has the format fedgan-audit-1, not fedgan-audit-3: run fedgan audit again" in reason
     assert not audited.is_valid
 
 
@@ -322,7 +322,9 @@ def test_assign_roles_gives_each_patient_one_role(hospital: Hospital, seed: int)
 
 
 def entry(**copies: Any) -> dict[str, Any]:
-    found = {"excess_ci": (0.1, 0.3), "copying_share": 0.25, "held_out_share": 0.05, **copies}
+    counts = {"outliers": 0, "held_out_outliers": 0, "synthetic_images": 200, "held_out_images": 90}
+    shares = {"excess_ci": (0.1, 0.3), "copying_share": 0.25, "held_out_share": 0.05}
+    found = {**counts, **shares, **copies}
     return {"copies": {"pixels": found}, "membership": [], "projection": None}
 
 
@@ -336,6 +338,12 @@ def test_blurred_generator_is_no_sign_of_copying() -> None:
     near["near_held_out_ci"] = (0.03, 0.08)
     assert len(signs(entry(**near, near_held_out_share=0.05))) == 1
     assert len(signs(entry())) == 1
+
+
+def test_one_copy_is_a_sign_and_is_named_as_one() -> None:
+    (sign,) = signs(entry(excess_ci=(-0.1, 0.1), outliers=1))
+    assert sign.startswith("1 synthetic image is far nearer to one training patient")
+    assert signs(entry(excess_ci=(-0.1, 0.1), outliers=1, held_out_outliers=1)) == []
 
 
 def test_membership_sign_needs_to_exceed_the_held_out_figure() -> None:

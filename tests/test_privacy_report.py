@@ -391,8 +391,8 @@ def test_clean_verdict_names_insensitive_figures_and_few_patients(
 ) -> None:
     few = hospital_audit(HOSPITALS[2]) | {"held_out_patients": 17}
     words = words_of(write_run(tmp_path, content=audit(hospital_audit(HOSPITALS[0]), few)))
-    # of each hospital's nine: the features, the density and its ratio
-    assert "none of 18 figures of 2 hospitals" in words
+    # of each hospital's twelve: the features, the density and its ratio
+    assert "none of 24 figures of 2 hospitals" in words
     assert (
         "6 of these figures come from a search or an attack that did not detect the planted leak "
         "either (insensitive)." in words
@@ -427,7 +427,7 @@ def test_excess_and_confidence_levels_are_stated(tmp_path: Path) -> None:
 
 def test_clean_audit_is_evidence_and_no_proof(tmp_path: Path) -> None:
     words = words_of(write_run(tmp_path, content=audit()))
-    assert "The controls passed, and none of 27 figures of 3 hospitals stands out" in words
+    assert "The controls passed, and none of 36 figures of 3 hospitals stands out" in words
     assert "does not prove that other attacks would find nothing" in words
     assert "Evidence of a leak" not in words
 
@@ -436,7 +436,7 @@ def test_leak_is_the_first_verdict_with_its_figures(tmp_path: Path) -> None:
     leaking = hospital_audit(HOSPITALS[1], share=0.21, auc=0.61)
     html = part_of(write_run(tmp_path, content=audit(hospital_audit(HOSPITALS[0]), leaking)))
     words = Page(html).words
-    assert words.index("Evidence of a leak: 8 of 18 figures") < words.index("Controls")
+    assert words.index("Evidence of a leak: 8 of 24 figures") < words.index("Controls")
     assert (
         f"share of copies (pixels) at {HOSPITALS[1]}: 0.210 (0.196–0.226), held-out real images "
         "0.050" in words
@@ -480,7 +480,7 @@ def test_audit_with_failed_controls_is_not_valid_and_grey(
     )
     assert "Evidence of a leak" not in words
     assert html.count('class="invalid"') == 3
-    assert html.count("(not valid)</caption>") == 7
+    assert html.count("(not valid)</caption>") == 8
     assert "not-valid.csv" in html
     assert (
         f"{HOSPITALS[0]} passed passed 0.999 0.297 / 0.300 extractor features 0.993 500 / 180 97"

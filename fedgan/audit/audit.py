@@ -33,6 +33,7 @@ from fedgan.audit.rules import (
     attack_stands_out,
     copies_stand_out,
     exceeded_claim,
+    outliers_stand_out,
     projection_stands_out,
 )
 from fedgan.audit.subject import (
@@ -163,7 +164,7 @@ def _audit(
         "notes": notes,
     }
     pictures = {
-        space: pairs_picture(search.found, synthetic, roles.train)
+        space: pairs_picture(search, synthetic, roles.train)
         for space, search in searches.items()
         if search
     }
@@ -236,6 +237,17 @@ def signs(numbers: dict[str, Any]) -> list[str]:
             found.append(
                 f"{share:.1%} of the synthetic images copy training images by {space}, "
                 f"of held-out images {real:.1%}"
+            )
+        if copies and outliers_stand_out(
+            copies["outliers"],
+            copies["synthetic_images"],
+            copies["held_out_outliers"],
+            copies["held_out_images"],
+        ):
+            images = "image is" if copies["outliers"] == 1 else "images are"
+            found.append(
+                f"{copies['outliers']} synthetic {images} far nearer to one training patient than "
+                f"to any other by {space}, of held-out images {copies['held_out_outliers']}"
             )
     for row in numbers["membership"]:
         if attack_stands_out(

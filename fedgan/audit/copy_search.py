@@ -19,13 +19,18 @@ from fedgan.audit.attacks.copy_controls import (
 )
 from fedgan.audit.attacks.membership import score_attack
 from fedgan.audit.attacks.nearest import nearest
+from fedgan.audit.attacks.tail import Neighbours, Outliers, find_outliers
+from fedgan.audit.rules import chance_to_find
 from fedgan.audit.subject import Roles, Space
 from fedgan.data.dataset import ImageDataset
 from fedgan.evaluation.grids import draw_grid
 from fedgan.evaluation.metrics.intervals import Interval, wilson_interval
 
 PLANTED_SHARE = 0.3
-PRIVATE = ("pairs", "distances", "rows")  # of single patients: stay in the hospital
+PLANTED = 200  # copies by which the power is measured
+POWER = {"one": 0.0, "1 %": 0.01, "5 %": 0.05}  # leaks by their share of the synthetic images
+# Of single patients: stay in the hospital.
+PRIVATE = ("pairs", "distances", "rows", "real_distances", "real_rows")
 COLUMNS = 8  # pairs per row of the picture
 
 
@@ -58,6 +63,7 @@ class CopySearch:
     positive: dict[str, Any]
     negative: dict[str, Any]
     found: CopyFindings
+    outliers: Outliers
 
 
 def search_copies(
@@ -77,6 +83,7 @@ def search_copies(
     negative = negative_control(
         training, held, seed=seed, moves=space.moves, held_out_groups=roles.held_out_patients
     )
+    outliers = _outliers(space, roles, made, training, held, found, seed)
     positive = dataclasses.asdict(recovery) | {"auc_ci": auc_ci}
     if not recovery.passed:
         positive["reason"] = (
@@ -89,10 +96,53 @@ def search_copies(
         negative_figures["reason"] = (
             f"held-out images are taken for copies in {1 - negative.covered:.0%} of the splits"
         )
-    figures = _figures(found, space) | (
+    figures = _figures(found, space) | {
+        "outliers": outliers.count,
+        "held_out_outliers": outliers.held_out_count,
+        "dimension": float(f"{outliers.dimension:.2g}"),
+        "power": power(outliers),
+    }
+    figures |= (
         _near_shares(space, made, training, held, found.threshold, seed) if not space.fitted else {}
     )
-    return CopySearch(figures, positive, negative_figures, found)
+    return CopySearch(figures, positive, negative_figures, found, outliers)
+
+
+def _outliers(
+    space: Space,
+    roles: Roles,
+    made: np.ndarray,
+    training: np.ndarray,
+    held: np.ndarray,
+    found: CopyFindings,
+    seed: int,
+) -> Outliers:
+    """Single copies among the rows `made`, with copies planted to measure the power."""
+    shape = (PLANTED, *roles.train.images.shape[1:])
+    copies, _, _ = plant_copies(
+        np.zeros(shape, np.uint8), roles.train.images, 1.0, np.random.default_rng([seed, 17])
+    )
+    return find_outliers(
+        Neighbours(made, found.distances, found.rows),
+        Neighbours(held, found.real_distances, found.real_rows),
+        Neighbours.of(space.rows(copies), training, space.moves),
+        training,
+        roles.train_patients,
+        roles.held_out_patients,
+        found.threshold,
+        seed=seed,
+        moves=space.moves,
+        fitted=space.fitted,
+    )
+
+
+def power(found: Outliers) -> dict[str, float]:
+    """Chance to find one copy, 1 % and 5 % of copies, by the rule of the verdict."""
+    counts = found.images, found.held_out_count, found.held_out_images
+    return {
+        leak: chance_to_find(max(1, round(share * found.images)), found.found_share, *counts)
+        for leak, share in POWER.items()
+    }
 
 
 def _recovery(
@@ -164,12 +214,21 @@ def _figures(found: CopyFindings, space: Space) -> dict[str, Any]:
     return figures
 
 
-def pairs_picture(found: CopyFindings, synthetic: np.ndarray, train: ImageDataset) -> Image.Image:
-    """Synthetic images above their nearest training images. Stays in the hospital."""
+def pairs_picture(search: CopySearch, synthetic: np.ndarray, train: ImageDataset) -> Image.Image:
+    """Synthetic images above their nearest training images: the most exposed patients first.
+
+    Outliers by their chance, then the smallest distances. Stays in the hospital.
+    """
+    found, outliers = search.found, search.outliers
+    exposed = np.flatnonzero(outliers.flags)
+    exposed = exposed[np.argsort(outliers.chances[exposed], kind="stable")]
+    first = [(int(row), int(found.rows[row])) for row in exposed]
+    rest = [(row, source) for row, source, _ in found.pairs if not outliers.flags[row]]
+    shown = [*first, *rest][: len(found.pairs)]
     texts: list[str] = []
     rows: list[np.ndarray] = []
-    for start in range(0, len(found.pairs), COLUMNS):
-        pairs = found.pairs[start : start + COLUMNS]
+    for start in range(0, len(shown), COLUMNS):
+        pairs = shown[start : start + COLUMNS]
         texts += ["synthetic", "training"]
         rows += [
             synthetic[[pair[0] for pair in pairs]],

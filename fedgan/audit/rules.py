@@ -9,11 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from scipy.special import betaincinv, gammainc
+from scipy.stats import binom
+
 from fedgan.evaluation.metrics.intervals import Interval, newcombe_interval
 
-FORMAT = "fedgan-audit-2"
+FORMAT = "fedgan-audit-3"
 CHANCE = 0.5  # AUC of a random score
 FEW_PATIENTS = 60  # held-out: with fewer than about 20 per side bootstrap intervals are too narrow
+POWERFUL = 0.95  # chance to find a leak with which it is said to be found
 Measured = tuple[float, Interval]
 
 
@@ -33,6 +38,32 @@ def copies_stand_out(
     """
     favours = near_training is None or near_held_out is None or above(near_training, near_held_out)
     return excess_ci[0] > 0 and favours
+
+
+def outliers_stand_out(outliers: int, images: int, real_outliers: int, real_images: int) -> bool:
+    """Whether `outliers` of `images` synthetic ones are copies (fedgan/audit/attacks/tail.py).
+
+    One is enough where no held-out image is an outlier. Else there must be more than the 99 % upper
+    bound of the held-out images' share explains (Clopper and Pearson 1934; Poisson, at 1 %).
+    """
+    if not outliers or not real_outliers or real_outliers >= real_images:
+        return bool(outliers and not real_outliers)
+    share = betaincinv(real_outliers + 1, real_images - real_outliers, 0.99)
+    return bool(gammainc(outliers, images * share) < 0.01)
+
+
+def chance_to_find(
+    copies: int, found_share: float, images: int, real_outliers: int, real_images: int
+) -> float:
+    """Probability that `copies` copies among `images` stand out; each is an outlier by itself.
+
+    `found_share`: probability that a copy is an outlier.
+    """
+    counts = np.arange(copies + 1)
+    stand_out = [
+        outliers_stand_out(int(count), images, real_outliers, real_images) for count in counts
+    ]
+    return float(binom.pmf(counts, copies, found_share)[stand_out].sum())
 
 
 def attack_stands_out(auc: Measured, null: Measured | None) -> bool:

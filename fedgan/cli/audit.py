@@ -263,7 +263,7 @@ def headline_text(report: dict[str, Any]) -> str:
 
 
 def hospital_text(hospital: dict[str, Any]) -> str:
-    """One hospital's figures in two lines."""
+    """One hospital's figures in three lines."""
     copies = [
         f"{space} {found['copying_share']:.1%} (held-out {found['held_out_share']:.1%})"
         for space, found in hospital["copies"].items()
@@ -273,7 +273,14 @@ def hospital_text(hospital: dict[str, Any]) -> str:
         f"{row['attack']} {row['auc']:.2f} (held-out {row['null_auc']:.2f})"
         for row in hospital["membership"]
     ]
+    power = [
+        f"{space} {found['outliers']} (finds one copy with {found['power']['one']:.0%}, 1 % with "
+        f"{found['power']['1 %']:.0%})"
+        for space, found in hospital["copies"].items()
+        if found
+    ]
     lines = [f"copies      {hospital['name']}: {', '.join(copies) or 'not measured'}"]
+    lines.append(f"single      {hospital['name']}: {', '.join(power) or 'not measured'}")
     lines.append(f"membership  {hospital['name']}, AUC: {', '.join(attacks) or 'not measured'}")
     return "\n".join(lines)
 

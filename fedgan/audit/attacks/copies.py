@@ -38,7 +38,7 @@ from fedgan.evaluation.metrics.intervals import (
 class CopyFindings:
     """Result of `find_copies`. Distances are in the units of the features.
 
-    `pairs`, `distances` and `rows` stay in the hospital. Shares of synthetic images:
+    `pairs`, `…distances` and `…rows` stay in the hospital. Shares of synthetic images:
     `copying_share` within the threshold of a training image, `closer_share` nearer to a training
     than to a held-out image. Shares of training images: `memorised_share` nearest to one copying
     image or more, at this number of synthetic images; `memorised_matched` expected at
@@ -71,6 +71,8 @@ class CopyFindings:
     closer_ci: Interval
     distances: np.ndarray = field(repr=False, compare=False)  # (S,) to the nearest training image
     rows: np.ndarray = field(repr=False, compare=False)  # (S,) that training image
+    real_distances: np.ndarray = field(repr=False, compare=False)  # (H,), of held-out images
+    real_rows: np.ndarray = field(repr=False, compare=False)  # (H,)
 
 
 def find_copies(
@@ -144,6 +146,8 @@ def find_copies(
         closer_ci=closer_ci,
         distances=distances,
         rows=nearest_rows,
+        real_distances=real_distances,
+        real_rows=real_rows,
     )
 
 

@@ -43,7 +43,7 @@ class Moves:
             for down in offsets:
                 for right in offsets:
                     yield images[:, :, down : down + height, right : right + width].reshape(
-                        len(rows), -1
+                        rows.shape
                     )
 
 
@@ -69,6 +69,41 @@ def nearest(
         closer = others < distances
         distances[closer], rows[closer] = others[closer], other_rows[closer]
     return distances, rows
+
+
+def nearest_of_others(
+    queries: np.ndarray,
+    base: np.ndarray,
+    groups: np.ndarray,
+    own: np.ndarray,
+    *,
+    moves: Moves | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distance (Q,) of each query to the nearest row of `base` (N, F) of no `own` group; its row.
+
+    `groups` (N,) and `own` (Q, J) are numbers. In float32: for distances that are not almost zero.
+    Infinite where no other group is left.
+    """
+    best, rows = np.full(len(queries), np.inf, np.float32), np.zeros(len(queries), np.int64)
+    center = base.mean(0, dtype=np.float64).astype(base.dtype)
+    y = (base - center).astype(np.float32)
+    y_norms = np.einsum("nf,nf->n", y, y)
+    step = max(1, ENTRIES // len(base))
+    for version in moves.versions(queries) if moves else (queries,):
+        for start in range(0, len(queries), step):
+            part = slice(start, start + step)
+            x = (version[part] - center).astype(np.float32)
+            squared = x @ y.T
+            squared *= -2.0
+            squared += y_norms
+            squared += np.einsum("bf,bf->b", x, x)[:, None]
+            for excluded in own[part].T:
+                squared[groups[None] == excluded[:, None]] = np.inf
+            found = squared.argmin(1)
+            values = squared[np.arange(len(x)), found]
+            closer = values < best[part]
+            best[part][closer], rows[part][closer] = values[closer], found[closer]
+    return np.sqrt(np.maximum(best, 0.0)).astype(np.float64), rows
 
 
 def pixels(images: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from fedgan.report.html import format as text
 from fedgan.report.html.charts import Dot, Row, dot_chart
 from fedgan.report.html.format import bounds, number
 from fedgan.report.html.tables import Column, table
-from fedgan.report.run.data import Tree, tree
+from fedgan.report.run.data import Tree, dig, tree
 from fedgan.report.run.privacy.findings import (
     SPACES,
     Audit,
@@ -90,6 +90,7 @@ def _singling_out(audit: Audit) -> tuple[list[Markup], list[Markup]]:
         part
         for part in (
             _copies(audit),
+            _outliers(audit),
             _near(audit),
             _memorised(audit),
             _projection(audit),
@@ -128,6 +129,36 @@ def _copies(audit: Audit) -> Markup:
         "this hospital less than its own held-out images do."
     )
     return _table(audit, "Copies among the synthetic images", columns, rows, "privacy-copies", more)
+
+
+def _outliers(audit: Audit) -> Markup:
+    """Single copies, and the chance to find one, 1 % and 5 % of copies."""
+    rows = [
+        [
+            f"{name_of(hospital)}, {space}",
+            text.whole(row.get("outliers")),
+            text.whole(row.get("held_out_outliers")),
+            *(
+                text.DASH if value is None else percent(value)
+                for value in (number(dig(row, "power", leak)) for leak in ("one", "1 %", "5 %"))
+            ),
+        ]
+        for hospital in audit.hospitals
+        for space, row in copies(hospital)
+    ]
+    columns = [HOSPITAL_SPACE, Column("Single copies"), Column("Held-out real")]
+    columns += [
+        Column("Finds one copy", title="Chance to find one copy among the synthetic images"),
+        Column("Finds 1 %"),
+        Column("Finds 5 %"),
+    ]
+    more = (
+        "Synthetic images far nearer to one training patient than to any other: one is evidence. "
+        "The last columns are the power: the chance that this audit finds one copy, or 1 % or 5 % "
+        "of copies (moved by up to a pixel, mirrored, noised), by the rule of "
+        "the verdict."
+    )
+    return _table(audit, "Single copies", columns, rows, "privacy-outliers", more)
 
 
 def _near(audit: Audit) -> Markup:

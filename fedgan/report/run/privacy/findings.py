@@ -14,12 +14,15 @@ from typing import Any
 from fedgan.audit.rules import (
     FEW_PATIENTS,
     FORMAT,
+    POWERFUL,
     Measured,
     attack_stands_out,
     copies_stand_out,
     exceeded_claim,
+    outliers_stand_out,
     projection_stands_out,
 )
+from fedgan.evaluation.metrics.intervals import wilson_interval
 from fedgan.report.html.format import bounds, decimal, interval, number, plural
 from fedgan.report.run.data import Tree, dig, sentences, tree, trees
 from fedgan.report.run.privacy.statements import LIMIT
@@ -287,6 +290,7 @@ def _figures(hospital: Tree) -> Iterator[Figure]:
             None if excess is None else copies_stand_out(excess, *near),
             space in insensitive_spaces(hospital),
         )
+        yield _outlier_figure(name, space, found)
     projection = tree(hospital.get("projection"))
     if number(projection.get("auc")) is not None:
         gap, area = bounds(projection.get("gap_ci")), bounds(projection.get("auc_ci"))
@@ -302,6 +306,30 @@ def _figures(hospital: Tree) -> Iterator[Figure]:
             )
             measure = f"AUC of {row.get('attack', 'an unnamed attack')}"
             yield _auc_figure(criterion, name, measure, row, out)
+
+
+def _outlier_figure(hospital: str, space: str, found: Tree) -> Figure:
+    """The share of single copies (fedgan/audit/attacks/tail.py) beside that of held-out images."""
+    counts = [
+        number(found.get(key))
+        for key in ("outliers", "synthetic_images", "held_out_outliers", "held_out_images")
+    ]
+    known = [int(count) for count in counts if count is not None]
+    measure = f"share of single copies ({space})"
+    if len(known) < len(counts) or not known[1] or not known[3]:
+        return Figure("singling-out", hospital, measure, None, None, None, None, None, False)
+    shares = known[0] / known[1], known[2] / known[3]
+    return Figure(
+        "singling-out",
+        hospital,
+        measure,
+        shares[0],
+        wilson_interval(min(shares[0], 1.0), known[1]),
+        shares[1],
+        wilson_interval(min(shares[1], 1.0), known[3]),
+        outliers_stand_out(*known),
+        (number(dig(found, "power", "5 %")) or 0.0) < POWERFUL,
+    )
 
 
 def _auc_figure(
