@@ -32,6 +32,7 @@ from fedgan.config import PARTS, Settings
 from fedgan.errors import CheckpointError, ConfigError
 from fedgan.exchange.round_metrics import reported_metrics
 from fedgan.machine import peak_memory, usable_cores
+from fedgan.privacy.register import ledger_of
 from fedgan.privacy.validator import check_private
 from fedgan.redact import printable
 from fedgan.training.checkpoint import ForeignStateError
@@ -125,7 +126,7 @@ def _train_locked(
             local.hospital.train,
             stream=local.number,
             planned_images=request.planned,
-            ledgers=[local.ledger],
+            ledger=ledger_of(settings, [local.hospital]),
             run=request.experiment,
             least_noise=request.least_noise,
         )

@@ -32,7 +32,6 @@ from fedgan.config import Settings, from_dict, to_dict
 from fedgan.data.federation import Hospital, open_hospital, open_hospitals
 from fedgan.errors import CheckpointError, ConfigError
 from fedgan.exchange.outbound_log import NAME as OUTBOUND
-from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.redact import printable
 from fedgan.run_folder import RunFolder
 
@@ -99,12 +98,11 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class LocalHospital:
-    """A hospital with its shard and the paths of its state, ledger and outbound log."""
+    """A hospital with its shard and the paths of its state and outbound log."""
 
     number: int
     hospital: Hospital
     folder: Path
-    ledger: Path
     outbound: Path
 
     def state(self, round_number: int) -> Path:
@@ -282,11 +280,10 @@ def find_local_hospital(request: TrainRequest, node: Mapping[str, Any]) -> Local
         if own_state
         else RunFolder(Path(request.run)).hospital_state(hospital.name)
     )
-    # The ledger outlives every run: it lies beside the shard, or in this node's state-dir.
     shard_folder = Path(own_state) if own_state else hospital.shard_path or folder
     # In a simulation the shard's folder may be read-only.
     log_place = shard_folder if own_state or os.access(shard_folder, os.W_OK) else folder
-    return LocalHospital(number, hospital, folder, shard_folder / LEDGER, log_place / OUTBOUND)
+    return LocalHospital(number, hospital, folder, log_place / OUTBOUND)
 
 
 def log_folder(request: TrainRequest, node: Mapping[str, Any]) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from fedgan.cli import main
+from fedgan.privacy.register import VARIABLE
+
+# Beside the shards of each test: no register of the home folder, none of another test.
+os.environ[VARIABLE] = ".ledgers"
 
 # The duration of an example shows the load of the machine, not an error.
 settings.register_profile("fedgan", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -19,6 +19,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from client.hospital import SIMULATION
 from fedgan.config import Settings, from_dict
 from fedgan.data.shard import write_shard
+from fedgan.privacy.ledger import Ledger
+from fedgan.privacy.register import Register
 from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, is_prepared, prepare_run
 from server.federation import Federation
@@ -207,3 +209,8 @@ def _processes() -> list[tuple[int, list[str], int]]:
         if state != "Z" and int(entry.name) != os.getpid():
             found.append((int(entry.name), arguments, int(session)))
     return found
+
+
+def ledger_in(shard: Path) -> Ledger:
+    """The ledger of a shard, with the key of the register beside it."""
+    return Register.of(shard).ledger(shard)

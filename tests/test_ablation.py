@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from small_federation import write_shards
+from small_federation import ledger_in, write_shards
 from test_compare import here, study
 from test_comparison_report import tables
 from test_report import Page
@@ -27,8 +27,6 @@ from fedgan.errors import ConfigError
 from fedgan.evaluation.arms import ablation
 from fedgan.evaluation.arms.summary import check_comparable
 from fedgan.privacy.accounting import Mechanism, epsilon_of
-from fedgan.privacy.ledger import NAME as LEDGER
-from fedgan.privacy.ledger import Ledger
 from fedgan.report.comparison import write_comparison_report
 from fedgan.runs.preparation import open_prepared
 from simulations.comparison.arm import Arm, check_arm
@@ -226,7 +224,7 @@ def test_arm_is_refused_where_a_ledger_counts_another_unit(tmp_path: Path) -> No
         "delta": 1e-3,
         "data": "x",
     }
-    Ledger(data / "beta" / LEDGER).reserve(Mechanism(1.0, 0.1, 1), 1, **facts)
+    ledger_in(data / "beta").reserve(Mechanism(1.0, 0.1, 1), 1, **facts)
     settings = study(
         data, "comparison.kind=ablation", arms=json.dumps(["federated", PLAIN, CLIPPED])
     )

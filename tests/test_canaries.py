@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
-from small_federation import federate, tiny, write_shards
+from small_federation import federate, ledger_in, tiny, write_shards
 
 import client.app
 from fedgan.audit import canaries as canaries_module
@@ -357,7 +357,7 @@ def federated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) 
     monkeypatch.setattr(client.app, "begin_training", begin)
     run = RunFolder.at(tmp_path / "run")
     federate(plan, run, client.app.app)
-    entries = Ledger(data / own.name / LEDGER).entries()
+    entries = ledger_in(data / own.name).entries()
     claim = Claim(entries[-1].noise_multiplier, entries[-1].sample_rate, DELTA)
     steps = sum(entry.steps for entry in entries)
     return canary_report(found, _scores(run, found), claim, steps, entries[-1].cost)
@@ -399,7 +399,7 @@ def test_audit_command_trains_with_canaries(fedgan, tmp_path):
     plan = tiny(data, *PRIVATE, *keys, hospitals=2, rounds=2, kimg=0.06)
     run = RunFolder.at(tmp_path / "run")
     federate(plan, run, client.app.app)
-    ledger = (data / "alpha" / LEDGER).read_bytes()
+    ledger = ledger_in(data / "alpha").path.read_bytes()
     words = ("--hospital", "alpha", "--canaries", "20", "--images", "50")
     code, out, err = fedgan("audit", run.path, *words)
     assert code == 0, err
@@ -407,10 +407,10 @@ def test_audit_command_trains_with_canaries(fedgan, tmp_path):
     (found,) = audited["canaries"]
     assert (found["name"], found["steps"], found["delta"]) == ("alpha", 10, DELTA)
     assert found["sample_rate"] == 4 / 16  # of six images four are its own
-    assert found["epsilon"] == pytest.approx(Ledger(data / "alpha" / LEDGER).epsilon(DELTA))
+    assert found["epsilon"] == pytest.approx(ledger_in(data / "alpha").epsilon(DELTA))
     assert any("proves no guarantee" in note for note in audited["notes"])
     assert audited["settings"]["canaries"] == 20
     assert "epsilon     alpha: images at least" in out
-    assert (data / "alpha" / LEDGER).read_bytes() == ledger
+    assert ledger_in(data / "alpha").path.read_bytes() == ledger
     with pytest.raises(CheckpointError, match="participants is damaged"):
         local_trainings(plan, {"participants": [{"number": 0}], "label_names": []})

@@ -23,7 +23,7 @@ from fedgan.privacy import ledger as ledger_module
 from fedgan.privacy import step as step_module
 from fedgan.privacy.accounting import Mechanism, epsilon_rdp
 from fedgan.privacy.clipping import clipped_sum, pair_gradients
-from fedgan.privacy.ledger import Ledger
+from fedgan.privacy.ledger import JointLedger, Ledger
 from fedgan.privacy.per_pair import PerPair
 from fedgan.privacy.step import PrivateStep, noise_multiplier, releases_labels, units_of
 from fedgan.training.losses import discriminator_loss, r1_penalty
@@ -566,7 +566,7 @@ def test_released_labels_are_noisy_counts(tmp_path):
 def test_labels_are_released_once_also_after_a_restart(tmp_path):
     ledger = tmp_path / "ledger.jsonl"
     keys = ("training.labels=data", "privacy.label_noise=4")
-    begin = {"planned_images": 60, "ledgers": [ledger], "run": "run"}
+    begin = {"planned_images": 60, "ledger": JointLedger([Ledger(ledger)]), "run": "run"}
     first = begin_training(settings_of(*keys), images_of(60), **begin)
     first.train(12)
     first.train(12)
@@ -588,7 +588,7 @@ def trainer_of(
         settings_of(*overrides),
         data or images_of(60),
         planned_images=60,
-        ledgers=[path],
+        ledger=JointLedger([Ledger(path)]),
         run="run",
         secret=secret,
     )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS, Key
-from small_federation import NAMES, LocalGrid, NoEvaluator, tiny, write_shards
+from small_federation import NAMES, LocalGrid, NoEvaluator, ledger_in, tiny, write_shards
 
 from client import hospital as hospital_module
 from client.app import app
@@ -24,7 +24,6 @@ from fedgan.config import from_dict, to_dict
 from fedgan.errors import FederationError
 from fedgan.files import LOCK
 from fedgan.files import locked as held
-from fedgan.privacy.ledger import Ledger
 from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run
 from fedgan.runs.round_state import load_state
@@ -340,11 +339,11 @@ def test_lost_state_loses_no_entry_of_the_privacy_ledger(tmp_path: Path) -> None
     counts: list[int] = []
 
     def lose(folder: Path, number: int) -> None:
-        counts.append(len(Ledger(folder.parent / "privacy-ledger.jsonl").entries()))
+        counts.append(len(ledger_in(tmp_path / "data" / "alpha").entries()))
         remove(folder, "state-*")
 
     run = Deployed(tmp_path, *PRIVATE, rounds=3, damage=lose).train()
-    ledger = Ledger(run.folder.parent / "privacy-ledger.jsonl")
+    ledger = ledger_in(tmp_path / "data" / "alpha")
     assert [*counts, len(ledger.entries())] == [0, 1, 2, 3]
     spent = [row["epsilon"] for row in run.rows()]
     assert spent == sorted(set(spent))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from small_federation import ledger_in
 
 from fedgan import files
 from fedgan.cli import main
@@ -48,7 +49,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def filled(folder: Path, entries: int = 3, **facts: object) -> Ledger:
-    ledger = Ledger(folder / NAME)
+    folder.mkdir(parents=True, exist_ok=True)
+    ledger = ledger_in(folder)
     for steps in range(1, entries + 1):
         assert ledger.reserve(STEP, 10 * steps, **{**FACTS, **facts}) == 10 * steps
     return ledger
@@ -126,7 +128,8 @@ def test_killed_writer_loses_no_reserved_step(
         assert child.stdout.readline() == "go\n"
         time.sleep(rng.uniform(0.02, 0.3))
         os.kill(child.pid, signal.SIGKILL)
-        paid = child.communicate(timeout=30)[0].count("paid")
+        paid = child.stdout.read().count("paid")  # not communicate: it skips what is buffered
+        child.wait(30)
         after = ledger.entries()
         assert after[: len(before)] == before
         assert paid <= len(after) - len(before) <= paid + 1
@@ -194,7 +197,7 @@ def test_older_copy_or_deleted_ledger_is_refused(tmp_path: Path) -> None:
 def test_other_last_entries_are_refused(tmp_path: Path) -> None:
     """A valid chain other than the written one: an old ledger that continued without its head."""
     ledger = filled(tmp_path / "a", 1)
-    other = Ledger(tmp_path / "b" / NAME)
+    other = Ledger(tmp_path / "b" / NAME, ledger.key)
     other.path.parent.mkdir()
     other.path.write_bytes(ledger.path.read_bytes())
     other.reserve(STEP, 1, **FACTS)  # type: ignore[arg-type]
@@ -254,7 +257,7 @@ def test_read_only_disk_raises_storage_error(
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(StorageError, match=r"no private step is taken: .*state-dir"):
+    with pytest.raises(StorageError, match=r"no private step is taken: make the folder writable"):
         Ledger(tmp_path / "shard" / NAME).reserve(STEP, 1, **FACTS)  # type: ignore[arg-type]
 
 
@@ -293,10 +296,9 @@ def test_reservations_never_exceed_the_budget(
         Ledger(tmp_path_factory.mktemp("shard") / NAME),
         dict.fromkeys((1e-5, 1e-3), 0.0),
     )
-    for noise, rate, steps, delta in requests:
-        allowed = ledger.reserve(
-            Mechanism(noise, rate), steps, **{**FACTS, "delta": delta}, max_epsilon=budget
-        )  # type: ignore[arg-type]
+    for number, (noise, rate, steps, delta) in enumerate(requests):
+        facts = {**FACTS, "delta": delta, "run": f"{number // 2}", "kind": f"{number}"}
+        allowed = ledger.reserve(Mechanism(noise, rate), steps, **facts, max_epsilon=budget)  # type: ignore[arg-type]
         assert 0 <= allowed <= steps
         for at, before in spent.items():
             spent[at] = ledger.epsilon(at)
@@ -323,7 +325,8 @@ def test_release_without_noise_has_infinite_epsilon(
     assert ledger.reserve(Mechanism(0.0, 0.1), 5, **FACTS) == 5  # type: ignore[arg-type]
     assert ledger.entries()[0].epsilon is None
     assert ledger.epsilon(1e-5) == float("inf")
-    assert ledger.reserve(STEP, 5, **FACTS, max_epsilon=100.0) == 0  # type: ignore[arg-type]
+    facts = {**FACTS, "run": "b"}
+    assert ledger.reserve(STEP, 5, **facts, max_epsilon=100.0) == 0  # type: ignore[arg-type]
 
 
 def test_other_images_and_runs_share_the_ledger(tmp_path: Path) -> None:
@@ -426,10 +429,7 @@ def test_ledger_command_shows_runs_and_spent_epsilon(
         ("b", 7, 2.0),
     ]
     assert report["epsilon"] == ledger.epsilon(1e-3)
-    assert (
-        main(["ledger", str(tmp_path / "north" / NAME), "--delta", "1e-5", "--max-epsilon", "3"])
-        == 0
-    )
+    assert main(["ledger", str(ledger.path), "--delta", "1e-5", "--max-epsilon", "3"]) == 0
     text = capsys.readouterr().out
     assert f"epsilon {ledger.epsilon(1e-5):.4g} at delta 1e-05, over 3 entries of 2 runs" in text
     assert "more steps with noise 2 and rate 0.02 fit into epsilon 3" in text
@@ -438,7 +438,7 @@ def test_ledger_command_shows_runs_and_spent_epsilon(
 def test_ledger_command_shows_steps_that_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ledger = filled(tmp_path)
+    ledger = filled(tmp_path / "north")
     assert main(["ledger", str(tmp_path), "--max-epsilon", "2", "--json"]) == 0
     (report,) = json.loads(capsys.readouterr().out)["ledgers"]
     allowed = ledger.reserve(STEP, 10**8, **FACTS, max_epsilon=2.0)  # type: ignore[arg-type]
@@ -448,7 +448,7 @@ def test_ledger_command_shows_steps_that_fit(
 def test_ledger_command_shows_infinite_epsilon(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Ledger(tmp_path / NAME).reserve(Mechanism(0.0, 0.1), 1, **FACTS)  # type: ignore[arg-type]
+    ledger_in(tmp_path).reserve(Mechanism(0.0, 0.1), 1, **FACTS)  # type: ignore[arg-type]
     assert main(["ledger", str(tmp_path)]) == 0
     assert "spent: epsilon infinite" in capsys.readouterr().out
     assert main(["ledger", str(tmp_path), "--json"]) == 0
@@ -460,13 +460,13 @@ def test_ledger_command_finds_all_hospitals_of_a_run(
 ) -> None:
     run, data = tmp_path / "run", tmp_path / "data"
     filled(data / "north")
-    filled(run / "hospitals" / "south")
+    filled(run / "shards" / "south")
     (data / "east").mkdir()
     run_folder = RunFolder.at(run)
     run_folder.write_settings(from_dict({"data": {"root": str(data)}}, source="test"))
     assert main(["ledger", str(run), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)["ledgers"]
-    assert sorted(Path(row["path"]).parent.name for row in report) == ["north", "south"]
+    assert sorted(Path(row["path"]).parent.parent.name for row in report) == ["north", "south"]
     assert main(["ledger", str(data), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["ledgers"]) == 1
 

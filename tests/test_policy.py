@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_federation import NAMES, LocalGrid, NoEvaluator, tiny, write_shards
+from small_federation import NAMES, LocalGrid, NoEvaluator, ledger_in, tiny, write_shards
 
 from client.app import app
 from client.hospital import TrainRequest
@@ -19,7 +19,6 @@ from fedgan.cli import doctor
 from fedgan.errors import ConfigError, FederationError
 from fedgan.exchange.error_messages import STEPS
 from fedgan.files import locked as held
-from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run
 from server.federation import Federation
@@ -176,7 +175,7 @@ def test_delta_and_noise_of_a_hospital_are_limited_before_it_trains(
     (log,) = (tmp_path / "beta").glob("*/client.log")
     assert why in log.read_text()
     assert not list((tmp_path / "beta").rglob("state-*"))
-    assert not (tmp_path / "beta" / LEDGER).exists()
+    assert not ledger_in(tmp_path / "data" / "beta").exists()
 
 
 def test_training_ends_at_max_seconds(tmp_path: Path) -> None:
@@ -190,7 +189,7 @@ def test_training_ends_at_max_seconds(tmp_path: Path) -> None:
 def test_private_hospital_within_its_policy_trains(tmp_path: Path) -> None:
     limits = {"unit": "patient", "max-delta": 1e-5, "min-noise": 1, "max-epsilon": 1e6}
     federate_with(tmp_path, limits, *COMPATIBLE, *PRIVATE)
-    assert (tmp_path / "beta" / LEDGER).exists()
+    assert ledger_in(tmp_path / "data" / "beta").exists()
 
 
 def test_hospital_within_its_policy_trains(tmp_path: Path) -> None:

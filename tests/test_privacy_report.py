@@ -29,7 +29,6 @@ from test_report import HOSPITALS, Page, page_of
 
 from fedgan import files
 from fedgan.audit.audit import signs
-from fedgan.config import Settings, to_dict
 from fedgan.report.cards import write_cards
 from fedgan.report.html import format as text
 from fedgan.report.run.data import clean
@@ -95,8 +94,8 @@ def test_epsilon_is_stated_with_all_its_terms(tmp_path: Path) -> None:
         "Poisson",
         "PRV",
         "RDP",
-        "all private runs on the same images",
-        "ε covers all private runs on the images of that hospital",
+        "All steps of the discriminator in all private runs on the images of that hospital that "
+        "its register of ledgers knows",
         "Anything that was trained on these images without privacy: no ledger records it.",
         "about two and a half times the ε at the same δ",
         "label counts, released with a noise multiplier of 20",
@@ -249,21 +248,6 @@ def test_client_level_dp_is_stated_before_the_first_round(tmp_path: Path) -> Non
     words = words_of(run)
     assert "Client-level DP is on, but no round has finished" in words
     assert "trained without differential privacy" not in words
-
-
-def test_epsilon_of_repartitioned_hospitals_covers_one_run(tmp_path: Path) -> None:
-    data = {"partition": "iid", "root": "/nowhere"}
-    run = write_run(tmp_path, PRIVATE, data=to_dict(Settings())["data"] | data)
-    html = page_of(run)
-    assert "all private runs" not in html
-    words = words_of(run)
-    assert (
-        "ε covers this run alone: its hospitals exist only in this run, and other runs on the "
-        "same images" in words
-    )
-    assert "All steps of the discriminator in this run alone" in words
-    assert "including earlier private runs" not in words
-    assert "No ledger records other runs either" in words
 
 
 def test_hospital_table_has_epsilon_only_with_privacy_on(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_federation import LocalGrid, NoEvaluator, write_shards
+from small_federation import LocalGrid, NoEvaluator, ledger_in, write_shards
 from test_dp_step import images_of, settings_of
 from test_private_federation import private
 
@@ -151,7 +151,7 @@ def test_hospital_stops_at_its_own_epsilon_cap(tmp_path, capped_nodes):
         row["name"]
         for row in run.read_json(run.checkpoint(run.last_round()).with_suffix(".json"))["exhausted"]
     ] == ["alpha"]
-    assert 0 < Ledger(data / "alpha" / "privacy-ledger.jsonl").epsilon(1e-3) <= 0.3
+    assert 0 < ledger_in(data / "alpha").epsilon(1e-3) <= 0.3
 
 
 # --- labels of generated images -------------------------------------------------------------------

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message
 from rich.console import Console
+from scipy.optimize import brentq
 from small_federation import (
     NAMES,
     LocalGrid,
     NoEvaluator,
     error_reply,
     federate,
+    ledger_in,
     tiny,
     write_shards,
 )
@@ -27,9 +29,10 @@ from fedgan.cli.progress import round_text, rounds_table
 from fedgan.config import Settings
 from fedgan.errors import ConfigError, FederationError
 from fedgan.privacy import step
-from fedgan.privacy.accounting import Mechanism, epsilon_of
+from fedgan.privacy.accounting import Mechanism, epsilon_of, filtered_steps
 from fedgan.privacy.ledger import NAME as LEDGER
 from fedgan.privacy.ledger import Ledger
+from fedgan.privacy.register import FOLDER
 from fedgan.run_folder import RunFolder
 from fedgan.runs.budget import make_budget
 from fedgan.runs.compatibility import reason_to_end
@@ -81,19 +84,20 @@ def spend(data: Path, name: str, steps: int) -> None:
         "data": "x",
     }
     assert (
-        Ledger(data / name / LEDGER).reserve(Mechanism(1.0, STEP.sample_rate, 1), steps, **facts)
-        == steps
+        ledger_in(data / name).reserve(Mechanism(1.0, STEP.sample_rate, 1), steps, **facts) == steps
     )  # type: ignore[arg-type]
 
 
 def budget(steps: int) -> float:
-    """An ε that allows a hospital exactly `steps` steps."""
-    each = [
-        epsilon_of([Mechanism(STEP.noise_multiplier, STEP.sample_rate, count)], DELTA)
-        for count in (steps, steps + 1)
-    ]
-    assert each[0] < each[1]
-    return sum(each) / 2
+    """An ε that allows a hospital with an earlier run exactly `steps` steps in all."""
+
+    def least(count: int) -> float:
+        return float(brentq(lambda limit: allowed_by(limit) - count + 0.5, 1e-3, 1e3))
+
+    def allowed_by(limit: float) -> int:
+        return filtered_steps(limit, DELTA, [], STEP, 10**6)
+
+    return (least(steps) + least(steps + 1)) / 2
 
 
 def lines_of(run: RunFolder) -> list[dict[str, Any]]:
@@ -199,7 +203,7 @@ def test_exhausted_hospital_leaves_and_others_continue(
     assert not any("ended" in line for line in lines)
     counts = np.cumsum([sum(row["images"] for row in line["hospitals"]) for line in lines])
     assert [line["images_seen"] for line in lines] == counts.tolist()
-    ledger = Ledger(data / "beta" / LEDGER)
+    ledger = ledger_in(data / "beta")
     assert (
         max(entry.epsilon for entry in ledger.entries() if entry.epsilon)
         <= settings.privacy.max_epsilon
@@ -230,11 +234,11 @@ def test_repeated_round_is_entered_again(
     stopped: tuple[RunFolder, Path, LocalGrid],
 ) -> None:
     run, data, _ = stopped
-    entries = Ledger(
-        data / "alpha" / LEDGER
+    entries = ledger_in(
+        data / "alpha"
     ).entries()  # alpha had trained round 3 when gamma failed in it
     assert [entry.steps for entry in entries] == [STEPS] * (ROUNDS + 1)
-    assert [entry.steps for entry in Ledger(data / "gamma" / LEDGER).entries()] == [STEPS] * ROUNDS
+    assert [entry.steps for entry in ledger_in(data / "gamma").entries()] == [STEPS] * ROUNDS
     spent = [entry.epsilon or 0.0 for entry in entries]
     assert spent == sorted(spent)
     assert rows_of(run, "alpha")[-1]["epsilon"] == pytest.approx(spent[-1])
@@ -251,14 +255,15 @@ def test_hospital_without_allowed_step_changes_nothing(tmp_path: Path) -> None:
         make_budget(run.settings(), HELD).images[0][index] for index in (0, 2)
     )
     assert_model(run, 1, mean_model(run, 1, ("alpha", "gamma")))
-    assert [entry.run for entry in Ledger(data / "beta" / LEDGER).entries()] == ["earlier"]
+    assert [entry.run for entry in ledger_in(data / "beta").entries()] == ["earlier"]
 
 
 def test_run_ends_when_every_budget_is_spent(tmp_path: Path) -> None:
     data = write_shards(tmp_path / "data", SIZES)
-    spend(data, "gamma", 2)
+    for name, steps in (("alpha", 1), ("beta", 1), ("gamma", 3)):
+        spend(data, name, steps)
     run = RunFolder.at(tmp_path / "run")
-    limit = budget(STEPS + 1)  # gamma less than one round, the others no more than two
+    limit = budget(STEPS + 2)  # gamma less than one round, the others no more than two
     federation = federate(private(data, f"privacy.max_epsilon={limit}"), run, app)
     last, line = run.last_round(), lines_of(run)[-1]
     assert last == line["round"] == 2
@@ -309,7 +314,7 @@ def test_run_ends_with_too_few_hospitals_for_krum(
     )
     begin, kept = (load_tensors(run.checkpoint(number))[0] for number in (0, 1))
     assert all(begin[key].equal(kept[key]) for key in begin)
-    before = Ledger(data / "alpha" / LEDGER).entries()
+    before = ledger_in(data / "alpha").entries()
     evaluator: Any = federation.evaluator
     assert evaluator.evaluated_rounds == [1]
     events: list[dict[str, Any]] = []
@@ -320,7 +325,7 @@ def test_run_ends_with_too_few_hospitals_for_krum(
     grid = LocalGrid(3, app)
     restore_progress(run, grid)  # a resumed run sends no request
     assert grid.sent == []
-    assert Ledger(data / "alpha" / LEDGER).entries() == before
+    assert ledger_in(data / "alpha").entries() == before
 
 
 def test_reason_of_early_end_counts_remaining_hospitals() -> None:
@@ -389,7 +394,7 @@ def test_simulation_refuses_a_ledger_of_another_unit(tmp_path: Path) -> None:
     spend(data, "gamma", 1)
     with pytest.raises(ConfigError, match=r"accounts per patient.*unit = 'patient'"):
         runner.simulate(private(data, "privacy.unit=image"), RunFolder.at(tmp_path / "run"))
-    assert len(Ledger(data / "gamma" / LEDGER).entries()) == 1
+    assert len(ledger_in(data / "gamma").entries()) == 1
 
 
 def test_check_can_begin_enters_nothing(tmp_path: Path) -> None:
@@ -403,8 +408,8 @@ def test_check_can_begin_enters_nothing(tmp_path: Path) -> None:
     )
     hospitals = prepare_run(private(data, *keys), RunFolder.at(tmp_path / "run"), simulated=True)
     assert [hospital.name for hospital in hospitals] == [*NAMES[:3]]
-    assert not (data / "alpha" / LEDGER).exists()
-    assert len(Ledger(data / "gamma" / LEDGER).entries()) == 1
+    assert not ledger_in(data / "alpha").exists()
+    assert len(ledger_in(data / "gamma").entries()) == 1
 
 
 def test_equal_noise_split_uses_the_largest_noise(
@@ -444,7 +449,7 @@ def test_repeated_round_gets_a_new_entry(tmp_path: Path) -> None:
     assert again[0] == first[0]
     assert again[1]["epsilon"] > first[1]["epsilon"]
     assert again[1]["epsilon"] == pytest.approx(
-        epsilon_of(Ledger(data / "alpha" / LEDGER).mechanisms(), DELTA)
+        epsilon_of(ledger_in(data / "alpha").mechanisms(), DELTA)
     )
 
 
@@ -559,8 +564,7 @@ def test_simulated_private_run_stays_within_epsilon(tmp_path: Path) -> None:
     assert len(line["hospitals"]) == len(hospitals) == 3
     for row in line["hospitals"]:
         assert row["delta"] == 1e-5
-        (ledger,) = run.path.glob(f"**/{row['name']}/{LEDGER}")
-        spent = Ledger(ledger)
+        spent = Ledger(run.path / "shards" / row["name"] / FOLDER / LEDGER)
         assert [entry.kind for entry in spent.entries()] == [
             "label counts",
             "discriminator steps",

@@ -15,6 +15,7 @@ from fedgan.config import from_dict, to_dict
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError
 from fedgan.models.stylegan2.discriminator import Discriminator
+from fedgan.privacy.ledger import JointLedger, Ledger
 from fedgan.privacy.validator import check_modules, check_private, check_start, refusals
 from fedgan.run_folder import RunFolder
 from fedgan.runs.participants import Member
@@ -173,7 +174,7 @@ def test_all_refusals_are_reported_at_once():
 
 
 def test_private_trainer_needs_valid_settings_and_a_ledger(tmp_path):
-    begin = {"planned_images": 40, "ledgers": [tmp_path / "ledger.jsonl"], "run": "run"}
+    begin = {"planned_images": 40, "ledger": JointLedger([Ledger(tmp_path / "l")]), "run": "run"}
     with pytest.raises(ConfigError, match="Poisson"):
         begin_training(settings_of("training.sampling=shuffle"), images_of(), **begin)
     with pytest.raises(ConfigError, match="no ledger"):
@@ -287,7 +288,7 @@ def test_warm_start_is_checked_pooled_and_federated(tmp_path, drawn):
         {"settings": to_dict(open_settings), "phantoms": drawn, "label_names": ["a"]},
     )
     settings = settings_of(f"training.warm_start={path}", "federation.hospitals=1")
-    begin = {"planned_images": 40, "ledgers": [tmp_path / "ledger.jsonl"], "run": "run"}
+    begin = {"planned_images": 40, "ledger": JointLedger([Ledger(tmp_path / "l")]), "run": "run"}
     members = [
         Member(
             **{name: value for name, value in MEMBER.items() if name in Member.__dataclass_fields__}

@@ -23,7 +23,7 @@ from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset
 from fedgan.errors import ConfigError
 from fedgan.privacy.ledger import NAME as LEDGER
-from fedgan.privacy.ledger import Ledger
+from fedgan.privacy.ledger import JointLedger, Ledger
 from fedgan.privacy.step import PrivateStep
 from fedgan.training.start import begin_training
 from fedgan.training.trainer import resolve_device
@@ -69,7 +69,7 @@ def audit_canaries(
             canaries.dataset,
             stream=training.number,
             planned_images=images,
-            ledgers=[Path(folder) / LEDGER],
+            ledger=JointLedger([Ledger(Path(folder) / LEDGER)]),
             run="canaries",
             private_step=functools.partial(CanaryStep, canaries),
         )
@@ -108,7 +108,7 @@ def claim_of(settings: Settings, data: ImageDataset, training: LocalTraining, pa
         data,
         training.batch,
         training.planned,
-        Ledger(path),
+        JointLedger([Ledger(path)]),
         "canaries",
         resolve_device(settings.training.device),
         least_noise=training.least_noise,

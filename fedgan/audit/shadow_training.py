@@ -28,6 +28,7 @@ from fedgan.audit.subject import (
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset, pool
 from fedgan.evaluation.sampling import generate_images, synthetic_labels
+from fedgan.privacy.ledger import JointLedger, Ledger
 from fedgan.training.start import begin_training
 from fedgan.training.trainer import Trainer
 
@@ -92,9 +93,9 @@ def _train(settings: Settings, dataset: ImageDataset, number: int) -> Trainer:
     """
     images = round(settings.training.kimg * 1000)
     with tempfile.TemporaryDirectory() as folder:
-        ledgers = [Path(folder) / "ledger.jsonl"]
+        ledger = JointLedger([Ledger(Path(folder) / "ledger.jsonl")])
         trainer = begin_training(
-            settings, dataset, planned_images=images, ledgers=ledgers, run=f"shadow-{number}"
+            settings, dataset, planned_images=images, ledger=ledger, run=f"shadow-{number}"
         )
         trainer.train(images)
     trainer.parts["discriminator"].float()

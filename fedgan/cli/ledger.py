@@ -23,7 +23,7 @@ def ledger(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="Shard, state-dir of a hospital, folder of shards, run, or ledger file.",
+            help="Shard, folder of shards, run, or ledger file.",
         ),
     ],
     delta: Annotated[
@@ -58,11 +58,12 @@ def ledger(
 
 def find_ledgers(path: Path) -> list[Ledger]:
     """The ledgers at `path`, sorted. Raises `DataError` where there is none."""
-    from fedgan.privacy.ledger import NAME, Ledger
+    from fedgan.privacy.ledger import Ledger
+    from fedgan.privacy.register import existing_ledger, ledger_at
 
     if path.is_file():
-        return [Ledger(path)]
-    ledgers = [Ledger(folder / NAME) for folder in ledger_folders(path)]
+        return [ledger_at(path)]
+    ledgers = [existing_ledger(folder) for folder in ledger_folders(path)]
     # The run's own, whose units are hospitals (server/aggregation/client_level_dp.py), comes first.
     ledgers = [Ledger(file) for file in sorted(path.glob("hospital-ledger.jsonl"))] + [
         each for each in ledgers if each.exists()
@@ -70,7 +71,7 @@ def find_ledgers(path: Path) -> list[Ledger]:
     if not ledgers:
         raise DataError(
             f"no privacy ledger at {console.shown(path)}: give a shard that was trained on with "
-            "privacy, the state-dir of a deployed hospital, or a run folder"
+            "privacy, or a run folder"
         )
     return ledgers
 
@@ -114,7 +115,9 @@ def _account(ledger: Ledger, delta: float | None, max_epsilon: float | None) -> 
         last = entries[-1].mechanism
         account |= {
             "max_epsilon": max_epsilon,
-            "steps_left": 0 if total > max_epsilon else _steps_left(entries, at, max_epsilon),
+            "steps_left": ledger.steps_left(
+                last, 10**8, at, max_epsilon, entries[-1].run, entries[-1].part
+            ),
         }
         account |= {
             "steps_like": {
@@ -123,14 +126,6 @@ def _account(ledger: Ledger, delta: float | None, max_epsilon: float | None) -> 
             }
         }
     return account
-
-
-def _steps_left(entries: list[Entry], delta: float, max_epsilon: float) -> int:
-    from fedgan.privacy.accounting import steps_within
-
-    return steps_within(
-        max_epsilon, delta, [entry.mechanism for entry in entries], entries[-1].mechanism, 10**8
-    )
 
 
 def _releases(entries: list[Entry]) -> list[dict[str, Any]]:

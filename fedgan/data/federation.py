@@ -36,9 +36,9 @@ CHUNK_ROWS = 256
 class Hospital:
     """One hospital with its three splits.
 
-    `repartitioned`: {split: {shard: rows}} if it is a part of a pool, else None. `shard_path`: the
-    folder of its shard; None for a part of a pool, which exists only in its run. `phantoms`: all
-    its images are phantoms, by the cards of its shards.
+    `repartitioned`: {split: {shard: rows}} if it is a part of a pool, else None. `shards`: the
+    folders of the shards that its images come from. `phantoms`: all its images are phantoms, by
+    the cards of its shards.
     """
 
     name: str
@@ -48,8 +48,13 @@ class Hospital:
     repartitioned: Mapping[str, Mapping[str, np.ndarray]] | None = field(
         default=None, compare=False
     )
-    shard_path: Path | None = field(default=None, compare=False)
+    shards: tuple[Path, ...] = field(default=(), compare=False)
     phantoms: bool = field(default=False, compare=False)
+
+    @property
+    def shard_path(self) -> Path | None:
+        """Its shard; None for a part of a pool, which exists only in its run."""
+        return self.shards[0] if self.repartitioned is None and self.shards else None
 
     def split(self, name: str) -> ImageDataset:
         """The dataset 'train', 'val' or 'test'."""
@@ -354,7 +359,7 @@ def _hospital(
         parts["val"],
         parts["test"],
         record if repartitioned else None,
-        None if repartitioned else shards[0].path,
+        tuple(shard.path for shard in shards),
         phantoms=all(is_phantom_source(shard.card.source) for shard in shards),
     )
 

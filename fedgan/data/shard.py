@@ -277,9 +277,13 @@ class ShardWriter:
 
 def _copy_other_files(old: Path, new: Path) -> None:
     """Copy files of the hospital that are not part of a shard, such as its ledger."""
-    for file in old.iterdir():
-        if file.is_file() and not (new / file.name).exists():
-            shutil.copy2(file, new / file.name)
+    for path in old.iterdir():
+        if (new / path.name).exists():
+            continue
+        if path.is_dir():
+            shutil.copytree(path, new / path.name)
+        else:
+            shutil.copy2(path, new / path.name)
 
 
 def write_shard(

@@ -91,6 +91,16 @@ def rdp(merged: Merged, delta: float, orders: tuple[float, ...] = ORDERS) -> flo
         return max(0.0, float(get_privacy_spent(orders=list(orders), rdp=total, delta=delta)[0]))
 
 
+def divergence(step: Mechanism, order: float) -> float:
+    """Rényi divergence of one step like `step`, at an order above 1."""
+    return float(_divergences(step.noise_multiplier, step.sample_rate, (order,))[0])
+
+
+def rdp_budget(order: float, epsilon: float, delta: float) -> float:
+    """The divergence of `order` that gives ε at δ (arXiv 1905.09982, theorem 21)."""
+    return epsilon - math.log1p(-1 / order) + (math.log(delta) + math.log(order)) / (order - 1)
+
+
 @functools.lru_cache(maxsize=4096)
 def _divergences(noise: float, sample_rate: float, orders: tuple[float, ...]) -> np.ndarray:
     """Rényi divergence (orders,) of one step."""

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 from fedgan.errors import ConfigError
 from fedgan.privacy import accountants
-from fedgan.privacy.accountants import FEW_ORDERS, ROUGH, TOLERANCE, Mechanism, Merged
+from fedgan.privacy.accountants import FEW_ORDERS, ORDERS, ROUGH, TOLERANCE, Mechanism, Merged
 
 __all__ = [
     "Mechanism",
     "epsilon_of",
     "epsilon_prv",
     "epsilon_rdp",
+    "filtered_steps",
     "joint_noise",
     "merge",
     "noise_for",
@@ -184,6 +185,25 @@ def steps_within(
             high, guess = guess, guess - width
         width *= 2
     return low
+
+
+def filtered_steps(
+    epsilon: float, delta: float, spent: Sequence[Mechanism], step: Mechanism, most: int
+) -> int:
+    """`steps_within` for mechanisms that may have been chosen after looking at earlier releases.
+
+    Rényi divergences of one order add up under full adaptivity, and steps are allowed while their
+    sum stays below the budget of that order (arXiv 2008.11193, theorem 4.3). The order follows from
+    ε and δ alone: it has the largest budget per order.
+    """
+    parts = [*spent, step]
+    if most <= 0 or any(not part.noise_multiplier > 0 for part in parts):
+        return 0
+    order = max(ORDERS, key=lambda order: accountants.rdp_budget(order, epsilon, delta) / order)
+    left = accountants.rdp_budget(order, epsilon, delta) - sum(
+        part.steps * accountants.divergence(part, order) for part in merge(spent)
+    )
+    return max(0, min(most, int(left / accountants.divergence(step, order))))
 
 
 def joint_noise(*multipliers: float) -> float:

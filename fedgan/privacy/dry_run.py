@@ -6,12 +6,10 @@ A hospital reports only the kind of an error to the server. Where the shards are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset
 from fedgan.privacy.accounting import MAX_NOISE, Mechanism, epsilon_rdp
-from fedgan.privacy.ledger import Ledger
+from fedgan.privacy.ledger import JointLedger
 from fedgan.privacy.step import label_release, noise_multiplier, rate_and_delta, steps_of, units_of
 
 FOUND_WITHIN = 1.02  # twice the relative error of `noise_for`
@@ -22,7 +20,7 @@ def check_can_begin(
     dataset: ImageDataset,
     batch_size: int,
     planned_images: float,
-    ledgers: Sequence[Ledger],
+    ledger: JointLedger,
 ) -> None:
     """Raise the `ConfigError` that `PrivateStep` or a first ledger entry would raise.
 
@@ -35,8 +33,7 @@ def check_can_begin(
         return
     _, units = units_of(dataset, privacy.unit)
     rate, delta = rate_and_delta(privacy, dataset, units, batch_size)
-    for ledger in ledgers:
-        ledger.check_unit(privacy.unit)
+    ledger.check_unit(privacy.unit)
     if privacy.noise_multiplier >= 0:
         return
     most = privacy.r_t_noise / FOUND_WITHIN if privacy.r_t_noise else MAX_NOISE

@@ -1,17 +1,25 @@
-"""Privacy ledger of one shard: its releases and their privacy cost; append-only, hash-chained.
+"""Privacy ledger of one shard: its releases and their privacy cost; append-only, keyed chain.
 
-One JSON line per entry, with the hash of the line before. An entry is on the disk before its steps
-begin: a crash may cost privacy that was not used, but never uses what was not counted. A line that
-a killed process left unfinished was never used, and the next entry cuts it off. A restored
-checkpoint does not change the ledger, nor does a new import of the shard (fedgan/data/shard.py
-keeps it). Images that were added or removed (another `data` hash) continue the account: most
-patients are the same. Runs without privacy are not entered: nothing bounds what they reveal.
+One JSON line per entry, with the keyed hash (HMAC-SHA256) of the line before. An entry is on the
+disk before its steps begin: a crash may cost privacy that was not used, but never uses what was not
+counted. A line that a killed process left unfinished was never used, and the next entry cuts it
+off. A restored checkpoint does not change the ledger, nor does a new import of the shard
+(fedgan/data/shard.py keeps it). Images that were added or removed (another `data` hash) continue
+the account: most patients are the same. Runs without privacy are not entered: nothing bounds what
+they reveal.
 
 A second file, the head, holds the minimum number of entries and the hash of the last of them. It is
 written after each entry: a crash in between leaves it one entry behind, which is harmless. A ledger
-shorter than its head was truncated or is an older copy, and is refused. Not detected: both files
-deleted or replaced by older copies, or the head deleted and the end of the ledger with it. So never
-restore a ledger from a backup while the present one can be read.
+shorter than its head was truncated or is an older copy, and is refused. The hospital's register
+(fedgan/privacy/register.py) has the key and a second head: there a rewrite, and both files deleted
+or replaced by older copies, are noticed.
+
+Composition. Entries of one run at one hospital keep noise, sampling rate and δ of the first of
+their kind: the mechanisms of a run are fixed in advance, so the accountant's numerical composition
+holds for it, wherever the run stops. A limit over *several* runs, whose settings may
+follow from what earlier ones released, is a filter by Rényi divergences of one order (Feldman and
+Zrnic 2021, arXiv 2008.11193, theorem 4.3): they add up under full adaptivity. Where a run divides
+a shard into hospitals, a unit is in one of these parts: of each run the costliest part counts.
 """
 
 from __future__ import annotations
@@ -20,17 +28,24 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import hmac
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedgan import files
 from fedgan.errors import ConfigError, DataError, StorageError
-from fedgan.privacy.accounting import Mechanism, epsilon_of, steps_within
+from fedgan.privacy.accounting import (
+    Mechanism,
+    epsilon_of,
+    epsilon_rdp,
+    filtered_steps,
+    steps_within,
+)
 
 try:
     import fcntl
@@ -49,7 +64,8 @@ FIX = (
 class Entry:
     """One line: a mechanism of a run, and `epsilon` at `delta` over all lines up to this one.
 
-    `unit`: image or patient. `epsilon` None: infinite.
+    `unit`: image or patient. `part`: the hospital that a run made of some units of the shard, or
+    empty. `epsilon` None: infinite; over lines that concern units of this part.
     """
 
     time: str
@@ -63,6 +79,7 @@ class Entry:
     epsilon: float | None  # None: infinite
     data: str
     previous: str
+    part: str = ""
 
     @property
     def mechanism(self) -> Mechanism:
@@ -73,16 +90,18 @@ class Entry:
         """`epsilon` as a float."""
         return math.inf if self.epsilon is None else self.epsilon
 
-    @property
-    def hash(self) -> str:
-        return hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()
+    def hash(self, key: bytes) -> str:
+        """The keyed hash of this line."""
+        text = json.dumps(vars(self), sort_keys=True).encode()
+        return hmac.new(key, text, hashlib.sha256).hexdigest()
 
     @staticmethod
     def parse(line: bytes) -> Entry:
         """Parse a line. Raises `ValueError` or `TypeError` for anything but a valid entry."""
         entry = Entry(**files.parse_json(line))
         numbers = (entry.noise_multiplier, entry.sample_rate, entry.delta, entry.cost)
-        texts = (entry.time, entry.run, entry.kind, entry.unit, entry.data, entry.previous)
+        texts = [entry.time, entry.run, entry.kind, entry.unit, entry.data, entry.previous]
+        texts.append(entry.part)
         if not all(isinstance(text, str) for text in texts) or type(entry.steps) is not int:
             raise ValueError("a field has the wrong type")
         if (
@@ -96,10 +115,13 @@ class Entry:
 
 
 class Ledger:
-    """The ledger at `path`. The first entry creates its files."""
+    """The ledger at `path`. The first entry creates its files.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `key`: of the chain, the hospital's; empty for images that are nobody's.
+    """
+
+    def __init__(self, path: Path, key: bytes = b"") -> None:
+        self.path, self.key = path, key
 
     def exists(self) -> bool:
         """Whether an entry was ever written; a deleted ledger leaves its head."""
@@ -120,9 +142,16 @@ class Ledger:
                 raise DataError(
                     f"{self.path.name}, line {number}: not an entry of a privacy ledger; {FIX}"
                 ) from None
-            if entry.previous != (found[-1].hash if found else ""):
+            previous = found[-1].hash(self.key) if found else self._root
+            if not hmac.compare_digest(entry.previous.encode(), previous.encode()):
                 raise DataError(
-                    f"{self.path.name}, line {number}: does not follow from the line before; {FIX}"
+                    f"{self.path.name}, line {number}: does not follow from "
+                    + (
+                        f"the line before; {FIX}"
+                        if found
+                        else "the key of this hospital's register: another hospital's ledger, or "
+                        f"a lost register ({FIX})"
+                    )
                 )
             found.append(entry)
         if len(found) < count:
@@ -130,7 +159,7 @@ class Ledger:
                 f"{self.path.name} ends after {len(found)} entries, but had {count}: "
                 f"an older copy? {FIX}"
             )
-        if count and found[count - 1].hash != last:
+        if count and found[count - 1].hash(self.key) != last:
             raise DataError(
                 f"{self.path.name}, line {count}: not the entry that was written; {FIX}"
             )
@@ -140,9 +169,17 @@ class Ledger:
         """The mechanisms of all entries, in order."""
         return [entry.mechanism for entry in self.entries()]
 
-    def epsilon(self, delta: float) -> float:
-        """Spent ε at `delta` of all entries; never less than an entry states."""
-        return _epsilon(self.entries(), delta)
+    def epsilon(self, delta: float, run: str = "", part: str = "") -> float:
+        """Spent ε at `delta` of a unit; never less than an entry states.
+
+        Of every unit; with `part` of those that `run` put there.
+        """
+        return _epsilon(binding(self.entries(), run, part), delta)
+
+    @property
+    def _root(self) -> str:
+        """`previous` of the first line."""
+        return hmac.new(self.key, b"fedgan-ledger-2", hashlib.sha256).hexdigest()
 
     # --- writing ----------------------------------------------------------------------------------
 
@@ -183,25 +220,52 @@ class Ledger:
                 f"common epsilon; set privacy.unit = '{others[0]}', as in earlier runs of the shard"
             )
 
-    def _allowed(self, step: Mechanism, steps: int, delta: float, max_epsilon: float) -> int:
+    def frozen(self, new: Entry) -> Entry:
+        """`new` with the noise of the first entry of its run, kind and part.
+
+        More noise is entered as that, which costs more: a release with more noise follows from one
+        with less. Raises `ConfigError` for less noise, and for another sampling rate or δ.
+        """
+        own = (new.run, new.kind, new.part)
+        for entry in self.entries():
+            if (entry.run, entry.kind, entry.part) != own:
+                continue
+            for key in ("noise_multiplier", "sample_rate", "delta"):
+                first, asked = getattr(entry, key), getattr(new, key)
+                if asked < first or (asked > first and key != "noise_multiplier"):
+                    raise ConfigError(
+                        f"{self.path.name}: this run entered {key} = {first:g} and asks for "
+                        f"{asked:g}: a run keeps those of its first entry; begin a new run"
+                    )
+            return dataclasses.replace(new, noise_multiplier=entry.noise_multiplier)
+        return new
+
+    def steps_left(
+        self, step: Mechanism, steps: int, delta: float, max_epsilon: float, run: str, part: str
+    ) -> int:
+        """How many of `steps` steps of `run` fit into `max_epsilon` at `delta` (0: no limit)."""
         if not max_epsilon:
             return max(0, steps)
-        entries = self.entries()
+        entries = binding(self.entries(), run, part)
         if _stated_epsilon(entries, delta) > max_epsilon:
             return 0
-        return steps_within(max_epsilon, delta, [entry.mechanism for entry in entries], step, steps)
+        spent = [entry.mechanism for entry in entries]
+        is_alone = all(entry.run == run for entry in entries)
+        within = steps_within if is_alone else filtered_steps
+        return within(max_epsilon, delta, spent, step, steps)
 
     def _enter(self, new: Entry) -> None:
         """Append `new` with its `previous` and `epsilon`. The caller holds the lock."""
         entries = self.entries()
-        new = dataclasses.replace(new, epsilon=0.0, previous=entries[-1].hash if entries else "")
-        epsilon = _epsilon([*entries, new], new.delta)
+        previous = entries[-1].hash(self.key) if entries else self._root
+        new = dataclasses.replace(new, epsilon=0.0, previous=previous)
+        epsilon = _epsilon(binding([*entries, new], new.run, new.part), new.delta)
         entry = dataclasses.replace(new, epsilon=epsilon if math.isfinite(epsilon) else None)
         try:
             self._append(entry)
         except OSError as error:
             raise self._unwritable(error) from error
-        self._write_head(len(entries) + 1, entry.hash)
+        self._write_head(len(entries) + 1, entry.hash(self.key))
 
     def _append(self, entry: Entry) -> None:
         line = json.dumps(vars(entry), allow_nan=False).encode() + b"\n"
@@ -271,10 +335,7 @@ class Ledger:
 
     def _unwritable(self, error: OSError) -> StorageError:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            fix = (
-                "make the folder writable, or choose another one "
-                "(state-dir in the node-config of a deployed hospital)"
-            )
+            fix = "make the folder writable"
         else:
             fix = "free some space" if error.errno == errno.ENOSPC else "check the disk"
         return StorageError(
@@ -284,15 +345,30 @@ class Ledger:
 
 
 class JointLedger:
-    """Ledgers of several shards that are trained on as one pool: each gets every entry."""
+    """All ledgers that know a unit of a training set: each gets every entry.
 
-    def __init__(self, ledgers: Sequence[Ledger]) -> None:
+    `part`: the hospital, where the run made it of some units of its shards. `on_entry` is called
+    after each entry, under the ledgers' locks.
+    """
+
+    def __init__(
+        self,
+        ledgers: Sequence[Ledger],
+        part: str = "",
+        on_entry: Callable[[], None] = lambda: None,
+    ) -> None:
         # Each path once: taking a lock twice would wait forever.
         self.ledgers = list({ledger.path.resolve(): ledger for ledger in ledgers}.values())
+        self.part, self.on_entry = part, on_entry
 
-    def epsilon(self, delta: float) -> float:
-        """The largest spent ε at `delta` of any shard."""
-        return max((ledger.epsilon(delta) for ledger in self.ledgers), default=0.0)
+    def epsilon(self, delta: float, run: str = "") -> float:
+        """The largest spent ε at `delta` of any ledger, of the units of this part in `run`."""
+        return max((each.epsilon(delta, run, self.part) for each in self.ledgers), default=0.0)
+
+    def check_unit(self, unit: str) -> None:
+        """Raise `ConfigError` where an entry has another unit."""
+        for ledger in self.ledgers:
+            ledger.check_unit(unit)
 
     def reserve(
         self,
@@ -311,26 +387,53 @@ class JointLedger:
             # Always in the same order, against deadlocks.
             for ledger in sorted(self.ledgers, key=lambda ledger: str(ledger.path.resolve())):
                 locks.enter_context(ledger.locked())
+            entry = Entry(
+                time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                run=run,
+                kind=kind,
+                unit=unit,
+                noise_multiplier=step.noise_multiplier,
+                sample_rate=step.sample_rate,
+                steps=steps,
+                delta=delta,
+                epsilon=None,
+                data=data,
+                previous="",
+                part=self.part,
+            )
+            self.check_unit(unit)
             for ledger in self.ledgers:
-                ledger.check_unit(unit)
-                steps = ledger._allowed(step, steps, delta, max_epsilon)
+                entry = ledger.frozen(entry)
+                step = dataclasses.replace(step, noise_multiplier=entry.noise_multiplier)
+                steps = ledger.steps_left(step, steps, delta, max_epsilon, run, self.part)
             if steps > 0:
-                entry = Entry(
-                    time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                    run=run,
-                    kind=kind,
-                    unit=unit,
-                    noise_multiplier=step.noise_multiplier,
-                    sample_rate=step.sample_rate,
-                    steps=steps,
-                    delta=delta,
-                    epsilon=None,
-                    data=data,
-                    previous="",
-                )
                 for ledger in self.ledgers:
-                    ledger._enter(entry)
+                    ledger._enter(dataclasses.replace(entry, steps=steps))
+                self.on_entry()
         return max(0, steps)
+
+
+def binding(entries: Sequence[Entry], run: str = "", part: str = "") -> list[Entry]:
+    """The entries that concern one unit at worst: of each run the costliest part.
+
+    The parts of a run hold different units. Of `run` the entries of `part`, where it is given.
+    """
+    found: list[Entry] = []
+    for other in dict.fromkeys(entry.run for entry in entries):
+        own = [entry for entry in entries if entry.run == other]
+        parts = dict.fromkeys(entry.part for entry in own)
+        if other == run and part:
+            chosen = part
+        else:
+
+            def cost(name: str, own: list[Entry] = own) -> float:
+                members = [entry for entry in own if entry.part == name]
+                return epsilon_rdp([entry.mechanism for entry in members], members[0].delta)
+
+            chosen = max(parts, key=cost) if len(parts) > 1 else next(iter(parts))
+        # A run that trained on the whole shard too: those steps concern every unit.
+        found += [entry for entry in own if entry.part in (chosen, "")]
+    return found
 
 
 def _stated_epsilon(entries: Sequence[Entry], delta: float) -> float:

@@ -42,7 +42,7 @@ MAX_DELTA = 1e-5  # of the default
 class LedgerLike(Protocol):
     """The part of a ledger that training needs (fedgan/privacy/ledger.py)."""
 
-    def epsilon(self, delta: float) -> float: ...
+    def epsilon(self, delta: float, run: str = "") -> float: ...
 
     def reserve(
         self,
@@ -140,8 +140,8 @@ class PrivateStep:
         return allowed
 
     def epsilon(self) -> float:
-        """Spent ε at `delta`: all entries of the ledger, over all runs."""
-        return self.ledger.epsilon(self.delta)
+        """Spent ε at `delta`: all entries that concern a unit, over all runs."""
+        return self.ledger.epsilon(self.delta, self.run)
 
     # --- sampling ---------------------------------------------------------------------------------
 

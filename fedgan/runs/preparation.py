@@ -30,8 +30,7 @@ from fedgan.errors import CheckpointError, ConfigError, DataError, FederationErr
 from fedgan.evaluation.features import REFERENCE, check_features
 from fedgan.evaluation.reference import merged, pool_hospitals
 from fedgan.privacy.dry_run import check_can_begin
-from fedgan.privacy.ledger import NAME as LEDGER
-from fedgan.privacy.ledger import Ledger
+from fedgan.privacy.register import ledger_of
 from fedgan.privacy.validator import check_private, check_shown
 from fedgan.run_folder import RunFolder
 from fedgan.runs.budget import Plan
@@ -118,7 +117,7 @@ def prepare_run(
             hospitals = open_hospitals(settings, shards_of(settings, run))
             check_evaluation(settings, hospitals, reference)
         if simulated:
-            check_private_hospitals(settings, hospitals, run)
+            check_private_hospitals(settings, hospitals)
         key = write_key(run) if settings.privacy.on else ""
         files.write_json(run.hospitals, describe_hospitals(hospitals, key))
         if record := partition_record(hospitals):
@@ -140,9 +139,7 @@ def prepare_run(
     return hospitals
 
 
-def check_private_hospitals(
-    settings: Settings, hospitals: Sequence[Hospital], run: RunFolder
-) -> None:
+def check_private_hospitals(settings: Settings, hospitals: Sequence[Hospital]) -> None:
     """Raise the `ConfigError` that would end a hospital's private training in its first round."""
     if not settings.privacy.on:
         return
@@ -154,15 +151,10 @@ def check_private_hospitals(
         ],
     )
     for number, hospital in enumerate(hospitals):
-        ledgers = [ledger_of(hospital, run)]
+        ledger = ledger_of(settings, [hospital])
         check_can_begin(
-            settings, hospital.train, plan.batches[number], plan.planned(number), ledgers
+            settings, hospital.train, plan.batches[number], plan.planned(number), ledger
         )
-
-
-def ledger_of(hospital: Hospital, run: RunFolder) -> Ledger:
-    """The ledger of a simulated hospital: beside its shard; in the run for repartitioned data."""
-    return Ledger((hospital.shard_path or run.hospital_state(hospital.name)) / LEDGER)
 
 
 def write_key(run: RunFolder) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 
 from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset
-from fedgan.privacy.ledger import JointLedger, Ledger
+from fedgan.privacy.ledger import JointLedger
 from fedgan.privacy.step import PrivateStep
 from fedgan.privacy.validator import check_private
 from fedgan.training.trainer import Trainer, resolve_device
@@ -21,7 +20,7 @@ def begin_training(
     *,
     stream: int = 0,
     planned_images: float,
-    ledgers: Sequence[Path],
+    ledger: JointLedger,
     run: str,
     secret: int | None = None,
     least_noise: float = 0.0,
@@ -31,11 +30,10 @@ def begin_training(
     """A Trainer for `dataset`, private where `settings.privacy` is on.
 
     `planned_images`: real images that it will see in the whole run; the noise follows from it.
-    `ledgers`: the ledger file of each shard that the images come from. `run`: the run's id in the
-    ledgers. `least_noise`: lower bound of the noise multiplier (`privacy.noise_split = "equal"`).
-    `stream`, `hospital_of_row`: see `Trainer`. `private_step`: class of the private step; an audit
-    observes it (fedgan/audit/canaries.py). Raises `ConfigError` for settings that void the
-    guarantee.
+    `ledger`: of the images (fedgan/privacy/register.py); `run`: the run's id in it. `least_noise`:
+    lower bound of the noise multiplier (`privacy.noise_split = "equal"`). `stream`,
+    `hospital_of_row`: see `Trainer`. `private_step`: class of the private step; an audit observes
+    it (fedgan/audit/canaries.py). Raises `ConfigError` for settings that void the guarantee.
     """
     check_private(settings)
     device = settings.training.device
@@ -46,7 +44,7 @@ def begin_training(
             dataset,
             settings.training.batch_size,
             planned_images,
-            JointLedger([Ledger(path) for path in ledgers]),
+            ledger,
             run,
             resolve_device(device),
             secret,

@@ -16,9 +16,10 @@ from fedgan.data.federation import Hospital
 from fedgan.errors import CheckpointError, ConfigError
 from fedgan.evaluation.reference import pool_hospitals
 from fedgan.privacy.dry_run import check_can_begin
+from fedgan.privacy.register import ledger_of
 from fedgan.run_folder import RunFolder
 from fedgan.runs import budget
-from fedgan.runs.preparation import check_private_hospitals, is_prepared, ledger_of
+from fedgan.runs.preparation import check_private_hospitals, is_prepared
 
 FEDERATION, STANDALONE = "federation", "standalone"
 POOLED = "pooled"  # stands for a hospital's name where one Trainer has the images of several
@@ -156,11 +157,11 @@ def check_arm(arm: Arm, hospitals: Sequence[Hospital]) -> None:
         members = [hospital for hospital in hospitals if hospital.name in job.members]
         with arm_named_in_errors(arm.name):
             if job.kind == STANDALONE:
-                ledgers = [ledger_of(hospital, job.run) for hospital in members]
+                ledger = ledger_of(job.settings, members)
                 batch, images = job.settings.training.batch_size, sum(job.images)
-                check_can_begin(job.settings, pool_training_images(members), batch, images, ledgers)
+                check_can_begin(job.settings, pool_training_images(members), batch, images, ledger)
             else:
-                check_private_hospitals(job.settings, members, job.run)
+                check_private_hospitals(job.settings, members)
 
 
 def pool_training_images(hospitals: Sequence[Hospital]) -> ImageDataset:

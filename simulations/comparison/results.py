@@ -18,8 +18,9 @@ from fedgan.evaluation.arms import summary as rows
 from fedgan.evaluation.arms.contribution import contribution
 from fedgan.evaluation.arms.paired import bootstrap_auc, compare_arms, standard_families
 from fedgan.privacy.accounting import epsilon_of
+from fedgan.privacy.register import ledger_of
 from fedgan.run_folder import RunFolder, read_lines
-from fedgan.runs.preparation import experiment_of, ledger_of
+from fedgan.runs.preparation import experiment_of
 from simulations.comparison.ablation import overrides_as_dict
 from simulations.comparison.arm import Arm, Job, Outcome
 from simulations.comparison.evaluate import EvaluationContext, read_scores
@@ -224,12 +225,14 @@ def _privacy_of(job: Job, hospital: Hospital) -> Entry:
     keys = ("epsilon", "delta", "noise_multiplier", "sample_rate", "steps", "ledger_epsilon")
     unknown: Entry = {"name": hospital.name, "unknown": True, **dict.fromkeys(keys)}
     try:
-        ledger = ledger_of(hospital, job.run)
-        entries = ledger.entries()
+        ledger = ledger_of(job.settings, [hospital])
+        entries = ledger.ledgers[0].entries()
         experiment = experiment_of(job.run)
     except (DataError, FederationError):
         return unknown
-    own = [entry for entry in entries if entry.run == experiment]
+    own = [
+        entry for entry in entries if entry.run == experiment and entry.part in ("", ledger.part)
+    ]
     if not own:
         return unknown
     last = own[-1]
@@ -241,7 +244,7 @@ def _privacy_of(job: Job, hospital: Hospital) -> Entry:
         "noise_multiplier": last.noise_multiplier,
         "sample_rate": last.sample_rate,
         "steps": sum(entry.steps for entry in own if entry.kind == last.kind),
-        "ledger_epsilon": _finite(ledger.epsilon(last.delta)),
+        "ledger_epsilon": _finite(ledger.epsilon(last.delta, experiment)),
     }
 
 

@@ -21,13 +21,13 @@ from fedgan.data.federation import Hospital
 from fedgan.errors import CheckpointError
 from fedgan.exchange.round_metrics import reported_metrics
 from fedgan.machine import peak_memory, usable_cores
+from fedgan.privacy.register import ledger_of
 from fedgan.run_folder import RunFolder, read_lines
 from fedgan.runs.lock import locked, remove_temporary_files
 from fedgan.runs.participants import Participant
 from fedgan.runs.preparation import (
     experiment_of,
     is_prepared,
-    ledger_of,
     open_prepared,
     prepare_run,
 )
@@ -68,7 +68,7 @@ def train_standalone(job: Job, on_event: OnEvent) -> None:
             settings,
             pool_training_images(hospitals),
             planned_images=sum(job.images),
-            ledgers=[ledger_of(hospital, run).path for hospital in hospitals],
+            ledger=ledger_of(settings, hospitals),
             run=experiment_of(run),
             hospital_of_row=np.repeat(
                 np.arange(len(hospitals)), [len(hospital.train) for hospital in hospitals]

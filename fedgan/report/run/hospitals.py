@@ -12,7 +12,7 @@ from fedgan.report.html.section import Section
 from fedgan.report.html.tables import Column, table
 from fedgan.report.html.templating import absent, render
 from fedgan.report.run.data import RunData, Tree, dig, tree, trees
-from fedgan.report.run.privacy.guarantee import epsilon_scope, privacy_costs
+from fedgan.report.run.privacy.guarantee import SCOPE, privacy_costs
 
 SPLITS = ("train", "val", "test")
 MOST_MARKS = 6  # hospitals in one row of marks
@@ -141,9 +141,7 @@ def _sizes(run: RunData) -> Markup:
     )
     more = "Images seen: real images shown to the hospital's discriminator, with repetitions."
     if epsilons:
-        columns.append(
-            Column("ε", title=f"ε of differential privacy; it covers {epsilon_scope(run.settings)}")
-        )
+        columns.append(Column("ε", title=f"ε of differential privacy; it covers {SCOPE}"))
         more += " The Privacy section explains ε and gives its δ."
     return table("Images and patients per split", columns, rows, "hospitals", more=more)
 

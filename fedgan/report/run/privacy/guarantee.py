@@ -16,6 +16,8 @@ from fedgan.privacy.step import releases_labels
 from fedgan.report.html.format import DASH, number, plural, significant
 from fedgan.report.run.data import RunData, Tree, tree, trees
 
+# What the ledger and the register hold (fedgan/privacy/register.py).
+SCOPE = "all private runs on the images of that hospital that its register of ledgers knows"
 INFINITE = "infinite"
 FALSE_POSITIVE_RATE = 0.01  # at which the bound on an attack is stated
 
@@ -144,24 +146,9 @@ def statement(run: RunData) -> str:
     unknown = [cost.name for cost in costs if cost.epsilon is None]
     return (
         f"The training of each hospital is differentially private with {reach} for "
-        f"{unit_text(run.settings)}, at the δ in the table. ε covers {epsilon_scope(run.settings)}."
+        f"{unit_text(run.settings)}, at the δ in the table. ε covers {SCOPE}."
         + (f" The ε of {', '.join(unknown)} is not known." if unknown else "")
     )
-
-
-def is_repartitioned(settings: Settings) -> bool:
-    """Whether the run partitions the images anew, so that its ledgers are in its own folder."""
-    return settings.data.partition != "institution"
-
-
-def epsilon_scope(settings: Settings) -> str:
-    """The runs that the ε of a ledger covers."""
-    if is_repartitioned(settings):
-        return (
-            "this run alone: its hospitals exist only in this run, and other runs on the same "
-            f"images are not counted (data.partition = '{settings.data.partition}')"
-        )
-    return "all private runs on the images of that hospital"
 
 
 def client_level_cost(run: RunData) -> Tree:
@@ -299,9 +286,7 @@ def terms(run: RunData) -> list[tuple[str, str]]:
 def _composition(run: RunData) -> str:
     settings, privacy = run.settings, run.settings.privacy
     released = releases_labels(settings, len(run.data_labels) if run.hospitals else 1)
-    repartitioned = is_repartitioned(settings)
-    runs = "in this run alone" if repartitioned else "in all private runs on the same images"
-    parts = [f"All steps of the discriminator {runs}"]
+    parts = [f"All steps of the discriminator in {SCOPE}"]
     if released:
         parts.append(
             f"the label counts, released with a noise multiplier of {privacy.label_noise:g}"
@@ -312,10 +297,5 @@ def _composition(run: RunData) -> str:
             f"{privacy.r_t_noise:g}"
         )
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-    scope = (
-        " The hospitals exist only in this run: other runs on the same images are not counted."
-        if repartitioned
-        else ""
-    )
     labels = "" if released else " Label counts were not released."
-    return f"{listed}.{scope}{labels}"
+    return f"{listed}.{labels}"

@@ -25,10 +25,9 @@ from fedgan.report.run.privacy.findings import (
     passed,
 )
 from fedgan.report.run.privacy.guarantee import (
+    SCOPE,
     PrivacyCost,
     client_level_statement,
-    epsilon_scope,
-    is_repartitioned,
     meaning,
     percent,
     privacy_costs,
@@ -90,7 +89,7 @@ def _guarantee(run: RunData, costs: list[PrivacyCost]) -> Markup:
         return Markup("")
     columns = [
         NAME,
-        Column("ε", title=f"Covers {epsilon_scope(run.settings)}"),
+        Column("ε", title=f"Covers {SCOPE}"),
         Column("δ"),
         Column(
             "Noise multiplier",
@@ -117,11 +116,7 @@ def _guarantee(run: RunData, costs: list[PrivacyCost]) -> Markup:
         ]
         for cost in costs
     ]
-    earlier = "" if is_repartitioned(run.settings) else ", including earlier private runs"
-    more = (
-        f"ε covers all entries in the ledger of the hospital{earlier}. Noise multiplier and "
-        "sampling rate are of this run."
-    )
+    more = f"ε covers {SCOPE}. Noise multiplier and sampling rate are of this run."
     return table("Privacy cost per hospital", columns, rows, "privacy-epsilon", more=more)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fedgan.report.html.format import number
 from fedgan.report.run.data import RunData, dig
-from fedgan.report.run.privacy.guarantee import has_client_level_guarantee, is_repartitioned
+from fedgan.report.run.privacy.guarantee import has_client_level_guarantee
 
 CRITERIA = {
     "singling-out": (
@@ -51,7 +51,6 @@ def not_protected(run: RunData, counts: bool = True) -> list[str]:
     """
     settings = run.settings
     privacy, found = settings.privacy, []
-    repartitioned = is_repartitioned(settings)
     guaranteed = privacy.on and privacy.noise_multiplier != 0
     if not guaranteed and has_client_level_guarantee(run):
         found.append(
@@ -78,17 +77,12 @@ def not_protected(run: RunData, counts: bool = True) -> list[str]:
     ]
     if guaranteed:
         found.append(
-            "Anything that was trained on these images without privacy: no ledger records it."
-            + (
-                " No ledger records other runs either: these hospitals exist only in this run."
-                if repartitioned
-                else ""
-            )
+            "Anything that was trained on these images without privacy: no ledger records it. What "
+            "was trained on another machine: its register knows it, and not this one."
         )
         found.append(
-            "Settings chosen after looking at earlier private runs: the ledger counts "
-            + ("neither those runs nor " if repartitioned else "those runs, but not ")
-            + "what their figures on real images revealed to the person who chose."
+            "Settings chosen after looking at earlier private runs: the ledger counts those runs, "
+            "but not what their figures on real images revealed to the person who chose."
         )
         if privacy.unit == "image":
             found.append(
