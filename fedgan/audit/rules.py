@@ -63,7 +63,7 @@ def chance_to_find(
     stand_out = [
         outliers_stand_out(int(count), images, real_outliers, real_images) for count in counts
     ]
-    return float(binom.pmf(counts, copies, found_share)[stand_out].sum())
+    return min(1.0, float(binom.pmf(counts, copies, found_share)[stand_out].sum()))
 
 
 def attack_stands_out(auc: Measured, null: Measured | None) -> bool:
