@@ -201,7 +201,7 @@ def test_every_release_is_one_gaussian_mechanism_of_the_ledger(tmp_path: Path) -
         record_round(
             settings_of("privacy.client_level=server", "privacy.client_noise_multiplier=0"),
             run,
-            "x",
+            "y",
         )["epsilon"]
         is None
     )
