@@ -32,7 +32,7 @@ from fedgan.config import PARTS, Settings
 from fedgan.errors import CheckpointError, ConfigError
 from fedgan.exchange.round_metrics import reported_metrics
 from fedgan.machine import peak_memory, usable_cores
-from fedgan.privacy.register import ledger_of
+from fedgan.privacy.register import check_no_earlier_ledger, ledger_of
 from fedgan.privacy.validator import check_private
 from fedgan.redact import printable
 from fedgan.training.checkpoint import ForeignStateError
@@ -121,6 +121,8 @@ def _train_locked(
 
     def begin() -> Trainer:
         context_.step = "preparing the training"
+        if settings.privacy.on and (state_dir := context_.node.get("state-dir")):
+            check_no_earlier_ledger(Path(str(state_dir)))
         return begin_training(
             settings,
             local.hospital.train,

@@ -17,7 +17,7 @@ from client.app import app
 from fedgan.config import Settings
 from fedgan.data.federation import Hospital, open_hospitals
 from fedgan.data.shard import write_shard
-from fedgan.errors import ConfigError, DataError
+from fedgan.errors import ConfigError, DataError, FederationError
 from fedgan.privacy import accounting
 from fedgan.privacy import ledger as ledger_module
 from fedgan.privacy.accounting import Mechanism, epsilon_rdp, filtered_steps
@@ -198,6 +198,20 @@ def test_ledger_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     (place / NAME).write_text("{}\n")
     with pytest.raises(DataError, match="a ledger of an earlier version, whose costs"):
         account(place)
+
+
+def test_ledger_of_an_earlier_version_in_the_state_dir_is_refused(tmp_path: Path) -> None:
+    data = write_shards(tmp_path / "data", (48,))
+    run = RunFolder.at(tmp_path / "run")
+    prepare_run(tiny(data, *PRIVATE, hospitals=1, rounds=1, kimg=0.016), run)
+    node = {"data-root": str(data / "alpha"), "state-dir": str(tmp_path / "state")}
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / NAME).write_text("{}\n")
+    grid = LocalGrid(1, app, node_config=lambda number: node)
+    federation = Federation(run.settings(), run, experiment_of(run), NoEvaluator())
+    with pytest.raises(FederationError, match="DataError while preparing the training"):
+        federation.train(grid)  # type: ignore[arg-type]
+    assert not ledger_in(data / "alpha").exists()
 
 
 def test_reading_without_the_key_is_one_clear_error(

@@ -33,7 +33,7 @@ from fedgan.config import Settings
 from fedgan.data.dataset import ImageDataset, unit_names
 from fedgan.data.federation import Hospital
 from fedgan.data.shard_files import is_phantom_source
-from fedgan.errors import DataError, StorageError
+from fedgan.errors import ConfigError, DataError, StorageError
 from fedgan.privacy.ledger import HEAD, NAME, JointLedger, Ledger
 
 FOLDER = "ledger"  # of a shard
@@ -64,7 +64,13 @@ class Register:
     @classmethod
     def of(cls, shard: Path) -> Register:
         """The register of the hospital that has this shard."""
-        place = Path(os.environ.get(VARIABLE) or DEFAULT).expanduser()
+        try:
+            place = Path(os.environ.get(VARIABLE) or DEFAULT).expanduser()
+        except RuntimeError:
+            raise ConfigError(
+                "this user has no home folder for the register of privacy ledgers: name a folder "
+                f"in {VARIABLE}"
+            ) from None
         return cls(shard.resolve().parent / place)
 
     @property
@@ -120,11 +126,7 @@ class Register:
         own = [self.ledger(shard) for shard in shards]
         records = {record.path: record for record in self._records()}
         for shard, ledger in zip(shards, own, strict=True):
-            if (old := shard / NAME).exists() or (shard / f"{old.stem}{HEAD}").exists():
-                raise DataError(
-                    f"{old} is a ledger of an earlier version, whose costs this one cannot count: "
-                    "move it away only where its runs may be forgotten"
-                )
+            check_no_earlier_ledger(shard)
             if ledger.path.resolve() not in records and (moved := _moved(ledger, records)):
                 del records[moved.path]
                 here = ledger.path.resolve()
@@ -213,6 +215,16 @@ def ledger_of(settings: Settings, hospitals: Sequence[Hospital]) -> JointLedger:
     shards = list(dict.fromkeys(shard for hospital in real for shard in hospital.shards))
     known = Register.of(shards[0]).open(shards, [hospital.train for hospital in real], part)
     return JointLedger([*plain, *known.ledgers], part, known.on_entry)
+
+
+def check_no_earlier_ledger(folder: Path) -> None:
+    """Raise `DataError` for a ledger of an earlier version in `folder`: a shard or a state-dir."""
+    old = folder / NAME
+    if old.exists() or old.with_name(f"{old.stem}{HEAD}").exists():
+        raise DataError(
+            f"{old} is a ledger of an earlier version, whose costs this one cannot count: move it "
+            "away only where its runs may be forgotten"
+        )
 
 
 def existing_ledger(shard: Path) -> Ledger:
