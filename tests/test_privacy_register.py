@@ -22,7 +22,14 @@ from fedgan.privacy import accounting
 from fedgan.privacy import ledger as ledger_module
 from fedgan.privacy.accounting import Mechanism, epsilon_rdp, filtered_steps
 from fedgan.privacy.ledger import NAME, Entry, JointLedger, Ledger, binding
-from fedgan.privacy.register import FOLDER, VARIABLE, Register, existing_ledger, ledger_of
+from fedgan.privacy.register import (
+    FOLDER,
+    VARIABLE,
+    Register,
+    existing_ledger,
+    ledger_at,
+    ledger_of,
+)
 from fedgan.run_folder import RunFolder
 from fedgan.runs.preparation import experiment_of, prepare_run
 from server.federation import Federation
@@ -153,6 +160,23 @@ def test_other_patients_have_an_account_of_their_own(tmp_path: Path) -> None:
     other = account(tmp_path / "data" / "other")
     assert len(other.ledgers) == 1
     assert other.epsilon(1e-3) == 0.0
+
+
+def test_ledger_of_a_read_only_shard_lies_in_the_register(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = shard(tmp_path / "data" / "first", PATIENTS)
+    before = {path.name for path in place.iterdir()}
+    monkeypatch.setattr("os.access", lambda path, mode: place not in (path, Path(path).parent))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "state" / "ledgers"))
+    spend(account(place), 5)
+    spend(account(place), 7, "b")
+    assert {path.name for path in place.iterdir()} == before
+    (path,) = tmp_path.rglob(NAME)
+    assert path.parent.parent == tmp_path / "state" / "ledgers"
+    assert [entry.steps for entry in existing_ledger(place).entries()] == [5, 7]
+    monkeypatch.delenv(VARIABLE)  # the register is found from the ledger's path
+    assert len(ledger_at(path).entries()) == 2
 
 
 # --- what is refused ------------------------------------------------------------------------------
