@@ -153,6 +153,18 @@ def test_known_images_continue_their_account(tmp_path: Path, kind: str) -> None:
     assert spend(again, 10**6, "c", max_epsilon=again.epsilon(1e-3)) == 0
 
 
+def test_trainings_that_begin_at_once_on_copies_are_charged_to_both(tmp_path: Path) -> None:
+    one, two = (shard(tmp_path / "data" / name, PATIENTS) for name in ("one", "two"))
+    first, second = account(one), account(two)  # neither has an entry yet
+    spend(first, 5)
+    spend(second, 7, "b")
+    spend(first, 1)
+    assert [entry.steps for entry in ledger_in(one).entries()] == [5, 7, 1]
+    assert [entry.steps for entry in ledger_in(two).entries()] == [7, 1]
+    whole = epsilon_rdp([Mechanism(1.0, 0.1, 13)], 1e-3)
+    assert account(two).epsilon(1e-3) == pytest.approx(whole)
+
+
 def test_other_patients_have_an_account_of_their_own(tmp_path: Path) -> None:
     shard(tmp_path / "data" / "first", PATIENTS)
     spend(account(tmp_path / "data" / "first"), 5)
@@ -247,6 +259,8 @@ def test_reading_without_the_key_is_one_clear_error(
     monkeypatch.setenv(VARIABLE, str(tmp_path / "elsewhere"))
     with pytest.raises(DataError, match=f"cannot be verified here: .* {VARIABLE}"):
         existing_ledger(place)
+    with pytest.raises(DataError, match=f"cannot be verified here: .* {VARIABLE}"):
+        account(place)
     assert not (tmp_path / "elsewhere").exists()
 
 

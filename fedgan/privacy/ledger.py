@@ -347,19 +347,31 @@ class Ledger:
 class JointLedger:
     """All ledgers that know a unit of a training set: each gets every entry.
 
-    `part`: the hospital, where the run made it of some units of its shards. `on_entry` is called
-    after each entry, under the ledgers' locks.
+    `part`: the hospital, where the run made it of some units of its shards. `guard` is held during
+    an entry; `refresh` finds ledgers that have come to know a unit since, and `on_entry` gets all
+    that were charged.
     """
 
     def __init__(
         self,
         ledgers: Sequence[Ledger],
         part: str = "",
-        on_entry: Callable[[], None] = lambda: None,
+        *,
+        refresh: Callable[[], Sequence[Ledger]] = list,
+        guard: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+        on_entry: Callable[[Sequence[Ledger]], None] = lambda ledgers: None,
     ) -> None:
+        self.part, self._refresh, self._guard, self._on_entry = part, refresh, guard, on_entry
+        self.ledgers: list[Ledger] = []
+        self._add(ledgers)
+
+    def _add(self, ledgers: Sequence[Ledger]) -> None:
         # Each path once: taking a lock twice would wait forever.
-        self.ledgers = list({ledger.path.resolve(): ledger for ledger in ledgers}.values())
-        self.part, self.on_entry = part, on_entry
+        paths = {ledger.path.resolve() for ledger in self.ledgers}
+        for ledger in ledgers:
+            if (path := ledger.path.resolve()) not in paths:
+                paths.add(path)
+                self.ledgers.append(ledger)
 
     def epsilon(self, delta: float, run: str = "") -> float:
         """The largest spent ε at `delta` of any ledger, of the units of this part in `run`."""
@@ -384,6 +396,8 @@ class JointLedger:
     ) -> int:
         """Enter in all ledgers what each of them allows (see `Ledger.reserve`)."""
         with contextlib.ExitStack() as locks:
+            locks.enter_context(self._guard())
+            self._add(self._refresh())
             # Always in the same order, against deadlocks.
             for ledger in sorted(self.ledgers, key=lambda ledger: str(ledger.path.resolve())):
                 locks.enter_context(ledger.locked())
@@ -409,7 +423,7 @@ class JointLedger:
             if steps > 0:
                 for ledger in self.ledgers:
                     ledger._enter(dataclasses.replace(entry, steps=steps))
-                self.on_entry()
+                self._on_entry(self.ledgers)
         return max(0, steps)
 
 

@@ -42,6 +42,7 @@ DEFAULT = "~/.local/state/fedgan/ledgers"
 KEY_BYTES = 32
 DIGITS = 24  # of a keyed hash, hexadecimal
 BLOCK = 256  # images hashed at once
+WAIT_SECONDS = 600.0  # for another process that makes an entry
 LOST = "put back the newest copy of that folder, or restore FEDGAN_LEDGERS"
 
 
@@ -119,30 +120,46 @@ class Register:
     ) -> JointLedger:
         """All ledgers that a training on `datasets`, of `shards`, is charged to.
 
-        `part`: the hospital, where a run made it of some units. Nothing is entered. Raises
-        `DataError` for a ledger that is gone, cut, replaced or rewritten, `StorageError`.
+        `part`: the hospital, where a run made it of some units. Nothing is entered. They are looked
+        up again before each entry, one process at a time: a training that began at the same time on
+        a copy is charged too. Raises `DataError` for a ledger that is gone, cut, replaced or
+        rewritten, `StorageError`.
         """
-        key, units = self.key, set().union(*map(self._units, datasets))
+        for shard in shards:
+            check_no_earlier_ledger(shard)
+            self.check_key(self.path_of(shard))
+        units = set().union(*map(self._units, datasets))
+        return JointLedger(
+            self._related(shards, units),
+            part,
+            refresh=lambda: self._related(shards, units),
+            guard=lambda: files.locked(self.folder / "in-use", WAIT_SECONDS),
+            on_entry=lambda ledgers: self._write(ledgers, units),
+        )
+
+    def check_key(self, ledger: Path) -> None:
+        """Raise `DataError` where there is a ledger, and no key to verify it."""
+        if ledger.exists() and not (self.folder / "key").is_file():
+            raise DataError(
+                f"{ledger} cannot be verified here: the key of this hospital's register is "
+                f"missing; name its folder in {VARIABLE}"
+            )
+
+    def _related(self, shards: Sequence[Path], units: set[str]) -> list[Ledger]:
+        """The ledgers of `shards`, and all that know one of `units`, verified."""
+        key = self.key
         own = [self.ledger(shard) for shard in shards]
         records = {record.path: record for record in self._records()}
-        for shard, ledger in zip(shards, own, strict=True):
-            check_no_earlier_ledger(shard)
-            if ledger.path.resolve() not in records and (moved := _moved(ledger, records)):
+        for ledger in own:
+            here = ledger.path.resolve()
+            if here not in records and (moved := _moved(ledger, records)):
                 del records[moved.path]
-                here = ledger.path.resolve()
                 records[here] = dataclasses.replace(moved, path=here)
-        related = [
-            record
-            for record in records.values()
-            if record.path in {ledger.path.resolve() for ledger in own}
-            or not units.isdisjoint(self._known(record))
-        ]
-        found = [*own, *(Ledger(record.path, key) for record in related)]
-        joint = JointLedger(found, part, lambda: self._write(joint, units))
-        by_path = {ledger.path.resolve(): ledger for ledger in joint.ledgers}
-        for record in related:
-            _check(by_path[record.path], record)
-        return joint
+        places = {ledger.path.resolve(): ledger for ledger in own}
+        for path, record in records.items():
+            if path in places or not units.isdisjoint(self._known(record)):
+                _check(places.setdefault(path, Ledger(path, key)), record)
+        return list(places.values())
 
     # --- records ----------------------------------------------------------------------------------
 
@@ -165,10 +182,12 @@ class Register:
         except (OSError, ValueError):
             raise DataError(f"{self.folder / record.id}.units cannot be read: {LOST}") from None
 
-    def _write(self, joint: JointLedger, units: set[str]) -> None:
-        """Record the newest entry of every ledger of `joint`."""
+    def _write(self, ledgers: Sequence[Ledger], units: set[str]) -> None:
+        """Record the newest entry of each of `ledgers`, and that it knows `units`."""
         by_path = {record.path: record for record in self._records()}
-        for ledger in joint.ledgers:
+        for ledger in ledgers:
+            if not ledger.key:  # of phantoms
+                continue
             here, entries = ledger.path.resolve(), ledger.entries()
             record = by_path.get(here) or _moved(ledger, by_path)
             name = record.id if record else secrets.token_hex(DIGITS // 2)
@@ -214,7 +233,8 @@ def ledger_of(settings: Settings, hospitals: Sequence[Hospital]) -> JointLedger:
         return JointLedger(plain, part)
     shards = list(dict.fromkeys(shard for hospital in real for shard in hospital.shards))
     known = Register.of(shards[0]).open(shards, [hospital.train for hospital in real], part)
-    return JointLedger([*plain, *known.ledgers], part, known.on_entry)
+    known.ledgers += plain
+    return known
 
 
 def check_no_earlier_ledger(folder: Path) -> None:
@@ -244,11 +264,7 @@ def ledger_at(path: Path) -> Ledger:
         return Ledger(path)
     else:
         register = Register.of(folder)
-    if path.exists() and not (register.folder / "key").is_file():
-        raise DataError(
-            f"{path} cannot be verified here: the key of this hospital's register is missing; name "
-            f"its folder in {VARIABLE}"
-        )
+    register.check_key(path)
     return Ledger(path, register.key if path.exists() else b"")
 
 
