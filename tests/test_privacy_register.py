@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +151,20 @@ def test_known_images_continue_their_account(tmp_path: Path, kind: str) -> None:
     if kind != "moved":
         assert [e.steps for e in ledger_in(tmp_path / "data" / "first").entries()] == [5, 7]
     assert spend(again, 10**6, "c", max_epsilon=again.epsilon(1e-3)) == 0
+
+
+def test_ledger_command_counts_the_ledgers_of_copies(
+    tmp_path: Path, fedgan: Callable[..., tuple[int, str, str]]
+) -> None:
+    one = shard(tmp_path / "data" / "one", PATIENTS)
+    spend(account(one), 5)
+    two = shard(tmp_path / "data" / "two", PATIENTS)
+    spend(account(two), 7, "b")
+    code, out, _ = fedgan("ledger", two, "--json")
+    (found,) = json.loads(out)["ledgers"]
+    assert (code, found["entries"]) == (0, 1)
+    assert found["epsilon"] == pytest.approx(epsilon_rdp([Mechanism(1.0, 0.1, 12)], 1e-3))
+    assert "those with images in common: " in fedgan("ledger", two)[1]
 
 
 def test_trainings_that_begin_at_once_on_copies_are_charged_to_both(tmp_path: Path) -> None:

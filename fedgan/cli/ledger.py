@@ -99,9 +99,13 @@ def _shards_of_run(path: Path) -> list[Path]:
 
 def _account(ledger: Ledger, delta: float | None, max_epsilon: float | None) -> dict[str, Any]:
     """One ledger as JSON; an infinite ε is null."""
+    from fedgan.privacy.ledger import JointLedger
+    from fedgan.privacy.register import related_ledgers
+
     entries = ledger.entries()
+    related = related_ledgers(ledger)
     at = delta if delta is not None else entries[-1].delta if entries else None
-    total = ledger.epsilon(at) if at is not None else 0.0
+    total = JointLedger([ledger, *related]).epsilon(at) if at is not None else 0.0
     account: dict[str, Any] = {
         "path": console.shown(ledger.path),
         "entries": len(entries),
@@ -110,6 +114,7 @@ def _account(ledger: Ledger, delta: float | None, max_epsilon: float | None) -> 
         "releases": _releases(entries),
         "epsilon": _finite(total),
         "delta": at,
+        "related": [console.shown(other.path) for other in related],
     }
     if max_epsilon is not None and entries and at is not None:
         last = entries[-1].mechanism
@@ -194,6 +199,9 @@ def _text(account: dict[str, Any]) -> str:
     total = f"epsilon {_number(account['epsilon'])} at delta {account['delta']:.3g}"
     lines.append(f"  spent: {total}, over {count}; no entry is missing or changed")
     lines.append("  runs without privacy are not entered: nothing bounds what they reveal")
+    if account["related"]:
+        others = ", ".join(account["related"])
+        lines.append(f"  the largest of this ledger and those with images in common: {others}")
     if account["contents"] > 1:
         lines.append(
             f"  the shard's content changed: {account['contents']} versions share this ledger"

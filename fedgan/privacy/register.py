@@ -149,7 +149,7 @@ class Register:
         """The ledgers of `shards`, and all that know one of `units`, verified."""
         key = self.key
         own = [self.ledger(shard) for shard in shards]
-        records = {record.path: record for record in self._records()}
+        records = {record.path: record for record in self.records()}
         for ledger in own:
             here = ledger.path.resolve()
             if here not in records and (moved := _moved(ledger, records)):
@@ -157,13 +157,14 @@ class Register:
                 records[here] = dataclasses.replace(moved, path=here)
         places = {ledger.path.resolve(): ledger for ledger in own}
         for path, record in records.items():
-            if path in places or not units.isdisjoint(self._known(record)):
+            if path in places or not units.isdisjoint(self.known(record)):
                 _check(places.setdefault(path, Ledger(path, key)), record)
         return list(places.values())
 
     # --- records ----------------------------------------------------------------------------------
 
-    def _records(self) -> list[Record]:
+    def records(self) -> list[Record]:
+        """All records, by file name. Raises `DataError` for a damaged one."""
         found = []
         for path in sorted(self.folder.glob("*.json")):
             try:
@@ -176,7 +177,8 @@ class Register:
                 raise DataError(f"{path} is damaged: {LOST}") from None
         return found
 
-    def _known(self, record: Record) -> set[str]:
+    def known(self, record: Record) -> set[str]:
+        """Keyed hashes of the units and images that a ledger was charged for."""
         try:
             return set((self.folder / f"{record.id}.units").read_text().split())
         except (OSError, ValueError):
@@ -184,14 +186,14 @@ class Register:
 
     def _write(self, ledgers: Sequence[Ledger], units: set[str]) -> None:
         """Record the newest entry of each of `ledgers`, and that it knows `units`."""
-        by_path = {record.path: record for record in self._records()}
+        by_path = {record.path: record for record in self.records()}
         for ledger in ledgers:
             if not ledger.key:  # of phantoms
                 continue
             here, entries = ledger.path.resolve(), ledger.entries()
             record = by_path.get(here) or _moved(ledger, by_path)
             name = record.id if record else secrets.token_hex(DIGITS // 2)
-            known = self._known(record) if record else set()
+            known = self.known(record) if record else set()
             if not units <= known:
                 files.write_text(
                     self.folder / f"{name}.units", "\n".join(sorted(known | units)) + "\n"
@@ -257,15 +259,37 @@ def ledger_at(path: Path) -> Ledger:
 
     Raises `DataError` where this machine has no key for it.
     """
-    folder = path.absolute().parent.parent
-    if (folder / "key").is_file():  # of a read-only shard, in the register
-        register = Register(folder)
-    elif path.absolute().parent.name != FOLDER or _has_phantoms(folder):
+    register = _register_of(path)
+    if register is None:
         return Ledger(path)
-    else:
-        register = Register.of(folder)
     register.check_key(path)
     return Ledger(path, register.key if path.exists() else b"")
+
+
+def related_ledgers(ledger: Ledger) -> list[Ledger]:
+    """The other ledgers that know a patient or an image of `ledger`, as far as they exist."""
+    register = _register_of(ledger.path)
+    records = register.records() if register else []
+    own = [record for record in records if record.path == ledger.path.resolve()]
+    if register is None or not own:
+        return []
+    units = register.known(own[0])
+    return [
+        Ledger(record.path, ledger.key)
+        for record in records
+        if record != own[0]
+        and record.path.exists()
+        and not units.isdisjoint(register.known(record))
+    ]
+
+
+def _register_of(ledger: Path) -> Register | None:
+    """The register of a ledger; None for phantoms and for hospitals as units."""
+    folder = ledger.absolute().parent.parent
+    if (folder / "key").is_file():  # of a read-only shard, in the register
+        return Register(folder)
+    is_plain = ledger.absolute().parent.name != FOLDER or _has_phantoms(folder)
+    return None if is_plain else Register.of(folder)
 
 
 def _has_phantoms(shard: Path) -> bool:
